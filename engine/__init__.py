@@ -1,0 +1,86 @@
+"""verbatim's engine: tokens in, tokens out, every bit of them reproducible. Knows nothing of HTTP, keys or money.
+
+This module is the public face. Names are imported when they are first used, so that `import engine` costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.async_engine import AsyncEngine, RequestStream
+    from engine.config import ModelConfig, parse_models, read_yaml, validate
+    from engine.errors import *  # noqa: F403
+    from engine.llm import LLM, Completion
+    from engine.registry import ModelStatus, Registry
+    from engine.types import (
+        ChatMessage,
+        ChoiceDelta,
+        EngineStats,
+        FinishReason,
+        GenerationRequest,
+        LawReport,
+        ModelInfo,
+        PreparedRequest,
+        RequestOutput,
+        SamplingParams,
+        TokenLogprob,
+        TopLogprob,
+        Usage,
+    )
+
+_HOME = {
+    "engine.types": (
+        "ChatMessage",
+        "ChoiceDelta",
+        "EngineStats",
+        "FinishReason",
+        "GenerationRequest",
+        "LawReport",
+        "ModelInfo",
+        "PreparedRequest",
+        "RequestOutput",
+        "SamplingParams",
+        "TokenLogprob",
+        "TopLogprob",
+        "Usage",
+        "clean_logprob",
+    ),
+    "engine.errors": (
+        "ConfigError",
+        "ContextLengthExceeded",
+        "EngineDead",
+        "InvalidFormat",
+        "InvalidParameter",
+        "LoadError",
+        "ModelLoading",
+        "ModelNotFound",
+        "NotEnoughMemory",
+        "NumericalFault",
+        "OutOfMemory",
+        "QueueFull",
+        "RequestError",
+        "TemplateRefused",
+        "Unavailable",
+        "Unsupported",
+        "VerbatimError",
+    ),
+    "engine.config": ("ModelConfig", "parse_models", "read_yaml", "validate"),
+    "engine.async_engine": ("AsyncEngine", "RequestStream"),
+    "engine.registry": ("ModelStatus", "Registry"),
+    "engine.llm": ("LLM", "Completion"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'engine' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

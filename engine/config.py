@@ -1,0 +1,172 @@
+"""models.yaml → `ModelConfig`. Reads and checks a file; loads nothing, knows nothing of torch or of HTTP.
+
+Every key is checked: an unknown one is an error that suggests the nearest known one.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from engine.errors import ConfigError, VerbatimError
+from engine.types import SamplingParams
+
+M = TypeVar("M", bound=BaseModel)
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", re.IGNORECASE)
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?|balanced|balanced_low_0|sequential")
+
+
+class ModelConfig(BaseModel):
+    """One entry of models.yaml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    id: str = Field(min_length=1, max_length=256)
+    """The name that requests use."""
+    path: Path | None = None
+    """A folder with a checkpoint; relative to the file that names it."""
+    repo: str | None = None
+    """A hub id, looked up in the local hub cache (and pulled only if the server was started with --pull)."""
+    revision: str | None = None
+    device: str = "auto"
+    """`auto` takes a GPU when there is one; or `cpu`, `cuda`, `cuda:N`, or an accelerate device map (`balanced`, …)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: float32 on a CPU (a bfloat16 checkpoint widens exactly), the checkpoint's own on a GPU."""
+    context_length: int | None = Field(default=None, ge=2)
+    """Prompt and answer together, tokens. Default: what the checkpoint says, as far as the cache holds it."""
+    cache_size: int | None = Field(default=None, gt=0)
+    """Bytes for keys and values, also as '4GiB'. Default: a quarter of the free memory, within reason."""
+    max_sequences: int = Field(default=16, ge=1, le=1024)
+    """Choices that run at once; more wait."""
+    max_batch_tokens: int = Field(default=512, ge=1)
+    """Tokens in one forward pass: long prompts are cut into chunks of at most this."""
+    max_queue: int = Field(default=256, ge=0)
+    """Requests that may wait; one more is refused."""
+    max_choices: int = Field(default=16, ge=1)
+    """The largest `n`."""
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    """The server's own cap on generated tokens."""
+    prefix_cache: bool = True
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads. Default: one per core. Bits do not depend on it; time does."""
+    chat_template: Path | None = None
+    """A Jinja file in place of the checkpoint's own template."""
+    template_clock: dt.datetime | None = None
+    """What `strftime_now` sees in templates that print today's date. Default: the real clock."""
+    sampling: dict[str, Any] = Field(default_factory=dict)
+    """Defaults for sampling fields that a request leaves out; wins over the checkpoint's generation_config.json."""
+    trust_remote_code: bool = False
+    stall_timeout: float = Field(default=120.0, gt=0)
+    """Seconds without a finished step, while there is work, after which the model is reported as not ready."""
+
+    @field_validator("cache_size", mode="before")
+    @classmethod
+    def _parse_size(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        match = _SIZE.fullmatch(value)
+        if not match:
+            raise ValueError(f"{value!r} is not a size; write 4GiB, 500MB or a number of bytes")
+        return int(float(match[1]) * _UNITS[(match[2] or "B").lower()])
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, value: str) -> str:
+        if not _DEVICE.fullmatch(value):
+            raise ValueError(f"{value!r} is not a device; write auto, cpu, cuda, cuda:N or balanced")
+        return value
+
+    @field_validator("template_clock", mode="before")
+    @classmethod
+    def _parse_clock(cls, value: Any) -> Any:
+        # YAML reads 2026-01-31 as a date; a date means its first second.
+        if isinstance(value, dt.date) and not isinstance(value, dt.datetime):
+            return dt.datetime(value.year, value.month, value.day)
+        return value
+
+    @field_validator("sampling")
+    @classmethod
+    def _check_sampling(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            SamplingParams.merged(value)
+        except VerbatimError as error:
+            raise ValueError(error.message) from None
+        return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.path is None) == (self.repo is None):
+            raise ValueError("give exactly one of path (a folder) and repo (a hub id)")
+        return self
+
+
+def parse_models(entries: Any, *, base: Path, where: str) -> tuple[ModelConfig, ...]:
+    """Check a list of entries as read from YAML; relative paths are taken from `base`.
+
+    Raises:
+        ConfigError: names the entry, the key, the value and, for an unknown key, the nearest known one.
+    """
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(f"{where}: 'models' must be a list with at least one entry.")
+    models = []
+    for number, entry in enumerate(entries):
+        name = f"{where}: models[{number}]"
+        if not isinstance(entry, dict):
+            raise ConfigError(f"{name} must be a mapping of keys to values, not {entry!r}.")
+        models.append(validate(ModelConfig, _absolute(entry, base), name))
+    for position, model in enumerate(models):
+        if model.id in {m.id for m in models[:position]}:
+            raise ConfigError(f"{where}: the id {model.id!r} is used twice.")
+    return tuple(models)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The top-level mapping of a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, unreadable or not a mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must be a mapping with a key 'models'.")
+    return data
+
+
+def validate(model: type[M], data: dict[str, Any], where: str) -> M:
+    """Build `model` from `data`, turning pydantic's report into one readable ConfigError."""
+    try:
+        return model(**data)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(key, list(model.model_fields), n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(model.model_fields)}"
+                lines.append(f"unknown key {key!r}{hint}")
+            else:
+                message = item["msg"].removeprefix("Value error, ")
+                lines.append(f"{key}: {message} (got {item['input']!r})" if key else message)
+        raise ConfigError(f"{where}: {'; '.join(lines)}.") from None
+
+
+def _absolute(entry: dict[str, Any], base: Path) -> dict[str, Any]:
+    entry = dict(entry)
+    for key in ("path", "chat_template"):
+        if isinstance(entry.get(key), str):
+            entry[key] = (base / Path(entry[key]).expanduser()).resolve()
+    return entry

@@ -1,0 +1,140 @@
+"""The exception tree. Knows nothing of HTTP: the server keeps the one table from these classes to status codes.
+
+VerbatimError
+├── RequestError              the caller's fault; refused before anything is generated
+│   ├── InvalidFormat         a wrong type or shape
+│   │   ├── TemplateRefused          the model's chat template rejects these messages (its own words)
+│   │   └── ContextLengthExceeded    the prompt does not fit; carries both numbers
+│   ├── InvalidParameter      right type, value out of range or impossible combination
+│   │   └── Unsupported              a known field that this model or build cannot honour
+│   └── ModelNotFound
+├── ConfigError               models.yaml or the command line
+├── LoadError                 the checkpoint cannot be loaded
+│   └── NotEnoughMemory              carries needed and free bytes
+└── Unavailable               nobody's fault; another time or another place may work
+    ├── QueueFull
+    ├── ModelLoading
+    ├── EngineDead                   carries the cause
+    ├── OutOfMemory                  this request's step did not fit; the engine goes on
+    └── NumericalFault               the model produced a value that is not finite
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "ConfigError",
+    "ContextLengthExceeded",
+    "EngineDead",
+    "InvalidFormat",
+    "InvalidParameter",
+    "LoadError",
+    "ModelLoading",
+    "ModelNotFound",
+    "NotEnoughMemory",
+    "NumericalFault",
+    "OutOfMemory",
+    "QueueFull",
+    "RequestError",
+    "TemplateRefused",
+    "Unavailable",
+    "Unsupported",
+    "VerbatimError",
+]
+
+
+class VerbatimError(Exception):
+    """Base of everything this project raises on purpose.
+
+    Attributes:
+        message: one sentence for the person who reads it; names the value and the limit.
+        code: a stable identifier for programs.
+        param: dotted path of the offending field (`messages.0.role`), or None.
+        details: further numbers, shown beside the message (`prompt_tokens`, `context_length`, …).
+    """
+
+    code = "error"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, **details: Any
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or type(self).code
+        self.details = details
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross from the engine to the server as data; keyword-only arguments need help to be pickled.
+        return _rebuild, (type(self), self.message, self.param, self.code, self.details)
+
+
+def _rebuild(
+    cls: type[VerbatimError], message: str, param: str | None, code: str, details: dict[str, Any]
+) -> VerbatimError:
+    return cls(message, param=param, code=code, **details)
+
+
+class RequestError(VerbatimError):
+    code = "invalid_request"
+
+
+class InvalidFormat(RequestError):
+    code = "invalid_format"
+
+
+class TemplateRefused(InvalidFormat):
+    code = "template_refused"
+
+
+class ContextLengthExceeded(InvalidFormat):
+    code = "context_length_exceeded"
+
+
+class InvalidParameter(RequestError):
+    code = "invalid_parameter"
+
+
+class Unsupported(InvalidParameter):
+    code = "unsupported_parameter"
+
+
+class ModelNotFound(RequestError):
+    code = "model_not_found"
+
+
+class ConfigError(VerbatimError):
+    code = "config_error"
+
+
+class LoadError(VerbatimError):
+    code = "load_error"
+
+
+class NotEnoughMemory(LoadError):
+    code = "not_enough_memory"
+
+
+class Unavailable(VerbatimError):
+    code = "unavailable"
+
+
+class QueueFull(Unavailable):
+    code = "queue_full"
+
+
+class ModelLoading(Unavailable):
+    code = "model_loading"
+
+
+class EngineDead(Unavailable):
+    code = "engine_dead"
+
+
+class OutOfMemory(Unavailable):
+    code = "out_of_memory"
+
+
+class NumericalFault(Unavailable):
+    code = "numerical_fault"
