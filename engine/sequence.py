@@ -28,7 +28,9 @@ class Sequence:
         output_token_ids: what has been generated so far, the end token included.
         output_counts: how often each id stands in `output_token_ids`; kept by `append`.
         block_table: ids of the blocks that hold its keys and values, in order. Owned by the block pool.
+        block_uids: the pool's names for the contents of its full, computed blocks, in order.
         num_computed: tokens of `prompt + output` whose keys and values stand in those blocks.
+        num_cached: prompt tokens found in the prefix cache at admission.
         siblings: on choice 0 only, the choices that wait for its prompt to be computed.
     """
 
@@ -41,6 +43,7 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     output_counts: Counter[int] = field(default_factory=Counter)
     block_table: list[int] = field(default_factory=list)
+    block_uids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0
     siblings: list[Sequence] = field(default_factory=list)

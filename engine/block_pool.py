@@ -1,0 +1,261 @@
+"""Blocks of keys and values: who holds them, what they contain, which one goes next. Knows no tensor and no request.
+
+    block ──┬── held    reference count > 0: in the table of one or more sequences
+            ├── cached  count 0, content known: the next request with the same tokens takes it back; oldest goes first
+            └── blank   count 0, content meaningless
+
+A cached content is addressed by (uid of the content before it, its token ids). Uids are never used twice and the
+tokens are compared as they are, so no hash collision can hand out somebody else's keys. A content may be shorter than
+a block (the tail that a finished sequence leaves behind): a tail is never shared, only copied.
+
+Attention reads a sequence's keys without a copy when its blocks are consecutive, so an owner is first placed where a
+run of blank blocks is long enough for what it expects to need, and that run is kept for it while others can do
+without. A kept run is a preference, never a promise: under pressure it is given away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+ROOT = 0
+"""The uid of the empty content that every first block follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest cached prefix of some tokens.
+
+    `blocks` are full blocks to be shared by reference, `uids` their contents; then `tail_tokens` further tokens stand
+    at the beginning of `tail_block`, to be copied.
+    """
+
+    blocks: tuple[int, ...]
+    uids: tuple[int, ...]
+    tail_block: int | None
+    tail_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    uid: int
+    parent: int
+    tokens: tuple[int, ...]
+
+
+class BlockPool:
+    """`num_blocks` blocks of `block_size` tokens each.
+
+    Ownership: a sequence's table holds one reference to each of its blocks, taken by `allocate`, `share` or `fork`
+    and given back by `release`, on every way out.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, caching: bool = True) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"a pool needs at least one block of one token, not {num_blocks} of {block_size}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.caching = caching
+        self._references = [0] * num_blocks
+        self._blank: dict[int, None] = dict.fromkeys(range(num_blocks))
+        self._cached: dict[int, None] = {}  # oldest first
+        self._contents: dict[int, _Content] = {}
+        self._index: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._children: dict[int, dict[int, None]] = {}  # parent uid -> blocks
+        self._last_uid = ROOT
+        self._open = bytearray(b"\1" * num_blocks)  # 1: blank and kept for nobody; searched with bytes.find
+        self._kept: dict[Hashable, range] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can hand out."""
+        return len(self._blank) + len(self._cached)
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    def references(self, block: int) -> int:
+        return self._references[block]
+
+    def is_cached(self, block: int) -> bool:
+        """Whether its content can be found by `match`."""
+        return block in self._contents
+
+    # -- taking blocks ------------------------------------------------------------------------------------------
+
+    def allocate(self, count: int, owner: Hashable, *, after: int | None = None, expected: int = 0) -> list[int]:
+        """Take `count` blocks for `owner`, consecutive and following `after` where possible.
+
+        Blank blocks go first, then the cached ones, least recently used first.
+
+        Args:
+            after: the last block that the owner holds; None if it holds none yet.
+            expected: blocks the owner may need in all from here on, this call's included.
+
+        Raises:
+            ValueError: fewer than `count` are free; nothing has been taken.
+        """
+        if count > self.num_free:
+            raise ValueError(f"{count} blocks asked for, {self.num_free} free")
+        if count and owner not in self._kept:
+            self._keep_run(owner, max(count, expected), after)
+        taken: list[int] = []
+        for _ in range(count):
+            after = self._pick(owner, after)
+            self._take(after)
+            taken.append(after)
+        return taken
+
+    def share(self, block: int) -> None:
+        """Take one more reference to a block that is held or cached."""
+        if self._references[block] == 0:
+            del self._cached[block]
+        self._references[block] += 1
+
+    def fork(self, table: Sequence[int]) -> list[int]:
+        """A second table over the same blocks. Whoever writes into a block with two references copies it first."""
+        for block in table:
+            self._references[block] += 1
+        return list(table)
+
+    def release(self, table: Sequence[int], owner: Hashable) -> None:
+        """Give back one reference to each block; the deepest becomes the next to be evicted among them."""
+        for block in reversed(table):
+            self._references[block] -= 1
+            assert self._references[block] >= 0, f"block {block} was released more often than taken"
+            if self._references[block] == 0:
+                if block in self._contents:
+                    self._cached[block] = None
+                else:
+                    self._make_blank(block)
+        for block in self._kept.pop(owner, ()):
+            self._open[block] = block in self._blank
+
+    # -- contents -----------------------------------------------------------------------------------------------
+
+    def register(self, block: int, parent: int, tokens: tuple[int, ...]) -> int:
+        """Say what a block holds; from now on `match` finds it. Returns the uid of that content.
+
+        If another block holds the same already, that one stays the one that is found, and its uid is returned.
+        """
+        key = (parent, tokens)
+        known = self._index.get(key)
+        if known is not None:
+            return self._contents[known].uid
+        self._last_uid += 1
+        if not self.caching:
+            return self._last_uid
+        self._forget(block)
+        self._contents[block] = _Content(self._last_uid, parent, tokens)
+        self._index[key] = block
+        self._children.setdefault(parent, {})[block] = None
+        return self._last_uid
+
+    def match(self, tokens: Sequence[int], limit: int) -> Match:
+        """The longest cached prefix of `tokens`, of at most `limit` tokens. Takes nothing."""
+        size, parent = self.block_size, ROOT
+        blocks: list[int] = []
+        uids: list[int] = []
+        limit = min(limit, len(tokens))
+        for start in range(0, limit - size + 1, size):
+            block = self._index.get((parent, tuple(tokens[start : start + size])))
+            if block is None:
+                break
+            parent = self._contents[block].uid
+            blocks.append(block)
+            uids.append(parent)
+        start = len(blocks) * size
+        wanted = tuple(tokens[start : min(limit, start + size)])
+        tail, best = None, 0
+        for block in self._children.get(parent, ()) if wanted else ():
+            common = _common_prefix(self._contents[block].tokens, wanted)
+            if common > best:
+                tail, best = block, common
+        return Match(tuple(blocks), tuple(uids), tail, best)
+
+    def clear_cache(self) -> None:
+        """Forget every content that nobody holds."""
+        for block in list(self._cached):
+            del self._cached[block]
+            self._forget(block)
+            self._make_blank(block)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _keep_run(self, owner: Hashable, length: int, after: int | None) -> None:
+        """Find a run for an owner without one: right behind `after` if that is open, else first fit, else shorter."""
+        if after is not None and after + 1 < self.num_blocks and self._open[after + 1]:
+            start = after + 1
+            length = min(length, self.num_blocks - start)
+            end = self._open.find(0, start, start + length)
+            run = range(start, start + length if end < 0 else end)
+        else:
+            length = min(length, self.num_blocks)
+            while length and (start := self._open.find(b"\1" * length)) < 0:
+                length //= 2
+            run = range(start, start + length) if length else range(0)
+        for block in run:
+            self._open[block] = 0
+        self._kept[owner] = run
+
+    def _pick(self, owner: Hashable, after: int | None) -> int:
+        run = self._kept[owner]
+        if after is not None and after + 1 in self._blank and (after + 1 in run or self._open[after + 1]):
+            return after + 1
+        if after not in run and len(run) and run.start in self._blank:
+            return run.start
+        block = self._open.find(1)
+        if block >= 0:
+            return block
+        if self._cached:
+            return next(iter(self._cached))
+        return next(reversed(self._blank))  # kept for somebody, but nothing else is left
+
+    def _take(self, block: int) -> None:
+        if block in self._cached:
+            del self._cached[block]
+            self._forget(block)
+        else:
+            del self._blank[block]
+        self._open[block] = 0
+        self._references[block] = 1
+
+    def _make_blank(self, block: int) -> None:
+        self._blank[block] = None
+        self._open[block] = not any(block in run for run in self._kept.values())
+
+    def _forget(self, block: int) -> None:
+        content = self._contents.pop(block, None)
+        if content is None:
+            return
+        del self._index[content.parent, content.tokens]
+        siblings = self._children[content.parent]
+        del siblings[block]
+        if not siblings:
+            del self._children[content.parent]
+
+    def check(self) -> None:
+        """Assert every invariant; called after each step of the random walks."""
+        held = {b for b, n in enumerate(self._references) if n > 0}
+        blank, cached = set(self._blank), set(self._cached)
+        assert not (held & blank or held & cached or blank & cached), "a block is in two states"
+        assert len(held) + len(blank) + len(cached) == self.num_blocks, "a block is lost"
+        assert all(n >= 0 for n in self._references)
+        assert cached <= set(self._contents), "a cached block without content"
+        assert not blank & set(self._contents), "a blank block with content"
+        assert {(c.parent, c.tokens): b for b, c in self._contents.items()} == self._index
+        children = {(c.parent, b) for b, c in self._contents.items()}
+        assert children == {(p, b) for p, bs in self._children.items() for b in bs}
+        kept = [b for run in self._kept.values() for b in run]
+        assert len(kept) == len(set(kept)), "a block is kept for two owners"
+        for block in range(self.num_blocks):
+            assert self._open[block] == (block in blank and block not in kept), f"block {block} is wrongly open"
+
+
+def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count

@@ -1,0 +1,112 @@
+"""The tensors behind the blocks. Knows slots and layers; nothing of sequences, requests or who may read what.
+
+A slot is one token's place: block b holds slots `b·block_size … (b+1)·block_size − 1`. Keys and values are laid out
+`[heads, slots, dim]`, so that consecutive slots of one head are consecutive in memory and a run of consecutive blocks
+is read as a view. Everything is finite at all times (zeroed at birth, `write` takes only finite values): a masked slot
+then contributes an exact zero, whatever it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SPAN = 512
+"""Attention reads keys in spans of a multiple of this many slots.
+
+The key block of torch's CPU attention kernel: with it, a row's bits do not depend on how many keys lie behind its own.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one attention layer stores per token."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive slots."""
+
+    start: int
+    length: int
+
+
+def runs_of(table: Sequence[int], block_size: int, length: int) -> tuple[Run, ...]:
+    """The slots of a table's first `length` tokens, consecutive blocks joined."""
+    runs: list[Run] = []
+    left = length
+    for block in table:
+        if left <= 0:
+            break
+        start, count = block * block_size, min(block_size, left)
+        if runs and runs[-1].start + runs[-1].length == start:
+            runs[-1] = Run(runs[-1].start, runs[-1].length + count)
+        else:
+            runs.append(Run(start, count))
+        left -= count
+    assert left <= 0, "the table does not cover the tokens"
+    return tuple(runs)
+
+
+class KVCache:
+    """Keys and values of every layer.
+
+    Attributes:
+        keys: per layer `[heads, slots + SPAN, key_dim]`.
+        values: per layer `[heads, slots + SPAN, value_dim]`.
+    """
+
+    def __init__(self, layers: Sequence[LayerShape], num_blocks: int, block_size: int) -> None:
+        self.layers = tuple(layers)
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        # A padded view may run past the last block by up to one span.
+        slots = num_blocks * block_size + SPAN
+        # The operating system hands out zeroed pages when they are first touched: an unused cache costs no memory.
+        self.keys = [torch.zeros(s.heads, slots, s.key_dim, dtype=s.dtype, device=s.device) for s in layers]
+        self.values = [torch.zeros(s.heads, slots, s.value_dim, dtype=s.dtype, device=s.device) for s in layers]
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, in order: a later pair may read what an earlier one wrote."""
+        size = self.block_size
+        for source, target in pairs:
+            if source == target:
+                continue
+            for tensor in (*self.keys, *self.values):
+                tensor[:, target * size : (target + 1) * size] = tensor[:, source * size : (source + 1) * size]
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store `keys [heads, n, key_dim]` and `values [heads, n, value_dim]`, all finite, at `slots [n] int64`."""
+        self.keys[layer].index_copy_(1, slots, keys)
+        self.values[layer].index_copy_(1, slots, values)
+
+    def read(self, layer: int, runs: Sequence[Run], padded: int) -> tuple[Tensor, Tensor]:
+        """Keys `[heads, padded, key_dim]` and values of some runs, then of whatever lies behind, up to `padded`.
+
+        One run is a view; several are gathered into a copy.
+        """
+        return _gather(self.keys[layer], runs, padded), _gather(self.values[layer], runs, padded)
+
+
+def _gather(pool: Tensor, runs: Sequence[Run], padded: int) -> Tensor:
+    if len(runs) == 1:
+        return pool[:, runs[0].start : runs[0].start + padded]
+    parts = [pool[:, r.start : r.start + r.length] for r in runs]
+    missing = padded - sum(r.length for r in runs)
+    if missing:
+        end = runs[-1].start + runs[-1].length
+        parts.append(pool[:, end : end + missing])
+    return torch.cat(parts, dim=1)

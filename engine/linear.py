@@ -1,0 +1,105 @@
+"""Linear layers whose rows do not depend on each other's number. Replaces modules in place; knows no model by name.
+
+On a CPU, `F.linear` in float32 rounds a row differently depending on how many rows are computed with it. oneDNN with a
+prepacked weight does not (for two rows or more), and is the fastest float32 product torch has there. Weights are packed
+one after the other and the originals freed, so that they are never held twice; a bfloat16 or float16 checkpoint widens
+to float32 exactly. Measured facts and their limits: docs/decisions/0002.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_PACK_HINT = 16  # rows that the packed layout is tuned for: between one decode and a prompt
+
+
+class PackedLinear(nn.Module):
+    """`x @ weight.T + bias` in float32 with a oneDNN-packed weight.
+
+    Attributes:
+        in_features, out_features: as in `nn.Linear`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """`weight [out, in]`, any float dtype; not kept."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(torch.float32), _PACK_HINT)
+        # Not buffers: an opaque oneDNN tensor cannot be moved, cast or saved as the others can.
+        self._packed: Tensor = packed
+        self._bias: Tensor | None = None if bias is None else bias.detach().to(torch.float32).contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        single = rows.shape[0] == 1  # one row may take another path in the library
+        if single:
+            rows = F.pad(rows, (0, 0, 0, 1))
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
+        return (out[:1] if single else out).reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, packed float32"
+
+
+class WideningEmbedding(nn.Module):
+    """An embedding kept in the checkpoint's dtype; only the looked-up rows are widened to float32.
+
+    The wrapped module's own forward is used, over the small table of looked-up rows, so that a subclass that scales
+    its output (Gemma) keeps doing so, in float32.
+    """
+
+    def __init__(self, inner: nn.Embedding) -> None:
+        super().__init__()
+        inner.padding_idx = None  # has no meaning without training, and would be checked against the small table
+        self.inner = inner
+
+    @property
+    def weight(self) -> Tensor:
+        return self.inner.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        rows = self.inner.weight[input_ids.flatten()].to(torch.float32)
+        index = torch.arange(rows.shape[0], device=rows.device).view_as(input_ids)
+        out: Tensor = torch.func.functional_call(self.inner, {"weight": rows}, (index,))
+        return out
+
+
+def pack_model(
+    model: nn.Module,
+    embedding_dtype: torch.dtype = torch.float32,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Prepare a float32 model on a CPU in place: pack its linear layers, free the originals. Returns how many.
+
+    Every `nn.Linear` and transformers `Conv1D` is replaced. If the input embedding came from a checkpoint in
+    `embedding_dtype` and goes back into it without loss, it is kept so, behind a `WideningEmbedding`.
+    """
+    targets = [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear or type(child).__name__ == "Conv1D"
+    ]
+    for number, (parent, name) in enumerate(targets):
+        child = getattr(parent, name)
+        weight = child.weight.T if type(child).__name__ == "Conv1D" else child.weight
+        # The original is freed here, before the next one is packed, unless it is tied to the embedding.
+        setattr(parent, name, PackedLinear(weight, child.bias))
+        del child, weight
+        if progress:
+            progress(number + 1, len(targets))
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    if isinstance(embedding, nn.Embedding) and embedding_dtype != torch.float32:
+        narrow = embedding.weight.detach().to(embedding_dtype)
+        if _is_lossless(narrow, embedding.weight):
+            embedding.weight = nn.Parameter(narrow, requires_grad=False)
+            model.set_input_embeddings(WideningEmbedding(embedding))  # type: ignore[operator]
+    return len(targets)
+
+
+def _is_lossless(narrow: Tensor, wide: Tensor, rows: int = 4096) -> bool:
+    return all(torch.equal(n.to(w.dtype), w) for n, w in zip(narrow.split(rows), wide.split(rows), strict=True))

@@ -1,0 +1,180 @@
+"""One forward pass for everybody. Knows tokens, slots and logits; nothing of requests, sampling or text.
+
+Two runners with one face. `PackedRunner` computes all sequences of a step in one packed `[1, T]` pass over the block
+cache. `FallbackRunner` serves architectures that the packed pass does not reproduce (own attention, recurrent layers):
+each sequence alone, with transformers' own cache. Which one a model gets is decided by the self-test, not by its name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from engine.attention import CONTEXT_KEY, IMPLEMENTATION, ForwardContext, Span, attention_forward
+from engine.errors import LoadError
+from engine.kv_cache import KVCache, LayerShape, runs_of
+from engine.scheduler import Schedule
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The mask travels in the context."""
+
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardResult:
+    """What a step's forward pass gave.
+
+    Attributes:
+        logits: `[n, vocab] float32`, one row for each chunk that samples, in order.
+        finite: for each chunk of the schedule, whether all its keys and values were finite.
+    """
+
+    logits: Tensor
+    finite: tuple[bool, ...]
+
+
+class Runner(Protocol):
+    vocab_size: int
+
+    def forward(self, schedule: Schedule) -> ForwardResult: ...
+
+    def forget(self, sequence: Any) -> None:
+        """A sequence lost its place (finished, aborted or preempted)."""
+
+
+def register_attention() -> None:
+    """Tell transformers of our attention function; safe to call again."""
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+
+
+def discover_layers(model: nn.Module) -> tuple[LayerShape, ...]:
+    """Run two tokens through the model and note what each attention layer would store.
+
+    Raises:
+        LoadError: the model does not send all its layers through the attention interface, with our keyword.
+    """
+    context = ForwardContext(spans=(), slots=torch.empty(0, dtype=torch.int64), num_rows=0)
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=_input_device(model))
+    with torch.inference_mode():
+        model(tokens, position_ids=torch.arange(2, device=tokens.device)[None], use_cache=False, **{CONTEXT_KEY: context})
+    expected = model.config.get_text_config().num_hidden_layers  # type: ignore[operator,union-attr]
+    if sorted(context.layers) != list(range(expected)):
+        raise LoadError(
+            f"only {len(context.layers)} of {expected} layers call the attention interface with a context keyword"
+        )
+    return tuple(context.layers[i] for i in range(expected))
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    return device
+
+
+class _Model:
+    """A causal LM called for the logits of some rows only."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.device = _input_device(model)
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def __call__(self, tokens: Tensor, rows: Tensor, **kwargs: Any) -> Any:
+        """`tokens [1, T] int64`, `rows [n] int64` → transformers' output, logits `[1, n, vocab]`."""
+        if self._keeps:
+            return self.model(tokens, logits_to_keep=rows, **kwargs)
+        output = self.model(tokens, **kwargs)
+        output.logits = output.logits[:, rows.to(output.logits.device)]
+        return output
+
+
+class PackedRunner:
+    """All sequences of a step in one pass over the block cache."""
+
+    def __init__(self, model: nn.Module, cache: KVCache, vocab_size: int) -> None:
+        self._model = _Model(model)
+        self.cache = cache
+        self.vocab_size = vocab_size
+
+    @torch.inference_mode()
+    def forward(self, schedule: Schedule) -> ForwardResult:
+        """Carry out a step's copies, compute its chunks, store their keys and values."""
+        self.cache.copy_blocks(schedule.copies)
+        size = self.cache.block_size
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        spans: list[Span] = []
+        last_rows: list[int] = []
+        for chunk in schedule.chunks:
+            sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
+            spans.append(Span(len(tokens), chunk.count, start, runs_of(sequence.block_table, size, end)))
+            tokens += sequence.tokens(start, end)
+            positions += range(start, end)
+            slots += [sequence.block_table[p // size] * size + p % size for p in range(start, end)]
+            if chunk.samples:
+                last_rows.append(len(tokens) - 1)
+        context = ForwardContext(tuple(spans), torch.tensor(slots, dtype=torch.int64), len(tokens), self.cache)
+        logits = self._run(tokens, positions, last_rows, context)
+        assert context.finite is not None
+        finite = context.finite.cpu()
+        return ForwardResult(logits, tuple(bool(finite[s.row : s.row + s.count].all()) for s in spans))
+
+    def _run(self, tokens: list[int], positions: list[int], rows: list[int], context: ForwardContext) -> Tensor:
+        # No product is ever computed with one row: it may take another path than the same row among others.
+        padding = [0] * (len(tokens) == 1)
+        device = self._model.device
+        kept = rows if len(rows) > 1 else [*rows, 0, 0][:2]
+        output = self._model(
+            torch.tensor([tokens + padding], device=device),
+            torch.tensor(kept, device=device),
+            position_ids=torch.tensor([positions + padding], device=device),
+            use_cache=False,
+            **{CONTEXT_KEY: context},
+        )
+        logits: Tensor = output.logits[0, : len(rows)]
+        return logits.to(torch.float32)
+
+    def forget(self, sequence: Any) -> None:
+        """Nothing to do: the pool owns the blocks."""
+
+
+class FallbackRunner:
+    """Each sequence alone, with transformers' own cache: slower, never wrong.
+
+    Needs a scheduler with `whole_prompts`: then a sequence's passes are always the same, one for the prompt and one per
+    token, and nothing around it can change its bits.
+    """
+
+    def __init__(self, model: nn.Module, vocab_size: int) -> None:
+        self._model = _Model(model)
+        self.vocab_size = vocab_size
+        self._caches: dict[Any, Any] = {}
+
+    @torch.inference_mode()
+    def forward(self, schedule: Schedule) -> ForwardResult:
+        rows, finite = [], []
+        for chunk in schedule.chunks:
+            sequence = chunk.sequence
+            tokens = torch.tensor([sequence.tokens(chunk.start, chunk.start + chunk.count)], device=self._model.device)
+            last = torch.tensor([chunk.count - 1], device=self._model.device)
+            output = self._model(tokens, last, past_key_values=self._caches.get(sequence), use_cache=True)
+            cache = getattr(output, "past_key_values", None)
+            # Recurrent models name their state otherwise.
+            self._caches[sequence] = cache if cache is not None else getattr(output, "cache_params", None)
+            if self._caches[sequence] is None:
+                raise LoadError("the model returns no cache: it cannot generate token by token")
+            rows.append(output.logits[0, -1].to(torch.float32))
+            finite.append(True)  # nothing is shared: a fault shows in the sequence's own logits
+        device = rows[0].device if rows else self._model.device
+        return ForwardResult(torch.stack([r.to(device) for r in rows]), tuple(finite))
+
+    def forget(self, sequence: Any) -> None:
+        self._caches.pop(sequence, None)
