@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from engine.errors import *  # noqa: F403
     from engine.llm import LLM, Completion
     from engine.registry import ModelStatus, Registry
+    from engine.standin import ensure_standin
     from engine.types import (
         ChatMessage,
         ChoiceDelta,
@@ -70,6 +71,7 @@ _HOME = {
     "engine.async_engine": ("AsyncEngine", "RequestStream"),
     "engine.registry": ("ModelStatus", "Registry"),
     "engine.llm": ("LLM", "Completion"),
+    "engine.standin": ("ensure_standin",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -22,7 +22,7 @@ M = TypeVar("M", bound=BaseModel)
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", re.IGNORECASE)
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?|balanced|balanced_low_0|sequential")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|balanced|balanced_low_0|sequential")
 
 
 class ModelConfig(BaseModel):
@@ -36,6 +36,8 @@ class ModelConfig(BaseModel):
     """A folder with a checkpoint; relative to the file that names it."""
     repo: str | None = None
     """A hub id, looked up in the local hub cache (and pulled only if the server was started with --pull)."""
+    builtin: Literal["noise"] | None = None
+    """`noise`: a tiny random model, written on first use; for a look at the server without any checkpoint."""
     revision: str | None = None
     device: str = "auto"
     """`auto` takes a GPU when there is one; or `cpu`, `cuda`, `cuda:N`, or an accelerate device map (`balanced`, …)."""
@@ -104,8 +106,8 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
-        if (self.path is None) == (self.repo is None):
-            raise ValueError("give exactly one of path (a folder) and repo (a hub id)")
+        if sum(source is not None for source in (self.path, self.repo, self.builtin)) != 1:
+            raise ValueError("give exactly one of path (a folder), repo (a hub id) and builtin")
         return self
 
 

@@ -1,0 +1,204 @@
+"""`AsyncEngine`: an `EngineCore` on its own thread, spoken to from an event loop.
+
+    event loop ──commands──▶ engine thread: step, step, step …
+         ◀──one call_soon_threadsafe per step── everything the step did
+
+Five verbs: `prepare`, `submit`, `abort`, `stats`, `close`. What crosses is plain data. If the thread dies, every waiting
+request gets the cause and every later one is refused with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from engine.core import EngineCore
+from engine.errors import EngineDead, QueueFull, VerbatimError
+from engine.loader import LoadedModel
+from engine.preparation import Preparer
+from engine.types import EngineStats, GenerationRequest, ModelInfo, PreparedRequest, RequestOutput, Usage
+
+log = logging.getLogger("verbatim.engine")
+
+Command = Callable[[EngineCore], None]
+
+
+class RequestStream(AsyncIterator[RequestOutput]):
+    """The outputs of one request, as they come. Ends after the one that is `finished`.
+
+    Used on the event loop that submitted the request, by one reader.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._outputs: deque[RequestOutput] = deque()
+        self._arrived = asyncio.Event()
+        self._ended = False
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if not self._outputs:
+            if self._ended:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+            if not self._outputs:
+                raise StopAsyncIteration  # aborted
+        return self._outputs.popleft()
+
+    def deliver(self, output: RequestOutput) -> None:
+        self._outputs.append(output)
+        self._ended = self._ended or output.finished
+        self._arrived.set()
+
+    def end(self) -> None:
+        """No more will come."""
+        self._ended = True
+        self._arrived.set()
+
+
+class AsyncEngine:
+    """One loaded model, shared by many requests.
+
+    Created anywhere; `submit` and the streams belong to one event loop, the first that submits.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.info: ModelInfo = model.info
+        self._core = EngineCore(model)
+        self._preparer = Preparer(model.config, model.info, model.tokenizer, model.vocabulary, model.template)
+        self._limit = model.config.max_sequences + model.config.max_queue
+        self._stall_timeout = model.config.stall_timeout
+        self._threads = model.config.threads
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._streams: dict[str, RequestStream] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._cause: BaseException | None = None
+        self._closed = False
+        self._stats = self._core.stats()
+        self._busy_since: float | None = None  # monotonic seconds at which the step under way began
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"prepare-{self.info.id}")
+        self._thread = threading.Thread(target=self._run, name=f"engine-{self.info.id}", daemon=True)
+        self._thread.start()
+
+    async def prepare(self, request: GenerationRequest) -> PreparedRequest:
+        """Template, tokens, limits, on the model's own worker thread. Raises what `Preparer.prepare` raises."""
+        self._raise_if_dead()
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self._preparer.prepare, request)
+
+    def submit(self, request: PreparedRequest) -> RequestStream:
+        """Queue a request.
+
+        Raises:
+            QueueFull: as many requests as may run and wait are unfinished.
+            EngineDead: with the cause.
+        """
+        self._raise_if_dead()
+        if len(self._streams) >= self._limit:
+            raise QueueFull(
+                f"{len(self._streams)} requests are running or waiting; {self.info.id} takes {self._limit}.",
+                limit=self._limit,
+            )
+        self._loop = asyncio.get_running_loop()
+        if request.request_id in self._streams:
+            raise ValueError(f"the request id {request.request_id!r} is in use")
+        stream = RequestStream(request.request_id)
+        self._streams[request.request_id] = stream
+        self._commands.put(lambda core: core.add(request))
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Free a request's place before the next step. Does nothing if it is gone."""
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            stream.end()
+            self._commands.put(lambda core: core.abort(request_id))
+
+    def stats(self) -> EngineStats:
+        since = self._busy_since
+        stalled = since is not None and time.monotonic() - since > self._stall_timeout
+        return replace(self._stats, alive=self._cause is None and not self._closed, stalled=stalled)
+
+    def close(self) -> None:
+        """Stop after the step under way; unfinished requests end with EngineDead. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self._commands.put(None)
+            self._thread.join()
+            self._worker.shutdown(cancel_futures=True)
+
+    # -- on the engine thread -----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        if self._threads:
+            import torch
+
+            torch.set_num_threads(self._threads)  # a setting of the calling thread
+        try:
+            while self._obey():
+                self._busy_since = time.monotonic()
+                outputs = self._core.step()
+                self._busy_since = None
+                self._stats = self._core.stats()
+                if outputs:
+                    self._post(self._deliver, outputs)
+            cause: BaseException = RuntimeError("the server is shutting down")
+        except BaseException as error:
+            log.exception("the engine of %s died", self.info.id)
+            cause = error
+        self._busy_since = None
+        self._cause = cause
+        self._post(self._fail_all, cause)
+
+    def _obey(self) -> bool:
+        """Carry out the waiting commands; sleeps while there is nothing to do. False: stop."""
+        while True:
+            try:
+                command = self._commands.get(block=not self._core.has_work)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command(self._core)
+            self._stats = self._core.stats()
+
+    def _post(self, function: Callable[..., None], argument: object) -> None:
+        if self._loop is not None:
+            try:
+                self._loop.call_soon_threadsafe(function, argument)
+            except RuntimeError:
+                pass  # the loop is closed: nobody is listening any more
+
+    # -- on the event loop --------------------------------------------------------------------------------------
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.deliver(output)
+                if output.finished:
+                    del self._streams[output.request_id]
+
+    def _fail_all(self, cause: BaseException) -> None:
+        error = self._dead(cause)
+        for request_id, stream in list(self._streams.items()):
+            stream.deliver(RequestOutput(request_id, (), Usage(0, 0), True, error))
+        self._streams.clear()
+
+    def _dead(self, cause: BaseException) -> VerbatimError:
+        return EngineDead(f"the engine of {self.info.id} has stopped: {cause}")
+
+    def _raise_if_dead(self) -> None:
+        if self._cause is not None:
+            raise self._dead(self._cause)
+        if self._closed:
+            raise EngineDead(f"the engine of {self.info.id} has stopped: the server is shutting down")

@@ -1,0 +1,284 @@
+"""Messages → prompt text, through a model's own Jinja template. Knows no tokens, no model, no HTTP.
+
+The environment is the one that `transformers` renders chat templates in (`utils/chat_template_utils.py`), which is what
+their authors write for; it is built here because `strftime_now` must read a clock that can be pinned, and because a
+variable that no template reads must be refused, not ignored. A test compares the two on every template at hand.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from engine.errors import InvalidFormat, InvalidParameter, LoadError, TemplateRefused
+from engine.types import ChatMessage
+
+__all__ = ["ChatTemplate", "choose_template"]
+
+MAX_PROMPT_CHARACTERS: Final = 1 << 26
+"""A template that writes more than this is refused: no context is that long, and memory is not endless."""
+
+RESERVED: Final = frozenset(
+    {
+        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+        *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    }
+)
+"""Variables that the server sets itself; `chat_template_kwargs` may not."""
+
+
+class ChatTemplate:
+    """One compiled template. Holds no state between renderings; may be shared by threads."""
+
+    def __init__(
+        self,
+        source: str | None,
+        special_tokens: Mapping[str, str] | None = None,
+        clock: Callable[[], datetime] | None = None,
+    ) -> None:
+        """Compile.
+
+        Args:
+            source: Jinja, or None for a model without a template: it then refuses all messages, saying what to do.
+            special_tokens: `bos_token` and the like, handed to the template by these names.
+            clock: what `strftime_now` reads. Default: local time.
+
+        Raises:
+            LoadError: the template is not valid Jinja.
+        """
+        self.source = source
+        self._special_tokens = dict(special_tokens or {})
+        self._template: jinja2.Template | None = None
+        self.variables: frozenset[str] = frozenset()
+        """Names that the template reads and nobody inside it sets: `messages`, `enable_thinking`, …"""
+        if source is None:
+            return
+        environment = _environment(clock or datetime.now)
+        try:
+            self.variables = _inputs(environment.parse(source))
+            self._template = environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise LoadError(f"The chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
+
+    @classmethod
+    def from_tokenizer(
+        cls, tokenizer: Any, *, source: str | None = None, clock: Callable[[], datetime] | None = None
+    ) -> ChatTemplate:
+        """The template of a transformers tokenizer, or `source` in its place, with the tokenizer's special tokens."""
+        if source is None:
+            source = choose_template(getattr(tokenizer, "chat_template", None))
+        return cls(source, tokenizer.special_tokens_map, clock)
+
+    @property
+    def extra_variables(self) -> tuple[str, ...]:
+        """Names that `chat_template_kwargs` may set, sorted."""
+        return tuple(sorted(self.variables - RESERVED - self._special_tokens.keys()))
+
+    def render(self, messages: Sequence[ChatMessage], /, **kwargs: Any) -> str:
+        """The prompt for the assistant's next turn.
+
+        Args:
+            messages: at least one. `developer` turns become `system` unless the template speaks of developers.
+            kwargs: the request's `chat_template_kwargs`.
+
+        Raises:
+            TemplateRefused: the template raised; its own words are in the message. Or there is no template.
+            InvalidFormat: no messages.
+            InvalidParameter: a variable that is reserved, or that the template does not read.
+        """
+        if self._template is None or self.source is None:
+            raise TemplateRefused(
+                "This model has no chat template (a base model, perhaps): set chat_template in models.yaml to a Jinja "
+                "file, or use a checkpoint that was trained for chat.",
+                param="messages",
+            )
+        if not messages:
+            raise InvalidFormat("messages must hold at least one message.", param="messages")
+        self._check(kwargs)
+        keep_developer = "developer" in self.source
+        context = {
+            **self._special_tokens,
+            **kwargs,
+            "messages": [_as_dict(message, keep_developer) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
+        return _render(self._template, context)
+
+    def _check(self, kwargs: Mapping[str, Any]) -> None:
+        for name in kwargs:
+            param = f"chat_template_kwargs.{name}"
+            if name in RESERVED or name in self._special_tokens:
+                raise InvalidParameter(f"chat_template_kwargs: {name} is set by the server.", param=param)
+            if name not in self.variables:
+                known = self.extra_variables
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"Did you mean {near[0]!r}? " if near else ""
+                reads = f"It reads: {', '.join(known)}." if known else "It reads none beside the messages."
+                raise InvalidParameter(
+                    f"chat_template_kwargs: this model's template has no variable {name!r}. {hint}{reads}", param=param
+                )
+
+
+def choose_template(templates: str | Mapping[str, str] | None, name: str = "default") -> str | None:
+    """Pick from a tokenizer's `chat_template`: a string, named ones, or nothing.
+
+    `name` falls back to `default`, as transformers does for `tool_use`.
+
+    Raises:
+        LoadError: named templates without that name and without a default.
+    """
+    if templates is None or isinstance(templates, str):
+        return templates
+    for key in (name, "default"):
+        if key in templates:
+            return templates[key]
+    raise LoadError(
+        f"The tokenizer has the chat templates {', '.join(sorted(templates))}, but no default: set chat_template in "
+        "models.yaml."
+    )
+
+
+def _inputs(tree: nodes.Template) -> frozenset[str]:
+    """Names that a template reads before it sets them, if it ever sets them, or asks whether they are defined.
+
+    `find_undeclared_variables` alone also counts a name that is set in each branch of an `if` and read after it:
+    settable by nobody, so accepting it would be accepting and ignoring.
+    """
+    first: dict[str, str] = {}
+    for name in _names(tree):
+        first.setdefault(name.name, name.ctx)
+    questions = [
+        *(test.node for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined")),
+        *(call.node for call in tree.find_all(nodes.Filter) if call.name in ("default", "d")),
+    ]
+    asked = {node.name for node in questions if isinstance(node, nodes.Name)}
+    undeclared = jinja2.meta.find_undeclared_variables(tree)
+    return frozenset(name for name in undeclared if first[name] == "load" or name in asked)
+
+
+def _names(node: nodes.Node) -> Iterator[nodes.Name]:
+    """In the order in which they are evaluated: a `set` reads its right side first."""
+    if isinstance(node, nodes.Name):
+        yield node
+    children = list(node.iter_child_nodes())
+    for child in reversed(children) if isinstance(node, nodes.Assign) else children:
+        yield from _names(child)
+
+
+def _as_dict(message: ChatMessage, keep_developer: bool) -> dict[str, str]:
+    role = "system" if message.role == "developer" and not keep_developer else message.role
+    fields = {"role": role, "content": message.content, "name": message.name}
+    # As transformers does: many templates write a None as the word None, and cope with a missing key.
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _render(template: jinja2.Template, context: Mapping[str, Any]) -> str:
+    pieces, length = [], 0
+    try:
+        for piece in template.generate(**context):
+            pieces.append(piece)
+            length += len(piece)
+            if length > MAX_PROMPT_CHARACTERS:
+                raise TemplateError(f"The prompt grew beyond {MAX_PROMPT_CHARACTERS} characters.")
+    except SecurityError as error:
+        raise TemplateRefused(f"The chat template did what it must not: {error}", param="messages") from error
+    except TemplateError as error:
+        raise TemplateRefused(f"The chat template refused: {error.message or error}", param="messages") from error
+    except Exception as error:
+        # All that runs in here is the template, on data: whatever it raises (None + str, a missing index, recursion)
+        # says that it was not written for these messages.
+        words = f"{type(error).__name__}: {error}"
+        raise TemplateRefused(f"The chat template failed on these messages: {words}", param="messages") from error
+    return "".join(pieces)
+
+
+def _environment(clock: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+
+    def strftime_now(format: str) -> str:
+        return clock().strftime(format)
+
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    environment.globals["dict"] = _Dict()
+    environment.globals["namespace"] = _Namespace
+    return environment
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} … {% endgeneration %}` marks the assistant's words for training; here it only passes them on.
+
+    A call block, as in transformers, not bare statements: names set inside stay inside.
+    """
+
+    tags = frozenset({"generation"})  # type: ignore[assignment]
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_pass_on"), [], [], body).set_lineno(line)
+
+    def _pass_on(self, caller: Macro) -> str:
+        return caller()
+
+
+class _Dict:
+    """`dict` without the attributes of a class, which lead out of the sandbox."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """`namespace` that refuses underscored names, which lead out of the sandbox."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # self among args, so that namespace(self=...) works
+        attributes = dict(*args[1:], **kwargs)
+        for name in attributes:
+            _check_name(name)
+        Namespace.__init__(args[0], attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"A namespace must not hold the underscored name {name!r}.")
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML, which no model was trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,0 +1,193 @@
+"""A checkpoint on disk, looked at before anything is loaded. Knows files and sizes; loads no tensor.
+
+Everything that can be wrong with a folder is said here, in one sentence and with what to do about it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from engine.config import ModelConfig
+from engine.errors import LoadError
+from engine.standin import ensure_standin
+
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What the headers of a folder say.
+
+    Attributes:
+        parameters: number of floating-point values stored.
+        stored_bytes: size of the tensors on disk.
+        dtype: the most common floating-point type, as torch names it.
+        embedding_parameters: those of the input embedding, if its name is known, else 0.
+        tied: whether the output layer is the input embedding.
+        created: Unix seconds of the newest file.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    parameters: int
+    stored_bytes: int
+    dtype: str
+    embedding_parameters: int
+    tied: bool
+    created: int
+
+    def float32_bytes(self) -> int:
+        """Memory for the model in packed float32: a tied embedding is held in its own dtype and packed once."""
+        extra = self.embedding_parameters * (2 if self.dtype != "float32" else 4) if self.tied else 0
+        return self.parameters * 4 + extra
+
+
+def locate(config: ModelConfig, *, pull: bool) -> Path:
+    """The folder of an entry's checkpoint.
+
+    Raises:
+        LoadError: it is not there; says where it was looked for and what to do.
+    """
+    if config.path is not None:
+        if not config.path.is_dir():
+            raise LoadError(f"{config.id}: the folder {config.path} does not exist.")
+        return config.path
+    if config.builtin is not None:
+        return ensure_standin()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    assert config.repo is not None
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        return Path(
+            snapshot_download(config.repo, revision=config.revision, local_files_only=not pull, allow_patterns=patterns)
+        )
+    except LocalEntryNotFoundError:
+        where = f"{config.repo} (revision {config.revision or 'main'})"
+        raise LoadError(
+            f"{config.id}: {where} is not in the local hub cache. Start with --pull to download it, "
+            "or copy the checkpoint here and give its folder as path."
+        ) from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise LoadError(f"{config.id}: cannot fetch {config.repo}: {error}") from error
+
+
+def inspect(folder: Path, name: str) -> Checkpoint:
+    """Read the configuration and all tensor headers.
+
+    Raises:
+        LoadError: a file is missing, broken or of a kind that is not loaded.
+    """
+    config = read_json(folder / "config.json", name)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
+        hint = f" {pickled[0]} can run code when it is opened and is not loaded; convert it." if pickled else ""
+        raise LoadError(f"{name}: {folder} holds no *.safetensors file.{hint}")
+    _check_index(folder, files, name)
+    counts: dict[str, int] = {}
+    stored = embedding = 0
+    head = False
+    for file in files:
+        for tensor, entry in _header(file, name).items():
+            numel = math.prod(entry["shape"])
+            stored += numel * _BITS.get(entry["dtype"], 8) // 8
+            if entry["dtype"] in _FLOATS:
+                counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + numel
+            if tensor.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")):
+                embedding = numel
+            head = head or tensor.endswith(("lm_head.weight", "embed_out.weight"))
+    common = max(counts, key=lambda k: counts[k], default="F32")
+    newest = max(int(p.stat().st_mtime) for p in (folder / "config.json", *files))
+    return Checkpoint(
+        folder, config, sum(counts.values()), stored, _NAMES[common], embedding, not head, newest
+    )
+
+
+def _check_index(folder: Path, files: list[Path], name: str) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    needed = set(read_json(index, name).get("weight_map", {}).values())
+    missing = sorted(needed - {f.name for f in files})
+    if missing:
+        raise LoadError(f"{name}: {folder} lacks {len(missing)} of {len(needed)} weight files: {', '.join(missing[:3])}.")
+
+
+def _header(file: Path, name: str) -> dict[str, Any]:
+    """The tensor table of a safetensors file: 8 bytes length, then JSON (https://github.com/huggingface/safetensors)."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ValueError("the header is longer than the file")
+            table: dict[str, Any] = json.loads(handle.read(length))
+        table.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in table.values()), default=0)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise LoadError(f"{name}: {file.name} is not a readable safetensors file ({error}).") from None
+    if 8 + length + end > size:
+        raise LoadError(f"{name}: {file.name} is cut short: {size} bytes of {8 + length + end}. Copy it again.")
+    return table
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """A JSON object from a file; LoadError if it is missing, broken or something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoadError(f"{name}: {path.parent} holds no {path.name}: it is not a checkpoint folder.") from None
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{name}: cannot read {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise LoadError(f"{name}: {path} is not a JSON object.")
+    return data
+
+
+def free_memory() -> int:
+    """Bytes this process may still take: what the system has available, or less in a container with a limit."""
+    free = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        allowed = limit.read_text().strip()
+        if allowed != "max":
+            free = min(free, max(int(allowed) - int(used.read_text()), 0))
+    except (OSError, ValueError):
+        pass
+    return free
+
+
+def human(count: float) -> str:
+    """Bytes for people: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def prepare_environment(*, pull: bool) -> None:
+    """Set what must stand in the process's environment before the first matrix product and the first hub call.
+
+    `MKL_CBWR`: attention's matrix products then keep their bits from shape to shape (docs/decisions/0002). A value that
+    the user has set is left alone; the self-test judges it.
+    """
+    import torch
+
+    isa = {"AVX512": "AVX512,STRICT", "AVX2": "AVX2,STRICT"}.get(torch.backends.cpu.get_cpu_capability())
+    if isa:
+        os.environ.setdefault("MKL_CBWR", isa)
+    if not pull:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

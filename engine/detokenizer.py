@@ -1,0 +1,433 @@
+"""Token ids → text: every id's true bytes, text as it becomes whole, stop strings. Knows no model, no torch, no clock.
+
+    Vocabulary     what each id is: its bytes, whether it is special, whether it exists. One per model.
+    Detokenizer    ids in, whole characters out. One per choice.
+    StopMatcher    text in, text out, up to the first stop string. One per choice; `StopStrings` may be shared.
+    TextStream     the last two together: what a running choice needs.
+
+The text of a choice is `tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)`, with one
+deliberate difference, told at `Detokenizer`. Nothing here is derived from a model's name: only from the decoder that
+stands in its tokenizer.json (format: the `tokenizers` library, https://github.com/huggingface/tokenizers).
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, NamedTuple
+
+from engine.errors import LoadError
+
+__all__ = ["Detokenizer", "StopMatcher", "StopStrings", "TextDelta", "TextStream", "Vocabulary"]
+
+_REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
+_ESCAPED: Final = re.compile("[\udc80-\udcff]")  # what the error handler "surrogateescape" makes of invalid bytes
+_BYTE_TOKEN: Final = re.compile("<0x([0-9A-Fa-f]{2})>")
+_CHECKED_IDS: Final = 256
+
+
+def _byte_level_table() -> dict[int, int]:
+    """GPT-2's spelling of bytes as printable characters: code point → byte (`bytes_to_unicode` of its encoder.py).
+
+    Code points below 256 that spell no byte go to one that Latin-1 cannot encode, so that translating a token and
+    encoding it as Latin-1 succeeds exactly when the whole token is spelled in this alphabet.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    table = dict.fromkeys(range(256), 0xFFFF)
+    table.update({byte: byte for byte in printable})
+    table.update({256 + position: byte for position, byte in enumerate(others)})
+    return table
+
+
+_BYTE_LEVEL: Final = _byte_level_table()
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a tokenizer's decoder does to one token, as far as it does the same to each of them.
+
+    `dropped` is the character that Metaspace removes from the first token; `stripped` the byte that Strip takes from
+    the beginning of the whole text.
+    """
+
+    byte_level: bool = False
+    byte_fallback: bool = False
+    replacements: tuple[tuple[str, str], ...] = ()
+    dropped: str = ""
+    stripped: bytes = b""
+
+    def spell(self, token: str, first: bool = False) -> bytes:
+        """The bytes that `token` adds to a text; `first`: at its beginning."""
+        if self.byte_level:
+            try:
+                return token.translate(_BYTE_LEVEL).encode("latin-1")
+            except UnicodeEncodeError:
+                return token.encode()  # an added token, written as it is
+        if self.byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
+            data = bytes.fromhex(match[1])
+        else:
+            if first and self.dropped:
+                token = token.replace(self.dropped, "")
+            for old, new in self.replacements:
+                token = token.replace(old, new)
+            data = token.encode()
+        return data.removeprefix(self.stripped) if first else data
+
+
+def _plan(decoder: Mapping[str, Any] | None) -> _Plan | None:
+    """Read the decoder of a tokenizer.json; None if some step of it does not treat each token alike."""
+    plan = _Plan()
+    fused = False
+    for step in _steps(decoder):
+        match step:
+            case {"type": "Fuse"}:
+                fused = True
+            case {"type": "ByteLevel"} if plan == _Plan():
+                plan = replace(plan, byte_level=True)
+            case {"type": "ByteFallback"} if not fused and not plan.byte_level:
+                plan = replace(plan, byte_fallback=True)
+            case {"type": "Replace", "pattern": {"String": old}, "content": new} if not fused and not plan.byte_level:
+                plan = replace(plan, replacements=(*plan.replacements, (old, new)))
+            case {"type": "Metaspace", "replacement": mark, "prepend_scheme": scheme} if not fused and plan == _Plan():
+                plan = replace(plan, replacements=((mark, " "),), dropped="" if scheme == "never" else mark)
+            case {"type": "Strip", "content": content, "start": 1, "stop": 0} if fused and content.isascii():
+                plan = replace(plan, stripped=content.encode())
+            case _:
+                return None
+    return plan
+
+
+def _steps(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    if decoder is None:
+        yield {"type": "none"}  # tokens joined by spaces: not alike, the first has none
+    elif decoder["type"] == "Sequence":
+        for step in decoder["decoders"]:
+            yield from _steps(step)
+    else:
+        yield decoder
+
+
+_Speller = Callable[[int, int | None], bytes]
+"""The bytes that a text id adds to a text whose last text id is the second argument (None: at its beginning)."""
+
+
+def _planned(plan: _Plan, tokens: Sequence[str | None]) -> _Speller:
+    """Bytes from a table: one look-up."""
+    table = [plan.spell(token or "") for token in tokens]
+
+    def spell(token_id: int, previous: int | None) -> bytes:
+        return table[token_id] if previous is not None else plan.spell(tokens[token_id] or "", first=True)
+
+    return spell
+
+
+def _probed(decode: Callable[[list[int]], str]) -> _Speller:
+    """Bytes from the tokenizer itself, for decoders that join words (WordPiece, BPE with a word suffix, none at all).
+
+    What an id adds depends on the id before it, so pairs are decoded. Such decoders work on whole characters; one that
+    does not would show a character split over tokens as U+FFFD here.
+    """
+
+    @functools.lru_cache(maxsize=1 << 16)
+    def spell(token_id: int, previous: int | None) -> bytes:
+        if previous is not None:
+            before, both = decode([previous]), decode([previous, token_id])
+            if both.startswith(before):
+                return both[len(before) :].encode()
+        return decode([token_id]).encode()
+
+    return spell
+
+
+class Vocabulary:
+    """What each token id is. Built once per model, in well under a second for 150,000 ids; never changed.
+
+    Attributes:
+        size: one more than the tokenizer's highest id. A model's own vocabulary may be larger (padding rows).
+        special_ids: ids that `skip_special_tokens` leaves out of a text (`special: true` in tokenizer.json).
+        byte_fallback: whether each invalid byte becomes a U+FFFD of its own (SentencePiece's byte fallback), or each
+            maximal invalid subsequence does (byte-level BPE, Unicode's recommendation).
+    """
+
+    def __init__(
+        self, tokens: Sequence[str | None], special_ids: Iterable[int], speller: _Speller, *, byte_fallback: bool
+    ):
+        self.size = len(tokens)
+        self.special_ids = frozenset(special_ids)
+        self.byte_fallback = byte_fallback
+        self._tokens = tokens
+        self._speller = speller
+        self._text_ids = frozenset(i for i, token in enumerate(tokens) if token is not None) - self.special_ids
+        # Any word: what stands before a token whose bytes are asked for without a context. Two letters at least: a
+        # byte-fallback token of one would draw its neighbour into a run (see `Detokenizer`).
+        words = (i for i in range(self.size) if self.is_text(i) and len(w := speller(i, None)) > 1 and w.isalpha())
+        self._anchor = next(words, None)
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any) -> Vocabulary:
+        """Read a transformers tokenizer that stands on the `tokenizers` library.
+
+        Raises:
+            LoadError: it does not (there is no tokenizer.json behind it).
+        """
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise LoadError(
+                f"{type(tokenizer).__name__} is not backed by a tokenizer.json; only such tokenizers serve."
+            )
+        vocab: dict[str, int] = backend.get_vocab(with_added_tokens=False)
+        added: dict[int, Any] = backend.get_added_tokens_decoder()
+        tokens: list[str | None] = [None] * (max([*vocab.values(), *added], default=-1) + 1)
+        for token, token_id in vocab.items():
+            tokens[token_id] = token
+        for token_id, entry in added.items():
+            tokens[token_id] = entry.content
+        special = {entry.content for entry in added.values() if entry.special}
+        special_ids = frozenset(i for i, token in enumerate(tokens) if token in special)
+
+        def decode(ids: list[int]) -> str:
+            text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            return text
+
+        plan = _plan(json.loads(backend.decoder.__getstate__()) if backend.decoder else None)
+        if plan is not None:
+            vocabulary = cls(tokens, special_ids, _planned(plan, tokens), byte_fallback=plan.byte_fallback)
+            if vocabulary._agrees_with(decode):
+                return vocabulary
+        return cls(tokens, special_ids, _probed(decode), byte_fallback=False)
+
+    def _agrees_with(self, decode: Callable[[list[int]], str]) -> bool:
+        """Checked, not believed: a sample of ids, at the beginning of a text and after a word."""
+        contexts = [[]] if self._anchor is None else [[], [self._anchor]]
+        for token_id in range(0, self.size, max(1, self.size // _CHECKED_IDS)):
+            for context in contexts:
+                ids = [*context, token_id]
+                stream = Detokenizer(self)
+                if "".join([*(stream.push(i)[0] for i in ids), stream.flush()]) != decode(ids):
+                    return False
+        return True
+
+    def is_text(self, token_id: int) -> bool:
+        """Whether the id stands for a piece of text: neither special nor without a token."""
+        return token_id in self._text_ids
+
+    def invalid_ids(self, model_vocab_size: int) -> list[int]:
+        """Ids below `model_vocab_size` that stand for no token, ascending: holes, and rows past the tokenizer's end."""
+        holes = [i for i, token in enumerate(self._tokens[:model_vocab_size]) if token is None]
+        return [*holes, *range(self.size, model_vocab_size)]
+
+    def contribution(self, token_id: int, previous: int | None) -> bytes:
+        """The bytes that an id adds to a text whose last text token is `previous` (None: at its beginning).
+
+        Empty for special ids and for ids without a token.
+        """
+        return self._speller(token_id, previous) if token_id in self._text_ids else b""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of an id in the middle of a text, leading space included."""
+        return self.contribution(token_id, self._anchor)
+
+    def token_text(self, token_id: int, data: bytes | None = None) -> str:
+        r"""How a token is written in logprobs: its text, or `bytes:\xe2\x80` if it is no whole text by itself.
+
+        That notation is the OpenAI API's. A special token is written as its literal content (`<|im_end|>`), although
+        it adds no bytes. `data`: its bytes where it stands, if they are known (`TextStream.token_bytes`).
+        """
+        if token_id in self.special_ids:
+            return self._tokens[token_id] or ""
+        if data is None:
+            data = self.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+class Detokenizer:
+    """Ids in, whole characters out.
+
+    Bytes that begin a character wait for the rest of it. Bytes that cannot become one are written as U+FFFD, as many
+    of them as `tokenizer.decode` writes. One difference is meant: in a run of byte-fallback tokens that holds an
+    invalid byte, the library turns the valid characters of the run into U+FFFD too, also those that stand before that
+    byte. A stream has sent them by then and cannot take them back; so they stay, here and in the answer that is not
+    streamed.
+    """
+
+    __slots__ = ("_pending", "_previous", "_vocabulary")
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._previous: int | None = None
+        self._pending = b""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What `push` would add now: the true bytes of a candidate at this place."""
+        return self._vocabulary.contribution(token_id, self._previous)
+
+    def push(self, token_id: int) -> tuple[str, bytes]:
+        """Take one id; return the characters that it completes and the bytes that it adds."""
+        data = self._vocabulary.contribution(token_id, self._previous)
+        if self._vocabulary.is_text(token_id):
+            self._previous = token_id
+        return (self._decode(data, final=False) if data else ""), data
+
+    def flush(self) -> str:
+        """The end: what waits for the rest of a character that will not come, as U+FFFD."""
+        return self._decode(b"", final=True)
+
+    def _decode(self, data: bytes, final: bool) -> str:
+        data = self._pending + data
+        if not self._vocabulary.byte_fallback:
+            text, used = codecs.utf_8_decode(data, "replace", final)
+        else:
+            text, used = codecs.utf_8_decode(data, "surrogateescape", final)
+            if not text.isascii():
+                text = _ESCAPED.sub(_REPLACEMENT, text)
+        self._pending = data[used:]
+        return text
+
+
+class StopStrings:
+    """The automaton of Aho and Corasick over a request's stop strings: one step per character, however many there are.
+
+    A state is the longest end of the text that begins some stop string. Never changed; shared by a request's choices.
+    """
+
+    __slots__ = ("_fail", "_next", "depth", "longest")
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._next: list[dict[str, int]] = [{}]
+        self.depth = [0]
+        """By state: how many of the last characters begin a stop string."""
+        self.longest = [0]
+        """By state: the length of the longest stop string that ends here; 0 if none does."""
+        for stop in stops:
+            self._add(stop)
+        self._fail = [0] * len(self._next)
+        queue = deque(self._next[0].values())
+        while queue:
+            state = queue.popleft()
+            for char, child in self._next[state].items():
+                self._fail[child] = self.step(self._fail[state], char)
+                self.longest[child] = self.longest[child] or self.longest[self._fail[child]]
+                queue.append(child)
+
+    def _add(self, stop: str) -> None:
+        if not stop:
+            raise ValueError("an empty stop string would match at once")
+        state = 0
+        for char in stop:
+            if char not in self._next[state]:
+                self._next[state][char] = len(self._next)
+                self._next.append({})
+                self.depth.append(self.depth[state] + 1)
+                self.longest.append(0)
+            state = self._next[state][char]
+        self.longest[state] = len(stop)
+
+    def __bool__(self) -> bool:
+        return len(self._next) > 1
+
+    def step(self, state: int, char: str) -> int:
+        while state and char not in self._next[state]:
+            state = self._fail[state]
+        return self._next[state].get(char, 0)
+
+
+class StopMatcher:
+    """Text in, text out, up to the first stop string; a part of one never comes out.
+
+    The law: after each `push`, if any stop string stands in the text pushed so far, the text ends before the one that
+    begins first. Pushes are tokens, so a longer stop string that would begin earlier loses to one that was complete at
+    an earlier token, and the answer is always: the text of the generated ids, cut at its first stop string.
+    """
+
+    __slots__ = ("_held", "_state", "_stops")
+
+    def __init__(self, stops: StopStrings) -> None:
+        self._stops = stops
+        self._state = 0
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Return what may be shown now, and whether a stop string was found."""
+        stops = self._stops
+        if not stops:
+            return text, False
+        text, begin = self._held + text, len(self._held)
+        first = len(text)
+        state = self._state
+        for end in range(begin, len(text)):
+            state = stops.step(state, text[end])
+            if length := stops.longest[state]:
+                first = min(first, end + 1 - length)
+        if first < len(text):
+            self._state, self._held = 0, ""
+            return text[:first], True
+        shown = len(text) - stops.depth[state]
+        self._state, self._held = state, text[shown:]
+        return text[:shown], False
+
+    def release(self) -> str:
+        """Give up what is held back, and forget it: a later match does not begin in it."""
+        held, self._held, self._state = self._held, "", 0
+        return held
+
+
+class TextDelta(NamedTuple):
+    """What one token did: text that may be shown now, whether it completed a stop string, the bytes it adds."""
+
+    text: str
+    stopped: bool
+    bytes: bytes
+
+
+class TextStream:
+    """Ids of one choice in, its text out. Joined deltas are the whole answer.
+
+    A token that is pushed with `match_stops=False` (below `min_tokens`, inside hidden reasoning) shows its text at
+    once, with all that was held back: a stop string is found only in characters completed by tokens that match, and
+    one that would begin before them is not found.
+    """
+
+    __slots__ = ("_detokenizer", "_match_stops", "_matcher", "stopped")
+
+    def __init__(self, vocabulary: Vocabulary, stop: StopStrings | Sequence[str] = ()) -> None:
+        self._detokenizer = Detokenizer(vocabulary)
+        self._matcher = StopMatcher(stop if isinstance(stop, StopStrings) else StopStrings(stop))
+        self._match_stops = True
+        self.stopped = False
+        """True once a stop string is complete: the text has ended."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The true bytes of a candidate at this place; ask before the chosen one is pushed."""
+        return self._detokenizer.token_bytes(token_id)
+
+    def push(self, token_id: int, match_stops: bool = True) -> TextDelta:
+        """Take one id. Must not be called after a stop string was found."""
+        assert not self.stopped, "the text has ended"
+        self._match_stops = match_stops
+        text, data = self._detokenizer.push(token_id)
+        return TextDelta(*self._match(text), data)
+
+    def finish(self) -> TextDelta:
+        """End for another reason than a stop string: what is held back or half a character comes out now.
+
+        The U+FFFD of a cut character can still complete a stop string; then `stopped` says so. Empty after a stop.
+        """
+        if self.stopped:
+            return TextDelta("", True, b"")
+        text, stopped = self._match(self._detokenizer.flush())
+        return TextDelta(text if stopped else text + self._matcher.release(), stopped, b"")
+
+    def _match(self, text: str) -> tuple[str, bool]:
+        if not self._match_stops:
+            return self._matcher.release() + text, False
+        text, self.stopped = self._matcher.push(text)
+        return text, self.stopped

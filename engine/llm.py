@@ -1,0 +1,159 @@
+"""`LLM`: the engine for scripts. Runs the same core in the caller's own thread, without a server or an event loop."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.config import ModelConfig
+from engine.core import EngineCore
+from engine.loader import load
+from engine.preparation import Preparer
+from engine.types import (
+    ChatMessage,
+    FinishReason,
+    GenerationRequest,
+    ModelInfo,
+    RequestOutput,
+    TokenLogprob,
+    Usage,
+)
+
+Prompt = str | Sequence[ChatMessage]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished choice. `usage` counts all choices of its request."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    seed: int
+    usage: Usage
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+class LLM:
+    """A model for scripts.
+
+        llm = LLM("path/to/checkpoint")
+        [answer] = llm.generate([ChatMessage("user", "Hello")], seed=7)
+
+    A list of messages goes through the chat template; a string is continued as it is.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        pull: bool = False,
+        progress: Callable[[str], None] | None = None,
+        **config: Any,
+    ) -> None:
+        """`model`: a folder, or a hub id that is in the local cache. `config`: further keys of a models.yaml entry.
+
+        Raises:
+            ConfigError, LoadError: see their messages.
+        """
+        path = Path(model).expanduser()
+        source: dict[str, Any] = {"path": path.resolve()} if path.is_dir() else {"repo": str(model)}
+        entry = ModelConfig(**{"id": path.name or str(model), **source, **config})
+        self._model = load(entry, pull=pull, progress=progress)
+        self._core = EngineCore(self._model)
+        self._preparer = Preparer(
+            entry, self._model.info, self._model.tokenizer, self._model.vocabulary, self._model.template
+        )
+        self._ids = itertools.count()
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._model.info
+
+    def stream(
+        self, prompt: Prompt, *, chat_template_kwargs: dict[str, Any] | None = None, **sampling: Any
+    ) -> Iterator[RequestOutput]:
+        """Generate, step by step. Leaving the loop early frees the request's place.
+
+        Raises:
+            RequestError: before anything is generated.
+        """
+        request_id, _ = self._add(prompt, chat_template_kwargs or {}, sampling)
+        try:
+            while True:
+                for output in self._core.step():
+                    if output.error:
+                        raise output.error
+                    yield output
+                    if output.finished:
+                        return
+        finally:
+            self._core.abort(request_id)
+
+    def generate(
+        self, prompt: Prompt, *, chat_template_kwargs: dict[str, Any] | None = None, **sampling: Any
+    ) -> list[Completion]:
+        """All choices of one prompt."""
+        return self.generate_many([prompt], chat_template_kwargs=chat_template_kwargs, **sampling)[0]
+
+    def generate_many(
+        self, prompts: Sequence[Prompt], *, chat_template_kwargs: dict[str, Any] | None = None, **sampling: Any
+    ) -> list[list[Completion]]:
+        """Several prompts at once; the answers are the same as one by one, only sooner."""
+        added = [self._add(p, chat_template_kwargs or {}, sampling) for p in prompts]
+        outputs: dict[str, list[RequestOutput]] = {request_id: [] for request_id, _ in added}
+        try:
+            while self._core.has_work:
+                for output in self._core.step():
+                    if output.error:
+                        raise output.error
+                    outputs[output.request_id].append(output)
+        finally:
+            for request_id, _ in added:
+                self._core.abort(request_id)
+        return [_collect(outputs[request_id], seed) for request_id, seed in added]
+
+    def close(self) -> None:
+        """Nothing is left running; here so that scripts can be written as they are for the server."""
+
+    def _add(self, prompt: Prompt, kwargs: dict[str, Any], sampling: dict[str, Any]) -> tuple[str, int]:
+        text = prompt if isinstance(prompt, str) else None
+        request = GenerationRequest(
+            request_id=f"llm-{next(self._ids)}",
+            prompt=text,
+            messages=None if isinstance(prompt, str) else tuple(prompt),
+            sampling=sampling,
+            chat_template_kwargs=kwargs,
+        )
+        prepared = self._preparer.prepare(request)
+        self._core.add(prepared)
+        assert prepared.params.seed is not None
+        return prepared.request_id, prepared.params.seed
+
+
+def _collect(outputs: list[RequestOutput], seed: int) -> list[Completion]:
+    """Join the deltas of each choice."""
+    usage = outputs[-1].usage
+    deltas = [delta for output in outputs for delta in output.deltas]
+    completions = []
+    for index in sorted({d.index for d in deltas}):
+        mine = [d for d in deltas if d.index == index]
+        logprobs = None if mine[0].logprobs is None else tuple(e for d in mine for e in d.logprobs or ())
+        finish = mine[-1].finish_reason
+        assert finish is not None
+        completions.append(
+            Completion(
+                index,
+                "".join(d.text for d in mine),
+                tuple(t for d in mine for t in d.token_ids),
+                finish,
+                seed,
+                usage,
+                logprobs,
+            )
+        )
+    return completions

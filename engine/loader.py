@@ -1,0 +1,315 @@
+"""models.yaml entry → a model that is ready to run. The only file that builds transformers' objects.
+
+Order: look at the files, compare needed and free memory, read the weights, pack them, run the self-test, size the
+cache. Safetensors only; no network; no remote code unless the entry says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine import checkpoint, fingerprint
+from engine.block_pool import BlockPool
+from engine.chat_template import ChatTemplate
+from engine.checkpoint import Checkpoint, human
+from engine.config import ModelConfig
+from engine.detokenizer import Vocabulary
+from engine.errors import LoadError, NotEnoughMemory, VerbatimError
+from engine.kv_cache import SPAN, KVCache, LayerShape
+from engine.linear import pack_model
+from engine.model_runner import FallbackRunner, PackedRunner, Runner
+from engine.scheduler import Scheduler
+from engine.selftest import SelfTest, self_test
+from engine.types import ModelInfo, SamplingParams
+
+BLOCK_SIZE = 16
+_GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+log = logging.getLogger("verbatim.engine")
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Everything a model needs to serve, each part made once and handed on."""
+
+    config: ModelConfig
+    info: ModelInfo
+    tokenizer: Any
+    vocabulary: Vocabulary
+    template: ChatTemplate
+    end_ids: tuple[int, ...]
+    runner: Runner
+    scheduler: Scheduler
+    device: torch.device
+
+
+def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None = None) -> LoadedModel:
+    """Load one entry.
+
+    Raises:
+        LoadError: whatever is wrong, in one sentence; NotEnoughMemory with `needed` and `free` bytes.
+    """
+    say = progress or (lambda _: None)
+    checkpoint.prepare_environment(pull=pull)
+    folder = checkpoint.locate(config, pull=pull)
+    found = checkpoint.inspect(folder, config.id)
+    if "quantization_config" in found.config:
+        method = found.config["quantization_config"].get("quant_method", "unknown")
+        raise LoadError(f"{config.id}: the checkpoint is pre-quantised ({method}); this build loads unquantised ones.")
+    device, device_map = _resolve_device(config)
+    dtype = _resolve_dtype(config, found, device)
+    _check_memory(config, found, device, dtype)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with ThreadPoolExecutor(max_workers=1) as pool:  # hashing the files runs beside reading them
+        digest = pool.submit(fingerprint.weights_digest, folder)
+        say(f"reading {human(found.stored_bytes)} of weights")
+        tokenizer = _load_tokenizer(config, folder)
+        model = _load_model(config, folder, dtype, device_map)
+        if device.type == "cpu" and dtype == torch.float32:
+            pack_model(model, _DTYPES.get(found.dtype, torch.float32), _packing_progress(say))
+        vocab_size = _vocab_size(model)
+        say("self-test")
+        test = self_test(model, vocab_size, dtype)
+        weights = digest.result()
+    return _assemble(config, found, model, tokenizer, test, vocab_size, device, dtype, weights)
+
+
+def _assemble(
+    config: ModelConfig,
+    found: Checkpoint,
+    model: nn.Module,
+    tokenizer: Any,
+    test: SelfTest,
+    vocab_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: str,
+) -> LoadedModel:
+    context, blocks = _size_cache(config, model, test.layers, device)
+    runner: Runner
+    if test.layers is None:
+        runner = FallbackRunner(model, vocab_size)
+    else:
+        runner = PackedRunner(model, KVCache(test.layers, blocks, BLOCK_SIZE), vocab_size)
+    packed = test.layers is not None
+    scheduler = Scheduler(
+        BlockPool(blocks, BLOCK_SIZE, caching=config.prefix_cache and packed),
+        max_sequences=config.max_sequences,
+        max_batch_tokens=config.max_batch_tokens,
+        whole_prompts=not packed,
+    )
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    clock = config.template_clock
+    source = _read_template(config) if config.chat_template else None
+    template = ChatTemplate.from_tokenizer(tokenizer, source=source, clock=(lambda: clock) if clock else None)
+    parts = {
+        "weights": weights,
+        "tokenizer": fingerprint.files_digest(found.folder, ("tokenizer*", "vocab*", "merges.txt", "*.model")),
+        "template": template.source,
+        "config": found.config,
+        "dtype": str(dtype),
+        "runner": "packed" if packed else "fallback",
+        "threads": None if test.report.holds else torch.get_num_threads(),
+        **fingerprint.hardware(device),
+    }
+    info = ModelInfo(
+        id=config.id,
+        created=found.created,
+        architecture=type(model).__name__,
+        runner="packed" if packed else "fallback",
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        context_length=context,
+        cache_tokens=blocks * BLOCK_SIZE,
+        max_sequences=config.max_sequences,
+        vocab_size=vocab_size,
+        system_fingerprint=fingerprint.fingerprint(parts),
+        law=test.report,
+        default_sampling=_default_sampling(config, found.folder),
+        weight_bytes=found.stored_bytes,
+    )
+    end_ids = _end_ids(model, tokenizer, vocab_size)
+    return LoadedModel(config, info, tokenizer, vocabulary, template, end_ids, runner, scheduler, device)
+
+
+# -- where and how ---------------------------------------------------------------------------------------------------
+
+
+def _resolve_device(config: ModelConfig) -> tuple[torch.device, Any]:
+    """The device that logits come to, and accelerate's device map."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu"), {"": "cpu"}
+    if not torch.cuda.is_available():
+        raise LoadError(f"{config.id}: device {config.device!r} was asked for, but torch {torch.__version__} sees no GPU.")
+    if not name.startswith("cuda"):
+        return torch.device("cuda:0"), name
+    device = torch.device(name if ":" in name else "cuda:0")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise LoadError(f"{config.id}: there is no {device}; this machine has {torch.cuda.device_count()} GPU(s).")
+    return device, {"": str(device)}
+
+
+def _resolve_dtype(config: ModelConfig, found: Checkpoint, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        return _DTYPES[config.dtype]
+    return torch.float32 if device.type == "cpu" else _DTYPES.get(found.dtype, torch.float32)
+
+
+def _check_memory(config: ModelConfig, found: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    on_cpu = device.type == "cpu"
+    needed = found.float32_bytes() if on_cpu and dtype == torch.float32 else found.parameters * dtype.itemsize
+    free = checkpoint.free_memory() if on_cpu else sum(
+        torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())
+    )
+    if needed > free:
+        place = "memory" if on_cpu else "GPU memory"
+        raise NotEnoughMemory(
+            f"{config.id}: the weights need {human(needed)} of {place} as {str(dtype).removeprefix('torch.')}, "
+            f"{human(free)} are free.",
+            needed=needed,
+            free=free,
+        )
+
+
+def _size_cache(
+    config: ModelConfig, model: nn.Module, layers: tuple[LayerShape, ...] | None, device: torch.device
+) -> tuple[int, int]:
+    """Context length and number of blocks.
+
+    Without a size in the entry: a quarter of the free memory on a CPU, 80 % on a GPU, and never more than all sequences
+    can use.
+    """
+    text = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    trained = int(getattr(text, "max_position_embeddings", 0) or 32768)
+    wanted = config.context_length or trained
+    if config.context_length and config.context_length > trained:
+        raise LoadError(f"{config.id}: context_length is {config.context_length}, the model was built for {trained}.")
+    most = -(-wanted // BLOCK_SIZE) * config.max_sequences
+    if layers is None:  # transformers allocates its own caches; blocks only count tokens
+        return wanted, most
+    per_block = sum(layer.bytes_per_token for layer in layers) * BLOCK_SIZE
+    if config.cache_size:
+        room = config.cache_size
+    elif device.type == "cpu":
+        room = checkpoint.free_memory() // 4
+    else:
+        room = int(torch.cuda.mem_get_info(device)[0] * 0.8)
+    spare = sum(layer.bytes_per_token for layer in layers) * SPAN
+    blocks = min(max(room - spare, 0) // per_block, most)
+    least = -(-(config.context_length or 2) // BLOCK_SIZE)
+    if blocks < least:
+        raise NotEnoughMemory(
+            f"{config.id}: the cache for {least * BLOCK_SIZE} tokens needs {human(least * per_block + spare)}, "
+            f"{human(room)} are given to it; lower context_length or raise cache_size.",
+            needed=least * per_block + spare,
+            free=room,
+        )
+    return min(wanted, blocks * BLOCK_SIZE), blocks
+
+
+# -- transformers ----------------------------------------------------------------------------------------------------
+
+
+def _load_model(config: ModelConfig, folder: Path, dtype: torch.dtype, device_map: Any) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise NotEnoughMemory(f"{config.id}: memory ran out while the weights were read: {error}") from error
+    except Exception as error:  # any of a hundred architectures may object in its own way; the words are what helps
+        raise LoadError(f"{config.id}: transformers cannot load {folder}: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would fill them with random numbers and answer noise
+        raise LoadError(f"{config.id}: the checkpoint lacks {len(missing)} tensors of {type(model).__name__}: {missing[0]}, …")
+    model.eval().requires_grad_(False)
+    return model  # type: ignore[no-any-return]
+
+
+def _load_tokenizer(config: ModelConfig, folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:
+        raise LoadError(f"{config.id}: cannot load the tokenizer of {folder}: {error}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise LoadError(f"{config.id}: {type(tokenizer).__name__} has no tokenizer.json; only fast tokenizers are served.")
+    return tokenizer
+
+
+def _packing_progress(say: Progress) -> Callable[[int, int], None]:
+    def report(done: int, total: int) -> None:
+        if done == total or done % 32 == 0:
+            say(f"packing layers {done}/{total}")
+
+    return report
+
+
+def _vocab_size(model: nn.Module) -> int:
+    """Rows of the output layer: may be more than the tokenizer has tokens."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    size = getattr(head, "out_features", None) or model.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
+    return int(size)
+
+
+def _read_template(config: ModelConfig) -> str:
+    assert config.chat_template is not None
+    try:
+        return config.chat_template.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoadError(f"{config.id}: cannot read the chat template {config.chat_template}: {error}") from None
+
+
+def _end_ids(model: nn.Module, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """Tokens that end an answer: those of the generation config, of the model's config and of the tokenizer."""
+    sources = (
+        getattr(getattr(model, "generation_config", None), "eos_token_id", None),
+        getattr(model.config, "eos_token_id", None),
+        tokenizer.eos_token_id,
+    )
+    ids: set[int] = set()
+    for source in sources:
+        ids.update(source if isinstance(source, list | tuple) else [] if source is None else [source])
+    return tuple(sorted(i for i in ids if 0 <= i < vocab_size))
+
+
+def _default_sampling(config: ModelConfig, folder: Path) -> dict[str, Any]:
+    """Defaults for fields that a request leaves out: the checkpoint's generation config, then the entry's own."""
+    path = folder / "generation_config.json"
+    given = checkpoint.read_json(path, config.id) if path.exists() else {}
+    if given.get("do_sample") is False:
+        given = {}
+    defaults = {name: given[name] for name in _GENERATION_FIELDS if given.get(name) is not None}
+    try:
+        SamplingParams.merged(defaults)
+    except VerbatimError as error:
+        log.warning("%s: generation_config.json is ignored: %s", config.id, error.message)
+        defaults = {}
+    return {**defaults, **config.sampling}
+

@@ -1,0 +1,116 @@
+"""From what a caller wants to what the engine runs: template, tokens, defaults, limits.
+
+Everything that can be refused is refused here, before anything is queued. Knows the tokenizer and the model's limits;
+computes nothing with the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from engine.chat_template import ChatTemplate
+from engine.config import ModelConfig
+from engine.detokenizer import Vocabulary
+from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter
+from engine.types import GenerationRequest, ModelInfo, PreparedRequest, SamplingParams
+
+_DRAWN_SEED_BITS = 53
+"""A seed that the engine draws survives a client whose numbers are doubles."""
+
+
+class Preparer:
+    """Turns requests for one model into prepared ones."""
+
+    def __init__(
+        self, config: ModelConfig, info: ModelInfo, tokenizer: Any, vocabulary: Vocabulary, template: ChatTemplate
+    ) -> None:
+        self._config = config
+        self._info = info
+        self._tokenizer = tokenizer
+        self._template = template
+        invalid = set(vocabulary.invalid_ids(info.vocab_size))
+        self._token_ids = frozenset(range(info.vocab_size)) - invalid
+
+    def prepare(self, request: GenerationRequest) -> PreparedRequest:
+        """Check, render, tokenise.
+
+        Raises:
+            InvalidFormat, TemplateRefused, ContextLengthExceeded: see their codes.
+            InvalidParameter: a sampling field out of range, `n` over the cap, an id outside the vocabulary.
+        """
+        params = SamplingParams.merged(self._info.default_sampling, request.sampling)
+        if params.n > self._config.max_choices:
+            raise InvalidParameter(f"n must be at most {self._config.max_choices} here, not {params.n}.", param="n")
+        self._check_ids(params)
+        tokens = self._tokens(request)
+        return PreparedRequest(
+            request_id=request.request_id, prompt_token_ids=tokens, params=self._complete(params, len(tokens))
+        )
+
+    def _check_ids(self, params: SamplingParams) -> None:
+        for token, _ in params.logit_bias:
+            self._check_id(token, "logit_bias", f"logit_bias.{token}")
+        for token in params.stop_token_ids:
+            self._check_id(token, "stop_token_ids", "stop_token_ids")
+
+    def _check_id(self, token: int, name: str, param: str) -> None:
+        if token not in self._token_ids:
+            raise InvalidParameter(
+                f"{name}: {token} is not a token of this model; its ids go from 0 to {max(self._token_ids)}.",
+                param=param,
+            )
+
+    def _tokens(self, request: GenerationRequest) -> tuple[int, ...]:
+        given = [n for n in ("messages", "prompt", "prompt_token_ids") if getattr(request, n) is not None]
+        if len(given) != 1:
+            raise InvalidFormat(f"give exactly one of messages, prompt and prompt_token_ids, not {given or 'none'}.")
+        if request.prompt_token_ids is not None:
+            for token in request.prompt_token_ids:
+                self._check_id(token, "prompt_token_ids", "prompt_token_ids")
+            tokens = tuple(request.prompt_token_ids)
+        elif request.prompt is not None:
+            tokens = self._encode(request.prompt, special=True, param="prompt")
+        else:
+            assert request.messages is not None
+            if not request.messages:
+                raise InvalidParameter("messages must hold at least one message.", param="messages")
+            text = self._template.render(request.messages, **self._template_kwargs(request.chat_template_kwargs))
+            tokens = self._encode(text, special=False, param="messages")
+        limit = self._info.context_length
+        if not tokens:
+            raise InvalidParameter("the prompt holds no token.", param=given[0])
+        if len(tokens) >= limit:
+            raise ContextLengthExceeded(
+                f"the prompt has {len(tokens)} tokens; this model's context holds {limit}, one of them for the answer.",
+                param=given[0],
+                prompt_tokens=len(tokens),
+                context_length=limit,
+            )
+        return tokens
+
+    def _template_kwargs(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        for key in given:
+            if not isinstance(key, str):
+                raise InvalidFormat(f"chat_template_kwargs: {key!r} is not a name.", param="chat_template_kwargs")
+        return dict(given)
+
+    def _encode(self, text: str, *, special: bool, param: str) -> tuple[int, ...]:
+        try:
+            # A rendered template writes its own special tokens; a bare prompt gets what the tokenizer adds.
+            ids = self._tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
+        except (UnicodeEncodeError, TypeError):
+            raise InvalidFormat(f"{param} holds text that is not valid Unicode.", param=param) from None
+        return tuple(ids["input_ids"])
+
+    def _complete(self, params: SamplingParams, prompt_tokens: int) -> SamplingParams:
+        """Fill in what the request left open: how long, and from which seed."""
+        room = self._info.context_length - prompt_tokens
+        caps = (room, params.max_tokens, self._config.max_completion_tokens)
+        max_tokens = min(cap for cap in caps if cap is not None)
+        seed = secrets.randbits(_DRAWN_SEED_BITS) if params.seed is None else params.seed
+        return dataclasses.replace(
+            params, max_tokens=max_tokens, min_tokens=min(params.min_tokens, max_tokens), seed=seed
+        )

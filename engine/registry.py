@@ -1,0 +1,124 @@
+"""The models of one process, by id. Loads them one after the other in the background; knows their states."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.async_engine import AsyncEngine
+from engine.config import ModelConfig
+from engine.errors import EngineDead, ModelLoading, ModelNotFound, VerbatimError
+from engine.loader import load
+from engine.types import ModelInfo
+
+log = logging.getLogger("verbatim.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """Where an entry stands. `detail`: progress while loading, the reason once failed."""
+
+    id: str
+    state: Literal["loading", "ready", "failed"]
+    detail: str
+    info: ModelInfo | None = None
+
+
+class Registry:
+    """Owns the engines: made by the loading thread, closed by `close`."""
+
+    def __init__(
+        self,
+        configs: Sequence[ModelConfig],
+        *,
+        pull: bool = False,
+        on_progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self._configs = {config.id: config for config in configs}
+        self._pull = pull
+        self._on_progress = on_progress
+        self._engines: dict[str, AsyncEngine] = {}
+        self._details = dict.fromkeys(self._configs, "waiting for its turn")
+        self._failures: dict[str, str] = {}
+        self._closing = False
+        self._lock = threading.Lock()  # guards the hand-over of a fresh engine against close
+        self._thread = threading.Thread(target=self._load_all, name="model-loader", daemon=True)
+
+    def start(self) -> None:
+        """Begin to load; returns at once."""
+        self._thread.start()
+
+    def get(self, model_id: str) -> AsyncEngine:
+        """The engine of a model.
+
+        Raises:
+            ModelNotFound: no entry has this id; names those that exist.
+            ModelLoading: not yet.
+            EngineDead: it could not be loaded.
+        """
+        engine = self._engines.get(model_id)
+        if engine is not None:
+            return engine
+        if model_id not in self._configs:
+            known = ", ".join(sorted(self._configs))
+            raise ModelNotFound(f"the model {model_id!r} does not exist; there is: {known}.", param="model")
+        if model_id in self._failures:
+            raise EngineDead(f"{model_id} could not be loaded: {self._failures[model_id]}")
+        raise ModelLoading(f"{model_id} is loading ({self._details[model_id]}).")
+
+    def list(self) -> list[ModelStatus]:
+        """All entries, in the order of the configuration."""
+        return [self._status(model_id) for model_id in self._configs]
+
+    def wait(self) -> None:
+        """Return when every entry has been loaded or has failed."""
+        self._thread.join()
+
+    def close(self) -> None:
+        """Stop loading and close every engine. Safe to call twice."""
+        with self._lock:
+            self._closing = True
+            engines = list(self._engines.values())
+        for engine in engines:
+            engine.close()
+
+    def _status(self, model_id: str) -> ModelStatus:
+        engine = self._engines.get(model_id)
+        if engine is not None:
+            return ModelStatus(model_id, "ready", "ready", engine.info)
+        if model_id in self._failures:
+            return ModelStatus(model_id, "failed", self._failures[model_id])
+        return ModelStatus(model_id, "loading", self._details[model_id])
+
+    def _load_all(self) -> None:
+        for model_id, config in self._configs.items():
+            if self._closing:
+                return
+            try:
+                model = load(config, pull=self._pull, progress=lambda text, name=model_id: self._say(name, text))
+                engine = AsyncEngine(model)
+            except VerbatimError as error:
+                self._failures[model_id] = error.message
+                self._say(model_id, f"failed: {error.message}")
+                continue
+            except Exception as error:
+                log.exception("loading %s failed", model_id)
+                self._failures[model_id] = f"{type(error).__name__}: {error}"
+                self._say(model_id, f"failed: {self._failures[model_id]}")
+                continue
+            with self._lock:
+                if not self._closing:
+                    self._engines[model_id] = engine
+                    engine = None  # type: ignore[assignment]
+            if engine is not None:
+                engine.close()
+                return
+            self._say(model_id, "ready")
+
+    def _say(self, model_id: str, text: str) -> None:
+        self._details[model_id] = text
+        if self._on_progress:
+            self._on_progress(f"{model_id}: {text}")

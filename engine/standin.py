@@ -1,0 +1,90 @@
+"""A tiny random checkpoint, for a first start without any model at hand. Its text is noise; everything else is real.
+
+A Qwen3-type model with a byte-level tokenizer and a ChatML template, the same bytes on every machine.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+VERSION = "1"
+"""Part of the folder's name: raised when the recipe changes."""
+
+_TEXT = """the bits of a reply depend on the model, the prompt, the parameters and the seed, and on nothing else.
+every parameter is honoured exactly or refused by name. a seed chooses one reply among all that are possible; the same
+seed with the same request gives the same words again, alone or in a crowd, today or next year. this model has never
+read anything: its weights are random numbers, so it speaks in noise, but it speaks the same noise every time."""
+
+_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def cache_folder() -> Path:
+    """Where this project may keep files of its own: `$XDG_CACHE_HOME/verbatim` or `~/.cache/verbatim`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "verbatim"
+
+
+def ensure_standin(folder: Path | None = None) -> Path:
+    """The folder of the random checkpoint, written if it is not there yet; never half-written."""
+    parent = folder or cache_folder()
+    target = parent / f"noise-{VERSION}"
+    if (target / "config.json").exists():
+        return target
+    parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".noise-", dir=parent))
+    try:
+        _write(scratch)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not (target / "config.json").exists():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _write(folder: Path) -> None:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator([_TEXT], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=_TEMPLATE
+    )
+    tokenizer.save_pretrained(folder)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    model = Qwen3ForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.06, generator=generator)
+    model.to(torch.bfloat16).save_pretrained(folder)
