@@ -8,6 +8,8 @@ then contributes an exact zero, whatever it holds.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,9 +77,8 @@ class KVCache:
         self.num_blocks = num_blocks
         # A padded view may run past the last block by up to one span.
         slots = num_blocks * block_size + SPAN
-        # The operating system hands out zeroed pages when they are first touched: an unused cache costs no memory.
-        self.keys = [torch.zeros(s.heads, slots, s.key_dim, dtype=s.dtype, device=s.device) for s in layers]
-        self.values = [torch.zeros(s.heads, slots, s.value_dim, dtype=s.dtype, device=s.device) for s in layers]
+        self.keys = [_zeros((s.heads, slots, s.key_dim), s) for s in layers]
+        self.values = [_zeros((s.heads, slots, s.value_dim), s) for s in layers]
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, in order: a later pair may read what an earlier one wrote."""
@@ -99,6 +100,17 @@ class KVCache:
         One run is a view; several are gathered into a copy.
         """
         return _gather(self.keys[layer], runs, padded), _gather(self.values[layer], runs, padded)
+
+
+def _zeros(shape: tuple[int, int, int], layer: LayerShape) -> Tensor:
+    """Zeros; on a CPU from fresh anonymous memory, whose pages cost nothing until they are first written.
+
+    `torch.zeros` writes them all: an unused cache would take its full size at once.
+    """
+    if layer.device.type != "cpu":
+        return torch.zeros(shape, dtype=layer.dtype, device=layer.device)
+    memory = mmap.mmap(-1, math.prod(shape) * layer.dtype.itemsize)
+    return torch.frombuffer(memory, dtype=layer.dtype).view(shape)
 
 
 def _gather(pool: Tensor, runs: Sequence[Run], padded: int) -> Tensor:

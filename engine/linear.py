@@ -41,6 +41,16 @@ class PackedLinear(nn.Module):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
         return (out[:1] if single else out).reshape(*x.shape[:-1], self.out_features)
 
+    @property
+    def weight(self) -> Tensor:
+        """A fresh float32 copy `[out, in]`, for the rare architecture that reads weights itself (Mamba)."""
+        return self._packed.to_dense()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`[out]` float32."""
+        return self._bias
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, packed float32"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,7 @@ class LLM:
             entry, self._model.info, self._model.tokenizer, self._model.vocabulary, self._model.template
         )
         self._ids = itertools.count()
+        self._boxes: dict[str, deque[RequestOutput]] = {}  # outputs of open requests that nobody has read yet
 
     @property
     def info(self) -> ModelInfo:
@@ -83,16 +85,7 @@ class LLM:
             RequestError: before anything is generated.
         """
         request_id, _ = self._add(prompt, chat_template_kwargs or {}, sampling)
-        try:
-            while True:
-                for output in self._core.step():
-                    if output.error:
-                        raise output.error
-                    yield output
-                    if output.finished:
-                        return
-        finally:
-            self._core.abort(request_id)
+        return self._outputs(request_id)
 
     def generate(
         self, prompt: Prompt, *, chat_template_kwargs: dict[str, Any] | None = None, **sampling: Any
@@ -105,20 +98,28 @@ class LLM:
     ) -> list[list[Completion]]:
         """Several prompts at once; the answers are the same as one by one, only sooner."""
         added = [self._add(p, chat_template_kwargs or {}, sampling) for p in prompts]
-        outputs: dict[str, list[RequestOutput]] = {request_id: [] for request_id, _ in added}
-        try:
-            while self._core.has_work:
-                for output in self._core.step():
-                    if output.error:
-                        raise output.error
-                    outputs[output.request_id].append(output)
-        finally:
-            for request_id, _ in added:
-                self._core.abort(request_id)
-        return [_collect(outputs[request_id], seed) for request_id, seed in added]
+        return [_collect(list(self._outputs(request_id)), seed) for request_id, seed in added]
 
     def close(self) -> None:
         """Nothing is left running; here so that scripts can be written as they are for the server."""
+
+    def _outputs(self, request_id: str) -> Iterator[RequestOutput]:
+        """Step until a request has ended; what steps do for other requests waits in their own boxes."""
+        try:
+            while True:
+                while not self._boxes[request_id]:
+                    for output in self._core.step():
+                        if output.request_id in self._boxes:
+                            self._boxes[output.request_id].append(output)
+                output = self._boxes[request_id].popleft()
+                if output.error:
+                    raise output.error
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self._core.abort(request_id)
+            del self._boxes[request_id]
 
     def _add(self, prompt: Prompt, kwargs: dict[str, Any], sampling: dict[str, Any]) -> tuple[str, int]:
         text = prompt if isinstance(prompt, str) else None
@@ -131,6 +132,7 @@ class LLM:
         )
         prepared = self._preparer.prepare(request)
         self._core.add(prepared)
+        self._boxes[prepared.request_id] = deque()
         assert prepared.params.seed is not None
         return prepared.request_id, prepared.params.seed
 

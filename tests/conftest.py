@@ -1,0 +1,47 @@
+"""What all tests share. The environment is prepared first: some of it is read once, by the first matrix product."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from engine.checkpoint import prepare_environment
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+prepare_environment(pull=False)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """`tiny(family)`: the folder of a tiny checkpoint, written once for the whole run."""
+    import tiny_models
+
+    folders: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in folders:
+            folders[family] = tiny_models.write(tmp_path_factory.mktemp("tiny") / family, family)
+        return folders[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real tokenizers and templates; tests that need it are skipped where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("real tokenizers and templates are not beside this checkout")
+    return SHARED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,0 +1,285 @@
+"""The engine's law, as one table.
+
+    The bits of a reply depend on the model, the prompt, the parameters and the seed. On nothing else.
+
+Each row of the table is a circumstance that must not matter; each column a family of models. A reply is compared by its
+token ids and by every log-probability, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import LLM, ChatMessage, Completion
+
+FAMILIES = ["qwen3", "llama", "gemma3_text", "phi3"]
+SHORT = "the bits of a reply depend on the seed"
+LONG = " ".join(f"word {i} of {i * 7 % 13} and" for i in range(60))
+"""More than one key span of 512 tokens, so that a border of the attention kernel lies inside."""
+PROMPTS = {"short": SHORT, "long": LONG}
+PARAMS: dict[str, Any] = {
+    "max_tokens": 12,
+    "seed": 1234,
+    "temperature": 0.9,
+    "top_p": 0.95,
+    "frequency_penalty": 0.4,
+    "presence_penalty": -0.3,
+    "repetition_penalty": 1.1,
+    "logit_bias": {70: 2.5, 81: -100},
+    "logprobs": True,
+    "top_logprobs": 5,
+}
+Bits = tuple[tuple[int, ...], tuple[Any, ...]]
+
+
+def open_model(folder: Path, **config: Any) -> LLM:
+    return LLM(folder, **{"context_length": 1024, "cache_size": "64MiB", **config})
+
+
+def bits(completion: Completion) -> Bits:
+    entries = completion.logprobs or ()
+    numbers = tuple((e.logprob.hex(), *((t.token_id, t.logprob.hex()) for t in e.top)) for e in entries)
+    assert len(numbers) == len(completion.token_ids)
+    return completion.token_ids, numbers
+
+
+def crowd() -> list[tuple[str, dict[str, Any]]]:
+    """Fifteen neighbours that differ in everything."""
+    return [
+        (
+            " ".join([f"neighbour {i}"] * (1 + 3 * i)),
+            {
+                "max_tokens": 3 + 2 * i,
+                "seed": i - 7,
+                "temperature": i / 10,
+                "top_k": i % 4,
+                "min_p": 0.01 * (i % 3),
+                "n": 1 + (i % 5 == 0),
+                "logprobs": i % 2 == 0,
+                "stop": ["e"] if i % 4 == 3 else [],
+            },
+        )
+        for i in range(15)
+    ]
+
+
+def run(llm: LLM, prompt: str, **params: Any) -> Bits:
+    return bits(llm.generate(prompt, **{**PARAMS, **params})[0])
+
+
+def alone(folder: Path, prompt: str) -> Bits:
+    return run(open_model(folder), prompt)
+
+
+def in_a_crowd(folder: Path, prompt: str) -> Bits:
+    """Joins fifteen others that are already on their way; more keep waiting."""
+    llm = open_model(folder, max_batch_tokens=96)
+    for text, params in crowd():
+        llm._add(text, {}, params)
+    for _ in range(4):
+        llm._core.step()
+    return run(llm, prompt)
+
+
+def chunked(size: int) -> Callable[[Path, str], Bits]:
+    def circumstance(folder: Path, prompt: str) -> Bits:
+        return run(open_model(folder, max_batch_tokens=size), prompt)
+
+    return circumstance
+
+
+def cache_off(folder: Path, prompt: str) -> Bits:
+    return run(open_model(folder, prefix_cache=False), prompt)
+
+
+def cache_warm(folder: Path, prompt: str) -> Bits:
+    llm = open_model(folder)
+    run(llm, prompt)
+    [completion] = llm.generate(prompt, **PARAMS)
+    assert completion.usage.cached_tokens == completion.usage.prompt_tokens - 1, "the cache was not warm"
+    return bits(completion)
+
+
+def cache_half(folder: Path, prompt: str) -> Bits:
+    """Half of the prompt is cached, and the cut lies inside a block."""
+    llm = open_model(folder)
+    llm.generate(prompt[: len(prompt) // 2] + "?", max_tokens=2, seed=1)
+    [completion] = llm.generate(prompt, **PARAMS)
+    assert 0 < completion.usage.cached_tokens < completion.usage.prompt_tokens - 1
+    return bits(completion)
+
+
+def preempted(folder: Path, prompt: str) -> Bits:
+    """A cache too small for all: the youngest request loses its keys and is recomputed, more than once."""
+    llm = open_model(folder)
+    scheduler = llm._model.scheduler
+    tokens = len(llm._model.tokenizer(prompt)["input_ids"]) + PARAMS["max_tokens"]
+    blocks = scheduler.pool.blocks_for(tokens)
+    held = scheduler.pool.allocate(scheduler.pool.num_blocks - blocks - 3, "a hog")
+    for seed in range(2):
+        llm._add("an older request", {}, {"max_tokens": 60, "ignore_eos": True, "seed": seed})
+    before = scheduler.num_preemptions
+    request_id, _ = llm._add(prompt, {}, PARAMS)
+    outputs = []
+    for output in llm._outputs(request_id):
+        outputs.append(output)
+        if scheduler.num_preemptions == before:
+            youngest = scheduler.running[-1]
+            if youngest.request_id == request_id:
+                scheduler._preempt(youngest)  # whatever the sizes, once for certain
+    assert scheduler.num_preemptions > before
+    scheduler.pool.release(held, "a hog")
+    from engine.llm import _collect
+
+    return bits(_collect(outputs, 0)[0])
+
+
+def first_of_four(folder: Path, prompt: str) -> Bits:
+    llm = open_model(folder)
+    completions = llm.generate(prompt, **{**PARAMS, "n": 4})
+    assert len({c.token_ids for c in completions}) > 1, "four choices with one face"
+    return bits(completions[0])
+
+
+def more_choices_than_places(folder: Path, prompt: str) -> Bits:
+    return run(open_model(folder, max_sequences=2), prompt, n=5)
+
+
+def streamed(folder: Path, prompt: str) -> Bits:
+    outputs = list(open_model(folder).stream(prompt, **PARAMS))
+    from engine.llm import _collect
+
+    assert len(outputs) > 1
+    return bits(_collect(outputs, 0)[0])
+
+
+def with_threads(count: int) -> Callable[[Path, str], Bits]:
+    def circumstance(folder: Path, prompt: str) -> Bits:
+        before = torch.get_num_threads()
+        try:
+            return run(open_model(folder, threads=count), prompt)
+        finally:
+            torch.set_num_threads(before)
+
+    return circumstance
+
+
+def in_a_new_process(folder: Path, prompt: str) -> Bits:
+    code = (
+        "import json, sys; from pathlib import Path; import test_invariants as t; "
+        "folder, prompt = json.load(sys.stdin); print(json.dumps(t.alone(Path(folder), prompt)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps([str(folder), prompt]),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ids, numbers = json.loads(done.stdout.splitlines()[-1])
+    return tuple(ids), tuple((n[0], *map(tuple, n[1:])) for n in numbers)
+
+
+CIRCUMSTANCES: dict[str, Callable[[Path, str], Bits]] = {
+    "in a crowd of 16": in_a_crowd,
+    "chunks of 1": chunked(1),
+    "chunks of 7": chunked(7),
+    "chunks of 64": chunked(64),
+    "chunks of 512": chunked(512),
+    "prefix cache off": cache_off,
+    "prefix cache warm": cache_warm,
+    "prefix cache half": cache_half,
+    "preempted": preempted,
+    "choice 0 of 4": first_of_four,
+    "choice 0 of 5 with 2 places": more_choices_than_places,
+    "streamed": streamed,
+    "1 thread": with_threads(1),
+    "2 threads": with_threads(2),
+    "a new process": in_a_new_process,
+}
+
+
+@pytest.fixture(scope="module")
+def baseline(tiny: Callable[[str], Path]) -> Callable[[str, str], Bits]:
+    known: dict[tuple[str, str], Bits] = {}
+
+    def get(family: str, prompt: str) -> Bits:
+        if (family, prompt) not in known:
+            known[family, prompt] = alone(tiny(family), PROMPTS[prompt])
+        return known[family, prompt]
+
+    return get
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("circumstance", CIRCUMSTANCES)
+def test_the_circumstance_does_not_matter(
+    circumstance: str,
+    family: str,
+    prompt: str,
+    tiny: Callable[[str], Path],
+    baseline: Callable[[str, str], Bits],
+) -> None:
+    assert CIRCUMSTANCES[circumstance](tiny(family), PROMPTS[prompt]) == baseline(family, prompt)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_must_matter_does(family: str, tiny: Callable[[str], Path]) -> None:
+    """The table above would also hold for an engine that always says the same."""
+    llm = open_model(tiny(family))
+    replies = {
+        run(llm, SHORT)[0],
+        run(llm, SHORT, seed=1235)[0],
+        run(llm, LONG)[0],
+        run(llm, SHORT, temperature=0.2)[0],
+        run(llm, SHORT, logit_bias={75: 100})[0],
+    }
+    assert len(replies) == 5
+
+
+def test_temperature_zero_makes_all_choices_equal(tiny: Callable[[str], Path]) -> None:
+    completions = open_model(tiny("qwen3")).generate(SHORT, n=3, temperature=0, max_tokens=8, seed=1)
+    assert len({c.token_ids for c in completions}) == 1
+
+
+def test_two_engines_in_one_process_do_not_disturb_each_other(tiny: Callable[[str], Path]) -> None:
+    """No mutable module state: interleaved steps of two models give what each gives alone."""
+    one, two = open_model(tiny("qwen3")), open_model(tiny("llama"))
+    streams = [one.stream(SHORT, **PARAMS), two.stream(SHORT, **PARAMS)]
+    ids: list[list[int]] = [[], []]
+    for a, b in zip(*streams, strict=False):
+        ids[0] += a.deltas[0].token_ids
+        ids[1] += b.deltas[0].token_ids
+    for llm, seen in zip((one, two), ids, strict=True):
+        assert run(llm, SHORT)[0][: len(seen)] == tuple(seen)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mamba"])
+def test_the_fallback_runner_keeps_the_law_between_neighbours(family: str, tiny: Callable[[str], Path]) -> None:
+    """Other kernels, other promises: nothing is packed or cut there, so neighbours and streaming still change nothing."""
+    llm = open_model(tiny(family))
+    assert llm.info.runner == "fallback"
+    before = run(llm, SHORT)
+    for text, params in crowd()[:6]:
+        llm._add(text, {}, params)
+    assert run(llm, SHORT) == before
+    assert run(llm, SHORT, n=2) == before
+
+
+def test_the_law_covers_chat_messages(tiny: Callable[[str], Path]) -> None:
+    llm = open_model(tiny("qwen3"))
+    messages = [ChatMessage("system", "be brief"), ChatMessage("user", "hello")]
+    first, second = (bits(llm.generate(messages, **PARAMS)[0]) for _ in range(2))
+    assert first == second
