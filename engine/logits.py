@@ -12,6 +12,7 @@ add up to the same number in any order; a vocabulary of 150,000 loses at most 4e
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,6 +22,7 @@ from torch import Tensor
 __all__ = [
     "MAX_VOCABULARY",
     "Cut",
+    "Cuts",
     "Edits",
     "Kept",
     "keep_all",
@@ -35,6 +37,7 @@ __all__ = [
 MASS_UNIT: Final = 2.0**-42
 MAX_VOCABULARY: Final = 2**20  # 2**20 tokens of 2**42 quanta each: their sum still fits an int64
 _NEGLIGIBLE: Final = -40.0  # e**-40 is less than one quantum
+_RANGES: Final = 4096  # of scores between 0 and that, 0.01 wide each
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,40 @@ class Cut:
     def sorts(self) -> bool:
         """Whether the kept set depends on the order of the tokens, not on each one alone."""
         return self.top_k > 0 or self.top_p < 1.0
+
+
+class Cuts:
+    """The cuts of `n` rows, as numbers here and as one table, float64 `[n, 4]`, on the device of the logits."""
+
+    def __init__(self, cuts: list[Cut], table: Tensor) -> None:
+        self._cuts = cuts
+        self._table = table
+        self.temperatures, self.floors = table[:, 0:1], table[:, 1:2]
+        self.top_ps, self.firsts = table[:, 2:3], table[:, 3:4]
+
+    @classmethod
+    def of(cls, cuts: list[Cut], device: torch.device) -> Cuts:
+        values: list[float] = []
+        for c in cuts:
+            floor = math.log(c.min_p) if c.min_p > 0.0 else -math.inf
+            values += (c.temperature, floor, c.top_p, c.top_k or math.inf)
+        return cls(cuts, torch.tensor(values, dtype=torch.float64, device=device).view(-1, 4))
+
+    def __len__(self) -> int:
+        return len(self._cuts)
+
+    def __iter__(self) -> Iterator[Cut]:
+        return iter(self._cuts)
+
+    def span(self, start: int, end: int) -> Cuts:
+        return Cuts(self._cuts[start:end], self._table[start:end])
+
+    def pick(self, rows: list[int]) -> Cuts:
+        return Cuts([self._cuts[i] for i in rows], self._table[torch.tensor(rows, device=self._table.device)])
+
+    def apply_min_p(self, scores: Tensor) -> None:
+        if any(c.min_p > 0.0 for c in self._cuts):
+            scores.masked_fill_(scores < self.floors, -math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +226,7 @@ def log_mass(total: int) -> float:
     return math.log(total * MASS_UNIT)
 
 
-def keep_all(rows: list[int], logits: Tensor, peaks: Tensor, cuts: list[Cut]) -> Kept:
+def keep_all(rows: list[int], logits: Tensor, peaks: Tensor, cuts: Cuts) -> Kept:
     """Temperature and min_p, which look at each token alone: nothing is sorted.
 
     min_p keeps `p >= min_p * p_max`, taken as `score >= ln(min_p)`.
@@ -198,77 +235,110 @@ def keep_all(rows: list[int], logits: Tensor, peaks: Tensor, cuts: list[Cut]) ->
         rows: names of the rows, passed on.
         logits: float32 `[n, width]`, left as it is.
         peaks: float64 `[n, 1]`, the largest logit of each row.
-        cuts: one a row.
+        cuts: of the same rows.
     """
-    scores = scaled(logits, peaks, _column([c.temperature for c in cuts], logits))
-    _apply_min_p(scores, cuts)
+    scores = scaled(logits, peaks, cuts.temperatures)
+    cuts.apply_min_p(scores)
     return Kept(rows, scores, None)
 
 
-def keep_first(rows: list[int], logits: Tensor, peaks: Tensor, cuts: list[Cut]) -> list[Kept]:
+def keep_first(rows: list[int], logits: Tensor, peaks: Tensor, cuts: Cuts, span: int = 64) -> list[Kept]:
     """top_k, then top_p, then min_p, on tokens in order: likeliest first, equals by lowest id.
 
     top_k keeps exactly k. top_p keeps the shortest run whose mass is at least top_p of what top_k left, and at least
-    one token. Only as many tokens are brought into order as it takes; rows that need more get more, alone.
+    one token. A peaked row is settled by bringing its first few tokens into order; the mass of a flat one is searched
+    (`_keep_mass`), which costs more than a few and much less than all.
 
-    Args: as `keep_all`. The rows come back in one or several parts, in any order.
+    Args: as `keep_all`, but every cut must be one that sorts (for others nothing is searched), and
+        span: how many tokens to bring into order at first; changes nothing but the cost.
+
+    Returns:
+        One or two parts, which together hold all rows.
     """
+    assert all(c.sorts for c in cuts)
     width = logits.shape[-1]
-    temperatures = _column([c.temperature for c in cuts], logits)
-    keys = order_keys(logits)
-    totals = torch.zeros(peaks.shape, dtype=torch.int64, device=peaks.device)
-    if whole := [i for i, c in enumerate(cuts) if not c.top_k]:  # for the others, the mass of their first k is all
-        at = slice(None) if len(whole) == len(cuts) else torch.tensor(whole, device=logits.device)
-        totals[at] = masses(scaled(logits[at], peaks[at], temperatures[at])).sum(-1, keepdim=True)
-    parts: list[Kept] = []
-    waiting, span = list(range(len(rows))), 0
-    while waiting:
-        span = min(width, span * 16 or max(64, *(cuts[i].top_k for i in waiting)))
-        pick = slice(None) if len(waiting) == len(rows) else torch.tensor(waiting, device=logits.device)
-        ids = largest(keys[pick], span)
-        scores = scaled(logits[pick].gather(1, ids), peaks[pick], temperatures[pick])
-        some = [cuts[i] for i in waiting]
-        reached = _cut(scores, totals[pick], some)
-        _apply_min_p(scores, some)
-        done = [j for j, enough in enumerate(reached) if enough or span == width]
-        part = Kept([rows[waiting[j]] for j in done], scores, ids)
-        if len(done) < len(waiting):
-            at = torch.tensor(done, dtype=torch.int64, device=logits.device)
-            part = Kept(part.rows, scores[at], ids[at])
-        if done:
-            parts.append(part)
-        waiting = [i for j, i in enumerate(waiting) if j not in set(done)]
+    span = min(width, max(span, *(c.top_k for c in cuts)))
+    totals = _totals(logits, peaks, cuts)
+    ids = largest(order_keys(logits), span)
+    scores = scaled(logits.gather(1, ids), peaks, cuts.temperatures)
+    reached = _cut(scores, totals, cuts)
+    if span == width or all(reached):
+        cuts.apply_min_p(scores)
+        return [Kept(rows, scores, ids)]
+    parts = []
+    if settled := [j for j, enough in enumerate(reached) if enough]:
+        at = torch.tensor(settled, device=logits.device)
+        scores, ids = scores[at], ids[at]
+        cuts.pick(settled).apply_min_p(scores)
+        parts.append(Kept([rows[j] for j in settled], scores, ids))
+    flat = [j for j, enough in enumerate(reached) if not enough]
+    at = torch.tensor(flat, device=logits.device)
+    parts.append(_keep_mass([rows[j] for j in flat], logits[at], peaks[at], cuts.pick(flat), totals[at]))
     return parts
 
 
-def _cut(scores: Tensor, totals: Tensor, cuts: list[Cut]) -> list[bool]:
+def _totals(logits: Tensor, peaks: Tensor, cuts: Cuts) -> Tensor:
+    """The mass of each whole row, int64 `[n, 1]`; of rows with top_k, where nobody needs it, 0."""
+    whole = [i for i, c in enumerate(cuts) if not c.top_k]
+    if len(whole) == len(cuts):
+        return masses(scaled(logits, peaks, cuts.temperatures)).sum(-1, keepdim=True)
+    totals = torch.zeros(peaks.shape, dtype=torch.int64, device=peaks.device)
+    if whole:
+        at = torch.tensor(whole, device=logits.device)
+        totals[at] = masses(scaled(logits[at], peaks[at], cuts.temperatures[at])).sum(-1, keepdim=True)
+    return totals
+
+
+def _cut(scores: Tensor, totals: Tensor, cuts: Cuts) -> list[bool]:
     """Ban what top_k and top_p leave out of sorted `scores` `[n, span]`, in place; say which rows needed no more."""
-    span = scores.shape[-1]
-    mass = masses(scores)
+    mass = None
     if any(c.top_k for c in cuts):
-        first = _column([c.top_k or span for c in cuts], scores, torch.int64)
-        outside = torch.arange(span, device=scores.device) >= first
+        outside = torch.arange(scores.shape[-1], device=scores.device) >= cuts.firsts
         scores.masked_fill_(outside, -math.inf)
-        mass.masked_fill_(outside, 0)
-        totals = torch.where(
-            _column([c.top_k > 0 for c in cuts], scores, torch.bool), mass.sum(-1, keepdim=True), totals
-        )
+        mass = masses(scores)
+        totals = torch.where(cuts.firsts < math.inf, mass.sum(-1, keepdim=True), totals)
     if all(c.top_p >= 1.0 for c in cuts):
         return [True] * len(cuts)
+    mass = masses(scores) if mass is None else mass
     upto = mass.cumsum(-1)
-    # At least one quantum: the first token always stands before it. No limit at all for top_p = 1.
-    limit = totals.double() * _column([c.top_p if c.top_p < 1.0 else math.inf for c in cuts], scores)
-    limit.clamp_(min=1.0)
-    scores.masked_fill_((upto - mass).double() >= limit, -math.inf)
-    reached = (upto[:, -1:].double() >= limit).flatten().tolist()
+    limits = _limits(totals, cuts)
+    scores.masked_fill_(upto - mass >= limits, -math.inf)
+    reached = (upto[:, -1:] >= limits).flatten().tolist()
     return [enough or c.top_k > 0 for enough, c in zip(reached, cuts, strict=True)]
 
 
-def _apply_min_p(scores: Tensor, cuts: list[Cut]) -> None:
-    if any(c.min_p > 0.0 for c in cuts):
-        floors = _column([math.log(c.min_p) if c.min_p > 0.0 else -math.inf for c in cuts], scores)
-        scores.masked_fill_(scores < floors, -math.inf)
+def _keep_mass(rows: list[int], logits: Tensor, peaks: Tensor, cuts: Cuts, totals: Tensor) -> Kept:
+    """top_p and min_p without an order: a histogram finds the narrow range of scores where the mass is reached.
+
+    All above that range is kept, all below is not, and only the tokens inside are sorted. Exact, since every sum is of
+    integers and the range of a token is a monotone function of its logit.
+    """
+    scores = scaled(logits, peaks, cuts.temperatures)
+    mass = masses(scores)
+    limits = _limits(totals, cuts)
+    place = (scores * (_RANGES / _NEGLIGIBLE)).clamp_(max=_RANGES - 1).long()
+    histogram = torch.zeros(len(rows), _RANGES, dtype=torch.int64, device=scores.device).scatter_add_(1, place, mass)
+    upto = histogram.cumsum(-1)
+    edge = (upto < limits).sum(-1, keepdim=True)
+    scores.masked_fill_(place > edge, -math.inf)
+
+    row, column = (place == edge).nonzero().unbind(1)
+    order = logits[row, column].argsort(descending=True, stable=True)  # stable: equals stay by lowest id
+    order = order[row[order].argsort(stable=True)]  # by row, and within a row likeliest first
+    row, column = row[order], column[order]
+    inside = mass[row, column]
+    # What stands before a token: earlier ranges of its row, and earlier tokens of the list that are of its row.
+    within = histogram.gather(1, edge)
+    earlier_rows = within.cumsum(0) - within
+    before = (upto.gather(1, edge) - within - earlier_rows)[row, 0] + inside.cumsum(0) - inside
+    beyond = before >= limits[row, 0]
+    scores[row[beyond], column[beyond]] = -math.inf
+    cuts.apply_min_p(scores)
+    return Kept(rows, scores, None)
 
 
-def _column(values: list[float] | list[int] | list[bool], like: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=like.device).unsqueeze(1)
+def _limits(totals: Tensor, cuts: Cuts) -> Tensor:
+    """The mass that must stand before a token for top_p to leave it out: int64 `[n, 1]`, at least one quantum."""
+    # 0 for top_p = 0 would leave out even the first token; 1 leaves out all but it. Nothing is left out at top_p = 1.
+    shares = (totals.double() * cuts.top_ps).ceil_().clamp_(min=1.0).long()
+    return torch.where(cuts.top_ps < 1.0, torch.minimum(shares, totals), 2**62)

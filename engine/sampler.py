@@ -12,10 +12,11 @@ a handful of tokens only, those that can still win: see `_contenders`.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from engine.errors import InvalidParameter, NumericalFault, VerbatimError
 from engine.logits import (
     MAX_VOCABULARY,
     Cut,
+    Cuts,
     Edits,
     Kept,
     keep_all,
@@ -38,8 +40,6 @@ from engine.rng import GAP_UNIT, gaps, gumbel, stream_key, token_steps
 from engine.types import SamplingParams
 
 __all__ = ["Sampled", "Sampler", "SamplingRow"]
-
-_T = TypeVar("_T")
 
 _CHUNK_CPU: Final = 2**18  # logits looked at together: the temporaries of one such chunk stay in the cache
 _CHUNK_DEVICE: Final = 2**24
@@ -139,16 +139,50 @@ class Sampler:
             return []
         assert logits.dtype == torch.float32, logits.dtype
         assert logits.shape[1] == self.vocab_size, logits.shape
-        sources = list(range(len(rows))) if logit_rows is None else list(logit_rows)
-        work = self._edited(logits, rows, sources, allowed)
+        # Rows that take the same way stand together from here on, so that each group is one slice of the batch.
+        ways = [self._way(row.params) for row in rows]
+        order = sorted(range(len(rows)), key=ways.__getitem__)
+        ranked = [rows[i] for i in order]
+        sources = order if logit_rows is None else [logit_rows[i] for i in order]
+        work = self._edited(logits, ranked, sources, None if allowed is None else allowed[order])
         raw_peaks, peaks = logits.amax(-1), work.amax(-1)  # NaN wins a maximum
-        results = _faults(rows, sources, raw_peaks.tolist(), peaks.tolist())
-        healthy = [i for i in range(len(rows)) if i not in results]
-        answers = _Answers(rows, results)
-        self._choose_greedily(answers, work, peaks, [i for i in healthy if rows[i].params.temperature == 0.0])
-        self._choose_by_draw(answers, work, peaks, [i for i in healthy if rows[i].params.temperature > 0.0])
-        self._describe_raw(answers, logits, raw_peaks, [(i, sources[i]) for i in healthy if _wants(rows[i], "raw")])
-        return [results[i] for i in range(len(rows))]
+        faults = _faults(ranked, sources, raw_peaks.tolist(), peaks.tolist())
+        if faults:
+            return self._sample_others(logits, rows, logit_rows, allowed, {order[i]: e for i, e in faults.items()})
+        answers = _Answers(ranked)
+        self._choose(answers, work, peaks.double().unsqueeze(1), [ways[i] for i in order])
+        self._describe_raw(answers, logits, raw_peaks.double().unsqueeze(1), sources)
+        place = {i: rank for rank, i in enumerate(order)}
+        return [answers.results[place[i]] for i in range(len(rows))]
+
+    def _sample_others(
+        self,
+        logits: Tensor,
+        rows: Sequence[SamplingRow],
+        logit_rows: Sequence[int] | None,
+        allowed: Tensor | None,
+        faults: dict[int, VerbatimError],
+    ) -> list[Sampled | VerbatimError]:
+        """Rare: begin again without the rows that cannot be answered."""
+        others = [i for i in range(len(rows)) if i not in faults]
+        sources = others if logit_rows is None else [logit_rows[i] for i in others]
+        found = self.sample(logits, [rows[i] for i in others], sources, None if allowed is None else allowed[others])
+        results = dict(zip(others, found, strict=True))
+        return [faults[i] if i in faults else results[i] for i in range(len(rows))]
+
+    def _way(self, params: SamplingParams) -> int:
+        """Which rows are computed together: 0 greedy, 1 nothing to sort, else by how many tokens are to be sorted.
+
+        Like with like: who asks for the first 100,000 tokens must not make the others wait for theirs.
+        """
+        if params.temperature == 0.0:
+            return 0
+        cut = self._cut(params)
+        return 1 + (max(64, cut.top_k) - 1).bit_length() if cut.sorts else 1
+
+    def _cut(self, params: SamplingParams) -> Cut:
+        top_k = params.top_k if params.top_k < self._width else 0
+        return Cut(params.temperature, top_k, params.top_p, params.min_p)
 
     # Edits
 
@@ -170,8 +204,8 @@ class Sampler:
                 edits.ban(i, self.end_ids + p.stop_token_ids)
         tokens = logits[:, : self._width]
         untouched = not edits and allowed is None and not self._holes.numel()
-        if untouched and sources == list(range(len(logits))):
-            return tokens
+        if untouched and sources == list(range(len(rows))):
+            return tokens[: len(rows)]
         work = tokens.index_select(0, torch.tensor(sources, device=self.device))
         edits.apply(work)
         if self._holes.numel():
@@ -193,76 +227,70 @@ class Sampler:
 
     # Choosing
 
-    def _choose_greedily(self, answers: _Answers, work: Tensor, peaks: Tensor, rows: list[int]) -> None:
-        for part in self._parts(rows):
-            logits = _take(work, part)
-            best = logits.argmax(-1, keepdim=True)  # the first of equals: the lowest id
-            answers.choose(part, best.flatten().tolist())
-            if wanted := [j for j, i in enumerate(part) if _wants(answers.rows[i], "processed")]:
-                some = _take(logits, wanted)
-                scores = scaled(some, _take(peaks, [part[j] for j in wanted]).double().unsqueeze(1))
-                answers.describe([part[j] for j in wanted], scores, _take(best, wanted), None, some)
+    def _choose(self, answers: _Answers, work: Tensor, peaks: Tensor, ways: list[int]) -> None:
+        """Choose for all rows of `work` `[n, width]`, whose `ways` ascend; `peaks` float64 `[n, 1]`."""
+        greedy = bisect_right(ways, 0)
+        for start, end in self._parts(0, greedy):
+            best = work[start:end].argmax(-1, keepdim=True)  # the first of equals: the lowest id
+            rows = range(start, end)
+            answers.choose(rows, best.flatten().tolist())
+            if wanted := [i for i in rows if _wants(answers.rows[i], "processed")]:
+                some = _take(work, wanted)
+                scores = scaled(some, _take(peaks, wanted))
+                answers.describe(wanted, scores, _take(best, [i - start for i in wanted]), None, some)
+        if greedy < len(ways):
+            self._choose_by_draw(answers, work, peaks, ways, greedy)
 
-    def _choose_by_draw(self, answers: _Answers, work: Tensor, peaks: Tensor, rows: list[int]) -> None:
-        groups: dict[int, list[int]] = {}
-        cuts: dict[int, Cut] = {}
-        for i in rows:
-            p = answers.rows[i].params
-            cuts[i] = Cut(p.temperature, p.top_k if p.top_k < self._width else 0, p.top_p, p.min_p)
-            # Like with like: who asks for 100,000 tokens in order must not make others wait for theirs.
-            span = (max(64, cuts[i].top_k) - 1).bit_length() if cuts[i].sorts else 0
-            groups.setdefault(span, []).append(i)
-        for span, members in groups.items():
-            for part in self._parts(members):
-                logits, tops = _take(work, part), _take(peaks, part).double().unsqueeze(1)
-                some = [cuts[i] for i in part]
-                for kept in keep_first(part, logits, tops, some) if span else [keep_all(part, logits, tops, some)]:
-                    self._draw(answers, kept, work)
+    def _choose_by_draw(self, answers: _Answers, work: Tensor, peaks: Tensor, ways: list[int], first: int) -> None:
+        drawing = answers.rows[first:]
+        cuts = Cuts.of([self._cut(r.params) for r in drawing], self.device)
+        keys = [stream_key(r.seed, r.choice_index, r.position) for r in drawing]
+        key = torch.tensor(keys, dtype=torch.int64, device=self.device).unsqueeze(1)
+        start = first
+        while start < len(ways):
+            after = bisect_right(ways, ways[start])
+            for i, j in self._parts(start, after):
+                group = list(range(i, j)), work[i:j], peaks[i:j], cuts.span(i - first, j - first)
+                for kept in [keep_all(*group)] if ways[start] == 1 else keep_first(*group):
+                    self._draw(answers, kept, _take(key, [row - first for row in kept.rows]), work)
+            start = after
 
-    def _draw(self, answers: _Answers, kept: Kept, work: Tensor) -> None:
-        rows = [answers.rows[i] for i in kept.rows]
-        keys = torch.tensor(
-            [[stream_key(r.seed, r.choice_index, r.position)] for r in rows], dtype=torch.int64, device=self.device
-        )
-        columns = _race(kept, gaps(keys, self._steps if kept.ids is None else self._steps[kept.ids]))
-        answers.choose(kept.rows, [token for _, token in columns])
-        if wanted := [j for j, row in enumerate(rows) if _wants(row, "processed")]:
-            chosen = torch.tensor([[columns[j][0]] for j in wanted], device=self.device)
+    def _draw(self, answers: _Answers, kept: Kept, keys: Tensor, work: Tensor) -> None:
+        steps = self._steps if kept.ids is None else self._steps[kept.ids]
+        winners = _race(kept, gaps(keys, steps))
+        answers.choose(kept.rows, [token for _, token in winners])
+        if wanted := [j for j, i in enumerate(kept.rows) if _wants(answers.rows[i], "processed")]:
             names = [kept.rows[j] for j in wanted]
+            chosen = torch.tensor([[winners[j][0]] for j in wanted], device=self.device)
             ids = None if kept.ids is None else _take(kept.ids, wanted)
             answers.describe(names, _take(kept.scores, wanted), chosen, ids, _take(work, names))
 
-    def _describe_raw(self, answers: _Answers, logits: Tensor, peaks: Tensor, pairs: list[tuple[int, int]]) -> None:
-        for part in self._parts(pairs):
-            names, sources = [i for i, _ in part], [source for _, source in part]
-            some = _take(logits, sources)
-            scores = scaled(some, _take(peaks, sources).double().unsqueeze(1))
+    def _describe_raw(self, answers: _Answers, logits: Tensor, peaks: Tensor, sources: list[int]) -> None:
+        wanted = [i for i, row in enumerate(answers.rows) if _wants(row, "raw")]
+        for start, end in self._parts(0, len(wanted)):
+            names = wanted[start:end]
+            at = [sources[i] for i in names]
+            some = _take(logits, at)
             tokens = some[:, : self._width]
             if self._holes.numel():
                 tokens = tokens.index_fill(1, self._holes, -math.inf)
-            chosen = torch.tensor([[answers.token(i)] for i in names], device=self.device)
-            answers.describe(names, scores, chosen, None, tokens)
+            chosen = torch.tensor([[answers.results[i].token_id] for i in names], device=self.device)
+            answers.describe(names, scaled(some, _take(peaks, at)), chosen, None, tokens)
 
-    def _parts(self, items: list[_T]) -> Iterator[list[_T]]:
+    def _parts(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """A few rows at a time, so that what is made on the way stays small."""
-        for start in range(0, len(items), self._chunk):
-            yield items[start : start + self._chunk]
+        return ((i, min(i + self._chunk, end)) for i in range(start, end, self._chunk))
 
 
 class _Answers:
     """What is known so far about each row of one batch."""
 
-    def __init__(self, rows: Sequence[SamplingRow], results: dict[int, Sampled | VerbatimError]) -> None:
+    def __init__(self, rows: Sequence[SamplingRow]) -> None:
         self.rows = rows
-        self.results = results
+        self.results: dict[int, Sampled] = {}
 
-    def choose(self, rows: list[int], tokens: list[int]) -> None:
+    def choose(self, rows: Sequence[int], tokens: list[int]) -> None:
         self.results.update((i, Sampled(token)) for i, token in zip(rows, tokens, strict=True))
-
-    def token(self, row: int) -> int:
-        result = self.results[row]
-        assert isinstance(result, Sampled)
-        return result.token_id
 
     def describe(self, rows: list[int], scores: Tensor, chosen: Tensor, ids: Tensor | None, logits: Tensor) -> None:
         """Add log-probabilities.
@@ -286,7 +314,7 @@ class _Answers:
             shift = log_mass(values[1])
             top = zip(values[2 + count :][:limit], values[2 : 2 + count], strict=False)
             listed = tuple((int(token), score - shift) for token, score in top if score > -math.inf)
-            self.results[i] = Sampled(self.token(i), values[0] - shift, listed)
+            self.results[i] = Sampled(self.results[i].token_id, values[0] - shift, listed)
 
 
 def _wants(row: SamplingRow, mode: str) -> bool:
@@ -302,9 +330,9 @@ def _take(tensor: Tensor, rows: list[int]) -> Tensor:
 
 def _faults(
     rows: Sequence[SamplingRow], sources: list[int], raw_peaks: list[float], peaks: list[float]
-) -> dict[int, Sampled | VerbatimError]:
+) -> dict[int, VerbatimError]:
     """The rows that cannot be answered, and why, from the largest logit of each before and after the edits."""
-    found: dict[int, Sampled | VerbatimError] = {}
+    found: dict[int, VerbatimError] = {}
     for i, row in enumerate(rows):
         if not math.isfinite(raw_peaks[sources[i]]) or math.isnan(peaks[i]) or peaks[i] == math.inf:
             found[i] = NumericalFault(f"The model produced logits that are not finite for token {row.position}.")
@@ -330,7 +358,7 @@ def _race(kept: Kept, token_gaps: Tensor) -> list[tuple[int, int]]:
         columns.append(kept.ids.view(-1)[at])
     best = [(-math.inf, 0, 0)] * len(kept.rows)
     # One transfer; every integer here is below 2**53, so float64 holds it exactly.
-    for place, gap, score, *ids in torch.stack([c.double() for c in columns], dim=1).tolist():
+    for place, gap, score, *ids in torch.stack(columns, dim=1).tolist():
         row, column = divmod(int(place), width)
         token = int(ids[0]) if ids else column
         best[row] = max(best[row], (score + gumbel(int(gap)), -token, column))
