@@ -20,6 +20,7 @@ from engine.standin import ensure_standin
 
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
@@ -95,6 +96,9 @@ def inspect(folder: Path, name: str) -> Checkpoint:
         hint = f" {pickled[0]} can run code when it is opened and is not loaded; convert it." if pickled else ""
         raise LoadError(f"{name}: {folder} holds no *.safetensors file.{hint}")
     _check_index(folder, files, name)
+    if not any((folder / file).exists() for file in _TOKENIZER_FILES):
+        # transformers would make an empty tokenizer of the right class and say nothing
+        raise LoadError(f"{name}: {folder} holds no tokenizer.json.")
     counts: dict[str, int] = {}
     stored = embedding = 0
     head = False

@@ -37,6 +37,8 @@ __all__ = [
 MASS_UNIT: Final = 2.0**-42
 MAX_VOCABULARY: Final = 2**20  # 2**20 tokens of 2**42 quanta each: their sum still fits an int64
 _NEGLIGIBLE: Final = -40.0  # e**-40 is less than one quantum
+_SPAN: Final = 64  # what a peaked row needs
+_SMALL: Final = 8192  # so few logits are sorted sooner than searched
 _RANGES: Final = 4096  # of scores between 0 and that, 0.01 wide each
 
 
@@ -61,15 +63,26 @@ class Cuts:
     def __init__(self, cuts: list[Cut], table: Tensor) -> None:
         self._cuts = cuts
         self._table = table
-        self.temperatures, self.floors = table[:, 0:1], table[:, 1:2]
-        self.top_ps, self.firsts = table[:, 2:3], table[:, 3:4]
+
+    @property
+    def temperatures(self) -> Tensor:
+        return self._table[:, 0:1]
+
+    @property
+    def top_ps(self) -> Tensor:
+        return self._table[:, 1:2]
+
+    @property
+    def firsts(self) -> Tensor:
+        """How many tokens top_k keeps; infinity for all."""
+        return self._table[:, 2:3]
 
     @classmethod
     def of(cls, cuts: list[Cut], device: torch.device) -> Cuts:
         values: list[float] = []
         for c in cuts:
             floor = math.log(c.min_p) if c.min_p > 0.0 else -math.inf
-            values += (c.temperature, floor, c.top_p, c.top_k or math.inf)
+            values += (c.temperature, c.top_p, c.top_k or math.inf, floor)
         return cls(cuts, torch.tensor(values, dtype=torch.float64, device=device).view(-1, 4))
 
     def __len__(self) -> int:
@@ -79,14 +92,14 @@ class Cuts:
         return iter(self._cuts)
 
     def span(self, start: int, end: int) -> Cuts:
-        return Cuts(self._cuts[start:end], self._table[start:end])
+        return self if end - start == len(self) else Cuts(self._cuts[start:end], self._table[start:end])
 
     def pick(self, rows: list[int]) -> Cuts:
         return Cuts([self._cuts[i] for i in rows], self._table[torch.tensor(rows, device=self._table.device)])
 
     def apply_min_p(self, scores: Tensor) -> None:
         if any(c.min_p > 0.0 for c in self._cuts):
-            scores.masked_fill_(scores < self.floors, -math.inf)
+            scores.masked_fill_(scores < self._table[:, 3:4], -math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +255,7 @@ def keep_all(rows: list[int], logits: Tensor, peaks: Tensor, cuts: Cuts) -> Kept
     return Kept(rows, scores, None)
 
 
-def keep_first(rows: list[int], logits: Tensor, peaks: Tensor, cuts: Cuts, span: int = 64) -> list[Kept]:
+def keep_first(rows: list[int], logits: Tensor, peaks: Tensor, cuts: Cuts, span: int | None = None) -> list[Kept]:
     """top_k, then top_p, then min_p, on tokens in order: likeliest first, equals by lowest id.
 
     top_k keeps exactly k. top_p keeps the shortest run whose mass is at least top_p of what top_k left, and at least
@@ -250,13 +263,15 @@ def keep_first(rows: list[int], logits: Tensor, peaks: Tensor, cuts: Cuts, span:
     (`_keep_mass`), which costs more than a few and much less than all.
 
     Args: as `keep_all`, but every cut must be one that sorts (for others nothing is searched), and
-        span: how many tokens to bring into order at first; changes nothing but the cost.
+        span: how many tokens to bring into order at first; changes nothing but the cost. None: what is cheapest.
 
     Returns:
         One or two parts, which together hold all rows.
     """
     assert all(c.sorts for c in cuts)
     width = logits.shape[-1]
+    if span is None:
+        span = width if logits.numel() <= _SMALL else _SPAN
     span = min(width, max(span, *(c.top_k for c in cuts)))
     totals = _totals(logits, peaks, cuts)
     ids = largest(order_keys(logits), span)

@@ -157,6 +157,8 @@ class FallbackRunner:
         self._model = _Model(model)
         self.vocab_size = vocab_size
         self._caches: dict[Any, Any] = {}
+        known = inspect.signature(model.forward).parameters
+        self._cache_name = "past_key_values" if "past_key_values" in known else "cache_params"  # recurrent models
 
     @torch.inference_mode()
     def forward(self, schedule: Schedule) -> ForwardResult:
@@ -165,12 +167,11 @@ class FallbackRunner:
             sequence = chunk.sequence
             tokens = torch.tensor([sequence.tokens(chunk.start, chunk.start + chunk.count)], device=self._model.device)
             last = torch.tensor([chunk.count - 1], device=self._model.device)
-            output = self._model(tokens, last, past_key_values=self._caches.get(sequence), use_cache=True)
-            cache = getattr(output, "past_key_values", None)
-            # Recurrent models name their state otherwise.
-            self._caches[sequence] = cache if cache is not None else getattr(output, "cache_params", None)
-            if self._caches[sequence] is None:
+            output = self._model(tokens, last, use_cache=True, **{self._cache_name: self._caches.get(sequence)})
+            cache = getattr(output, self._cache_name, None)
+            if cache is None:
                 raise LoadError("the model returns no cache: it cannot generate token by token")
+            self._caches[sequence] = cache
             rows.append(output.logits[0, -1].to(torch.float32))
             finite.append(True)  # nothing is shared: a fault shows in the sequence's own logits
         device = rows[0].device if rows else self._model.device

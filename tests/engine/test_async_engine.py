@@ -1,0 +1,285 @@
+"""The engine behind a thread: one wake-up per step, every way out frees the place, death is told to everybody."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import (
+    AsyncEngine,
+    ChatMessage,
+    ContextLengthExceeded,
+    EngineDead,
+    GenerationRequest,
+    InvalidFormat,
+    InvalidParameter,
+    ModelConfig,
+    ModelLoading,
+    ModelNotFound,
+    QueueFull,
+    Registry,
+    RequestError,
+    RequestOutput,
+)
+from engine.loader import load
+
+
+@pytest.fixture
+def engine(tiny: Callable[[str], Path]) -> Iterator[AsyncEngine]:
+    config = ModelConfig(
+        id="tiny", path=tiny("qwen3"), cache_size="32MiB", context_length=512, max_sequences=4, max_queue=2
+    )
+    engine = AsyncEngine(load(config))
+    yield engine
+    engine.close()
+
+
+def request(name: str, **sampling: Any) -> GenerationRequest:
+    return GenerationRequest(request_id=name, messages=(ChatMessage("user", "hello"),), sampling=sampling)
+
+
+async def collect(engine: AsyncEngine, wanted: GenerationRequest) -> list[RequestOutput]:
+    return [output async for output in engine.submit(await engine.prepare(wanted))]
+
+
+def run(main: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(main, 60))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it did not happen")
+
+
+def test_many_at_once_get_what_each_gets_alone(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        wanted = [request(f"r{i}", seed=i, max_tokens=10 + i) for i in range(4)]
+        alone = [await collect(engine, w) for w in wanted]
+        together = await asyncio.gather(*(collect(engine, w) for w in wanted))
+
+        def tokens(outputs: list[RequestOutput]) -> list[int]:
+            return [t for o in outputs for d in o.deltas for t in d.token_ids]
+
+        assert [tokens(o) for o in together] == [tokens(o) for o in alone]
+        assert all(o[-1].finished and not any(x.finished for x in o[:-1]) for o in together)
+
+    run(main())
+
+
+def test_the_loop_is_woken_once_a_step(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        real, calls = loop.call_soon_threadsafe, []
+
+        def counted(function: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.current_thread().name.startswith("engine-"):
+                calls.append(function)
+            return real(function, *args, **kwargs)
+
+        wanted = [await engine.prepare(request(f"r{i}", seed=i, max_tokens=20, ignore_eos=True)) for i in range(4)]
+        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+        before = engine.stats().steps
+
+        async def read(prepared: Any) -> None:
+            async for _ in engine.submit(prepared):
+                pass
+
+        await asyncio.gather(*(read(w) for w in wanted))
+        assert len(calls) <= engine.stats().steps - before
+
+    run(main())
+
+
+def test_abort_frees_the_place_within_a_step_and_ends_the_stream(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        stream = engine.submit(await engine.prepare(request("gone", max_tokens=400, ignore_eos=True)))
+        await anext(stream)
+        steps = engine.stats().steps
+        engine.abort("gone")
+        engine.abort("gone")
+        engine.abort("never there")
+        await until(lambda: engine.stats().running == 0)
+        assert engine.stats().steps <= steps + 2
+        assert engine.stats().blocks_free == engine.stats().blocks_total
+        rest = [o async for o in stream]  # ends, whatever had been on its way
+        assert not any(o.finished for o in rest)
+
+    run(main())
+
+
+def test_a_full_queue_refuses_and_a_free_place_accepts(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        for i in range(6):
+            engine.submit(await engine.prepare(request(f"r{i}", max_tokens=400, ignore_eos=True)))
+        late = await engine.prepare(request("late"))
+        with pytest.raises(QueueFull, match="6 requests are running or waiting; tiny takes 6"):
+            engine.submit(late)
+        engine.abort("r3")
+        assert [o async for o in engine.submit(late)][-1].finished
+
+    run(main())
+
+
+def test_a_dying_engine_tells_everybody_why(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        streams = [
+            engine.submit(await engine.prepare(request(f"r{i}", max_tokens=400, ignore_eos=True))) for i in range(5)
+        ]
+        await anext(streams[0])
+
+        def broken() -> None:
+            raise RuntimeError("the card fell off the bus")
+
+        monkeypatch.setattr(engine._core, "step", broken)
+        for stream in streams:
+            outputs = [o async for o in stream]
+            assert isinstance(outputs[-1].error, EngineDead)
+            assert "fell off the bus" in outputs[-1].error.message
+        assert not engine.stats().alive
+        with pytest.raises(EngineDead, match="fell off the bus"):
+            await engine.prepare(request("late"))
+
+    run(main())
+
+
+def test_a_stuck_step_is_reported(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    step = engine._core.step
+
+    def stuck() -> list[RequestOutput]:
+        release.wait(20)
+        return step()
+
+    async def main() -> None:
+        monkeypatch.setattr(engine._core, "step", stuck)
+        monkeypatch.setattr(engine, "_stall_timeout", 0.05)
+        stream = engine.submit(await engine.prepare(request("r", max_tokens=2, ignore_eos=True)))
+        await until(lambda: engine.stats().stalled)
+        assert engine.stats().alive
+        release.set()
+        assert [o async for o in stream][-1].finished
+        assert not engine.stats().stalled
+
+    run(main())
+
+
+def test_closing_ends_what_is_running(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        stream = engine.submit(await engine.prepare(request("r", max_tokens=400, ignore_eos=True)))
+        await anext(stream)
+        await asyncio.get_running_loop().run_in_executor(None, engine.close)
+        outputs = [o async for o in stream]
+        assert isinstance(outputs[-1].error, EngineDead)
+
+    run(main())
+
+
+REFUSED: dict[str, tuple[GenerationRequest, type[Exception], str | None]] = {
+    "no message": (GenerationRequest(request_id="r", messages=()), InvalidParameter, "messages"),
+    "nothing": (GenerationRequest(request_id="r"), InvalidFormat, None),
+    "too long": (
+        GenerationRequest(request_id="r", prompt="many words " * 300),
+        ContextLengthExceeded,
+        "prompt",
+    ),
+    "an id outside the vocabulary": (request("r", logit_bias={440: 1}), InvalidParameter, "logit_bias.440"),
+    "a stop id outside": (request("r", stop_token_ids=[447]), InvalidParameter, "stop_token_ids"),
+    "a prompt id outside": (GenerationRequest(request_id="r", prompt_token_ids=(446,)), InvalidParameter, "prompt_token_ids"),
+    "too many choices": (request("r", n=17), InvalidParameter, "n"),
+    "unknown field": (request("r", heat=1), InvalidParameter, "heat"),
+    "half a character": (GenerationRequest(request_id="r", prompt="a\ud800"), InvalidFormat, "prompt"),
+    "unknown template variable": (
+        GenerationRequest(
+            request_id="r", messages=(ChatMessage("user", "x"),), chat_template_kwargs={"mood": "good"}
+        ),
+        InvalidParameter,
+        "chat_template_kwargs.mood",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_is_queued(case: str, engine: AsyncEngine) -> None:
+    wanted, kind, param = REFUSED[case]
+    with pytest.raises(kind) as caught:
+        run(engine.prepare(wanted))
+    assert isinstance(caught.value, RequestError)
+    assert caught.value.param == param
+    assert engine.stats().waiting == engine.stats().running == 0
+
+
+def test_a_prompt_over_the_context_is_refused_with_both_numbers(engine: AsyncEngine) -> None:
+    with pytest.raises(ContextLengthExceeded) as caught:
+        run(engine.prepare(GenerationRequest(request_id="r", prompt_token_ids=(5,) * 512)))
+    assert caught.value.details == {"prompt_tokens": 512, "context_length": 512}
+    prepared = run(engine.prepare(GenerationRequest(request_id="r", prompt_token_ids=(5,) * 511, sampling={"max_tokens": 9})))
+    assert prepared.params.max_tokens == 1, "clamped to what is left"
+
+
+def test_a_seed_that_is_not_given_is_drawn_and_told(engine: AsyncEngine) -> None:
+    seeds = {run(engine.prepare(request("r"))).params.seed for _ in range(5)}
+    assert len(seeds) == 5
+    assert all(0 <= s < 2**53 for s in seeds)
+
+
+def test_what_crosses_is_plain_data(engine: AsyncEngine) -> None:
+    """A process boundary stays possible: every message and every error survives pickling."""
+
+    async def main() -> None:
+        wanted = request("r", max_tokens=4, logprobs=True, top_logprobs=2)
+        prepared = await engine.prepare(wanted)
+        outputs = [o async for o in engine.submit(prepared)]
+        for thing in (wanted, prepared, outputs, engine.stats(), engine.info):
+            assert pickle.loads(pickle.dumps(thing)) == thing
+
+    run(main())
+    error = ContextLengthExceeded("too long", param="messages", prompt_tokens=3, context_length=2)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.message, copy.param, copy.code, copy.details) == (error.message, error.param, error.code, error.details)
+
+
+def test_the_registry_knows_every_state(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    said: list[str] = []
+    registry = Registry(
+        [
+            ModelConfig(id="good", path=tiny("qwen3"), cache_size="8MiB"),
+            ModelConfig(id="bad", path=tmp_path / "nothing"),
+        ],
+        on_progress=said.append,
+    )
+    with pytest.raises(ModelLoading):
+        registry.get("good")
+    assert {s.state for s in registry.list()} == {"loading"}
+    registry.start()
+    registry.wait()
+    try:
+        assert registry.get("good").info.id == "good"
+        with pytest.raises(ModelNotFound, match="there is: bad, good") as caught:
+            registry.get("other")
+        assert caught.value.param == "model"
+        with pytest.raises(EngineDead, match="does not exist"):
+            registry.get("bad")
+        assert [(s.id, s.state) for s in registry.list()] == [("good", "ready"), ("bad", "failed")]
+        assert "good: self-test" in said
+    finally:
+        registry.close()
+        registry.close()
+
+
+def test_no_thread_survives_close(tiny: Callable[[str], Path]) -> None:
+    engine = AsyncEngine(load(ModelConfig(id="leaving", path=tiny("qwen3"), cache_size="8MiB")))
+    engine.close()
+    deadline = time.monotonic() + 5
+    while any("leaving" in t.name for t in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

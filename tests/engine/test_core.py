@@ -1,0 +1,201 @@
+"""What ends a reply, what a step does when something goes wrong, and that nothing is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import LLM, InvalidParameter, NumericalFault, OutOfMemory, RequestOutput
+
+PROMPT = "every parameter is honoured"
+
+
+@pytest.fixture
+def llm(tiny: Callable[[str], Path]) -> LLM:
+    return LLM(tiny("qwen3"), cache_size="32MiB", context_length=256)
+
+
+def _nothing_is_left(llm: LLM) -> None:
+    scheduler = llm._model.scheduler
+    scheduler.check()
+    assert not scheduler.has_work
+    assert scheduler.pool.num_free == scheduler.pool.num_blocks
+    assert not llm._core._requests
+
+
+def _end_bias(llm: LLM, value: float) -> dict[int, float]:
+    return {i: value for i in llm._model.end_ids}
+
+
+def test_length(llm: LLM) -> None:
+    [answer] = llm.generate(PROMPT, max_tokens=5, ignore_eos=True, seed=1)
+    assert (answer.finish_reason, len(answer.token_ids), answer.usage.completion_tokens) == ("length", 5, 5)
+    _nothing_is_left(llm)
+
+
+def test_the_end_token_stops_is_counted_and_adds_no_text(llm: LLM) -> None:
+    [answer] = llm.generate(PROMPT, logit_bias=_end_bias(llm, 100), logprobs=True, seed=1)
+    assert (answer.finish_reason, answer.text, answer.usage.completion_tokens) == ("stop", "", 1)
+    [entry] = answer.logprobs or ()
+    assert (entry.token, entry.bytes) == ("<|im_end|>", b"")
+
+
+def test_ignore_eos_goes_on_and_min_tokens_holds_the_end_back(llm: LLM) -> None:
+    bias = _end_bias(llm, 100)
+    [answer] = llm.generate(PROMPT, logit_bias=bias, ignore_eos=True, max_tokens=4, seed=1)
+    assert answer.finish_reason == "length"
+    [answer] = llm.generate(PROMPT, logit_bias=bias, min_tokens=3, max_tokens=9, seed=1)
+    assert (answer.finish_reason, len(answer.token_ids)) == ("stop", 4)
+    assert not set(answer.token_ids[:3]) & set(llm._model.end_ids)
+
+
+def test_a_stop_token_id_stops_and_adds_no_text(llm: LLM) -> None:
+    [free] = llm.generate(PROMPT, max_tokens=12, seed=5, ignore_eos=True)
+    [stopped] = llm.generate(PROMPT, max_tokens=12, seed=5, ignore_eos=True, stop_token_ids=[free.token_ids[6]])
+    cut = free.token_ids.index(free.token_ids[6]) + 1
+    assert stopped.token_ids == free.token_ids[:cut]
+    assert stopped.finish_reason == "stop"
+    assert free.text.startswith(stopped.text)
+
+
+def test_a_stop_string_across_tokens_is_cut_out_and_nothing_of_it_was_streamed(llm: LLM) -> None:
+    [free] = llm.generate(PROMPT, max_tokens=40, seed=7, ignore_eos=True)
+    stop = free.text[10:16]
+    outputs = list(llm.stream(PROMPT, max_tokens=40, seed=7, ignore_eos=True, stop=[stop]))
+    text = "".join(d.text for o in outputs for d in o.deltas)
+    assert text == free.text[: free.text.index(stop)]
+    assert outputs[-1].deltas[0].finish_reason == "stop"
+    tokens = [t for o in outputs for d in o.deltas for t in d.token_ids]
+    assert tuple(tokens) == free.token_ids[: len(tokens)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_padding_rows_of_the_vocabulary_are_never_produced(llm: LLM, temperature: float) -> None:
+    real = len(llm._model.tokenizer)
+    assert real < llm.info.vocab_size
+    [answer] = llm.generate(
+        PROMPT, max_tokens=200, temperature=temperature, seed=1, ignore_eos=True, logprobs=True, top_logprobs=20
+    )
+    assert max(answer.token_ids) < real
+    assert max(t.token_id for e in answer.logprobs or () for t in e.top) < real
+
+
+def test_the_bytes_of_all_entries_rebuild_the_text(llm: LLM) -> None:
+    for seed in range(6):
+        [answer] = llm.generate(PROMPT, max_tokens=60, seed=seed, logprobs=True)
+        joined = b"".join(e.bytes for e in answer.logprobs or ())
+        assert joined.decode(errors="replace") == answer.text
+        assert answer.text == llm._model.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+
+
+def test_a_model_that_computes_nan_fails_the_request_and_spares_the_neighbour(tiny: Callable[[str], Path]) -> None:
+    """One token's embedding is damaged; requests that hold it fail, the others are answered as if it were not there."""
+    llm = LLM(tiny("qwen3"), cache_size="32MiB", context_length=256)
+    [clean] = llm.generate(PROMPT, max_tokens=6, seed=3)
+    embedding = llm._model.runner._model.model.get_input_embeddings()  # type: ignore[attr-defined]
+    poison = llm._model.tokenizer("%")["input_ids"][0]
+    with torch.no_grad():
+        embedding.weight[poison] = float("nan")
+    with pytest.raises(NumericalFault):
+        llm.generate("a prompt with % in the middle of it", max_tokens=3)
+    bad, _ = llm._add("again % here", {}, {"max_tokens": 4})
+    good, _ = llm._add(PROMPT, {}, {"max_tokens": 6, "seed": 3})
+    outputs = list(llm._outputs(good))
+    assert tuple(t for o in outputs for d in o.deltas for t in d.token_ids) == clean.token_ids
+    with pytest.raises(NumericalFault):
+        list(llm._outputs(bad))
+    # Poisoned keys are not handed to a later prompt.
+    [again] = llm.generate(PROMPT, max_tokens=6, seed=3)
+    assert again.token_ids == clean.token_ids
+    _nothing_is_left(llm)
+
+
+class _TooBig:
+    """A runner that finds no memory for steps with many tokens."""
+
+    def __init__(self, inner: Any, limit: int, error: Callable[[], BaseException]) -> None:
+        self.inner, self.limit, self.error = inner, limit, error
+        self.vocab_size = inner.vocab_size
+
+    def forward(self, schedule: Any) -> Any:
+        if sum(c.count for c in schedule.chunks) > self.limit:
+            raise self.error()
+        return self.inner.forward(schedule)
+
+    def forget(self, sequence: Any) -> None:
+        self.inner.forget(sequence)
+
+
+ERRORS = {
+    "gpu": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cpu": lambda: RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes."),
+    "python": lambda: MemoryError(),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_out_of_memory_ends_the_largest_request_and_the_others_are_answered_as_ever(
+    error: str, tiny: Callable[[str], Path]
+) -> None:
+    llm = LLM(tiny("qwen3"), cache_size="32MiB", context_length=512)
+    [clean] = llm.generate(PROMPT, max_tokens=9, seed=3)
+    llm._model.scheduler.pool.clear_cache()
+    llm._core._runner = _TooBig(llm._core._runner, 100, ERRORS[error])
+    small, _ = llm._add(PROMPT, {}, {"max_tokens": 9, "seed": 3})
+    llm._core.step()
+    large, _ = llm._add("x " * 200, {}, {"max_tokens": 9})
+    outputs = list(llm._outputs(small))
+    with pytest.raises(OutOfMemory, match="max_batch_tokens"):
+        list(llm._outputs(large))
+    tokens = tuple(t for o in outputs for d in o.deltas for t in d.token_ids)
+    assert clean.token_ids[-len(tokens) :] == tokens
+    _nothing_is_left(llm)
+
+
+def test_another_error_is_not_mistaken_for_a_full_memory(llm: LLM) -> None:
+    llm._core._runner = _TooBig(llm._core._runner, 0, lambda: RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        llm.generate(PROMPT, max_tokens=2)
+
+
+def test_all_tokens_banned_fails_that_request_by_name(llm: LLM) -> None:
+    everything = {i: -100 for i in range(len(llm._model.tokenizer))}
+    with pytest.raises(InvalidParameter) as caught:
+        llm.generate(PROMPT, logit_bias=everything, max_tokens=2)
+    assert caught.value.code == "no_token_left"
+    _nothing_is_left(llm)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_abort_frees_everything_at_any_point(llm: LLM, steps: int) -> None:
+    """Queued, in prefill (cut into chunks), while choices fork, while decoding."""
+    llm._model.scheduler.max_batch_tokens = 8
+    request_id, _ = llm._add("a longer prompt, cut into several chunks of eight", {}, {"n": 4, "max_tokens": 50})
+    for _ in range(steps):
+        llm._core.step()
+    llm._core.abort(request_id)
+    llm._core.abort(request_id)
+    _nothing_is_left(llm)
+    assert llm._core.step() == []
+
+
+def test_leaving_a_stream_early_frees_its_place(llm: LLM) -> None:
+    for output in llm.stream(PROMPT, max_tokens=50, ignore_eos=True):
+        assert isinstance(output, RequestOutput)
+        break
+    import gc
+
+    gc.collect()
+    _nothing_is_left(llm)
+
+
+def test_usage_counts_all_choices_and_the_prompt_once(llm: LLM) -> None:
+    answers = llm.generate(PROMPT, n=3, max_tokens=4, ignore_eos=True, seed=1)
+    prompt = len(llm._model.tokenizer(PROMPT)["input_ids"])
+    for answer in answers:
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (prompt, 12)
+        assert answer.usage.total_tokens == prompt + 12
