@@ -11,7 +11,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine, RequestStream
     from engine.config import ModelConfig, parse_models, read_yaml, validate
-    from engine.errors import *  # noqa: F403
+    from engine.errors import (
+        ConfigError,
+        ContextLengthExceeded,
+        EngineDead,
+        InvalidFormat,
+        InvalidParameter,
+        LoadError,
+        ModelLoading,
+        ModelNotFound,
+        NotEnoughMemory,
+        NumericalFault,
+        OutOfMemory,
+        QueueFull,
+        RequestError,
+        TemplateRefused,
+        Unavailable,
+        Unsupported,
+        VerbatimError,
+    )
     from engine.llm import LLM, Completion
     from engine.registry import ModelStatus, Registry
     from engine.standin import ensure_standin
@@ -29,25 +47,57 @@ if TYPE_CHECKING:
         TokenLogprob,
         TopLogprob,
         Usage,
+        clean_logprob,
     )
 
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "ChatMessage",
+    "ChoiceDelta",
+    "Completion",
+    "ConfigError",
+    "ContextLengthExceeded",
+    "EngineDead",
+    "EngineStats",
+    "FinishReason",
+    "GenerationRequest",
+    "InvalidFormat",
+    "InvalidParameter",
+    "LawReport",
+    "LoadError",
+    "ModelConfig",
+    "ModelInfo",
+    "ModelLoading",
+    "ModelNotFound",
+    "ModelStatus",
+    "NotEnoughMemory",
+    "NumericalFault",
+    "OutOfMemory",
+    "PreparedRequest",
+    "QueueFull",
+    "Registry",
+    "RequestError",
+    "RequestOutput",
+    "RequestStream",
+    "SamplingParams",
+    "TemplateRefused",
+    "TokenLogprob",
+    "TopLogprob",
+    "Unavailable",
+    "Unsupported",
+    "Usage",
+    "VerbatimError",
+    "clean_logprob",
+    "ensure_standin",
+    "parse_models",
+    "read_yaml",
+    "validate",
+]
+
 _HOME = {
-    "engine.types": (
-        "ChatMessage",
-        "ChoiceDelta",
-        "EngineStats",
-        "FinishReason",
-        "GenerationRequest",
-        "LawReport",
-        "ModelInfo",
-        "PreparedRequest",
-        "RequestOutput",
-        "SamplingParams",
-        "TokenLogprob",
-        "TopLogprob",
-        "Usage",
-        "clean_logprob",
-    ),
+    "engine.async_engine": ("AsyncEngine", "RequestStream"),
+    "engine.config": ("ModelConfig", "parse_models", "read_yaml", "validate"),
     "engine.errors": (
         "ConfigError",
         "ContextLengthExceeded",
@@ -67,15 +117,27 @@ _HOME = {
         "Unsupported",
         "VerbatimError",
     ),
-    "engine.config": ("ModelConfig", "parse_models", "read_yaml", "validate"),
-    "engine.async_engine": ("AsyncEngine", "RequestStream"),
-    "engine.registry": ("ModelStatus", "Registry"),
     "engine.llm": ("LLM", "Completion"),
+    "engine.registry": ("ModelStatus", "Registry"),
     "engine.standin": ("ensure_standin",),
+    "engine.types": (
+        "ChatMessage",
+        "ChoiceDelta",
+        "EngineStats",
+        "FinishReason",
+        "GenerationRequest",
+        "LawReport",
+        "ModelInfo",
+        "PreparedRequest",
+        "RequestOutput",
+        "SamplingParams",
+        "TokenLogprob",
+        "TopLogprob",
+        "Usage",
+        "clean_logprob",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-
-__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,13 +3,14 @@
     event loop ──commands──▶ engine thread: step, step, step …
          ◀──one call_soon_threadsafe per step── everything the step did
 
-Five verbs: `prepare`, `submit`, `abort`, `stats`, `close`. What crosses is plain data. If the thread dies, every waiting
-request gets the cause and every later one is refused with it.
+Five verbs: `prepare`, `submit`, `abort`, `stats`, `close`. What crosses is plain data. If the thread dies, every
+waiting request gets the cause and every later one is refused with it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -54,6 +55,12 @@ class RequestStream(AsyncIterator[RequestOutput]):
             if not self._outputs:
                 raise StopAsyncIteration  # aborted
         return self._outputs.popleft()
+
+    def ready(self) -> list[RequestOutput]:
+        """What has arrived and was not read yet; does not wait. For a reader that is slower than the engine."""
+        outputs = list(self._outputs)
+        self._outputs.clear()
+        return outputs
 
     def deliver(self, output: RequestOutput) -> None:
         self._outputs.append(output)
@@ -173,10 +180,8 @@ class AsyncEngine:
 
     def _post(self, function: Callable[..., None], argument: object) -> None:
         if self._loop is not None:
-            try:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is listening any more
                 self._loop.call_soon_threadsafe(function, argument)
-            except RuntimeError:
-                pass  # the loop is closed: nobody is listening any more
 
     # -- on the event loop --------------------------------------------------------------------------------------
 

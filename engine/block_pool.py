@@ -238,7 +238,7 @@ class BlockPool:
         """Assert every invariant; called after each step of the random walks."""
         held = {b for b, n in enumerate(self._references) if n > 0}
         blank, cached = set(self._blank), set(self._cached)
-        assert not (held & blank or held & cached or blank & cached), "a block is in two states"
+        assert not (held & blank) | (held & cached) | (blank & cached), "a block is in two states"
         assert len(held) + len(blank) + len(cached) == self.num_blocks, "a block is lost"
         assert all(n >= 0 for n in self._references)
         assert cached <= set(self._contents), "a cached block without content"

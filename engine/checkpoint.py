@@ -113,9 +113,7 @@ def inspect(folder: Path, name: str) -> Checkpoint:
             head = head or tensor.endswith(("lm_head.weight", "embed_out.weight"))
     common = max(counts, key=lambda k: counts[k], default="F32")
     newest = max(int(p.stat().st_mtime) for p in (folder / "config.json", *files))
-    return Checkpoint(
-        folder, config, sum(counts.values()), stored, _NAMES[common], embedding, not head, newest
-    )
+    return Checkpoint(folder, config, sum(counts.values()), stored, _NAMES[common], embedding, not head, newest)
 
 
 def _check_index(folder: Path, files: list[Path], name: str) -> None:
@@ -125,7 +123,9 @@ def _check_index(folder: Path, files: list[Path], name: str) -> None:
     needed = set(read_json(index, name).get("weight_map", {}).values())
     missing = sorted(needed - {f.name for f in files})
     if missing:
-        raise LoadError(f"{name}: {folder} lacks {len(missing)} of {len(needed)} weight files: {', '.join(missing[:3])}.")
+        raise LoadError(
+            f"{name}: {folder} lacks {len(missing)} of {len(needed)} weight files: {', '.join(missing[:3])}."
+        )
 
 
 def _header(file: Path, name: str) -> dict[str, Any]:

@@ -56,9 +56,7 @@ class VerbatimError(Exception):
 
     code = "error"
 
-    def __init__(
-        self, message: str, *, param: str | None = None, code: str | None = None, **details: Any
-    ) -> None:
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, **details: Any) -> None:
         super().__init__(message)
         self.message = message
         self.param = param

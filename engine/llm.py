@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, validate
 from engine.core import EngineCore
 from engine.loader import load
 from engine.preparation import Preparer
@@ -63,7 +63,19 @@ class LLM:
         """
         path = Path(model).expanduser()
         source: dict[str, Any] = {"path": path.resolve()} if path.is_dir() else {"repo": str(model)}
-        entry = ModelConfig(**{"id": path.name or str(model), **source, **config})
+        entry = validate(ModelConfig, {"id": path.name or str(model), **source, **config}, str(model))
+        self._open(entry, pull, progress)
+
+    @classmethod
+    def from_config(
+        cls, entry: ModelConfig, *, pull: bool = False, progress: Callable[[str], None] | None = None
+    ) -> LLM:
+        """The model of a models.yaml entry."""
+        llm = cls.__new__(cls)
+        llm._open(entry, pull, progress)
+        return llm
+
+    def _open(self, entry: ModelConfig, pull: bool, progress: Callable[[str], None] | None) -> None:
         self._model = load(entry, pull=pull, progress=progress)
         self._core = EngineCore(self._model)
         self._preparer = Preparer(

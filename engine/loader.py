@@ -155,7 +155,9 @@ def _resolve_device(config: ModelConfig) -> tuple[torch.device, Any]:
     if name == "cpu":
         return torch.device("cpu"), {"": "cpu"}
     if not torch.cuda.is_available():
-        raise LoadError(f"{config.id}: device {config.device!r} was asked for, but torch {torch.__version__} sees no GPU.")
+        raise LoadError(
+            f"{config.id}: device {config.device!r} was asked for, but torch {torch.__version__} sees no GPU."
+        )
     if not name.startswith("cuda"):
         return torch.device("cuda:0"), name
     device = torch.device(name if ":" in name else "cuda:0")
@@ -173,8 +175,10 @@ def _resolve_dtype(config: ModelConfig, found: Checkpoint, device: torch.device)
 def _check_memory(config: ModelConfig, found: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
     on_cpu = device.type == "cpu"
     needed = found.float32_bytes() if on_cpu and dtype == torch.float32 else found.parameters * dtype.itemsize
-    free = checkpoint.free_memory() if on_cpu else sum(
-        torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())
+    free = (
+        checkpoint.free_memory()
+        if on_cpu
+        else sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
     )
     if needed > free:
         place = "memory" if on_cpu else "GPU memory"
@@ -244,7 +248,9 @@ def _load_model(config: ModelConfig, folder: Path, dtype: torch.dtype, device_ma
         raise LoadError(f"{config.id}: transformers cannot load {folder}: {error}") from error
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would fill them with random numbers and answer noise
-        raise LoadError(f"{config.id}: the checkpoint lacks {len(missing)} tensors of {type(model).__name__}: {missing[0]}, …")
+        raise LoadError(
+            f"{config.id}: the checkpoint lacks {len(missing)} tensors of {type(model).__name__}: {missing[0]}, …"
+        )
     model.eval().requires_grad_(False)
     return model  # type: ignore[no-any-return]
 
@@ -259,7 +265,9 @@ def _load_tokenizer(config: ModelConfig, folder: Path) -> Any:
     except Exception as error:
         raise LoadError(f"{config.id}: cannot load the tokenizer of {folder}: {error}") from error
     if not getattr(tokenizer, "is_fast", False):
-        raise LoadError(f"{config.id}: {type(tokenizer).__name__} has no tokenizer.json; only fast tokenizers are served.")
+        raise LoadError(
+            f"{config.id}: {type(tokenizer).__name__} has no tokenizer.json; only fast tokenizers are served."
+        )
     return tokenizer
 
 
@@ -312,4 +320,3 @@ def _default_sampling(config: ModelConfig, folder: Path) -> dict[str, Any]:
         log.warning("%s: generation_config.json is ignored: %s", config.id, error.message)
         defaults = {}
     return {**defaults, **config.sampling}
-

@@ -8,7 +8,6 @@ each sequence alone, with transformers' own cache. Which one a model gets is dec
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +23,6 @@ from engine.scheduler import Schedule
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
     """The mask travels in the context."""
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,9 @@ def discover_layers(model: nn.Module) -> tuple[LayerShape, ...]:
     context = ForwardContext(spans=(), slots=torch.empty(0, dtype=torch.int64), num_rows=0)
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=_input_device(model))
     with torch.inference_mode():
-        model(tokens, position_ids=torch.arange(2, device=tokens.device)[None], use_cache=False, **{CONTEXT_KEY: context})
+        model(
+            tokens, position_ids=torch.arange(2, device=tokens.device)[None], use_cache=False, **{CONTEXT_KEY: context}
+        )
     expected = model.config.get_text_config().num_hidden_layers  # type: ignore[operator,union-attr]
     if sorted(context.layers) != list(range(expected)):
         raise LoadError(

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from engine.async_engine import AsyncEngine
@@ -98,7 +99,7 @@ class Registry:
             if self._closing:
                 return
             try:
-                model = load(config, pull=self._pull, progress=lambda text, name=model_id: self._say(name, text))
+                model = load(config, pull=self._pull, progress=partial(self._say, model_id))
                 engine = AsyncEngine(model)
             except VerbatimError as error:
                 self._failures[model_id] = error.message

@@ -249,7 +249,12 @@ class Scheduler:
     def _release(self, sequence: Sequence, *, keep_tail: bool) -> None:
         tail = sequence.num_computed % self.pool.block_size
         full = sequence.num_computed // self.pool.block_size
-        if keep_tail and tail and not self.whole_prompts and full == len(sequence.block_uids) < len(sequence.block_table):
+        if (
+            keep_tail
+            and tail
+            and not self.whole_prompts
+            and full == len(sequence.block_uids) < len(sequence.block_table)
+        ):
             parent = sequence.block_uids[-1] if sequence.block_uids else ROOT
             tokens = sequence.tokens(sequence.num_computed - tail, sequence.num_computed)
             self.pool.register(sequence.block_table[full], parent, tuple(tokens))

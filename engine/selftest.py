@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.attention import IMPLEMENTATION, ForwardContext, Span, attention_forward
+from engine.attention import CONTEXT_KEY, IMPLEMENTATION, ForwardContext, Span, attention_forward
 from engine.block_pool import BlockPool
 from engine.errors import LoadError
 from engine.kv_cache import SPAN, KVCache, LayerShape, Run
-from engine.model_runner import CONTEXT_KEY, PackedRunner, discover_layers, register_attention
+from engine.model_runner import PackedRunner, discover_layers, register_attention
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.types import LawReport, SamplingParams
@@ -37,7 +38,7 @@ class SelfTest:
 
 
 def self_test(model: nn.Module, vocab_size: int, dtype: torch.dtype) -> SelfTest:
-    """Run the law. Leaves the model with our attention function if the packed runner can serve it, else with its own."""
+    """Run the law. Leaves the model with our attention function if the packed runner can serve it, else its own."""
     register_attention()
     prompts = [_tokens(n, vocab_size) for n in _LENGTHS]
     own = getattr(model.config, "_attn_implementation", None) or "eager"
@@ -103,9 +104,7 @@ def _generate(
     """Greedy decoding through the real scheduler: for each prompt, the logits of every generated token."""
     blocks = sum(-(-(len(p) + _DECODED) // _BLOCK) for p in prompts)
     runner = PackedRunner(model, KVCache(layers, blocks, _BLOCK), vocab_size)
-    scheduler = Scheduler(
-        BlockPool(blocks, _BLOCK, caching=False), max_sequences=len(prompts), max_batch_tokens=budget
-    )
+    scheduler = Scheduler(BlockPool(blocks, _BLOCK, caching=False), max_sequences=len(prompts), max_batch_tokens=budget)
     params = SamplingParams(max_tokens=_DECODED)
     sequences = [Sequence(str(i), 0, prompt, params, 0) for i, prompt in enumerate(prompts)]
     seen: dict[Sequence, list[Tensor]] = {sequence: [] for sequence in sequences}
@@ -163,7 +162,11 @@ def _spans_agree(model: nn.Module, shape: LayerShape) -> bool:
         data = values[index].view(1, count, length, dim)
         return data.to(device=shape.device, dtype=shape.dtype)
 
-    query, key, value = rows(heads, shape.key_dim, 1), rows(shape.heads, shape.key_dim, 2), rows(shape.heads, shape.value_dim, 3)
+    query, key, value = (
+        rows(heads, shape.key_dim, 1),
+        rows(shape.heads, shape.key_dim, 2),
+        rows(shape.heads, shape.value_dim, 3),
+    )
     cache = KVCache([shape], 1, length)
 
     def attend(start: int, count: int) -> Tensor:
@@ -172,7 +175,12 @@ def _spans_agree(model: nn.Module, shape: LayerShape) -> bool:
         context = ForwardContext((span,), slots, count, cache)
         part = slice(start, start + count)
         out, _ = attention_forward(
-            _Layer(), query[:, :, part], key[:, :, part], value[:, :, part], None, **{CONTEXT_KEY: context}
+            _Layer(),
+            query[:, :, part],
+            key[:, :, part],
+            value[:, :, part],
+            None,
+            **dict[str, Any]({CONTEXT_KEY: context}),
         )
         return out[0]
 

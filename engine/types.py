@@ -164,6 +164,8 @@ def _stop_token_ids(ids: Any) -> tuple[int, ...]:
 
 def _logit_bias(bias: Any) -> tuple[tuple[int, float], ...]:
     """Accept a mapping (keys may be digit strings, as JSON has them) or pairs; return ascending pairs."""
+    if not isinstance(bias, Mapping | tuple):
+        raise InvalidFormat(f"logit_bias must map token ids to numbers, not {bias!r}.", param="logit_bias")
     items = bias.items() if isinstance(bias, Mapping) else bias
     out: dict[int, float] = {}
     for key, value in items:
@@ -210,7 +212,7 @@ class GenerationRequest:
 class PreparedRequest:
     """A request that nothing can refuse any more but a full queue.
 
-    `params.max_tokens` and `params.seed` are filled in; `prompt_token_ids` is never empty and leaves room for one token.
+    `params.max_tokens` and `params.seed` are filled in; `prompt_token_ids` is not empty and leaves room for one token.
     """
 
     request_id: str

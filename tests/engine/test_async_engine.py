@@ -194,14 +194,16 @@ REFUSED: dict[str, tuple[GenerationRequest, type[Exception], str | None]] = {
     ),
     "an id outside the vocabulary": (request("r", logit_bias={440: 1}), InvalidParameter, "logit_bias.440"),
     "a stop id outside": (request("r", stop_token_ids=[447]), InvalidParameter, "stop_token_ids"),
-    "a prompt id outside": (GenerationRequest(request_id="r", prompt_token_ids=(446,)), InvalidParameter, "prompt_token_ids"),
+    "a prompt id outside": (
+        GenerationRequest(request_id="r", prompt_token_ids=(446,)),
+        InvalidParameter,
+        "prompt_token_ids",
+    ),
     "too many choices": (request("r", n=17), InvalidParameter, "n"),
     "unknown field": (request("r", heat=1), InvalidParameter, "heat"),
     "half a character": (GenerationRequest(request_id="r", prompt="a\ud800"), InvalidFormat, "prompt"),
     "unknown template variable": (
-        GenerationRequest(
-            request_id="r", messages=(ChatMessage("user", "x"),), chat_template_kwargs={"mood": "good"}
-        ),
+        GenerationRequest(request_id="r", messages=(ChatMessage("user", "x"),), chat_template_kwargs={"mood": "good"}),
         InvalidParameter,
         "chat_template_kwargs.mood",
     ),
@@ -222,7 +224,9 @@ def test_a_prompt_over_the_context_is_refused_with_both_numbers(engine: AsyncEng
     with pytest.raises(ContextLengthExceeded) as caught:
         run(engine.prepare(GenerationRequest(request_id="r", prompt_token_ids=(5,) * 512)))
     assert caught.value.details == {"prompt_tokens": 512, "context_length": 512}
-    prepared = run(engine.prepare(GenerationRequest(request_id="r", prompt_token_ids=(5,) * 511, sampling={"max_tokens": 9})))
+    prepared = run(
+        engine.prepare(GenerationRequest(request_id="r", prompt_token_ids=(5,) * 511, sampling={"max_tokens": 9}))
+    )
     assert prepared.params.max_tokens == 1, "clamped to what is left"
 
 
@@ -245,7 +249,12 @@ def test_what_crosses_is_plain_data(engine: AsyncEngine) -> None:
     run(main())
     error = ContextLengthExceeded("too long", param="messages", prompt_tokens=3, context_length=2)
     copy = pickle.loads(pickle.dumps(error))
-    assert (copy.message, copy.param, copy.code, copy.details) == (error.message, error.param, error.code, error.details)
+    assert (copy.message, copy.param, copy.code, copy.details) == (
+        error.message,
+        error.param,
+        error.code,
+        error.details,
+    )
 
 
 def test_the_registry_knows_every_state(tiny: Callable[[str], Path], tmp_path: Path) -> None:

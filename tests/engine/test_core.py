@@ -28,7 +28,7 @@ def _nothing_is_left(llm: LLM) -> None:
 
 
 def _end_bias(llm: LLM, value: float) -> dict[int, float]:
-    return {i: value for i in llm._model.end_ids}
+    return dict.fromkeys(llm._model.end_ids, value)
 
 
 def test_length(llm: LLM) -> None:
@@ -163,7 +163,7 @@ def test_another_error_is_not_mistaken_for_a_full_memory(llm: LLM) -> None:
 
 
 def test_all_tokens_banned_fails_that_request_by_name(llm: LLM) -> None:
-    everything = {i: -100 for i in range(len(llm._model.tokenizer))}
+    everything = dict.fromkeys(range(len(llm._model.tokenizer)), -100)
     with pytest.raises(InvalidParameter) as caught:
         llm.generate(PROMPT, logit_bias=everything, max_tokens=2)
     assert caught.value.code == "no_token_left"

@@ -268,7 +268,7 @@ def test_two_engines_in_one_process_do_not_disturb_each_other(tiny: Callable[[st
 
 @pytest.mark.parametrize("family", ["bloom", "mamba"])
 def test_the_fallback_runner_keeps_the_law_between_neighbours(family: str, tiny: Callable[[str], Path]) -> None:
-    """Other kernels, other promises: nothing is packed or cut there, so neighbours and streaming still change nothing."""
+    """Other kernels, other promises: nothing is packed or cut there, so neighbours still change nothing."""
     llm = open_model(tiny(family))
     assert llm.info.runner == "fallback"
     before = run(llm, SHORT)

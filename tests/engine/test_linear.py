@@ -14,9 +14,7 @@ from engine.linear import PackedLinear, WideningEmbedding, pack_model
 @pytest.mark.parametrize("bias", [False, True])
 def test_rows_are_independent(k: int, n: int, bias: bool) -> None:
     generator = torch.Generator().manual_seed(k + n)
-    layer = PackedLinear(
-        torch.randn(n, k, generator=generator), torch.randn(n, generator=generator) if bias else None
-    )
+    layer = PackedLinear(torch.randn(n, k, generator=generator), torch.randn(n, generator=generator) if bias else None)
     x = torch.randn(130, k, generator=generator)
     whole = layer(x)
     for count in (1, 2, 3, 5, 8, 16, 17, 31, 33, 64, 100, 129):

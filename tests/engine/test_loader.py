@@ -99,7 +99,9 @@ ENTRIES: dict[str, tuple[dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_an_impossible_entry_is_named(entry: str, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_impossible_entry_is_named(
+    entry: str, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     fields, message = ENTRIES[entry]
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(LoadError, match=message):
@@ -108,7 +110,9 @@ def test_an_impossible_entry_is_named(entry: str, folder: Path, monkeypatch: pyt
 
 def test_too_little_memory_says_how_much_is_needed_and_free(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "free_memory", lambda: 100_000)
-    with pytest.raises(NotEnoughMemory, match=r"need \d+\.\d [KM]iB of memory as float32, 97\.7 KiB are free") as caught:
+    with pytest.raises(
+        NotEnoughMemory, match=r"need \d+\.\d [KM]iB of memory as float32, 97\.7 KiB are free"
+    ) as caught:
         load(ModelConfig(id="m", path=folder))
     assert caught.value.details["free"] == 100_000
     assert caught.value.details["needed"] > 100_000
@@ -174,7 +178,9 @@ def test_the_law_is_judged_not_assumed(folder: Path) -> None:
 def test_an_unknown_key_suggests_the_nearest() -> None:
     from engine import parse_models
 
-    with pytest.raises(ConfigError, match=r"m\.yaml: models\[0\]: unknown key 'contextlength'; did you mean 'context_length'"):
+    with pytest.raises(
+        ConfigError, match=r"m\.yaml: models\[0\]: unknown key 'contextlength'; did you mean 'context_length'"
+    ):
         parse_models([{"id": "a", "path": "x", "contextlength": 4}], base=Path("/"), where="m.yaml")
 
 

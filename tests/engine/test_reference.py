@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tiny_models
 from engine import LLM
 
 PROMPT = "the same seed with the same request gives the same words again, alone or in a crowd, " * 2

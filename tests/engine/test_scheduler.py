@@ -19,7 +19,9 @@ def _request(name: str, prompt: list[int], max_tokens: int = 4, n: int = 1) -> l
     return [Sequence(name, i, tuple(prompt), params, seed=0) for i in range(n)]
 
 
-def _scheduler(blocks: int = 64, size: int = 4, *, running: int = 8, budget: int = 32, whole: bool = False) -> Scheduler:
+def _scheduler(
+    blocks: int = 64, size: int = 4, *, running: int = 8, budget: int = 32, whole: bool = False
+) -> Scheduler:
     pool = BlockPool(blocks, size, caching=not whole)
     return Scheduler(pool, max_sequences=running, max_batch_tokens=budget, whole_prompts=whole)
 
@@ -174,7 +176,9 @@ def test_random_walk(draw: random.Random, blocks: int, size: int, running: int, 
         if draw.random() < 0.4:
             length = draw.randrange(1, capacity)
             prompt = [draw.randrange(2) for _ in range(length)]
-            request = _request(f"r{number}", prompt, draw.randrange(1, min(capacity - length, 9) + 1), draw.randrange(1, 4))
+            request = _request(
+                f"r{number}", prompt, draw.randrange(1, min(capacity - length, 9) + 1), draw.randrange(1, 4)
+            )
             scheduler.add(request)
             alive.append(request)
         if alive and draw.random() < 0.1:

@@ -1,0 +1,180 @@
+"""The command `verbatim`. Parses arguments, prints what happens, turns errors into one sentence and an exit code.
+
+Heavy imports stay inside the commands: `--help` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from engine import ConfigError, ModelConfig, VerbatimError, parse_models, read_yaml, validate
+from server.settings import ServerSettings, read_settings
+
+if TYPE_CHECKING:
+    from engine import LLM
+
+app = typer.Typer(
+    help="A local inference server whose every reply can be reproduced, word for word.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models_app = typer.Typer(help="Look at the models of a configuration.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+out = Console()
+err = Console(stderr=True)
+
+DEFAULT_CONFIG = Path("models.yaml")
+NOISE = ModelConfig(id="noise", builtin="noise", max_completion_tokens=128)
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A models.yaml. Default: ./models.yaml.")]
+ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="Serve one folder or hub id, without any file.")]
+PullOption = Annotated[bool, typer.Option("--pull", help="Allow downloads from the hub; otherwise nothing is fetched.")]
+
+
+def main() -> None:
+    """Entry point: every error that was raised on purpose is one line and exit code 1."""
+    try:
+        app()
+    except VerbatimError as error:
+        err.print(f"[bold red]error:[/] {error.message}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command()
+def serve(
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    name: Annotated[str | None, typer.Option(help="With --model: the id that requests use.")] = None,
+    host: Annotated[str | None, typer.Option(help="Default: 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default: 8000.")] = None,
+    pull: PullOption = False,
+) -> None:
+    """Serve chat completions at http://HOST:PORT/v1 and /api/v1."""
+    entries, settings = _configuration(config, model, name)
+    given = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    settings = settings.model_copy(update=given)
+    _offline(pull)
+    from server.run import run
+
+    run(entries, settings, pull=pull, console=err)
+
+
+@models_app.command("check")
+def check(config: ConfigOption = None, model: ModelOption = None, pull: PullOption = False) -> None:
+    """Load every model, run the self-test on this machine and print what it found."""
+    entries, _ = _configuration(config, model, None)
+    _offline(pull)
+    from engine.loader import load  # noqa: F401  torch is imported here, before the first progress line
+
+    failed = 0
+    table = Table("model", "architecture", "runner", "device", "context", "bits reproducible", "fingerprint")
+    for entry in entries:
+        with err.status(f"{entry.id}: loading") as status:
+            try:
+                info = _open(entry, pull, lambda text, name=entry.id: status.update(f"{name}: {text}")).info
+            except VerbatimError as error:
+                err.print(f"[bold red]{entry.id}:[/] {error.message}", highlight=False, soft_wrap=True)
+                failed += 1
+                continue
+        law = ("yes: " if info.law.holds else "no: ") + info.law.reason
+        table.add_row(
+            info.id,
+            info.architecture,
+            info.runner,
+            f"{info.device} {info.dtype}",
+            str(info.context_length),
+            law,
+            info.system_fingerprint,
+        )
+    if table.row_count:
+        out.print(table)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the user says.")],
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    raw: Annotated[bool, typer.Option(help="Continue the text as it is, without the chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 256,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text again.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    pull: PullOption = False,
+) -> None:
+    """Answer one prompt, without a server."""
+    entries, _ = _configuration(config, model, None)
+    _offline(pull)
+    with err.status(f"{entries[0].id}: loading") as status:
+        llm = _open(entries[0], pull, lambda text: status.update(f"{entries[0].id}: {text}"))
+    from engine import ChatMessage
+
+    turns = [ChatMessage("system", system)] if system else []
+    messages = [*turns, ChatMessage("user", prompt)]
+    given: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop or None,
+        "max_tokens": max_tokens,
+    }
+    sampling: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    for output in llm.stream(prompt if raw else messages, **sampling):
+        sys.stdout.write("".join(delta.text for delta in output.deltas))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _open(entry: ModelConfig, pull: bool, progress: Any) -> LLM:
+    from engine import LLM
+
+    return LLM.from_config(entry, pull=pull, progress=progress)
+
+
+def _configuration(
+    config: Path | None, model: str | None, name: str | None
+) -> tuple[tuple[ModelConfig, ...], ServerSettings]:
+    """Entries and settings from --model, from --config, from ./models.yaml, or the random stand-in."""
+    if model is not None:
+        if config is not None:
+            raise ConfigError("give either --config or --model, not both.")
+        path = Path(model).expanduser()
+        if path.is_dir():
+            entry: dict[str, Any] = {"id": name or path.resolve().name, "path": path.resolve()}
+        elif model.count("/") == 1 and not model.startswith((".", "/", "~")):
+            entry = {"id": name or model, "repo": model}
+        else:
+            raise ConfigError(f"--model: there is no folder {model}, and it is not a hub id like Qwen/Qwen3-0.6B.")
+        return (validate(ModelConfig, entry, "--model"),), ServerSettings()
+    if name is not None:
+        raise ConfigError("--name goes with --model; in a models.yaml each entry has its id.")
+    file = config or DEFAULT_CONFIG
+    if config is None and not file.exists():
+        err.print(
+            f"No {DEFAULT_CONFIG} here and no --model: taking a tiny random model. [bold]Its text is noise.[/]",
+            highlight=False,
+        )
+        return (NOISE,), ServerSettings()
+    data = read_yaml(file)
+    settings = read_settings(data, str(file))
+    return parse_models(data.get("models"), base=file.resolve().parent, where=str(file)), settings
+
+
+def _offline(pull: bool) -> None:
+    """Before anything heavy is imported: the hub library reads this once."""
+    if not pull:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # The loader says what it does; a second bar in between would tear the display.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

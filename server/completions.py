@@ -1,0 +1,151 @@
+"""One chat completion over HTTP, whole or streamed. Owns the request's place in the engine, from submit to any end.
+
+submit ──▶ outputs ──▶ body / events            one lease: whatever happens (success, error, disconnect,
+   └────────── disconnect ──▶ abort             cancellation), leaving it frees the place
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from engine import AsyncEngine, PreparedRequest, RequestStream, VerbatimError
+from server.errors import describe, error_response
+from server.responses import KEEPALIVE, ChunkWriter, Collector, Reply, event
+from server.settings import ServerSettings
+
+
+@asynccontextmanager
+async def lease(engine: AsyncEngine, prepared: PreparedRequest) -> AsyncIterator[RequestStream]:
+    """A place in the engine. Abort is harmless once a request has finished, so there is only one way out."""
+    stream = engine.submit(prepared)
+    try:
+        yield stream
+    finally:
+        engine.abort(prepared.request_id)
+
+
+class CompletionResponse(Response):
+    """An ASGI response that submits its request when it is sent, so that a refusal can still be a status."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        reply: Reply,
+        settings: ServerSettings,
+        *,
+        stream: bool,
+        include_usage: bool,
+        headers: dict[str, str],
+    ) -> None:
+        super().__init__()
+        self.engine = engine
+        self.prepared = reply.prepared
+        self.reply = reply
+        self.settings = settings
+        self.stream = stream
+        self.include_usage = include_usage
+        self.extra_headers = headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with lease(self.engine, self.prepared) as outputs:
+                answer = self._streamed(outputs, send) if self.stream else self._whole(outputs)
+                response = await _unless_disconnected(answer, receive)
+        except VerbatimError as error:  # nothing has been sent yet
+            response = error_response(error, self.settings.retry_after_seconds)
+            response.headers.update(self.extra_headers)
+        if response is not None:
+            await response(scope, receive, send)
+
+    async def _whole(self, outputs: RequestStream) -> Response:
+        collector = Collector(self.reply)
+        async for output in outputs:
+            if output.error:
+                raise output.error
+            collector.add(output)
+        body = json.dumps(collector.body(), ensure_ascii=False, separators=(",", ":")).encode()
+        return Response(body, media_type="application/json", headers=self.extra_headers)
+
+    async def _streamed(self, outputs: RequestStream, send: Send) -> None:
+        """Send events as they come. Until the first one, an error still has its status."""
+        sender = _EventSender(send, self.extra_headers, self.settings.keepalive_seconds)
+        writer = ChunkWriter(self.reply, include_usage=self.include_usage)
+        beat = asyncio.create_task(sender.beat())
+        try:
+            async for output in outputs:
+                batch = [output, *outputs.ready()]
+                last = batch[-1]
+                if last.error and not sender.started:
+                    raise last.error
+                data = b"" if sender.greeted else writer.start()
+                sender.greeted = True
+                data += b"".join([writer.add(o) for o in batch])
+                if last.error:
+                    data += event(describe(last.error)[1])
+                elif last.finished:
+                    data += writer.end(last.usage)
+                if data:
+                    await sender.send(data, more=not last.finished)
+        finally:
+            beat.cancel()
+
+
+class _EventSender:
+    """The response side of a stream: headers once, then events, then comments while nothing happens."""
+
+    def __init__(self, send: Send, headers: dict[str, str], keepalive: float) -> None:
+        self._send = send
+        self._headers = headers
+        self._keepalive = keepalive
+        self._last = time.monotonic()
+        self.started = False
+        self.greeted = False
+
+    async def send(self, data: bytes, *, more: bool = True) -> None:
+        self._last = time.monotonic()
+        if not self.started:
+            self.started = True
+            headers = {
+                "content-type": "text/event-stream; charset=utf-8",
+                "cache-control": "no-cache",
+                "x-accel-buffering": "no",  # a proxy in front must not hold events back
+                **self._headers,
+            }
+            raw = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers.items()]
+            await self._send({"type": "http.response.start", "status": 200, "headers": raw})
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def beat(self) -> None:
+        """A comment line whenever the stream has been silent; a queued request shows a sign of life, too."""
+        while True:
+            silent = time.monotonic() - self._last
+            if silent >= self._keepalive:
+                await self.send(KEEPALIVE)
+                silent = 0.0
+            await asyncio.sleep(self._keepalive - silent)
+
+
+async def _unless_disconnected(answer: Coroutine[Any, Any, Response | None], receive: Receive) -> Response | None:
+    """Run `answer`, and give up on it as soon as the client is gone."""
+    work = asyncio.ensure_future(answer)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else None
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
