@@ -73,8 +73,6 @@ def check(config: ConfigOption = None, model: ModelOption = None, pull: PullOpti
     """Load every model, run the self-test on this machine and print what it found."""
     entries, _ = _configuration(config, model, None)
     _offline(pull)
-    from engine.loader import load  # noqa: F401  torch is imported here, before the first progress line
-
     failed = 0
     table = Table("model", "architecture", "runner", "device", "context", "bits reproducible", "fingerprint")
     for entry in entries:

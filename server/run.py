@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
 import socket
+import sys
 from collections.abc import Sequence
 
 import uvicorn
@@ -35,6 +37,8 @@ def run(entries: Sequence[ModelConfig], settings: ServerSettings, *, pull: bool,
             server_header=False,
         )
     )
+    # uvicorn ends in order on SIGTERM and then raises it again: that is an ordinary end here, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _greet(console, settings, port, entries)
     registry.start()
     try:
