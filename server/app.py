@@ -6,7 +6,6 @@ request id → body, while it is read (413) → fields (400, 422) → model (404
 
 from __future__ import annotations
 
-import contextlib
 import re
 import secrets
 import time
@@ -20,10 +19,10 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine import InvalidParameter, ModelNotFound, ModelStatus, Registry
+from engine import InvalidParameter, ModelNotFound, ModelStatus, Registry, VerbatimError
 from server import openapi, schema
 from server.completions import CompletionResponse
-from server.errors import BodyTooLarge, ClientGone, install
+from server.errors import BodyTooLarge, ClientGone, error_response, install
 from server.responses import Reply
 from server.settings import ServerSettings
 
@@ -46,13 +45,16 @@ def create_app(registry: Registry, settings: ServerSettings | None = None) -> Fa
         docs_url=None,  # the pages load scripts from the internet
         redoc_url=None,
         lifespan=lifespan,
+        redirect_slashes=False,  # a path is right or it is a 404 with a body, as every error
+        # Whatever the environment says, nothing is sent anywhere. (Versions before 0.165 keep the word and ignore it.)
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     api = _completions(registry, settings)
     for prefix in PREFIXES:
         app.include_router(api, prefix=prefix)
     app.include_router(_health(registry))
     install(app, settings.retry_after_seconds)
-    app.add_middleware(RequestId)
+    app.add_middleware(Envelope)
     return app
 
 
@@ -114,7 +116,10 @@ def _state(registry: Registry, status: ModelStatus) -> str:
     """`ready`, or why not."""
     if status.state != "ready":
         return f"{status.state}: {status.detail}"
-    stats = registry.get(status.id).stats()
+    try:
+        stats = registry.get(status.id).stats()
+    except VerbatimError as error:
+        return f"dead: {error.message}"
     if not stats.alive:
         return "dead: the engine has stopped; see the log"
     if stats.stalled:
@@ -180,10 +185,11 @@ def _ignored(names: tuple[str, ...], settings: ServerSettings) -> dict[str, str]
     return {"x-ignored-fields": schema.header_value(names)}
 
 
-class RequestId:
-    """Every answer carries the request's id: the client's own if it is harmless, else a fresh one.
+class Envelope:
+    """Around every exchange: its id, and the last resort for an error that nothing else has turned into an answer.
 
-    Also the last resort: an error that nothing else has turned into an answer.
+    The id is the client's own if it is harmless, else a fresh one. The last resort stands here and not in a handler
+    for `Exception`: starlette runs that one outside, where the answer would have no id, and raises again.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -196,10 +202,20 @@ class RequestId:
         given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
 
+        started = False
+
         async def send_with_id(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        with contextlib.suppress(ClientGone):
+        try:
             await self._app(scope, receive, send_with_id)
+        except ClientGone:
+            return
+        except Exception as error:
+            if started:
+                raise  # too late for a status: the connection must break, or half an answer would look whole
+            await error_response(error)(scope, receive, send_with_id)

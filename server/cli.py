@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from engine import ConfigError, ModelConfig, VerbatimError, parse_models, read_yaml, validate
@@ -45,7 +46,7 @@ def main() -> None:
     try:
         app()
     except VerbatimError as error:
-        err.print(f"[bold red]error:[/] {error.message}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -76,15 +77,15 @@ def check(config: ConfigOption = None, model: ModelOption = None, pull: PullOpti
     failed = 0
     table = Table("model", "architecture", "runner", "device", "context", "bits reproducible", "fingerprint")
     for entry in entries:
-        with err.status(f"{entry.id}: loading") as status:
+        with err.status(escape(f"{entry.id}: loading")) as status:
             try:
-                info = _open(entry, pull, lambda text, name=entry.id: status.update(f"{name}: {text}")).info
+                info = _open(entry, pull, lambda text, name=entry.id: status.update(escape(f"{name}: {text}"))).info
             except VerbatimError as error:
-                err.print(f"[bold red]{entry.id}:[/] {error.message}", highlight=False, soft_wrap=True)
+                err.print(f"[bold red]{escape(entry.id)}:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
                 failed += 1
                 continue
         law = ("yes: " if info.law.holds else "no: ") + info.law.reason
-        table.add_row(
+        cells = (
             info.id,
             info.architecture,
             info.runner,
@@ -93,6 +94,7 @@ def check(config: ConfigOption = None, model: ModelOption = None, pull: PullOpti
             law,
             info.system_fingerprint,
         )
+        table.add_row(*map(escape, cells))
     if table.row_count:
         out.print(table)
     raise typer.Exit(1 if failed else 0)
@@ -115,8 +117,8 @@ def generate(
     """Answer one prompt, without a server."""
     entries, _ = _configuration(config, model, None)
     _offline(pull)
-    with err.status(f"{entries[0].id}: loading") as status:
-        llm = _open(entries[0], pull, lambda text: status.update(f"{entries[0].id}: {text}"))
+    with err.status(escape(f"{entries[0].id}: loading")) as status:
+        llm = _open(entries[0], pull, lambda text: status.update(escape(f"{entries[0].id}: {text}")))
     from engine import ChatMessage
 
     turns = [ChatMessage("system", system)] if system else []
@@ -165,6 +167,10 @@ def _configuration(
             highlight=False,
         )
         return (NOISE,), ServerSettings()
+    if not file.exists():
+        raise ConfigError(
+            f"{file} does not exist. Name another with --config, or a folder with a checkpoint with --model DIR."
+        )
     data = read_yaml(file)
     settings = read_settings(data, str(file))
     return parse_models(data.get("models"), base=file.resolve().parent, where=str(file)), settings

@@ -7,7 +7,6 @@ submit ──▶ outputs ──▶ body / events            one lease: whatever 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -18,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from engine import AsyncEngine, PreparedRequest, RequestStream, VerbatimError
 from server.errors import describe, error_response
-from server.responses import KEEPALIVE, ChunkWriter, Collector, Reply, event
+from server.responses import KEEPALIVE, ChunkWriter, Collector, Reply, event, to_json
 from server.settings import ServerSettings
 
 
@@ -71,31 +70,43 @@ class CompletionResponse(Response):
             if output.error:
                 raise output.error
             collector.add(output)
-        body = json.dumps(collector.body(), ensure_ascii=False, separators=(",", ":")).encode()
+        if not collector.complete:
+            raise RuntimeError("the engine ended a request without finishing it")
+        body = to_json(collector.body()).encode()
         return Response(body, media_type="application/json", headers=self.extra_headers)
 
     async def _streamed(self, outputs: RequestStream, send: Send) -> None:
         """Send events as they come. Until the first one, an error still has its status."""
         sender = _EventSender(send, self.extra_headers, self.settings.keepalive_seconds)
-        writer = ChunkWriter(self.reply, include_usage=self.include_usage)
         beat = asyncio.create_task(sender.beat())
         try:
-            async for output in outputs:
-                batch = [output, *outputs.ready()]
-                last = batch[-1]
-                if last.error and not sender.started:
-                    raise last.error
-                data = b"" if sender.greeted else writer.start()
-                sender.greeted = True
-                data += b"".join([writer.add(o) for o in batch])
-                if last.error:
-                    data += event(describe(last.error)[1])
-                elif last.finished:
-                    data += writer.end(last.usage)
-                if data:
-                    await sender.send(data, more=not last.finished)
+            await self._events(outputs, sender)
+        except Exception as error:
+            if not sender.started:
+                raise
+            await sender.send(event(describe(error)[1]), more=False)
         finally:
             beat.cancel()
+
+    async def _events(self, outputs: RequestStream, sender: _EventSender) -> None:
+        """All events of a request that succeeds. Raises what ended one that does not."""
+        writer = ChunkWriter(self.reply, include_usage=self.include_usage)
+        data = writer.start()
+        async for output in outputs:
+            batch = [output, *outputs.ready()]  # more than one if the client is slower than the engine
+            last = batch[-1]
+            data += b"".join([writer.add(o) for o in batch])
+            if last.error:
+                if sender.started and data:
+                    await sender.send(data)
+                raise last.error
+            if last.finished:
+                await sender.send(data + writer.end(last.usage), more=False)
+                return
+            if data:
+                await sender.send(data)
+                data = b""
+        raise RuntimeError("the engine ended a request without finishing it")
 
 
 class _EventSender:
@@ -107,7 +118,6 @@ class _EventSender:
         self._keepalive = keepalive
         self._last = time.monotonic()
         self.started = False
-        self.greeted = False
 
     async def send(self, data: bytes, *, more: bool = True) -> None:
         self._last = time.monotonic()

@@ -19,6 +19,7 @@ from engine import (
     InvalidFormat,
     InvalidParameter,
     ModelNotFound,
+    NumericalFault,
     OutOfMemory,
     RequestError,
     Unavailable,
@@ -49,8 +50,8 @@ TABLE: Final[tuple[tuple[type[VerbatimError], int, str], ...]] = (
     (VerbatimError, 500, "server_error"),
 )
 
-FINAL: Final = (EngineDead, OutOfMemory)
-"""Unavailable, and trying the same again will not help."""
+FINAL: Final = (EngineDead, OutOfMemory, NumericalFault)
+"""Unavailable, and trying the same again will not help: the same request takes the same memory, gives the same bits."""
 
 
 def classify(error: VerbatimError) -> tuple[int, str]:
@@ -87,7 +88,8 @@ def headers_of(error: BaseException, retry_after: int) -> dict[str, str]:
     return {"retry-after": str(retry_after)}
 
 
-def error_response(error: BaseException, retry_after: int) -> JSONResponse:
+def error_response(error: BaseException, retry_after: int = 1) -> JSONResponse:
+    """The answer to anything that was raised. `retry_after`: seconds, used where trying again may help."""
     status, body = describe(error)
     return JSONResponse(body, status_code=status, headers=headers_of(error, retry_after))
 
@@ -112,4 +114,3 @@ def install(app: FastAPI, retry_after: int) -> None:
 
     app.add_exception_handler(VerbatimError, known)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, known)

@@ -9,9 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from json.encoder import encode_basestring
+from typing import Any, Final
 
 from engine import ChoiceDelta, FinishReason, PreparedRequest, RequestOutput, TokenLogprob, Usage, clean_logprob
+
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_BREAKS: Final = (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
+"""Line ends to many a client's line splitter, though not to the event stream standard; JSON can spell them out."""
 
 DONE = b"data: [DONE]\n\n"
 KEEPALIVE = b": keep-alive\n\n"
@@ -79,6 +84,11 @@ class Collector:
         self._choices = [_Choice() for _ in range(reply.prepared.params.n)]
         self._usage = Usage(0, 0)
 
+    @property
+    def complete(self) -> bool:
+        """Has every choice ended?"""
+        return all(choice.finish_reason for choice in self._choices)
+
     def add(self, output: RequestOutput) -> None:
         self._usage = output.usage
         for delta in output.deltas:
@@ -114,7 +124,7 @@ class ChunkWriter:
     def __init__(self, reply: Reply, *, include_usage: bool) -> None:
         self._reply = reply
         self._include_usage = include_usage
-        head = json.dumps(reply.head("chat.completion.chunk"), ensure_ascii=False, separators=(",", ":"))
+        head = to_json(reply.head("chat.completion.chunk"))
         self._prefix = f"data: {head[:-1]}," + '"choices":['
         self._suffix = ("]" + (',"usage":null' if include_usage else "") + "}\n\n").encode()
         self._token_ids = reply.prepared.params.return_token_ids
@@ -140,8 +150,8 @@ class ChunkWriter:
     def _delta(self, delta: ChoiceDelta) -> bytes:
         events = b""
         if delta.text or delta.logprobs or self._token_ids:
-            text = '{"content":' + json.dumps(delta.text, ensure_ascii=False) + "}"
-            logprobs = "null" if delta.logprobs is None else json.dumps(_logprobs(delta.logprobs), ensure_ascii=False)
+            text = '{"content":' + _one_line(encode_basestring(delta.text)) + "}"
+            logprobs = "null" if delta.logprobs is None else to_json(_logprobs(delta.logprobs))
             extra = f',"token_ids":{list(delta.token_ids)}' if self._token_ids else ""
             events = self._chunk(delta.index, text, logprobs, extra=extra)
         if delta.finish_reason:
@@ -155,4 +165,16 @@ class ChunkWriter:
 
 def event(data: Any) -> bytes:
     """One server-sent event. JSON escapes line ends, so nothing inside can break out of it."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return f"data: {to_json(data)}\n\n".encode()
+
+
+def to_json(data: Any) -> str:
+    """Compact JSON on one line, whatever the reader takes for the end of a line."""
+    return _one_line(_ENCODER.encode(data))
+
+
+def _one_line(text: str) -> str:
+    if not text.isascii():
+        for character, escape in _BREAKS:  # stands only inside strings, so a plain replacement is right
+            text = text.replace(character, escape)
+    return text

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import uvicorn
 from rich.console import Console
+from rich.markup import escape
 
 from engine import ConfigError, ModelConfig, Registry
 from server.app import create_app
@@ -79,7 +80,7 @@ def _greet(console: Console, settings: ServerSettings, port: int, entries: Seque
     for entry in entries:
         if entry.builtin:
             console.print(
-                f"{entry.id} is a tiny random model: [bold]its text is noise.[/] Put your own into models.yaml."
+                f"{escape(entry.id)} is a tiny random model: [bold]its text is noise.[/] Put your own into models.yaml."
             )
     console.print("Try, once a model is ready:", highlight=False)
     print_plain(console, "  " + example_request(port, entries[0].id))

@@ -1,7 +1,6 @@
 """A request body, from bytes to what the engine understands. Knows every field of the API; knows no range twice.
 
-Types of the fields that steer this server are checked here; sampling fields are handed on as they were given and
-checked by `engine.SamplingParams`, for scripts and server alike.
+Types are checked here, all of them; ranges of sampling fields in `engine.SamplingParams`, for scripts and server alike.
 """
 
 from __future__ import annotations
@@ -17,14 +16,38 @@ from engine import ChatMessage, GenerationRequest, InvalidFormat, InvalidParamet
 ROLES: Final = ("system", "developer", "user", "assistant")
 MAX_NAME: Final = 256
 
-SAMPLING: Final = frozenset(
-    {
-        "temperature", "top_p", "n", "stop", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "logprobs",
-        "top_logprobs", "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids",
-        "logprobs_mode", "return_token_ids",
-    }
-)  # fmt: skip
-"""Handed to the engine under the same names."""
+MAX_DEPTH: Final = 100
+"""Levels of objects and lists in a body: far above any use, far below what Python's own recursion bears."""
+
+Kind = tuple[tuple[type, ...], str]
+FLAG: Final[Kind] = ((bool,), "true or false")
+INTEGER: Final[Kind] = ((int,), "an integer")
+NUMBER: Final[Kind] = ((int, float), "a number")
+STRING: Final[Kind] = ((str,), "a string")
+LIST: Final[Kind] = ((list,), "a list")
+OBJECT: Final[Kind] = ((dict,), "an object")
+
+SAMPLING: Final[Mapping[str, Kind]] = {
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "top_k": INTEGER,
+    "min_p": NUMBER,
+    "n": INTEGER,
+    "seed": INTEGER,
+    "stop": ((str, list), "a string or a list of strings"),
+    "stop_token_ids": ((list,), "a list of integers"),
+    "presence_penalty": NUMBER,
+    "frequency_penalty": NUMBER,
+    "repetition_penalty": NUMBER,
+    "logit_bias": OBJECT,
+    "logprobs": FLAG,
+    "top_logprobs": INTEGER,
+    "logprobs_mode": STRING,
+    "min_tokens": INTEGER,
+    "ignore_eos": FLAG,
+    "return_token_ids": FLAG,
+}
+"""Handed to the engine under the same names. Types here, so that a wrong one is never taken for a wrong value."""
 
 HANDLED: Final = frozenset(
     {
@@ -72,7 +95,9 @@ UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
 """Known to clients, not to this build: refused by name, never ignored."""
 
 MESSAGE_FIELDS: Final = frozenset({"role", "content", "name"})
-UNSUPPORTED_MESSAGE_FIELDS: Final = ("tool_calls", "tool_call_id", "function_call", "audio")
+UNSUPPORTED_MESSAGE_FIELDS: Final = ("tool_calls", "tool_call_id", "function_call", "audio", "refusal")
+PART_FIELDS: Final = frozenset({"type", "text"})
+STREAM_OPTIONS: Final = ("include_usage", "continuous_usage_stats", "include_obfuscation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +119,20 @@ def parse(raw: bytes, request_id: str) -> ChatRequest:
         InvalidParameter: right type, wrong value; Unsupported: a field this build cannot honour.
     """
     data = _load(raw)
-    ignored = [name for name in data if name not in SAMPLING | HANDLED | UNSUPPORTED.keys()]
-    model = _required(data, "model", str, "a string")
+    ignored = [name for name in data if name not in SAMPLING.keys() | HANDLED | UNSUPPORTED.keys()]
+    model = _required(data, "model", STRING)
     messages = _messages(data, ignored)
     for name, neutral in UNSUPPORTED.items():
         value = data.get(name)
         # `is` first: 1 == True in Python, not in JSON.
         if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
             raise Unsupported(f"{name} is not supported by this build.", param=name)
-    stream = _optional(data, "stream", bool, "true or false") or False
+    stream = _optional(data, "stream", FLAG) or False
     generation = GenerationRequest(
         request_id=request_id,
         messages=messages,
         sampling=_sampling(data),
-        chat_template_kwargs=_optional(data, "chat_template_kwargs", dict, "an object") or {},
+        chat_template_kwargs=_optional(data, "chat_template_kwargs", OBJECT) or {},
     )
     include_usage = _stream_options(data, stream, ignored)
     _annotations(data)
@@ -120,20 +145,52 @@ def _load(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InvalidFormat(f"The body is not UTF-8: byte {error.start} is {raw[error.start]:#04x}.") from None
     try:
-        data = json.loads(text, parse_constant=_no_constant)
-    except RecursionError:
-        raise InvalidFormat("The body is nested too deeply.") from None
-    except ValueError as error:
+        data = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
         raise InvalidFormat(f"The body is not JSON: {error}.") from None
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError:  # Python's own limit on the digits of an integer; its message is about Python
+        raise InvalidFormat("The body holds an integer of thousands of digits.") from None
     if not isinstance(data, dict):
         raise InvalidFormat(f"The body must be a JSON object, not {_kind(data)}.")
+    if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH:
+        _check_depth(data)
     if re.search(rb"\\u[dD][89a-fA-F]", raw):
         _check_surrogates(data)
     return data
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
+    raise InvalidFormat(f"The body is not JSON: {name} is not a JSON number.")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which no name stands twice: one of the two values would be ignored."""
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise InvalidFormat(f"The body holds the field {twice[:100]!r} twice in one object.", code="duplicate_field")
+    return data
+
+
+def _check_depth(data: dict[str, Any]) -> None:
+    level: list[Any] = [data]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _too_deep() -> InvalidFormat:
+    return InvalidFormat(f"The body is nested too deeply; {MAX_DEPTH} levels are allowed.")
 
 
 def _check_surrogates(data: dict[str, Any]) -> None:
@@ -150,35 +207,37 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-def _typed(value: Any, name: str, kind: type, words: str) -> Any:
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise InvalidFormat(f"{name} must be {words}, not {_kind(value)}.", param=name)
+def _typed(value: Any, name: str, kind: Kind) -> Any:
+    types, words = kind
+    if type(value) not in types:  # exactly: True is an int to isinstance
+        shown = "" if value is None or isinstance(value, dict | list) else f", {json.dumps(value)[:100]}"
+        raise InvalidFormat(f"{name} must be {words}, not {_kind(value)}{shown}.", param=name)
     return value
 
 
-def _required(data: Mapping[str, Any], name: str, kind: type, words: str) -> Any:
+def _required(data: Mapping[str, Any], name: str, kind: Kind, at: str = "") -> Any:
+    """A field that must be there. `at`: what stands before its name in messages, `messages.0.`."""
     if name not in data:
-        raise InvalidFormat(f"{name} is required.", param=name, code="missing_field")
-    return _typed(data[name], name, kind, words)
+        raise InvalidFormat(f"{at}{name} is required.", param=f"{at}{name}", code="missing_field")
+    return _typed(data[name], f"{at}{name}", kind)
 
 
-def _optional(data: Mapping[str, Any], name: str, kind: type, words: str) -> Any:
+def _optional(data: Mapping[str, Any], name: str, kind: Kind, at: str = "") -> Any:
+    """A field that may be absent or null."""
     value = data.get(name)
-    return None if value is None else _typed(value, name, kind, words)
+    return None if value is None else _typed(value, f"{at}{name}", kind)
 
 
 def _messages(data: Mapping[str, Any], ignored: list[str]) -> tuple[ChatMessage, ...]:
-    messages = _required(data, "messages", list, "a list of messages")
+    messages = _required(data, "messages", LIST)
     if not messages:
         raise InvalidParameter("messages must hold at least one message, not 0.", param="messages")
     return tuple(_message(message, f"messages.{i}", ignored) for i, message in enumerate(messages))
 
 
 def _message(message: Any, at: str, ignored: list[str]) -> ChatMessage:
-    _typed(message, at, dict, "an object")
-    if "role" not in message:
-        raise InvalidFormat(f"{at}.role is required.", param=f"{at}.role", code="missing_field")
-    role = _typed(message["role"], f"{at}.role", str, "a string")
+    _typed(message, at, OBJECT)
+    role = _required(message, "role", STRING, f"{at}.")
     for name in UNSUPPORTED_MESSAGE_FIELDS:
         if message.get(name) not in (None, []):
             raise Unsupported(f"{at}.{name} is not supported by this build.", param=f"{at}.{name}")
@@ -186,16 +245,16 @@ def _message(message: Any, at: str, ignored: list[str]) -> ChatMessage:
         raise Unsupported(f"{at}.role: {role!r} is not supported by this build.", param=f"{at}.role")
     if role not in ROLES:
         raise InvalidParameter(f"{at}.role must be one of {', '.join(ROLES)}, not {role[:100]!r}.", param=f"{at}.role")
-    name = message.get("name")
-    if name is not None and len(_typed(name, f"{at}.name", str, "a string")) > MAX_NAME:
+    name = _optional(message, "name", STRING, f"{at}.")
+    if name is not None and len(name) > MAX_NAME:
         raise InvalidParameter(
             f"{at}.name may have at most {MAX_NAME} characters, not {len(name)}.", param=f"{at}.name"
         )
     ignored += [f"{at}.{key}" for key in message if key not in MESSAGE_FIELDS and key not in UNSUPPORTED_MESSAGE_FIELDS]
-    return ChatMessage(role, _content(message, at), name)
+    return ChatMessage(role, _content(message, at, ignored), name)
 
 
-def _content(message: Mapping[str, Any], at: str) -> str:
+def _content(message: Mapping[str, Any], at: str, ignored: list[str]) -> str:
     """The text of a message; parts are joined as they are, nothing between them."""
     at = f"{at}.content"
     if "content" not in message:
@@ -205,69 +264,55 @@ def _content(message: Mapping[str, Any], at: str) -> str:
         return content
     if content is None:
         raise InvalidFormat(f"{at} may be null only in an assistant's message with tool calls.", param=at)
-    if not isinstance(content, list):
-        raise InvalidFormat(f"{at} must be a string or a list of parts, not {_kind(content)}.", param=at)
-    if not content:
+    if not _typed(content, at, ((list,), "a string or a list of parts")):
         raise InvalidParameter(f"{at} must hold at least one part.", param=at)
-    return "".join(_part(part, f"{at}.{i}") for i, part in enumerate(content))
+    return "".join(_part(part, f"{at}.{i}", ignored) for i, part in enumerate(content))
 
 
-def _part(part: Any, at: str) -> str:
-    _typed(part, at, dict, "an object")
-    kind = part.get("type")
-    if not isinstance(kind, str):
-        raise InvalidFormat(f"{at}.type must be a string, not {_kind(kind)}.", param=f"{at}.type")
+def _part(part: Any, at: str, ignored: list[str]) -> str:
+    kind = _required(_typed(part, at, OBJECT), "type", STRING, f"{at}.")
     if kind != "text":
         raise Unsupported(f"{at}: a part of type {kind[:100]!r} is not supported; only text is.", param=f"{at}.type")
-    if "text" not in part:
-        raise InvalidFormat(f"{at}.text is required.", param=f"{at}.text", code="missing_field")
-    text: str = _typed(part["text"], f"{at}.text", str, "a string")
+    text: str = _required(part, "text", STRING, f"{at}.")
+    ignored += [f"{at}.{key}" for key in part if key not in PART_FIELDS]
     return text
 
 
 def _sampling(data: Mapping[str, Any]) -> dict[str, Any]:
     """The sampling fields that were given; `max_completion_tokens` wins over `max_tokens`."""
-    given = {name: data[name] for name in SAMPLING if data.get(name) is not None}
+    given = {name: _typed(data[name], name, kind) for name, kind in SAMPLING.items() if data.get(name) is not None}
     for name in ("max_tokens", "max_completion_tokens"):
-        value = data.get(name)
+        value = _optional(data, name, INTEGER)
         if value is not None:
-            _typed(value, name, int, "an integer")
-            if value < 1:
+            if value < 1:  # here, because the engine knows only one of the two names, and one wins over the other
                 raise InvalidParameter(f"{name} must be at least 1, not {value}.", param=name)
             given["max_tokens"] = value
-    min_tokens = given.get("min_tokens")
-    if isinstance(min_tokens, int) and "max_tokens" not in given and min_tokens > 2**31:
-        raise InvalidParameter(f"min_tokens must be at most {2**31}, not {min_tokens}.", param="min_tokens")
     return given
 
 
 def _stream_options(data: Mapping[str, Any], stream: bool, ignored: list[str]) -> bool:
-    options = _optional(data, "stream_options", dict, "an object")
+    options = _optional(data, "stream_options", OBJECT)
     if options is None:
         return False
     if not stream:
         raise InvalidParameter("stream_options is only allowed with stream: true.", param="stream_options")
-    if options.get("continuous_usage_stats"):
-        name = "stream_options.continuous_usage_stats"
-        raise Unsupported(f"{name} is not supported by this build.", param=name)
-    known = {"include_usage", "continuous_usage_stats", "include_obfuscation"}
-    ignored += [f"stream_options.{key}" for key in options if key not in known]
-    value = options.get("include_usage")
-    if value is not None and not isinstance(value, bool):
-        name = "stream_options.include_usage"
-        raise InvalidFormat(f"{name} must be true or false, not {_kind(value)}.", param=name)
-    return bool(value)
+    include_usage, *unsupported = (_optional(options, name, FLAG, "stream_options.") for name in STREAM_OPTIONS)
+    for name, value in zip(STREAM_OPTIONS[1:], unsupported, strict=True):
+        if value:
+            name = f"stream_options.{name}"
+            raise Unsupported(f"{name} is not supported by this build.", param=name)
+    ignored += [f"stream_options.{key}" for key in options if key not in STREAM_OPTIONS]
+    return bool(include_usage)
 
 
 def _annotations(data: Mapping[str, Any]) -> None:
     """`user` and `metadata` are for the client's own books: checked, and without effect on the reply."""
-    _optional(data, "user", str, "a string")
-    for key, value in (_optional(data, "metadata", dict, "an object") or {}).items():
-        if not isinstance(value, str):
-            raise InvalidFormat(f"metadata.{key} must be a string, not {_kind(value)}.", param=f"metadata.{key}")
+    _optional(data, "user", STRING)
+    for key, value in (_optional(data, "metadata", OBJECT) or {}).items():
+        _typed(value, f"metadata.{key}", STRING)
 
 
 def header_value(names: tuple[str, ...]) -> str:
     """Field names for a response header: printable ASCII, bounded, whatever a hostile client called them."""
     shown = [re.sub(r"[^!-+\--~]", "?", name[:64]) for name in names[:32]]
-    return ", ".join(shown) + (", …".encode("ascii", "replace").decode() if len(names) > 32 else "")
+    return ", ".join([*shown, "..."] if len(names) > 32 else shown)
