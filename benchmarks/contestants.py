@@ -1,0 +1,167 @@
+"""Two ways to run one checkpoint, behind one face: this engine, and plain transformers. Timed from inside.
+
+Each lives in a process of its own (worker.py), so that neither sees the other's memory or kernel settings: the engine
+sets `MKL_CBWR` for its law, which must not slow its peer down. torch and transformers are imported when one is made.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from benchmarks.common import rss_bytes
+
+Answer = dict[str, Any]
+
+
+class Contestant(Protocol):
+    """What can be asked of either. Times are seconds of `time.perf_counter`."""
+
+    def load(self) -> Answer:
+        """Read the checkpoint until it could serve: `seconds`; `imports_rss`: resident bytes before."""
+
+    def prefill(self, prompt: list[int]) -> Answer:
+        """A prompt up to its first token: `seconds`, `ids` (that token)."""
+
+    def decode(self, prompts: list[list[int]], steps: int, sampling: dict[str, Any]) -> Answer:
+        """Decode all prompts together: `seconds` of `steps` steps after everyone's first token, `ids` of each."""
+
+
+class Ours:
+    """This engine: `EngineCore`, driven step by step in this thread, with the settings that a server would use."""
+
+    def __init__(self, model: Path, threads: int) -> None:
+        self._path, self._threads = model, threads
+        self._numbers = itertools.count()
+
+    def load(self) -> Answer:
+        start = time.perf_counter()
+        from engine.checkpoint import inspect
+        from engine.config import ModelConfig
+        from engine.core import EngineCore
+        from engine.loader import load
+
+        imported, rss = time.perf_counter(), rss_bytes()
+        trained = inspect(self._path, self._path.name).config.get("max_position_embeddings") or 4096
+        config = ModelConfig(
+            id=self._path.name, path=self._path, device="cpu", threads=self._threads, context_length=min(trained, 4096)
+        )
+        model = load(config)
+        self._core = EngineCore(model)
+        info = model.info
+        return {
+            "seconds": time.perf_counter() - imported,
+            "import_seconds": imported - start,
+            "imports_rss": rss,
+            "runner": info.runner,
+            "law_holds": info.law.holds,
+            "fingerprint": info.system_fingerprint,
+        }
+
+    def prefill(self, prompt: list[int]) -> Answer:
+        start = time.perf_counter()
+        name = self._add(prompt, 1, {"temperature": 0.0})
+        ids = self._until_finished(name)
+        return {"seconds": time.perf_counter() - start, "ids": ids}
+
+    def decode(self, prompts: list[list[int]], steps: int, sampling: dict[str, Any]) -> Answer:
+        # Long prompts take several steps, in which the first sequences decode already: room for those tokens, too.
+        room = steps + 1 + sum(map(len, prompts))
+        ids: dict[str, list[int]] = {self._add(p, room, {"temperature": 0.0, **sampling}): [] for p in prompts}
+        while not all(ids.values()):
+            self._step(ids)
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._step(ids)
+        seconds = time.perf_counter() - start
+        for name in ids:
+            self._core.abort(name)
+        return {"seconds": seconds, "ids": [tokens[: steps + 1] for tokens in ids.values()]}
+
+    def _add(self, prompt: list[int], max_tokens: int, sampling: dict[str, Any]) -> str:
+        from engine.types import PreparedRequest, SamplingParams
+
+        name = f"bench-{next(self._numbers)}"
+        params = SamplingParams(**{"seed": 1, "ignore_eos": True, **sampling, "max_tokens": max_tokens})
+        self._core.add(PreparedRequest(request_id=name, prompt_token_ids=tuple(prompt), params=params))
+        return name
+
+    def _step(self, ids: dict[str, list[int]]) -> None:
+        for output in self._core.step():
+            if output.error:
+                raise output.error
+            for delta in output.deltas:
+                ids[output.request_id] += delta.token_ids
+
+    def _until_finished(self, name: str) -> list[int]:
+        ids: dict[str, list[int]] = {name: []}
+        while self._core.has_work:
+            self._step(ids)
+        return ids[name]
+
+
+class Transformers:
+    """Plain transformers: `from_pretrained` in float32 with eager attention, its own cache, its own `generate`."""
+
+    def __init__(self, model: Path, threads: int) -> None:
+        self._path, self._threads = model, threads
+
+    def load(self) -> Answer:
+        start = time.perf_counter()
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        torch.set_num_threads(self._threads)
+        imported, rss = time.perf_counter(), rss_bytes()
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            self._path, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, local_files_only=True
+        )
+        model.eval().requires_grad_(False)
+        # No end token: every run decodes exactly as many tokens as it was asked for.
+        model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
+        self._model = model
+        return {
+            "seconds": time.perf_counter() - imported,
+            "import_seconds": imported - start,
+            "imports_rss": rss,
+        }
+
+    def prefill(self, prompt: list[int]) -> Answer:
+        """The forward pass that `generate` begins with: cache kept, logits of the last row only."""
+        import torch
+
+        tokens = torch.tensor([prompt])
+        start = time.perf_counter()
+        with torch.inference_mode():
+            output = self._model(tokens, use_cache=True, logits_to_keep=1)
+            first = int(output.logits[0, -1].argmax())
+        return {"seconds": time.perf_counter() - start, "ids": [first]}
+
+    def decode(self, prompts: list[list[int]], steps: int, sampling: dict[str, Any]) -> Answer:
+        """`generate`; prompts of equal length, so that nothing is padded. The clock runs from token to token."""
+        import torch
+        from transformers import StoppingCriteria, StoppingCriteriaList
+
+        stamps: list[float] = []
+
+        class Clock(StoppingCriteria):  # type: ignore[misc]
+            def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+                stamps.append(time.perf_counter())  # called once after every token
+                return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+        tokens = torch.tensor(prompts)
+        with torch.inference_mode():
+            output = self._model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=steps + 1,
+                stopping_criteria=StoppingCriteriaList([Clock()]),
+                **sampling,
+            )
+        assert len(stamps) == steps + 1, "generate ended early"
+        return {"seconds": stamps[-1] - stamps[0], "ids": output[:, tokens.shape[1] :].tolist()}
+
+
+CONTESTANTS = {"verbatim": Ours, "transformers": Transformers}

@@ -1,0 +1,158 @@
+"""What everything but the model costs per token: scheduler, sampler, detokeniser, the whole step, the HTTP server.
+
+    python benchmarks/overheads.py [--model DIR] [--streams 16] [--tokens 256] [--repeat R] [--out DIR] [--quick]
+
+By default on the tiny random stand-in. CPU time, not time on the clock: two cores may be shared, microseconds of CPU
+are what a token takes from everybody else. Says nothing about how fast a model is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: this folder holds an engine.py that must not hide the package
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import machine, metered, served, step_costs
+from benchmarks.common import RESULTS, alternate, summary, thread_cpu_seconds
+from benchmarks.report import Report
+from engine.checkpoint import prepare_environment
+from engine.standin import ensure_standin
+
+UNIT = "µs CPU/token"
+GOAL = 100.0
+"""Microseconds of CPU per streamed token at 16 streams."""
+LARGE_VOCABULARY = 151_936  # Qwen3's
+
+
+def engine(report: Report, model: Path, streams: int, tokens: int, repeat: int) -> None:
+    """The parts of a step, in this process."""
+    large = LARGE_VOCABULARY if not report.quick else LARGE_VOCABULARY // 32
+    loaded = step_costs.open_model(model, streams)
+    steps = step_costs.Steps(loaded, streams, tokens)
+    forwards: list[float] = []
+
+    def step(name: str) -> Callable[[int], float]:
+        def once(_: int) -> float:
+            forward, rest = steps.measure(step_costs.SAMPLINGS[name])
+            forwards.append(forward)
+            return rest
+
+        return once
+
+    def sampler(name: str, vocab_size: int, count: int) -> Callable[[int], float]:
+        return lambda _: step_costs.sampler(vocab_size, step_costs.SAMPLINGS[name], streams, count)
+
+    small = loaded.info.vocab_size
+    parts: dict[str, Callable[[int], float]] = {
+        "scheduler": lambda _: step_costs.scheduler(streams, tokens),
+        "detokeniser": lambda _: step_costs.detokenizer(loaded.vocabulary, (), 16 * tokens),
+        "detokeniser, 4 stop strings": lambda _: step_costs.detokenizer(
+            loaded.vocabulary, ("\n\nUser:", "</s>", "###", "Observation:"), 16 * tokens
+        ),
+    }
+    for name in step_costs.SAMPLINGS:
+        parts[f"sampler, {small} tokens, {name}"] = sampler(name, small, tokens)
+        parts[f"sampler, {large} tokens, {name}"] = sampler(name, large, max(tokens // 32, 1))
+        parts[f"whole step without the forward pass, {name}"] = step(name)
+    alternate(parts, 1)
+    forwards.clear()
+    values = alternate(parts, repeat)
+    for name, costs in values.items():
+        report.add(name, UNIT, {f"{streams} streams": summary(costs)})
+    report.add(
+        "forward pass of this model, for comparison",
+        UNIT,
+        {f"{streams} streams": summary(forwards)},
+        note="one kernel thread; not part of the rows above.",
+    )
+
+
+def server(report: Report, model: Path, streams: int, tokens: int, repeat: int) -> None:
+    """A real server over loopback: what it spends per streamed token, thread by thread."""
+    whole, forward, loop, others, reads = [], [], [], [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        meter = Path(scratch, "meter")
+        metered.create(meter)
+        entry = {"device": "cpu", "threads": 1, "max_sequences": streams}
+        with served.serve(model, meter=meter, **entry) as running:
+            for round_ in range(repeat + 1):  # the first warms up
+                bodies = [
+                    served.chat(served.MODEL, served.words(16, round_ * streams + i), tokens) for i in range(streams)
+                ]
+                before, passes_before = thread_cpu_seconds(running.pid), metered.read(meter)[0]
+                result = served.ask(running.base_url, bodies, streams, 120)
+                after, passes = thread_cpu_seconds(running.pid), metered.read(meter)[0] - passes_before
+                if round_ == 0:
+                    continue
+                count = sum(a["tokens"] for a in result["answers"])
+                scale = 1e6 / count
+                spent = {thread: seconds - before.get(thread, 0.0) for thread, seconds in after.items()}
+                whole.append(sum(spent.values()) * scale)
+                forward.append(passes * scale)
+                loop.append(spent[running.pid] * scale)  # the main thread has the process' id on Linux
+                others.append(whole[-1] - loop[-1] - forward[-1])
+                reads.append(sum(a["reads"] for a in result["answers"]) / count)
+    ours = [a - b for a, b in zip(whole, forward, strict=True)]
+    name = f"{streams} streams"
+    report.add(
+        "server without the forward pass",
+        "µs CPU/streamed token",
+        {name: summary(ours)},
+        goal=f"< {GOAL:.0f}",
+        met=summary(ours)["median"] < GOAL,
+        note=f"{streams} requests at once, {tokens} tokens each, over loopback, greedy. All threads of the server, "
+        "user and system time: accepting, parsing, template, tokenising and prompts spread over the tokens; scheduler, "
+        "sampler, detokeniser; hand-over between threads, JSON, SSE, sockets. Left out: the forward pass, measured "
+        "inside the same process; the client, a process of its own.",
+    )
+    report.add("· event loop thread (HTTP, JSON, SSE)", "µs CPU/streamed token", {name: summary(loop)})
+    report.add(
+        "· other threads (engine without forward, preparing)",
+        "µs CPU/streamed token",
+        {name: summary(others)},
+        note="waiting for the interpreter lock costs no CPU, so it is not seen here but in the latencies of server.py.",
+    )
+    report.add(
+        "server with the forward pass",
+        "µs CPU/streamed token",
+        {name: summary(whole)},
+        note=f"the stand-in's pass on one kernel thread: {summary(forward)['median']:.0f} µs of it. The client saw "
+        f"{summary(reads)['median']:.2f} reads per token: below 1, events travel together, which is cheaper.",
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a folder with a checkpoint; default: the tiny random stand-in")
+    parser.add_argument("--label", help="the model's name in the report")
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of each stream")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--only", choices=["engine", "server"])
+    parser.add_argument("--out", type=Path, help="folder for the JSON; default benchmarks/results")
+    parser.add_argument("--quick", action="store_true", help="toy settings; writes nothing unless --out is given")
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.streams, arguments.tokens, arguments.repeat = 4, 16, 1
+    prepare_environment(pull=False)
+    model = arguments.model or ensure_standin()
+    settings = {"streams": arguments.streams, "tokens": arguments.tokens, "repeat": arguments.repeat}
+    label = arguments.label or ("stand-in" if arguments.model is None else model.resolve().name)
+    commit, dirty = machine.commit()
+    where = machine.describe(threads=1)
+    report = Report("overheads", label, machine.utc_now(), commit, dirty, where, settings, arguments.quick)
+    for name, part in (("engine", engine), ("server", server)):
+        if arguments.only in (None, name):
+            part(report, model, arguments.streams, arguments.tokens, arguments.repeat)
+    report.show()
+    if arguments.out or not arguments.quick:
+        print(report.write(arguments.out or RESULTS).name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""One run's numbers: as dated JSON in `results/`, as a table in the terminal, as Markdown for the README.
+
+    python benchmarks/report.py table            the newest run of every benchmark and model, as Markdown
+    python benchmarks/report.py table --all      every run
+
+Knows rows and columns; measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: this folder holds an engine.py that must not hide the package
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.common import RESULTS, Summary
+
+
+@dataclass(slots=True)
+class Row:
+    """One measured quantity.
+
+    Attributes:
+        values: by contestant or variant, the summary of its repetitions.
+        ratio: a ratio within each repetition; `ratio_of` names it.
+        goal: what is aimed at, in words; `met` whether it was, by the median.
+        note: what the number includes, where that is not plain.
+    """
+
+    name: str
+    unit: str
+    values: dict[str, Summary]
+    ratio: Summary | None = None
+    ratio_of: str = ""
+    goal: str = ""
+    met: bool | None = None
+    note: str = ""
+
+
+@dataclass(slots=True)
+class Report:
+    """All rows of one run.
+
+    Attributes:
+        benchmark: `engine`, `server`, …; label: the model's name, part of the file's.
+        quick: made with toy settings to see that the runner works; never shown among results.
+    """
+
+    benchmark: str
+    label: str
+    date: str
+    commit: str
+    dirty: bool
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    quick: bool = False
+    rows: list[Row] = field(default_factory=list)
+
+    def add(self, name: str, unit: str, values: dict[str, Summary], **more: Any) -> None:
+        self.rows.append(Row(name, unit, values, **more))
+
+    def write(self, folder: Path) -> Path:
+        """`YYYY-MM-DD-BENCHMARK-LABEL-COMMIT.json`; a second run on the same day and commit replaces the first."""
+        folder.mkdir(parents=True, exist_ok=True)
+        commit = f"{self.commit}-dirty" if self.dirty else self.commit
+        label = re.sub(r"[^A-Za-z0-9._-]+", "_", self.label)
+        path = folder / f"{self.date[:10]}-{self.benchmark}-{label}-{commit}.json"
+        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
+
+    def show(self) -> None:
+        """Print the table to the terminal."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=self.title, title_justify="left", show_lines=False)
+        for number, column in enumerate(_COLUMNS):
+            table.add_column(column, justify="left" if number in (0, 4) else "right", overflow="fold")
+        for row in self.rows:
+            table.add_row(*_cells(row))
+        # Piped output is kept, too: as wide as the table needs.
+        console = Console(width=None if sys.stdout.isatty() else 140)
+        console.print(table)
+        for row in self.rows:
+            if row.note:
+                console.print(f"[dim]{row.name}:[/dim] {row.note}", highlight=False)
+
+    def markdown(self) -> str:
+        lines = [f"### {self.title}", "", self._where(), ""]
+        lines += ["| " + " | ".join(_COLUMNS) + " |", "|---|---|---|---|---|"]
+        lines += ["| " + " | ".join(cell.replace("\n", "<br>") for cell in _cells(row)) + " |" for row in self.rows]
+        return "\n".join(lines) + "\n"
+
+    @property
+    def title(self) -> str:
+        dirty = ", with uncommitted changes" if self.dirty else ""
+        return f"{self.benchmark}: {self.label} ({self.date[:10]}, commit {self.commit}{dirty})"
+
+    def _where(self) -> str:
+        m = self.machine
+        flags = ", ".join(m["isa_flags"])
+        return (
+            f"{m['cpu']}, {m['cores']} cores, {m['isa']} ({flags}), {m['memory_gib']} GiB; {m['threads']} threads; "
+            f"torch {m['torch']}, transformers {m['transformers']}; load before the run {m['load_average_before']}."
+        )
+
+
+_COLUMNS = ("what", "unit", "median (min … max)", "ratio", "goal")
+
+
+def _cells(row: Row) -> tuple[str, str, str, str, str]:
+    several = len(row.values) > 1
+    values = "\n".join(f"{name}: {_range(v)}" if several else _range(v) for name, v in row.values.items())
+    ratio = f"{_range(row.ratio)} {row.ratio_of}".strip() if row.ratio else ""
+    goal = f"{row.goal}: {'met' if row.met else 'missed'}" if row.goal else ""
+    return row.name, row.unit, values, ratio, goal
+
+
+def _range(s: Summary) -> str:
+    if s["n"] == 1:
+        return _number(s["median"])
+    return f"{_number(s['median'])} ({_number(s['min'])} … {_number(s['max'])})"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def read(path: Path) -> Report:
+    """A report from its file."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return Report(**{**data, "rows": [Row(**row) for row in data["rows"]]})
+
+
+def newest(reports: list[Report]) -> list[Report]:
+    """The latest of every benchmark and label."""
+    kept: dict[tuple[str, str], Report] = {}
+    for report in sorted(reports, key=lambda r: r.date):
+        kept[report.benchmark, report.label] = report
+    return list(kept.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["table"])
+    parser.add_argument("--dir", type=Path, default=RESULTS)
+    parser.add_argument("--all", action="store_true", help="every run, not only the newest")
+    arguments = parser.parse_args()
+    reports = [r for r in map(read, sorted(arguments.dir.glob("*.json"))) if not r.quick]
+    shown = sorted(reports if arguments.all else newest(reports), key=lambda r: (r.benchmark, r.label, r.date))
+    print("\n".join(report.markdown() for report in shown) or "No results yet.")
+
+
+if __name__ == "__main__":
+    main()

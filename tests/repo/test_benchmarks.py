@@ -1,0 +1,180 @@
+"""The benchmark runners run, and what they write can be read: speed itself is not tested."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import overheads, server
+from benchmarks.common import ROOT, alternate, fixed_prompt, ratios, summary
+from benchmarks.load import parse
+from benchmarks.report import newest, read
+from engine import ensure_standin
+
+
+def checked(script: str, folder: Path, output: str) -> dict[str, Any]:
+    """The one report that a runner has just written into `folder`, and said so."""
+    (path,) = folder.glob(f"*-{script}-*.json")
+    assert path.name in output
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    assert report["benchmark"] == script
+    assert path.name.startswith(report["date"][:10])
+    assert {"cpu", "cores", "isa", "memory_gib", "threads", "torch", "transformers"} <= report["machine"].keys()
+    assert str(ROOT) not in path.read_text(encoding="utf-8"), "a result must not tell where it was made"
+    for row in report["rows"]:
+        for values in row["values"].values():
+            assert values["min"] <= values["median"] <= values["max"], row
+    return report
+
+
+def named(report: dict[str, Any], start: str) -> dict[str, Any]:
+    (row,) = [row for row in report["rows"] if row["name"].startswith(start)]
+    return row  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The runners set torch's thread count; later tests must not notice."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_engine_as_a_script(tmp_path: Path) -> None:
+    """Both sides load, decode the same greedy tokens, and every promised row is there.
+
+    As a script, since benchmarks/engine.py must then not hide the package `engine`.
+    """
+    command = ["benchmarks/engine.py", "--model", str(ensure_standin()), "--threads", "1", "--quick", "--out"]
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = checked("engine", tmp_path, done.stdout)
+    assert report["settings"]["law_holds"]
+    for start in (
+        "load",
+        "memory after load",
+        "prefill",
+        "decode, 1 sequence,",
+        "memory read bandwidth",
+        "2 sequences",
+    ):
+        assert named(report, start)["values"]
+    together = named(report, "decode, 2 sequences")
+    assert set(together["values"]) == {"verbatim", "transformers"}
+    assert "in 4 of 4 sequences" in together["note"], "two sequences, twice: warm-up and measured"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("threads")
+def test_overheads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A real server is started, metered and stopped; its parts add up to the whole."""
+    overheads.main(["--quick", "--out", str(tmp_path)])
+    report = checked("overheads", tmp_path, capsys.readouterr().out)
+    costs = {row["name"]: next(iter(row["values"].values()))["median"] for row in report["rows"]}
+    assert all(value > 0 for value in costs.values())
+    alone, whole = costs["server without the forward pass"], costs["server with the forward pass"]
+    parts = sum(value for name, value in costs.items() if name.startswith("· "))
+    assert alone == pytest.approx(parts, rel=1e-6)
+    assert alone < whole
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("threads")
+def test_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A server is started, asked by the client process, and stopped; every token is counted."""
+    server.main(["--model", str(ensure_standin()), "--threads", "1", "--quick", "--out", str(tmp_path)])
+    report = checked("server", tmp_path, capsys.readouterr().out)
+    assert named(report, "throughput, 4 streams")["note"].startswith("4 answers, 48 tokens")
+    assert named(report, "time to first text, 1 stream")["values"]["bench"]["median"] > 0
+
+
+def test_table_shows_only_the_newest_and_no_quick_run(tmp_path: Path) -> None:
+    """README's table comes from these files: an old or a toy run must not slip into it."""
+    written = {
+        "benchmark": "engine",
+        "label": "m",
+        "commit": "abc",
+        "dirty": False,
+        "settings": {},
+        "machine": {
+            "cpu": "C",
+            "cores": 2,
+            "isa": "AVX2",
+            "isa_flags": ["avx2"],
+            "memory_gib": 8,
+            "threads": 2,
+            "torch": "2",
+            "transformers": "5",
+            "load_average_before": 0.0,
+        },
+    }
+    for date, quick, value in (("2026-01-01", False, 1.0), ("2026-01-02", False, 2.0), ("2026-01-03", True, 3.0)):
+        row = {"name": "decode", "unit": "tokens/s", "values": {"verbatim": summary([value])}}
+        content = {**written, "date": date, "quick": quick, "rows": [row]}
+        (tmp_path / f"{date}.json").write_text(json.dumps(content), encoding="utf-8")
+    assert [r.date for r in newest([read(p) for p in tmp_path.glob("*.json") if "03" not in p.name])] == ["2026-01-02"]
+    command = [sys.executable, "benchmarks/report.py", "table", "--dir", str(tmp_path)]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "| decode | tokens/s | 2 |  |  |" in table
+    assert "2026-01-01" not in table
+    assert "2026-01-03" not in table
+
+
+def test_alternation_reverses_and_ratios_pair() -> None:
+    """Drift must fall on both sides alike."""
+    order: list[str] = []
+
+    def case(name: str) -> Any:
+        return lambda number: order.append(name) or float(number + 1)
+
+    values = alternate({"a": case("a"), "b": case("b")}, 2)
+    assert order == ["a", "b", "b", "a"]
+    assert values == {"a": [1.0, 2.0], "b": [1.0, 2.0]}
+    assert ratios([2.0, 30.0, 5.0], [1.0, 10.0, 1.0]) == {"median": 3.0, "min": 2.0, "max": 5.0, "n": 3.0}
+
+
+def test_prompts_are_fixed_and_fresh() -> None:
+    """The same in every run; no two share a first block, or a prefix cache would answer for the engine."""
+    prompts = [tuple(fixed_prompt(32, 440, number)) for number in range(500)]
+    assert prompts[7] == tuple(fixed_prompt(32, 440, 7))
+    assert all(0 <= token < 396 for prompt in prompts for token in prompt)
+    assert len({prompt[:4] for prompt in prompts}) == 500
+
+
+def event(body: str) -> bytes:
+    return f"data: {body}\n\n".encode()
+
+
+def test_client_stamps_events_by_their_last_byte() -> None:
+    """Events cut by the socket, several in one read, chunked framing: each gets the time at which it was complete."""
+    events = [
+        event('{"choices":[{"delta":{"role":"assistant","content":""}}]}'),
+        event('{"choices":[{"delta":{"content":"a"}}]}'),
+        event('{"choices":[{"delta":{"content":"b"}}]}') + event('{"choices":[{"delta":{}}]}'),
+        event('{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}') + event("[DONE]"),
+    ]
+    framed = [f"{len(e):x}\r\n".encode() + e + b"\r\n" for e in events]
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    cut = len(framed[1]) // 2
+    pieces = [
+        (1.0, head + framed[0]),
+        (2.0, framed[1][:cut]),
+        (3.0, framed[1][cut:] + framed[2]),
+        (4.0, framed[3] + b"0\r\n\r\n"),
+    ]
+    answer = parse(0.5, pieces)
+    assert answer.times == [2.5, 2.5]
+    assert (answer.tokens, answer.prompt_tokens, answer.reads, answer.error) == (2, 3, 4, "")
+    assert parse(0.5, pieces[:3]).error == "the stream ended without [DONE]"
+    refused = parse(0.0, [(1.0, b"HTTP/1.1 503 Service Unavailable\r\n\r\n{}")])
+    assert "503" in refused.error
