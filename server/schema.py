@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -169,8 +170,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object in which no name stands twice: one of the two values would be ignored."""
     data = dict(pairs)
     if len(data) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise InvalidFormat(f"The body holds the field {twice[:100]!r} twice in one object.", code="duplicate_field")
     return data
 

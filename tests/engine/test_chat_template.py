@@ -59,7 +59,9 @@ def by_transformers(source: str, messages: list[ChatMessage], monkeypatch: pytes
     monkeypatch.setattr(chat_template_utils, "datetime", Pinned)
     tokenizer = byte_level()
     tokenizer.add_special_tokens(SPECIAL)
-    dicts = [{"role": m.role, "content": m.content, "name": m.name} for m in messages]
+    # Without the missing ones, as newer releases of transformers do by themselves.
+    fields = [{"role": m.role, "content": m.content, "name": m.name} for m in messages]
+    dicts = [{key: value for key, value in turn.items() if value is not None} for turn in fields]
     return tokenizer.apply_chat_template(
         dicts, chat_template=source, tokenize=False, add_generation_prompt=True, **kwargs
     )
