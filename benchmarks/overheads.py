@@ -17,7 +17,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: this folder holds an engine.py that must not hide the package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import machine, metered, served, step_costs
+from benchmarks import loopback, machine, metered, served, step_costs
 from benchmarks.common import RESULTS, alternate, summary, thread_cpu_seconds
 from benchmarks.report import Report
 from engine.checkpoint import prepare_environment
@@ -116,6 +116,14 @@ def server(report: Report, model: Path, streams: int, tokens: int, repeat: int) 
         "µs CPU/streamed token",
         {name: summary(others)},
         note="waiting for the interpreter lock costs no CPU, so it is not seen here but in the latencies of server.py.",
+    )
+    floor = [loopback.send_cost(streams, max(tokens // 2, 8)) for _ in range(repeat)]
+    report.add(
+        "· of it the system's own: one loopback send",
+        "µs CPU/streamed token",
+        {name: summary(floor)},
+        note="300 bytes to another process, from a program that does nothing else; inside a server it costs more, for "
+        "its caches are cold.",
     )
     report.add(
         "server with the forward pass",
