@@ -7,16 +7,17 @@ submit ──▶ outputs ──▶ body / events            one lease: whatever 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from engine import AsyncEngine, PreparedRequest, RequestStream, VerbatimError
-from server.errors import describe, error_response
+from server.errors import ClientGone, describe, error_response
 from server.responses import KEEPALIVE, ChunkWriter, Collector, Reply, event, to_json
 from server.settings import ServerSettings
 
@@ -82,7 +83,7 @@ class CompletionResponse(Response):
         try:
             await self._events(outputs, sender)
         except Exception as error:
-            if not sender.started:
+            if not sender.started or isinstance(error, ClientGone):
                 raise
             await sender.send(event(describe(error)[1]), more=False)
         finally:
@@ -130,17 +131,24 @@ class _EventSender:
                 **self._headers,
             }
             raw = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers.items()]
-            await self._send({"type": "http.response.start", "status": 200, "headers": raw})
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+            await self._deliver({"type": "http.response.start", "status": 200, "headers": raw})
+        await self._deliver({"type": "http.response.body", "body": data, "more_body": more})
 
     async def beat(self) -> None:
         """A comment line whenever the stream has been silent; a queued request shows a sign of life, too."""
-        while True:
-            silent = time.monotonic() - self._last
-            if silent >= self._keepalive:
-                await self.send(KEEPALIVE)
-                silent = 0.0
-            await asyncio.sleep(self._keepalive - silent)
+        with contextlib.suppress(ClientGone):
+            while True:
+                silent = time.monotonic() - self._last
+                if silent >= self._keepalive:
+                    await self.send(KEEPALIVE)
+                    silent = 0.0
+                await asyncio.sleep(self._keepalive - silent)
+
+    async def _deliver(self, message: Message) -> None:
+        try:
+            await self._send(message)
+        except OSError as error:  # how some servers report a broken connection
+            raise ClientGone from error
 
 
 async def _unless_disconnected(answer: Coroutine[Any, Any, Response | None], receive: Receive) -> Response | None:

@@ -1,0 +1,224 @@
+"""An engine and a registry that follow a script: they honour the interface, compute nothing, remember everything."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from engine import (
+    ChoiceDelta,
+    ContextLengthExceeded,
+    EngineDead,
+    EngineStats,
+    GenerationRequest,
+    InvalidParameter,
+    LawReport,
+    ModelInfo,
+    ModelLoading,
+    ModelNotFound,
+    ModelStatus,
+    PreparedRequest,
+    QueueFull,
+    RequestOutput,
+    RequestStream,
+    SamplingParams,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+    VerbatimError,
+)
+from server.app import create_app
+from server.settings import ServerSettings
+
+VOCABULARY = 1000
+CONTEXT = 64
+MAX_CHOICES = 16
+PROMPT_TOKENS = 5
+
+INFO = ModelInfo(
+    id="fake",
+    created=1_700_000_000,
+    architecture="FakeForCausalLM",
+    runner="packed",
+    device="cpu",
+    dtype="float32",
+    context_length=CONTEXT,
+    cache_tokens=4096,
+    max_sequences=16,
+    vocab_size=VOCABULARY,
+    system_fingerprint="fp_fake",
+    law=LawReport(True, "alone, packed and chunked agree bit for bit.", (("packed", True), ("chunked", True))),
+    default_sampling={"temperature": 0.7},
+    weight_bytes=1,
+)
+STATS = EngineStats(
+    alive=True, stalled=False, waiting=0, running=0, steps=0, preemptions=0, prompt_tokens=0, cached_tokens=0,
+    generated_tokens=0, blocks_total=8, blocks_free=8,
+)  # fmt: skip
+
+Step = RequestOutput | float | None
+"""What a script is made of: an output, a pause in seconds, or None: nothing more comes, ever."""
+Script = Callable[[PreparedRequest], Iterable[Step]]
+
+
+def token(token_id: int, text: str, *, top: int = 0) -> TokenLogprob:
+    """A token with a log-probability of its own."""
+    rivals = tuple(TopLogprob(i, f"r{i}", f"r{i}".encode(), -float(i + 1)) for i in range(top))
+    return TokenLogprob(token_id, text, text.encode(), -1.0 / (token_id + 1), rivals)
+
+
+def output(
+    request: PreparedRequest,
+    deltas: Sequence[ChoiceDelta],
+    tokens: int,
+    *,
+    finished: bool = False,
+    error: VerbatimError | None = None,
+) -> RequestOutput:
+    usage = Usage(len(request.prompt_token_ids), tokens, cached_tokens=2)
+    return RequestOutput(request.request_id, tuple(deltas), usage, finished, error)
+
+
+def word_by_word(*words: str) -> Script:
+    """Every choice says the same words, one a step; the last step also ends it."""
+
+    def script(request: PreparedRequest) -> Iterable[Step]:
+        n = request.params.n
+        for i, word in enumerate(words):
+            last = i + 1 == len(words)
+            logprobs = (token(i, word, top=request.params.top_logprobs),) if request.params.logprobs else None
+            deltas = [ChoiceDelta(c, word, (i,), logprobs, "stop" if last else None) for c in range(n)]
+            yield output(request, deltas, n * (i + 1), finished=last)
+
+    return script
+
+
+HELLO = word_by_word("Hel", "lo", " wörld", "!")
+SILENT: Script = lambda request: (None,)  # noqa: E731
+
+
+class FakeEngine:
+    """Plays `script` for every request. `open` holds the ids in place, `freed` those aborted before their end."""
+
+    def __init__(
+        self,
+        script: Script = HELLO,
+        *,
+        info: ModelInfo = INFO,
+        limit: int = 100,
+        prepare_error: BaseException | None = None,
+        submit_error: BaseException | None = None,
+        stats: EngineStats = STATS,
+    ) -> None:
+        self.info = info
+        self.script = script
+        self.limit = limit
+        self.prepare_error = prepare_error
+        self.submit_error = submit_error
+        self.fixed_stats = stats
+        self.requests: list[GenerationRequest] = []
+        self.open: dict[str, asyncio.Task[None]] = {}
+        self.streams: dict[str, RequestStream] = {}
+        self.freed: list[str] = []
+        self.closed = False
+
+    async def prepare(self, request: GenerationRequest) -> PreparedRequest:
+        await asyncio.sleep(0)
+        self.requests.append(request)
+        if self.prepare_error:
+            raise self.prepare_error
+        params = SamplingParams.merged(self.info.default_sampling, request.sampling)
+        if params.n > MAX_CHOICES:
+            raise InvalidParameter(f"n must be at most {MAX_CHOICES} here, not {params.n}.", param="n")
+        for token_id in (*(t for t, _ in params.logit_bias), *params.stop_token_ids):
+            if token_id not in range(VOCABULARY):
+                raise InvalidParameter(f"{token_id} is not a token of this model.", param=f"logit_bias.{token_id}")
+        words = sum(len((m.content or "").split()) for m in request.messages or ())
+        if words >= CONTEXT:
+            raise ContextLengthExceeded(
+                f"the prompt has {words} tokens; this model's context holds {CONTEXT}.",
+                param="messages",
+                prompt_tokens=words,
+                context_length=CONTEXT,
+            )
+        seed = 77 if params.seed is None else params.seed
+        params = dataclasses.replace(params, max_tokens=CONTEXT, min_tokens=min(params.min_tokens, CONTEXT), seed=seed)
+        return PreparedRequest(
+            request_id=request.request_id, prompt_token_ids=tuple(range(PROMPT_TOKENS)), params=params
+        )
+
+    def submit(self, prepared: PreparedRequest) -> RequestStream:
+        if self.submit_error:
+            raise self.submit_error
+        if len(self.open) >= self.limit:
+            raise QueueFull(f"{len(self.open)} requests are running or waiting.", limit=self.limit)
+        stream = RequestStream(prepared.request_id)
+        self.streams[prepared.request_id] = stream
+        self.open[prepared.request_id] = asyncio.ensure_future(self._play(prepared, stream))
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        task = self.open.pop(request_id, None)
+        if task:
+            task.cancel()
+            self.freed.append(request_id)
+            self.streams.pop(request_id).end()
+
+    def stats(self) -> EngineStats:
+        return self.fixed_stats
+
+    def close(self) -> None:
+        self.closed = True
+
+    async def _play(self, prepared: PreparedRequest, stream: RequestStream) -> None:
+        for step in self.script(prepared):
+            if step is None:
+                return
+            if isinstance(step, float):
+                await asyncio.sleep(step)
+                continue
+            await asyncio.sleep(0)
+            stream.deliver(step)
+            if step.finished:
+                self.open.pop(prepared.request_id, None)
+                self.streams.pop(prepared.request_id, None)
+
+
+class FakeRegistry:
+    """Entries by id: an engine, or the status of one that is not there."""
+
+    def __init__(self, *entries: FakeEngine | ModelStatus) -> None:
+        self.entries = {(e.info.id if isinstance(e, FakeEngine) else e.id): e for e in entries}
+        self.closed = False
+
+    def get(self, model_id: str) -> FakeEngine:
+        entry = self.entries.get(model_id)
+        if entry is None:
+            raise ModelNotFound(f"the model {model_id!r} does not exist; there is: fake.", param="model")
+        if isinstance(entry, FakeEngine):
+            return entry
+        if entry.state == "failed":
+            raise EngineDead(f"{model_id} could not be loaded: {entry.detail}")
+        raise ModelLoading(f"{model_id} is loading ({entry.detail}).")
+
+    def list(self) -> list[ModelStatus]:
+        return [
+            ModelStatus(e.info.id, "ready", "ready", e.info) if isinstance(e, FakeEngine) else e
+            for e in self.entries.values()
+        ]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def make_app(*entries: FakeEngine | ModelStatus, **settings: Any) -> Any:
+    """The application over fakes; without entries, over one engine that says hello."""
+    registry: Any = FakeRegistry(*(entries or (FakeEngine(),)))
+    return create_app(registry, ServerSettings(**settings))
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    """A good body, with these fields on top."""
+    return {"model": "fake", "messages": [{"role": "user", "content": "Hi"}], **fields}
