@@ -1,0 +1,1 @@
+"""verbatim's server: HTTP around the engine. Knows statuses, streams and settings; knows nothing of torch or tokens."""
