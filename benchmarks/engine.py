@@ -109,7 +109,7 @@ def memory(run: Run, name: str) -> None:
         note="own process each, beyond what libraries took ("
         + ", ".join(f"{who} {run.imports[who] / 2**30:.2g}" for who in used)
         + f" GiB). float32 weights: {weights / 2**30:.3g} GiB (a tied embedding once as packed float32, once as "
-        "stored). Peak of the whole process so far, GiB: "
+        "stored); verbatim holds the tokenizer and its tables besides. Peak of the whole process so far, GiB: "
         + ", ".join(f"{who} {m['peak'] / 2**30:.3g}" for who, m in used.items())
         + ".",
     )
@@ -264,6 +264,7 @@ def main(argv: list[str] | None = None) -> None:
         workers = {n: stack.enter_context(Worker(n, arguments.model.resolve(), arguments.threads)) for n in names}
         run = Run(arguments, found, workers)
         for part in (load, prefill, decode, prefix_cache):
+            print(f"{part.__name__} …", file=sys.stderr, flush=True)
             part(run)
         memory(run, "memory after the run")
     run.report.show()
