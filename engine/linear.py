@@ -1,20 +1,27 @@
 """Linear layers whose rows do not depend on each other's number. Replaces modules in place; knows no model by name.
 
-On a CPU, `F.linear` in float32 rounds a row differently depending on how many rows are computed with it. oneDNN with a
-prepacked weight does not (for two rows or more), and is the fastest float32 product torch has there. Weights are packed
-one after the other and the originals freed, so that they are never held twice; a bfloat16 or float16 checkpoint widens
-to float32 exactly. Measured facts and their limits: docs/decisions/0002.
+On a CPU, `F.linear` in float32 rounds a row differently depending on how many rows are computed with it. Two ways out:
+
+* `packed`: oneDNN with a prepacked weight, for two rows or more. The fastest float32 product torch has there.
+* `strict`: `F.linear` under `MKL_CBWR=…,STRICT` with the rows padded to a multiple of four. Slower for few rows.
+
+Which of them keeps the promise depends on the library versions and the processor (oneDNN 3.12 does on AVX2, 3.10 does
+not), so `choose_kernel` tries them on the model's own shapes. Weights are packed one after the other and the originals
+freed, so that they are never held twice; a bfloat16 or float16 checkpoint widens to float32 exactly. Measured facts and
+their limits: docs/decisions/0002.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_PACK_HINT = 16  # rows that the packed layout is tuned for: between one decode and a prompt
+_PROBED_ROWS: Final = 512
+_PACK_HINT: Final = 16  # rows that the packed layout is tuned for: between one decode and a prompt
 
 
 class PackedLinear(nn.Module):
@@ -55,6 +62,67 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, packed float32"
 
 
+class StrictLinear(nn.Module):
+    """`x @ weight.T + bias` in float32 by `F.linear`, never with one to three rows left over.
+
+    Attributes:
+        weight: `[out, in]`; bias: `[out]` or None. Both float32.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight.detach().to(torch.float32).contiguous(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(torch.float32), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        count = rows.shape[0]
+        missing = -count % 4
+        if missing:
+            rows = F.pad(rows, (0, 0, 0, missing))
+        return F.linear(rows, self.weight, self.bias)[:count].reshape(*x.shape[:-1], self.out_features)
+
+
+KERNELS: Final[dict[str, type[PackedLinear] | type[StrictLinear]]] = {"packed": PackedLinear, "strict": StrictLinear}
+"""Fastest first."""
+
+
+def choose_kernel(model: nn.Module) -> str:
+    """The first kernel whose rows are independent here, on all shapes of the model; `packed` if none is.
+
+    Probed, because it cannot be known: the self-test then says whether the whole model keeps the law.
+    """
+    shapes = {(linear.in_features, min(linear.out_features, 2048)) for linear in _linears(model)}
+    for name in KERNELS:
+        if all(_rows_are_independent(name, *shape) for shape in shapes):
+            return name
+    return "packed"
+
+
+@torch.inference_mode()
+def _rows_are_independent(kernel: str, in_features: int, out_features: int) -> bool:
+    # Quasi-random numbers of every size and sign: a sum of equal terms would hide another order of summation.
+    x = _quasi_random(_PROBED_ROWS, in_features)
+    weight = _quasi_random(out_features, in_features)
+    layer = KERNELS[kernel](weight, None)
+    whole = layer(x)
+    for count in (1, 2, 3, 5, 8, 17, 34, 129):
+        if not torch.equal(layer(x[-count:]), whole[-count:]) or not torch.equal(layer(x[:count]), whole[:count]):
+            return False
+    return True
+
+
+def _quasi_random(rows: int, columns: int) -> Tensor:
+    """`[rows, columns]` float32 between -0.5 and 0.5, the same everywhere."""
+    index = torch.arange(rows * columns, dtype=torch.int64)
+    return ((index * 2654435761) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24).sub_(0.5).view(rows, columns)
+
+
+def _linears(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if type(module) is nn.Linear]
+
+
 class WideningEmbedding(nn.Module):
     """An embedding kept in the checkpoint's dtype; only the looked-up rows are widened to float32.
 
@@ -81,6 +149,7 @@ class WideningEmbedding(nn.Module):
 def pack_model(
     model: nn.Module,
     embedding_dtype: torch.dtype = torch.float32,
+    kernel: str = "packed",
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Prepare a float32 model on a CPU in place: pack its linear layers, free the originals. Returns how many.
@@ -98,7 +167,7 @@ def pack_model(
         child = getattr(parent, name)
         weight = child.weight.T if type(child).__name__ == "Conv1D" else child.weight
         # The original is freed here, before the next one is packed, unless it is tied to the embedding.
-        setattr(parent, name, PackedLinear(weight, child.bias))
+        setattr(parent, name, KERNELS[kernel](weight, child.bias))
         del child, weight
         if progress:
             progress(number + 1, len(targets))

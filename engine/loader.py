@@ -24,7 +24,7 @@ from engine.config import ModelConfig
 from engine.detokenizer import Vocabulary
 from engine.errors import LoadError, NotEnoughMemory, VerbatimError
 from engine.kv_cache import SPAN, KVCache, LayerShape
-from engine.linear import pack_model
+from engine.linear import choose_kernel, pack_model
 from engine.model_runner import FallbackRunner, PackedRunner, Runner
 from engine.scheduler import Scheduler
 from engine.selftest import SelfTest, self_test
@@ -77,13 +77,15 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
         say(f"reading {human(found.stored_bytes)} of weights")
         tokenizer = _load_tokenizer(config, folder)
         model = _load_model(config, folder, dtype, device_map)
+        kernel = "torch"
         if device.type == "cpu" and dtype == torch.float32:
-            pack_model(model, _DTYPES.get(found.dtype, torch.float32), _packing_progress(say))
+            kernel = choose_kernel(model)
+            pack_model(model, _DTYPES.get(found.dtype, torch.float32), kernel, _packing_progress(say))
         vocab_size = _vocab_size(model)
         say("self-test")
         test = self_test(model, vocab_size, dtype)
         weights = digest.result()
-    return _assemble(config, found, model, tokenizer, test, vocab_size, device, dtype, weights)
+    return _assemble(config, found, model, tokenizer, test, vocab_size, device, dtype, weights, kernel)
 
 
 def _assemble(
@@ -96,6 +98,7 @@ def _assemble(
     device: torch.device,
     dtype: torch.dtype,
     weights: str,
+    kernel: str,
 ) -> LoadedModel:
     context, blocks = _size_cache(config, model, test.layers, device)
     runner: Runner
@@ -121,6 +124,7 @@ def _assemble(
         "config": found.config,
         "dtype": str(dtype),
         "runner": "packed" if packed else "fallback",
+        "linear": kernel,
         "threads": None if test.report.holds else torch.get_num_threads(),
         **fingerprint.hardware(device),
     }
