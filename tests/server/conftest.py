@@ -1,0 +1,42 @@
+"""A real engine on a tiny model, loaded once for all tests that need one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from engine import AsyncEngine, ModelConfig, Registry
+
+
+@pytest.fixture(scope="session")
+def registry(tiny: Callable[[str], Path]) -> Iterator[Registry]:
+    """One real model, `tiny`, loaded and ready: 4 sequences at once, 4 requests waiting, a context of 128 tokens."""
+    config = ModelConfig(
+        id="tiny",
+        path=tiny("qwen3"),
+        cache_size="8MiB",  # type: ignore[arg-type]
+        context_length=128,
+        max_sequences=4,
+        max_queue=4,
+        max_batch_tokens=32,
+        max_choices=4,
+        threads=1,  # two that wait for each other cost more than they save on a model this small
+    )
+    registry = Registry([config])
+    registry.start()
+    registry.wait()
+    yield registry
+    registry.close()
+
+
+@pytest.fixture
+def engine(registry: Registry) -> Iterator[AsyncEngine]:
+    """The engine behind it. A test must leave it as it found it: alive, idle, every block free."""
+    engine = registry.get("tiny")
+    yield engine
+    stats = engine.stats()
+    assert stats.alive
+    assert (stats.running, stats.waiting) == (0, 0)
+    assert stats.blocks_free == stats.blocks_total
