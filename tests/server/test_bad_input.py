@@ -296,7 +296,7 @@ def test_with_every_token_banned_nothing_is_drawn(served: Any, temperature: int,
 
 
 def test_with_all_but_one_banned_that_one_is_drawn(served: Any) -> None:
-    """Also where its bias is at the other end: a ban is a ban, not a large number."""
+    """A ban is a ban, not a large number."""
     only = {str(i): -100 for i in range(TOKENS) if i != 77}
     assert ask(served, chat(logit_bias=only, return_token_ids=True)).json["choices"][0]["token_ids"] == [77] * 3
 
