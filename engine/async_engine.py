@@ -40,20 +40,18 @@ class RequestStream(AsyncIterator[RequestOutput]):
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self._outputs: deque[RequestOutput] = deque()
-        self._arrived = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # the reader, while it waits
         self._ended = False
 
     def __aiter__(self) -> RequestStream:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        if not self._outputs:
+        while not self._outputs:
             if self._ended:
                 raise StopAsyncIteration
-            self._arrived.clear()
-            await self._arrived.wait()
-            if not self._outputs:
-                raise StopAsyncIteration  # aborted
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         return self._outputs.popleft()
 
     def ready(self) -> list[RequestOutput]:
@@ -65,12 +63,16 @@ class RequestStream(AsyncIterator[RequestOutput]):
     def deliver(self, output: RequestOutput) -> None:
         self._outputs.append(output)
         self._ended = self._ended or output.finished
-        self._arrived.set()
+        self._wake()
 
     def end(self) -> None:
         """No more will come."""
         self._ended = True
-        self._arrived.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class AsyncEngine:

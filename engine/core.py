@@ -95,14 +95,15 @@ class EngineCore:
     def step(self) -> list[RequestOutput]:
         """Compute one step; one output for each request that it advanced or ended."""
         schedule = self._scheduler.schedule()
+        drawers = [_drawers(chunk) for chunk in schedule.chunks]
         try:
             result = self._forward(schedule)
-            sampled = self._sample(schedule, result)
+            sampled = self._sample(drawers, result)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
             return self._drop_largest(schedule, error)
-        return self._commit(schedule, result, sampled)
+        return self._commit(schedule, drawers, result, sampled)
 
     def stats(self) -> EngineStats:
         pool = self._scheduler.pool
@@ -127,25 +128,31 @@ class EngineCore:
             return ForwardResult(torch.empty(0, self._runner.vocab_size), ())
         return self._runner.forward(schedule)
 
-    def _sample(self, schedule: Schedule, result: ForwardResult) -> list[Sampled | VerbatimError]:
-        rows = [s for chunk in schedule.chunks if chunk.samples for s in _drawers(chunk)]
-        owners = [i for i, chunk in enumerate(c for c in schedule.chunks if c.samples) for _ in _drawers(chunk)]
+    def _sample(self, drawers: list[list[Sequence]], result: ForwardResult) -> list[Sampled | VerbatimError]:
+        """One draw for each sequence of each chunk that samples; the choices of a prompt draw from one row."""
+        groups = [group for group in drawers if group]
+        rows = [sequence for group in groups for sequence in group]
+        owners = [i for i, group in enumerate(groups) for _ in group]
         return self._sampler.sample(result.logits, rows, owners) if rows else []
 
     def _commit(
-        self, schedule: Schedule, result: ForwardResult, sampled: list[Sampled | VerbatimError]
+        self,
+        schedule: Schedule,
+        drawers: list[list[Sequence]],
+        result: ForwardResult,
+        sampled: list[Sampled | VerbatimError],
     ) -> list[RequestOutput]:
         """Note what was computed, append what was drawn, tell what happened; a fault ends its request."""
         self._steps += 1
         draws = iter(sampled)
         faults: dict[str, VerbatimError] = {}
         drawn: list[tuple[Sequence, Sampled]] = []
-        for chunk, finite in zip(schedule.chunks, result.finite, strict=True):
+        for chunk, group, finite in zip(schedule.chunks, drawers, result.finite, strict=True):
             if not finite:
                 faults[chunk.sequence.request_id] = NumericalFault(
                     "the model computed keys or values that are not finite; its weights may be damaged."
                 )
-            for sequence in _drawers(chunk) if chunk.samples else ():
+            for sequence in group:
                 draw = next(draws)
                 if isinstance(draw, VerbatimError):
                     faults.setdefault(sequence.request_id, draw)
@@ -237,7 +244,14 @@ class EngineCore:
 
 
 def _drawers(chunk: Chunk) -> list[Sequence]:
-    """The sequences that draw a token from a chunk's last row; a fork that was preempted again draws later."""
+    """The sequences that draw a token from a chunk's last row; a fork that was preempted again draws later.
+
+    Asked once a step, before anything changes their state. Empty, and no logits row, for a chunk that does not sample.
+    """
+    if not chunk.samples:
+        return []
+    if not chunk.forks:
+        return [chunk.sequence]
     return [s for s in (chunk.sequence, *chunk.forks) if s.state is SequenceState.RUNNING]
 
 

@@ -214,6 +214,8 @@ class Scheduler:
         first = sequence.num_computed // size  # the block that is written first
         shared = first < len(table) and self.pool.references(table[first]) > 1
         needed = self.pool.blocks_for(length) - len(table) + shared
+        if needed <= 0:
+            return True  # nearly every decode
         while needed > self.pool.num_free:
             victim = self.running[-1]
             self._preempt(victim)

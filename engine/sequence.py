@@ -47,9 +47,13 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     siblings: list[Sequence] = field(default_factory=list)
+    _length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._length = len(self.prompt_token_ids) + len(self.output_token_ids)
 
     def __len__(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+        return self._length
 
     @property
     def position(self) -> int:
@@ -58,7 +62,7 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        return len(self) - self.num_computed
+        return self._length - self.num_computed
 
     def token(self, index: int) -> int:
         split = len(self.prompt_token_ids)
@@ -74,4 +78,5 @@ class Sequence:
 
     def append(self, token_id: int) -> None:
         self.output_token_ids.append(token_id)
+        self._length += 1
         self.output_counts[token_id] += 1

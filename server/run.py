@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import signal
@@ -43,7 +42,7 @@ def run(entries: Sequence[ModelConfig], settings: ServerSettings, *, pull: bool,
     _greet(console, settings, port, entries)
     registry.start()
     try:
-        asyncio.run(server.serve(sockets=[listener]))
+        server.run(sockets=[listener])  # on uvloop where it is installed
     except KeyboardInterrupt:
         pass
     finally:

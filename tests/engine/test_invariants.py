@@ -222,7 +222,7 @@ def baseline(tiny: Callable[[str], Path]) -> Callable[[str, str], Bits]:
     return get
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", ["short", pytest.param("long", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("circumstance", CIRCUMSTANCES)
 def test_the_circumstance_does_not_matter(
