@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from stepping import Steps
 
 from engine import AsyncEngine, ModelConfig, Registry
 
@@ -43,33 +42,6 @@ def engine(registry: Registry) -> Iterator[AsyncEngine]:
     assert stats.alive
     assert (stats.running, stats.waiting) == (0, 0)
     assert stats.blocks_free == stats.blocks_total
-
-
-class Steps:
-    """Holds the engine before each step until a test grants it: what happens "within one step" can be counted."""
-
-    def __init__(self, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.taken = 0
-        self._permits = threading.Semaphore(0)
-        self._free = False
-        step = engine._core.step
-
-        def held() -> Any:
-            if not self._free:
-                self._permits.acquire(timeout=20)
-            self.taken += 1
-            return step()
-
-        monkeypatch.setattr(engine._core, "step", held)
-
-    def grant(self, count: int = 1) -> None:
-        """Let the engine take `count` steps when it has work; returns at once."""
-        self._permits.release(count)
-
-    def release(self) -> None:
-        """Hold it no longer."""
-        self._free = True
-        self._permits.release()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from asgi import Exchange, begin
-from conftest import Steps
+from stepping import Steps
 
 from engine import AsyncEngine, Registry
 from server.app import create_app
