@@ -1,0 +1,312 @@
+"""Writes docs/reference from the code: models.yaml keys, API fields, errors, commands. Run it after changing one.
+
+Says nothing of its own about a field: every word comes from a docstring, a range or a description in the code. A test
+holds that what lies in docs/reference is what this script writes.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+import engine.errors
+from engine import LawReport, ModelConfig, ModelInfo, ModelStatus, VerbatimError
+from server import openapi, schema
+from server.app import model_object
+from server.cli import app
+from server.errors import classify, headers_of
+from server.settings import ServerSettings
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "docs" / "reference"
+_WHEN = {
+    "BodyTooLarge": "the body is over `max_body_bytes`",
+    "ModelNotFound": "no entry has this id",
+    "ModelLoading": "the model is not ready yet",
+    "QueueFull": "`max_sequences` + `max_queue` requests are unfinished",
+    "EngineDead": "the model's engine has stopped, or the model could not be loaded",
+    "RequestError": "the base of what a caller can do wrong",
+    "Unavailable": "the base of what is nobody's fault",
+}
+"""For classes whose name says enough in the tree that engine/errors.py draws."""
+NOTE = "<!-- Written by docs/generate.py from the code. Do not edit. -->\n"
+
+
+def generate() -> dict[str, str]:
+    """File name in docs/reference → text."""
+    return {"models-yaml.md": models_yaml(), "api.md": api(), "cli.md": cli()}
+
+
+def main() -> None:
+    REFERENCE.mkdir(parents=True, exist_ok=True)
+    for name, text in generate().items():
+        (REFERENCE / name).write_text(text, encoding="utf-8")
+        print(f"wrote docs/reference/{name}")
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table; bars and line ends inside cells are escaped."""
+
+    def line(cells: tuple[str, ...]) -> str:
+        return "| " + " | ".join(" ".join(c.split()).replace("|", "\\|") for c in cells) + " |"
+
+    return "\n".join([line(head), "|" + "---|" * len(head), *(line(row) for row in rows)]) + "\n"
+
+
+# -- models.yaml -----------------------------------------------------------------------------------------------------
+
+
+def models_yaml() -> str:
+    return (
+        f"{NOTE}# models.yaml\n\n"
+        "Two keys at the top: `models`, a list of entries, and `server`, a mapping. An unknown key is an error that "
+        "names the nearest known one. Relative paths are taken from the folder of the file.\n\n"
+        "```yaml\nmodels:\n  - id: qwen3\n    path: /models/Qwen3-0.6B\n    context_length: 8192\n"
+        "    cache_size: 2GiB\n    sampling: {temperature: 0.7}\nserver:\n  port: 9000\n```\n\n"
+        "## models\n\n"
+        f"An entry gives `id` and exactly one of `path`, `repo` and `builtin`.\n\n{_keys(ModelConfig)}\n"
+        f"## server\n\n{_keys(ServerSettings)}"
+    )
+
+
+def _keys(model: type[BaseModel]) -> str:
+    said = _attribute_docstrings(model)
+    hints = typing.get_type_hints(model)
+    rows = [
+        (f"`{name}`", _type_name(hints[name]), _default(field), said.get(name, ""))
+        for name, field in model.model_fields.items()
+    ]
+    return table(("key", "type", "default", "meaning"), rows)
+
+
+def _attribute_docstrings(cls: type) -> dict[str, str]:
+    """The strings that stand under a class's attributes, which Python itself does not keep."""
+    [tree] = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for node, after in zip(tree.body, tree.body[1:], strict=False):
+        match node, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = text
+    return found
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(hint))
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(_type_name(part) for part in typing.get_args(hint) if part is not type(None))
+    origin = typing.get_origin(hint)
+    if origin is list:
+        return f"{_type_name(typing.get_args(hint)[0])}, may be repeated"
+    plain: dict[Any, str] = {datetime: "date or date and time"}
+    plain |= {str: "text", int: "integer", float: "number", bool: "true or false", Path: "path", dict: "mapping"}
+    return plain.get(origin or hint, getattr(hint, "__name__", str(hint)))
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    limits = "".join(
+        f", {sign} {getattr(item, name):g}"
+        for item in field.metadata
+        for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"))
+        if hasattr(item, name)
+    )
+    value = field.get_default(call_default_factory=True)
+    shown = {True: "true", False: "false"}[value] if isinstance(value, bool) else value
+    return ("" if value is None else f"`{shown}`") + (limits if value is not None else limits.removeprefix(", "))
+
+
+# -- the API ---------------------------------------------------------------------------------------------------------
+
+
+def api() -> str:
+    fields = openapi.REQUEST_BODY["content"]["application/json"]["schema"]["properties"]
+    extensions = {name for name, field in fields.items() if field.get("description", "").startswith("Extension.")}
+    return "\n".join(
+        [
+            NOTE + "# The API\n",
+            "`POST /v1/chat/completions` and `POST /api/v1/chat/completions` are the same. Under both prefixes: "
+            "`GET /models` and `GET /models/{id}`. Beside them `GET /health/live`, `GET /health/ready` and the machine "
+            "readable form of this page, `GET /openapi.json`.\n",
+            "## Request fields\n",
+            "`null` is the same as leaving a field out. Defaults of sampling fields are those below, then the "
+            "checkpoint's `generation_config.json`, then the entry's `sampling`; the last one wins.\n",
+            _fields({name: field for name, field in fields.items() if name not in extensions}),
+            "### Extensions\n",
+            "Not in the OpenAI API; the `openai` client sends them in `extra_body`.\n",
+            _fields({name: fields[name] for name in fields if name in extensions}),
+            "## Fields that are refused\n",
+            "Known to clients, not honoured by this build: 422 `unsupported_parameter`, with the field's name in "
+            "`param`. A value that asks for what happens anyway is accepted, and so is `null`.\n",
+            table(("field", "accepted"), [(f"`{n}`", _values(v)) for n, v in sorted(schema.UNSUPPORTED.items())]),
+            "Likewise in a message: " + ", ".join(f"`{name}`" for name in schema.UNSUPPORTED_MESSAGE_FIELDS) + ", the "
+            "roles `tool` and `function`, and content parts that are not `text`.\n",
+            "A field that nobody knows is ignored and named in the response header `x-ignored-fields`; with "
+            "`strict_params: true` under `server:` it is a 422 `unknown_field`.\n",
+            "## Response\n",
+            "As the OpenAI API: `chat.completion`, or with `stream` events of `chat.completion.chunk` and at the end "
+            "`data: [DONE]`. `system_fingerprint` names what the bits depend on, `seed` (an extension) is the one that "
+            "was used, given or drawn. Every response has a header `x-request-id`: the client's own, or a fresh "
+            "one.\n",
+            "`GET /models/{id}` of a loaded model has: " + ", ".join(f"`{k}`" for k in _model_keys()) + ".\n",
+            "## Errors\n",
+            'Always `{"error": {"message", "type", "param", "code"}}`, some with numbers beside them.\n',
+            table(("status", "code", "type", "raised as", "when"), list(_errors())),
+            "A 503 carries `Retry-After`; with `x-should-retry: false` trying again does not help. Further codes: "
+            + ", ".join(f"`{code}`" for code in _other_codes())
+            + ". An error after the first event of a stream is one `data:` event with the same body, and the stream "
+            "ends without `[DONE]`.\n",
+        ]
+    )
+
+
+def _fields(fields: dict[str, dict[str, Any]]) -> str:
+    rows = [(f"`{n}`", _range(f), _shown(f.get("default")), _description(f)) for n, f in fields.items()]
+    return table(("field", "values", "default", "meaning"), rows)
+
+
+def _description(field: dict[str, Any]) -> str:
+    text = [str(field.get("description", "")).removeprefix("Extension. ")]
+    inner = field.get("properties") or field.get("items", {}).get("properties", {})
+    for name, part in inner.items():
+        text.append(f"`{name}`: {_range(part)}. {_description(part)}")
+    return " ".join(text).strip()
+
+
+def _range(field: dict[str, Any]) -> str:
+    if "anyOf" in field:
+        return " or ".join(_range(part) for part in field["anyOf"])
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if "const" in field:
+        return f"`{field['const']}`"
+    kind = {"array": "list", "boolean": "true or false"}.get(field["type"], str(field["type"]))
+    if "items" in field:
+        kind += " of " + {"string": "strings", "integer": "integers"}.get(field["items"]["type"], "objects")
+    low, high = field.get("minimum"), field.get("maximum")
+    if (low, high) == (-(2**63), 2**63 - 1):
+        return f"{kind}, any of 64 bits"
+    if low is not None and high is not None:
+        return f"{kind}, {low} … {high}"
+    return kind if low is None else f"{kind}, ≥ {low}"
+
+
+def _values(values: tuple[Any, ...]) -> str:
+    return ", ".join(_shown(value) for value in values)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str | list | dict):
+        return "`" + str(value).replace("'", '"') + "`"
+    return f"`{str(value).lower()}`"
+
+
+def _model_keys() -> list[str]:
+    info = ModelInfo(
+        id="",
+        created=0,
+        architecture="",
+        runner="packed",
+        device="",
+        dtype="",
+        context_length=0,
+        cache_tokens=0,
+        max_sequences=0,
+        vocab_size=0,
+        system_fingerprint="",
+        law=LawReport(True, ""),
+        default_sampling={},
+        weight_bytes=0,
+    )
+    return list(model_object(ModelStatus("", "ready", "", info)))
+
+
+def _errors() -> Iterator[tuple[str, ...]]:
+    """One row per error class that can reach a client, by status."""
+    said = dict(re.findall(r"^[│├└─ ]*(\w+) {2,}(.+)$", engine.errors.__doc__ or "", re.MULTILINE))
+    rows = []
+    for cls in _subclasses(VerbatimError):
+        error = cls("")
+        status, kind = classify(error)
+        if status == 500:
+            continue
+        when = _WHEN.get(cls.__name__) or said[cls.__name__]
+        if "x-should-retry" in headers_of(error, 1):
+            when += "; not to be tried again"
+        rows.append((str(status), f"`{cls.code}`", f"`{kind}`", cls.__name__, when))
+    yield from sorted(rows)
+    yield (
+        "500",
+        "`internal_error`",
+        "`server_error`",
+        "any other exception",
+        "A bug; its id stands in the log.",
+    )
+
+
+def _subclasses(cls: type[VerbatimError]) -> Iterator[type[VerbatimError]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _other_codes() -> list[str]:
+    """Codes that are given where an error is made, not by its class."""
+    found = set()
+    for path in (*ROOT.glob("engine/*.py"), *ROOT.glob("server/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "code" and isinstance(node.value, ast.Constant):
+                found.add(str(node.value.value))
+    return sorted(found | {"not_found", "method_not_allowed"})
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+def cli() -> str:
+    group: Any = typer.main.get_command(app)
+    parts = [NOTE + "# The command line\n", f"{group.help}\n"]
+    for path, command in _commands(group, "verbatim"):
+        hints = typing.get_type_hints(command.callback)
+        rows = [_parameter(p, hints[p.name]) for p in command.params]
+        parts += [f"## {path}\n", f"{inspect.cleandoc(command.help)}\n"]
+        parts.append(table(("option", "type", "default", "meaning"), rows))
+    parts.append(
+        "Every error that was raised on purpose is one line on standard error and exit code 1; wrong usage is "
+        "exit code 2.\n"
+    )
+    return "\n".join(parts)
+
+
+def _commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+def _parameter(parameter: Any, hint: Any) -> tuple[str, ...]:
+    option = parameter.param_type_name == "option"
+    names = ", ".join(f"`{n}`" for n in sorted([*parameter.opts, *parameter.secondary_opts], key=len, reverse=True))
+    default = "required" if parameter.required else _shown(parameter.default)
+    return (names if option else f"`{parameter.name.upper()}`"), _type_name(hint), default, parameter.help or ""
+
+
+if __name__ == "__main__":
+    main()
