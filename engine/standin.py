@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-VERSION = "1"
+VERSION = "3"
 """Part of the folder's name: raised when the recipe changes."""
 
 _TEXT = """the bits of a reply depend on the model, the prompt, the parameters and the seed, and on nothing else.
@@ -79,7 +79,7 @@ def _write(folder: Path) -> None:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=2048,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
@@ -90,4 +90,9 @@ def _write(folder: Path) -> None:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.06, generator=generator)
+        # Whole words are likelier than single bytes, which would mostly be no characters at all.
+        single = len(special) + len(pre_tokenizers.ByteLevel.alphabet())
+        model.lm_head.weight[:single] *= 0.3
+        model.lm_head.weight[single:] *= 3.0
+        model.lm_head.weight[tokenizer.eos_token_id] *= 10.0
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -19,7 +19,7 @@ from engine import ConfigError, ModelConfig, VerbatimError, parse_models, read_y
 from server.settings import ServerSettings, read_settings
 
 if TYPE_CHECKING:
-    from engine import LLM
+    from engine import LLM, ModelInfo
 
 app = typer.Typer(
     help="A local inference server whose every reply can be reproduced, word for word.",
@@ -75,7 +75,6 @@ def check(config: ConfigOption = None, model: ModelOption = None, pull: PullOpti
     entries, _ = _configuration(config, model, None)
     _offline(pull)
     failed = 0
-    table = Table("model", "architecture", "runner", "device", "context", "bits reproducible", "fingerprint")
     for entry in entries:
         with err.status(escape(f"{entry.id}: loading")) as status:
             try:
@@ -84,20 +83,25 @@ def check(config: ConfigOption = None, model: ModelOption = None, pull: PullOpti
                 err.print(f"[bold red]{escape(entry.id)}:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
                 failed += 1
                 continue
-        law = ("yes: " if info.law.holds else "no: ") + info.law.reason
-        cells = (
-            info.id,
-            info.architecture,
-            info.runner,
-            f"{info.device} {info.dtype}",
-            str(info.context_length),
-            law,
-            info.system_fingerprint,
-        )
-        table.add_row(*map(escape, cells))
-    if table.row_count:
-        out.print(table)
+        out.print(_findings(info))
     raise typer.Exit(1 if failed else 0)
+
+
+def _findings(info: ModelInfo) -> Table:
+    """What was found out about a model, a line each: a table of columns would cut the fingerprint."""
+    defaults = ", ".join(f"{key} {value}" for key, value in info.default_sampling.items()) or "the API's own"
+    table = Table.grid(padding=(0, 2))
+    for key, value in (
+        (info.id, ""),
+        ("  architecture", f"{info.architecture}, {info.runner} runner"),
+        ("  device", f"{info.device}, {info.dtype}"),
+        ("  context", f"{info.context_length} tokens; the cache holds {info.cache_tokens}"),
+        ("  sampling", defaults),
+        ("  reproducible", ("yes: " if info.law.holds else "no: ") + info.law.reason),
+        ("  fingerprint", info.system_fingerprint),
+    ):
+        table.add_row(escape(key), escape(value))
+    return table
 
 
 @app.command()
