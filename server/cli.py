@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from engine import ConfigError, ModelConfig, VerbatimError, parse_models, read_yaml, validate
+from engine import ConfigError, ModelConfig, SamplingParams, VerbatimError, parse_models, read_yaml, validate
 from server.settings import ServerSettings, read_settings
 
 if TYPE_CHECKING:
@@ -119,6 +119,15 @@ def generate(
     pull: PullOption = False,
 ) -> None:
     """Answer one prompt, without a server."""
+    given: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop or None,
+        "max_tokens": max_tokens,
+    }
+    sampling = {key: value for key, value in given.items() if value is not None}
+    SamplingParams.merged(sampling)  # a value out of range is told before a model is loaded, not after
     entries, _ = _configuration(config, model, None)
     _offline(pull)
     with err.status(escape(f"{entries[0].id}: loading")) as status:
@@ -127,14 +136,6 @@ def generate(
 
     turns = [ChatMessage("system", system)] if system else []
     messages = [*turns, ChatMessage("user", prompt)]
-    given: dict[str, Any] = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-        "stop": stop or None,
-        "max_tokens": max_tokens,
-    }
-    sampling: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     for output in llm.stream(prompt if raw else messages, **sampling):
         sys.stdout.write("".join(delta.text for delta in output.deltas))
         sys.stdout.flush()
