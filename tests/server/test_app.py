@@ -254,3 +254,40 @@ def test_the_document_describes_the_body_and_every_status() -> None:
 def test_the_documents_example_works() -> None:
     example = openapi.REQUEST_BODY["content"]["application/json"]["example"]
     assert call(make_app(), {**example, "model": "fake"}).status == 200
+
+
+def test_the_document_is_openapi_and_refers_to_nothing_that_is_not_in_it() -> None:
+    document = call(make_app(), path="/openapi.json").json
+    assert document["openapi"].startswith("3.1")
+    assert {"title", "version"} <= document["info"].keys()
+    references: list[str] = []
+
+    def look(node: Any) -> None:
+        if isinstance(node, dict):
+            references.extend(value for key, value in node.items() if key == "$ref")
+            for value in node.values():
+                look(value)
+        elif isinstance(node, list):
+            for value in node:
+                look(value)
+
+    look(document)
+    for reference in references:
+        target = document
+        assert reference.startswith("#/")
+        for part in reference[2:].split("/"):
+            target = target[part]
+    for path, operations in document["paths"].items():
+        assert path.startswith("/")
+        for operation in operations.values():
+            assert operation["summary"]
+            assert all(answer["description"] for answer in operation["responses"].values())
+
+
+@pytest.mark.parametrize("method", ["POST", "OPTIONS"])
+def test_no_web_page_is_let_in(method: str) -> None:
+    """A page in the user's browser can reach 127.0.0.1; without these headers it cannot read what comes back."""
+    origin = [(b"origin", b"https://elsewhere.example"), (b"access-control-request-method", b"POST")]
+    answer = call(make_app(), chat(), method=method, headers=origin)
+    assert answer.status == (200 if method == "POST" else 405)
+    assert not any(name.startswith("access-control-") for name in answer.headers)

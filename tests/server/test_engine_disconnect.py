@@ -159,20 +159,25 @@ def test_while_it_waits_for_a_place(
     asyncio.run(main())
 
 
-def test_one_place_that_is_freed_is_the_next_ones(registry: Registry, engine: AsyncEngine) -> None:
+def test_one_place_that_is_freed_is_the_next_ones(registry: Registry, engine: AsyncEngine, steps: Steps) -> None:
     """A server whose every place is taken serves again as soon as one client gives up."""
 
     async def main() -> None:
         app = create_app(registry)
-        crowd = [begin(app, chat("f", stream=True)) for _ in range(8)]
+        crowd = [begin(app, chat(stream=bool(i % 2))) for i in range(8)]
         await crowd[0].until(lambda: len(engine._streams) == 8, BOUND)
-        refused = await begin(app, chat()).ended(BOUND)
-        assert (refused.status, refused.error["code"], refused.error["limit"]) == (503, "queue_full", 8)
-        assert refused.headers["retry-after"] == "5"
-        assert "x-should-retry" not in refused.headers
+        for stream in (False, True):
+            refused = await begin(app, chat(stream=stream)).ended(BOUND)
+            assert (refused.status, refused.error["code"], refused.error["limit"]) == (503, "queue_full", 8)
+            assert refused.headers["retry-after"] == "5"
+            assert "x-should-retry" not in refused.headers, "trying again does help"
+        crowd[0].disconnect()
+        assert crowd[0].task
+        await asyncio.wait_for(crowd[0].task, BOUND)
+        steps.release()
+        assert (await begin(app, chat(max_tokens=2)).ended(BOUND)).status == 200
         for exchange in crowd:
             exchange.disconnect()
-        assert (await begin(app, chat(max_tokens=2)).ended(BOUND)).status == 200
         await over(*crowd)
 
     asyncio.run(main())
