@@ -95,6 +95,8 @@ UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 """Known to clients, not to this build: refused by name, never ignored."""
 
+KNOWN: Final = HANDLED | SAMPLING.keys() | UNSUPPORTED.keys()
+
 MESSAGE_FIELDS: Final = frozenset({"role", "content", "name"})
 UNSUPPORTED_MESSAGE_FIELDS: Final = ("tool_calls", "tool_call_id", "function_call", "audio", "refusal")
 PART_FIELDS: Final = frozenset({"type", "text"})
@@ -120,7 +122,7 @@ def parse(raw: bytes, request_id: str) -> ChatRequest:
         InvalidParameter: right type, wrong value; Unsupported: a field this build cannot honour.
     """
     data = _load(raw)
-    ignored = [name for name in data if name not in SAMPLING.keys() | HANDLED | UNSUPPORTED.keys()]
+    ignored = [name for name in data if name not in KNOWN]
     model = _required(data, "model", STRING)
     messages = _messages(data, ignored)
     for name, neutral in UNSUPPORTED.items():
