@@ -23,6 +23,8 @@ CONTEXT = 128  # of the fixture's model
 CHOICES = 4
 TOKENS = 440  # of its tokenizer; the model has a few rows more
 HELLO = [{"role": "user", "content": "Hi"}]
+GOOD = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
+"""One step, and yet a whole distribution whose bits can be compared."""
 
 
 def chat(**fields: Any) -> dict[str, Any]:
@@ -46,14 +48,14 @@ def served(registry: Registry) -> Any:
 @pytest.fixture(scope="module")
 def known(served: Any) -> Any:
     """What a good request is answered before anything bad has arrived."""
-    return ask(served, chat(max_tokens=3, logprobs=True)).json["choices"]
+    return ask(served, chat(**GOOD)).json["choices"]
 
 
 @pytest.fixture(autouse=True)
 def unharmed(served: Any, known: Any, engine: AsyncEngine) -> Any:
     """After every case: nothing is left running, and a good request still gets the same answer, bit for bit."""
     yield
-    answer = ask(served, chat(max_tokens=3, logprobs=True))
+    answer = ask(served, chat(**GOOD))
     assert answer.status == 200
     assert answer.json["choices"] == known
 
@@ -189,9 +191,12 @@ def test_a_wrong_type_is_a_format_error_that_names_both_types(served: Any, name:
 
 @pytest.mark.parametrize("name", sorted(DESCRIBED.keys() - {"model", "messages"}))
 def test_null_is_not_set(served: Any, known: Any, name: str) -> None:
-    answer = ask(served, {**chat(max_tokens=3, logprobs=True), name: None})
+    answer = ask(served, {**chat(**GOOD), name: None})
+    if name == "logprobs":
+        assert (answer.status, answer.error["param"]) == (422, "top_logprobs"), "as if it had been left out"
+        return
     assert answer.status == 200, answer.body
-    if name not in ("max_tokens", "logprobs", "seed"):
+    if name not in ("max_tokens", "top_logprobs", "seed"):
         assert answer.json["choices"] == known
 
 
@@ -323,7 +328,7 @@ HOSTILE = ["mood", "x\r\nset-cookie: a=b", "Ünïcode", "\x00", "a,b", "x" * 500
 
 @pytest.mark.parametrize("name", HOSTILE, ids=lambda v: ascii(v)[:20])
 def test_an_unknown_field_is_named_in_a_header_that_cannot_be_broken(served: Any, known: Any, name: str) -> None:
-    answer = ask(served, chat(max_tokens=3, logprobs=True, **{name: 1}))
+    answer = ask(served, chat(**GOOD, **{name: 1}))
     assert answer.status == 200
     assert answer.json["choices"] == known
     shown = answer.headers["x-ignored-fields"]
@@ -352,7 +357,7 @@ def test_both_prefixes_say_the_same(served: Any, case: Any) -> None:
 
 
 def test_both_prefixes_answer_the_same(served: Any, known: Any) -> None:
-    answer = ask(served, chat(max_tokens=3, logprobs=True), path="/api/v1/chat/completions")
+    answer = ask(served, chat(**GOOD), path="/api/v1/chat/completions")
     assert answer.json["choices"] == known
 
 
