@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test quick check lint types format bench clean
+.PHONY: help install serve test quick check lint types format docs bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ types: $(STAMP)
 format: $(STAMP)  ## let ruff lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## write docs/reference from the code
+	$(BIN)/python docs/generate.py
 
 bench: $(STAMP)  ## measure speed (see benchmarks/README.md)
 	$(BIN)/python benchmarks/overheads.py $(ARGS)

@@ -39,6 +39,7 @@ class ModelConfig(BaseModel):
     builtin: Literal["noise"] | None = None
     """`noise`: a tiny random model, written on first use; for a look at the server without any checkpoint."""
     revision: str | None = None
+    """With repo: a branch, tag or commit. Default: main."""
     device: str = "auto"
     """`auto` takes a GPU when there is one; or `cpu`, `cuda`, `cuda:N`, or an accelerate device map (`balanced`, …)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -58,6 +59,7 @@ class ModelConfig(BaseModel):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """The server's own cap on generated tokens."""
     prefix_cache: bool = True
+    """Keep the keys and values of finished requests, as long as there is room, for prompts that begin alike."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads. Default: one per core. Bits do not depend on it; time does."""
     chat_template: Path | None = None
@@ -67,6 +69,7 @@ class ModelConfig(BaseModel):
     sampling: dict[str, Any] = Field(default_factory=dict)
     """Defaults for sampling fields that a request leaves out; wins over the checkpoint's generation_config.json."""
     trust_remote_code: bool = False
+    """Run Python files that come with the checkpoint. They can do anything on this machine."""
     stall_timeout: float = Field(default=120.0, gt=0)
     """Seconds without a finished step, while there is work, after which the model is reported as not ready."""
 

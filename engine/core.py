@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.detokenizer import StopStrings, TextStream, Vocabulary
+from engine.detokenizer import TextStream, Vocabulary
 from engine.errors import NumericalFault, OutOfMemory, VerbatimError
 from engine.loader import LoadedModel
 from engine.model_runner import ForwardResult
 from engine.sampler import Sampled, Sampler
 from engine.scheduler import Chunk, Schedule
 from engine.sequence import Sequence, SequenceState
+from engine.stop_strings import StopStrings
 from engine.types import (
     ChoiceDelta,
     EngineStats,

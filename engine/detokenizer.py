@@ -1,9 +1,8 @@
-"""Token ids → text: every id's true bytes, text as it becomes whole, stop strings. Knows no model, no torch, no clock.
+"""Token ids → text: every id's true bytes, text as it becomes whole. Knows no model, no torch, no clock.
 
     Vocabulary     what each id is: its bytes, whether it is special, whether it exists. One per model.
     Detokenizer    ids in, whole characters out. One per choice.
-    StopMatcher    text in, text out, up to the first stop string. One per choice; `StopStrings` may be shared.
-    TextStream     the last two together: what a running choice needs.
+    TextStream     the same up to the first stop string: what a running choice needs.
 
 The text of a choice is `tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)`, with one
 deliberate difference, told at `Detokenizer`. Nothing here is derived from a model's name: only from the decoder that
@@ -16,14 +15,14 @@ import codecs
 import functools
 import json
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 from engine.errors import LoadError
+from engine.stop_strings import StopMatcher, StopStrings
 
-__all__ = ["Detokenizer", "StopMatcher", "StopStrings", "TextDelta", "TextStream", "Vocabulary"]
+__all__ = ["Detokenizer", "TextDelta", "TextStream", "Vocabulary"]
 
 _REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 _ESCAPED: Final = re.compile("[\udc80-\udcff]")  # what the error handler "surrogateescape" makes of invalid bytes
@@ -291,93 +290,6 @@ class Detokenizer:
                 text = _ESCAPED.sub(_REPLACEMENT, text)
         self._pending = data[used:]
         return text
-
-
-class StopStrings:
-    """The automaton of Aho and Corasick over a request's stop strings: one step per character, however many there are.
-
-    A state is the longest end of the text that begins some stop string. Never changed; shared by a request's choices.
-    """
-
-    __slots__ = ("_fail", "_next", "depth", "longest")
-
-    def __init__(self, stops: Iterable[str]) -> None:
-        self._next: list[dict[str, int]] = [{}]
-        self.depth = [0]
-        """By state: how many of the last characters begin a stop string."""
-        self.longest = [0]
-        """By state: the length of the longest stop string that ends here; 0 if none does."""
-        for stop in stops:
-            self._add(stop)
-        self._fail = [0] * len(self._next)
-        queue = deque(self._next[0].values())
-        while queue:
-            state = queue.popleft()
-            for char, child in self._next[state].items():
-                self._fail[child] = self.step(self._fail[state], char)
-                self.longest[child] = self.longest[child] or self.longest[self._fail[child]]
-                queue.append(child)
-
-    def _add(self, stop: str) -> None:
-        if not stop:
-            raise ValueError("an empty stop string would match at once")
-        state = 0
-        for char in stop:
-            if char not in self._next[state]:
-                self._next[state][char] = len(self._next)
-                self._next.append({})
-                self.depth.append(self.depth[state] + 1)
-                self.longest.append(0)
-            state = self._next[state][char]
-        self.longest[state] = len(stop)
-
-    def __bool__(self) -> bool:
-        return len(self._next) > 1
-
-    def step(self, state: int, char: str) -> int:
-        while state and char not in self._next[state]:
-            state = self._fail[state]
-        return self._next[state].get(char, 0)
-
-
-class StopMatcher:
-    """Text in, text out, up to the first stop string; a part of one never comes out.
-
-    The law: after each `push`, if any stop string stands in the text pushed so far, the text ends before the one that
-    begins first. Pushes are tokens, so a longer stop string that would begin earlier loses to one that was complete at
-    an earlier token, and the answer is always: the text of the generated ids, cut at its first stop string.
-    """
-
-    __slots__ = ("_held", "_state", "_stops")
-
-    def __init__(self, stops: StopStrings) -> None:
-        self._stops = stops
-        self._state = 0
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """Return what may be shown now, and whether a stop string was found."""
-        stops = self._stops
-        if not stops:
-            return text, False
-        text, begin = self._held + text, len(self._held)
-        first = len(text)
-        state = self._state
-        for end in range(begin, len(text)):
-            state = stops.step(state, text[end])
-            if length := stops.longest[state]:
-                first = min(first, end + 1 - length)
-        if first < len(text):
-            self._state, self._held = 0, ""
-            return text[:first], True
-        shown = len(text) - stops.depth[state]
-        self._state, self._held = state, text[shown:]
-        return text[:shown], False
-
-    def release(self) -> str:
-        """Give up what is held back, and forget it: a later match does not begin in it."""
-        held, self._held, self._state = self._held, "", 0
-        return held
 
 
 class TextDelta(NamedTuple):

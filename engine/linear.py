@@ -13,6 +13,8 @@ their limits: docs/decisions/0002.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable
 from typing import Final
 
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _PROBED_ROWS: Final = 512
+_TRIM_EVERY: Final = 16
 _PACK_HINT: Final = 16  # rows that the packed layout is tuned for: between one decode and a prompt
 
 
@@ -169,6 +172,8 @@ def pack_model(
         # The original is freed here, before the next one is packed, unless it is tied to the embedding.
         setattr(parent, name, KERNELS[kernel](weight, child.bias))
         del child, weight
+        if number % _TRIM_EVERY == 0:
+            give_back_memory()
         if progress:
             progress(number + 1, len(targets))
     embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -178,6 +183,15 @@ def pack_model(
             embedding.weight = nn.Parameter(narrow, requires_grad=False)
             model.set_input_embeddings(WideningEmbedding(embedding))  # type: ignore[operator]
     return len(targets)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system: glibc keeps what lies between blocks that are still in use.
+
+    Without it a packed model holds a third of its originals' memory for good. Does nothing on other C libraries.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_lossless(narrow: Tensor, wide: Tensor, rows: int = 4096) -> bool:

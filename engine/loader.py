@@ -24,7 +24,7 @@ from engine.config import ModelConfig
 from engine.detokenizer import Vocabulary
 from engine.errors import LoadError, NotEnoughMemory, VerbatimError
 from engine.kv_cache import SPAN, KVCache, LayerShape
-from engine.linear import choose_kernel, pack_model
+from engine.linear import choose_kernel, give_back_memory, pack_model
 from engine.model_runner import FallbackRunner, PackedRunner, Runner
 from engine.scheduler import Scheduler
 from engine.selftest import SelfTest, self_test
@@ -85,6 +85,7 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
         say("self-test")
         test = self_test(model, vocab_size, dtype)
         weights = digest.result()
+    give_back_memory()
     return _assemble(config, found, model, tokenizer, test, vocab_size, device, dtype, weights, kernel)
 
 
@@ -117,6 +118,7 @@ def _assemble(
     clock = config.template_clock
     source = _read_template(config) if config.chat_template else None
     template = ChatTemplate.from_tokenizer(tokenizer, source=source, clock=(lambda: clock) if clock else None)
+    end_ids = _end_ids(model, tokenizer, vocab_size)
     parts = {
         "weights": weights,
         "tokenizer": fingerprint.files_digest(found.folder, ("tokenizer*", "vocab*", "merges.txt", "*.model")),
@@ -125,6 +127,10 @@ def _assemble(
         "dtype": str(dtype),
         "runner": "packed" if packed else "fallback",
         "linear": kernel,
+        # What a request leaves open is filled in from these.
+        "defaults": _default_sampling(config, found.folder),
+        "end_ids": end_ids,
+        "template_clock": config.template_clock,
         "threads": None if test.report.holds else torch.get_num_threads(),
         **fingerprint.hardware(device),
     }
@@ -144,7 +150,6 @@ def _assemble(
         default_sampling=_default_sampling(config, found.folder),
         weight_bytes=found.stored_bytes,
     )
-    end_ids = _end_ids(model, tokenizer, vocab_size)
     return LoadedModel(config, info, tokenizer, vocabulary, template, end_ids, runner, scheduler, device)
 
 

@@ -18,6 +18,7 @@ class ServerSettings(BaseModel):
     host: str = "127.0.0.1"
     """Where to listen. Anything but loopback lets others in: there are no keys yet."""
     port: int = Field(default=8000, ge=0, le=65535)
+    """0 takes a free one; the first line of output says which."""
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
     """A larger request body is refused while it is read."""
     strict_params: bool = False

@@ -19,8 +19,9 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers_for_tests import PROBED, SAMPLE, TABLED, gemma_like
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from engine.detokenizer import Detokenizer, StopMatcher, StopStrings, TextStream, Vocabulary
+from engine.detokenizer import Detokenizer, TextStream, Vocabulary
 from engine.errors import LoadError
+from engine.stop_strings import StopMatcher, StopStrings
 
 CHECKPOINTS = Path(__file__).parents[2].parent / "shared" / "checkpoints"
 REAL = ("qwen3-0.6b", "phi-3")
