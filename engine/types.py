@@ -187,8 +187,8 @@ def _logit_bias(bias: Any) -> tuple[tuple[int, float], ...]:
 
 
 def _digits(key: object) -> int:
-    # int() alone would also take " 7", "1_0" and Arabic digits: two spellings of one id in one object.
-    if not isinstance(key, str) or not key.isascii() or not key.isdigit() or len(key) > 18:
+    # int() alone would also take " 7", "07", "1_0" and Arabic digits: two spellings of one id in one object.
+    if not isinstance(key, str) or not key.isascii() or not key.isdigit() or len(key) > 18 or key != str(int(key)):
         raise ValueError(key)
     return int(key)
 

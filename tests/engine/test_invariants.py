@@ -224,7 +224,10 @@ def baseline(tiny: Callable[[str], Path]) -> Callable[[str, str], Bits]:
 
 @pytest.mark.parametrize("prompt", ["short", pytest.param("long", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("circumstance", CIRCUMSTANCES)
+@pytest.mark.parametrize(
+    "circumstance",
+    [pytest.param(c, marks=pytest.mark.slow) if c == "a new process" else c for c in CIRCUMSTANCES],
+)
 def test_the_circumstance_does_not_matter(
     circumstance: str,
     family: str,

@@ -246,7 +246,6 @@ def test_what_only_the_model_can_refuse(
     assert words in answer.error["message"]
 
 
-@pytest.mark.xfail(strict=True, reason="the later of two spellings wins without a word")
 def test_one_token_under_two_spellings_is_refused(served: Any) -> None:
     """One of the two biases would be ignored."""
     answer = ask(served, chat(logit_bias={"7": 1, "07": 2}))

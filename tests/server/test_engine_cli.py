@@ -15,6 +15,8 @@ from server import cli
 
 Printed = tuple[int, str, str]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def verbatim(

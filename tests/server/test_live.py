@@ -23,6 +23,7 @@ from live_server import Server, start
 from openai import OpenAI
 from transformers import AutoTokenizer
 
+pytestmark = pytest.mark.slow
 SHAPES = ("qwen3-0.6b", "phi-3")
 MESSAGES: Any = [{"role": "user", "content": "Say something. 🙂 你好"}]
 
