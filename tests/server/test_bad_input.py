@@ -19,6 +19,8 @@ from server import openapi
 from server.app import create_app
 from server.settings import ServerSettings
 
+pytestmark = pytest.mark.slow
+
 CONTEXT = 128  # of the fixture's model
 CHOICES = 4
 TOKENS = 440  # of its tokenizer; the model has a few rows more

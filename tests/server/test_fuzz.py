@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from server import schema
 
+pytestmark = pytest.mark.slow
+
 SCALARS = (
     st.none()
     | st.booleans()

@@ -15,6 +15,8 @@ from test_fuzz import FIELDS, MESSAGE, VALUES, check
 from engine import Registry
 from server.app import create_app
 
+pytestmark = pytest.mark.slow
+
 CONTENT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 GOOD_MESSAGES = st.lists(
     st.fixed_dictionaries(
