@@ -24,7 +24,7 @@ serve: $(STAMP)  ## serve models.yaml on http://127.0.0.1:8000 (ARGS="--port 900
 test: $(STAMP)  ## run the whole suite
 	$(BIN)/python -m pytest $(ARGS)
 
-quick: $(STAMP)  ## run the part of the suite that takes less than two minutes
+quick: $(STAMP)  ## run the suite without the tests marked slow
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 check: lint types test  ## lint + types + tests: the definition of done
