@@ -1,0 +1,138 @@
+"""Measure the demo model on combinations that training never saw: greedy, through the engine, one row per skill.
+
+    python -m demo.evaluate                    # demo/model, 200 conversations per skill
+    python -m demo.evaluate --count 50 --wrong # fewer, and print what went wrong
+
+An answer counts only if it is exactly the expected text; a tool call, if name and arguments are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rich.progress import track
+
+from demo.corpus import Conversation, Message, conversation
+from engine import LLM
+
+HERE: Final = Path(__file__).parent
+SEED: Final = "evaluation"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked and what counts as right. `thinking`: None leaves it to the draw."""
+
+    title: str
+    last: str
+    goal: int | None = None
+    thinking: bool | None = None
+    after_tool: bool = False
+
+
+CASES: Final = (
+    Case("tool choice and exact arguments", "tool", 90, thinking=False),
+    Case("answer from the tool's result", "tool", None, thinking=False, after_tool=True),
+    Case("no call when no tool fits", "no tool", 90, thinking=False),
+    Case("memory", "recall", 95, thinking=False),
+    Case("words: repeat, sort, reverse", "words", 90, thinking=False),
+    Case("two-digit addition, thinking", "addition", 90, thinking=True),
+    Case("two-digit addition, at once", "addition", None, thinking=False),
+    Case("all arithmetic, thinking", "arithmetic", None, thinking=True),
+    Case("letters: spell, reverse, count", "letters", None, thinking=False),
+    Case("JSON with the requested fields", "json", 95, thinking=False),
+    Case("system prompt: upper case", "upper", 95, thinking=False),
+    Case("system prompt: one word", "one word", 95, thinking=False),
+    Case("system prompt: pirate", "pirate", 95, thinking=False),
+    Case("this project's documents", "docs", 95, thinking=False),
+    Case("small talk", "small talk", None, thinking=False),
+    Case("says that it does not know", "unknown", None, thinking=False),
+)
+
+
+def calls_in(text: str) -> list[Any] | None:
+    """The calls of a reply, or None if one is malformed."""
+    try:
+        found = [json.loads(body) for body in re.findall(r"<tool_call>\n(.*?)\n</tool_call>", text, re.DOTALL)]
+    except json.JSONDecodeError:
+        return None
+    return found if text.count("<tool_call>") == len(found) else None
+
+
+def question(drawn: Conversation, after_tool: bool) -> tuple[list[Message], Message]:
+    """The messages up to the assistant's turn under test, and that turn."""
+    turns = [i for i, m in enumerate(drawn.messages) if m["role"] == "assistant"]
+    exchange = drawn.exchange
+    assert exchange is not None
+    turn = turns[-2] if exchange.calls and not after_tool else turns[-1]
+    return drawn.messages[:turn], drawn.messages[turn]
+
+
+def right(reply: str, expected: Message) -> bool:
+    """Whether a reply, its thoughts cut off, is what was expected."""
+    answer = reply.split("</think>")[-1].strip()
+    if "tool_calls" not in expected:
+        return answer == expected["content"]
+    wanted = [{"name": c["function"]["name"], "arguments": c["function"]["arguments"]} for c in expected["tool_calls"]]
+    return calls_in(answer) == wanted
+
+
+def evaluate(llm: LLM, template: Any, case: Case, count: int) -> tuple[int, list[tuple[str, str, Any]]]:
+    """Returns (right answers, the wrong ones as (last message, reply, expected))."""
+    prompts: list[str] = []
+    expected: list[Message] = []
+    index = 0
+    while len(prompts) < count:
+        drawn = conversation(SEED, index, "test", case.last)
+        index += 1
+        messages, answer = question(drawn, case.after_tool)
+        prompts.append(
+            template.render(
+                messages=messages, tools=drawn.tools, add_generation_prompt=True, enable_thinking=bool(case.thinking)
+            )
+        )
+        expected.append({**answer, "asked": messages[-1]["content"]})
+    replies = llm.generate_many(prompts, temperature=0, max_completion_tokens=200)
+    wrong = [
+        (wanted["asked"], reply.text, wanted.get("tool_calls") or wanted["content"])
+        for [reply], wanted in zip(replies, expected, strict=True)
+        if not right(reply.text, wanted)
+    ]
+    return count - len(wrong), wrong
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Accuracy of the demo model per skill.")
+    parser.add_argument("--model", type=Path, default=HERE / "model")
+    parser.add_argument("--count", type=int, default=200, help="conversations per skill")
+    parser.add_argument("--wrong", action="store_true", help="print the wrong answers")
+    options = parser.parse_args()
+    llm = LLM(options.model)
+    template = _template(options.model)
+    rows, mistakes = [], []
+    for case in track(CASES, description="skills"):
+        good, wrong = evaluate(llm, template, case, options.count)
+        goal = "" if case.goal is None else f"{case.goal} %"
+        rows.append(f"| {case.title} | {100 * good / options.count:.1f} % | {goal} |")
+        mistakes += [(case.title, *item) for item in wrong]
+    print("\n".join(["| held-out combinations, greedy | right | goal |", "|---|--:|--:|", *rows]))
+    if options.wrong:
+        for title, asked, reply, wanted in mistakes:
+            print(f"\n{title}\n  asked    {asked!r}\n  reply    {reply!r}\n  expected {wanted!r}")
+
+
+def _template(folder: Path) -> Any:
+    """The model's chat template with its tools; rendered as transformers does."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template((folder / "chat_template.jinja").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
