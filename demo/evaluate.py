@@ -111,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Accuracy of the demo model per skill.")
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--count", type=int, default=200, help="conversations per skill")
+    parser.add_argument("--write", action="store_true", help="put the table into demo/README.md")
     parser.add_argument("--wrong", action="store_true", help="print the wrong answers")
     options = parser.parse_args()
     llm = LLM(options.model)
@@ -121,7 +122,15 @@ def main() -> None:
         goal = "" if case.goal is None else f"{case.goal} %"
         rows.append(f"| {case.title} | {100 * good / options.count:.1f} % | {goal} |")
         mistakes += [(case.title, *item) for item in wrong]
-    print("\n".join(["| held-out combinations, greedy | right | goal |", "|---|--:|--:|", *rows]))
+    table = "\n".join(["| held-out combinations, greedy | right | goal |", "|---|--:|--:|", *rows])
+    print(table)
+    if options.write:
+        readme = HERE / "README.md"
+        text = readme.read_text(encoding="utf-8")
+        table = f"<!-- table -->\n{options.count} conversations per row:\n\n{table}\n<!-- /table -->"
+        readme.write_text(
+            re.sub(r"<!-- table -->.*<!-- /table -->", lambda _: table, text, flags=re.S), encoding="utf-8"
+        )
     if options.wrong:
         for title, asked, reply, wanted in mistakes:
             print(f"\n{title}\n  asked    {asked!r}\n  reply    {reply!r}\n  expected {wanted!r}")

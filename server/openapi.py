@@ -99,7 +99,7 @@ REQUEST_BODY: Final[dict[str, Any]] = {
     "content": {
         "application/json": {
             "schema": {"type": "object", "required": ["model", "messages"], "properties": _FIELDS},
-            "example": {"model": "noise", "messages": [{"role": "user", "content": "Hello"}], "seed": 7},
+            "example": {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "seed": 7},
         }
     },
 }
