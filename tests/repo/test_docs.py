@@ -150,8 +150,8 @@ def test_commands_and_flags_that_are_named_exist(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=_name)
 def test_make_targets_that_are_named_exist(path: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):", _text(ROOT / "Makefile"), re.MULTILINE))
-    assert set(re.findall(r"(?:^\$ |`)make ([a-z]+)", _text(path), re.MULTILINE)) <= targets
+    targets = set(re.findall(r"^([a-z-]+):", _text(ROOT / "Makefile"), re.MULTILINE))
+    assert set(re.findall(r"(?:^\$ |`)make ([a-z-]+)", _text(path), re.MULTILINE)) <= targets
 
 
 @pytest.mark.parametrize("path", PAGES, ids=_name)
