@@ -97,7 +97,7 @@ def evaluate(llm: LLM, template: Any, case: Case, count: int) -> tuple[int, list
             )
         )
         expected.append({**answer, "asked": messages[-1]["content"]})
-    replies = llm.generate_many(prompts, temperature=0, max_completion_tokens=200)
+    replies = llm.generate_many(prompts, temperature=0, max_tokens=200)
     wrong = [
         (wanted["asked"], reply.text, wanted.get("tool_calls") or wanted["content"])
         for [reply], wanted in zip(replies, expected, strict=True)
