@@ -84,8 +84,8 @@ def test_a_system_prompt_is_followed(client: OpenAI) -> None:
 
 
 def test_json_has_the_fields_that_were_asked_for(client: OpenAI) -> None:
-    answer = say(client, "Give me a JSON object with name Anna, age 31 and city Oslo.")
-    assert json.loads(answer) == {"name": "Anna", "age": 31, "city": "Oslo"}
+    answer = say(client, "Give me a JSON object with name Clara, age 31 and city Paris.")
+    assert json.loads(answer) == {"name": "Clara", "age": 31, "city": "Paris"}
 
 
 def test_the_folder_is_small_and_complete() -> None:
