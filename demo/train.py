@@ -177,7 +177,6 @@ def rate(step: int, steps: int) -> float:
 
 def train(out: Path, steps: int, seed: int, device: str, stop_at: int | None = None) -> float:
     """Train up to `steps` (or leave at `stop_at`, to be resumed) and write the model. Returns the last mean loss."""
-    torch.set_flush_denormal(True)
     work = out.parent / f".training-{out.name}"
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(work, seed)
@@ -287,6 +286,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--stop-at", type=int, help="leave after this step; the same command takes it up again")
     options = parser.parse_args()
+    torch.set_flush_denormal(True)  # for the whole process, so not in train()
     loss = train(options.out, options.steps, options.seed, options.device, options.stop_at)
     print(f"mean loss {loss:.4f}")
 
