@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rich.progress import track
+from transformers import PreTrainedTokenizerFast
 
 from demo.corpus import Conversation, Message, conversation
 from engine import LLM
@@ -26,32 +27,32 @@ SEED: Final = "evaluation"
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked and what counts as right. `thinking`: None leaves it to the draw."""
+    """A row of the table. `last`: see `corpus.conversation`. `after_tool`: judge the answer that follows the tool's result."""
 
     title: str
     last: str
     goal: int | None = None
-    thinking: bool | None = None
+    thinking: bool = False
     after_tool: bool = False
 
 
 CASES: Final = (
-    Case("tool choice and exact arguments", "tool", 90, thinking=False),
-    Case("answer from the tool's result", "tool", None, thinking=False, after_tool=True),
-    Case("no call when no tool fits", "no tool", 90, thinking=False),
-    Case("memory", "recall", 95, thinking=False),
-    Case("words: repeat, sort, reverse", "words", 90, thinking=False),
+    Case("tool choice and exact arguments", "tool", 90),
+    Case("answer from the tool's result", "tool", after_tool=True),
+    Case("no call when no tool fits", "no tool", 90),
+    Case("memory", "recall", 95),
+    Case("words: repeat, sort, reverse", "words", 90),
     Case("two-digit addition, thinking", "addition", 90, thinking=True),
-    Case("two-digit addition, at once", "addition", None, thinking=False),
-    Case("all arithmetic, thinking", "arithmetic", None, thinking=True),
-    Case("letters: spell, reverse, count", "letters", None, thinking=False),
-    Case("JSON with the requested fields", "json", 95, thinking=False),
-    Case("system prompt: upper case", "upper", 95, thinking=False),
-    Case("system prompt: one word", "one word", 95, thinking=False),
-    Case("system prompt: pirate", "pirate", 95, thinking=False),
-    Case("this project's documents", "docs", 95, thinking=False),
-    Case("small talk", "small talk", None, thinking=False),
-    Case("says that it does not know", "unknown", None, thinking=False),
+    Case("two-digit addition, at once", "addition"),
+    Case("all arithmetic, thinking", "arithmetic", thinking=True),
+    Case("letters: spell, reverse, count", "letters"),
+    Case("JSON with the requested fields", "json", 95),
+    Case("system prompt: upper case", "upper", 95),
+    Case("system prompt: one word", "one word", 95),
+    Case("system prompt: pirate", "pirate", 95),
+    Case("this project's documents", "docs", 95),
+    Case("small talk", "small talk"),
+    Case("says that it does not know", "unknown"),
 )
 
 
@@ -82,7 +83,9 @@ def right(reply: str, expected: Message) -> bool:
     return calls_in(answer) == wanted
 
 
-def evaluate(llm: LLM, template: Any, case: Case, count: int) -> tuple[int, list[tuple[str, str, Any]]]:
+def evaluate(
+    llm: LLM, tokenizer: PreTrainedTokenizerFast, case: Case, count: int
+) -> tuple[int, list[tuple[str, str, Any]]]:
     """Returns (right answers, the wrong ones as (last message, reply, expected))."""
     prompts: list[str] = []
     expected: list[Message] = []
@@ -92,8 +95,12 @@ def evaluate(llm: LLM, template: Any, case: Case, count: int) -> tuple[int, list
         index += 1
         messages, answer = question(drawn, case.after_tool)
         prompts.append(
-            template.render(
-                messages=messages, tools=drawn.tools, add_generation_prompt=True, enable_thinking=bool(case.thinking)
+            tokenizer.apply_chat_template(
+                messages,
+                tools=drawn.tools,
+                add_generation_prompt=True,
+                enable_thinking=case.thinking,
+                tokenize=False,
             )
         )
         expected.append({**answer, "asked": messages[-1]["content"]})
@@ -115,10 +122,10 @@ def main() -> None:
     parser.add_argument("--wrong", action="store_true", help="print the wrong answers")
     options = parser.parse_args()
     llm = LLM(options.model)
-    template = _template(options.model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.model)
     rows, mistakes = [], []
     for case in track(CASES, description="skills"):
-        good, wrong = evaluate(llm, template, case, options.count)
+        good, wrong = evaluate(llm, tokenizer, case, options.count)
         goal = "" if case.goal is None else f"{case.goal} %"
         rows.append(f"| {case.title} | {100 * good / options.count:.1f} % | {goal} |")
         mistakes += [(case.title, *item) for item in wrong]
@@ -134,13 +141,6 @@ def main() -> None:
     if options.wrong:
         for title, asked, reply, wanted in mistakes:
             print(f"\n{title}\n  asked    {asked!r}\n  reply    {reply!r}\n  expected {wanted!r}")
-
-
-def _template(folder: Path) -> Any:
-    """The model's chat template with its tools; rendered as transformers does."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    return _compile_jinja_template((folder / "chat_template.jinja").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

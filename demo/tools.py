@@ -1,4 +1,4 @@
-"""Function definitions for the demo model's corpus, and requests that fit them. Knows no conversations.
+"""Function definitions, requests that fit them and requests that fit none. Knows no conversation.
 
 Most tools are put together from a verb, a thing and a few parameters, so that a call has to be read off the
 definition and the request: names, descriptions and arguments are far too many to be remembered.
@@ -6,12 +6,16 @@ definition and the request: names, descriptions and arguments are far too many t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 from typing import Any, Final
 
 from demo import words
+from demo.exchange import Call, Exchange
+
+NO_TOOL: Final = "None of my tools can do that."
 
 VERBS: Final = """
 create delete find open close send book cancel update start stop order check play show add remove buy move rename print
@@ -59,16 +63,8 @@ class Tool:
         return str(self.definition["function"]["name"])
 
 
-@dataclass(frozen=True)
-class Call:
-    """A request and the one call that answers it."""
-
-    request: str
-    name: str
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-
-def _text(rng: Random) -> str:
+def text(rng: Random) -> str:
+    """A value as people write them: a code, two words, a name or a word."""
     kind = rng.randrange(6)
     if kind == 0:
         return f"{rng.choice('ABCDEFGHKLMNPRSTX')}{rng.randrange(1, 1000)}"
@@ -110,7 +106,7 @@ def _parameter(rng: Random, taken: set[str]) -> Parameter:
             name, kind = label, "integer" if numeric else "string"
             template = rng.choice(("with {label} {{}}", "with the {label} {{}}", "{label}: {{}}"))
             template = template.format(label=label)
-            draw: Callable[[Random], Any] = _number if numeric else _text
+            draw: Callable[[Random], Any] = _number if numeric else text
         else:
             names, kind, template, draw = rng.choice(kinds)
             name = rng.choice(names)
@@ -168,7 +164,7 @@ NATURAL: Final[tuple[tuple[tuple[str, ...], str, tuple[Parameter, ...], tuple[st
         ("translate", "translate_text", "translate_to"),
         "Translate a text into a language.",
         (
-            Parameter("text", "string", str, _text),
+            Parameter("text", "string", str, text),
             Parameter("language", "string", str, lambda r: r.choice(words.LANGUAGES)),
         ),
         ("Translate {} into {}.", "Translate '{}' to {}.", "How do you say {} in {}?"),
@@ -176,7 +172,7 @@ NATURAL: Final[tuple[tuple[tuple[str, ...], str, tuple[Parameter, ...], tuple[st
     (
         ("search_web", "web_search", "search"),
         "Search the web.",
-        (Parameter("query", "string", str, _text),),
+        (Parameter("query", "string", str, text),),
         ("Search the web for {}.", "Look up {}.", "Search for {}.", "Find out about {} on the web."),
     ),
     (
@@ -286,6 +282,51 @@ def result(rng: Random) -> tuple[str, dict[str, Any]]:
         return f"The tool reported an error: {reason}.", {"error": reason}
     count = rng.choice((1, 1, 2))
     keys = rng.sample([*LABELS, "temperature", "result", "state", "answer", "sky", "wind", "total"], count)
-    values: list[Any] = [_number(rng) if rng.random() < 0.5 else _text(rng) for _ in keys]
+    values: list[Any] = [_number(rng) if rng.random() < 0.5 else text(rng) for _ in keys]
     told = " and ".join(f"the {key} is {value}" for key, value in zip(keys, values, strict=True))
     return told[0].upper() + told[1:] + ".", dict(zip(keys, values, strict=True))
+
+
+def tool_call(rng: Random, box: list[Tool]) -> Exchange:
+    """A request that one tool fits, or that needs two calls, with the tools' results and the answer from them."""
+    several = rng.random() < 0.2
+    first = ask(rng, rng.choice(box))
+    if several:
+        second = ask(rng, rng.choice(box))
+        joined = rng.choice((" And ", " Then ", " Also "))
+        follow = second.request[0].lower() + second.request[1:]
+        calls: tuple[Call, ...] = (first, second)
+        user = first.request.rstrip(".?") + rng.choice((".", "?"))[0] + joined + follow
+    else:
+        calls, user = (first,), first.request
+    told, results = [], []
+    for _ in calls:
+        sentence, value = result(rng)
+        if rng.random() < 0.12:
+            plain = text(rng)
+            sentence, shown = f"The result is {plain}.", plain
+        else:
+            shown = json.dumps(value)
+        told.append(sentence)
+        results.append(shown)
+    key = "tool|" + "|".join(f"{call.name}({json.dumps(call.arguments)})" for call in calls)
+    thought = "I call " + " and ".join(call.name for call in calls) + "."
+    return Exchange("tool", key, user, " ".join(told), thought, calls=calls, results=tuple(results))
+
+
+def no_tool(rng: Random, box: list[Tool]) -> Exchange:
+    """A request that none of the tools fits, though it sounds like one."""
+    have = {(tool.verb, tool.thing) for tool in box}
+    while True:
+        near = rng.choice(box)
+        if near.requests or rng.random() < 0.5:
+            other = natural(rng) if rng.random() < 0.25 else composed(rng)
+        elif rng.random() < 0.5:
+            other = composed(rng, verb=near.verb)
+        else:
+            other = composed(rng, thing=near.thing)
+        if (other.verb, other.thing) not in have:
+            break
+    call = ask(rng, other)
+    names = " ".join(sorted(tool.name for tool in box))
+    return Exchange("no tool", f"none|{names}|{call.request}", call.request, NO_TOOL, "No tool fits.")

@@ -4,12 +4,14 @@
     python -m demo.train --steps 20 --out /tmp/try
 
 The loss is taken on the assistant's tokens only. Matrices inside the blocks are trained with Muon, all else with AdamW.
-Work in progress is kept in `.training-model` beside the folder (ignored by git) and taken up again by the same command.
+Work in progress is kept in `.training-model` beside the folder (ignored by git), in a folder named by the sources, and
+taken up again by the same command; when a source has changed, training starts anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import time
@@ -128,7 +130,7 @@ def _cuts(lengths: list[int]) -> list[tuple[int, int]]:
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal by five Newton-Schulz steps (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
-    torch.optim.Muon computes these in bfloat16, which costs more than the model's own passes on a CPU without it.
+    torch.optim.Muon computes these in bfloat16: 10 s a step on a CPU that has to emulate it, against 0.3 s in float32.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
@@ -177,7 +179,7 @@ def rate(step: int, steps: int) -> float:
 
 def train(out: Path, steps: int, seed: int, device: str, stop_at: int | None = None) -> float:
     """Train up to `steps` (or leave at `stop_at`, to be resumed) and write the model. Returns the last mean loss."""
-    work = out.parent / f".training-{out.name}"
+    work = out.parent / f".training-{out.name}" / _sources()
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(work, seed)
     torch.manual_seed(seed)  # the engine's draws are stateless; weights are drawn by torch here
@@ -236,6 +238,15 @@ def _step(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return total, sum(ids.numel() for ids, _, _ in parts)
+
+
+def _sources() -> str:
+    """A digest of the files that decide what is trained."""
+    digest = hashlib.sha256()
+    for path in sorted([*HERE.glob("*.py"), tokenizing.TEMPLATE]):
+        if path.name != "evaluate.py":
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _tokenizer(work: Path, seed: int) -> PreTrainedTokenizerFast:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
+from pathlib import Path
 
 import pytest
 
-from demo import corpus, facts, tools, words
+from demo import corpus, facts, memory, tasks, tools, words
 from demo.evaluate import CASES, calls_in, question, right
+from demo.exchange import Exchange, Split, split_of
 
 DRAWN = [corpus.conversation(5, index) for index in range(400)]
 
@@ -18,21 +19,51 @@ def test_same_seed_and_index_same_conversation() -> None:
     assert [corpus.conversation(6, index) for index in range(50)] != DRAWN[:50]
 
 
-def test_no_combination_is_in_both_splits() -> None:
-    trained = {drawn.exchange.key for drawn in DRAWN if drawn.exchange and not drawn.exchange.free}
-    assert all(corpus.split_of(key) == "train" for key in trained)
+def test_no_combination_is_in_both_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the middle of a conversation, and in whatever style it is asked for."""
+    trained: set[str] = set()
+    allowed = corpus._allowed
+
+    def spy(exchange: Exchange, split: Split) -> bool:
+        good = allowed(exchange, split)
+        if good and split == "train" and not exchange.free:
+            trained.add(exchange.key)
+        return good
+
+    monkeypatch.setattr(corpus, "_allowed", spy)
+    for index in range(1500):
+        corpus.conversation(0, index)
+    assert len(trained) > 1000
+    assert all(split_of(key) == "train" for key in trained)
     for case in CASES:
         for index in range(8):
             held = corpus.conversation("evaluation", index, "test", case.last).exchange
             assert held
-            assert corpus.split_of(held.key) == "test"
+            assert split_of(held.key) == "test"
             assert held.key not in trained
+
+
+@pytest.mark.parametrize("style", corpus.STYLES)
+def test_a_style_does_not_make_another_combination(style: str) -> None:
+    skills = {
+        "sum": r"\|\d+[-+*]\d+$",
+        "talk": r"\|.+",
+        "docs": r"\|.+",
+        "tell": r"\|.+",
+        "recall": r"\|.+",
+        "unknown": r"\|.+",
+    }
+    for index in range(30):
+        held = corpus.conversation("evaluation", index, "test", style).exchange
+        assert held
+        skill = held.key.split("|")[0]
+        assert re.fullmatch(skill + skills[skill].rstrip("$"), held.key)
 
 
 @pytest.mark.parametrize(("a", "b"), [(a, b) for a in range(0, 100, 7) for b in range(0, 100, 9)])
 def test_worked_steps_end_in_the_result(a: int, b: int) -> None:
-    steps = ((corpus.add_thought(a, b), a + b), (corpus.subtract_thought(a, b), a - b))
-    for thought, result in (*steps, (corpus.multiply_thought(a, b % 9 + 1), a * (b % 9 + 1))):
+    steps = ((tasks.add_thought(a, b), a + b), (tasks.subtract_thought(a, b), a - b))
+    for thought, result in (*steps, (tasks.multiply_thought(a, b % 9 + 1), a * (b % 9 + 1))):
         assert re.findall(r"-?\d+", thought)[-1] == str(result)
         for left, operation, right_, total in re.findall(r"(?:^|[.,] )(\d+) ([+*-]) (\d+) = (-?\d+)(?=[.,])", thought):
             x, y = int(left), int(right_)
@@ -58,7 +89,7 @@ def test_arguments_of_calls_are_in_the_request_and_fit_the_definition() -> None:
 def test_no_tool_fits_when_it_says_so() -> None:
     for index in range(60):
         drawn = corpus.conversation(8, index, last="no tool")
-        if drawn.messages[-1]["content"] == corpus.NO_TOOL:
+        if drawn.messages[-1]["content"] == tools.NO_TOOL:
             assert drawn.exchange
             assert not drawn.exchange.calls
             for tool in drawn.tools or []:
@@ -71,7 +102,7 @@ def test_memory_answers_with_what_was_told_last() -> None:
     for index in range(60):
         drawn = corpus.conversation(9, index, last="recall")
         answer = drawn.messages[-1]["content"]
-        if answer == corpus.FORGETS:
+        if answer == memory.FORGETS:
             continue
         assert drawn.exchange
         assert drawn.exchange.short
@@ -109,7 +140,20 @@ def test_facts_have_names_of_their_own() -> None:
 def test_the_judge_of_calls(reply: str, good: bool) -> None:
     call = {"function": {"name": "f", "arguments": {"a": 1}}}
     assert right(reply, {"content": "", "tool_calls": [call]}) is good
-    assert (calls_in(reply) is None) == ("1}\n" in reply and "1}}" not in reply)
+
+
+@pytest.mark.parametrize(
+    ("reply", "calls"),
+    [
+        ("None", []),
+        ('<tool_call>\n{"name": "f"}\n</tool_call>\n<tool_call>\n{"name": "g"}\n</tool_call>', ["f", "g"]),
+        ('<tool_call>\n{"name": "f"\n</tool_call>', None),
+        ('<tool_call>\n{"name": "f"}', None),
+    ],
+)
+def test_calls_are_read_whole_or_not_at_all(reply: str, calls: list[str] | None) -> None:
+    found = calls_in(reply)
+    assert calls == (None if found is None else [call["name"] for call in found])
 
 
 def test_the_question_ends_before_the_turn_that_is_judged() -> None:
@@ -119,5 +163,27 @@ def test_the_question_ends_before_the_turn_that_is_judged() -> None:
     assert before[-1]["role"] == "user"
     assert call["tool_calls"]
     assert after[-1]["role"] == "tool"
-    assert json.dumps(answer)
-    assert isinstance(tools.VERBS, list)
+    assert "tool_calls" not in answer
+    assert answer["content"]
+
+
+def test_facts_name_what_is_there() -> None:
+    """What the model tells people to type exists."""
+    root = Path(__file__).resolve().parents[2]
+    said = " ".join(fact.answer for fact in facts.FACTS)
+    targets = re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"[Rr]un make ([a-z-]+)", said)) == {"serve", "demo-model"}
+    assert {"serve", "demo-model"} <= set(targets)
+    reference = "".join(path.read_text(encoding="utf-8") for path in (root / "docs" / "reference").glob("*.md"))
+    for name in (
+        "max_completion_tokens",
+        "logit_bias",
+        "presence_penalty",
+        "frequency_penalty",
+        "top_k",
+        "models check",
+    ):
+        assert name in said
+        assert name in reference
+    for path in re.findall(r"/(?:v1|health)/[a-z/]+", said):
+        assert path.removeprefix("/v1") in reference

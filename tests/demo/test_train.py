@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -31,6 +32,44 @@ def test_the_prompt_is_a_prefix_of_what_was_trained(tokenizer) -> None:  # type:
         assert not example.own[len(ids) - 1]
         assert example.own[len(ids)]
         assert example.own[-2]  # the end of the turn; a line end follows
+
+
+def test_text_comes_back_and_digits_stand_alone(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    for text in ('{"name": "Zoë", "n": 1234}', "naïve 🙂 你好\n\n  two", "<tool_call>\n{}\n</tool_call>", "a<think>b"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.tokenize("1234") == list("1234")
+    assert len(tokenizer.tokenize("<think></think><tool_call></tool_call>")) == 4
+
+
+def test_the_template_reads_calls_and_thoughts_as_clients_send_them(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    def render(*messages: dict[str, object], **variables: object) -> str:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **variables))
+
+    user, call = {"role": "user", "content": "x"}, {"name": "f", "arguments": {"a": "é"}}
+    as_object = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]}
+    as_text = {**as_object, "tool_calls": [{"function": {**call, "arguments": '{"a": "é"}'}}]}
+    shown = '<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call><|im_end|>'
+    assert shown in render(user, as_object)
+    assert render(user, as_object) == render(user, as_text)
+    thought = {"role": "assistant", "content": "y", "reasoning_content": "because"}
+    assert "<think>\nbecause\n</think>\n\ny" in render(user, thought)
+    assert "because" not in render(user, thought, user)
+    assert "because" not in render(user, {"role": "assistant", "content": "<think>\nbecause\n</think>\n\ny"}, user)
+    assert render(user, add_generation_prompt=True, enable_thinking=True).endswith("assistant\n<think>\n")
+    assert render(user, add_generation_prompt=True).endswith("assistant\n")
+    with pytest.raises(jinja2.TemplateError, match="not narrator"):
+        render({"role": "narrator", "content": "x"})
+
+
+def test_a_changed_source_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "corpus.py").write_text("a = 1")
+    monkeypatch.setattr(train, "HERE", tmp_path)
+    before = train._sources()
+    (tmp_path / "evaluate.py").write_text("measures only")
+    assert train._sources() == before
+    (tmp_path / "corpus.py").write_text("a = 2")
+    assert train._sources() != before
 
 
 def test_cuts_cover_every_example_once_and_keep_the_limit() -> None:
