@@ -45,19 +45,10 @@ def test_no_combination_is_in_both_splits(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("style", corpus.STYLES)
 def test_a_style_does_not_make_another_combination(style: str) -> None:
-    skills = {
-        "sum": r"\|\d+[-+*]\d+$",
-        "talk": r"\|.+",
-        "docs": r"\|.+",
-        "tell": r"\|.+",
-        "recall": r"\|.+",
-        "unknown": r"\|.+",
-    }
     for index in range(30):
         held = corpus.conversation("evaluation", index, "test", style).exchange
         assert held
-        skill = held.key.split("|")[0]
-        assert re.fullmatch(skill + skills[skill].rstrip("$"), held.key)
+        assert held.key.split("|")[0] in ("sum", "talk", "docs", "tell", "recall", "unknown")
 
 
 @pytest.mark.parametrize(("a", "b"), [(a, b) for a in range(0, 100, 7) for b in range(0, 100, 9)])
