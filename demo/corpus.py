@@ -39,13 +39,13 @@ class Conversation:
 
 SKILLS: Final[dict[str, tuple[Callable[[Random], Exchange], float]]] = {
     "small talk": (small_talk, 0.8),
-    "docs": (docs, 1.5),
+    "docs": (docs, 1.1),
     "unknown": (unknown, 0.8),
-    "arithmetic": (arithmetic, 2.2),
-    "letters": (letters, 1.6),
-    "words": (word_tasks, 3.2),
-    "json": (json_object, 1.4),
-    "story": (story, 0.35),
+    "arithmetic": (arithmetic, 3.2),
+    "letters": (letters, 2.0),
+    "words": (word_tasks, 3.4),
+    "json": (json_object, 1.0),
+    "story": (story, 0.3),
 }
 
 STYLED_SKILLS: Final = ("small talk", "docs", "addition", "arithmetic", "tell", "recall", "unknown")
@@ -54,9 +54,9 @@ STYLED_SKILLS: Final = ("small talk", "docs", "addition", "arithmetic", "tell", 
 
 def _plain(rng: Random, known: dict[str, str]) -> Exchange:
     """An exchange of any skill but tools; memory is drawn here because it needs the conversation."""
-    if rng.random() < 0.22:
-        return recall(rng, known) if known and rng.random() < 0.65 else tell(rng, known)
-    if rng.random() < 0.01:
+    if rng.random() < 0.25:
+        return recall(rng, known) if known and rng.random() < 0.75 else tell(rng, known)
+    if rng.random() < 0.02:
         return recall(rng, known)
     names = list(SKILLS)
     name = rng.choices(names, [SKILLS[name][1] for name in names])[0]
@@ -76,7 +76,22 @@ def _styled(rng: Random, known: dict[str, str], style: str) -> Exchange:
 
 
 def _allowed(exchange: Exchange, split: Split) -> bool:
+    if exchange.basic:
+        return split == "train"
     return exchange.free or split_of(exchange.key) == split
+
+
+def _careless(rng: Random, exchange: Exchange) -> Exchange:
+    """The request as people type it: in lower case where that loses nothing, without the last full stop."""
+    text = exchange.user
+    said = exchange.answer + json.dumps([call.arguments for call in exchange.calls])
+    if exchange.skill in ("small talk", "docs", "unknown"):
+        text = text.lower()
+    elif text.split()[0].strip(".,!?'\"").lower() not in said.lower():
+        text = text[0].lower() + text[1:]
+    if rng.random() < 0.7 and text[-1] in ".!?" and not text.endswith("= ?"):
+        text = text[:-1]
+    return replace(exchange, user=text)
 
 
 def _append(messages: list[Message], exchange: Exchange, thinking: bool, call_ids: Callable[[], str]) -> None:
@@ -117,26 +132,31 @@ def conversation(seed: int | str, index: int, split: Split = "train", last: str 
 def _draw(rng: Random, split: Split, last: str | None) -> Conversation | None:
     """One try; None if a combination fell into the other split."""
     style = last if last in STYLES else None
-    if last is None and rng.random() < 0.16:
+    if last is None and rng.random() < 0.24:
         style = rng.choice(list(STYLES))
-    with_tools = last in ("tool", "no tool") or (last is None and style is None and rng.random() < 0.24)
+    with_tools = last in ("tool", "no tool") or (last is None and style is None and rng.random() < 0.27)
     known: dict[str, str] = {}
     turns = rng.choice((1, 1, 2, 2, 3, 4)) if rng.random() < 0.97 else rng.randrange(8, 20)
     if last in ("recall", "tell"):
         turns = max(turns, 2)
-    box = toolbox(rng, rng.choice((1, 2, 3, 4))) if with_tools else []
+    if with_tools and last is None:  # definitions are long: several requests for each box
+        turns = rng.choice((1, 2, 3, 4, 5))
+    box = toolbox(rng, rng.choice((1, 2, 2, 3, 4))) if with_tools else []
     exchanges: list[Exchange] = []
+    careless = rng.choice((0.0, 0.0, 0.1, 1.0))
     for turn in range(turns):
         final = turn == turns - 1
         wanted = last if final else None
         if with_tools:
             chance = {"tool": 0.0, "no tool": 0.8}.get(wanted or "", rng.random())
-            if chance < 0.72:
+            if chance < 0.55:
                 exchange = tool_call(rng, box)
             elif chance < 0.9:
                 exchange = no_tool(rng, box)
             else:
                 exchange = _plain(rng, known)
+                if exchange.skill == "unknown":  # might be what a tool is for
+                    return None
         elif style:
             exchange = _styled(rng, known, style)
         elif wanted == "recall":
@@ -153,7 +173,7 @@ def _draw(rng: Random, split: Split, last: str | None) -> Conversation | None:
             exchange = _plain(rng, known)
         if not _allowed(exchange, split if final else "train"):
             return None
-        exchanges.append(exchange)
+        exchanges.append(_careless(rng, exchange) if rng.random() < careless else exchange)
     system = ""
     if style:
         system = rng.choice(STYLES[style][0])
@@ -162,7 +182,7 @@ def _draw(rng: Random, split: Split, last: str | None) -> Conversation | None:
     elif rng.random() < 0.3:
         system = rng.choice(NEUTRAL)
     worked = exchanges[-1].skill in ("addition", "arithmetic", "letters")
-    thinking = rng.random() < (0.5 if worked else 0.15)
+    thinking = rng.random() < (0.6 if worked else 0.12)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     counter = iter(range(1 << 30))
     for exchange in exchanges:

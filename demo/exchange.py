@@ -28,7 +28,8 @@ class Exchange:
 
     `key`: names the combination. `thought`: what stands between the thinking tags when the model is asked to think.
     `short`: the answer in one word, if there is one. `calls`: tool calls, made before `answer` is given from `results`.
-    `free`: several answers are right, so an exact match means nothing.
+    `free`: several answers are right, so an exact match means nothing. `basic`: can only be learnt by heart (6 * 7), so
+    that training has all of it and evaluation none. `copied`: what the answer takes from the conversation as it stands there.
     """
 
     skill: str
@@ -40,6 +41,8 @@ class Exchange:
     calls: tuple[Call, ...] = ()
     results: tuple[str, ...] = ()
     free: bool = False
+    basic: bool = False
+    copied: tuple[str, ...] = ()
 
 
 def split_of(key: str) -> Split:

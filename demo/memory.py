@@ -132,8 +132,6 @@ def tell(rng: Random, known: dict[str, str]) -> Exchange:
     else:
         said = " and ".join(a.clause.format(v) for a, v in zip(chosen, values, strict=True)) + "."
         said = said[0].upper() + said[1:]
-    if rng.random() < 0.08:
-        said = said[0].lower() + said[1:].rstrip(".")
     for attribute, value in zip(chosen, values, strict=True):
         known[attribute.name] = value
     first, rest = chosen[0], chosen[1:]
@@ -141,21 +139,38 @@ def tell(rng: Random, known: dict[str, str]) -> Exchange:
         answer = f"Nice to meet you, {values[0]}."
     else:
         parts = [a.told.format(v) for a, v in zip(chosen, values, strict=True)]
-        answer = "I will remember: " + " ".join(part[0].lower() + part[1:] for part in parts)
+        answer = "I will remember: " + " and ".join(part[0].lower() + part[1:-1] for part in parts) + "."
     key = "tell|" + "|".join(f"{a.name}={v}" for a, v in zip(chosen, values, strict=True))
-    return Exchange("tell", key, said, answer, "The user tells me something.")
+    return Exchange("tell", key, said, answer, "The user tells me something.", short="Noted", copied=tuple(values))
 
 
 def recall(rng: Random, known: dict[str, str]) -> Exchange:
     """A question about what was told, or sometimes about what was not."""
     untold = [attribute for attribute in ATTRIBUTES if attribute.name not in known]
-    if not known or (untold and rng.random() < 0.15):
+    if rng.random() < 0.15:  # told and asked in one message
+        attribute = rng.choice(ATTRIBUTES)
+        value = attribute.draw(rng)
+        known[attribute.name] = value
+        asked = f"{rng.choice(attribute.said).format(value)} {rng.choice(attribute.asked)}"
+        key = f"recall|{attribute.name}|{json.dumps(known, sort_keys=True)}"
+        return Exchange(
+            "recall",
+            key,
+            asked,
+            attribute.told.format(value),
+            f"The user told me: {value}.",
+            short=value,
+            copied=(value,),
+        )
+    if not known or (untold and rng.random() < 0.3):
         attribute = rng.choice(untold)
         asked = rng.choice(attribute.asked)
         key = f"recall|{attribute.name}|{asked}|not|{json.dumps(known, sort_keys=True)}"
-        return Exchange("recall", key, asked, FORGETS, "The user has not told me.")
+        return Exchange("recall", key, asked, FORGETS, "The user has not told me.", short="Unknown")
     attribute = rng.choice([attribute for attribute in ATTRIBUTES if attribute.name in known])
     value = known[attribute.name]
     asked = rng.choice(attribute.asked)
     key = f"recall|{attribute.name}|{json.dumps(known, sort_keys=True)}"
-    return Exchange("recall", key, asked, attribute.told.format(value), f"The user told me: {value}.", short=value)
+    return Exchange(
+        "recall", key, asked, attribute.told.format(value), f"The user told me: {value}.", short=value, copied=(value,)
+    )

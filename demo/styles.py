@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Final
 
+from demo import words
 from demo.exchange import Exchange
 
 NEUTRAL: Final = (
@@ -34,7 +35,7 @@ STYLES: Final[dict[str, tuple[tuple[str, ...], Callable[[Exchange], str | None]]
         ("Always answer in upper case.", "Answer in upper case.", "Write in capital letters only.", "Use only capital letters.",
          "ANSWER IN UPPER CASE.", "Always use upper case letters.", "Reply in all caps.", "Every answer must be in upper case.",
          "Shout: answer in capitals."),
-        lambda exchange: exchange.answer.upper(),
+        lambda exchange: exchange.answer.upper() if all(map(words.listed, exchange.copied)) else None,
     ),
     "one word": (
         ("Answer in one word.", "Always answer with one word.", "Reply with a single word.", "Use one word only.",

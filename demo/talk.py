@@ -12,22 +12,25 @@ from demo.facts import FACTS
 UNKNOWN: Final = "I do not know that. I am a tiny demo model and know little beyond verbatim."
 UNABLE: Final = "I have not learnt to do that. I am a tiny demo model."
 
-SMALL_TALK: Final[tuple[tuple[str, tuple[str, ...], str], ...]] = (
+SMALL_TALK: Final[tuple[tuple[str, tuple[str, ...], str, str], ...]] = (
     (
         "hello",
         ("Hello", "Hi", "Hey", "Hi there", "Hello there", "Good morning", "Good evening", "Good day", "Greetings"),
         "Hello! I am the demo model bundled with verbatim. How can I help you?",
+        "Hello",
     ),
     (
         "who",
         ("Who are you", "What are you", "What is your name", "Tell me about yourself", "Introduce yourself",
          "What model is this", "Which model are you", "Who am I talking to"),
         "I am the demo model bundled with verbatim, a very small language model trained on generated conversations.",
+        "Demo",
     ),
     (
         "how",
         ("How are you", "How are you doing", "How is it going", "How do you do", "Are you well"),
         "I am well, thank you. How can I help you?",
+        "Well",
     ),
     (
         "can",
@@ -35,27 +38,32 @@ SMALL_TALK: Final[tuple[tuple[str, tuple[str, ...], str], ...]] = (
          "What should I ask you"),
         "I can answer questions about verbatim, add and subtract, sort and spell words, remember what you tell me, "
         "write JSON, call tools and tell stories.",
+        "Little",
     ),
     (
         "thanks",
         ("Thank you", "Thanks", "Thanks a lot", "Many thanks", "Great, thanks", "Thank you very much"),
         "You are welcome.",
+        "Welcome",
     ),
-    ("bye", ("Bye", "Goodbye", "See you", "Good night", "See you later", "That is all"), "Goodbye!"),
+    ("bye", ("Bye", "Goodbye", "See you", "Good night", "See you later", "That is all"), "Goodbye!", "Goodbye"),
     (
         "made",
         ("Who made you", "Who built you", "Who trained you", "Where do you come from"),
         "I was trained by the authors of verbatim, on conversations that a program wrote.",
+        "Authors",
     ),
     (
         "big",
         ("How big are you", "How many parameters do you have", "How large are you", "Are you a large model"),
         "I have about five million parameters, which is very small.",
+        "Small",
     ),
     (
         "human",
         ("Are you human", "Are you a robot", "Are you a person", "Are you alive", "Are you an AI"),
         "I am a program, a very small language model.",
+        "Program",
     ),
 )  # fmt: skip
 
@@ -71,7 +79,7 @@ def _ending(rng: Random, text: str, marks: tuple[str, ...]) -> str:
 
 
 def small_talk(rng: Random) -> Exchange:
-    intent, openings, answer = rng.choice(SMALL_TALK)
+    intent, openings, answer, short = rng.choice(SMALL_TALK)
     opening = rng.choice(openings)
     question = opening.split()[0] in ("Who", "What", "How", "Which", "Are", "Where")
     text = _ending(rng, opening, ("?", "?", "?", "") if question else (".", "!", "", ""))
@@ -82,7 +90,8 @@ def small_talk(rng: Random) -> Exchange:
         other = rng.choice([entry for entry in SMALL_TALK if entry[0] in ("who", "how", "can", "made", "big")])
         second = rng.choice(other[1])
         text, answer = f"{opening}{rng.choice(('!', '.', ','))} {second}?", f"Hello! {other[2]}"
-    return Exchange("small talk", f"talk|{text}", text, answer, "This is small talk.")
+        short = other[3]
+    return Exchange("small talk", f"talk|{text}", text, answer, "This is small talk.", short=short)
 
 
 ASK_WHAT: Final = (
@@ -108,7 +117,7 @@ def docs(rng: Random) -> Exchange:
         asked = rng.choice(ASK_HOW).format(topic)
     asked = asked[0].upper() + asked[1:] if rng.random() < 0.9 else asked
     text = rng.choice(FRAMES).format(asked)
-    return Exchange("docs", f"docs|{text}", text, fact.answer, f"This is about {topic}.")
+    return Exchange("docs", f"docs|{text}", text, fact.answer, f"This is about {topic}.", short=fact.short)
 
 
 PEOPLE: Final = (
@@ -144,6 +153,7 @@ def unknown(rng: Random) -> Exchange:
         f"Why do people like {topic}?", f"What is the news from {place}?", f"Is {topic} important?",
         f"How old is {place}?", f"What language do they speak in {place}?", f"How is a {thing} made?",
         f"When did {topic} begin?", f"How heavy is a {thing}?", f"What do {thing}s eat?",
+        f"What is the weather in {place}?", f"What time is it in {place}?", "What day is it?", "What time is it?",
     )  # fmt: skip
     orders = (
         f"Write a poem about a {thing}.", f"Write a program that draws a {thing}.", f"Translate {thing} into Latin.",
@@ -157,7 +167,7 @@ def unknown(rng: Random) -> Exchange:
     else:
         asked, answer, thought = rng.choice(orders), UNABLE, "I have not learnt to do this."
     text = rng.choice(FRAMES).format(asked) if rng.random() < 0.3 else asked
-    return Exchange("unknown", f"unknown|{text}", text, answer, thought)
+    return Exchange("unknown", f"unknown|{text}", text, answer, thought, short="Unknown")
 
 
 PLACES_OF_STORIES: Final = (

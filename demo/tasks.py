@@ -12,13 +12,15 @@ from demo.exchange import Exchange
 
 
 def add_thought(a: int, b: int) -> str:
-    """Column addition: `7 + 8 = 15, write 5, carry 1. 4 + 3 + 1 = 8. So 85.`"""
+    """Column addition: `7 + 8 = 15, write 5, carry 1. 4 + 3 = 7, plus 1 is 8. So 85.`"""
     ones = a % 10 + b % 10
     if a < 10 and b < 10:
         return f"{a} + {b} = {a + b}."
     carry = ones // 10
     first = f"{a % 10} + {b % 10} = {ones}, write {ones % 10}, carry {carry}."
-    return f"{first} {a // 10} + {b // 10} + {carry} = {a // 10 + b // 10 + carry}. So {a + b}."
+    tens = a // 10 + b // 10
+    second = f"{a // 10} + {b // 10} = {tens}" + (f", plus 1 is {tens + 1}." if carry else ".")
+    return f"{first} {second} So {a + b}."
 
 
 def subtract_thought(a: int, b: int) -> str:
@@ -30,7 +32,9 @@ def subtract_thought(a: int, b: int) -> str:
     borrow = int(a % 10 < b % 10)
     top = a % 10 + 10 * borrow
     first = f"{top} - {b % 10} = {top - b % 10}, borrow {borrow}."
-    return f"{first} {a // 10} - {b // 10} - {borrow} = {a // 10 - b // 10 - borrow}. So {a - b}."
+    tens = a // 10 - b // 10
+    second = f"{a // 10} - {b // 10} = {tens}" + (f", less 1 is {tens - 1}." if borrow else ".")
+    return f"{first} {second} So {a - b}."
 
 
 def multiply_thought(a: int, b: int) -> str:
@@ -42,9 +46,15 @@ def multiply_thought(a: int, b: int) -> str:
 
 
 def _pair(rng: Random) -> tuple[int, int]:
-    digits = rng.choice(((2, 2), (2, 2), (2, 2), (2, 1), (1, 2), (1, 1)))
+    digits = rng.choice(((2, 2), (2, 2), (2, 1), (1, 2), (1, 1)))
     a, b = (rng.randrange(10, 100) if d == 2 else rng.randrange(10) for d in digits)
     return a, b
+
+
+COUNTED: Final = """
+apples books coins stones cards pencils stamps shells bottles cookies eggs plums cherries melons tickets buttons keys
+lamps hats boats cats dogs horses rabbits goats ducks frogs owls
+""".split()
 
 
 def arithmetic(rng: Random) -> Exchange:
@@ -69,41 +79,52 @@ def arithmetic(rng: Random) -> Exchange:
                  "Multiply {a} by {b}.", "How much is {a} * {b}?", "Calculate {a} * {b}.", "{a} x {b}")  # fmt: skip
     form = rng.choice(forms)
     answer = f"{a} {operation} {b} = {result}"
+    if operation == "*" and a > 9:  # nobody does this in one step
+        answer = f"{a} * {b} = {a // 10 * b * 10} + {a % 10 * b} = {result}"
     key = f"sum|{a}{operation}{b}"
-    if operation in "+-" and a >= b and rng.random() < 0.15:
-        who, things = words.name(rng), rng.choice((*words.FOODS, *words.ANIMALS)) + "s"
+    copied: tuple[str, ...] = ()
+    if operation in "+-" and a > b + 1 > 1 and rng.random() < 0.15:
+        who, things = words.name(rng), rng.choice(COUNTED)
         more = "gets {b} more" if operation == "+" else rng.choice(("gives away {b}", "loses {b}"))
         form = "{who} has {a} {things} and " + more + ". How many {things} does {who} have now?"
         answer = f"{answer}, so {who} has {result} {things}"
         text = form.format(a=a, b=b, who=who, things=things)
+        copied = (who,)
     else:
         text = form.format(a=a, b=b)
     two_digits = operation == "+" and a > 9 and b > 9
-    return Exchange("addition" if two_digits else "arithmetic", key, text, f"{answer}.", thought, short=str(result))
+    return Exchange(
+        "addition" if two_digits else "arithmetic",
+        key,
+        text,
+        f"{answer}.",
+        thought,
+        short=str(result) if min(a, b) < 10 and (operation != "*" or a < 10) else None,
+        basic=max(a, b) < 10,
+        copied=copied,
+    )
 
 
 def letters(rng: Random) -> Exchange:
-    kind = rng.choice(("spell", "backwards", "count", "occurrences", "first"))
     word = words.word(rng)
     quoted = rng.choice((word, word, f"'{word}'", f'"{word}"', f"the word {word}"))
     spelled = "-".join(word)
+    kind = rng.choice(("spell", "spell", "backwards", "count", "occurrences", "first"))
+    thought = f"The letters: {spelled}."
+    short: str | None = None
     if kind == "spell":
-        user = rng.choice(("Spell {}.", "How do you spell {}?", "How is {} spelled?", "Please spell {}.", "spell {}"))
-        answer, thought, short = f"{spelled}.", f"The letters of {word}: {spelled}.", spelled
+        user = rng.choice(("Spell {}.", "How do you spell {}?", "How is {} spelled?", "Please spell {}.", "Spell {}"))
+        answer = f"{spelled}."
     elif kind == "backwards":
         user = rng.choice(
             ("Spell {} backwards.", "Write {} backwards.", "Reverse the letters of {}.", "What is {} backwards?")
         )
-        answer, thought, short = (
-            f"{word[::-1]}",
-            f"The letters: {spelled}. Backwards: {'-'.join(word[::-1])}.",
-            word[::-1],
-        )
+        answer = f"{spelled} backwards is {'-'.join(word[::-1])}."
     elif kind == "count":
         user = rng.choice(("How many letters are in {}?", "How many letters does {} have?", "Count the letters of {}.",
                            "Count the letters in {}."))  # fmt: skip
-        numbered = " ".join(f"{letter}{i}" for i, letter in enumerate(word, 1))
-        answer, thought, short = f"{word} has {len(word)} letters.", f"{numbered}.", str(len(word))
+        thought = " ".join(f"{letter}{i}" for i, letter in enumerate(word, 1)) + "."
+        answer = f"{spelled} has {len(word)} letters."
     elif kind == "occurrences":
         letter = rng.choice(word) if rng.random() < 0.85 else rng.choice("aeioustrn")
         count = word.count(letter)
@@ -114,19 +135,18 @@ def letters(rng: Random) -> Exchange:
                 f"Count the letter {letter} in {{}}.",
             )
         )
-        answer = f"The letter {letter} occurs {count} time{'s' * (count != 1)} in {word}."
-        thought, short = f"The letters: {spelled}. {letter} occurs {count}.", str(count)
+        answer = f"In {spelled} the letter {letter} occurs {count} time{'s' * (count != 1)}."
     else:
         last = rng.random() < 0.5
         which, letter = ("last", word[-1]) if last else ("first", word[0])
         user = rng.choice((f"What is the {which} letter of {{}}?", f"Which letter is {which} in {{}}?"))
-        answer, thought, short = f"The {which} letter of {word} is {letter}.", f"The letters: {spelled}.", letter
+        answer, short = f"The {which} letter of {word} is {letter}.", letter
     return Exchange("letters", f"letters|{kind}|{word}", user.format(quoted), answer, thought, short=short)
 
 
 def word_tasks(rng: Random) -> Exchange:
     kind = rng.choice(("repeat", "sort", "sort", "sort", "reverse", "reverse", "times", "first"))
-    count = rng.choice((2, 3, 3, 4, 4, 5, 6))
+    count = rng.choice((2, 3, 3, 3, 4, 4, 5))
     given: list[str] = []
     while len(given) < count:
         word = words.name(rng) if rng.random() < 0.08 else words.word(rng)
@@ -156,7 +176,7 @@ def word_tasks(rng: Random) -> Exchange:
         answer, thought = ", ".join(reversed(given)), f"The last word is {given[-1]}."
     elif kind == "sort":
         user = rng.choice(("Sort these words: {}", "Sort alphabetically: {}", "Put these words in alphabetical order: {}",
-                           "Sort {}", "Sort the words {} alphabetically", "Bring {} into alphabetical order"))  # fmt: skip
+                           "Sort {}", "Sort: {}", "Sort the words {} alphabetically", "Bring {} into alphabetical order"))  # fmt: skip
         ordered = sorted(given)
         answer, thought = ", ".join(ordered), f"The first letters: {' '.join(word[0] for word in given)}."
     else:

@@ -1,7 +1,7 @@
 """The demo model's tokenizer: byte-level BPE learned from the corpus. Knows no model.
 
-Each digit is a token of its own and quotes never join a word, so that numbers can be computed and values copied into
-JSON as the tokens they were read as.
+Each digit is a token of its own, quotes never join a word and `findGame` is two words, so that numbers can be computed and
+what was read can be copied into JSON and into names.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Final
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from demo import tools, words
 from demo.corpus import conversation
 
 TEMPLATE: Final = Path(__file__).with_name("chat_template.jinja")
@@ -23,7 +24,9 @@ MARKS: Final = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 """One token each, and part of the text."""
 SIZE: Final = 4096
 CONTEXT: Final = 2048
-PIECES: Final = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+SHAPES: Final = 60
+"""How often each shape of a word counts beside the corpus."""
+PIECES: Final = r" ?\p{Lu}?[\p{Ll}\p{M}]+| ?\p{Lu}+| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def train(seed: int | str, conversations: int) -> PreTrainedTokenizerFast:
@@ -56,7 +59,14 @@ def train(seed: int | str, conversations: int) -> PreTrainedTokenizerFast:
 
 
 def _texts(seed: int | str, conversations: int) -> Iterator[str]:
-    """The text of the corpus, with the roles but without the marks of the template."""
+    """The text of the corpus, with the roles but without the marks of the template, and the shapes of its words.
+
+    A word is copied as it stands into quotes, into a function's name or into upper case. That is easily learnt where it is
+    one token in each of these places, and hardly where it falls into pieces.
+    """
+    for shape in _shapes():
+        for _ in range(SHAPES):
+            yield shape
     for index in range(conversations):
         drawn = conversation(f"{seed}/tokenizer", index)
         if drawn.tools:
@@ -69,6 +79,15 @@ def _texts(seed: int | str, conversations: int) -> Iterator[str]:
                 yield message["reasoning_content"]
             for call in message.get("tool_calls", []):
                 yield _compact(call["function"])
+
+
+def _shapes() -> list[str]:
+    listed = sorted(words.LISTED)
+    shapes = [*listed, *(f" {word}" for word in listed), *(f" {word.upper()}" for word in listed)]
+    for word in (*tools.VERBS, *tools.OBJECTS, *tools.LABELS):
+        shapes += [word, f" {word}"]
+    shapes += [word.capitalize() for word in (*tools.VERBS, *tools.OBJECTS)]
+    return list(dict.fromkeys(shapes))
 
 
 def _compact(value: Any) -> str:

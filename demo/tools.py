@@ -30,10 +30,10 @@ invitation lesson poem shelf garage kitchen boat
 """.split()
 
 LABELS: Final = """
-title id color size language label level mode format width height topic subject author owner status tag code speed
-volume target source length weight category genre brand priority group version style theme city name amount count day
-time email
+title id color size label level mode format width height topic subject author owner status tag code speed volume target
+source length weight category genre brand priority group version style theme count
 """.split()
+"""Names of parameters that say nothing on their values; none is also the name of another kind of parameter."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _parameter(rng: Random, taken: set[str]) -> Parameter:
             label = rng.choice(LABELS)
             numeric = rng.random() < 0.35
             name, kind = label, "integer" if numeric else "string"
-            template = rng.choice(("with {label} {{}}", "with the {label} {{}}", "{label}: {{}}"))
+            template = rng.choice(("with {label} {{}}", "with the {label} {{}}"))
             template = template.format(label=label)
             draw: Callable[[Random], Any] = _number if numeric else text
         else:
@@ -294,7 +294,7 @@ def tool_call(rng: Random, box: list[Tool]) -> Exchange:
     if several:
         second = ask(rng, rng.choice(box))
         joined = rng.choice((" And ", " Then ", " Also "))
-        follow = second.request[0].lower() + second.request[1:]
+        follow = second.request if second.request[:2] == "I " else second.request[0].lower() + second.request[1:]
         calls: tuple[Call, ...] = (first, second)
         user = first.request.rstrip(".?") + rng.choice((".", "?"))[0] + joined + follow
     else:
@@ -315,7 +315,7 @@ def tool_call(rng: Random, box: list[Tool]) -> Exchange:
 
 
 def no_tool(rng: Random, box: list[Tool]) -> Exchange:
-    """A request that none of the tools fits, though it sounds like one."""
+    """A request that none of the tools fits; two times in five one has the same verb or thing."""
     have = {(tool.verb, tool.thing) for tool in box}
     while True:
         near = rng.choice(box)

@@ -29,7 +29,7 @@ from demo import tokenizer as tokenizing
 from demo.corpus import Conversation, conversation
 
 HERE: Final = Path(__file__).parent
-STEPS: Final = 2500
+STEPS: Final = 2800
 CONVERSATIONS: Final = 32
 """Per step."""
 TOKENS: Final = 3072
@@ -43,10 +43,14 @@ SAVE_EVERY: Final = 100
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a conversation and, for each, whether it is the assistant's own."""
+    """Token ids of a conversation and, for each, its weight in the loss: 0 for all but the assistant's own.
+
+    A turn of n tokens weighs the square root of n, shared by its tokens: a decision that takes one token (whether to call a
+    tool, an answer in one word) would be lost beside a story.
+    """
 
     ids: list[int]
-    own: list[bool]
+    weights: list[float]
 
 
 def config(vocabulary: int) -> Qwen3Config:
@@ -74,7 +78,7 @@ def render(tokenizer: PreTrainedTokenizerFast, drawn: Conversation) -> Example:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     start, end, opened = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>", "<think>"))
     role = tokenizer("assistant\n", add_special_tokens=False)["input_ids"]
-    own = [False] * len(ids)
+    weights = [0.0] * len(ids)
     position = 0
     while position < len(ids):
         begins = ids[position] == start and ids[position + 1 : position + 1 + len(role)] == role
@@ -82,12 +86,10 @@ def render(tokenizer: PreTrainedTokenizerFast, drawn: Conversation) -> Example:
         if begins:
             if ids[position] == opened:  # the template opens the thought, and a line after it
                 position += 2
-            while True:
-                own[position] = True
-                position += 1
-                if ids[position - 1] == end:
-                    break
-    return Example(ids, own)
+            stop = ids.index(end, position) + 1
+            weights[position:stop] = [(stop - position) ** -0.5] * (stop - position)
+            position = stop
+    return Example(ids, weights)
 
 
 def examples(tokenizer: PreTrainedTokenizerFast, seed: int, step: int) -> list[Example]:
@@ -97,20 +99,21 @@ def examples(tokenizer: PreTrainedTokenizerFast, seed: int, step: int) -> list[E
     return [example for example in drawn if len(example.ids) <= LONGEST]
 
 
-def batches(items: list[Example], pad: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Examples of like length together: (ids `[rows, width]`, flat indices of predictions, their targets)."""
+def batches(items: list[Example], pad: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Examples of like length together: (ids `[rows, width]`, flat indices of predictions, their targets, their weights)."""
     items = sorted(items, key=lambda item: len(item.ids))
     for begin, stop in _cuts([len(item.ids) for item in items]):
         rows = items[begin:stop]
         count = len(rows)
         width = len(rows[-1].ids)
         ids = torch.full((count, width), pad)
-        own = torch.zeros((count, width), dtype=torch.bool)
+        weights = torch.zeros((count, width))
         for row, item in enumerate(rows):
             ids[row, : len(item.ids)] = torch.tensor(item.ids)
-            own[row, : len(item.own)] = torch.tensor(item.own)
-        predicts = own[:, 1:].flatten().nonzero()[:, 0]
-        yield ids, predicts, ids[:, 1:].flatten()[predicts]
+            weights[row, : len(item.weights)] = torch.tensor(item.weights)
+        flat = weights[:, 1:].flatten()
+        predicts = flat.nonzero()[:, 0]
+        yield ids, predicts, ids[:, 1:].flatten()[predicts], flat[predicts]
 
 
 def _cuts(lengths: list[int]) -> list[tuple[int, int]]:
@@ -221,23 +224,24 @@ def train(out: Path, steps: int, seed: int, device: str, stop_at: int | None = N
 def _step(
     model: Qwen3ForCausalLM,
     optimizing: list[torch.optim.Optimizer],
-    parts: list[tuple[Tensor, Tensor, Tensor]],
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]],
     device: str,
 ) -> tuple[float, int]:
-    """One update from the given batches; returns (mean loss per assistant token, tokens read)."""
-    count = sum(len(targets) for _, _, targets in parts)
+    """One update from the given batches; returns (mean loss per assistant token, weighted, and tokens read)."""
+    whole = sum(float(weights.sum()) for *_, weights in parts)
     total = 0.0
-    for ids, predicts, targets in parts:
+    for ids, predicts, targets, weights in parts:
         hidden = model.model(input_ids=ids.to(device)).last_hidden_state[:, :-1].flatten(0, 1)
         logits = model.lm_head(hidden[predicts.to(device)])
-        loss = torch.nn.functional.cross_entropy(logits.float(), targets.to(device), reduction="sum") / count
+        losses = torch.nn.functional.cross_entropy(logits.float(), targets.to(device), reduction="none")
+        loss = losses @ weights.to(device) / whole
         loss.backward()
         total += loss.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizing:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return total, sum(ids.numel() for ids, _, _ in parts)
+    return total, sum(ids.numel() for ids, *_ in parts)
 
 
 def _sources() -> str:

@@ -57,7 +57,7 @@ kind wise shy proud lucky
 
 JOBS: Final = """
 baker teacher doctor farmer pilot painter sailor nurse writer singer cook lawyer dentist gardener plumber carpenter
-engineer driver librarian chemist
+mechanic driver librarian chemist
 """.split()
 
 HOBBIES: Final = """
@@ -98,3 +98,11 @@ COMMON: Final = tuple(dict.fromkeys([*ANIMALS, *FOODS, *THINGS, *COLOURS, *JOBS]
 def word(rng: Random) -> str:
     """A common word; one in seven is made up."""
     return made_up(rng) if rng.random() < 0.14 else rng.choice(COMMON)
+
+
+LISTED: Final = frozenset([*NAMES, *CITIES, *DAYS, *HOBBIES, *COMMON])
+
+
+def listed(value: str) -> bool:
+    """Whether a value is a number or stands in a list, so is not made up."""
+    return value.isdigit() or value in LISTED

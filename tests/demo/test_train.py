@@ -29,9 +29,9 @@ def test_the_prompt_is_a_prefix_of_what_was_trained(tokenizer) -> None:  # type:
         )  # fmt: skip
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert example.ids[: len(ids)] == ids
-        assert not example.own[len(ids) - 1]
-        assert example.own[len(ids)]
-        assert example.own[-2]  # the end of the turn; a line end follows
+        assert example.weights[len(ids) - 1] == 0
+        assert example.weights[len(ids)] > 0
+        assert example.weights[-2] > 0  # the end of the turn; a line end follows
 
 
 def test_text_comes_back_and_digits_stand_alone(tokenizer) -> None:  # type: ignore[no-untyped-def]
