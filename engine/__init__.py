@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from engine.types import (
         ChatMessage,
         ChoiceDelta,
+        Constraint,
         EngineStats,
         FinishReason,
         GenerationRequest,
@@ -57,6 +58,7 @@ __all__ = [
     "ChoiceDelta",
     "Completion",
     "ConfigError",
+    "Constraint",
     "ContextLengthExceeded",
     "EngineDead",
     "EngineStats",
@@ -123,6 +125,7 @@ _HOME = {
     "engine.types": (
         "ChatMessage",
         "ChoiceDelta",
+        "Constraint",
         "EngineStats",
         "FinishReason",
         "GenerationRequest",

@@ -84,7 +84,9 @@ class AsyncEngine:
     def __init__(self, model: LoadedModel) -> None:
         self.info: ModelInfo = model.info
         self._core = EngineCore(model)
-        self._preparer = Preparer(model.config, model.info, model.tokenizer, model.vocabulary, model.template)
+        self._preparer = Preparer(
+            model.config, model.info, model.tokenizer, model.vocabulary, model.template, model.grammars
+        )
         self._limit = model.config.max_sequences + model.config.max_queue
         self._stall_timeout = model.config.stall_timeout
         self._threads = model.config.threads

@@ -6,12 +6,14 @@ does not fit in memory ends its largest request and recomputes the others; keys 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from engine.detokenizer import TextStream, Vocabulary
 from engine.errors import NumericalFault, OutOfMemory, VerbatimError
+from engine.grammar import GrammarCompiler, GrammarState, unenforced_errors
 from engine.loader import LoadedModel
 from engine.model_runner import ForwardResult
 from engine.sampler import Sampled, Sampler
@@ -37,8 +39,11 @@ class _Running:
     request: PreparedRequest
     sequences: list[Sequence]
     texts: list[TextStream]
+    grammars: list[GrammarState | None]
     unfinished: int
     completion_tokens: int = 0
+    written: dict[int, list[str]] = field(default_factory=dict)
+    """By choice, the texts so far, where they are to be checked against a schema in the end."""
 
     def usage(self) -> Usage:
         return Usage(
@@ -55,6 +60,7 @@ class EngineCore:
         self._scheduler = model.scheduler
         self._runner = model.runner
         self._vocabulary: Vocabulary = model.vocabulary
+        self._grammars: GrammarCompiler = model.grammars
         self._end_ids = frozenset(model.end_ids)
         self._sampler = Sampler(
             model.info.vocab_size,
@@ -83,7 +89,8 @@ class EngineCore:
         ]
         stops = StopStrings(params.stop)
         texts = [TextStream(self._vocabulary, stops) for _ in sequences]
-        self._requests[request.request_id] = _Running(request, sequences, texts, len(sequences))
+        grammars = [self._grammars.start(request.grammar) if request.grammar else None for _ in sequences]
+        self._requests[request.request_id] = _Running(request, sequences, texts, grammars, len(sequences))
         self._scheduler.add(sequences)
 
     def abort(self, request_id: str) -> None:
@@ -134,7 +141,22 @@ class EngineCore:
         groups = [group for group in drawers if group]
         rows = [sequence for group in groups for sequence in group]
         owners = [i for i, group in enumerate(groups) for _ in group]
-        return self._sampler.sample(result.logits, rows, owners) if rows else []
+        if not rows:
+            return []
+        return self._sampler.sample(result.logits, rows, owners, self._allowed(rows))
+
+    def _grammar(self, sequence: Sequence) -> GrammarState | None:
+        return self._requests[sequence.request_id].grammars[sequence.choice_index]
+
+    def _allowed(self, rows: list[Sequence]) -> Tensor | None:
+        """The grammars' masks, bool `[rows, vocab_size]`; None if none of the rows has a grammar.
+
+        Computed after the forward pass was started: on a GPU, while it runs.
+        """
+        states = [self._grammar(sequence) for sequence in rows]
+        if not any(states):
+            return None
+        return torch.from_numpy(self._grammars.masks(states)).to(self._sampler.device)
 
     def _commit(
         self,
@@ -164,33 +186,61 @@ class EngineCore:
         self._scheduler.commit(schedule)
         deltas: dict[str, list[ChoiceDelta]] = {}
         for sequence, draw in drawn:
-            if sequence.request_id not in faults:
-                deltas.setdefault(sequence.request_id, []).append(self._advance(sequence, draw))
+            request_id = sequence.request_id
+            if request_id in faults:
+                continue
+            try:
+                deltas.setdefault(request_id, []).append(self._advance(sequence, draw))
+            except VerbatimError as error:  # its grammar cannot go on
+                faults[request_id] = error
+                deltas.pop(request_id, None)
+                outputs.append(self._fail(request_id, error))
         return outputs + [self._output(request_id, parts) for request_id, parts in deltas.items()]
 
     def _advance(self, sequence: Sequence, draw: Sampled) -> ChoiceDelta:
-        """Append a token to a choice and say what it adds to the answer."""
+        """Append a token to a choice, and those that its grammar forces after it; say what they add to the answer."""
         running = self._requests[sequence.request_id]
         params, text = sequence.params, running.texts[sequence.choice_index]
-        token = draw.token_id
-        sequence.append(token)
-        running.completion_tokens += 1
-        self._generated_tokens += 1
+        grammar = running.grammars[sequence.choice_index]
+        if grammar:
+            grammar.check()
         logprobs = (self._logprob(draw, text),) if params.logprobs else None
-        added = ""
-        finish: FinishReason | None
-        if token in params.stop_token_ids or (token in self._end_ids and not params.ignore_eos):
-            finish = "stop"  # the token adds no text
-        else:
-            added, stopped, _ = text.push(token, sequence.position > params.min_tokens)
-            finish = "stop" if stopped else "length" if sequence.position == params.max_tokens else None
+        tokens = [draw.token_id]
+        added, finish = self._append(sequence, draw.token_id)
+        # Log-probabilities need a forward pass: with them a forced token is drawn, with no other to choose from.
+        while finish is None and grammar and grammar.forced is not None and not params.logprobs:
+            tokens.append(grammar.forced)
+            more, finish = self._append(sequence, grammar.forced)
+            added += more
+        schema_error = None
         if finish:
             rest, stopped, _ = text.finish()
             added += rest
             self._leave(sequence)
             running.unfinished -= 1
             finish = "stop" if stopped else finish  # half a character, cut, may still complete a stop string
-        return ChoiceDelta(sequence.choice_index, added, (token,), logprobs, finish)
+        if running.request.unenforced_schema is not None:
+            written = running.written.setdefault(sequence.choice_index, [])
+            written.append(added)
+            if finish:
+                schema_error = unenforced_errors("".join(written), running.request.unenforced_schema) or ""
+        return ChoiceDelta(sequence.choice_index, added, tuple(tokens), logprobs, finish, schema_error)
+
+    def _append(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None]:
+        """Append one token to a choice: the text that it shows, and whether the choice ends with it."""
+        running = self._requests[sequence.request_id]
+        params, text = sequence.params, running.texts[sequence.choice_index]
+        grammar = running.grammars[sequence.choice_index]
+        sequence.append(token)
+        running.completion_tokens += 1
+        self._generated_tokens += 1
+        if token in params.stop_token_ids or (token in self._end_ids and not params.ignore_eos):
+            return "", "stop"  # the token adds no text
+        added, stopped, _ = text.push(token, sequence.position > params.min_tokens)
+        if grammar is not None and not stopped:
+            grammar.consume(token)
+            stopped = grammar.stopped  # nothing but the end could follow, so nothing is drawn for it
+        return added, "stop" if stopped else "length" if sequence.position == params.max_tokens else None
 
     def _logprob(self, draw: Sampled, text: TextStream) -> TokenLogprob:
         """A drawn token and its rivals, with the bytes each would add at this place of the text."""

@@ -13,6 +13,7 @@ import os
 import platform
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -80,6 +81,7 @@ def fingerprint(parts: Mapping[str, object]) -> str:
         "kernels": KERNELS,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "llguidance": metadata.version("llguidance"),  # which tokens a grammar allows and forces
     }
     text = json.dumps(everything, sort_keys=True, default=str, ensure_ascii=True)
     return "vb-" + hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -15,6 +15,7 @@ from engine.loader import load
 from engine.preparation import Preparer
 from engine.types import (
     ChatMessage,
+    Constraint,
     FinishReason,
     GenerationRequest,
     ModelInfo,
@@ -45,7 +46,8 @@ class LLM:
         llm = LLM("path/to/checkpoint")
         [answer] = llm.generate([ChatMessage("user", "Hello")], seed=7)
 
-    A list of messages goes through the chat template; a string is continued as it is.
+    A list of messages goes through the chat template; a string is continued as it is. `constraint` says what a reply
+    must be: `Constraint("json", schema)`.
     """
 
     def __init__(
@@ -79,7 +81,12 @@ class LLM:
         self._model = load(entry, pull=pull, progress=progress)
         self._core = EngineCore(self._model)
         self._preparer = Preparer(
-            entry, self._model.info, self._model.tokenizer, self._model.vocabulary, self._model.template
+            entry,
+            self._model.info,
+            self._model.tokenizer,
+            self._model.vocabulary,
+            self._model.template,
+            self._model.grammars,
         )
         self._ids = itertools.count()
         self._boxes: dict[str, deque[RequestOutput]] = {}  # outputs of open requests that nobody has read yet
@@ -89,27 +96,44 @@ class LLM:
         return self._model.info
 
     def stream(
-        self, prompt: Prompt, *, chat_template_kwargs: dict[str, Any] | None = None, **sampling: Any
+        self,
+        prompt: Prompt,
+        *,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        constraint: Constraint | None = None,
+        **sampling: Any,
     ) -> Iterator[RequestOutput]:
         """Generate, step by step. Leaving the loop early frees the request's place.
 
         Raises:
             RequestError: before anything is generated.
         """
-        request_id, _ = self._add(prompt, chat_template_kwargs or {}, sampling)
+        request_id, _ = self._add(prompt, chat_template_kwargs or {}, constraint, sampling)
         return self._outputs(request_id)
 
     def generate(
-        self, prompt: Prompt, *, chat_template_kwargs: dict[str, Any] | None = None, **sampling: Any
+        self,
+        prompt: Prompt,
+        *,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        constraint: Constraint | None = None,
+        **sampling: Any,
     ) -> list[Completion]:
         """All choices of one prompt."""
-        return self.generate_many([prompt], chat_template_kwargs=chat_template_kwargs, **sampling)[0]
+        return self.generate_many(
+            [prompt], chat_template_kwargs=chat_template_kwargs, constraint=constraint, **sampling
+        )[0]
 
     def generate_many(
-        self, prompts: Sequence[Prompt], *, chat_template_kwargs: dict[str, Any] | None = None, **sampling: Any
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        constraint: Constraint | None = None,
+        **sampling: Any,
     ) -> list[list[Completion]]:
         """Several prompts at once; the answers are the same as one by one, only sooner."""
-        added = [self._add(p, chat_template_kwargs or {}, sampling) for p in prompts]
+        added = [self._add(p, chat_template_kwargs or {}, constraint, sampling) for p in prompts]
         return [_collect(list(self._outputs(request_id)), seed) for request_id, seed in added]
 
     def close(self) -> None:
@@ -133,7 +157,9 @@ class LLM:
             self._core.abort(request_id)
             del self._boxes[request_id]
 
-    def _add(self, prompt: Prompt, kwargs: dict[str, Any], sampling: dict[str, Any]) -> tuple[str, int]:
+    def _add(
+        self, prompt: Prompt, kwargs: dict[str, Any], constraint: Constraint | None, sampling: dict[str, Any]
+    ) -> tuple[str, int]:
         text = prompt if isinstance(prompt, str) else None
         request = GenerationRequest(
             request_id=f"llm-{next(self._ids)}",
@@ -141,6 +167,7 @@ class LLM:
             messages=None if isinstance(prompt, str) else tuple(prompt),
             sampling=sampling,
             chat_template_kwargs=kwargs,
+            constraint=constraint,
         )
         prepared = self._preparer.prepare(request)
         self._core.add(prepared)

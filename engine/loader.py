@@ -23,6 +23,7 @@ from engine.checkpoint import Checkpoint, human
 from engine.config import ModelConfig
 from engine.detokenizer import Vocabulary
 from engine.errors import LoadError, NotEnoughMemory, VerbatimError
+from engine.grammar import GrammarCompiler
 from engine.kv_cache import SPAN, KVCache, LayerShape
 from engine.linear import choose_kernel, give_back_memory, pack_model
 from engine.model_runner import FallbackRunner, PackedRunner, Runner
@@ -49,6 +50,7 @@ class LoadedModel:
     vocabulary: Vocabulary
     template: ChatTemplate
     end_ids: tuple[int, ...]
+    grammars: GrammarCompiler
     runner: Runner
     scheduler: Scheduler
     device: torch.device
@@ -150,7 +152,15 @@ def _assemble(
         default_sampling=_default_sampling(config, found.folder),
         weight_bytes=found.stored_bytes,
     )
-    return LoadedModel(config, info, tokenizer, vocabulary, template, end_ids, runner, scheduler, device)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+        return ids
+
+    grammars = GrammarCompiler(vocabulary, vocab_size, end_ids, encode)
+    return LoadedModel(config, info, tokenizer, vocabulary, template, end_ids, grammars, runner, scheduler, device)
 
 
 # -- where and how ---------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from engine.chat_template import ChatTemplate
 from engine.config import ModelConfig
 from engine.detokenizer import Vocabulary
 from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter
+from engine.grammar import GrammarCompiler
 from engine.types import GenerationRequest, ModelInfo, PreparedRequest, SamplingParams
 
 _DRAWN_SEED_BITS = 53
@@ -25,12 +26,19 @@ class Preparer:
     """Turns requests for one model into prepared ones."""
 
     def __init__(
-        self, config: ModelConfig, info: ModelInfo, tokenizer: Any, vocabulary: Vocabulary, template: ChatTemplate
+        self,
+        config: ModelConfig,
+        info: ModelInfo,
+        tokenizer: Any,
+        vocabulary: Vocabulary,
+        template: ChatTemplate,
+        grammars: GrammarCompiler,
     ) -> None:
         self._config = config
         self._info = info
         self._tokenizer = tokenizer
         self._template = template
+        self._grammars = grammars
         invalid = set(vocabulary.invalid_ids(info.vocab_size))
         self._token_ids = frozenset(range(info.vocab_size)) - invalid
 
@@ -46,8 +54,16 @@ class Preparer:
             raise InvalidParameter(f"n must be at most {self._config.max_choices} here, not {params.n}.", param="n")
         self._check_ids(params)
         tokens = self._tokens(request)
+        grammar: str | None = None
+        unenforced: tuple[str, ...] = ()
+        if request.constraint is not None:
+            grammar, unenforced = self._grammars.grammar_of(request.constraint)
         return PreparedRequest(
-            request_id=request.request_id, prompt_token_ids=tokens, params=self._complete(params, len(tokens))
+            request_id=request.request_id,
+            prompt_token_ids=tokens,
+            params=self._complete(params, len(tokens)),
+            grammar=grammar,
+            unenforced_schema=request.constraint.value if request.constraint and unenforced else None,
         )
 
     def _check_ids(self, params: SamplingParams) -> None:

@@ -193,6 +193,20 @@ def _digits(key: object) -> int:
     return int(key)
 
 
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a reply must be. `param` is the request's field that asks for it, for messages.
+
+    `kind` and `value`: `json`, a JSON schema (with `strict`, enforced whole or refused); `regex`, an expression;
+    `choice`, a list of texts; `grammar`, Lark in llguidance's dialect.
+    """
+
+    kind: Literal["json", "regex", "choice", "grammar"]
+    value: Any
+    strict: bool = True
+    param: str = "response_format"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """What a caller wants. Exactly one of `messages`, `prompt` and `prompt_token_ids` is given.
@@ -206,6 +220,7 @@ class GenerationRequest:
     prompt_token_ids: tuple[int, ...] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +233,10 @@ class PreparedRequest:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    grammar: str | None = None
+    """What the reply is held to, as `engine.grammar` writes it."""
+    unenforced_schema: Any = None
+    """A JSON schema that the grammar holds only in part: the finished text is checked against it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +269,8 @@ class ChoiceDelta:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
+    schema_error: str | None = None
+    """With the finish reason, where a schema could not be enforced whole: why the text is not valid; empty if it is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,25 @@ _FIELDS: Final[dict[str, dict[str, Any]]] = {
         minimum=-(2**63),
         maximum=2**63 - 1,
     ),
+    "response_format": {
+        "type": "object",
+        "required": ["type"],
+        "properties": {
+            "type": {"type": "string", "enum": ["text", "json_object", "json_schema"]},
+            "json_schema": {
+                "type": "object",
+                "required": ["name", "schema"],
+                "properties": {
+                    "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
+                    "description": {"type": "string"},
+                    "schema": {"type": "object"},
+                    "strict": {"type": "boolean"},
+                },
+            },
+        },
+        "description": "What the answer must be, enforced while it is written. With strict, a schema that cannot be "
+        "enforced whole is refused; without, the rest is checked afterwards: `schema_error` beside the choice.",
+    },
     "logprobs": _flag("One entry per generated token."),
     "top_logprobs": _integer("Rivals per entry; needs logprobs.", minimum=0, maximum=20, default=0),
     "top_k": _integer("Extension. Keep this many tokens; 0 keeps all.", minimum=0, default=0),
@@ -86,6 +105,19 @@ _FIELDS: Final[dict[str, dict[str, Any]]] = {
     },
     "return_token_ids": _flag("Extension. `token_ids` beside each choice."),
     "chat_template_kwargs": {"type": "object", "description": "Extension. Variables of the model's chat template."},
+    "guided_json": {
+        "description": "Extension. A JSON schema, enforced; the object or its text.",
+        "anyOf": [{"type": "object"}, {"type": "string"}],
+    },
+    "guided_regex": {"type": "string", "minLength": 1, "description": "Extension. The answer matches it whole."},
+    "guided_choice": {
+        "type": "array",
+        "minItems": 1,
+        "maxItems": 1024,
+        "items": {"type": "string", "minLength": 1},
+        "description": "Extension. The answer is one of these.",
+    },
+    "guided_grammar": {"type": "string", "minLength": 1, "description": "Extension. Lark, in llguidance's dialect."},
     "user": {"type": "string", "description": "For the client's own books; without effect."},
     "metadata": {
         "type": "object",

@@ -74,6 +74,7 @@ class _Choice:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    schema_error: str | None = None
 
 
 class Collector:
@@ -97,6 +98,7 @@ class Collector:
             choice.token_ids += delta.token_ids
             choice.logprobs += delta.logprobs or ()
             choice.finish_reason = delta.finish_reason or choice.finish_reason
+            choice.schema_error = delta.schema_error
 
     def body(self) -> dict[str, Any]:
         return {
@@ -113,6 +115,8 @@ class Collector:
             "logprobs": _logprobs(choice.logprobs if params.logprobs else None),
             "finish_reason": choice.finish_reason,
         }
+        if choice.schema_error is not None:
+            result["schema_error"] = choice.schema_error or None
         if params.return_token_ids:
             result["token_ids"] = choice.token_ids
         return result
@@ -155,7 +159,9 @@ class ChunkWriter:
             extra = f',"token_ids":{list(delta.token_ids)}' if self._token_ids else ""
             events = self._chunk(delta.index, text, logprobs, extra=extra)
         if delta.finish_reason:
-            events += self._chunk(delta.index, "{}", finish=f'"{delta.finish_reason}"')
+            checked = delta.schema_error is not None
+            extra = f',"schema_error":{to_json(delta.schema_error or None)}' if checked else ""
+            events += self._chunk(delta.index, "{}", finish=f'"{delta.finish_reason}"', extra=extra)
         return events
 
     def _chunk(self, index: int, delta: str, logprobs: str = "null", finish: str = "null", extra: str = "") -> bytes:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from engine import ChatMessage, GenerationRequest, InvalidFormat, InvalidParameter, Unsupported
+from engine import ChatMessage, Constraint, GenerationRequest, InvalidFormat, InvalidParameter, Unsupported
 
 ROLES: Final = ("system", "developer", "user", "assistant")
 MAX_NAME: Final = 256
@@ -53,7 +53,7 @@ SAMPLING: Final[Mapping[str, Kind]] = {
 HANDLED: Final = frozenset(
     {
         "model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options", "chat_template_kwargs",
-        "user", "metadata",
+        "user", "metadata", "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
     }
 )  # fmt: skip
 
@@ -62,7 +62,6 @@ UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "tools": ([],),
     "tool_choice": ("none",),
     "parallel_tool_calls": (),
-    "response_format": ({"type": "text"},),
     "reasoning_effort": (),
     "functions": ([],),
     "function_call": ("none",),
@@ -79,10 +78,6 @@ UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "typical_p": (1, 1.0),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "grammar": (),
     "prompt_logprobs": (),
     "add_generation_prompt": (True,),
@@ -99,6 +94,9 @@ KNOWN: Final = HANDLED | SAMPLING.keys() | UNSUPPORTED.keys()
 
 MESSAGE_FIELDS: Final = frozenset({"role", "content", "name"})
 UNSUPPORTED_MESSAGE_FIELDS: Final = ("tool_calls", "tool_call_id", "function_call", "audio", "refusal")
+FORMAT_FIELDS: Final = ("name", "description", "schema", "strict")
+FORMAT_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+MAX_CHOICES: Final = 1024
 PART_FIELDS: Final = frozenset({"type", "text"})
 STREAM_OPTIONS: Final = ("include_usage", "continuous_usage_stats", "include_obfuscation")
 
@@ -136,6 +134,7 @@ def parse(raw: bytes, request_id: str) -> ChatRequest:
         messages=messages,
         sampling=_sampling(data),
         chat_template_kwargs=_optional(data, "chat_template_kwargs", OBJECT) or {},
+        constraint=_constraint(data, ignored),
     )
     include_usage = _stream_options(data, stream, ignored)
     _annotations(data)
@@ -290,6 +289,72 @@ def _sampling(data: Mapping[str, Any]) -> dict[str, Any]:
                 raise InvalidParameter(f"{name} must be at least 1, not {value}.", param=name)
             given["max_tokens"] = value
     return given
+
+
+def _constraint(data: Mapping[str, Any], ignored: list[str]) -> Constraint | None:
+    """What the reply must be, from whichever one of the fields asks for it."""
+    found = {name: c for name, c in _constraints(data, ignored) if c is not None}
+    if len(found) > 1:
+        names = list(found)
+        raise InvalidParameter(f"{names[0]} and {names[1]} cannot be combined.", param=names[1])
+    return next(iter(found.values()), None)
+
+
+def _constraints(data: Mapping[str, Any], ignored: list[str]) -> Iterator[tuple[str, Constraint | None]]:
+    yield "response_format", _response_format(data, ignored)
+    schema = _optional(data, "guided_json", ((dict, str), "an object, or its text"))
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise InvalidParameter(f"guided_json is not JSON: {error}.", param="guided_json") from None
+        _typed(schema, "guided_json", OBJECT)
+    if schema is not None:
+        yield "guided_json", Constraint("json", schema, param="guided_json")
+    for name, kind in (("guided_regex", "regex"), ("guided_grammar", "grammar")):
+        text = _optional(data, name, STRING)
+        if text is not None:
+            if not text:
+                raise InvalidParameter(f"{name} must not be empty.", param=name)
+            yield name, Constraint(kind, text, param=name)  # type: ignore[arg-type]
+    choices = _optional(data, "guided_choice", LIST)
+    if choices is not None:
+        if not 1 <= len(choices) <= MAX_CHOICES:
+            raise InvalidParameter(
+                f"guided_choice takes 1 to {MAX_CHOICES} texts, not {len(choices)}.", param="guided_choice"
+            )
+        texts = [_typed(text, f"guided_choice.{i}", STRING) for i, text in enumerate(choices)]
+        if "" in texts:
+            raise InvalidParameter("guided_choice must not hold an empty text.", param="guided_choice")
+        yield "guided_choice", Constraint("choice", texts, param="guided_choice")
+
+
+def _response_format(data: Mapping[str, Any], ignored: list[str]) -> Constraint | None:
+    form = _optional(data, "response_format", OBJECT)
+    if form is None:
+        return None
+    at = "response_format."
+    kind = _required(form, "type", STRING, at)
+    ignored += [f"{at}{key}" for key in form if key not in ("type", "json_schema")]
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return Constraint("json", {"type": "object"})
+    if kind != "json_schema":
+        raise InvalidParameter(
+            f"response_format.type must be text, json_object or json_schema, not {kind[:100]!r}.", param=f"{at}type"
+        )
+    inner = _required(form, "json_schema", OBJECT, at)
+    at += "json_schema."
+    name = _required(inner, "name", STRING, at)
+    if not FORMAT_NAME.fullmatch(name):
+        raise InvalidParameter(
+            f"{at}name must be 1 to 64 of the characters A-Z a-z 0-9 _ -, not {name[:100]!r}.", param=f"{at}name"
+        )
+    _optional(inner, "description", STRING, at)
+    schema = _required(inner, "schema", OBJECT, at)
+    ignored += [f"{at}{key}" for key in inner if key not in FORMAT_FIELDS]
+    return Constraint("json", schema, bool(_optional(inner, "strict", FLAG, at)), f"{at}schema")
 
 
 def _stream_options(data: Mapping[str, Any], stream: bool, ignored: list[str]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from openai import OpenAI
+from pydantic import BaseModel
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "server"))
@@ -86,6 +87,17 @@ def test_a_system_prompt_is_followed(client: OpenAI) -> None:
 def test_json_has_the_fields_that_were_asked_for(client: OpenAI) -> None:
     answer = say(client, "Give me a JSON object with name Clara, age 31 and city Paris.")
     assert json.loads(answer) == {"name": "Clara", "age": 31, "city": "Paris"}
+
+
+class Person(BaseModel):
+    name: str
+    city: str
+
+
+def test_a_pydantic_model_comes_back(client: OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "Write JSON with name Clara and city Paris."}]
+    reply = client.chat.completions.parse(model="demo", messages=messages, temperature=0, response_format=Person)
+    assert reply.choices[0].message.parsed == Person(name="Clara", city="Paris")
 
 
 def test_the_folder_is_small_and_complete() -> None:

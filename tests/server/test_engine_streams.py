@@ -40,6 +40,17 @@ CASES: dict[str, dict[str, Any]] = {
     "processed logprobs": {"logprobs": True, "top_logprobs": 3, "logprobs_mode": "processed", "top_k": 4},
     "token ids": {"return_token_ids": True, "n": 2},
     "penalties": {"frequency_penalty": 1.5, "presence_penalty": -0.5, "repetition_penalty": 1.1},
+    "a schema": {
+        "guided_json": {
+            "type": "object",
+            "properties": {"left": {"type": "boolean"}},
+            "required": ["left"],
+            "additionalProperties": False,
+        },
+        "n": 2,
+        "return_token_ids": True,
+    },
+    "a choice of words, logprobs": {"guided_choice": ["blue", "black", "é"], "logprobs": True, "top_logprobs": 2},
     "everything": {"n": 3, "logprobs": True, "top_logprobs": 2, "return_token_ids": True, "min_p": 0.01, "top_p": 0.9},
 }
 
@@ -74,6 +85,19 @@ def test_both_ways_say_the_same(registry: Registry, engine: AsyncEngine, name: s
     if fields.get("logprobs"):
         entries = sum(len(c["logprobs"]["content"]) for c in whole["choices"])
         assert entries == whole["usage"]["completion_tokens"], "an entry for every token, also for those held back"
+
+
+@pytest.mark.parametrize("limit", [4, 60])
+def test_what_a_schema_could_not_enforce_is_told_in_both(registry: Registry, engine: AsyncEngine, limit: int) -> None:
+    schema = {"type": "array", "items": {"enum": [1, 2]}, "minItems": 3, "maxItems": 3, "uniqueItems": True}
+    form = {"type": "json_schema", "json_schema": {"name": "set", "schema": schema}}
+    app = create_app(registry)
+    fields = {"response_format": form, "seed": 1, "max_tokens": limit}
+    [choice] = ask(app, **fields).json["choices"]
+    *_, last, _ = ask(app, stream=True, **fields).events
+    assert choice["schema_error"]
+    assert last["choices"][0]["schema_error"] == choice["schema_error"]
+    assert choice["finish_reason"] == last["choices"][0]["finish_reason"] == ("length" if limit == 4 else "stop")
 
 
 @pytest.mark.parametrize("seed", range(6))

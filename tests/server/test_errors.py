@@ -28,6 +28,10 @@ def say(content: Any, role: Any = "user", **fields: Any) -> dict[str, Any]:
     return chat(messages=[{"role": role, "content": content, **fields}])
 
 
+def schema_format(inner: Any) -> dict[str, Any]:
+    return chat(response_format={"type": "json_schema", "json_schema": inner})
+
+
 def raw(tail: str) -> bytes:
     """A good body with this text before its last brace."""
     return (json.dumps(chat())[:-1] + tail + "}").encode()
@@ -199,8 +203,6 @@ CASES: list[tuple[str, bytes | dict[str, Any], int, str | None, str, str]] = [
             ("tool_choice", "auto"),
             ("tool_choice", {"type": "function", "function": {"name": "f"}}),
             ("parallel_tool_calls", False),
-            ("response_format", {"type": "json_object"}),
-            ("response_format", {"type": "text", "x": 1}),
             ("reasoning_effort", "none"),
             ("reasoning_effort", 7),
             ("functions", [{"name": "f"}]),
@@ -213,9 +215,75 @@ CASES: list[tuple[str, bytes | dict[str, Any], int, str | None, str, str]] = [
             ("web_search_options", {}),
             ("best_of", 2),
             ("best_of", True),
-            ("guided_json", {}),
         ]
     ),
+    # what the reply must be
+    ("format, text", chat(response_format="json"), 400, "response_format", FORMAT, "an object"),
+    ("format, no type", chat(response_format={}), 400, "response_format.type", "missing_field", "required"),
+    ("format, unknown", chat(response_format={"type": "xml"}), 422, "response_format.type", PARAMETER, "'xml'"),
+    (
+        "format, no schema object",
+        chat(response_format={"type": "json_schema"}),
+        400,
+        "response_format.json_schema",
+        "missing_field",
+        "required",
+    ),
+    ("format, no name", schema_format({"schema": {}}), 400, "response_format.json_schema.name", "missing_field", "req"),
+    (
+        "format, bad name",
+        schema_format({"name": "a b", "schema": {}}),
+        422,
+        "response_format.json_schema.name",
+        PARAMETER,
+        "'a b'",
+    ),
+    (
+        "format, long name",
+        schema_format({"name": "a" * 65, "schema": {}}),
+        422,
+        "response_format.json_schema.name",
+        PARAMETER,
+        "64",
+    ),
+    (
+        "format, no schema",
+        schema_format({"name": "a"}),
+        400,
+        "response_format.json_schema.schema",
+        "missing_field",
+        "re",
+    ),
+    (
+        "format, schema text",
+        schema_format({"name": "a", "schema": "{}"}),
+        400,
+        "response_format.json_schema.schema",
+        FORMAT,
+        "an object",
+    ),
+    (
+        "format, strict text",
+        schema_format({"name": "a", "schema": {}, "strict": "yes"}),
+        400,
+        "response_format.json_schema.strict",
+        FORMAT,
+        "true or false",
+    ),
+    (
+        "format and guide",
+        chat(response_format={"type": "json_object"}, guided_regex="a"),
+        422,
+        "guided_regex",
+        PARAMETER,
+        "response_format and guided_regex",
+    ),
+    ("guide, no JSON", chat(guided_json="{"), 422, "guided_json", PARAMETER, "not JSON"),
+    ("guide, JSON list", chat(guided_json="[]"), 400, "guided_json", FORMAT, "an object"),
+    ("guide, empty regex", chat(guided_regex=""), 422, "guided_regex", PARAMETER, "empty"),
+    ("guide, no choice", chat(guided_choice=[]), 422, "guided_choice", PARAMETER, "1 to 1024"),
+    ("guide, empty choice", chat(guided_choice=["a", ""]), 422, "guided_choice", PARAMETER, "empty"),
+    ("guide, number", chat(guided_choice=[1]), 400, "guided_choice.0", FORMAT, "a string"),
 ]
 
 
