@@ -85,7 +85,7 @@ class AsyncEngine:
         self.info: ModelInfo = model.info
         self._core = EngineCore(model)
         self._preparer = Preparer(
-            model.config, model.info, model.tokenizer, model.vocabulary, model.template, model.grammars
+            model.config, model.info, model.tokenizer, model.vocabulary, model.template, model.grammars, model.reasoning
         )
         self._limit = model.config.max_sequences + model.config.max_queue
         self._stall_timeout = model.config.stall_timeout

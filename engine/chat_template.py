@@ -87,11 +87,12 @@ class ChatTemplate:
         """Names that `chat_template_kwargs` may set, sorted."""
         return tuple(sorted(self.variables - RESERVED - self._special_tokens.keys()))
 
-    def render(self, messages: Sequence[ChatMessage], /, **kwargs: Any) -> str:
+    def render(self, messages: Sequence[ChatMessage], /, *, again: bool = True, **kwargs: Any) -> str:
         """The prompt for the assistant's next turn.
 
         Args:
             messages: at least one. `developer` turns become `system` unless the template speaks of developers.
+            again: whether the assistant is to speak next; without, the conversation ends with the last message.
             kwargs: the request's `chat_template_kwargs`.
 
         Raises:
@@ -112,10 +113,10 @@ class ChatTemplate:
         context = {
             **self._special_tokens,
             **kwargs,
-            "messages": [_as_dict(message, keep_developer) for message in messages],
+            "messages": [_as_dict(message, keep_developer, "thinking" in self.source) for message in messages],
             "tools": None,
             "documents": None,
-            "add_generation_prompt": True,
+            "add_generation_prompt": again,
         }
         return _render(self._template, context)
 
@@ -180,9 +181,15 @@ def _names(node: nodes.Node) -> Iterator[nodes.Name]:
         yield from _names(child)
 
 
-def _as_dict(message: ChatMessage, keep_developer: bool) -> dict[str, str]:
+def _as_dict(message: ChatMessage, keep_developer: bool, as_thinking: bool) -> dict[str, str]:
     role = "system" if message.role == "developer" and not keep_developer else message.role
-    fields = {"role": role, "content": message.content, "name": message.name}
+    fields = {
+        "role": role,
+        "content": message.content,
+        "name": message.name,
+        "reasoning_content": message.reasoning_content,
+        "thinking": message.reasoning_content if as_thinking else None,  # gpt-oss's name for it
+    }
     # As transformers does: many templates write a None as the word None, and cope with a missing key.
     return {key: value for key, value in fields.items() if value is not None}
 

@@ -6,6 +6,7 @@ does not fit in memory ends its largest request and recomputes the others; keys 
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,7 @@ from engine.errors import NumericalFault, OutOfMemory, VerbatimError
 from engine.grammar import GrammarCompiler, GrammarState, unenforced_errors
 from engine.loader import LoadedModel
 from engine.model_runner import ForwardResult
+from engine.reasoning import Splitter
 from engine.sampler import Sampled, Sampler
 from engine.scheduler import Chunk, Schedule
 from engine.sequence import Sequence, SequenceState
@@ -33,23 +35,40 @@ from engine.types import (
 
 
 @dataclass(slots=True)
+class _Choice:
+    """One running choice: its sequence, its text, and what it is held to."""
+
+    sequence: Sequence
+    text: TextStream
+    grammar: GrammarState | None
+    closing: deque[int] = field(default_factory=deque)
+    """Tokens that come next whatever the model says: the end of thoughts that grew too long."""
+    thoughts: int = 0
+    """Tokens of thought so far."""
+    written: list[str] = field(default_factory=list)
+    """The text so far, where it is to be checked against a schema in the end."""
+
+    @property
+    def forced(self) -> int | None:
+        """The only token that may come next, if there is but one."""
+        return self.closing[0] if self.closing else self.grammar.forced if self.grammar else None
+
+
+@dataclass(slots=True)
 class _Running:
-    """One request in the engine. Owns its sequences and their text."""
+    """One request in the engine. Owns its choices."""
 
     request: PreparedRequest
-    sequences: list[Sequence]
-    texts: list[TextStream]
-    grammars: list[GrammarState | None]
+    choices: list[_Choice]
     unfinished: int
     completion_tokens: int = 0
-    written: dict[int, list[str]] = field(default_factory=dict)
-    """By choice, the texts so far, where they are to be checked against a schema in the end."""
 
     def usage(self) -> Usage:
         return Usage(
             prompt_tokens=len(self.request.prompt_token_ids),
             completion_tokens=self.completion_tokens,
-            cached_tokens=self.sequences[0].num_cached,
+            cached_tokens=self.choices[0].sequence.num_cached,
+            reasoning_tokens=sum(choice.thoughts for choice in self.choices),
         )
 
 
@@ -61,6 +80,11 @@ class EngineCore:
         self._runner = model.runner
         self._vocabulary: Vocabulary = model.vocabulary
         self._grammars: GrammarCompiler = model.grammars
+        self._reasoning = model.reasoning
+        marks = f"{model.reasoning.open}{model.reasoning.close}{model.reasoning.answer_open}" if model.reasoning else ""
+        names = {i: self._vocabulary.token_text(i) for i in self._vocabulary.special_ids}
+        self._marks = {i: name for i, name in names.items() if name and name in marks}
+        self._closing_ids = model.closing_ids
         self._end_ids = frozenset(model.end_ids)
         self._sampler = Sampler(
             model.info.vocab_size,
@@ -84,21 +108,32 @@ class EngineCore:
             raise ValueError(f"the request id {request.request_id!r} is in use")
         params = request.params
         assert params.seed is not None
-        sequences = [
-            Sequence(request.request_id, i, request.prompt_token_ids, params, params.seed) for i in range(params.n)
-        ]
         stops = StopStrings(params.stop)
-        texts = [TextStream(self._vocabulary, stops) for _ in sequences]
-        grammars = [self._grammars.start(request.grammar) if request.grammar else None for _ in sequences]
-        self._requests[request.request_id] = _Running(request, sequences, texts, grammars, len(sequences))
-        self._scheduler.add(sequences)
+        choices = [
+            _Choice(
+                Sequence(request.request_id, i, request.prompt_token_ids, params, params.seed),
+                self._text(stops, request),
+                self._grammars.start(request.grammar) if request.grammar else None,
+            )
+            for i in range(params.n)
+        ]
+        for choice in choices:
+            self._close_thoughts(choice)
+        self._requests[request.request_id] = _Running(request, choices, len(choices))
+        self._scheduler.add([choice.sequence for choice in choices])
+
+    def _text(self, stops: StopStrings, request: PreparedRequest) -> TextStream:
+        if self._reasoning is None or not request.chat:
+            return TextStream(self._vocabulary, stops)
+        splitter = Splitter(self._reasoning, opened=request.thinks)
+        return TextStream(self._vocabulary, stops, splitter, self._marks)
 
     def abort(self, request_id: str) -> None:
         """Forget a request, wherever it is; its blocks are free at once. Does nothing if it is gone."""
         running = self._requests.pop(request_id, None)
         if running is not None:
-            for sequence in running.sequences:
-                self._leave(sequence)
+            for choice in running.choices:
+                self._leave(choice.sequence)
 
     def step(self) -> list[RequestOutput]:
         """Compute one step; one output for each request that it advanced or ended."""
@@ -145,18 +180,19 @@ class EngineCore:
             return []
         return self._sampler.sample(result.logits, rows, owners, self._allowed(rows))
 
-    def _grammar(self, sequence: Sequence) -> GrammarState | None:
-        return self._requests[sequence.request_id].grammars[sequence.choice_index]
+    def _choice(self, sequence: Sequence) -> _Choice:
+        return self._requests[sequence.request_id].choices[sequence.choice_index]
 
     def _allowed(self, rows: list[Sequence]) -> Tensor | None:
-        """The grammars' masks, bool `[rows, vocab_size]`; None if none of the rows has a grammar.
+        """What grammars and forced tokens leave, bool `[rows, vocab_size]`; None where that is everything.
 
         Computed after the forward pass was started: on a GPU, while it runs.
         """
-        states = [self._grammar(sequence) for sequence in rows]
-        if not any(states):
+        choices = [self._choice(sequence) for sequence in rows]
+        if not any(choice.grammar or choice.closing for choice in choices):
             return None
-        return torch.from_numpy(self._grammars.masks(states)).to(self._sampler.device)
+        masks = self._grammars.masks([c.grammar for c in choices], [c.forced for c in choices])
+        return torch.from_numpy(masks).to(self._sampler.device)
 
     def _commit(
         self,
@@ -198,49 +234,57 @@ class EngineCore:
         return outputs + [self._output(request_id, parts) for request_id, parts in deltas.items()]
 
     def _advance(self, sequence: Sequence, draw: Sampled) -> ChoiceDelta:
-        """Append a token to a choice, and those that its grammar forces after it; say what they add to the answer."""
-        running = self._requests[sequence.request_id]
-        params, text = sequence.params, running.texts[sequence.choice_index]
-        grammar = running.grammars[sequence.choice_index]
-        if grammar:
-            grammar.check()
+        """Append a token to a choice, and those that are forced after it; say what they add to the answer."""
+        running, choice = self._requests[sequence.request_id], self._choice(sequence)
+        params, text = sequence.params, choice.text
+        if choice.grammar:
+            choice.grammar.check()
         logprobs = (self._logprob(draw, text),) if params.logprobs else None
         tokens = [draw.token_id]
-        added, finish = self._append(sequence, draw.token_id)
+        added, reasoning, finish = self._append(running, choice, draw.token_id)
         # Log-probabilities need a forward pass: with them a forced token is drawn, with no other to choose from.
-        while finish is None and grammar and grammar.forced is not None and not params.logprobs:
-            tokens.append(grammar.forced)
-            more, finish = self._append(sequence, grammar.forced)
-            added += more
+        while finish is None and not params.logprobs and (forced := choice.forced) is not None:
+            tokens.append(forced)
+            more, thought, finish = self._append(running, choice, forced)
+            added, reasoning = added + more, reasoning + thought
         schema_error = None
         if finish:
-            rest, stopped, _ = text.finish()
-            added += rest
+            rest, stopped, _, thought = text.finish()
+            added, reasoning = added + rest, reasoning + thought
             self._leave(sequence)
             running.unfinished -= 1
             finish = "stop" if stopped else finish  # half a character, cut, may still complete a stop string
         if running.request.unenforced_schema is not None:
-            written = running.written.setdefault(sequence.choice_index, [])
-            written.append(added)
+            choice.written.append(added)
             if finish:
-                schema_error = unenforced_errors("".join(written), running.request.unenforced_schema) or ""
-        return ChoiceDelta(sequence.choice_index, added, tuple(tokens), logprobs, finish, schema_error)
+                schema_error = unenforced_errors("".join(choice.written), running.request.unenforced_schema) or ""
+        return ChoiceDelta(sequence.choice_index, added, tuple(tokens), logprobs, finish, reasoning, schema_error)
 
-    def _append(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None]:
-        """Append one token to a choice: the text that it shows, and whether the choice ends with it."""
-        running = self._requests[sequence.request_id]
-        params, text = sequence.params, running.texts[sequence.choice_index]
-        grammar = running.grammars[sequence.choice_index]
+    def _append(self, running: _Running, choice: _Choice, token: int) -> tuple[str, str, FinishReason | None]:
+        """Append one token to a choice: the text and the thoughts that it shows, and whether the choice ends."""
+        sequence, params, text = choice.sequence, choice.sequence.params, choice.text
         sequence.append(token)
         running.completion_tokens += 1
         self._generated_tokens += 1
+        if choice.closing:
+            choice.closing.popleft()
+        choice.thoughts += text.thinking
         if token in params.stop_token_ids or (token in self._end_ids and not params.ignore_eos):
-            return "", "stop"  # the token adds no text
-        added, stopped, _ = text.push(token, sequence.position > params.min_tokens)
-        if grammar is not None and not stopped:
-            grammar.consume(token)
-            stopped = grammar.stopped  # nothing but the end could follow, so nothing is drawn for it
-        return added, "stop" if stopped else "length" if sequence.position == params.max_tokens else None
+            return "", "", "stop"  # the token adds no text
+        before = text.thinking
+        added, stopped, _, reasoning = text.push(token, sequence.position > params.min_tokens)
+        choice.thoughts += text.thinking and not before  # the token that opened them
+        if choice.grammar is not None and not stopped:
+            choice.grammar.consume(token)
+            stopped = choice.grammar.stopped  # nothing but the end could follow, so nothing is drawn for it
+        self._close_thoughts(choice)
+        return added, reasoning, "stop" if stopped else "length" if sequence.position == params.max_tokens else None
+
+    def _close_thoughts(self, choice: _Choice) -> None:
+        """Force the end of the thoughts once they have used up their budget."""
+        budget = choice.sequence.params.thinking_budget
+        if budget is not None and choice.text.thinking and choice.thoughts >= budget and not choice.closing:
+            choice.closing.extend(self._closing_ids)
 
     def _logprob(self, draw: Sampled, text: TextStream) -> TokenLogprob:
         """A drawn token and its rivals, with the bytes each would add at this place of the text."""
@@ -268,8 +312,8 @@ class EngineCore:
 
     def _fail(self, request_id: str, error: VerbatimError) -> RequestOutput:
         running = self._requests.pop(request_id)
-        for sequence in running.sequences:
-            self._leave(sequence, reusable=False)
+        for choice in running.choices:
+            self._leave(choice.sequence, reusable=False)
         return RequestOutput(request_id, (), running.usage(), True, error)
 
     def _drop_largest(self, schedule: Schedule, error: BaseException) -> list[RequestOutput]:

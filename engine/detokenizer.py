@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 from engine.errors import LoadError
+from engine.reasoning import Splitter
 from engine.stop_strings import StopMatcher, StopStrings
 
 __all__ = ["Detokenizer", "TextDelta", "TextStream", "Vocabulary"]
@@ -293,11 +294,15 @@ class Detokenizer:
 
 
 class TextDelta(NamedTuple):
-    """What one token did: text that may be shown now, whether it completed a stop string, the bytes it adds."""
+    """What one token did: text that may be shown now, whether it completed a stop string, the bytes it adds.
+
+    `reasoning`: what it adds to the thoughts, which are not part of the text.
+    """
 
     text: str
     stopped: bool
     bytes: bytes
+    reasoning: str = ""
 
 
 class TextStream:
@@ -306,12 +311,23 @@ class TextStream:
     A token that is pushed with `match_stops=False` (below `min_tokens`, inside hidden reasoning) shows its text at
     once, with all that was held back: a stop string is found only in characters completed by tokens that match, and
     one that would begin before them is not found.
+
+    With a `splitter` the thoughts before the answer come out apart; stop strings are looked for in the answer alone.
     """
 
-    __slots__ = ("_detokenizer", "_match_stops", "_matcher", "stopped")
+    __slots__ = ("_detokenizer", "_marks", "_match_stops", "_matcher", "_splitter", "stopped")
 
-    def __init__(self, vocabulary: Vocabulary, stop: StopStrings | Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        stop: StopStrings | Sequence[str] = (),
+        splitter: Splitter | None = None,
+        marks: Mapping[int, str] | None = None,
+    ) -> None:
+        """`marks`: special tokens that the splitter has to see, although they add nothing to a text."""
         self._detokenizer = Detokenizer(vocabulary)
+        self._splitter = splitter
+        self._marks = marks or {}
         self._matcher = StopMatcher(stop if isinstance(stop, StopStrings) else StopStrings(stop))
         self._match_stops = True
         self.stopped = False
@@ -326,7 +342,17 @@ class TextStream:
         assert not self.stopped, "the text has ended"
         self._match_stops = match_stops
         text, data = self._detokenizer.push(token_id)
-        return TextDelta(*self._match(text), data)
+        if self._splitter is None:
+            return TextDelta(*self._match(text), data)
+        if token_id in self._marks:
+            text += self._detokenizer.flush() + self._marks[token_id]
+        reasoning, text = self._splitter.push(text)
+        return TextDelta(*self._match(text), data, reasoning)
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the text so far ends among the thoughts."""
+        return self._splitter is not None and self._splitter.inside
 
     def finish(self) -> TextDelta:
         """End for another reason than a stop string: what is held back or half a character comes out now.
@@ -335,8 +361,13 @@ class TextStream:
         """
         if self.stopped:
             return TextDelta("", True, b"")
-        text, stopped = self._match(self._detokenizer.flush())
-        return TextDelta(text if stopped else text + self._matcher.release(), stopped, b"")
+        text, reasoning = self._detokenizer.flush(), ""
+        if self._splitter is not None:
+            reasoning, text = self._splitter.push(text)
+            late = self._splitter.finish()
+            reasoning, text = reasoning + late[0], text + late[1]
+        text, stopped = self._match(text)
+        return TextDelta(text if stopped else text + self._matcher.release(), stopped, b"", reasoning)
 
     def _match(self, text: str) -> tuple[str, bool]:
         if not self._match_stops:

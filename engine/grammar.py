@@ -28,6 +28,7 @@ from referencing.exceptions import Unresolvable
 
 from engine.detokenizer import Vocabulary
 from engine.errors import InvalidParameter
+from engine.reasoning import ReasoningFormat
 from engine.types import Constraint
 
 __all__ = ["GrammarCompiler", "GrammarState", "unenforced_errors"]
@@ -132,6 +133,7 @@ class GrammarCompiler:
         encode: Callable[[str], list[int]],
     ) -> None:
         self.vocab_size = vocab_size
+        self._special = {vocabulary.token_text(i): i for i in vocabulary.special_ids if vocabulary.token_text(i)}
         self._make: Callable[[], LLTokenizer] = lambda: _tokenizer(vocabulary, vocab_size, end_ids, encode)
         self._matcher = functools.lru_cache(_CACHED)(self._compile)
 
@@ -148,24 +150,30 @@ class GrammarCompiler:
             )
         return GrammarState(matcher.deep_copy())
 
-    def masks(self, states: Sequence[GrammarState | None]) -> NDArray[np.bool_]:
+    def masks(self, states: Sequence[GrammarState | None], forced: Sequence[int | None]) -> NDArray[np.bool_]:
         """Which tokens may come next, bool `[len(states), vocab_size]`; all of them where there is no state.
+
+        Where a token is forced it is the only one.
 
         Raises nothing: a state that hit a limit says so in `check`.
         """
         bits = np.full((len(states), (self.vocab_size + 31) // 32), -1, np.int32)
-        free = [(s._matcher, i) for i, s in enumerate(states) if s is not None and s.forced is None]
+        free = [(s._matcher, i) for i, s in enumerate(states) if s is not None and forced[i] is None]
         if free:
             fill_next_token_bitmask_par(self._threads, free, bits)
         allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, : self.vocab_size].view(np.bool_)
-        for i, state in enumerate(states):
-            if state is not None and state.forced is not None:
+        for i, token in enumerate(forced):
+            if token is not None:
                 allowed[i] = False
-                allowed[i, state.forced] = True
+                allowed[i, token] = True
         return allowed
 
-    def grammar_of(self, constraint: Constraint) -> tuple[str, tuple[str, ...]]:
+    def grammar_of(
+        self, constraint: Constraint, thoughts: ReasoningFormat | None = None, opened: bool = False
+    ) -> tuple[str, tuple[str, ...]]:
         """A request's constraint as a grammar, with the schema's keywords that it does not enforce.
+
+        `thoughts` may stand before the answer, free; they have to end. `opened`: the prompt has begun them.
 
         Raises:
             InvalidParameter: it cannot be compiled; with `strict`, it cannot be enforced whole. A JSON pointer says
@@ -188,8 +196,20 @@ class GrammarCompiler:
                 rule = " | ".join(_quoted(choice) for choice in value)
             case "grammar":
                 self._check(str(value), constraint.param)
-                return str(value), ()
-        grammar = f"start: {rule}"
+                if thoughts is None or not opened:
+                    return str(value), ()
+                raise InvalidParameter(
+                    f"{constraint.param} cannot be combined with thinking; turn that off (reasoning_effort: none).",
+                    param=constraint.param,
+                )
+        if thoughts is None:
+            grammar = f"start: {rule}"
+        else:
+            start = "thoughts? answer" if not opened else "rest answer"
+            grammar = (
+                f"start: {start}\nthoughts: {self._mark(thoughts.open)} rest\n"
+                f"{self._until(thoughts.close)}\nanswer: {rule}"
+            )
         self._check(grammar, constraint.param)
         return grammar, unenforced
 
@@ -217,6 +237,28 @@ class GrammarCompiler:
             if complaint is None:
                 return _json_rule(schema), tuple(dropped)
         raise self._refusal(schema, complaint, constraint.param)
+
+    def _mark(self, mark: str) -> str:
+        """A mark as the terms of a rule: special tokens by their ids, all else as text."""
+        terms = []
+        for special, text in self._pieces(mark):
+            terms.append(f"<[{special}]>" if special is not None else _quoted(text))
+        return " ".join(terms)
+
+    def _until(self, mark: str) -> str:
+        """The rule `rest`: any text up to a mark, the mark, and white space."""
+        (special, text), *others = self._pieces(mark)
+        if special is None:
+            tail = self._mark("".join(t for _, t in others)) if others else ""
+            return f"rest: free {tail} SPACE\nfree[suffix={_quoted(text)}]: /(.|\\n)*/\nSPACE: /\\s{{0,4}}/"
+        return f"rest: FREE {self._mark(mark)} SPACE\nFREE: /(.|\\n)*/\nSPACE: /\\s{{0,4}}/"
+
+    def _pieces(self, mark: str) -> list[tuple[int | None, str]]:
+        """A mark cut at the special tokens in it: (id, name) of one, (None, text) of what lies between."""
+        if not self._special:
+            return [(None, mark)]
+        names = "|".join(re.escape(name) for name in sorted(self._special, key=len, reverse=True))
+        return [(self._special.get(piece), piece) for piece in re.split(f"({names})", mark) if piece]
 
     def _complaint(self, schema: Any) -> str | None:
         """What is wrong with a schema, in llguidance's words; None if it can be enforced whole."""

@@ -33,11 +33,14 @@ class Completion:
 
     index: int
     text: str
+    """Without the thoughts."""
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     seed: int
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] | None = None
+    reasoning: str = ""
+    """The thoughts before the text, of a model that thinks."""
 
 
 class LLM:
@@ -87,6 +90,7 @@ class LLM:
             self._model.vocabulary,
             self._model.template,
             self._model.grammars,
+            self._model.reasoning,
         )
         self._ids = itertools.count()
         self._boxes: dict[str, deque[RequestOutput]] = {}  # outputs of open requests that nobody has read yet
@@ -195,6 +199,7 @@ def _collect(outputs: list[RequestOutput], seed: int) -> list[Completion]:
                 seed,
                 usage,
                 logprobs,
+                "".join(d.reasoning for d in mine),
             )
         )
     return completions

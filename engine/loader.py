@@ -27,6 +27,8 @@ from engine.grammar import GrammarCompiler
 from engine.kv_cache import SPAN, KVCache, LayerShape
 from engine.linear import choose_kernel, give_back_memory, pack_model
 from engine.model_runner import FallbackRunner, PackedRunner, Runner
+from engine.reasoning import ReasoningFormat
+from engine.reasoning import find as find_reasoning
 from engine.scheduler import Scheduler
 from engine.selftest import SelfTest, self_test
 from engine.types import ModelInfo, SamplingParams
@@ -51,6 +53,9 @@ class LoadedModel:
     template: ChatTemplate
     end_ids: tuple[int, ...]
     grammars: GrammarCompiler
+    reasoning: ReasoningFormat | None
+    closing_ids: tuple[int, ...]
+    """What ends thoughts by force."""
     runner: Runner
     scheduler: Scheduler
     device: torch.device
@@ -136,6 +141,7 @@ def _assemble(
         "threads": None if test.report.holds else torch.get_num_threads(),
         **fingerprint.hardware(device),
     }
+    reasoning = find_reasoning(template)
     info = ModelInfo(
         id=config.id,
         created=found.created,
@@ -151,6 +157,7 @@ def _assemble(
         law=test.report,
         default_sampling=_default_sampling(config, found.folder),
         weight_bytes=found.stored_bytes,
+        reasoning=(reasoning.open, reasoning.close) if reasoning else None,
     )
 
     def encode(text: str) -> list[int]:
@@ -160,7 +167,20 @@ def _assemble(
         return ids
 
     grammars = GrammarCompiler(vocabulary, vocab_size, end_ids, encode)
-    return LoadedModel(config, info, tokenizer, vocabulary, template, end_ids, grammars, runner, scheduler, device)
+    return LoadedModel(
+        config=config,
+        info=info,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        template=template,
+        end_ids=end_ids,
+        grammars=grammars,
+        reasoning=reasoning,
+        closing_ids=tuple(encode(reasoning.closing)) if reasoning else (),
+        runner=runner,
+        scheduler=scheduler,
+        device=device,
+    )
 
 
 # -- where and how ---------------------------------------------------------------------------------------------------

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Mapping
 from typing import Any
 
 from engine.chat_template import ChatTemplate
 from engine.config import ModelConfig
 from engine.detokenizer import Vocabulary
-from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter
+from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported
 from engine.grammar import GrammarCompiler
+from engine.reasoning import ReasoningFormat, template_variables
 from engine.types import GenerationRequest, ModelInfo, PreparedRequest, SamplingParams
 
 _DRAWN_SEED_BITS = 53
@@ -33,12 +33,14 @@ class Preparer:
         vocabulary: Vocabulary,
         template: ChatTemplate,
         grammars: GrammarCompiler,
+        reasoning: ReasoningFormat | None,
     ) -> None:
         self._config = config
         self._info = info
         self._tokenizer = tokenizer
         self._template = template
         self._grammars = grammars
+        self._reasoning = reasoning
         invalid = set(vocabulary.invalid_ids(info.vocab_size))
         self._token_ids = frozenset(range(info.vocab_size)) - invalid
 
@@ -53,18 +55,41 @@ class Preparer:
         if params.n > self._config.max_choices:
             raise InvalidParameter(f"n must be at most {self._config.max_choices} here, not {params.n}.", param="n")
         self._check_ids(params)
-        tokens = self._tokens(request)
+        if params.thinking_budget is not None and self._reasoning is None:
+            raise Unsupported("thinking_budget: this model does not think.", param="thinking_budget")
+        variables, ignored = self._variables(request)
+        text = self._text(request, variables)
+        tokens = self._tokens(request, text)
+        found = self._reasoning
+        thinks = found is not None and text is not None and text.rstrip().endswith(found.open)
         grammar: str | None = None
         unenforced: tuple[str, ...] = ()
         if request.constraint is not None:
-            grammar, unenforced = self._grammars.grammar_of(request.constraint)
+            may_think = found if request.messages is not None else None
+            if text is not None and found is not None and text.rstrip().endswith(found.close):
+                may_think = None  # the template has closed the thoughts before they began
+            grammar, unenforced = self._grammars.grammar_of(request.constraint, may_think, thinks)
         return PreparedRequest(
             request_id=request.request_id,
             prompt_token_ids=tokens,
             params=self._complete(params, len(tokens)),
             grammar=grammar,
             unenforced_schema=request.constraint.value if request.constraint and unenforced else None,
+            chat=request.messages is not None,
+            thinks=thinks,
+            ignored=ignored,
         )
+
+    def _variables(self, request: GenerationRequest) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The template's variables, and whether an effort was asked for that they cannot express."""
+        given = dict(request.chat_template_kwargs)
+        for key in given:
+            if not isinstance(key, str):
+                raise InvalidFormat(f"chat_template_kwargs: {key!r} is not a name.", param="chat_template_kwargs")
+        if request.reasoning_effort is None:
+            return given, ()
+        chosen = template_variables(self._template, self._reasoning, request.reasoning_effort)
+        return {**(chosen or {}), **given}, () if chosen else ("reasoning_effort",)
 
     def _check_ids(self, params: SamplingParams) -> None:
         for token, _ in params.logit_bias:
@@ -79,7 +104,15 @@ class Preparer:
                 param=param,
             )
 
-    def _tokens(self, request: GenerationRequest) -> tuple[int, ...]:
+    def _text(self, request: GenerationRequest, variables: dict[str, Any]) -> str | None:
+        """The rendered prompt, if there are messages."""
+        if request.messages is None:
+            return None
+        if not request.messages:
+            raise InvalidParameter("messages must hold at least one message.", param="messages")
+        return self._template.render(request.messages, **variables)
+
+    def _tokens(self, request: GenerationRequest, text: str | None) -> tuple[int, ...]:
         given = [n for n in ("messages", "prompt", "prompt_token_ids") if getattr(request, n) is not None]
         if len(given) != 1:
             raise InvalidFormat(f"give exactly one of messages, prompt and prompt_token_ids, not {given or 'none'}.")
@@ -90,10 +123,7 @@ class Preparer:
         elif request.prompt is not None:
             tokens = self._encode(request.prompt, special=True, param="prompt")
         else:
-            assert request.messages is not None
-            if not request.messages:
-                raise InvalidParameter("messages must hold at least one message.", param="messages")
-            text = self._template.render(request.messages, **self._template_kwargs(request.chat_template_kwargs))
+            assert text is not None
             tokens = self._encode(text, special=False, param="messages")
         limit = self._info.context_length
         if not tokens:
@@ -106,12 +136,6 @@ class Preparer:
                 context_length=limit,
             )
         return tokens
-
-    def _template_kwargs(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        for key in given:
-            if not isinstance(key, str):
-                raise InvalidFormat(f"chat_template_kwargs: {key!r} is not a name.", param="chat_template_kwargs")
-        return dict(given)
 
     def _encode(self, text: str, *, special: bool, param: str) -> tuple[int, ...]:
         try:

@@ -30,11 +30,15 @@ NEGATIVE_INFINITY_LOGPROB: Final = -9999.0
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn. `role` is one of `system`, `developer`, `user`, `assistant`."""
+    """One turn. `role` is one of `system`, `developer`, `user`, `assistant`.
+
+    `reasoning_content`: an assistant's thoughts, for templates that show earlier ones to the model.
+    """
 
     role: str
     content: str | None
     name: str | None = None
+    reasoning_content: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +71,8 @@ class SamplingParams:
     top_logprobs: int = 0
     logprobs_mode: LogprobsMode = "raw"
     return_token_ids: bool = False
+    thinking_budget: int | None = None
+    """Tokens of thought after which the thoughts are closed by force."""
 
     def __post_init__(self) -> None:
         _integer(self, "n", 1, None)
@@ -82,6 +88,8 @@ class SamplingParams:
         if self.seed is not None:
             _integer(self, "seed", INT64_MIN, INT64_MAX)
         _integer(self, "min_tokens", 0, None)
+        if self.thinking_budget is not None:
+            _integer(self, "thinking_budget", 0, None)
         for name in ("ignore_eos", "logprobs", "return_token_ids"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidFormat(f"{name} must be true or false, not {getattr(self, name)!r}.", param=name)
@@ -221,6 +229,7 @@ class GenerationRequest:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     constraint: Constraint | None = None
+    reasoning_effort: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,6 +246,12 @@ class PreparedRequest:
     """What the reply is held to, as `engine.grammar` writes it."""
     unenforced_schema: Any = None
     """A JSON schema that the grammar holds only in part: the finished text is checked against it."""
+    chat: bool = False
+    """Whether the prompt is a conversation, so that the reply may begin with thoughts."""
+    thinks: bool = False
+    """Whether the prompt has opened the thoughts."""
+    ignored: tuple[str, ...] = ()
+    """Fields that have no effect on this model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +284,7 @@ class ChoiceDelta:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
+    reasoning: str = ""
     schema_error: str | None = None
     """With the finish reason, where a schema could not be enforced whole: why the text is not valid; empty if it is."""
 
@@ -327,6 +343,8 @@ class ModelInfo:
     law: LawReport
     default_sampling: Mapping[str, Any]
     weight_bytes: int
+    reasoning: tuple[str, str] | None = None
+    """What stands before and after the model's thoughts; None if its template knows of none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,6 +74,8 @@ def _completions(registry: Registry, settings: ServerSettings) -> APIRouter:
         headers = _ignored(wanted.ignored, settings)
         engine = registry.get(wanted.model)
         prepared = await engine.prepare(wanted.generation)
+        if prepared.ignored:
+            headers = _ignored(wanted.ignored + prepared.ignored, settings)
         info = engine.info
         created = int(time.time())  # noqa: TID251  the API wants the wall clock
         reply = Reply(prepared.request_id, created, info.id, info.system_fingerprint, prepared)
@@ -147,6 +149,7 @@ def model_object(status: ModelStatus) -> dict[str, Any]:
         "system_fingerprint": info.system_fingerprint,
         "reproducible": {"holds": info.law.holds, "reason": info.law.reason, "checks": dict(info.law.checks)},
         "default_sampling": dict(info.default_sampling),
+        "reasoning": dict(zip(("open", "close"), info.reasoning, strict=True)) if info.reasoning else None,
     }
 
 

@@ -97,6 +97,7 @@ def _findings(info: ModelInfo) -> Table:
         ("  device", f"{info.device}, {info.dtype}"),
         ("  context", f"{info.context_length} tokens; the cache holds {info.cache_tokens}"),
         ("  sampling", defaults),
+        ("  thoughts", " … ".join(info.reasoning) if info.reasoning else "none that its template knows of"),
         ("  reproducible", ("yes: " if info.law.holds else "no: ") + info.law.reason),
         ("  fingerprint", info.system_fingerprint),
     ):

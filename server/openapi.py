@@ -19,6 +19,10 @@ _MESSAGE: Final = {
             "anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _TEXT_PART}],
         },
         "name": {"type": "string", "maxLength": 256, "description": "Handed to the chat template."},
+        "reasoning_content": {
+            "type": "string",
+            "description": "An assistant's thoughts, for templates that show earlier ones to the model.",
+        },
     },
 }
 
@@ -84,6 +88,12 @@ _FIELDS: Final[dict[str, dict[str, Any]]] = {
         "description": "What the answer must be, enforced while it is written. With strict, a schema that cannot be "
         "enforced whole is refused; without, the rest is checked afterwards: `schema_error` beside the choice.",
     },
+    "reasoning_effort": {
+        "type": "string",
+        "enum": ["none", "minimal", "low", "medium", "high", "xhigh"],
+        "description": "Set in the model's chat template: none and minimal switch thinking off where there is a "
+        "switch. Named in x-ignored-fields where there is none.",
+    },
     "logprobs": _flag("One entry per generated token."),
     "top_logprobs": _integer("Rivals per entry; needs logprobs.", minimum=0, maximum=20, default=0),
     "top_k": _integer("Extension. Keep this many tokens; 0 keeps all.", minimum=0, default=0),
@@ -104,6 +114,7 @@ _FIELDS: Final[dict[str, dict[str, Any]]] = {
         "description": "Extension. The model's own distribution, or the one that was drawn from.",
     },
     "return_token_ids": _flag("Extension. `token_ids` beside each choice."),
+    "thinking_budget": _integer("Extension. Tokens of thought after which they are closed by force.", minimum=0),
     "chat_template_kwargs": {"type": "object", "description": "Extension. Variables of the model's chat template."},
     "guided_json": {
         "description": "Extension. A JSON schema, enforced; the object or its text.",

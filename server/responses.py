@@ -71,6 +71,7 @@ def _logprobs(entries: Iterable[TokenLogprob] | None) -> dict[str, Any] | None:
 @dataclass(slots=True)
 class _Choice:
     text: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -95,6 +96,7 @@ class Collector:
         for delta in output.deltas:
             choice = self._choices[delta.index]
             choice.text.append(delta.text)
+            choice.reasoning.append(delta.reasoning)
             choice.token_ids += delta.token_ids
             choice.logprobs += delta.logprobs or ()
             choice.finish_reason = delta.finish_reason or choice.finish_reason
@@ -109,9 +111,12 @@ class Collector:
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
         params = self._reply.prepared.params
+        message = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
+        if reasoning := "".join(choice.reasoning):
+            message["reasoning_content"] = reasoning
         result = {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
+            "message": message,
             "logprobs": _logprobs(choice.logprobs if params.logprobs else None),
             "finish_reason": choice.finish_reason,
         }
@@ -153,8 +158,11 @@ class ChunkWriter:
 
     def _delta(self, delta: ChoiceDelta) -> bytes:
         events = b""
-        if delta.text or delta.logprobs or self._token_ids:
+        if delta.text or delta.reasoning or delta.logprobs or self._token_ids:
             text = '{"content":' + _one_line(encode_basestring(delta.text)) + "}"
+            if delta.reasoning:
+                thought = '{"reasoning_content":' + _one_line(encode_basestring(delta.reasoning))
+                text = thought + "," + text[1:] if delta.text else thought + "}"
             logprobs = "null" if delta.logprobs is None else to_json(_logprobs(delta.logprobs))
             extra = f',"token_ids":{list(delta.token_ids)}' if self._token_ids else ""
             events = self._chunk(delta.index, text, logprobs, extra=extra)

@@ -47,13 +47,15 @@ SAMPLING: Final[Mapping[str, Kind]] = {
     "min_tokens": INTEGER,
     "ignore_eos": FLAG,
     "return_token_ids": FLAG,
+    "thinking_budget": INTEGER,
 }
 """Handed to the engine under the same names. Types here, so that a wrong one is never taken for a wrong value."""
 
 HANDLED: Final = frozenset(
     {
         "model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options", "chat_template_kwargs",
-        "user", "metadata", "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+        "user", "metadata", "response_format", "reasoning_effort", "guided_json", "guided_regex", "guided_choice",
+        "guided_grammar",
     }
 )  # fmt: skip
 
@@ -62,7 +64,6 @@ UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "tools": ([],),
     "tool_choice": ("none",),
     "parallel_tool_calls": (),
-    "reasoning_effort": (),
     "functions": ([],),
     "function_call": ("none",),
     "audio": (),
@@ -93,6 +94,8 @@ UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
 KNOWN: Final = HANDLED | SAMPLING.keys() | UNSUPPORTED.keys()
 
 MESSAGE_FIELDS: Final = frozenset({"role", "content", "name"})
+THOUGHTS: Final = ("reasoning_content", "reasoning")
+"""What clients call an assistant's thoughts when they send them back."""
 UNSUPPORTED_MESSAGE_FIELDS: Final = ("tool_calls", "tool_call_id", "function_call", "audio", "refusal")
 FORMAT_FIELDS: Final = ("name", "description", "schema", "strict")
 FORMAT_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -135,6 +138,7 @@ def parse(raw: bytes, request_id: str) -> ChatRequest:
         sampling=_sampling(data),
         chat_template_kwargs=_optional(data, "chat_template_kwargs", OBJECT) or {},
         constraint=_constraint(data, ignored),
+        reasoning_effort=_optional(data, "reasoning_effort", STRING),
     )
     include_usage = _stream_options(data, stream, ignored)
     _annotations(data)
@@ -251,8 +255,11 @@ def _message(message: Any, at: str, ignored: list[str]) -> ChatMessage:
         raise InvalidParameter(
             f"{at}.name may have at most {MAX_NAME} characters, not {len(name)}.", param=f"{at}.name"
         )
-    ignored += [f"{at}.{key}" for key in message if key not in MESSAGE_FIELDS and key not in UNSUPPORTED_MESSAGE_FIELDS]
-    return ChatMessage(role, _content(message, at, ignored), name)
+    thoughts = [_optional(message, key, STRING, f"{at}.") for key in THOUGHTS] if role == "assistant" else []
+    known = MESSAGE_FIELDS.union(UNSUPPORTED_MESSAGE_FIELDS, THOUGHTS if role == "assistant" else ())
+    ignored += [f"{at}.{key}" for key in message if key not in known]
+    reasoning = next((text for text in thoughts if text), None)
+    return ChatMessage(role, _content(message, at, ignored), name, reasoning)
 
 
 def _content(message: Mapping[str, Any], at: str, ignored: list[str]) -> str:

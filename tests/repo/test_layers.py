@@ -12,7 +12,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     {"errors", "types", "config"},
-    {"sequence", "block_pool", "scheduler", "chat_template", "detokenizer", "grammar", "stop_strings", "standin"},
+    {
+        "sequence",
+        "block_pool",
+        "scheduler",
+        "chat_template",
+        "detokenizer",
+        "grammar",
+        "reasoning",
+        "stop_strings",
+        "standin",
+    },
     {"rng", "logits", "sampler", "kv_cache", "attention", "linear", "model_runner"},
     {"checkpoint", "fingerprint", "selftest", "loader", "preparation", "core"},
     {"async_engine", "registry", "llm"},

@@ -203,8 +203,6 @@ CASES: list[tuple[str, bytes | dict[str, Any], int, str | None, str, str]] = [
             ("tool_choice", "auto"),
             ("tool_choice", {"type": "function", "function": {"name": "f"}}),
             ("parallel_tool_calls", False),
-            ("reasoning_effort", "none"),
-            ("reasoning_effort", 7),
             ("functions", [{"name": "f"}]),
             ("function_call", "auto"),
             ("modalities", ["text", "audio"]),
@@ -216,6 +214,15 @@ CASES: list[tuple[str, bytes | dict[str, Any], int, str | None, str, str]] = [
             ("best_of", 2),
             ("best_of", True),
         ]
+    ),
+    ("effort, number", chat(reasoning_effort=7), 400, "reasoning_effort", FORMAT, "a string"),
+    (
+        "thoughts, number",
+        say("x", "assistant", reasoning_content=7),
+        400,
+        "messages.0.reasoning_content",
+        FORMAT,
+        "a str",
     ),
     # what the reply must be
     ("format, text", chat(response_format="json"), 400, "response_format", FORMAT, "an object"),
