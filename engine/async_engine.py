@@ -85,7 +85,14 @@ class AsyncEngine:
         self.info: ModelInfo = model.info
         self._core = EngineCore(model)
         self._preparer = Preparer(
-            model.config, model.info, model.tokenizer, model.vocabulary, model.template, model.grammars, model.reasoning
+            model.config,
+            model.info,
+            model.tokenizer,
+            model.vocabulary,
+            model.template,
+            model.grammars,
+            model.reasoning,
+            model.tool_format,
         )
         self._limit = model.config.max_sequences + model.config.max_queue
         self._stall_timeout = model.config.stall_timeout

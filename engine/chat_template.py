@@ -24,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from engine.errors import InvalidFormat, InvalidParameter, LoadError, TemplateRefused
-from engine.types import ChatMessage
+from engine.types import ChatMessage, ToolCall
 
 __all__ = ["ChatTemplate", "choose_template"]
 
@@ -87,12 +87,21 @@ class ChatTemplate:
         """Names that `chat_template_kwargs` may set, sorted."""
         return tuple(sorted(self.variables - RESERVED - self._special_tokens.keys()))
 
-    def render(self, messages: Sequence[ChatMessage], /, *, again: bool = True, **kwargs: Any) -> str:
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        /,
+        *,
+        again: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        **kwargs: Any,
+    ) -> str:
         """The prompt for the assistant's next turn.
 
         Args:
             messages: at least one. `developer` turns become `system` unless the template speaks of developers.
             again: whether the assistant is to speak next; without, the conversation ends with the last message.
+            tools: function definitions in the API's shape.
             kwargs: the request's `chat_template_kwargs`.
 
         Raises:
@@ -114,7 +123,7 @@ class ChatTemplate:
             **self._special_tokens,
             **kwargs,
             "messages": [_as_dict(message, keep_developer, "thinking" in self.source) for message in messages],
-            "tools": None,
+            "tools": list(tools) or None,
             "documents": None,
             "add_generation_prompt": again,
         }
@@ -181,17 +190,28 @@ def _names(node: nodes.Node) -> Iterator[nodes.Name]:
         yield from _names(child)
 
 
-def _as_dict(message: ChatMessage, keep_developer: bool, as_thinking: bool) -> dict[str, str]:
+def _as_dict(message: ChatMessage, keep_developer: bool, as_thinking: bool) -> dict[str, Any]:
     role = "system" if message.role == "developer" and not keep_developer else message.role
-    fields = {
+    fields: dict[str, Any] = {
         "role": role,
         "content": message.content,
         "name": message.name,
         "reasoning_content": message.reasoning_content,
         "thinking": message.reasoning_content if as_thinking else None,  # gpt-oss's name for it
+        "tool_calls": [_call(call) for call in message.tool_calls] or None,
+        "tool_call_id": message.tool_call_id,
     }
     # As transformers does: many templates write a None as the word None, and cope with a missing key.
     return {key: value for key, value in fields.items() if value is not None}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    # Templates get arguments as an object, as in transformers; text that is no JSON stays as it is.
+    try:
+        arguments = json.loads(call.arguments)
+    except ValueError:
+        arguments = call.arguments
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def _render(template: jinja2.Template, context: Mapping[str, Any]) -> str:

@@ -7,21 +7,23 @@ does not fit in memory ends its largest request and recomputes the others; keys 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 from torch import Tensor
 
-from engine.detokenizer import TextStream, Vocabulary
+from engine.detokenizer import TextDelta, TextStream, Vocabulary
 from engine.errors import NumericalFault, OutOfMemory, VerbatimError
 from engine.grammar import GrammarCompiler, GrammarState, unenforced_errors
 from engine.loader import LoadedModel
 from engine.model_runner import ForwardResult
-from engine.reasoning import Splitter
+from engine.reasoning import ReasoningFormat, Splitter
 from engine.sampler import Sampled, Sampler
 from engine.scheduler import Chunk, Schedule
 from engine.sequence import Sequence, SequenceState
 from engine.stop_strings import StopStrings
+from engine.tool_calls import CallReader, call_id
+from engine.tool_format import GENERIC, ToolFormat
 from engine.types import (
     ChoiceDelta,
     EngineStats,
@@ -29,6 +31,7 @@ from engine.types import (
     PreparedRequest,
     RequestOutput,
     TokenLogprob,
+    ToolCall,
     TopLogprob,
     Usage,
 )
@@ -45,6 +48,8 @@ class _Choice:
     """Tokens that come next whatever the model says: the end of thoughts that grew too long."""
     thoughts: int = 0
     """Tokens of thought so far."""
+    calls: int = 0
+    """Tool calls so far."""
     written: list[str] = field(default_factory=list)
     """The text so far, where it is to be checked against a schema in the end."""
 
@@ -81,7 +86,8 @@ class EngineCore:
         self._vocabulary: Vocabulary = model.vocabulary
         self._grammars: GrammarCompiler = model.grammars
         self._reasoning = model.reasoning
-        marks = f"{model.reasoning.open}{model.reasoning.close}{model.reasoning.answer_open}" if model.reasoning else ""
+        self._tool_format = model.tool_format or GENERIC
+        marks = "".join([*_texts(model.reasoning), *_texts(self._tool_format)])
         names = {i: self._vocabulary.token_text(i) for i in self._vocabulary.special_ids}
         self._marks = {i: name for i, name in names.items() if name and name in marks}
         self._closing_ids = model.closing_ids
@@ -123,10 +129,12 @@ class EngineCore:
         self._scheduler.add([choice.sequence for choice in choices])
 
     def _text(self, stops: StopStrings, request: PreparedRequest) -> TextStream:
-        if self._reasoning is None or not request.chat:
-            return TextStream(self._vocabulary, stops)
-        splitter = Splitter(self._reasoning, opened=request.thinks)
-        return TextStream(self._vocabulary, stops, splitter, self._marks)
+        splitter = Splitter(self._reasoning, opened=request.thinks) if self._reasoning and request.chat else None
+        reader = None
+        if request.tools:
+            tools = {tool["function"]["name"]: tool["function"] for tool in request.tools}
+            reader = CallReader(self._tool_format, tools, parallel=request.parallel_tool_calls)
+        return TextStream(self._vocabulary, stops, splitter, reader, self._marks)
 
     def abort(self, request_id: str) -> None:
         """Forget a request, wherever it is; its blocks are free at once. Does nothing if it is gone."""
@@ -241,27 +249,38 @@ class EngineCore:
             choice.grammar.check()
         logprobs = (self._logprob(draw, text),) if params.logprobs else None
         tokens = [draw.token_id]
-        added, reasoning, finish = self._append(running, choice, draw.token_id)
+        delta, finish = self._append(running, choice, draw.token_id)
         # Log-probabilities need a forward pass: with them a forced token is drawn, with no other to choose from.
         while finish is None and not params.logprobs and (forced := choice.forced) is not None:
             tokens.append(forced)
-            more, thought, finish = self._append(running, choice, forced)
-            added, reasoning = added + more, reasoning + thought
+            more, finish = self._append(running, choice, forced)
+            delta = _together(delta, more)
         schema_error = None
         if finish:
-            rest, stopped, _, thought = text.finish()
-            added, reasoning = added + rest, reasoning + thought
+            rest = text.finish()
+            delta = _together(delta, rest)
             self._leave(sequence)
             running.unfinished -= 1
-            finish = "stop" if stopped else finish  # half a character, cut, may still complete a stop string
+            finish = "stop" if rest.stopped else finish  # half a character, cut, may still complete a stop string
+        calls = tuple(self._call(choice, name, arguments) for name, arguments in delta.calls)
+        if finish == "stop" and choice.calls:
+            finish = "tool_calls"
         if running.request.unenforced_schema is not None:
-            choice.written.append(added)
+            choice.written.append(delta.text)
             if finish:
                 schema_error = unenforced_errors("".join(choice.written), running.request.unenforced_schema) or ""
-        return ChoiceDelta(sequence.choice_index, added, tuple(tokens), logprobs, finish, reasoning, schema_error)
+        return ChoiceDelta(
+            sequence.choice_index, delta.text, tuple(tokens), logprobs, finish, delta.reasoning, calls, schema_error
+        )
 
-    def _append(self, running: _Running, choice: _Choice, token: int) -> tuple[str, str, FinishReason | None]:
-        """Append one token to a choice: the text and the thoughts that it shows, and whether the choice ends."""
+    def _call(self, choice: _Choice, name: str, arguments: str) -> ToolCall:
+        sequence = choice.sequence
+        choice.calls += 1
+        found = call_id(sequence.seed, sequence.choice_index, sequence.prompt_token_ids, choice.calls)
+        return ToolCall(found, name, arguments)
+
+    def _append(self, running: _Running, choice: _Choice, token: int) -> tuple[TextDelta, FinishReason | None]:
+        """Append one token to a choice: what it shows, and whether the choice ends with it."""
         sequence, params, text = choice.sequence, choice.sequence.params, choice.text
         sequence.append(token)
         running.completion_tokens += 1
@@ -270,15 +289,16 @@ class EngineCore:
             choice.closing.popleft()
         choice.thoughts += text.thinking
         if token in params.stop_token_ids or (token in self._end_ids and not params.ignore_eos):
-            return "", "", "stop"  # the token adds no text
+            return TextDelta("", False, b""), "stop"  # the token adds no text
         before = text.thinking
-        added, stopped, _, reasoning = text.push(token, sequence.position > params.min_tokens)
+        delta = text.push(token, sequence.position > params.min_tokens)
+        stopped = delta.stopped or bool(delta.calls and not running.request.parallel_tool_calls)
         choice.thoughts += text.thinking and not before  # the token that opened them
         if choice.grammar is not None and not stopped:
             choice.grammar.consume(token)
             stopped = choice.grammar.stopped  # nothing but the end could follow, so nothing is drawn for it
         self._close_thoughts(choice)
-        return added, reasoning, "stop" if stopped else "length" if sequence.position == params.max_tokens else None
+        return delta, "stop" if stopped else "length" if sequence.position == params.max_tokens else None
 
     def _close_thoughts(self, choice: _Choice) -> None:
         """Force the end of the thoughts once they have used up their budget."""
@@ -348,6 +368,14 @@ def _drawers(chunk: Chunk) -> list[Sequence]:
     if not chunk.forks:
         return [chunk.sequence]
     return [s for s in (chunk.sequence, *chunk.forks) if s.state is SequenceState.RUNNING]
+
+
+def _texts(found: ReasoningFormat | ToolFormat | None) -> list[str]:
+    return [text for text in astuple(found) if isinstance(text, str)] if found else []
+
+
+def _together(a: TextDelta, b: TextDelta) -> TextDelta:
+    return TextDelta(a.text + b.text, b.stopped, a.bytes + b.bytes, a.reasoning + b.reasoning, a.calls + b.calls)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

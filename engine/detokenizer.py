@@ -22,6 +22,7 @@ from typing import Any, Final, NamedTuple
 from engine.errors import LoadError
 from engine.reasoning import Splitter
 from engine.stop_strings import StopMatcher, StopStrings
+from engine.tool_calls import CallReader
 
 __all__ = ["Detokenizer", "TextDelta", "TextStream", "Vocabulary"]
 
@@ -296,13 +297,15 @@ class Detokenizer:
 class TextDelta(NamedTuple):
     """What one token did: text that may be shown now, whether it completed a stop string, the bytes it adds.
 
-    `reasoning`: what it adds to the thoughts, which are not part of the text.
+    `reasoning`: what it adds to the thoughts, which are not part of the text. `calls`: tool calls that it completes, as
+    (name, arguments), which are not, either.
     """
 
     text: str
     stopped: bool
     bytes: bytes
     reasoning: str = ""
+    calls: tuple[tuple[str, str], ...] = ()
 
 
 class TextStream:
@@ -312,21 +315,24 @@ class TextStream:
     once, with all that was held back: a stop string is found only in characters completed by tokens that match, and
     one that would begin before them is not found.
 
-    With a `splitter` the thoughts before the answer come out apart; stop strings are looked for in the answer alone.
+    With a `splitter` the thoughts before the answer come out apart, with a `reader` the tool calls in it; stop strings
+    are looked for in the rest alone.
     """
 
-    __slots__ = ("_detokenizer", "_marks", "_match_stops", "_matcher", "_splitter", "stopped")
+    __slots__ = ("_detokenizer", "_marks", "_match_stops", "_matcher", "_splitter", "reader", "stopped")
 
     def __init__(
         self,
         vocabulary: Vocabulary,
         stop: StopStrings | Sequence[str] = (),
         splitter: Splitter | None = None,
+        reader: CallReader | None = None,
         marks: Mapping[int, str] | None = None,
     ) -> None:
-        """`marks`: special tokens that the splitter has to see, although they add nothing to a text."""
+        """`marks`: special tokens that splitter and reader have to see, although they add nothing to a text."""
         self._detokenizer = Detokenizer(vocabulary)
         self._splitter = splitter
+        self.reader = reader
         self._marks = marks or {}
         self._matcher = StopMatcher(stop if isinstance(stop, StopStrings) else StopStrings(stop))
         self._match_stops = True
@@ -342,12 +348,17 @@ class TextStream:
         assert not self.stopped, "the text has ended"
         self._match_stops = match_stops
         text, data = self._detokenizer.push(token_id)
-        if self._splitter is None:
+        if self._splitter is None and self.reader is None:
             return TextDelta(*self._match(text), data)
         if token_id in self._marks:
             text += self._detokenizer.flush() + self._marks[token_id]
-        reasoning, text = self._splitter.push(text)
-        return TextDelta(*self._match(text), data, reasoning)
+        reasoning = ""
+        calls: list[tuple[str, str]] = []
+        if self._splitter is not None:
+            reasoning, text = self._splitter.push(text)
+        if self.reader is not None:
+            text, calls = self.reader.push(text)
+        return TextDelta(*self._match(text), data, reasoning, tuple(calls))
 
     @property
     def thinking(self) -> bool:
@@ -362,12 +373,17 @@ class TextStream:
         if self.stopped:
             return TextDelta("", True, b"")
         text, reasoning = self._detokenizer.flush(), ""
+        calls: list[tuple[str, str]] = []
         if self._splitter is not None:
             reasoning, text = self._splitter.push(text)
             late = self._splitter.finish()
             reasoning, text = reasoning + late[0], text + late[1]
+        if self.reader is not None:
+            text, calls = self.reader.push(text)
+            rest, more = self.reader.finish()
+            text, calls = text + rest, calls + more
         text, stopped = self._match(text)
-        return TextDelta(text if stopped else text + self._matcher.release(), stopped, b"", reasoning)
+        return TextDelta(text if stopped else text + self._matcher.release(), stopped, b"", reasoning, tuple(calls))
 
     def _match(self, text: str) -> tuple[str, bool]:
         if not self._match_stops:

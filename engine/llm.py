@@ -21,6 +21,7 @@ from engine.types import (
     ModelInfo,
     RequestOutput,
     TokenLogprob,
+    ToolCall,
     Usage,
 )
 
@@ -41,6 +42,17 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     reasoning: str = ""
     """The thoughts before the text, of a model that thinks."""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What is asked of a prompt beside the sampling."""
+
+    chat_template_kwargs: dict[str, Any]
+    constraint: Constraint | None
+    reasoning_effort: str | None
+    tools: tuple[dict[str, Any], ...]
 
 
 class LLM:
@@ -91,6 +103,7 @@ class LLM:
             self._model.template,
             self._model.grammars,
             self._model.reasoning,
+            self._model.tool_format,
         )
         self._ids = itertools.count()
         self._boxes: dict[str, deque[RequestOutput]] = {}  # outputs of open requests that nobody has read yet
@@ -105,6 +118,8 @@ class LLM:
         *,
         chat_template_kwargs: dict[str, Any] | None = None,
         constraint: Constraint | None = None,
+        reasoning_effort: str | None = None,
+        tools: Sequence[dict[str, Any]] = (),
         **sampling: Any,
     ) -> Iterator[RequestOutput]:
         """Generate, step by step. Leaving the loop early frees the request's place.
@@ -112,7 +127,8 @@ class LLM:
         Raises:
             RequestError: before anything is generated.
         """
-        request_id, _ = self._add(prompt, chat_template_kwargs or {}, constraint, sampling)
+        how = _How(chat_template_kwargs or {}, constraint, reasoning_effort, tuple(tools))
+        request_id, _ = self._add(prompt, how, sampling)
         return self._outputs(request_id)
 
     def generate(
@@ -121,12 +137,13 @@ class LLM:
         *,
         chat_template_kwargs: dict[str, Any] | None = None,
         constraint: Constraint | None = None,
+        reasoning_effort: str | None = None,
+        tools: Sequence[dict[str, Any]] = (),
         **sampling: Any,
     ) -> list[Completion]:
         """All choices of one prompt."""
-        return self.generate_many(
-            [prompt], chat_template_kwargs=chat_template_kwargs, constraint=constraint, **sampling
-        )[0]
+        how = _How(chat_template_kwargs or {}, constraint, reasoning_effort, tuple(tools))
+        return self._generate([prompt], how, sampling)[0]
 
     def generate_many(
         self,
@@ -134,10 +151,16 @@ class LLM:
         *,
         chat_template_kwargs: dict[str, Any] | None = None,
         constraint: Constraint | None = None,
+        reasoning_effort: str | None = None,
+        tools: Sequence[dict[str, Any]] = (),
         **sampling: Any,
     ) -> list[list[Completion]]:
         """Several prompts at once; the answers are the same as one by one, only sooner."""
-        added = [self._add(p, chat_template_kwargs or {}, constraint, sampling) for p in prompts]
+        how = _How(chat_template_kwargs or {}, constraint, reasoning_effort, tuple(tools))
+        return self._generate(prompts, how, sampling)
+
+    def _generate(self, prompts: Sequence[Prompt], how: _How, sampling: dict[str, Any]) -> list[list[Completion]]:
+        added = [self._add(prompt, how, sampling) for prompt in prompts]
         return [_collect(list(self._outputs(request_id)), seed) for request_id, seed in added]
 
     def close(self) -> None:
@@ -161,17 +184,17 @@ class LLM:
             self._core.abort(request_id)
             del self._boxes[request_id]
 
-    def _add(
-        self, prompt: Prompt, kwargs: dict[str, Any], constraint: Constraint | None, sampling: dict[str, Any]
-    ) -> tuple[str, int]:
+    def _add(self, prompt: Prompt, how: _How, sampling: dict[str, Any]) -> tuple[str, int]:
         text = prompt if isinstance(prompt, str) else None
         request = GenerationRequest(
             request_id=f"llm-{next(self._ids)}",
             prompt=text,
             messages=None if isinstance(prompt, str) else tuple(prompt),
             sampling=sampling,
-            chat_template_kwargs=kwargs,
-            constraint=constraint,
+            chat_template_kwargs=how.chat_template_kwargs,
+            constraint=how.constraint,
+            reasoning_effort=how.reasoning_effort,
+            tools=how.tools,
         )
         prepared = self._preparer.prepare(request)
         self._core.add(prepared)
@@ -200,6 +223,7 @@ def _collect(outputs: list[RequestOutput], seed: int) -> list[Completion]:
                 usage,
                 logprobs,
                 "".join(d.reasoning for d in mine),
+                tuple(call for d in mine for call in d.tool_calls),
             )
         )
     return completions

@@ -31,6 +31,8 @@ from engine.reasoning import ReasoningFormat
 from engine.reasoning import find as find_reasoning
 from engine.scheduler import Scheduler
 from engine.selftest import SelfTest, self_test
+from engine.tool_format import GENERIC, ToolFormat
+from engine.tool_format import find as find_tool_format
 from engine.types import ModelInfo, SamplingParams
 
 BLOCK_SIZE = 16
@@ -56,6 +58,8 @@ class LoadedModel:
     reasoning: ReasoningFormat | None
     closing_ids: tuple[int, ...]
     """What ends thoughts by force."""
+    tool_format: ToolFormat | None
+    """None: the template knows nothing of tools."""
     runner: Runner
     scheduler: Scheduler
     device: torch.device
@@ -141,7 +145,7 @@ def _assemble(
         "threads": None if test.report.holds else torch.get_num_threads(),
         **fingerprint.hardware(device),
     }
-    reasoning = find_reasoning(template)
+    reasoning, tool_format = find_reasoning(template), find_tool_format(template)
     info = ModelInfo(
         id=config.id,
         created=found.created,
@@ -158,6 +162,8 @@ def _assemble(
         default_sampling=_default_sampling(config, found.folder),
         weight_bytes=found.stored_bytes,
         reasoning=(reasoning.open, reasoning.close) if reasoning else None,
+        tool_calls=(tool_format or GENERIC).describe(),
+        tools_in_template=tool_format is not None,
     )
 
     def encode(text: str) -> list[int]:
@@ -177,6 +183,7 @@ def _assemble(
         grammars=grammars,
         reasoning=reasoning,
         closing_ids=tuple(encode(reasoning.closing)) if reasoning else (),
+        tool_format=tool_format,
         runner=runner,
         scheduler=scheduler,
         device=device,

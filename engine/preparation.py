@@ -7,16 +7,19 @@ computes nothing with the model.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from engine.chat_template import ChatTemplate
 from engine.config import ModelConfig
 from engine.detokenizer import Vocabulary
-from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported
+from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, TemplateRefused, Unsupported
 from engine.grammar import GrammarCompiler
 from engine.reasoning import ReasoningFormat, template_variables
-from engine.types import GenerationRequest, ModelInfo, PreparedRequest, SamplingParams
+from engine.tool_format import CALL_ID, ToolFormat, generic_messages
+from engine.types import ChatMessage, GenerationRequest, ModelInfo, PreparedRequest, SamplingParams
 
 _DRAWN_SEED_BITS = 53
 """A seed that the engine draws survives a client whose numbers are doubles."""
@@ -34,6 +37,7 @@ class Preparer:
         template: ChatTemplate,
         grammars: GrammarCompiler,
         reasoning: ReasoningFormat | None,
+        tool_format: ToolFormat | None,
     ) -> None:
         self._config = config
         self._info = info
@@ -41,6 +45,7 @@ class Preparer:
         self._template = template
         self._grammars = grammars
         self._reasoning = reasoning
+        self._tool_format = tool_format
         invalid = set(vocabulary.invalid_ids(info.vocab_size))
         self._token_ids = frozenset(range(info.vocab_size)) - invalid
 
@@ -78,6 +83,8 @@ class Preparer:
             chat=request.messages is not None,
             thinks=thinks,
             ignored=ignored,
+            tools=request.tools,
+            parallel_tool_calls=request.parallel_tool_calls,
         )
 
     def _variables(self, request: GenerationRequest) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -110,7 +117,17 @@ class Preparer:
             return None
         if not request.messages:
             raise InvalidParameter("messages must hold at least one message.", param="messages")
-        return self._template.render(request.messages, **variables)
+        messages: Sequence[ChatMessage] = request.messages
+        if self._tool_format is not None:
+            if CALL_ID in self._tool_format.close:
+                messages = [_with_short_ids(message) for message in messages]
+            return self._template.render(messages, tools=request.tools, **variables)
+        if not request.tools and not any(m.tool_calls or m.role == "tool" for m in messages):
+            return self._template.render(messages, **variables)
+        try:
+            return self._template.render(generic_messages(messages, request.tools, system=True), **variables)
+        except TemplateRefused:  # it may know no system turn
+            return self._template.render(generic_messages(messages, request.tools, system=False), **variables)
 
     def _tokens(self, request: GenerationRequest, text: str | None) -> tuple[int, ...]:
         given = [n for n in ("messages", "prompt", "prompt_token_ids") if getattr(request, n) is not None]
@@ -154,3 +171,17 @@ class Preparer:
         return dataclasses.replace(
             params, max_tokens=max_tokens, min_tokens=min(params.min_tokens, max_tokens), seed=seed
         )
+
+
+def _with_short_ids(message: ChatMessage) -> ChatMessage:
+    """A message whose call ids have nine letters and digits, for templates that show them and take no other length."""
+
+    def short(call_id: str) -> str:
+        own = call_id.removeprefix("call_")
+        return own if len(own) == 9 and own.isalnum() else hashlib.sha256(call_id.encode()).hexdigest()[:9]
+
+    return dataclasses.replace(
+        message,
+        tool_calls=tuple(dataclasses.replace(call, id=short(call.id)) for call in message.tool_calls),
+        tool_call_id=None if message.tool_call_id is None else short(message.tool_call_id),
+    )

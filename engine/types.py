@@ -29,16 +29,28 @@ NEGATIVE_INFINITY_LOGPROB: Final = -9999.0
 
 
 @dataclass(frozen=True, slots=True)
-class ChatMessage:
-    """One turn. `role` is one of `system`, `developer`, `user`, `assistant`.
+class ToolCall:
+    """A call that a model makes. `arguments`: a JSON object as text."""
 
-    `reasoning_content`: an assistant's thoughts, for templates that show earlier ones to the model.
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn. `role` is one of `system`, `developer`, `user`, `assistant`, `tool`.
+
+    `reasoning_content`: an assistant's thoughts, for templates that show earlier ones to the model. `tool_calls`: what
+    an assistant called; `tool_call_id`: the call that a `tool` turn answers.
     """
 
     role: str
     content: str | None
     name: str | None = None
     reasoning_content: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +242,9 @@ class GenerationRequest:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     constraint: Constraint | None = None
     reasoning_effort: str | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Definitions in the API's shape. None of them: the reply is not looked at for calls."""
+    parallel_tool_calls: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,6 +267,8 @@ class PreparedRequest:
     """Whether the prompt has opened the thoughts."""
     ignored: tuple[str, ...] = ()
     """Fields that have no effect on this model."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    parallel_tool_calls: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +302,8 @@ class ChoiceDelta:
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
     reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Calls that became whole in this step."""
     schema_error: str | None = None
     """With the finish reason, where a schema could not be enforced whole: why the text is not valid; empty if it is."""
 
@@ -345,6 +364,10 @@ class ModelInfo:
     weight_bytes: int
     reasoning: tuple[str, str] | None = None
     """What stands before and after the model's thoughts; None if its template knows of none."""
+    tool_calls: str = ""
+    """How the model is taken to write a tool call."""
+    tools_in_template: bool = False
+    """Whether that was read off its template; else it is the generic form, explained in a system turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

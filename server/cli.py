@@ -98,6 +98,10 @@ def _findings(info: ModelInfo) -> Table:
         ("  context", f"{info.context_length} tokens; the cache holds {info.cache_tokens}"),
         ("  sampling", defaults),
         ("  thoughts", " … ".join(info.reasoning) if info.reasoning else "none that its template knows of"),
+        (
+            "  tool calls",
+            info.tool_calls + ("" if info.tools_in_template else " (generic: the template knows no tools)"),
+        ),
         ("  reproducible", ("yes: " if info.law.holds else "no: ") + info.law.reason),
         ("  fingerprint", info.system_fingerprint),
     ):

@@ -13,12 +13,18 @@ _MESSAGE: Final = {
     "type": "object",
     "required": ["role", "content"],
     "properties": {
-        "role": {"type": "string", "enum": ["system", "developer", "user", "assistant"]},
+        "role": {"type": "string", "enum": ["system", "developer", "user", "assistant", "tool"]},
         "content": {
             "description": "Text, or text parts that are joined as they are.",
             "anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _TEXT_PART}],
         },
         "name": {"type": "string", "maxLength": 256, "description": "Handed to the chat template."},
+        "tool_calls": {
+            "type": "array",
+            "items": {"type": "object"},
+            "description": "An assistant's calls, as they came.",
+        },
+        "tool_call_id": {"type": "string", "description": "In a tool's turn: the call that it answers."},
         "reasoning_content": {
             "type": "string",
             "description": "An assistant's thoughts, for templates that show earlier ones to the model.",
@@ -87,6 +93,22 @@ _FIELDS: Final[dict[str, dict[str, Any]]] = {
         },
         "description": "What the answer must be, enforced while it is written. With strict, a schema that cannot be "
         "enforced whole is refused; without, the rest is checked afterwards: `schema_error` beside the choice.",
+    },
+    "tools": {
+        "type": "array",
+        "maxItems": 128,
+        "items": {
+            "type": "object",
+            "required": ["type", "function"],
+            "properties": {"type": {"const": "function"}, "function": {"type": "object"}},
+        },
+        "description": "Functions that the model may call; read from its text, in the form that its template writes.",
+    },
+    "tool_choice": {"type": "string", "enum": ["none", "auto"], "default": "auto"},
+    "parallel_tool_calls": {
+        "type": "boolean",
+        "default": True,
+        "description": "False: the answer ends with its first call.",
     },
     "reasoning_effort": {
         "type": "string",

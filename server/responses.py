@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 from json.encoder import encode_basestring
 from typing import Any, Final
 
-from engine import ChoiceDelta, FinishReason, PreparedRequest, RequestOutput, TokenLogprob, Usage, clean_logprob
+from engine import (
+    ChoiceDelta,
+    FinishReason,
+    PreparedRequest,
+    RequestOutput,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+    clean_logprob,
+)
 
 _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _BREAKS: Final = (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
@@ -64,6 +73,10 @@ def logprob_object(entry: TokenLogprob) -> dict[str, Any]:
     }
 
 
+def call_object(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
 def _logprobs(entries: Iterable[TokenLogprob] | None) -> dict[str, Any] | None:
     return None if entries is None else {"content": [logprob_object(e) for e in entries], "refusal": None}
 
@@ -72,6 +85,7 @@ def _logprobs(entries: Iterable[TokenLogprob] | None) -> dict[str, Any] | None:
 class _Choice:
     text: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -97,6 +111,7 @@ class Collector:
             choice = self._choices[delta.index]
             choice.text.append(delta.text)
             choice.reasoning.append(delta.reasoning)
+            choice.calls += delta.tool_calls
             choice.token_ids += delta.token_ids
             choice.logprobs += delta.logprobs or ()
             choice.finish_reason = delta.finish_reason or choice.finish_reason
@@ -111,9 +126,12 @@ class Collector:
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
         params = self._reply.prepared.params
-        message = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
         if reasoning := "".join(choice.reasoning):
             message["reasoning_content"] = reasoning
+        if choice.calls:
+            message["tool_calls"] = [call_object(call) for call in choice.calls]
+            message["content"] = message["content"] or None
         result = {
             "index": index,
             "message": message,
@@ -137,6 +155,7 @@ class ChunkWriter:
         self._prefix = f"data: {head[:-1]}," + '"choices":['
         self._suffix = ("]" + (',"usage":null' if include_usage else "") + "}\n\n").encode()
         self._token_ids = reply.prepared.params.return_token_ids
+        self._calls = [0] * reply.prepared.params.n
 
     def start(self) -> bytes:
         """One chunk per choice: the role, and an empty text."""
@@ -166,6 +185,13 @@ class ChunkWriter:
             logprobs = "null" if delta.logprobs is None else to_json(_logprobs(delta.logprobs))
             extra = f',"token_ids":{list(delta.token_ids)}' if self._token_ids else ""
             events = self._chunk(delta.index, text, logprobs, extra=extra)
+        for call in delta.tool_calls:
+            number, self._calls[delta.index] = self._calls[delta.index], self._calls[delta.index] + 1
+            whole = call_object(call)
+            named = {**whole, "function": {"name": call.name, "arguments": ""}}
+            written = {"function": {"arguments": call.arguments}}
+            for part in (named, written):
+                events += self._chunk(delta.index, to_json({"tool_calls": [{"index": number, **part}]}))
         if delta.finish_reason:
             checked = delta.schema_error is not None
             extra = f',"schema_error":{to_json(delta.schema_error or None)}' if checked else ""

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from engine import ChatMessage, Constraint, GenerationRequest, InvalidFormat, InvalidParameter, Unsupported
+from engine import ChatMessage, Constraint, GenerationRequest, InvalidFormat, InvalidParameter, ToolCall, Unsupported
 
-ROLES: Final = ("system", "developer", "user", "assistant")
+ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 MAX_NAME: Final = 256
 
 MAX_DEPTH: Final = 100
@@ -55,15 +55,12 @@ HANDLED: Final = frozenset(
     {
         "model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options", "chat_template_kwargs",
         "user", "metadata", "response_format", "reasoning_effort", "guided_json", "guided_regex", "guided_choice",
-        "guided_grammar",
+        "guided_grammar", "tools", "tool_choice", "parallel_tool_calls",
     }
 )  # fmt: skip
 
 UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     # field: the values that mean what happens anyway; null always does
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "parallel_tool_calls": (),
     "functions": ([],),
     "function_call": ("none",),
     "audio": (),
@@ -96,7 +93,12 @@ KNOWN: Final = HANDLED | SAMPLING.keys() | UNSUPPORTED.keys()
 MESSAGE_FIELDS: Final = frozenset({"role", "content", "name"})
 THOUGHTS: Final = ("reasoning_content", "reasoning")
 """What clients call an assistant's thoughts when they send them back."""
-UNSUPPORTED_MESSAGE_FIELDS: Final = ("tool_calls", "tool_call_id", "function_call", "audio", "refusal")
+UNSUPPORTED_MESSAGE_FIELDS: Final = ("function_call", "audio", "refusal")
+CALL_FIELDS: Final = ("tool_calls", "tool_call_id")
+TOOL_FIELDS: Final = ("name", "description", "parameters", "strict")
+TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+MAX_TOOLS: Final = 128
+MAX_CALL_ID: Final = 256
 FORMAT_FIELDS: Final = ("name", "description", "schema", "strict")
 FORMAT_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_CHOICES: Final = 1024
@@ -126,6 +128,7 @@ def parse(raw: bytes, request_id: str) -> ChatRequest:
     ignored = [name for name in data if name not in KNOWN]
     model = _required(data, "model", STRING)
     messages = _messages(data, ignored)
+    tools = _tools(data, ignored)
     for name, neutral in UNSUPPORTED.items():
         value = data.get(name)
         # `is` first: 1 == True in Python, not in JSON.
@@ -139,7 +142,12 @@ def parse(raw: bytes, request_id: str) -> ChatRequest:
         chat_template_kwargs=_optional(data, "chat_template_kwargs", OBJECT) or {},
         constraint=_constraint(data, ignored),
         reasoning_effort=_optional(data, "reasoning_effort", STRING),
+        tools=tools,
+        parallel_tool_calls=_optional(data, "parallel_tool_calls", FLAG) is not False,
     )
+    if tools and generation.constraint:
+        param = generation.constraint.param.partition(".")[0]
+        raise Unsupported(f"{param} together with tools is not supported by this build.", param=param)
     include_usage = _stream_options(data, stream, ignored)
     _annotations(data)
     return ChatRequest(model, generation, stream, include_usage, tuple(ignored))
@@ -237,7 +245,16 @@ def _messages(data: Mapping[str, Any], ignored: list[str]) -> tuple[ChatMessage,
     messages = _required(data, "messages", LIST)
     if not messages:
         raise InvalidParameter("messages must hold at least one message, not 0.", param="messages")
-    return tuple(_message(message, f"messages.{i}", ignored) for i, message in enumerate(messages))
+    turns = tuple(_message(message, f"messages.{i}", ignored) for i, message in enumerate(messages))
+    called: set[str] = set()
+    for i, turn in enumerate(turns):
+        if turn.tool_call_id is not None and turn.tool_call_id not in called:
+            raise InvalidParameter(
+                f"messages.{i}.tool_call_id: no call before it has the id {turn.tool_call_id[:100]!r}.",
+                param=f"messages.{i}.tool_call_id",
+            )
+        called.update(call.id for call in turn.tool_calls)
+    return turns
 
 
 def _message(message: Any, at: str, ignored: list[str]) -> ChatMessage:
@@ -246,7 +263,7 @@ def _message(message: Any, at: str, ignored: list[str]) -> ChatMessage:
     for name in UNSUPPORTED_MESSAGE_FIELDS:
         if message.get(name) not in (None, []):
             raise Unsupported(f"{at}.{name} is not supported by this build.", param=f"{at}.{name}")
-    if role in ("tool", "function"):
+    if role == "function":
         raise Unsupported(f"{at}.role: {role!r} is not supported by this build.", param=f"{at}.role")
     if role not in ROLES:
         raise InvalidParameter(f"{at}.role must be one of {', '.join(ROLES)}, not {role[:100]!r}.", param=f"{at}.role")
@@ -256,15 +273,134 @@ def _message(message: Any, at: str, ignored: list[str]) -> ChatMessage:
             f"{at}.name may have at most {MAX_NAME} characters, not {len(name)}.", param=f"{at}.name"
         )
     thoughts = [_optional(message, key, STRING, f"{at}.") for key in THOUGHTS] if role == "assistant" else []
-    known = MESSAGE_FIELDS.union(UNSUPPORTED_MESSAGE_FIELDS, THOUGHTS if role == "assistant" else ())
+    known = MESSAGE_FIELDS.union(UNSUPPORTED_MESSAGE_FIELDS, CALL_FIELDS, THOUGHTS if role == "assistant" else ())
     ignored += [f"{at}.{key}" for key in message if key not in known]
     reasoning = next((text for text in thoughts if text), None)
-    return ChatMessage(role, _content(message, at, ignored), name, reasoning)
+    calls = _calls(message, at, role, ignored)
+    answers = _answered(message, at, role)
+    return ChatMessage(role, _content(message, at, bool(calls), ignored), name, reasoning, calls, answers)
 
 
-def _content(message: Mapping[str, Any], at: str, ignored: list[str]) -> str:
+def _calls(message: Mapping[str, Any], at: str, role: str, ignored: list[str]) -> tuple[ToolCall, ...]:
+    """An assistant's calls, as it made them."""
+    at = f"{at}.tool_calls"
+    given = _typed(message["tool_calls"], at, LIST) if message.get("tool_calls") is not None else []
+    if given and role != "assistant":
+        raise InvalidParameter(f"{at}: only an assistant calls tools, not a {role}.", param=at)
+    calls = []
+    for i, call in enumerate(given):
+        here = f"{at}.{i}."
+        _typed(call, here[:-1], OBJECT)
+        kind = call.get("type", "function")
+        if kind != "function":
+            raise InvalidParameter(f"{here}type must be function, not {kind!r:.100}.", param=f"{here}type")
+        function = _required(call, "function", OBJECT, here)
+        arguments = _required(function, "arguments", STRING, f"{here}function.")
+        try:
+            whole = isinstance(json.loads(arguments or "{}"), dict)
+        except (ValueError, RecursionError):
+            whole = False
+        if not whole:
+            raise InvalidParameter(
+                f"{here}function.arguments must be a JSON object as text, not {arguments[:100]!r}.",
+                param=f"{here}function.arguments",
+            )
+        ignored += [f"{here}{key}" for key in call if key not in ("id", "type", "function", "index")]
+        found = ToolCall(_call_id(call, "id", here), _name(function, f"{here}function."), arguments or "{}")
+        calls.append(found)
+    return tuple(calls)
+
+
+def _answered(message: Mapping[str, Any], at: str, role: str) -> str | None:
+    """The id of the call that a tool's turn answers."""
+    if role == "tool":
+        return _call_id(message, "tool_call_id", f"{at}.")
+    if message.get("tool_call_id") is not None:
+        raise InvalidParameter(f"{at}.tool_call_id: only a tool answers a call.", param=f"{at}.tool_call_id")
+    return None
+
+
+def _call_id(data: Mapping[str, Any], name: str, at: str) -> str:
+    found: str = _required(data, name, STRING, at)
+    if not 1 <= len(found) <= MAX_CALL_ID:
+        raise InvalidParameter(
+            f"{at}{name} must have 1 to {MAX_CALL_ID} characters, not {len(found)}.", param=f"{at}{name}"
+        )
+    return found
+
+
+def _name(function: Mapping[str, Any], at: str) -> str:
+    name: str = _required(function, "name", STRING, at)
+    if not TOOL_NAME.fullmatch(name):
+        raise InvalidParameter(
+            f"{at}name must be 1 to 64 of the characters A-Z a-z 0-9 _ -, not {name[:100]!r}.", param=f"{at}name"
+        )
+    return name
+
+
+def _tools(data: Mapping[str, Any], ignored: list[str]) -> tuple[dict[str, Any], ...]:
+    """The definitions that the model may call; none with `tool_choice: none`."""
+    given = _optional(data, "tools", LIST) or []
+    if len(given) > MAX_TOOLS:
+        raise InvalidParameter(f"tools may hold at most {MAX_TOOLS} definitions, not {len(given)}.", param="tools")
+    tools = [_tool(tool, f"tools.{i}.", ignored) for i, tool in enumerate(given)]
+    names = [tool["function"]["name"] for tool in tools]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise InvalidParameter(
+                f"tools.{i}.function.name: {name!r} is there twice.", param=f"tools.{i}.function.name"
+            )
+    _optional(data, "parallel_tool_calls", FLAG)
+    choice = data.get("tool_choice")
+    if choice is None or choice == "auto":
+        return tuple(tools)
+    if choice == "none":
+        return ()
+    return _chosen(choice, names)
+
+
+def _tool(tool: Any, at: str, ignored: list[str]) -> dict[str, Any]:
+    _typed(tool, at[:-1], OBJECT)
+    kind = _required(tool, "type", STRING, at)
+    if kind != "function":
+        raise Unsupported(f"{at}type: only function is supported, not {kind[:100]!r}.", param=f"{at}type")
+    function = _required(tool, "function", OBJECT, at)
+    here = f"{at}function."
+    _name(function, here)
+    _optional(function, "description", STRING, here)
+    _optional(function, "parameters", OBJECT, here)
+    if _optional(function, "strict", FLAG, here):
+        raise Unsupported(f"{here}strict: calls are read, not enforced, by this build.", param=f"{here}strict")
+    ignored += [f"{at}{key}" for key in tool if key not in ("type", "function")]
+    ignored += [f"{here}{key}" for key in function if key not in TOOL_FIELDS]
+    known = {key: function[key] for key in TOOL_FIELDS if function.get(key) is not None and key != "strict"}
+    return {"type": "function", "function": known}
+
+
+def _chosen(choice: Any, names: list[str]) -> tuple[dict[str, Any], ...]:
+    """`required` and a named function: checked, and refused until they can be enforced."""
+    _typed(choice, "tool_choice", ((str, dict), "a string or an object"))
+    if isinstance(choice, str):
+        if choice != "required":
+            raise InvalidParameter(
+                f"tool_choice must be none, auto, required or a function, not {choice[:100]!r}.", param="tool_choice"
+            )
+        if not names:
+            raise InvalidParameter("tool_choice: required needs at least one tool.", param="tool_choice")
+    else:
+        function = _required(choice, "function", OBJECT, "tool_choice.")
+        name = _required(function, "name", STRING, "tool_choice.function.")
+        if name not in names:
+            at = "tool_choice.function.name"
+            raise InvalidParameter(f"{at}: {name[:100]!r} is not among the tools.", param=at)
+    raise Unsupported("tool_choice: only none and auto are supported by this build.", param="tool_choice")
+
+
+def _content(message: Mapping[str, Any], at: str, calls: bool, ignored: list[str]) -> str:
     """The text of a message; parts are joined as they are, nothing between them."""
     at = f"{at}.content"
+    if calls and message.get("content") is None:
+        return ""
     if "content" not in message:
         raise InvalidFormat(f"{at} is required.", param=at, code="missing_field")
     content = message["content"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,16 +58,39 @@ def test_a_name_is_remembered_over_three_turns(client: OpenAI) -> None:
     assert "Clara" in say(client, "My name is Clara.", "What is a seed?", "What is my name?")
 
 
-def test_a_tool_is_called_with_its_arguments(client: OpenAI) -> None:
-    weather = {
+WEATHER: Any = {
+    "type": "function",
+    "function": {
         "name": "get_weather",
         "description": "Get the current weather in a city.",
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    }
-    # What the chat template writes for `tools`, which the API does not take yet.
-    answer = say(client, "What is the weather in Oslo?", system=f"# Tools\n{json.dumps(weather)}")
-    [call] = re.findall(r"<tool_call>\n(.*)\n</tool_call>", answer)
-    assert json.loads(call) == {"name": "get_weather", "arguments": {"city": "Oslo"}}
+    },
+}
+
+
+def test_a_tool_is_called_and_its_result_is_told(client: OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "What is the weather in Oslo?"}]
+    fields: Any = {"model": "demo", "tools": [WEATHER], "temperature": 0}
+    reply = client.chat.completions.create(messages=messages, **fields).choices[0]
+    [call] = reply.message.tool_calls or []
+    assert reply.finish_reason == "tool_calls"
+    assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Oslo"})
+    messages += [reply.message, {"role": "tool", "tool_call_id": call.id, "content": '{"temperature": 17}'}]
+    answer = client.chat.completions.create(messages=messages, **fields).choices[0]
+    assert "17" in (answer.message.content or "")
+
+
+def test_a_streamed_call_is_the_same_call(client: OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "What is the weather in Oslo?"}]
+    fields: Any = {"model": "demo", "messages": messages, "tools": [WEATHER], "temperature": 0}
+    whole = client.chat.completions.create(**fields).choices[0].message.tool_calls
+    with client.chat.completions.stream(**fields) as stream:
+        streamed = stream.get_final_completion().choices[0].message.tool_calls
+    assert [(c.id, c.function.name, c.function.arguments) for c in streamed or []] == [
+        (c.id, c.function.name, c.function.arguments)  # type: ignore[union-attr]
+        for c in whole or []
+    ]
+    assert whole
 
 
 def test_a_story_differs_by_seed_and_repeats_with_it(client: OpenAI) -> None:

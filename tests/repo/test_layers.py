@@ -20,6 +20,8 @@ LAYERS = (
         "detokenizer",
         "grammar",
         "reasoning",
+        "tool_calls",
+        "tool_format",
         "stop_strings",
         "standin",
     },

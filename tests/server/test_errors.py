@@ -44,6 +44,12 @@ FORMAT, PARAMETER, UNSUPPORTED, MISSING = (
     "missing_field",
 )
 TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def tool(function: Any) -> dict[str, Any]:
+    return chat(tools=[{"type": "function", "function": function}])
+
 
 CASES: list[tuple[str, bytes | dict[str, Any], int, str | None, str, str]] = [
     # name, body, status, param, code, words of the message
@@ -82,8 +88,6 @@ CASES: list[tuple[str, bytes | dict[str, Any], int, str | None, str, str]] = [
     ("role number", say("a", 1), 400, "messages.0.role", FORMAT, "must be a string"),
     ("role null", say("a", None), 400, "messages.0.role", FORMAT, "not null"),
     ("role unknown", say("a", "owner"), 422, "messages.0.role", PARAMETER, "'owner'"),
-    ("role tool", say("a", "tool", tool_call_id="c"), 422, "messages.0.tool_call_id", UNSUPPORTED, "not supported"),
-    ("role tool alone", say("a", "tool"), 422, "messages.0.role", UNSUPPORTED, "'tool'"),
     ("no content", chat(messages=[{"role": "user"}]), 400, "messages.0.content", MISSING, "required"),
     ("content null", say(None), 400, "messages.0.content", FORMAT, "null only in an assistant's"),
     ("content null, assistant", say(None, "assistant"), 400, "messages.0.content", FORMAT, "tool calls"),
@@ -104,7 +108,6 @@ CASES: list[tuple[str, bytes | dict[str, Any], int, str | None, str, str]] = [
     ),
     ("name number", say("a", name=3), 400, "messages.0.name", FORMAT, "must be a string"),
     ("name long", say("a", name="n" * 300), 422, "messages.0.name", PARAMETER, "256 characters, not 300"),
-    ("tool calls", say("a", "assistant", tool_calls=[TOOL]), 422, "messages.0.tool_calls", UNSUPPORTED, "supported"),
     (
         "second message",
         chat(messages=[{"role": "user", "content": "a"}, {"role": "x", "content": "a"}]),
@@ -199,10 +202,6 @@ CASES: list[tuple[str, bytes | dict[str, Any], int, str | None, str, str]] = [
     *(
         (f"{name}", chat(**{name: value}), 422, name, UNSUPPORTED, f"{name} is not supported")
         for name, value in [
-            ("tools", [TOOL]),
-            ("tool_choice", "auto"),
-            ("tool_choice", {"type": "function", "function": {"name": "f"}}),
-            ("parallel_tool_calls", False),
             ("functions", [{"name": "f"}]),
             ("function_call", "auto"),
             ("modalities", ["text", "audio"]),
@@ -224,6 +223,91 @@ CASES: list[tuple[str, bytes | dict[str, Any], int, str | None, str, str]] = [
         FORMAT,
         "a str",
     ),
+    # tools
+    ("tools, object", chat(tools={}), 400, "tools", FORMAT, "a list"),
+    ("tools, text inside", chat(tools=["f"]), 400, "tools.0", FORMAT, "an object"),
+    ("tools, no type", chat(tools=[{"function": {"name": "f"}}]), 400, "tools.0.type", MISSING, "required"),
+    ("tools, other type", chat(tools=[{"type": "retrieval"}]), 422, "tools.0.type", UNSUPPORTED, "'retrieval'"),
+    ("tools, no function", chat(tools=[{"type": "function"}]), 400, "tools.0.function", MISSING, "required"),
+    ("tools, no name", tool({}), 400, "tools.0.function.name", MISSING, "required"),
+    ("tools, bad name", tool({"name": "get weather"}), 422, "tools.0.function.name", PARAMETER, "'get weather'"),
+    ("tools, empty name", tool({"name": ""}), 422, "tools.0.function.name", PARAMETER, "1 to 64"),
+    ("tools, long name", tool({"name": "f" * 65}), 422, "tools.0.function.name", PARAMETER, "64"),
+    (
+        "tools, parameters text",
+        tool({"name": "f", "parameters": "x"}),
+        400,
+        "tools.0.function.parameters",
+        FORMAT,
+        "an o",
+    ),
+    ("tools, strict", tool({"name": "f", "strict": True}), 422, "tools.0.function.strict", UNSUPPORTED, "not enforced"),
+    ("tools, twice", chat(tools=[TOOL, TOOL]), 422, "tools.1.function.name", PARAMETER, "'f' is there twice"),
+    ("tools, many", chat(tools=[TOOL] * 129), 422, "tools", PARAMETER, "128"),
+    ("choice, number", chat(tool_choice=1), 400, "tool_choice", FORMAT, "a string or an object"),
+    ("choice, word", chat(tools=[TOOL], tool_choice="always"), 422, "tool_choice", PARAMETER, "'always'"),
+    ("choice, required of none", chat(tool_choice="required"), 422, "tool_choice", PARAMETER, "at least one"),
+    ("choice, required", chat(tools=[TOOL], tool_choice="required"), 422, "tool_choice", UNSUPPORTED, "none and auto"),
+    (
+        "choice, named",
+        chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "f"}}),
+        422,
+        "tool_choice",
+        UNSUPPORTED,
+        "none and auto",
+    ),
+    (
+        "choice, unknown",
+        chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}),
+        422,
+        "tool_choice.function.name",
+        PARAMETER,
+        "'g' is not among",
+    ),
+    ("parallel, text", chat(parallel_tool_calls="no"), 400, "parallel_tool_calls", FORMAT, "true or false"),
+    (
+        "tools and a form",
+        chat(tools=[TOOL], response_format={"type": "json_object"}),
+        422,
+        "response_format",
+        UNSUPPORTED,
+        "together with tools",
+    ),
+    ("call of a user", say("x", tool_calls=[CALL]), 422, "messages.0.tool_calls", PARAMETER, "only an assistant"),
+    (
+        "call, no id",
+        say("x", "assistant", tool_calls=[{"function": {}}]),
+        400,
+        "messages.0.tool_calls.0.function.arguments",
+        MISSING,
+        "required",
+    ),
+    (
+        "call, half",
+        say("x", "assistant", tool_calls=[{**CALL, "function": {"name": "f", "arguments": "{"}}]),
+        422,
+        "messages.0.tool_calls.0.function.arguments",
+        PARAMETER,
+        "JSON object",
+    ),
+    (
+        "call, list",
+        say("x", "assistant", tool_calls=[{**CALL, "function": {"name": "f", "arguments": "[]"}}]),
+        422,
+        "messages.0.tool_calls.0.function.arguments",
+        PARAMETER,
+        "JSON object",
+    ),
+    (
+        "result of nothing",
+        say("x", "tool", tool_call_id="call_9"),
+        422,
+        "messages.0.tool_call_id",
+        PARAMETER,
+        "'call_9'",
+    ),
+    ("result without id", say("x", "tool"), 400, "messages.0.tool_call_id", MISSING, "required"),
+    ("result of a user", say("x", tool_call_id="a"), 422, "messages.0.tool_call_id", PARAMETER, "only a tool"),
     # what the reply must be
     ("format, text", chat(response_format="json"), 400, "response_format", FORMAT, "an object"),
     ("format, no type", chat(response_format={}), 400, "response_format.type", "missing_field", "required"),
@@ -314,7 +398,7 @@ def test_bad_requests_are_refused_by_name(
     assert call(served, chat()).status == 200
 
 
-@pytest.mark.parametrize("body", [c[1] for c in CASES if isinstance(c[1], dict)][::5])
+@pytest.mark.parametrize("body", [c[1] for c in CASES if isinstance(c[1], dict) and "stream_options" not in c[1]][::5])
 def test_a_stream_is_refused_like_a_body(served: Any, body: dict[str, Any]) -> None:
     """Everything that can be refused is refused before the first byte of a stream."""
     streamed, whole = call(served, {"stream": True, **body}), call(served, body)

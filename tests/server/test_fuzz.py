@@ -33,7 +33,7 @@ PART = st.fixed_dictionaries({}, optional={"type": st.just("text") | VALUES, "te
 MESSAGE = st.fixed_dictionaries(
     {},
     optional={
-        "role": st.sampled_from([*schema.ROLES, "tool"]) | VALUES,
+        "role": st.sampled_from(schema.ROLES) | VALUES,
         "content": st.text(max_size=8) | st.lists(PART, max_size=3) | VALUES,
         "name": VALUES,
         "tool_calls": VALUES,

@@ -69,9 +69,12 @@ CONTENTS = [
 @pytest.mark.parametrize(("content", "text"), CONTENTS)
 @pytest.mark.parametrize("role", schema.ROLES)
 def test_messages_keep_their_text(role: str, content: Any, text: str) -> None:
-    request = parse(chat(messages=[{"role": role, "content": content, "name": "N"}]))
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    before = [{"role": "assistant", "content": None, "tool_calls": [call]}] if role == "tool" else []
+    answers = {"tool_call_id": "call_1"} if role == "tool" else {}
+    request = parse(chat(messages=[*before, {"role": role, "content": content, "name": "N", **answers}]))
     assert request.generation.messages
-    [message] = request.generation.messages
+    *_, message = request.generation.messages
     assert (message.role, message.content, message.name) == (role, text, "N")
 
 

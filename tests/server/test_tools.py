@@ -1,0 +1,98 @@
+"""Tool calls over HTTP: the name first, then the arguments, the same in both kinds of answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from asgi import Answer, begin
+from fakes import FakeEngine, Step, chat, make_app, output
+
+from engine import ChoiceDelta, PreparedRequest, ToolCall
+
+TOOL = {"type": "function", "function": {"name": "ping", "parameters": {"type": "object"}}}
+ONE = ToolCall("call_a", "ping", '{"host": "é\u2028"}')
+TWO = ToolCall("call_b", "ping", "{}")
+
+
+def script(request: PreparedRequest) -> Iterable[Step]:
+    n = request.params.n
+    yield output(request, [ChoiceDelta(c, "Now.", (1,)) for c in range(n)], n)
+    yield output(request, [ChoiceDelta(c, "", (2,), tool_calls=(ONE,)) for c in range(n)], 2 * n)
+    last = [ChoiceDelta(c, "", (3,), None, "tool_calls", tool_calls=(TWO,)) for c in range(n)]
+    yield output(request, last, 3 * n, finished=True)
+
+
+def silent(request: PreparedRequest) -> Iterable[Step]:
+    yield output(request, [ChoiceDelta(0, "", (1,), None, "tool_calls", tool_calls=(TWO,))], 1, finished=True)
+
+
+def ask(play: Any = script, **fields: Any) -> Answer:
+    app = make_app(FakeEngine(play))
+
+    async def main() -> Answer:
+        return await begin(app, chat(tools=[TOOL], **fields)).ended(5)
+
+    return asyncio.run(main())
+
+
+def test_a_message_with_calls() -> None:
+    for choice in ask(n=2).json["choices"]:
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["content"] == "Now."
+        assert choice["message"]["tool_calls"] == [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in (ONE, TWO)
+        ]
+    [choice] = ask(silent).json["choices"]
+    assert choice["message"]["content"] is None
+
+
+def test_a_stream_of_calls() -> None:
+    *events, done = ask(n=2, stream=True).events
+    assert done == "[DONE]"
+    for index in range(2):
+        choices = [c for e in events for c in e["choices"] if c["index"] == index]
+        parts = [part for c in choices for part in c["delta"].get("tool_calls", [])]
+        assert [p["index"] for p in parts] == [0, 0, 1, 1]
+        assert [(p["id"], p["type"], p["function"]) for p in parts[::2]] == [
+            (call.id, "function", {"name": "ping", "arguments": ""}) for call in (ONE, TWO)
+        ]
+        assert ["id" in p for p in parts] == [True, False, True, False]
+        assert ["name" in p["function"] for p in parts] == [True, False, True, False]
+        assert [p["function"]["arguments"] for p in parts[1::2]] == [ONE.arguments, TWO.arguments]
+        assert choices[-1]["finish_reason"] == "tool_calls"
+
+
+def test_a_conversation_with_results_goes_on() -> None:
+    call = {"id": "call_a", "type": "function", "function": {"name": "ping", "arguments": ""}}
+    messages = [
+        {"role": "user", "content": "ping"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_a", "content": [{"type": "text", "text": "pong"}]},
+    ]
+    answer = ask(messages=messages)
+    assert answer.status == 200, answer.body
+    assert "x-ignored-fields" not in answer.headers
+
+
+def test_what_the_engine_is_told() -> None:
+    engine = FakeEngine(script)
+    app = make_app(engine)
+
+    async def main(**fields: Any) -> None:
+        await begin(app, chat(**fields)).ended(5)
+
+    definition = {"name": "ping", "description": "x", "parameters": {}, "strict": False}
+    asyncio.run(main(tools=[{"type": "function", "function": definition}], parallel_tool_calls=False))
+    asyncio.run(main(tools=[TOOL], tool_choice="none"))
+    asyncio.run(main(tools=[TOOL], tool_choice=None, parallel_tool_calls=None))
+    first, second, third = engine.requests[-3:]
+    assert json.loads(json.dumps(first.tools)) == [
+        {"type": "function", "function": {"name": "ping", "description": "x", "parameters": {}}}
+    ]
+    assert not first.parallel_tool_calls
+    assert second.tools == ()
+    assert (third.tools, third.parallel_tool_calls) == ((TOOL,), True)
