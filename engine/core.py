@@ -87,9 +87,8 @@ class EngineCore:
         self._grammars: GrammarCompiler = model.grammars
         self._reasoning = model.reasoning
         self._tool_format = model.tool_format or GENERIC
-        marks = "".join([*_texts(model.reasoning), *_texts(self._tool_format)])
-        names = {i: self._vocabulary.token_text(i) for i in self._vocabulary.special_ids}
-        self._marks = {i: name for i, name in names.items() if name and name in marks}
+        self._thought_marks = _marks(self._vocabulary, self._reasoning)
+        self._call_marks = _marks(self._vocabulary, self._tool_format)
         self._closing_ids = model.closing_ids
         self._end_ids = frozenset(model.end_ids)
         self._sampler = Sampler(
@@ -129,12 +128,16 @@ class EngineCore:
         self._scheduler.add([choice.sequence for choice in choices])
 
     def _text(self, stops: StopStrings, request: PreparedRequest) -> TextStream:
-        splitter = Splitter(self._reasoning, opened=request.thinks) if self._reasoning and request.chat else None
-        reader = None
+        splitter, reader = None, None
+        marks: dict[int, str] = {}
+        if self._reasoning and request.chat:
+            splitter = Splitter(self._reasoning, opened=request.thinks)
+            marks |= self._thought_marks
         if request.tools:
+            marks |= self._call_marks
             tools = {tool["function"]["name"]: tool["function"] for tool in request.tools}
             reader = CallReader(self._tool_format, tools, parallel=request.parallel_tool_calls)
-        return TextStream(self._vocabulary, stops, splitter, reader, self._marks)
+        return TextStream(self._vocabulary, stops, splitter, reader, marks)
 
     def abort(self, request_id: str) -> None:
         """Forget a request, wherever it is; its blocks are free at once. Does nothing if it is gone."""
@@ -370,8 +373,13 @@ def _drawers(chunk: Chunk) -> list[Sequence]:
     return [s for s in (chunk.sequence, *chunk.forks) if s.state is SequenceState.RUNNING]
 
 
-def _texts(found: ReasoningFormat | ToolFormat | None) -> list[str]:
-    return [text for text in astuple(found) if isinstance(text, str)] if found else []
+def _marks(vocabulary: Vocabulary, found: ReasoningFormat | ToolFormat | None) -> dict[int, str]:
+    """The special tokens that a format is written with: they add nothing to a text, but have to be seen."""
+    if found is None:
+        return {}
+    texts = [text for text in astuple(found) if isinstance(text, str)]
+    names = {i: vocabulary.token_text(i) for i in vocabulary.special_ids}
+    return {i: name for i, name in names.items() if name and any(name in text for text in texts)}
 
 
 def _together(a: TextDelta, b: TextDelta) -> TextDelta:
