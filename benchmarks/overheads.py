@@ -9,18 +9,26 @@ are what a token takes from everybody else. Says nothing about how fast a model 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: this folder holds an engine.py that must not hide the package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from transformers import AutoTokenizer
+
 from benchmarks import loopback, machine, metered, served, step_costs
 from benchmarks.common import RESULTS, alternate, summary, thread_cpu_seconds
 from benchmarks.report import Report
+from engine import Constraint
 from engine.checkpoint import prepare_environment
+from engine.detokenizer import Vocabulary
+from engine.grammar import GrammarCompiler
 from engine.standin import ensure_standin
 
 UNIT = "µs CPU/token"
@@ -70,6 +78,88 @@ def engine(report: Report, model: Path, streams: int, tokens: int, repeat: int) 
         {f"{streams} streams": summary(forwards)},
         note="one kernel thread; not part of the rows above.",
     )
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["new", "old", "red", "blue"]}, "maxItems": 5},
+        "address": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "since": {"type": "string", "format": "date"}},
+            "required": ["city", "since"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["name", "age", "tags", "address"],
+    "additionalProperties": False,
+}
+DOCUMENT = {
+    "name": "Ada Lovelace, countess",
+    "age": 36,
+    "tags": ["new", "red"],
+    "address": {"city": "London, Marylebone", "since": "1835-07-08"},
+}
+
+
+def grammars(report: Report, model: Path, streams: int, tokens: int, repeat: int) -> None:
+    """What it costs to hold replies to a schema: time on the clock, with the threads that llguidance takes."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    size = vocabulary.size
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    ids = encode(json.dumps(DOCUMENT))
+    made, first, later, batch = [], [], [], []
+    for number in range(repeat + 1):  # the first warms up
+        started = time.perf_counter()
+        compiler = GrammarCompiler(vocabulary, size, [tokenizer.eos_token_id], encode)
+        compiler.start("start: /a/")
+        built = time.perf_counter()
+        fresh = {**SCHEMA, "title": f"fresh {number}"}
+        grammar, _ = compiler.grammar_of(Constraint("json", fresh))
+        states = [compiler.start(grammar) for _ in range(8)]
+        compiler.masks(states[:1], [states[0].forced])
+        begun = time.perf_counter()
+        spent: list[float] = []
+        for token in ids:
+            at = time.perf_counter()
+            compiler.masks(states[:1], [states[0].forced])
+            states[0].consume(token)
+            spent.append(time.perf_counter() - at)
+        together = time.perf_counter()
+        for token in ids:
+            compiler.masks(states[1:], [state.forced for state in states[1:]])
+            for state in states[1:]:
+                state.consume(token)
+        done = time.perf_counter()
+        if number:
+            made.append((built - started) * 1e3)
+            first.append((begun - built) * 1e3)
+            later.append(statistics.mean(spent[1:]) * 1e6)
+            batch.append((done - together) / len(ids) * 1e6)
+    name = f"{size} tokens"
+    report.add("grammar: the tokenizer made ready, once a model", "ms", {name: summary(made)})
+    report.add(
+        "grammar: first token of a new schema",
+        "ms",
+        {name: summary(first)},
+        goal="< 50",
+        met=summary(first)["median"] < 50,
+    )
+    report.add(
+        "grammar: mask and step of one token, after the first",
+        "µs",
+        {name: summary(later)},
+        goal="< 100",
+        met=summary(later)["median"] < 100,
+        note=f"mean over the {len(ids)} tokens of a document of four fields; the mask as a row of booleans.",
+    )
+    report.add("grammar: mask and step of 7 sequences together", "µs", {name: summary(batch)})
 
 
 def server(report: Report, model: Path, streams: int, tokens: int, repeat: int) -> None:
@@ -141,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=256, help="tokens of each stream")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--only", choices=["engine", "server"])
+    parser.add_argument("--only", choices=["engine", "grammars", "server"])
     parser.add_argument("--out", type=Path, help="folder for the JSON; default benchmarks/results")
     parser.add_argument("--quick", action="store_true", help="toy settings; writes nothing unless --out is given")
     arguments = parser.parse_args(argv)
@@ -154,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     commit, dirty = machine.commit()
     where = machine.describe(threads=1)
     report = Report("overheads", label, machine.utc_now(), commit, dirty, where, settings, arguments.quick)
-    for name, part in (("engine", engine), ("server", server)):
+    for name, part in (("engine", engine), ("grammars", grammars), ("server", server)):
         if arguments.only in (None, name):
             part(report, model, arguments.streams, arguments.tokens, arguments.repeat)
     report.show()

@@ -105,6 +105,7 @@ class AsyncEngine:
         self._stats = self._core.stats()
         self._busy_since: float | None = None  # monotonic seconds at which the step under way began
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"prepare-{self.info.id}")
+        self._worker.submit(model.grammars.warm)
         self._thread = threading.Thread(target=self._run, name=f"engine-{self.info.id}", daemon=True)
         self._thread.start()
 

@@ -21,7 +21,7 @@ import numpy as np
 from jsonschema import Draft202012Validator
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llguidance import TokenizerWrapper as _Wrapper
-from llguidance.numpy import fill_next_token_bitmask_par
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 from referencing import Registry
 from referencing.exceptions import Unresolvable
@@ -29,6 +29,7 @@ from referencing.exceptions import Unresolvable
 from engine.detokenizer import Vocabulary
 from engine.errors import InvalidParameter
 from engine.reasoning import ReasoningFormat
+from engine.tool_format import CALL_ID, ToolFormat
 from engine.types import Constraint
 
 __all__ = ["GrammarCompiler", "GrammarState", "unenforced_errors"]
@@ -137,6 +138,10 @@ class GrammarCompiler:
         self._make: Callable[[], LLTokenizer] = lambda: _tokenizer(vocabulary, vocab_size, end_ids, encode)
         self._matcher = functools.lru_cache(_CACHED)(self._compile)
 
+    def warm(self) -> None:
+        """Make the tokenizer ready now, not with the first grammar: a good part of a second for a large vocabulary."""
+        self._tokens  # noqa: B018
+
     def start(self, grammar: str) -> GrammarState:
         """The state before the first token.
 
@@ -159,7 +164,9 @@ class GrammarCompiler:
         """
         bits = np.full((len(states), (self.vocab_size + 31) // 32), -1, np.int32)
         free = [(s._matcher, i) for i, s in enumerate(states) if s is not None and forced[i] is None]
-        if free:
+        if len(free) == 1:  # no other thread has to be woken
+            fill_next_token_bitmask(free[0][0], bits, free[0][1])
+        elif free:
             fill_next_token_bitmask_par(self._threads, free, bits)
         allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, : self.vocab_size].view(np.bool_)
         for i, token in enumerate(forced):
@@ -202,16 +209,96 @@ class GrammarCompiler:
                     f"{constraint.param} cannot be combined with thinking; turn that off (reasoning_effort: none).",
                     param=constraint.param,
                 )
-        if thoughts is None:
-            grammar = f"start: {rule}"
-        else:
-            start = "thoughts? answer" if not opened else "rest answer"
-            grammar = (
-                f"start: {start}\nthoughts: {self._mark(thoughts.open)} rest\n"
-                f"{self._until(thoughts.close)}\nanswer: {rule}"
-            )
+        grammar = self._after(thoughts, opened, f"answer: {rule}")
         self._check(grammar, constraint.param)
         return grammar, unenforced
+
+    def tool_grammar(
+        self,
+        found: ToolFormat,
+        tools: Sequence[Mapping[str, Any]],
+        thoughts: ReasoningFormat | None = None,
+        opened: bool = False,
+        *,
+        free: bool,
+        several: bool,
+    ) -> str:
+        """Calls of these tools, each with arguments that satisfy its schema.
+
+        Args:
+            tools: definitions in the API's shape. A schema that cannot be enforced whole is refused with `strict`, else
+                enforced as far as it can be.
+            free: any text, and a call only once the mark of one has been written; else nothing but calls.
+            several: whether another call may follow the first.
+
+        Raises:
+            InvalidParameter: a schema that cannot be compiled.
+        """
+        rules = [self._arguments(found, i, tool["function"]) for i, tool in enumerate(tools)]
+        names = " | ".join(f"call_{i}" for i in range(len(tools)))
+        close = [self._mark(part) if part else "" for part in found.close.split(CALL_ID)]
+        rules.append(f"close: {' ID '.join(close)}" if len(close) > 1 else f"close: {close[0]}")
+        rules.append("ID: /[A-Za-z0-9]{9}/")
+        rules.append(f"call: {names}")
+        more = f"({self._mark(found.between)} {self._mark(found.open)} call)*" if several and found.between else ""
+        if several and found.between == "":
+            more = f"({self._mark(found.open)} call)*"
+        end = self._mark(found.end) if found.end else ""
+        if not free:
+            return self._after(
+                thoughts, opened, f"answer: {self._mark(found.begin + found.open)} call {more} {end}", rules
+            )
+        pieces = self._pieces(found.begin + found.open)
+        special, mark = pieces[0]
+        if special is None:  # a tag that is text: the lexeme ends with the first of it
+            tag = found.mark
+            head = f"head[lazy]: TEXT {_quoted(tag)}"
+            left = (found.begin + found.open)[len(tag) :]
+        else:
+            head, left = f"head: TEXT <[{special}]>", (found.begin + found.open)[len(mark) :]
+        block = f"head {self._mark(left) if left else ''} call {more if found.begin else ''} {end}"
+        again = "*" if several else "?"
+        rules += [head, "TEXT: /(.|\\n)*/", f"block: {block}"]
+        return self._after(thoughts, opened, f"answer: block{again} TEXT", rules)
+
+    def _arguments(self, found: ToolFormat, number: int, function: Mapping[str, Any]) -> str:
+        """The rules of one tool: what follows the opening of a call, up to its end."""
+        param = f"tools.{number}.function.parameters"
+        schema = {"type": "object", **(function.get("parameters") or {})}
+        head = f"call_{number}: {self._mark(function['name'] + found.middle)}"
+        strict = bool(function.get("strict"))
+        if found.style == "json":
+            rule, _ = self.schema_rule(Constraint("json", schema, strict, param))
+            return f"{head} args_{number} close\nargs_{number}: {rule}"
+        # One by one: in the order of the schema, those that are not required may be left out.
+        terms, rules = [], []
+        required = schema.get("required") or ()
+        for i, (key, part) in enumerate((schema.get("properties") or {}).items()):
+            name = f"pair_{number}_{i}"
+            opening = self._mark(found.key_open + key + found.value_open)
+            if isinstance(part, Mapping) and part.get("type") == "string" and "enum" not in part:
+                rules.append(f"{name}: {opening} {name}_v\n{name}_v[suffix={_quoted(found.value_close)}]: /(.|\\n)*/")
+            else:
+                local = {**part, **{k: schema[k] for k in ("$defs", "definitions") if k in schema}}
+                if isinstance(part.get("enum"), list) and all(isinstance(v, str) for v in part["enum"]):
+                    rule = " | ".join(_quoted(v) for v in part["enum"])
+                else:
+                    rule, _ = self.schema_rule(Constraint("json", local, strict, f"{param}.properties.{key}"))
+                rules.append(f"{name}: {opening} {name}_v {self._mark(found.value_close)}\n{name}_v: {rule}")
+            terms.append(name if key in required else f"{name}?")
+        return "\n".join([f"{head} {' '.join(terms)} close", *rules])
+
+    def _after(self, thoughts: ReasoningFormat | None, opened: bool, answer: str, rules: Sequence[str] = ()) -> str:
+        """A grammar from its rule `answer`, with thoughts before it if there may be some."""
+        if thoughts is None:
+            return "\n".join(["start: answer", answer, *rules])
+        start = "start: rest answer" if opened else "start: thoughts? answer"
+        opening = f"thoughts: {self._mark(thoughts.open)} rest"
+        return "\n".join([start, opening, self._until(thoughts.close), answer, *rules])
+
+    def check(self, grammar: str, param: str) -> None:
+        """Raise what `grammar_of` raises for a grammar that cannot be compiled."""
+        self._check(grammar, param)
 
     def schema_rule(self, constraint: Constraint) -> tuple[str, tuple[str, ...]]:
         """The right side of a Lark rule for a JSON schema, and the keywords that it does not enforce."""

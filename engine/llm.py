@@ -53,6 +53,7 @@ class _How:
     constraint: Constraint | None
     reasoning_effort: str | None
     tools: tuple[dict[str, Any], ...]
+    tool_choice: str
 
 
 class LLM:
@@ -120,6 +121,7 @@ class LLM:
         constraint: Constraint | None = None,
         reasoning_effort: str | None = None,
         tools: Sequence[dict[str, Any]] = (),
+        tool_choice: str = "auto",
         **sampling: Any,
     ) -> Iterator[RequestOutput]:
         """Generate, step by step. Leaving the loop early frees the request's place.
@@ -127,7 +129,7 @@ class LLM:
         Raises:
             RequestError: before anything is generated.
         """
-        how = _How(chat_template_kwargs or {}, constraint, reasoning_effort, tuple(tools))
+        how = _How(chat_template_kwargs or {}, constraint, reasoning_effort, tuple(tools), tool_choice)
         request_id, _ = self._add(prompt, how, sampling)
         return self._outputs(request_id)
 
@@ -139,10 +141,11 @@ class LLM:
         constraint: Constraint | None = None,
         reasoning_effort: str | None = None,
         tools: Sequence[dict[str, Any]] = (),
+        tool_choice: str = "auto",
         **sampling: Any,
     ) -> list[Completion]:
         """All choices of one prompt."""
-        how = _How(chat_template_kwargs or {}, constraint, reasoning_effort, tuple(tools))
+        how = _How(chat_template_kwargs or {}, constraint, reasoning_effort, tuple(tools), tool_choice)
         return self._generate([prompt], how, sampling)[0]
 
     def generate_many(
@@ -153,10 +156,11 @@ class LLM:
         constraint: Constraint | None = None,
         reasoning_effort: str | None = None,
         tools: Sequence[dict[str, Any]] = (),
+        tool_choice: str = "auto",
         **sampling: Any,
     ) -> list[list[Completion]]:
         """Several prompts at once; the answers are the same as one by one, only sooner."""
-        how = _How(chat_template_kwargs or {}, constraint, reasoning_effort, tuple(tools))
+        how = _How(chat_template_kwargs or {}, constraint, reasoning_effort, tuple(tools), tool_choice)
         return self._generate(prompts, how, sampling)
 
     def _generate(self, prompts: Sequence[Prompt], how: _How, sampling: dict[str, Any]) -> list[list[Completion]]:
@@ -195,6 +199,7 @@ class LLM:
             constraint=how.constraint,
             reasoning_effort=how.reasoning_effort,
             tools=how.tools,
+            tool_choice=how.tool_choice,
         )
         prepared = self._preparer.prepare(request)
         self._core.add(prepared)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.chat_template import ChatTemplate
@@ -18,7 +18,7 @@ from engine.detokenizer import Vocabulary
 from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, TemplateRefused, Unsupported
 from engine.grammar import GrammarCompiler
 from engine.reasoning import ReasoningFormat, template_variables
-from engine.tool_format import CALL_ID, ToolFormat, generic_messages
+from engine.tool_format import CALL_ID, GENERIC, ToolFormat, generic_messages
 from engine.types import ChatMessage, GenerationRequest, ModelInfo, PreparedRequest, SamplingParams
 
 _DRAWN_SEED_BITS = 53
@@ -67,12 +67,12 @@ class Preparer:
         tokens = self._tokens(request, text)
         found = self._reasoning
         thinks = found is not None and text is not None and text.rstrip().endswith(found.open)
-        grammar: str | None = None
+        may_think = found if request.messages is not None else None
+        if text is not None and found is not None and text.rstrip().endswith(found.close):
+            may_think = None  # the template has closed the thoughts before they began
+        grammar = self._tool_grammar(request, may_think, thinks)
         unenforced: tuple[str, ...] = ()
         if request.constraint is not None:
-            may_think = found if request.messages is not None else None
-            if text is not None and found is not None and text.rstrip().endswith(found.close):
-                may_think = None  # the template has closed the thoughts before they began
             grammar, unenforced = self._grammars.grammar_of(request.constraint, may_think, thinks)
         return PreparedRequest(
             request_id=request.request_id,
@@ -86,6 +86,26 @@ class Preparer:
             tools=request.tools,
             parallel_tool_calls=request.parallel_tool_calls,
         )
+
+    def _tool_grammar(self, request: GenerationRequest, thoughts: ReasoningFormat | None, opened: bool) -> str | None:
+        """What calls are held to: all of them if some are asked for; else strict ones, once they begin."""
+        if not request.tools:
+            return None
+        choice, tools = request.tool_choice, request.tools
+        if choice == "auto" and not any(tool["function"].get("strict") for tool in tools):
+            return None
+        if choice.startswith(":"):
+            tools = tuple(tool for tool in tools if tool["function"]["name"] == choice[1:])
+        grammar = self._grammars.tool_grammar(
+            self._tool_format or GENERIC,
+            tools,
+            thoughts,
+            opened,
+            free=choice == "auto",
+            several=request.parallel_tool_calls and not choice.startswith(":"),
+        )
+        self._grammars.check(grammar, "tools")
+        return grammar
 
     def _variables(self, request: GenerationRequest) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The template's variables, and whether an effort was asked for that they cannot express."""
@@ -118,16 +138,17 @@ class Preparer:
         if not request.messages:
             raise InvalidParameter("messages must hold at least one message.", param="messages")
         messages: Sequence[ChatMessage] = request.messages
+        tools = [_as_shown(tool) for tool in request.tools]
         if self._tool_format is not None:
             if CALL_ID in self._tool_format.close:
                 messages = [_with_short_ids(message) for message in messages]
-            return self._template.render(messages, tools=request.tools, **variables)
+            return self._template.render(messages, tools=tools, **variables)
         if not request.tools and not any(m.tool_calls or m.role == "tool" for m in messages):
             return self._template.render(messages, **variables)
         try:
-            return self._template.render(generic_messages(messages, request.tools, system=True), **variables)
+            return self._template.render(generic_messages(messages, tools, system=True), **variables)
         except TemplateRefused:  # it may know no system turn
-            return self._template.render(generic_messages(messages, request.tools, system=False), **variables)
+            return self._template.render(generic_messages(messages, tools, system=False), **variables)
 
     def _tokens(self, request: GenerationRequest, text: str | None) -> tuple[int, ...]:
         given = [n for n in ("messages", "prompt", "prompt_token_ids") if getattr(request, n) is not None]
@@ -171,6 +192,11 @@ class Preparer:
         return dataclasses.replace(
             params, max_tokens=max_tokens, min_tokens=min(params.min_tokens, max_tokens), seed=seed
         )
+
+
+def _as_shown(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A definition as the model sees it: how strictly it is held to it is no concern of its."""
+    return {**tool, "function": {key: value for key, value in tool["function"].items() if key != "strict"}}
 
 
 def _with_short_ids(message: ChatMessage) -> ChatMessage:

@@ -57,6 +57,12 @@ class ToolFormat:
     value_open: str = ""
     value_close: str = ""
 
+    @property
+    def mark(self) -> str:
+        """What a call is known by: the first tag of its opening, or all of it."""
+        tag = _TAG.match(self.begin + self.open)
+        return tag[0] if tag else self.begin + self.open
+
     def describe(self) -> str:
         """One line for people."""
         body = "{…}" if self.style == "json" else f"{self.key_open}KEY{self.value_open}VALUE{self.value_close}…"

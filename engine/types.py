@@ -245,6 +245,8 @@ class GenerationRequest:
     tools: tuple[Mapping[str, Any], ...] = ()
     """Definitions in the API's shape. None of them: the reply is not looked at for calls."""
     parallel_tool_calls: bool = True
+    tool_choice: str = "auto"
+    """`auto`, `required`, or after a colon the name of the one that must be called: `:get_weather`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

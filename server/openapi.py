@@ -104,7 +104,12 @@ _FIELDS: Final[dict[str, dict[str, Any]]] = {
         },
         "description": "Functions that the model may call; read from its text, in the form that its template writes.",
     },
-    "tool_choice": {"type": "string", "enum": ["none", "auto"], "default": "auto"},
+    "tool_choice": {
+        "anyOf": [{"type": "string"}, {"type": "object"}],
+        "default": "auto",
+        "description": "none, auto, required, or the function that must be called: "
+        '`{"type": "function", "function": {"name": …}}`.',
+    },
     "parallel_tool_calls": {
         "type": "boolean",
         "default": True,

@@ -128,7 +128,7 @@ def parse(raw: bytes, request_id: str) -> ChatRequest:
     ignored = [name for name in data if name not in KNOWN]
     model = _required(data, "model", STRING)
     messages = _messages(data, ignored)
-    tools = _tools(data, ignored)
+    tools, choice = _tools(data, ignored)
     for name, neutral in UNSUPPORTED.items():
         value = data.get(name)
         # `is` first: 1 == True in Python, not in JSON.
@@ -144,6 +144,7 @@ def parse(raw: bytes, request_id: str) -> ChatRequest:
         reasoning_effort=_optional(data, "reasoning_effort", STRING),
         tools=tools,
         parallel_tool_calls=_optional(data, "parallel_tool_calls", FLAG) is not False,
+        tool_choice=choice,
     )
     if tools and generation.constraint:
         param = generation.constraint.param.partition(".")[0]
@@ -338,8 +339,8 @@ def _name(function: Mapping[str, Any], at: str) -> str:
     return name
 
 
-def _tools(data: Mapping[str, Any], ignored: list[str]) -> tuple[dict[str, Any], ...]:
-    """The definitions that the model may call; none with `tool_choice: none`."""
+def _tools(data: Mapping[str, Any], ignored: list[str]) -> tuple[tuple[dict[str, Any], ...], str]:
+    """The definitions that the model may call, none with `tool_choice: none`; and which of them it must."""
     given = _optional(data, "tools", LIST) or []
     if len(given) > MAX_TOOLS:
         raise InvalidParameter(f"tools may hold at most {MAX_TOOLS} definitions, not {len(given)}.", param="tools")
@@ -353,10 +354,10 @@ def _tools(data: Mapping[str, Any], ignored: list[str]) -> tuple[dict[str, Any],
     _optional(data, "parallel_tool_calls", FLAG)
     choice = data.get("tool_choice")
     if choice is None or choice == "auto":
-        return tuple(tools)
+        return tuple(tools), "auto"
     if choice == "none":
-        return ()
-    return _chosen(choice, names)
+        return (), "auto"
+    return tuple(tools), _chosen(choice, names)
 
 
 def _tool(tool: Any, at: str, ignored: list[str]) -> dict[str, Any]:
@@ -369,16 +370,15 @@ def _tool(tool: Any, at: str, ignored: list[str]) -> dict[str, Any]:
     _name(function, here)
     _optional(function, "description", STRING, here)
     _optional(function, "parameters", OBJECT, here)
-    if _optional(function, "strict", FLAG, here):
-        raise Unsupported(f"{here}strict: calls are read, not enforced, by this build.", param=f"{here}strict")
+    _optional(function, "strict", FLAG, here)
     ignored += [f"{at}{key}" for key in tool if key not in ("type", "function")]
     ignored += [f"{here}{key}" for key in function if key not in TOOL_FIELDS]
-    known = {key: function[key] for key in TOOL_FIELDS if function.get(key) is not None and key != "strict"}
+    known = {key: function[key] for key in TOOL_FIELDS if function.get(key) not in (None, False)}
     return {"type": "function", "function": known}
 
 
-def _chosen(choice: Any, names: list[str]) -> tuple[dict[str, Any], ...]:
-    """`required` and a named function: checked, and refused until they can be enforced."""
+def _chosen(choice: Any, names: list[str]) -> str:
+    """`required`, or a colon and the name of the function that must be called."""
     _typed(choice, "tool_choice", ((str, dict), "a string or an object"))
     if isinstance(choice, str):
         if choice != "required":
@@ -387,13 +387,14 @@ def _chosen(choice: Any, names: list[str]) -> tuple[dict[str, Any], ...]:
             )
         if not names:
             raise InvalidParameter("tool_choice: required needs at least one tool.", param="tool_choice")
+        return choice
     else:
         function = _required(choice, "function", OBJECT, "tool_choice.")
         name = _required(function, "name", STRING, "tool_choice.function.")
         if name not in names:
             at = "tool_choice.function.name"
             raise InvalidParameter(f"{at}: {name[:100]!r} is not among the tools.", param=at)
-    raise Unsupported("tool_choice: only none and auto are supported by this build.", param="tool_choice")
+        return f":{name}"
 
 
 def _content(message: Mapping[str, Any], at: str, calls: bool, ignored: list[str]) -> str:

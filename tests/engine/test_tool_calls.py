@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
-from engine import LLM, ChatMessage, Constraint, ToolCall
+from engine import LLM, ChatMessage, Constraint, InvalidParameter, ToolCall
 from engine.chat_template import ChatTemplate
 from engine.tool_calls import CallReader, call_id
 from engine.tool_format import CALL_ID, GENERIC, ToolFormat, find, generic_messages
@@ -52,7 +54,9 @@ def written(found: ToolFormat, calls: list[tuple[str, dict[str, Any]]]) -> str:
         values = {k: v if isinstance(v, str) else json.dumps(v) for k, v in given.items()}
         return "".join(f"{found.key_open}{k}{found.value_open}{v}{found.value_close}" for k, v in values.items())
 
-    texts = [f"{found.open}{n}{found.middle}{arguments(a)}{found.close.replace(CALL_ID, 'x1y2z3')}" for n, a in calls]
+    texts = [
+        f"{found.open}{n}{found.middle}{arguments(a)}{found.close.replace(CALL_ID, 'x1y2z3a4b')}" for n, a in calls
+    ]
     return found.begin + (found.between or "").join(texts) + found.end
 
 
@@ -246,3 +250,115 @@ def test_without_tools_nothing_is_read(llm: LLM) -> None:
     text = written(GENERIC, [PING])
     [answer] = llm.generate(HELLO, constraint=Constraint("choice", [text]), seed=1)
     assert (answer.text, answer.finish_reason, answer.tool_calls) == (text, "stop", ())
+
+
+# -- held to their schemas --------------------------------------------------------------------------------------------
+
+STRICT: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string", "enum": ["Oslo", "Rio"]},
+                    "days": {"type": "integer", "minimum": 1, "maximum": 9},
+                    "deep": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
+                },
+                "required": ["city", "days"],
+                "additionalProperties": False,
+            },
+            "strict": True,
+        },
+    },
+    {
+        "type": "function",
+        "function": {
+            "name": "ping",
+            "parameters": {"type": "object", "properties": {}, "additionalProperties": False},
+            "strict": True,
+        },
+    },
+]
+SCHEMAS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in STRICT}
+
+
+def walk(llm: LLM, grammar: str, rng: random.Random, limit: int = 3000) -> str | None:
+    """A text of a grammar, token by token by chance; None if it has not ended by then."""
+    compiler, words = llm._model.grammars, llm._model.vocabulary
+    state, data = compiler.start(grammar), b""
+    for _ in range(limit):
+        if state.stopped or (state.accepting and rng.random() < 0.3):
+            return data.decode()
+        allowed = compiler.masks([state], [state.forced])[0].nonzero()[0].tolist()
+        token = rng.choice([i for i in allowed if i not in llm._model.end_ids])
+        state.consume(token)
+        data += words.token_bytes(token)
+    return None
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_forced_calls_satisfy_their_schemas(llm: LLM, name: str) -> None:
+    found = FORMATS[name]
+    several = found.between is not None
+    grammar = llm._model.grammars.tool_grammar(found, STRICT, free=False, several=several)
+    counts = set()
+    for seed in range(12):
+        text = walk(llm, grammar, random.Random(seed))
+        assert text is not None
+        reader = CallReader(found, {tool["function"]["name"]: tool["function"] for tool in STRICT})
+        said, calls = reader.push(text)
+        rest, more = reader.finish()
+        assert (said + rest).strip() == "", (text, said, rest)
+        assert calls + more
+        for called, arguments in calls + more:
+            Draft202012Validator(SCHEMAS[called]).validate(json.loads(arguments))
+        counts.add(len(calls + more))
+    assert (max(counts) > 1) == several
+
+
+@pytest.mark.parametrize("name", [n for n in FORMATS if n != "bare"])
+def test_a_strict_call_is_held_to_its_schema_once_it_begins(llm: LLM, name: str) -> None:
+    found = FORMATS[name]
+    compiler = llm._model.grammars
+    grammar = compiler.tool_grammar(found, STRICT, free=True, several=True)
+    good = f"Let me <see> [it].\n{written(found, [('get_weather', {'city': 'Oslo', 'days': 3})])}"
+    for text, accepted in (
+        ("Just text, {no} call. <", True),
+        (good, True),
+        (good.replace("Oslo", "Rome"), False),
+        (good.replace("get_weather", "format_disk"), False),
+    ):
+        state = compiler.start(grammar)
+        ids = llm._model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        taken = 0
+        for token in ids:
+            if not compiler.masks([state], [state.forced])[0][token]:
+                break
+            state.consume(token)
+            taken += 1
+        assert (taken == len(ids) and state.accepting) == accepted, text
+
+
+@pytest.mark.parametrize("choice", ["required", ":ping", ":get_weather"])
+def test_a_choice_is_enforced(llm: LLM, choice: str) -> None:
+    for seed in range(4):
+        [answer] = llm.generate(HELLO, tools=STRICT, tool_choice=choice, seed=seed, max_tokens=400)
+        assert answer.finish_reason in ("tool_calls", "length")
+        for call in answer.tool_calls:
+            assert choice in ("required", f":{call.name}")
+            Draft202012Validator(SCHEMAS[call.name]).validate(json.loads(call.arguments))
+        if answer.finish_reason == "tool_calls":
+            assert answer.text == ""
+            assert choice == "required" or len(answer.tool_calls) == 1
+
+
+def test_a_strict_schema_that_cannot_be_enforced_is_refused(llm: LLM) -> None:
+    function = {"name": "f", "parameters": {"properties": {"a": {"type": "array", "uniqueItems": True}}}}
+    tool = {"type": "function", "function": function}
+    llm.generate(HELLO, tools=[tool], tool_choice="required", max_tokens=3)
+    with pytest.raises(InvalidParameter) as raised:
+        llm.generate(HELLO, tools=[{**tool, "function": {**function, "strict": True}}], max_tokens=3)
+    assert raised.value.param == "tools.0.function.parameters"
+    assert raised.value.details["pointer"] == "/properties/a/uniqueItems"

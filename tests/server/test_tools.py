@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
 from asgi import Answer, begin
 from fakes import FakeEngine, Step, chat, make_app, output
 
-from engine import ChoiceDelta, PreparedRequest, ToolCall
+from engine import ChoiceDelta, ModelConfig, PreparedRequest, Registry, ToolCall
+from server.app import create_app
 
 TOOL = {"type": "function", "function": {"name": "ping", "parameters": {"type": "object"}}}
 ONE = ToolCall("call_a", "ping", '{"host": "é\u2028"}')
@@ -96,3 +99,66 @@ def test_what_the_engine_is_told() -> None:
     assert not first.parallel_tool_calls
     assert second.tools == ()
     assert (third.tools, third.parallel_tool_calls) == ((TOOL,), True)
+
+
+# -- with a real engine -----------------------------------------------------------------------------------------------
+
+SWITCH: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "switch",
+        "parameters": {
+            "type": "object",
+            "properties": {"on": {"type": "boolean"}},
+            "required": ["on"],
+            "additionalProperties": False,
+        },
+    },
+}
+NAMED = {"type": "function", "function": {"name": "switch"}}
+
+
+@pytest.fixture(scope="module")
+def real(tiny: Callable[[str], Path]) -> Iterator[Any]:
+    config = ModelConfig(id="fake", path=tiny("qwen3"), cache_size="8MiB", context_length=1024, threads=1)  # type: ignore[arg-type]
+    registry = Registry([config])
+    registry.start()
+    registry.wait()
+    yield create_app(registry)
+    registry.close()
+
+
+def answer(app: Any, **fields: Any) -> Answer:
+    async def main() -> Answer:
+        return await begin(app, chat(**{"tools": [SWITCH], "max_tokens": 150, **fields})).ended(30)
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_forced_call_is_the_same_in_a_stream(real: Any, choice: Any, seed: int) -> None:
+    fields = {"tool_choice": choice, "parallel_tool_calls": False, "seed": seed}
+    [whole] = answer(real, **fields).json["choices"]
+    *events, _ = answer(real, stream=True, **fields).events
+    parts = [part for e in events for c in e["choices"] for part in c["delta"].get("tool_calls", [])]
+    [call] = whole["message"]["tool_calls"]
+    assert whole["finish_reason"] == "tool_calls"
+    assert whole["message"]["content"] is None
+    assert json.loads(call["function"]["arguments"])["on"] in (True, False)
+    assert (parts[0]["id"], parts[0]["function"]["name"]) == (call["id"], "switch")
+    assert "".join(p["function"]["arguments"] for p in parts) == call["function"]["arguments"]
+
+
+def test_a_strict_tool_leaves_text_free(real: Any) -> None:
+    strict = {**SWITCH, "function": {**SWITCH["function"], "strict": True}}
+    [choice] = answer(real, tools=[strict], seed=1, max_tokens=40).json["choices"]
+    assert choice["message"]["content"] or choice["message"].get("tool_calls")
+
+
+def test_a_strict_schema_that_cannot_be_enforced(real: Any) -> None:
+    function = {"name": "f", "strict": True, "parameters": {"type": "object", "properties": {"a": {"not": {}}}}}
+    refused = answer(real, tools=[{"type": "function", "function": function}])
+    assert (refused.status, refused.error["param"]) == (422, "tools.0.function.parameters")
+    assert refused.error["code"] == "schema_not_enforceable"
+    assert refused.error["pointer"] == "/properties/a/not"
