@@ -46,7 +46,7 @@ docs: $(STAMP)  ## write docs/reference from the code
 bench: $(STAMP)  ## measure speed (see benchmarks/README.md)
 	$(BIN)/python benchmarks/overheads.py $(ARGS)
 
-demo-model: $(STAMP)  ## train the demo model again into demo/model (about 90 minutes on two cores)
+demo-model: $(STAMP)  ## train the demo model again into demo/model (about two hours on two cores)
 	$(BIN)/python -m demo.train $(ARGS)
 
 clean:  ## remove the virtual environment and caches

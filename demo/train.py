@@ -32,6 +32,10 @@ HERE: Final = Path(__file__).parent
 STEPS: Final = 2800
 CONVERSATIONS: Final = 32
 """Per step."""
+TUNING: Final = 14
+"""After so many steps of training one of tuning: half of it is on whether a tool fits, the decision that is learnt last."""
+TUNED: Final = ((None, 12), ("tool", 8), ("no tool", 4))
+"""What a step of tuning consists of."""
 TOKENS: Final = 3072
 """Per forward pass, padding included; a step takes as many passes as it needs."""
 PASS: Final = 150
@@ -72,8 +76,11 @@ def config(vocabulary: int) -> Qwen3Config:
     )
 
 
-def render(tokenizer: PreTrainedTokenizerFast, drawn: Conversation) -> Example:
-    """Tokenize with the chat template; the assistant's own tokens are what it would have to generate."""
+def render(tokenizer: PreTrainedTokenizerFast, drawn: Conversation, *, decision: bool = False) -> Example:
+    """Tokenize with the chat template; the assistant's own tokens are what it would have to generate.
+
+    `decision`: the first token of a turn weighs as much in a long turn as in a short one.
+    """
     text = tokenizer.apply_chat_template(drawn.messages, tools=drawn.tools, tokenize=False)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     start, end, opened = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>", "<think>"))
@@ -88,14 +95,22 @@ def render(tokenizer: PreTrainedTokenizerFast, drawn: Conversation) -> Example:
                 position += 2
             stop = ids.index(end, position) + 1
             weights[position:stop] = [(stop - position) ** -0.5] * (stop - position)
+            if decision:
+                weights[position] = 1.0
             position = stop
     return Example(ids, weights)
 
 
-def examples(tokenizer: PreTrainedTokenizerFast, seed: int, step: int) -> list[Example]:
+def examples(tokenizer: PreTrainedTokenizerFast, seed: int, step: int, *, tuning: bool = False) -> list[Example]:
     """The conversations of a step; depends on nothing but its arguments."""
     first = step * CONVERSATIONS
-    drawn = [render(tokenizer, conversation(seed, first + i)) for i in range(CONVERSATIONS)]
+    if tuning:
+        wanted = [last for last, count in TUNED for _ in range(count)]
+        drawn = [
+            render(tokenizer, conversation(seed, first + i, last=last), decision=True) for i, last in enumerate(wanted)
+        ]
+    else:
+        drawn = [render(tokenizer, conversation(seed, first + i)) for i in range(CONVERSATIONS)]
     return [example for example in drawn if len(example.ids) <= LONGEST]
 
 
@@ -176,12 +191,16 @@ def optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def rate(step: int, steps: int) -> float:
-    """A short rise, then level, then down to nothing over the second half."""
-    return min(1.0, (step + 1) / 40, 2 * (steps - step) / steps + 0.005)
+    """A short rise, then level, then down to nothing over the second half; tuning begins again at a third."""
+    if step < steps:
+        return min(1.0, (step + 1) / 40, 2 * (steps - step) / steps + 0.005)
+    done, tuning = step - steps, steps // TUNING
+    return min(0.3, (done + 1) / 100, 0.5 * (tuning - done) / tuning)
 
 
 def train(out: Path, steps: int, seed: int, device: str, stop_at: int | None = None) -> float:
-    """Train up to `steps` (or leave at `stop_at`, to be resumed) and write the model. Returns the last mean loss."""
+    """Train for `steps`, tune (or leave at `stop_at`, to be resumed) and write the model. Returns the last mean loss."""
+    total = steps + steps // TUNING
     work = out.parent / f".training-{out.name}" / _sources()
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(work, seed)
@@ -197,14 +216,13 @@ def train(out: Path, steps: int, seed: int, device: str, stop_at: int | None = N
     started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress, log:
-        task = progress.add_task("training", total=steps, completed=done)
-        for step in range(done, min(steps, stop_at or steps)):
+        task = progress.add_task("training", total=total, completed=done)
+        for step in range(done, min(total, stop_at or total)):
             for o, rates in zip(optimizing, base, strict=True):
                 for group, lr in zip(o.param_groups, rates, strict=True):
                     group["lr"] = lr * rate(step, steps)
-            loss, tokens = _step(
-                model, optimizing, list(batches(examples(tokenizer, seed, step), tokenizer.pad_token_id)), device
-            )
+            drawn = examples(tokenizer, seed, step, tuning=step >= steps)
+            loss, tokens = _step(model, optimizing, list(batches(drawn, tokenizer.pad_token_id)), device)
             mean = loss if math.isnan(mean) else 0.95 * mean + 0.05 * loss
             log.write(
                 json.dumps(
@@ -214,9 +232,9 @@ def train(out: Path, steps: int, seed: int, device: str, stop_at: int | None = N
             )
             log.flush()
             progress.update(task, advance=1, description=f"loss {mean:.4f}")
-            if (step + 1) % SAVE_EVERY == 0 or step + 1 in (steps, stop_at):
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 in (steps, total, stop_at):
                 _save(state_file, model, optimizing, step + 1)
-    if stop_at is None or stop_at >= steps:
+    if stop_at is None or stop_at >= total:
         export(model, tokenizer, out)
     return mean
 

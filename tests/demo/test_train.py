@@ -97,3 +97,25 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path, monk
     once, twice = (load_file(tmp_path / name / "model.safetensors") for name in ("once", "twice"))
     assert once.keys() == twice.keys()
     assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+def test_tuning_weighs_decisions_alike(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    """Whether a turn is long or short, its first token, which decides what the turn is, counts the same."""
+    drawn = train.examples(tokenizer, 0, 100, tuning=True)
+    assert len(drawn) == sum(count for _, count in train.TUNED)
+    for example in drawn:
+        starts = [i for i, w in enumerate(example.weights) if w and not example.weights[i - 1]]
+        assert starts
+        assert all(example.weights[i] == 1.0 for i in starts)
+    again = train.examples(tokenizer, 0, 100, tuning=True)
+    assert [e.ids for e in again] == [e.ids for e in drawn]
+
+
+def test_the_rate_rises_falls_and_tunes() -> None:
+    steps = 280
+    rates = [train.rate(step, steps) for step in range(steps + steps // train.TUNING)]
+    assert max(rates) == 1.0
+    assert min(rates) > 0
+    assert rates[steps - 1] < 0.02
+    assert 0.02 < max(rates[steps:]) <= 0.3
+    assert rates[-1] < max(rates[steps:])
