@@ -18,13 +18,12 @@ from copy import deepcopy
 from typing import Any, Final
 
 import numpy as np
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, SchemaError
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llguidance import TokenizerWrapper as _Wrapper
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 from referencing import Registry
-from referencing.exceptions import Unresolvable
 
 from engine.detokenizer import Vocabulary
 from engine.errors import InvalidParameter
@@ -197,6 +196,8 @@ class GrammarCompiler:
         match constraint.kind:
             case "json":
                 rule, unenforced = self.schema_rule(constraint)
+                if unenforced:
+                    _check_schema(value, constraint.param)
             case "regex":
                 rule = f"/{regex_to_lark(str(value))}/"
             case "choice":
@@ -267,16 +268,18 @@ class GrammarCompiler:
         schema = {"type": "object", **(function.get("parameters") or {})}
         head = f"call_{number}: {self._mark(function['name'] + found.middle)}"
         strict = bool(function.get("strict"))
+        rule, _ = self.schema_rule(Constraint("json", schema, strict, param))  # refuses what is no schema
         if found.style == "json":
-            rule, _ = self.schema_rule(Constraint("json", schema, strict, param))
             return f"{head} args_{number} close\nargs_{number}: {rule}"
         # One by one: in the order of the schema, those that are not required may be left out.
         terms, rules = [], []
-        required = schema.get("required") or ()
-        for i, (key, part) in enumerate((schema.get("properties") or {}).items()):
+        required, properties = schema.get("required"), schema.get("properties")
+        required = required if isinstance(required, list) else []
+        for i, (key, part) in enumerate(properties.items() if isinstance(properties, dict) else ()):
+            part = part if isinstance(part, dict) else {}
             name = f"pair_{number}_{i}"
             opening = self._mark(found.key_open + key + found.value_open)
-            if isinstance(part, Mapping) and part.get("type") == "string" and "enum" not in part:
+            if part.get("type") == "string" and "enum" not in part:
                 rules.append(f"{name}: {opening} {name}_v\n{name}_v[suffix={_quoted(found.value_close)}]: /(.|\\n)*/")
             else:
                 local = {**part, **{k: schema[k] for k in ("$defs", "definitions") if k in schema}}
@@ -473,6 +476,16 @@ def _parts(schema: Any, pointer: str = "") -> Iterator[tuple[str, Any]]:
                 yield from _parts(part, f"{pointer}/{key}/{escaped}")
 
 
+def _check_schema(schema: Any, param: str) -> None:
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        where = "".join(f"/{step}" for step in error.absolute_path)
+        raise InvalidParameter(
+            f"{param}: at {where or 'the root'}: {_first_line(error.message)}", param=param, pointer=where
+        ) from None
+
+
 def _check_depth(value: Any, param: str) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
@@ -509,8 +522,10 @@ def unenforced_errors(text: str, schema: Any) -> str | None:
     try:
         validator = Draft202012Validator(schema, registry=Registry())
         error = next(iter(validator.iter_errors(json.loads(text))), None)
-    except (ValueError, RecursionError, Unresolvable) as problem:
-        return _first_line(str(problem))
+    except Exception as problem:
+        # The validator takes a schema at its word: one that is none can make it raise anything. The text is then unchecked,
+        # which is said; nobody else's reply may end for it.
+        return _first_line(f"it cannot be checked: {type(problem).__name__}: {problem}")
     return None if error is None else f"{error.json_path}: {error.message}"[:500]
 
 

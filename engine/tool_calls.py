@@ -20,7 +20,13 @@ __all__ = ["CallReader", "call_id", "write_calls"]
 
 _TAG: Final = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]")
 _SPACE: Final = re.compile(r"\s*")
-_DECODER: Final = json.JSONDecoder()
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER: Final = json.JSONDecoder(parse_constant=_no_constant)
 
 
 def call_id(seed: int, choice: int, prompt: Sequence[int], number: int) -> str:
@@ -143,7 +149,10 @@ class CallReader:
             return None
         found = self._format
         text = self._without_begin(text)
-        call = self._pairs(text) if found.style == "pairs" else self._json(text)
+        try:
+            call = self._pairs(text) if found.style == "pairs" else self._json(text)
+        except (ValueError, RecursionError):  # no JSON, or nested beyond what Python bears
+            return None
         if call is None or call[0] not in self._tools:
             return None
         self.count += 1
@@ -193,17 +202,20 @@ class CallReader:
             at = one.end()
         if body[at:].strip():
             return None
-        return match["name"], json.dumps(arguments, ensure_ascii=False)
+        written = json.dumps(arguments, ensure_ascii=False)
+        written.encode()  # half a surrogate pair, spelled as an escape, is no text: ValueError
+        return match["name"], written
 
     def _typed(self, name: str, key: str, value: str) -> Any:
         """A value that is written without quotes: a text where the schema says so, else JSON if it is any."""
         schema = self._tools.get(name, {}).get("parameters") or {}
-        properties = schema.get("properties") or {}
-        if isinstance(properties.get(key), Mapping) and properties[key].get("type") == "string":
+        properties = schema.get("properties")
+        part = properties.get(key) if isinstance(properties, Mapping) else None
+        if isinstance(part, Mapping) and part.get("type") == "string":
             return value
         try:
-            return json.loads(value)
-        except ValueError:
+            return json.loads(value, parse_constant=_no_constant)
+        except (ValueError, RecursionError):
             return value
 
     def _last(self, held: str) -> list[tuple[str, str]]:

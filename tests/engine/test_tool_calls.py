@@ -114,6 +114,37 @@ def test_a_model_that_leaves_out_the_end() -> None:
     assert read(BARE, ['{"name":"ping","parameters":{}}']) == ("", [PING])
 
 
+@pytest.mark.parametrize("value", ["[" * 5000, "NaN", '"\\ud800"', "1e999", "9" * 5000, "\x00", "]"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_hostile_values_are_text_or_a_call(name: str, value: str) -> None:
+    """Whatever a model writes for a value, reading it must not raise: that would end everybody's replies."""
+    found = FORMATS[name]
+    if found.style == "json":
+        text = written(found, [("ping", {"a": "@"})]).replace('"@"', value)
+    else:
+        text = written(found, [("ping", {"a": "@"})]).replace("@", value)
+    reader = CallReader(found, {"ping": {"parameters": {"properties": [1]}}})
+    parts = [reader.push(text), reader.finish()]
+    calls = [call for _, calls in parts for call in calls]
+    assert calls or "".join(said for said, _ in parts) == text
+    for _, arguments in calls:
+        json.loads(arguments.encode())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "parameters", [{"properties": [1]}, {"properties": {"a": True}, "required": 3}, {"properties": {"a": {"type": 7}}}]
+)
+def test_hostile_definitions_are_refused(llm: LLM, name: str, parameters: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    try:
+        grammar = llm._model.grammars.tool_grammar(FORMATS[name], [tool], free=False, several=False)
+        llm._model.grammars.check(grammar, "tools")
+    except InvalidParameter:
+        return
+    assert parameters == {"properties": {"a": True}, "required": 3}
+
+
 def test_one_call_only() -> None:
     text = written(HERMES, [PING, OSLO])
     said, calls = read(HERMES, [text], parallel=False)
