@@ -90,19 +90,18 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[ChatMessage],
-        /,
+        variables: Mapping[str, Any] | None = None,
         *,
         again: bool = True,
         tools: Sequence[Mapping[str, Any]] = (),
-        **kwargs: Any,
     ) -> str:
         """The prompt for the assistant's next turn.
 
         Args:
             messages: at least one. `developer` turns become `system` unless the template speaks of developers.
+            variables: the request's `chat_template_kwargs`.
             again: whether the assistant is to speak next; without, the conversation ends with the last message.
             tools: function definitions in the API's shape.
-            kwargs: the request's `chat_template_kwargs`.
 
         Raises:
             TemplateRefused: the template raised; its own words are in the message. Or there is no template.
@@ -117,11 +116,12 @@ class ChatTemplate:
             )
         if not messages:
             raise InvalidFormat("messages must hold at least one message.", param="messages")
-        self._check(kwargs)
+        variables = variables or {}
+        self._check(variables)
         keep_developer = "developer" in self.source
         context = {
             **self._special_tokens,
-            **kwargs,
+            **variables,
             "messages": [_as_dict(message, keep_developer, "thinking" in self.source) for message in messages],
             "tools": list(tools) or None,
             "documents": None,
@@ -129,8 +129,8 @@ class ChatTemplate:
         }
         return _render(self._template, context)
 
-    def _check(self, kwargs: Mapping[str, Any]) -> None:
-        for name in kwargs:
+    def _check(self, variables: Mapping[str, Any]) -> None:
+        for name in variables:
             param = f"chat_template_kwargs.{name}"
             if name in RESERVED or name in self._special_tokens:
                 raise InvalidParameter(f"chat_template_kwargs: {name} is set by the server.", param=param)

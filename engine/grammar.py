@@ -523,8 +523,8 @@ def unenforced_errors(text: str, schema: Any) -> str | None:
         validator = Draft202012Validator(schema, registry=Registry())
         error = next(iter(validator.iter_errors(json.loads(text))), None)
     except Exception as problem:
-        # The validator takes a schema at its word: one that is none can make it raise anything. The text is then unchecked,
-        # which is said; nobody else's reply may end for it.
+        # The validator takes a schema at its word: one that is none can make it raise anything. The text is then
+        # unchecked, which is said; nobody else's reply may end for it.
         return _first_line(f"it cannot be checked: {type(problem).__name__}: {problem}")
     return None if error is None else f"{error.json_path}: {error.message}"[:500]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,11 @@ class Completion:
 class _How:
     """What is asked of a prompt beside the sampling."""
 
-    chat_template_kwargs: dict[str, Any]
-    constraint: Constraint | None
-    reasoning_effort: str | None
-    tools: tuple[dict[str, Any], ...]
-    tool_choice: str
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    constraint: Constraint | None = None
+    reasoning_effort: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: str = "auto"
 
 
 class LLM:

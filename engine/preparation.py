@@ -142,13 +142,13 @@ class Preparer:
         if self._tool_format is not None:
             if CALL_ID in self._tool_format.close:
                 messages = [_with_short_ids(message) for message in messages]
-            return self._template.render(messages, tools=tools, **variables)
+            return self._template.render(messages, variables, tools=tools)
         if not request.tools and not any(m.tool_calls or m.role == "tool" for m in messages):
-            return self._template.render(messages, **variables)
+            return self._template.render(messages, variables)
         try:
-            return self._template.render(generic_messages(messages, tools, system=True), **variables)
+            return self._template.render(generic_messages(messages, tools, system=True), variables)
         except TemplateRefused:  # it may know no system turn
-            return self._template.render(generic_messages(messages, tools, system=False), **variables)
+            return self._template.render(generic_messages(messages, tools, system=False), variables)
 
     def _tokens(self, request: GenerationRequest, text: str | None) -> tuple[int, ...]:
         given = [n for n in ("messages", "prompt", "prompt_token_ids") if getattr(request, n) is not None]

@@ -82,7 +82,7 @@ def test_a_tool_is_called_and_its_result_is_told(client: OpenAI) -> None:
 
 def test_a_streamed_call_is_the_same_call(client: OpenAI) -> None:
     messages: Any = [{"role": "user", "content": "What is the weather in Oslo?"}]
-    fields: Any = {"model": "demo", "messages": messages, "tools": [WEATHER], "temperature": 0}
+    fields: Any = {"model": "demo", "messages": messages, "tools": [WEATHER], "temperature": 0, "seed": 1}
     whole = client.chat.completions.create(**fields).choices[0].message.tool_calls
     with client.chat.completions.stream(**fields) as stream:
         streamed = stream.get_final_completion().choices[0].message.tool_calls

@@ -108,7 +108,7 @@ def test_variables_reach_the_template(family: str, kwargs: dict[str, Any], monke
     source = source_of(family)
     template = ChatTemplate(source, SPECIAL, clock)
     assert kwargs.keys() <= set(template.extra_variables)
-    rendered = template.render([HELLO], **kwargs)
+    rendered = template.render([HELLO], kwargs)
     assert rendered == by_transformers(source, [HELLO], monkeypatch, **kwargs)
     if kwargs != {"enable_thinking": True}:  # Qwen3's default
         assert rendered != template.render([HELLO])
@@ -227,7 +227,7 @@ def test_reserved_variables_are_refused_by_name(name: str) -> None:
     """Also those that this template reads: they are the server's to set."""
     template = ChatTemplate("{{ messages }}{{ tools }}{{ bos_token }}{{ image }}", {"image": "<image>"})
     with pytest.raises(InvalidParameter, match=f"{name} is set by the server") as refused:
-        template.render([HELLO], **{name: "x"})
+        template.render([HELLO], {name: "x"})
     assert refused.value.param == f"chat_template_kwargs.{name}"
 
 
@@ -245,13 +245,18 @@ def test_reserved_variables_are_refused_by_name(name: str) -> None:
 def test_unknown_variables_are_refused_by_name(name: str, words: str) -> None:
     source = "{% set inner = namespace(x=1) %}{{ enable_thinking }}{{ style }}{{ inner.x }}{{ messages }}"
     with pytest.raises(InvalidParameter, match=words) as refused:
-        ChatTemplate(source).render([HELLO], **{name: True})
+        ChatTemplate(source).render([HELLO], {name: True})
     assert refused.value.param == f"chat_template_kwargs.{name}"
+
+
+@pytest.mark.parametrize("name", ["again", "variables", "self_"])
+def test_a_variable_may_have_any_other_name(name: str) -> None:
+    assert ChatTemplate(f"{{{{ {name} }}}}{{{{ messages[0].role }}}}").render([HELLO], {name: "x"}) == "xuser"
 
 
 def test_a_template_that_reads_nothing_says_so() -> None:
     with pytest.raises(InvalidParameter, match="none beside the messages"):
-        ChatTemplate("{{ messages }}").render([HELLO], thinking=True)
+        ChatTemplate("{{ messages }}").render([HELLO], {"thinking": True})
 
 
 def test_no_template_says_what_to_do() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine import LLM, InvalidParameter, NumericalFault, OutOfMemory, RequestOutput
+from engine.llm import _How
 
 PROMPT = "every parameter is honoured"
 
@@ -102,8 +103,8 @@ def test_a_model_that_computes_nan_fails_the_request_and_spares_the_neighbour(ti
         embedding.weight[poison] = float("nan")
     with pytest.raises(NumericalFault):
         llm.generate("a prompt with % in the middle of it", max_tokens=3)
-    bad, _ = llm._add("again % here", {}, {"max_tokens": 4})
-    good, _ = llm._add(PROMPT, {}, {"max_tokens": 6, "seed": 3})
+    bad, _ = llm._add("again % here", _How(), {"max_tokens": 4})
+    good, _ = llm._add(PROMPT, _How(), {"max_tokens": 6, "seed": 3})
     outputs = list(llm._outputs(good))
     assert tuple(t for o in outputs for d in o.deltas for t in d.token_ids) == clean.token_ids
     with pytest.raises(NumericalFault):
@@ -145,9 +146,9 @@ def test_out_of_memory_ends_the_largest_request_and_the_others_are_answered_as_e
     [clean] = llm.generate(PROMPT, max_tokens=9, seed=3)
     llm._model.scheduler.pool.clear_cache()
     llm._core._runner = _TooBig(llm._core._runner, 100, ERRORS[error])
-    small, _ = llm._add(PROMPT, {}, {"max_tokens": 9, "seed": 3})
+    small, _ = llm._add(PROMPT, _How(), {"max_tokens": 9, "seed": 3})
     llm._core.step()
-    large, _ = llm._add("x " * 200, {}, {"max_tokens": 9})
+    large, _ = llm._add("x " * 200, _How(), {"max_tokens": 9})
     outputs = list(llm._outputs(small))
     with pytest.raises(OutOfMemory, match="max_batch_tokens"):
         list(llm._outputs(large))
@@ -174,7 +175,7 @@ def test_all_tokens_banned_fails_that_request_by_name(llm: LLM) -> None:
 def test_abort_frees_everything_at_any_point(llm: LLM, steps: int) -> None:
     """Queued, in prefill (cut into chunks), while choices fork, while decoding."""
     llm._model.scheduler.max_batch_tokens = 8
-    request_id, _ = llm._add("a longer prompt, cut into several chunks of eight", {}, {"n": 4, "max_tokens": 50})
+    request_id, _ = llm._add("a longer prompt, cut into several chunks of eight", _How(), {"n": 4, "max_tokens": 50})
     for _ in range(steps):
         llm._core.step()
     llm._core.abort(request_id)

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers_for_tests import PROBED, SAMPLE, TABLED, gemma_like
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from engine.detokenizer import Detokenizer, TextStream, Vocabulary
+from engine.detokenizer import Detokenizer, TextDelta, TextStream, Vocabulary
 from engine.errors import LoadError
 from engine.stop_strings import StopMatcher, StopStrings
 
@@ -365,8 +365,8 @@ def test_a_cut_character_at_the_end_can_complete_a_stop_string() -> None:
     running = TextStream(vocabulary, ["k \ufffd"])
     deltas = [running.push(token) for token in ids]
     assert "".join(delta.text for delta in deltas) == "o"
-    assert running.finish() == ("", True, b"")
-    assert running.finish() == ("", True, b"")
+    assert running.finish() == TextDelta("", True, b"")
+    assert running.finish() == TextDelta("", True, b"")
 
 
 def test_choices_share_stop_strings() -> None:
@@ -374,9 +374,9 @@ def test_choices_share_stop_strings() -> None:
     stops = StopStrings(["ab"])
     one, two = TextStream(vocabulary, stops), TextStream(vocabulary, stops)
     a, b = (next(i for i in range(vocabulary.size) if vocabulary.token_bytes(i) == char) for char in (b"a", b"b"))
-    assert one.push(a) == ("", False, b"a")
-    assert two.push(b) == ("b", False, b"b")
-    assert one.push(b) == ("", True, b"b")
+    assert one.push(a) == TextDelta("", False, b"a")
+    assert two.push(b) == TextDelta("b", False, b"b")
+    assert one.push(b) == TextDelta("", True, b"b")
 
 
 def test_many_long_stop_strings_cost_little() -> None:

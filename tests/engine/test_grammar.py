@@ -220,6 +220,15 @@ def test_monstrous_schemas_are_refused_soon(llm: LLM, schema: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "schema",
+    [{"not": 5}, {"dependentRequired": {"a": 5}}, {"uniqueItems": True, "minItems": "a"}, {"if": [1]}],
+)
+def test_what_is_no_schema_is_refused_without_strict_too(llm: LLM, schema: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParameter):
+        llm.generate(PROMPT, constraint=Constraint("json", schema, strict=False), max_tokens=4)
+
+
+@pytest.mark.parametrize(
     "pattern", ["(a+)+$", "(a|a)*b", "^(.*a){12}$", "(x+x+)+y", "^(([a-z]{1,500}){1,500}){1,500}$"]
 )
 def test_catastrophic_expressions_are_harmless(llm: LLM, pattern: str) -> None:

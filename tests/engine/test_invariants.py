@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from engine import LLM, ChatMessage, Completion
+from engine.llm import _How
 
 FAMILIES = ["qwen3", "llama", "gemma3_text", "phi3"]
 SHORT = "the bits of a reply depend on the seed"
@@ -83,7 +84,7 @@ def in_a_crowd(folder: Path, prompt: str) -> Bits:
     """Joins fifteen others that are already on their way; more keep waiting."""
     llm = open_model(folder, max_batch_tokens=96)
     for text, params in crowd():
-        llm._add(text, {}, params)
+        llm._add(text, _How(), params)
     for _ in range(4):
         llm._core.step()
     return run(llm, prompt)
@@ -125,9 +126,9 @@ def preempted(folder: Path, prompt: str) -> Bits:
     blocks = scheduler.pool.blocks_for(tokens)
     held = scheduler.pool.allocate(scheduler.pool.num_blocks - blocks - 3, "a hog")
     for seed in range(2):
-        llm._add("an older request", {}, {"max_tokens": 60, "ignore_eos": True, "seed": seed})
+        llm._add("an older request", _How(), {"max_tokens": 60, "ignore_eos": True, "seed": seed})
     before = scheduler.num_preemptions
-    request_id, _ = llm._add(prompt, {}, PARAMS)
+    request_id, _ = llm._add(prompt, _How(), PARAMS)
     outputs = []
     for output in llm._outputs(request_id):
         outputs.append(output)
@@ -276,7 +277,7 @@ def test_the_fallback_runner_keeps_the_law_between_neighbours(family: str, tiny:
     assert llm.info.runner == "fallback"
     before = run(llm, SHORT)
     for text, params in crowd()[:6]:
-        llm._add(text, {}, params)
+        llm._add(text, _How(), params)
     assert run(llm, SHORT) == before
     assert run(llm, SHORT, n=2) == before
 
