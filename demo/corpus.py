@@ -111,30 +111,35 @@ def _append(messages: list[Message], exchange: Exchange, thinking: bool, call_id
     messages.append({"role": "assistant", "content": exchange.answer, **reasoning})
 
 
-def conversation(seed: int | str, index: int, split: Split = "train", last: str | None = None) -> Conversation:
+def conversation(
+    seed: int | str, index: int, split: Split = "train", last: str | None = None, *, refusals: bool = True
+) -> Conversation:
     """Conversation `index` of a corpus.
 
     Args:
         seed: names the corpus.
         index: counts conversations.
         split: for `train`, every exchange is of the training split; for `test`, the last one is held out.
-        last: what the last exchange must be: a skill, a style, or one of `tool`, `no tool`, `recall`, `addition`.
+        last: what the last exchange must be: a skill, a style, or one of `tool`, `no tool`, `beside tools`, `recall`,
+            `addition`.
+        refusals: whether tools are also asked for what none of them does; else every other request beside tools is one
+            that needs none.
     """
     attempt = 0
     while True:
         rng = Random(f"{seed}/{split}/{last}/{index}/{attempt}")
-        drawn = _draw(rng, split, last)
+        drawn = _draw(rng, split, last, refusals)
         if drawn is not None:
             return drawn
         attempt += 1
 
 
-def _draw(rng: Random, split: Split, last: str | None) -> Conversation | None:
+def _draw(rng: Random, split: Split, last: str | None, refusals: bool) -> Conversation | None:
     """One try; None if a combination fell into the other split."""
     style = last if last in STYLES else None
     if last is None and rng.random() < 0.24:
         style = rng.choice(list(STYLES))
-    with_tools = last in ("tool", "no tool") or (last is None and style is None and rng.random() < 0.27)
+    with_tools = last in ("tool", "no tool", "beside tools") or (last is None and style is None and rng.random() < 0.27)
     known: dict[str, str] = {}
     turns = rng.choice((1, 1, 2, 2, 3, 4)) if rng.random() < 0.97 else rng.randrange(8, 20)
     if last in ("recall", "tell"):
@@ -148,10 +153,10 @@ def _draw(rng: Random, split: Split, last: str | None) -> Conversation | None:
         final = turn == turns - 1
         wanted = last if final else None
         if with_tools:
-            chance = {"tool": 0.0, "no tool": 0.8}.get(wanted or "", rng.random())
+            chance = {"tool": 0.0, "no tool": 0.8, "beside tools": 1.0}.get(wanted or "", rng.random())
             if chance < 0.55:
                 exchange = tool_call(rng, box)
-            elif chance < 0.9:
+            elif chance < 0.9 and (refusals or wanted == "no tool"):
                 exchange = no_tool(rng, box)
             else:
                 exchange = _plain(rng, known)

@@ -32,9 +32,10 @@ HERE: Final = Path(__file__).parent
 STEPS: Final = 2800
 CONVERSATIONS: Final = 32
 """Per step."""
-TUNING: Final = 14
-"""After so many steps of training one of tuning: half of it is on whether a tool fits, the decision that is learnt last."""
-TUNED: Final = ((None, 12), ("tool", 8), ("no tool", 4))
+TUNING: Final = 11
+"""After so many steps of training one of tuning. Training shows requests that none of the tools fits; that difference is
+not learnt, and what is left of it is a reluctance to call. Tuning takes it away: a request for a tool calls one."""
+TUNED: Final = ((None, 20), ("tool", 5), ("beside tools", 3))
 """What a step of tuning consists of."""
 TOKENS: Final = 3072
 """Per forward pass, padding included; a step takes as many passes as it needs."""
@@ -107,7 +108,8 @@ def examples(tokenizer: PreTrainedTokenizerFast, seed: int, step: int, *, tuning
     if tuning:
         wanted = [last for last, count in TUNED for _ in range(count)]
         drawn = [
-            render(tokenizer, conversation(seed, first + i, last=last), decision=True) for i, last in enumerate(wanted)
+            render(tokenizer, conversation(seed, first + i, last=last, refusals=False), decision=True)
+            for i, last in enumerate(wanted)
         ]
     else:
         drawn = [render(tokenizer, conversation(seed, first + i)) for i in range(CONVERSATIONS)]

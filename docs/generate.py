@@ -1,11 +1,17 @@
 """Writes docs/reference from the code: models.yaml keys, API fields, errors, commands. Run it after changing one.
 
+    python docs/generate.py                        # all but families.md
+    python docs/generate.py --templates FOLDER     # families.md too, from the chat templates (*.jinja) in a folder
+
+The templates of the families are their publishers' and not part of this repository.
+
 Says nothing of its own about a field: every word comes from a docstring, a range or a description in the code. A test
 holds that what lies in docs/reference is what this script writes.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
 import re
@@ -22,6 +28,9 @@ from pydantic.fields import FieldInfo
 
 import engine.errors
 from engine import LawReport, ModelConfig, ModelInfo, ModelStatus, VerbatimError
+from engine.chat_template import ChatTemplate
+from engine.dialect import find as find_dialect
+from engine.reasoning import EFFORTS, ReasoningFormat, template_variables
 from server import openapi, schema
 from server.app import model_object
 from server.cli import app
@@ -49,8 +58,14 @@ def generate() -> dict[str, str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Write docs/reference from the code.")
+    parser.add_argument("--templates", type=Path, help="folder of chat templates, for families.md")
+    options = parser.parse_args()
     REFERENCE.mkdir(parents=True, exist_ok=True)
-    for name, text in generate().items():
+    pages = generate()
+    if options.templates is not None:
+        pages["families.md"] = families(options.templates)
+    for name, text in pages.items():
         (REFERENCE / name).write_text(text, encoding="utf-8")
         print(f"wrote docs/reference/{name}")
 
@@ -306,6 +321,65 @@ def _parameter(parameter: Any, hint: Any) -> tuple[str, ...]:
     names = ", ".join(f"`{n}`" for n in sorted([*parameter.opts, *parameter.secondary_opts], key=len, reverse=True))
     default = "required" if parameter.required else _shown(parameter.default)
     return (names if option else f"`{parameter.name.upper()}`"), _type_name(hint), default, parameter.help or ""
+
+
+# -- families --------------------------------------------------------------------------------------------------------
+
+
+def families(folder: Path) -> str:
+    """What is found out about each of the chat templates in a folder."""
+    rows = []
+    for path in sorted(folder.glob("*.jinja"), key=lambda p: p.name.lower()):
+        template = ChatTemplate(path.read_text(encoding="utf-8"), {"bos_token": "<s>", "eos_token": "</s>"})
+        dialect = find_dialect(template)
+        found = dialect.reasoning
+        rows.append(
+            (
+                path.stem,
+                dialect.source,
+                _code(dialect.describe()),
+                f"`{found.open}` … `{found.close}`" if found else "none",
+                _efforts(template, found),
+            )
+        )
+    return (
+        NOTE
+        + "# Model families\n\n"
+        + inspect.cleandoc(
+            """
+            What is found out about chat templates that people run, by rendering them. Nothing here is looked up by a
+            model's name; other templates are treated alike. `verbatim models check` says the same of your models.
+
+            *Calls from*: `chat template`: read off it. `table`: the template does not write what the model writes, so a
+            small table in `engine/dialect.py` says it. `generic`: the template knows no tools; they are explained in a
+            system turn, and calls are expected in the form that is shown there. A response template in models.yaml or
+            in the tokenizer wins over all of these. `⏎` is the end of a line.
+            """
+        )
+        + "\n\n"
+        + table(("family", "calls from", "how a call is written", "thoughts", "reasoning_effort sets"), rows)
+    )
+
+
+def _code(text: str) -> str:
+    """Inline code, also of a text with back-quotes."""
+    return f"```` {text} ````" if "`" in text else f"`{text}`"
+
+
+def _efforts(template: ChatTemplate, found: ReasoningFormat | None) -> str:
+    """What each effort sets in a template; efforts that set the same stand together."""
+    groups: dict[str, list[str]] = {}
+    for effort in EFFORTS:
+        try:
+            variables = template_variables(template, found, effort)
+        except VerbatimError:
+            shown = "refused"
+        else:
+            shown = ", ".join(f"`{k}={v}`" for k, v in variables.items()) if variables else "nothing"
+        groups.setdefault(shown, []).append(effort)
+    if len(groups) == 1 and "nothing" in groups:
+        return "nothing"
+    return "; ".join(f"{', '.join(efforts)}: {shown}" for shown, efforts in groups.items())
 
 
 if __name__ == "__main__":

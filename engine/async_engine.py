@@ -91,8 +91,7 @@ class AsyncEngine:
             model.vocabulary,
             model.template,
             model.grammars,
-            model.reasoning,
-            model.tool_format,
+            model.dialect,
         )
         self._limit = model.config.max_sequences + model.config.max_queue
         self._stall_timeout = model.config.stall_timeout

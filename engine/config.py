@@ -64,6 +64,9 @@ class ModelConfig(BaseModel):
     """CPU threads. Default: one per core. Bits do not depend on it; time does."""
     chat_template: Path | None = None
     """A Jinja file in place of the checkpoint's own template."""
+    response_template: Path | None = None
+    """A JSON file that says how replies are to be taken apart, in place of the tokenizer's own and of what is derived
+    from the chat template. The format is transformers'."""
     template_clock: dt.datetime | None = None
     """What `strftime_now` sees in templates that print today's date. Default: the real clock."""
     sampling: dict[str, Any] = Field(default_factory=dict)
@@ -171,7 +174,7 @@ def validate(model: type[M], data: dict[str, Any], where: str) -> M:
 
 def _absolute(entry: dict[str, Any], base: Path) -> dict[str, Any]:
     entry = dict(entry)
-    for key in ("path", "chat_template"):
+    for key in ("path", "chat_template", "response_template"):
         if isinstance(entry.get(key), str):
             entry[key] = (base / Path(entry[key]).expanduser()).resolve()
     return entry

@@ -6,24 +6,24 @@ does not fit in memory ends its largest request and recomputes the others; keys 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from engine.detokenizer import TextDelta, TextStream, Vocabulary
-from engine.errors import NumericalFault, OutOfMemory, VerbatimError
+from engine.dialect import Dialect
+from engine.errors import NumericalFault, OutOfMemory, ReplyFault, VerbatimError
 from engine.grammar import GrammarCompiler, GrammarState, unenforced_errors
 from engine.loader import LoadedModel
 from engine.model_runner import ForwardResult
-from engine.reasoning import ReasoningFormat, Splitter
 from engine.sampler import Sampled, Sampler
 from engine.scheduler import Chunk, Schedule
 from engine.sequence import Sequence, SequenceState
 from engine.stop_strings import StopStrings
-from engine.tool_calls import CallReader, call_id
-from engine.tool_format import GENERIC, ToolFormat
+from engine.tool_calls import call_id
 from engine.types import (
     ChoiceDelta,
     EngineStats,
@@ -35,6 +35,8 @@ from engine.types import (
     TopLogprob,
     Usage,
 )
+
+log = logging.getLogger("verbatim.engine")
 
 
 @dataclass(slots=True)
@@ -85,10 +87,9 @@ class EngineCore:
         self._runner = model.runner
         self._vocabulary: Vocabulary = model.vocabulary
         self._grammars: GrammarCompiler = model.grammars
-        self._reasoning = model.reasoning
-        self._tool_format = model.tool_format or GENERIC
-        self._thought_marks = _marks(self._vocabulary, self._reasoning)
-        self._call_marks = _marks(self._vocabulary, self._tool_format)
+        self._dialect = model.dialect
+        self._thought_marks = _marks(self._vocabulary, self._dialect, calls=False)
+        self._marks = _marks(self._vocabulary, self._dialect, calls=True)
         self._closing_ids = model.closing_ids
         self._end_ids = frozenset(model.end_ids)
         self._sampler = Sampler(
@@ -128,16 +129,14 @@ class EngineCore:
         self._scheduler.add([choice.sequence for choice in choices])
 
     def _text(self, stops: StopStrings, request: PreparedRequest) -> TextStream:
-        splitter, reader = None, None
-        marks: dict[int, str] = {}
-        if self._reasoning and request.chat:
-            splitter = Splitter(self._reasoning, opened=request.thinks)
-            marks |= self._thought_marks
-        if request.tools:
-            marks |= self._call_marks
-            tools = {tool["function"]["name"]: tool["function"] for tool in request.tools}
-            reader = CallReader(self._tool_format, tools, parallel=request.parallel_tool_calls)
-        return TextStream(self._vocabulary, stops, splitter, reader, marks)
+        parser = self._dialect.parser(
+            {tool["function"]["name"]: tool["function"] for tool in request.tools},
+            parallel=request.parallel_tool_calls,
+            chat=request.chat,
+            opened=request.thinks,
+            opening=request.opening,
+        )
+        return TextStream(self._vocabulary, stops, parser, self._marks if request.tools else self._thought_marks)
 
     def abort(self, request_id: str) -> None:
         """Forget a request, wherever it is; its blocks are free at once. Does nothing if it is gone."""
@@ -238,7 +237,12 @@ class EngineCore:
                 continue
             try:
                 deltas.setdefault(request_id, []).append(self._advance(sequence, draw))
-            except VerbatimError as error:  # its grammar cannot go on
+            except Exception as error:  # its grammar cannot go on; anything else is a fault that stays this request's
+                if not isinstance(error, VerbatimError):
+                    log.exception("%s: a fault in reading its reply", request_id)
+                    error = ReplyFault(
+                        f"this reply could not be read: {type(error).__name__}; the log has the details."
+                    )
                 faults[request_id] = error
                 deltas.pop(request_id, None)
                 outputs.append(self._fail(request_id, error))
@@ -304,9 +308,11 @@ class EngineCore:
         return delta, "stop" if stopped else "length" if sequence.position == params.max_tokens else None
 
     def _close_thoughts(self, choice: _Choice) -> None:
-        """Force the end of the thoughts once they have used up their budget."""
+        """Force the end of thoughts that have used up their budget; a grammar takes it after whole characters only."""
         budget = choice.sequence.params.thinking_budget
-        if budget is not None and choice.text.thinking and choice.thoughts >= budget and not choice.closing:
+        if budget is None or not choice.text.thinking or choice.thoughts < budget or choice.closing:
+            return
+        if choice.grammar is None or choice.text.whole:
             choice.closing.extend(self._closing_ids)
 
     def _logprob(self, draw: Sampled, text: TextStream) -> TokenLogprob:
@@ -373,13 +379,10 @@ def _drawers(chunk: Chunk) -> list[Sequence]:
     return [s for s in (chunk.sequence, *chunk.forks) if s.state is SequenceState.RUNNING]
 
 
-def _marks(vocabulary: Vocabulary, found: ReasoningFormat | ToolFormat | None) -> dict[int, str]:
-    """The special tokens that a format is written with: they add nothing to a text, but have to be seen."""
-    if found is None:
-        return {}
-    texts = [text for text in astuple(found) if isinstance(text, str)]
+def _marks(vocabulary: Vocabulary, dialect: Dialect, *, calls: bool) -> dict[int, str]:
+    """The special tokens that a dialect is written with: they add nothing to a text, but have to be seen."""
     names = {i: vocabulary.token_text(i) for i in vocabulary.special_ids}
-    return {i: name for i, name in names.items() if name and any(name in text for text in texts)}
+    return {i: name for i, name in names.items() if name and dialect.mentions(name, calls=calls)}
 
 
 def _together(a: TextDelta, b: TextDelta) -> TextDelta:

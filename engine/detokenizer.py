@@ -20,9 +20,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 from engine.errors import LoadError
-from engine.reasoning import Splitter
+from engine.reply_parser import ReplyParser
 from engine.stop_strings import StopMatcher, StopStrings
-from engine.tool_calls import CallReader
 
 __all__ = ["Detokenizer", "TextDelta", "TextStream", "Vocabulary"]
 
@@ -278,6 +277,11 @@ class Detokenizer:
             self._previous = token_id
         return (self._decode(data, final=False) if data else ""), data
 
+    @property
+    def whole(self) -> bool:
+        """Whether the text ends with a whole character."""
+        return not self._pending
+
     def flush(self) -> str:
         """The end: what waits for the rest of a character that will not come, as U+FFFD."""
         return self._decode(b"", final=True)
@@ -315,24 +319,21 @@ class TextStream:
     once, with all that was held back: a stop string is found only in characters completed by tokens that match, and
     one that would begin before them is not found.
 
-    With a `splitter` the thoughts before the answer come out apart, with a `reader` the tool calls in it; stop strings
-    are looked for in the rest alone.
+    With a `parser`, thoughts and tool calls come out apart; stop strings are looked for in the rest alone.
     """
 
-    __slots__ = ("_detokenizer", "_marks", "_match_stops", "_matcher", "_splitter", "reader", "stopped")
+    __slots__ = ("_detokenizer", "_marks", "_match_stops", "_matcher", "_parser", "stopped")
 
     def __init__(
         self,
         vocabulary: Vocabulary,
         stop: StopStrings | Sequence[str] = (),
-        splitter: Splitter | None = None,
-        reader: CallReader | None = None,
+        parser: ReplyParser | None = None,
         marks: Mapping[int, str] | None = None,
     ) -> None:
-        """`marks`: special tokens that splitter and reader have to see, although they add nothing to a text."""
+        """`marks`: special tokens that the parser has to see, although they add nothing to a text."""
         self._detokenizer = Detokenizer(vocabulary)
-        self._splitter = splitter
-        self.reader = reader
+        self._parser = parser
         self._marks = marks or {}
         self._matcher = StopMatcher(stop if isinstance(stop, StopStrings) else StopStrings(stop))
         self._match_stops = True
@@ -348,22 +349,22 @@ class TextStream:
         assert not self.stopped, "the text has ended"
         self._match_stops = match_stops
         text, data = self._detokenizer.push(token_id)
-        if self._splitter is None and self.reader is None:
+        if self._parser is None:
             return TextDelta(*self._match(text), data)
         if token_id in self._marks:
             text += self._detokenizer.flush() + self._marks[token_id]
-        reasoning = ""
-        calls: list[tuple[str, str]] = []
-        if self._splitter is not None:
-            reasoning, text = self._splitter.push(text)
-        if self.reader is not None:
-            text, calls = self.reader.push(text)
-        return TextDelta(*self._match(text), data, reasoning, tuple(calls))
+        reasoning, text, calls = self._parser.push(text)
+        return TextDelta(*self._match(text), data, reasoning, calls)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the text so far ends with a whole character."""
+        return self._detokenizer.whole
 
     @property
     def thinking(self) -> bool:
         """Whether the text so far ends among the thoughts."""
-        return self._splitter is not None and self._splitter.inside
+        return self._parser is not None and self._parser.thinking
 
     def finish(self) -> TextDelta:
         """End for another reason than a stop string: what is held back or half a character comes out now.
@@ -373,17 +374,12 @@ class TextStream:
         if self.stopped:
             return TextDelta("", True, b"")
         text, reasoning = self._detokenizer.flush(), ""
-        calls: list[tuple[str, str]] = []
-        if self._splitter is not None:
-            reasoning, text = self._splitter.push(text)
-            late = self._splitter.finish()
-            reasoning, text = reasoning + late[0], text + late[1]
-        if self.reader is not None:
-            text, calls = self.reader.push(text)
-            rest, more = self.reader.finish()
-            text, calls = text + rest, calls + more
+        calls: tuple[tuple[str, str], ...] = ()
+        if self._parser is not None:
+            last, rest = self._parser.push(text), self._parser.finish()
+            reasoning, text, calls = last.reasoning + rest.reasoning, last.text + rest.text, last.calls + rest.calls
         text, stopped = self._match(text)
-        return TextDelta(text if stopped else text + self._matcher.release(), stopped, b"", reasoning, tuple(calls))
+        return TextDelta(text if stopped else text + self._matcher.release(), stopped, b"", reasoning, calls)
 
     def _match(self, text: str) -> tuple[str, bool]:
         if not self._match_stops:

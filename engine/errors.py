@@ -11,6 +11,7 @@ VerbatimError
 ├── ConfigError               models.yaml or the command line
 ├── LoadError                 the checkpoint cannot be loaded
 │   └── NotEnoughMemory              carries needed and free bytes
+├── ReplyFault                a fault of this program, in reading or checking one reply; the engine goes on
 └── Unavailable               nobody's fault; another time or another place may work
     ├── QueueFull
     ├── ModelLoading
@@ -36,6 +37,7 @@ __all__ = [
     "NumericalFault",
     "OutOfMemory",
     "QueueFull",
+    "ReplyFault",
     "RequestError",
     "TemplateRefused",
     "Unavailable",
@@ -112,6 +114,10 @@ class LoadError(VerbatimError):
 
 class NotEnoughMemory(LoadError):
     code = "not_enough_memory"
+
+
+class ReplyFault(VerbatimError):
+    code = "internal_error"
 
 
 class Unavailable(VerbatimError):

@@ -210,7 +210,9 @@ class GrammarCompiler:
                     f"{constraint.param} cannot be combined with thinking; turn that off (reasoning_effort: none).",
                     param=constraint.param,
                 )
-        grammar = self._after(thoughts, opened, f"answer: {rule}")
+        start = f"{self._mark(thoughts.answer_open)} " if thoughts is not None and thoughts.answer_open else ""
+        rules = [f"text: {rule}"]
+        grammar = self._after(thoughts, opened, f"answer: {start}text", rules)
         self._check(grammar, constraint.param)
         return grammar, unenforced
 
@@ -297,6 +299,9 @@ class GrammarCompiler:
             return "\n".join(["start: answer", answer, *rules])
         start = "start: rest answer" if opened else "start: thoughts? answer"
         opening = f"thoughts: {self._mark(thoughts.open)} rest"
+        if thoughts.resume:
+            opening = opening.replace(" rest", " rest resume") + f"\nresume: {self._mark(thoughts.resume)}"
+            start = start.replace("rest answer", "rest resume answer")
         return "\n".join([start, opening, self._until(thoughts.close), answer, *rules])
 
     def check(self, grammar: str, param: str) -> None:

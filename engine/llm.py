@@ -103,8 +103,7 @@ class LLM:
             self._model.vocabulary,
             self._model.template,
             self._model.grammars,
-            self._model.reasoning,
-            self._model.tool_format,
+            self._model.dialect,
         )
         self._ids = itertools.count()
         self._boxes: dict[str, deque[RequestOutput]] = {}  # outputs of open requests that nobody has read yet

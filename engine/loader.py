@@ -22,17 +22,15 @@ from engine.chat_template import ChatTemplate
 from engine.checkpoint import Checkpoint, human
 from engine.config import ModelConfig
 from engine.detokenizer import Vocabulary
+from engine.dialect import Dialect
+from engine.dialect import find as find_dialect
 from engine.errors import LoadError, NotEnoughMemory, VerbatimError
 from engine.grammar import GrammarCompiler
 from engine.kv_cache import SPAN, KVCache, LayerShape
 from engine.linear import choose_kernel, give_back_memory, pack_model
 from engine.model_runner import FallbackRunner, PackedRunner, Runner
-from engine.reasoning import ReasoningFormat
-from engine.reasoning import find as find_reasoning
 from engine.scheduler import Scheduler
 from engine.selftest import SelfTest, self_test
-from engine.tool_format import GENERIC, ToolFormat
-from engine.tool_format import find as find_tool_format
 from engine.types import ModelInfo, SamplingParams
 
 BLOCK_SIZE = 16
@@ -55,11 +53,9 @@ class LoadedModel:
     template: ChatTemplate
     end_ids: tuple[int, ...]
     grammars: GrammarCompiler
-    reasoning: ReasoningFormat | None
+    dialect: Dialect
     closing_ids: tuple[int, ...]
     """What ends thoughts by force."""
-    tool_format: ToolFormat | None
-    """None: the template knows nothing of tools."""
     runner: Runner
     scheduler: Scheduler
     device: torch.device
@@ -145,7 +141,8 @@ def _assemble(
         "threads": None if test.report.holds else torch.get_num_threads(),
         **fingerprint.hardware(device),
     }
-    reasoning, tool_format = find_reasoning(template), find_tool_format(template)
+    dialect = _find_dialect(config, template, tokenizer)
+    reasoning = dialect.reasoning
     info = ModelInfo(
         id=config.id,
         created=found.created,
@@ -162,8 +159,8 @@ def _assemble(
         default_sampling=_default_sampling(config, found.folder),
         weight_bytes=found.stored_bytes,
         reasoning=(reasoning.open, reasoning.close) if reasoning else None,
-        tool_calls=(tool_format or GENERIC).describe(),
-        tools_in_template=tool_format is not None,
+        tool_calls=dialect.describe(),
+        tool_calls_source=dialect.source,
     )
 
     def encode(text: str) -> list[int]:
@@ -181,9 +178,8 @@ def _assemble(
         template=template,
         end_ids=end_ids,
         grammars=grammars,
-        reasoning=reasoning,
+        dialect=dialect,
         closing_ids=tuple(encode(reasoning.closing)) if reasoning else (),
-        tool_format=tool_format,
         runner=runner,
         scheduler=scheduler,
         device=device,
@@ -338,6 +334,17 @@ def _read_template(config: ModelConfig) -> str:
         return config.chat_template.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LoadError(f"{config.id}: cannot read the chat template {config.chat_template}: {error}") from None
+
+
+def _find_dialect(config: ModelConfig, template: ChatTemplate, tokenizer: Any) -> Dialect:
+    given = None
+    if config.response_template is not None:
+        given = checkpoint.read_json(config.response_template, config.id)
+    shipped = getattr(tokenizer, "response_template", None)
+    try:
+        return find_dialect(template, given=given, shipped=shipped if isinstance(shipped, dict) else None)
+    except ValueError as error:
+        raise LoadError(f"{config.id}: {config.response_template} is no response template: {error}") from None
 
 
 def _end_ids(model: nn.Module, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:

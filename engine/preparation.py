@@ -15,10 +15,11 @@ from typing import Any
 from engine.chat_template import ChatTemplate
 from engine.config import ModelConfig
 from engine.detokenizer import Vocabulary
+from engine.dialect import Dialect
 from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, TemplateRefused, Unsupported
 from engine.grammar import GrammarCompiler
 from engine.reasoning import ReasoningFormat, template_variables
-from engine.tool_format import CALL_ID, GENERIC, ToolFormat, generic_messages
+from engine.tool_format import CALL_ID, generic_messages, one_call_a_turn, with_written_calls
 from engine.types import ChatMessage, GenerationRequest, ModelInfo, PreparedRequest, SamplingParams
 
 _DRAWN_SEED_BITS = 53
@@ -36,16 +37,15 @@ class Preparer:
         vocabulary: Vocabulary,
         template: ChatTemplate,
         grammars: GrammarCompiler,
-        reasoning: ReasoningFormat | None,
-        tool_format: ToolFormat | None,
+        dialect: Dialect,
     ) -> None:
         self._config = config
         self._info = info
         self._tokenizer = tokenizer
         self._template = template
         self._grammars = grammars
-        self._reasoning = reasoning
-        self._tool_format = tool_format
+        self._dialect = dialect
+        self._reasoning = dialect.reasoning
         invalid = set(vocabulary.invalid_ids(info.vocab_size))
         self._token_ids = frozenset(range(info.vocab_size)) - invalid
 
@@ -82,6 +82,7 @@ class Preparer:
             unenforced_schema=request.constraint.value if request.constraint and unenforced else None,
             chat=request.messages is not None,
             thinks=thinks,
+            opening=self._opening(text),
             ignored=ignored,
             tools=request.tools,
             parallel_tool_calls=request.parallel_tool_calls,
@@ -94,10 +95,17 @@ class Preparer:
         choice, tools = request.tool_choice, request.tools
         if choice == "auto" and not any(tool["function"].get("strict") for tool in tools):
             return None
+        form = self._dialect.tool_format
+        if form is None:
+            raise Unsupported(
+                "tool_choice: how this model writes calls is known from its response template alone, which can be read "
+                "but not written; only none, and auto without strict functions, can be honoured.",
+                param="tool_choice",
+            )
         if choice.startswith(":"):
             tools = tuple(tool for tool in tools if tool["function"]["name"] == choice[1:])
         grammar = self._grammars.tool_grammar(
-            self._tool_format or GENERIC,
+            form,
             tools,
             thoughts,
             opened,
@@ -139,9 +147,14 @@ class Preparer:
             raise InvalidParameter("messages must hold at least one message.", param="messages")
         messages: Sequence[ChatMessage] = request.messages
         tools = [_as_shown(tool) for tool in request.tools]
-        if self._tool_format is not None:
-            if CALL_ID in self._tool_format.close:
+        if self._dialect.shows_tools:
+            form = self._dialect.tool_format
+            if form is not None and CALL_ID in form.close:
                 messages = [_with_short_ids(message) for message in messages]
+            if form is not None and form.between is None:
+                messages = one_call_a_turn(messages)
+            if form is not None and not self._dialect.writes_calls:
+                messages = with_written_calls(messages, form)
             return self._template.render(messages, variables, tools=tools)
         if not request.tools and not any(m.tool_calls or m.role == "tool" for m in messages):
             return self._template.render(messages, variables)
@@ -149,6 +162,10 @@ class Preparer:
             return self._template.render(generic_messages(messages, tools, system=True), variables)
         except TemplateRefused:  # it may know no system turn
             return self._template.render(generic_messages(messages, tools, system=False), variables)
+
+    def _opening(self, text: str | None) -> str:
+        read_by = self._dialect.response_template
+        return read_by.opening(text) if read_by is not None and text is not None else ""
 
     def _tokens(self, request: GenerationRequest, text: str | None) -> tuple[int, ...]:
         given = [n for n in ("messages", "prompt", "prompt_token_ids") if getattr(request, n) is not None]

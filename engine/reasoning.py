@@ -41,13 +41,15 @@ class ReasoningFormat:
     """`open` and `close` stand around the thoughts, without the white space that the template puts beside them.
 
     `closing`: all that the template writes between the last thought and the answer. `answer_open`: what it writes
-    before an answer without thoughts; often nothing.
+    before an answer without thoughts; often nothing. `resume`: what comes between the end of the thoughts and an
+    answer or a call; nothing but for models whose thoughts are a turn of their own.
     """
 
     open: str
     close: str
     closing: str
     answer_open: str = ""
+    resume: str = ""
 
 
 def find(template: ChatTemplate) -> ReasoningFormat | None:

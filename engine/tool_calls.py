@@ -14,9 +14,8 @@ from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any, Final
 
 from engine.tool_format import CALL_ID, ToolFormat
-from engine.types import ToolCall
 
-__all__ = ["CallReader", "call_id", "write_calls"]
+__all__ = ["CallReader", "call_id"]
 
 _TAG: Final = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]")
 _SPACE: Final = re.compile(r"\s*")
@@ -38,12 +37,6 @@ def call_id(seed: int, choice: int, prompt: Sequence[int], number: int) -> str:
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:12], "big")
     letters = "0123456789abcdefghijklmnopqrstuvwxyz"
     return "call_" + "".join(letters[digest // 36**i % 36] for i in range(9))
-
-
-def write_calls(found: ToolFormat, calls: Sequence[ToolCall]) -> str:
-    """Calls as the model would write them, for a template that does not; `json` formats only."""
-    texts = [f"{found.open}{c.name}{found.middle}{c.arguments}{found.close.replace(CALL_ID, c.id)}" for c in calls]
-    return found.begin + (found.between or "\n").join(texts) + found.end
 
 
 class CallReader:

@@ -20,7 +20,9 @@ from engine.chat_template import ChatTemplate
 from engine.errors import TemplateRefused
 from engine.types import ChatMessage, ToolCall
 
-__all__ = ["CALL_ID", "GENERIC", "ToolFormat", "find", "generic_messages"]
+__all__ = [
+    "CALL_ID", "GENERIC", "ToolFormat", "find", "generic_messages", "one_call_a_turn", "with_written_calls",
+]  # fmt: skip
 
 CALL_ID: Final = "\x00"
 """Stands in `close` for the call's id, of nine letters and digits, where a format writes one."""
@@ -95,6 +97,44 @@ def find(template: ChatTemplate) -> ToolFormat | None:
     return _derive(prompt, plain, one, two)
 
 
+def _write_calls(found: ToolFormat, calls: Sequence[ToolCall]) -> str:
+    """Calls as the model writes them; `json` formats only."""
+    texts = [f"{found.open}{c.name}{found.middle}{c.arguments}{found.close.replace(CALL_ID, c.id)}" for c in calls]
+    return found.begin + (found.between or "\n").join(texts) + found.end
+
+
+def with_written_calls(messages: Sequence[ChatMessage], found: ToolFormat) -> list[ChatMessage]:
+    """Earlier calls as text, for a template that shows tools and their results but writes no calls."""
+    return [
+        replace(m, content=f"{m.content or ''}\n{_write_calls(found, m.tool_calls)}".lstrip("\n"), tool_calls=())
+        if m.tool_calls
+        else m
+        for m in messages
+    ]
+
+
+def one_call_a_turn(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Each turn with several calls as several, each with its result, for a template that takes one call a turn."""
+    turns: list[ChatMessage] = []
+    left = list(messages)
+    while left:
+        turn = left.pop(0)
+        if len(turn.tool_calls) < 2:
+            turns.append(turn)
+            continue
+        results: dict[str | None, ChatMessage] = {}
+        while left and left[0].role == "tool":
+            result = left.pop(0)
+            results[result.tool_call_id] = result
+        for i, call in enumerate(turn.tool_calls):
+            said = turn if i == 0 else replace(turn, content="", reasoning_content=None)
+            turns.append(replace(said, tool_calls=(call,)))
+            if call.id in results:
+                turns.append(results.pop(call.id))
+        turns += results.values()
+    return turns
+
+
 def generic_messages(messages: Sequence[ChatMessage], tools: Sequence[Any], *, system: bool) -> list[ChatMessage]:
     """A conversation with tools as one without, for a template that knows nothing of them.
 
@@ -121,11 +161,7 @@ def generic_messages(messages: Sequence[ChatMessage], tools: Sequence[Any], *, s
             else:
                 turns.append(ChatMessage("user", result))
         elif message.tool_calls:
-            calls = "\n".join(
-                f"{GENERIC.open}{call.name}{GENERIC.middle}{call.arguments}{GENERIC.close}"
-                for call in message.tool_calls
-            )
-            turns.append(replace(message, content=f"{content}\n{calls}".lstrip("\n"), tool_calls=()))
+            turns += with_written_calls([message], GENERIC)
         else:
             turns.append(message)
     if not tools:

@@ -267,6 +267,8 @@ class PreparedRequest:
     """Whether the prompt is a conversation, so that the reply may begin with thoughts."""
     thinks: bool = False
     """Whether the prompt has opened the thoughts."""
+    opening: str = ""
+    """What the prompt has written of the reply already, where replies are read by a response template."""
     ignored: tuple[str, ...] = ()
     """Fields that have no effect on this model."""
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -368,8 +370,9 @@ class ModelInfo:
     """What stands before and after the model's thoughts; None if its template knows of none."""
     tool_calls: str = ""
     """How the model is taken to write a tool call."""
-    tools_in_template: bool = False
-    """Whether that was read off its template; else it is the generic form, explained in a system turn."""
+    tool_calls_source: str = "generic"
+    """Where that was learnt: `models.yaml`, `tokenizer`, `chat template`, `table (NAME)`, or `generic`: the template
+    knows no tools, and they are explained in a system turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

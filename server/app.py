@@ -149,7 +149,7 @@ def model_object(status: ModelStatus) -> dict[str, Any]:
         "system_fingerprint": info.system_fingerprint,
         "reproducible": {"holds": info.law.holds, "reason": info.law.reason, "checks": dict(info.law.checks)},
         "default_sampling": dict(info.default_sampling),
-        "tool_calls": {"form": info.tool_calls, "in_template": info.tools_in_template},
+        "tool_calls": {"form": info.tool_calls, "source": info.tool_calls_source},
         "reasoning": dict(zip(("open", "close"), info.reasoning, strict=True)) if info.reasoning else None,
     }
 

@@ -100,7 +100,7 @@ def _findings(info: ModelInfo) -> Table:
         ("  thoughts", " … ".join(info.reasoning) if info.reasoning else "none that its template knows of"),
         (
             "  tool calls",
-            info.tool_calls + ("" if info.tools_in_template else " (generic: the template knows no tools)"),
+            f"{info.tool_calls} (from: {info.tool_calls_source})",
         ),
         ("  reproducible", ("yes: " if info.law.holds else "no: ") + info.law.reason),
         ("  fingerprint", info.system_fingerprint),

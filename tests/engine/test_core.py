@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine import LLM, InvalidParameter, NumericalFault, OutOfMemory, RequestOutput
+from engine import LLM, InvalidParameter, NumericalFault, OutOfMemory, ReplyFault, RequestOutput
 from engine.llm import _How
 
 PROMPT = "every parameter is honoured"
@@ -112,6 +112,24 @@ def test_a_model_that_computes_nan_fails_the_request_and_spares_the_neighbour(ti
     # Poisoned keys are not handed to a later prompt.
     [again] = llm.generate(PROMPT, max_tokens=6, seed=3)
     assert again.token_ids == clean.token_ids
+    _nothing_is_left(llm)
+
+
+def test_a_fault_in_reading_one_reply_spares_the_neighbour(
+    tiny: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bug in what takes replies apart must not end everybody's."""
+    llm = LLM(tiny("qwen3"), cache_size="32MiB", context_length=256)
+    [clean] = llm.generate(PROMPT, max_tokens=6, seed=3)
+    bad, _ = llm._add("another prompt", _How(), {"max_tokens": 4, "n": 2})
+    good, _ = llm._add(PROMPT, _How(), {"max_tokens": 6, "seed": 3})
+    for choice in llm._core._requests[bad].choices:
+        choice.text = None  # type: ignore[assignment]
+    outputs = list(llm._outputs(good))
+    assert tuple(t for o in outputs for d in o.deltas for t in d.token_ids) == clean.token_ids
+    with pytest.raises(ReplyFault, match="AttributeError"):
+        list(llm._outputs(bad))
+    assert "Traceback" in caplog.text
     _nothing_is_left(llm)
 
 

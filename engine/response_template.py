@@ -1,0 +1,281 @@
+"""Replies read by a response template: transformers' declarative format for the parts of a model's output.
+
+A response template names regions (`thinking`, `content`, `tool_calls`), what opens and closes each, and how the text
+between is to be read (https://huggingface.co/docs/transformers/main/chat_response_parsing). transformers loads and
+checks it and reads what stands in a region. Finding the regions is done here, because its parser drops what stands
+outside them and raises where a region cannot be read; both have to come out as text. No tokens, no torch, no HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from engine.reply_parser import Parsed
+
+__all__ = ["ResponseTemplate", "TemplateParser"]
+
+_THOUGHTS: Final = frozenset({"thinking", "reasoning", "reasoning_content", "thoughts"})
+_CALLS: Final = frozenset({"tool_calls", "tool_call"})
+_KEPT: Final = 4096
+"""Characters of finished text that may pile up before they are let go."""
+_PATIENCE: Final = 1.0
+"""Seconds for one search; an expression that takes longer never ends, and the rest of the reply is plain text."""
+
+
+class ResponseTemplate:
+    """A response template, checked.
+
+    Raises:
+        ValueError: it is none; the message says where.
+    """
+
+    __slots__ = ("_closes", "_opens", "_spec", "source")
+
+    def __init__(self, source: Mapping[str, Any]) -> None:
+        from transformers.utils.chat_parsing.response_templates import load_response_template
+
+        self.source = source
+        try:
+            self._spec = load_response_template(dict(source))
+        except (TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+        self._opens = tuple(field for field in self._spec.fields.values() if field.open_re is not None)
+
+    def opening(self, prompt: str) -> str:
+        """What the prompt has written of the reply already: all that follows the last start of a turn, or nothing."""
+        end = None
+        for match in self._spec.start_anchor_re.finditer(prompt):
+            end = match.end()
+        return "" if end is None else prompt[end:]
+
+    def mentions(self, token: str) -> bool:
+        """Whether a special token stands in it, so that it has to be seen in the text."""
+        return token in json.dumps(self.source, ensure_ascii=False).replace("\\", "")
+
+    def describe(self) -> str:
+        """One line for people: how calls begin and end."""
+        for name in self._spec.fields:
+            if name in _CALLS:
+                given = self.source["fields"][name]
+                begin, end = (given.get(k) or given.get(f"{k}_pattern") or "" for k in ("open", "close"))
+                return f"{begin}…{end}".replace("\n", "⏎")
+        return "none"
+
+    @property
+    def fields(self) -> tuple[Any, ...]:
+        """The regions that something opens."""
+        return self._opens
+
+
+class TemplateParser:
+    """The `ReplyParser` of a response template. One per choice.
+
+    White space beside the marks of a region belongs to nothing. A call that cannot be read, or of a tool that is not
+    there, is text.
+
+    Args:
+        template: the model's.
+        tools: the request's definitions, by name. Empty: calls are not read, but stay text.
+        parallel: whether more than one call is taken.
+        opening: what the prompt has written of the reply already (`ResponseTemplate.opening`).
+    """
+
+    __slots__ = (
+        "_at", "_body", "_buffer", "_count", "_fields", "_match", "_opened", "_parallel", "_plain", "_region", "_said",
+        "_space", "_thought", "_tools", "_trim",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        template: ResponseTemplate,
+        tools: Mapping[str, Mapping[str, Any]],
+        *,
+        parallel: bool = True,
+        opening: str = "",
+    ) -> None:
+        self._fields = tuple(f for f in template.fields if tools or f.name not in _CALLS)
+        self._tools = tools
+        self._parallel = parallel
+        self._buffer = ""
+        self._at = 0  # what stands before was told
+        self._region: Any = None
+        self._match: Any = None  # what opened the region
+        self._opened = 0
+        self._body = 0
+        self._space = ""  # held back: it may stand beside a mark
+        self._trim = False  # a mark was the last thing
+        self._said = False
+        self._thought = False
+        self._count = 0
+        self._plain = False  # given up: the rest is text
+        self.push(opening)
+
+    @property
+    def thinking(self) -> bool:
+        return self._region is not None and self._region.name in _THOUGHTS
+
+    def push(self, text: str) -> Parsed:
+        self._buffer += text
+        return self._read(end=False)
+
+    def finish(self) -> Parsed:
+        parsed = self._read(end=True)
+        space, self._space = self._space, ""
+        if self._trim or self._region is not None:
+            return parsed
+        return parsed._replace(text=parsed.text + space)
+
+    # -- the parts ---------------------------------------------------------------------------------------------------
+
+    def _read(self, *, end: bool) -> Parsed:
+        reasoning: list[str] = []
+        text: list[str] = []
+        calls: list[tuple[str, str]] = []
+        seen: set[tuple[int, str | None]] = set()
+        while True:
+            match, field, limit = self._next(end)
+            if self._region is None or self._region.name not in _CALLS:
+                said = self._say(self._buffer[self._at : limit])
+                (reasoning if self.thinking else text).append(said)
+                self._at = limit
+            if match is None:
+                break
+            if self._region is None:
+                self._region, self._match = field, match
+                self._opened, self._body = match.start(), match.end()
+                self._space, self._trim = "", True
+            else:
+                self._close(match, text, calls)
+            self._at = max(self._at, match.end())
+            place = (self._at, self._region and self._region.name)
+            if place in seen:  # marks without a character could open and close for ever
+                self._give_up()
+            seen.add(place)
+        if end and self._region is not None:
+            self._close(None, text, calls)
+        if self._region is None and self._at > _KEPT:  # one character stays: no mark is at the beginning any more
+            self._buffer, self._at = self._buffer[self._at - 1 :], 1
+        return Parsed("".join(reasoning), "".join(text), tuple(calls))
+
+    def _next(self, end: bool) -> tuple[Any, Any, int]:
+        """The next mark that is certain, its field, and how far the text before it is certain."""
+        size = len(self._buffer)
+        if self._plain:
+            return None, None, size
+        if self._region is not None:
+            watched = [self._region] if self._region.close_re is not None else []
+        else:
+            watched = list(self._fields)
+        best, best_field, limit = None, None, size
+        for field in watched:
+            opens = self._region is None
+            pattern, literals, longer = (
+                (field.open_re, field.open_literals, field.open_literal_can_extend)
+                if opens
+                else (field.close_re, field.close_literals, field.close_literal_can_extend)
+            )
+            try:
+                match = pattern.search(self._buffer, self._at, partial=not end, timeout=_PATIENCE)
+            except TimeoutError:
+                self._give_up()
+                return None, None, size
+            if match is None:
+                continue
+            grows = match.end() == size and (match.start() == match.end() or literals is None or longer)
+            if not end and (match.partial or grows):
+                limit = min(limit, match.start())
+            elif best is None or (match.start(), -match.end()) < (best.start(), -best.end()):
+                best, best_field = match, field
+        if best is None or best.start() > limit or (best.start() == limit and limit < size):
+            return None, None, limit
+        if best.start() == best.end() and self._region is not None and best.start() == self._at == size and not end:
+            return None, None, limit
+        return best, best_field, best.start()
+
+    def _give_up(self) -> None:
+        """From here on all is text."""
+        if self._region is not None and self._region.name in _CALLS:
+            self._at = self._opened
+        self._plain, self._region = True, None
+
+    def _say(self, text: str) -> str:
+        """White space waits for what follows it; beside a mark it belongs to nothing."""
+        if self._trim:
+            text = text.lstrip()
+            if not text:
+                return ""
+            # Two texts with a call between them, or two thoughts.
+            apart = self._thought if self.thinking else self._said and self._count and self._region is None
+            self._space = "\n" if apart else ""
+            self._trim = False
+        text = self._space + text
+        said = text.rstrip()
+        self._space = text[len(said) :]
+        if said and self.thinking:
+            self._thought = True
+        elif said:
+            self._said = True
+        return said
+
+    def _close(self, match: Any, text: list[str], calls: list[tuple[str, str]]) -> None:
+        """End the region, at a mark or (None) with the reply."""
+        region, opened, body = self._region, self._opened, self._body
+        stop = match.start() if match is not None else len(self._buffer)
+        after = match.end() if match is not None else len(self._buffer)
+        self._region = None
+        self._space, self._trim = "", True
+        if region.name not in _CALLS:
+            return
+        found = self._calls(region, self._buffer[body:stop])
+        if found:
+            calls += found
+            self._count += len(found)
+        else:
+            text.append(self._say(self._buffer[opened:after]))
+        self._at = after
+
+    def _calls(self, region: Any, body: str) -> list[tuple[str, str]]:
+        """The calls of a region; none if it cannot be read or names a tool that is not there."""
+        from transformers.utils.chat_parsing.content_parsers import process_field
+
+        if self._count and not self._parallel:
+            return []
+        captures = {k: v for k, v in self._match.groupdict().items() if v is not None}
+        try:
+            value = process_field(body, region, captures)
+            calls = [self._call(item) for item in (value if isinstance(value, list) else [value])]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return []  # whatever the model wrote, it is no call
+        return calls if self._parallel else calls[:1]
+
+    def _call(self, item: Any) -> tuple[str, str]:
+        function = item.get("function", item)
+        name, arguments = function["name"], function.get("arguments")
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        if name not in self._tools or not isinstance(arguments, dict | None):
+            raise ValueError("no call of these tools")
+        schema = self._tools[name].get("parameters") or {}
+        properties = schema.get("properties") if isinstance(schema, Mapping) else None
+        typed = {
+            key: _typed(value, properties.get(key) if isinstance(properties, Mapping) else None)
+            for key, value in (arguments or {}).items()
+        }
+        written = json.dumps(typed, ensure_ascii=False, allow_nan=False)
+        written.encode()  # half a surrogate pair is no text: ValueError
+        return name, written
+
+
+def _typed(value: Any, schema: Any) -> Any:
+    """A value as its schema wants it: formats that write no quotes cannot tell a number from a text."""
+    kind = schema.get("type") if isinstance(schema, Mapping) else None
+    if kind == "string" and isinstance(value, bool | int | float):
+        return json.dumps(value)
+    if kind in ("integer", "number", "boolean", "object", "array", "null") and isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
