@@ -27,19 +27,24 @@ SEED: Final = "evaluation"
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the table. `last`: see `corpus.conversation`. `after_tool`: judge the answer that follows the tool's result."""
+    """A row of the table. `last`: see `corpus.conversation`.
+
+    `after_tool`: judge the answer that follows the tool's result. `no_call`: any answer is right that calls nothing.
+    """
 
     title: str
     last: str
     goal: int | None = None
     thinking: bool = False
     after_tool: bool = False
+    no_call: bool = False
 
 
 CASES: Final = (
     Case("tool choice and exact arguments", "tool", 90),
     Case("answer from the tool's result", "tool", after_tool=True),
-    Case("no call when no tool fits", "no tool", 90),
+    Case("no call where none is needed", "beside tools", 90, no_call=True),
+    Case("refusal where no tool fits", "no tool", 90),
     Case("memory", "recall", 95),
     Case("words: repeat, sort, reverse", "words", 90),
     Case("two-digit addition, thinking", "addition", 90, thinking=True),
@@ -74,9 +79,11 @@ def question(drawn: Conversation, after_tool: bool) -> tuple[list[Message], Mess
     return drawn.messages[:turn], drawn.messages[turn]
 
 
-def right(reply: str, expected: Message) -> bool:
+def right(reply: str, expected: Message, case: Case) -> bool:
     """Whether a reply, its thoughts cut off, is what was expected."""
     answer = reply.split("</think>")[-1].strip()
+    if case.no_call:
+        return "<tool_call>" not in answer
     if "tool_calls" not in expected:
         return answer == expected["content"]
     wanted = [{"name": c["function"]["name"], "arguments": c["function"]["arguments"]} for c in expected["tool_calls"]]
@@ -91,7 +98,7 @@ def evaluate(
     expected: list[Message] = []
     index = 0
     while len(prompts) < count:
-        drawn = conversation(SEED, index, "test", case.last)
+        drawn = conversation(SEED, index, "test", case.last, refusals=not case.no_call)
         index += 1
         messages, answer = question(drawn, case.after_tool)
         prompts.append(
@@ -108,7 +115,7 @@ def evaluate(
     wrong = [
         (wanted["asked"], reply.text, wanted.get("tool_calls") or wanted["content"])
         for [reply], wanted in zip(replies, expected, strict=True)
-        if not right(reply.text, wanted)
+        if not right(reply.text, wanted, case)
     ]
     return count - len(wrong), wrong
 

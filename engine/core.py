@@ -274,7 +274,7 @@ class EngineCore:
             finish = "tool_calls"
         if running.request.unenforced_schema is not None:
             choice.written.append(delta.text)
-            if finish:
+            if finish and not choice.calls:
                 schema_error = unenforced_errors("".join(choice.written), running.request.unenforced_schema) or ""
         return ChoiceDelta(
             sequence.choice_index, delta.text, tuple(tokens), logprobs, finish, delta.reasoning, calls, schema_error

@@ -185,6 +185,21 @@ class GrammarCompiler:
             InvalidParameter: it cannot be compiled; with `strict`, it cannot be enforced whole. A JSON pointer says
                 where.
         """
+        if constraint.kind == "grammar":
+            self._check(str(constraint.value), constraint.param)
+            if thoughts is None or not opened:
+                return str(constraint.value), ()
+            raise InvalidParameter(
+                f"{constraint.param} cannot be combined with thinking; turn that off (reasoning_effort: none).",
+                param=constraint.param,
+            )
+        rules, unenforced = self._text(constraint, thoughts)
+        grammar = self._after(thoughts, opened, "answer: text", rules)
+        self._check(grammar, constraint.param)
+        return grammar, unenforced
+
+    def _text(self, constraint: Constraint, thoughts: ReasoningFormat | None) -> tuple[list[str], tuple[str, ...]]:
+        """The rule `text`: an answer that satisfies a constraint; and the keywords that it does not enforce."""
         value = constraint.value
         _check_depth(value, constraint.param)
         size = len(value if isinstance(value, str) else json.dumps(value))
@@ -203,18 +218,11 @@ class GrammarCompiler:
             case "choice":
                 rule = " | ".join(_quoted(choice) for choice in value)
             case "grammar":
-                self._check(str(value), constraint.param)
-                if thoughts is None or not opened:
-                    return str(value), ()
                 raise InvalidParameter(
-                    f"{constraint.param} cannot be combined with thinking; turn that off (reasoning_effort: none).",
-                    param=constraint.param,
+                    f"{constraint.param} cannot be combined with tools: it is a whole grammar.", param=constraint.param
                 )
         start = f"{self._mark(thoughts.answer_open)} " if thoughts is not None and thoughts.answer_open else ""
-        rules = [f"text: {rule}"]
-        grammar = self._after(thoughts, opened, f"answer: {start}text", rules)
-        self._check(grammar, constraint.param)
-        return grammar, unenforced
+        return [f"text: {start}form", f"form: {rule}"], unenforced
 
     def tool_grammar(
         self,
@@ -225,14 +233,16 @@ class GrammarCompiler:
         *,
         free: bool,
         several: bool,
-    ) -> str:
-        """Calls of these tools, each with arguments that satisfy its schema.
+        otherwise: Constraint | None = None,
+    ) -> tuple[str, tuple[str, ...]]:
+        """Calls of these tools, each with arguments that satisfy its schema; and what `otherwise` does not enforce.
 
         Args:
             tools: definitions in the API's shape. A schema that cannot be enforced whole is refused with `strict`, else
                 enforced as far as it can be.
             free: any text, and a call only once the mark of one has been written; else nothing but calls.
             several: whether another call may follow the first.
+            otherwise: what a reply without calls has to be; not with `free`.
 
         Raises:
             InvalidParameter: a schema that cannot be compiled.
@@ -248,9 +258,11 @@ class GrammarCompiler:
             more = f"({self._mark(found.open)} call)*"
         end = self._mark(found.end) if found.end else ""
         if not free:
-            return self._after(
-                thoughts, opened, f"answer: {self._mark(found.begin + found.open)} call {more} {end}", rules
-            )
+            rules.append(f"calls: {self._mark(found.begin + found.open)} call {more} {end}")
+            if otherwise is None:
+                return self._after(thoughts, opened, "answer: calls", rules), ()
+            text, unenforced = self._text(otherwise, thoughts)
+            return self._after(thoughts, opened, "answer: calls | text", [*rules, *text]), unenforced
         pieces = self._pieces(found.begin + found.open)
         special, mark = pieces[0]
         if special is None:  # a tag that is text: the lexeme ends with the first of it
@@ -262,7 +274,7 @@ class GrammarCompiler:
         block = f"head {self._mark(left) if left else ''} call {more if found.begin else ''} {end}"
         again = "*" if several else "?"
         rules += [head, "TEXT: /(.|\\n)*/", f"block: {block}"]
-        return self._after(thoughts, opened, f"answer: block{again} TEXT", rules)
+        return self._after(thoughts, opened, f"answer: block{again} TEXT", rules), ()
 
     def _arguments(self, found: ToolFormat, number: int, function: Mapping[str, Any]) -> str:
         """The rules of one tool: what follows the opening of a call, up to its end."""

@@ -70,10 +70,7 @@ class Preparer:
         may_think = found if request.messages is not None else None
         if text is not None and found is not None and text.rstrip().endswith(found.close):
             may_think = None  # the template has closed the thoughts before they began
-        grammar = self._tool_grammar(request, may_think, thinks)
-        unenforced: tuple[str, ...] = ()
-        if request.constraint is not None:
-            grammar, unenforced = self._grammars.grammar_of(request.constraint, may_think, thinks)
+        grammar, unenforced = self._grammar(request, may_think, thinks)
         return PreparedRequest(
             request_id=request.request_id,
             prompt_token_ids=tokens,
@@ -88,32 +85,39 @@ class Preparer:
             parallel_tool_calls=request.parallel_tool_calls,
         )
 
-    def _tool_grammar(self, request: GenerationRequest, thoughts: ReasoningFormat | None, opened: bool) -> str | None:
-        """What calls are held to: all of them if some are asked for; else strict ones, once they begin."""
-        if not request.tools:
-            return None
+    def _grammar(
+        self, request: GenerationRequest, thoughts: ReasoningFormat | None, opened: bool
+    ) -> tuple[str | None, tuple[str, ...]]:
+        """What the reply is held to, and what of a schema that leaves out.
+
+        With tools: calls, if some are asked for; calls or the form that is asked for; strict calls, once they begin.
+        """
         choice, tools = request.tool_choice, request.tools
-        if choice == "auto" and not any(tool["function"].get("strict") for tool in tools):
-            return None
+        form_of_text = request.constraint if choice == "auto" else None
+        if not tools:
+            return self._grammars.grammar_of(request.constraint, thoughts, opened) if request.constraint else (None, ())
+        if choice == "auto" and form_of_text is None and not any(tool["function"].get("strict") for tool in tools):
+            return None, ()
         form = self._dialect.tool_format
         if form is None:
             raise Unsupported(
                 "tool_choice: how this model writes calls is known from its response template alone, which can be read "
-                "but not written; only none, and auto without strict functions, can be honoured.",
+                "but not written; only none, and auto without strict functions or a form, can be honoured.",
                 param="tool_choice",
             )
         if choice.startswith(":"):
             tools = tuple(tool for tool in tools if tool["function"]["name"] == choice[1:])
-        grammar = self._grammars.tool_grammar(
+        grammar, unenforced = self._grammars.tool_grammar(
             form,
             tools,
             thoughts,
             opened,
-            free=choice == "auto",
+            free=choice == "auto" and form_of_text is None,
             several=request.parallel_tool_calls and not choice.startswith(":"),
+            otherwise=form_of_text,
         )
         self._grammars.check(grammar, "tools")
-        return grammar
+        return grammar, unenforced
 
     def _variables(self, request: GenerationRequest) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The template's variables, and whether an effort was asked for that they cannot express."""

@@ -146,9 +146,6 @@ def parse(raw: bytes, request_id: str) -> ChatRequest:
         parallel_tool_calls=_optional(data, "parallel_tool_calls", FLAG) is not False,
         tool_choice=choice,
     )
-    if tools and generation.constraint:
-        param = generation.constraint.param.partition(".")[0]
-        raise Unsupported(f"{param} together with tools is not supported by this build.", param=param)
     include_usage = _stream_options(data, stream, ignored)
     _annotations(data)
     return ChatRequest(model, generation, stream, include_usage, tuple(ignored))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forced_replies import forced_reply
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.utils.chat_parsing import parse_response
@@ -387,7 +388,7 @@ def test_a_template_that_the_tokenizer_brings_along(shipped: Path) -> None:
     text = (
         "<think>hm</think>Yes.<tool_call><function=get_weather><parameter=city>Rio</parameter></function></tool_call>"
     )
-    [answer] = llm.generate(HELLO, constraint=Constraint("choice", [text]), tools=[WEATHER_TOOL], seed=1)
+    answer = forced_reply(llm, text, [WEATHER_TOOL])
     assert (answer.reasoning, answer.text, answer.finish_reason) == ("hm", "Yes.", "tool_calls")
     assert [(c.name, c.arguments) for c in answer.tool_calls] == [("get_weather", '{"city": "Rio"}')]
     with pytest.raises(InvalidParameter, match="response template"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forced_replies import forced_reply
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
@@ -138,7 +139,7 @@ def test_hostile_values_are_text_or_a_call(name: str, value: str) -> None:
 def test_hostile_definitions_are_refused(llm: LLM, name: str, parameters: dict[str, Any]) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     try:
-        grammar = llm._model.grammars.tool_grammar(FORMATS[name], [tool], free=False, several=False)
+        grammar, _ = llm._model.grammars.tool_grammar(FORMATS[name], [tool], free=False, several=False)
         llm._model.grammars.check(grammar, "tools")
     except InvalidParameter:
         return
@@ -246,8 +247,7 @@ def llm(tiny: Callable[[str], Path]) -> LLM:
 
 def say(llm: LLM, text: str, **fields: Any) -> Any:
     """The answer of a model that is made to say this."""
-    [answer] = llm.generate(HELLO, constraint=Constraint("choice", [text]), tools=[PING_TOOL], seed=1, **fields)
-    return answer
+    return forced_reply(llm, text, [PING_TOOL], **fields)
 
 
 def test_a_call_ends_with_its_own_reason(llm: LLM) -> None:
@@ -333,7 +333,7 @@ def walk(llm: LLM, grammar: str, rng: random.Random, limit: int = 3000) -> str |
 def test_forced_calls_satisfy_their_schemas(llm: LLM, name: str) -> None:
     found = FORMATS[name]
     several = found.between is not None
-    grammar = llm._model.grammars.tool_grammar(found, STRICT, free=False, several=several)
+    grammar, _ = llm._model.grammars.tool_grammar(found, STRICT, free=False, several=several)
     counts = set()
     for seed in range(12):
         text = walk(llm, grammar, random.Random(seed))
@@ -353,7 +353,7 @@ def test_forced_calls_satisfy_their_schemas(llm: LLM, name: str) -> None:
 def test_a_strict_call_is_held_to_its_schema_once_it_begins(llm: LLM, name: str) -> None:
     found = FORMATS[name]
     compiler = llm._model.grammars
-    grammar = compiler.tool_grammar(found, STRICT, free=True, several=True)
+    grammar, _ = compiler.tool_grammar(found, STRICT, free=True, several=True)
     good = f"Let me <see> [it].\n{written(found, [('get_weather', {'city': 'Oslo', 'days': 3})])}"
     for text, accepted in (
         ("Just text, {no} call. <", True),
@@ -383,6 +383,33 @@ def test_a_choice_is_enforced(llm: LLM, choice: str) -> None:
         if answer.finish_reason == "tool_calls":
             assert answer.text == ""
             assert choice == "required" or len(answer.tool_calls) == 1
+
+
+def test_a_form_holds_what_is_no_call(llm: LLM) -> None:
+    """With tools and a form, a reply is calls that satisfy their schemas, or an answer that satisfies its own."""
+    form = Constraint("json", {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
+                               "additionalProperties": False})  # fmt: skip
+    kinds = set()
+    for seed in range(12):
+        bias = {llm_token(llm, "{<"[seed % 2]): 5.0}
+        [answer] = llm.generate(HELLO, tools=STRICT, constraint=form, seed=seed, max_tokens=400, logit_bias=bias)
+        kinds.add(answer.finish_reason)
+        if answer.finish_reason == "stop":
+            assert json.loads(answer.text)["a"] in (1, 2)
+        if answer.finish_reason == "tool_calls":
+            assert answer.text == ""
+        for call in answer.tool_calls:
+            Draft202012Validator(SCHEMAS[call.name]).validate(json.loads(call.arguments))
+    assert {"stop", "tool_calls"} <= kinds
+    [answer] = llm.generate(HELLO, tools=STRICT, constraint=form, tool_choice=":ping", seed=1, max_tokens=100)
+    assert [call.name for call in answer.tool_calls] == ["ping"]
+    with pytest.raises(InvalidParameter, match="whole grammar"):
+        llm.generate(HELLO, tools=STRICT, constraint=Constraint("grammar", 'start: "a"'), max_tokens=3)
+
+
+def llm_token(llm: LLM, text: str) -> int:
+    [token] = llm._model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return int(token)
 
 
 def test_a_strict_schema_that_cannot_be_enforced_is_refused(llm: LLM) -> None:

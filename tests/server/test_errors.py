@@ -256,14 +256,6 @@ CASES: list[tuple[str, bytes | dict[str, Any], int, str | None, str, str]] = [
         "'g' is not among",
     ),
     ("parallel, text", chat(parallel_tool_calls="no"), 400, "parallel_tool_calls", FORMAT, "true or false"),
-    (
-        "tools and a form",
-        chat(tools=[TOOL], response_format={"type": "json_object"}),
-        422,
-        "response_format",
-        UNSUPPORTED,
-        "together with tools",
-    ),
     ("call of a user", say("x", tool_calls=[CALL]), 422, "messages.0.tool_calls", PARAMETER, "only an assistant"),
     (
         "call, no id",

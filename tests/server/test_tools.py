@@ -162,3 +162,20 @@ def test_a_strict_schema_that_cannot_be_enforced(real: Any) -> None:
     assert (refused.status, refused.error["param"]) == (422, "tools.0.function.parameters")
     assert refused.error["code"] == "schema_not_enforceable"
     assert refused.error["pointer"] == "/properties/a/not"
+
+
+def test_a_form_and_tools(real: Any) -> None:
+    """A reply is a call, or the form; with a choice that asks for a call, a call."""
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [1, 2]}}}
+    kinds = set()
+    for seed in range(6):
+        [choice] = answer(real, response_format=form, seed=seed).json["choices"]
+        kinds.add(choice["finish_reason"])
+        if choice["finish_reason"] == "stop":
+            assert choice["message"]["content"] in ("1", "2")
+    assert "stop" in kinds
+    [choice] = answer(real, response_format=form, tool_choice=NAMED, seed=1).json["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert "schema_error" not in choice
+    refused = answer(real, guided_grammar='start: "a"')
+    assert (refused.status, refused.error["param"]) == (422, "guided_grammar")

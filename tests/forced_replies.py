@@ -1,0 +1,28 @@
+"""A model that is made to say a text, whatever its weights: what reads replies can then be tested with any text."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from engine import LLM, ChatMessage, Completion, Constraint
+from engine.llm import _collect
+from engine.types import GenerationRequest
+
+
+def forced_reply(llm: LLM, text: str, tools: list[dict[str, Any]], **sampling: Any) -> Completion:
+    """The reply to a greeting with these tools, held to one text: the request's own grammar is put aside."""
+    request = GenerationRequest(
+        request_id="forced",
+        messages=(ChatMessage("user", "Hello"),),
+        sampling={"seed": 1, **sampling},
+        tools=tuple(tools),
+    )
+    grammar, _ = llm._model.grammars.grammar_of(Constraint("choice", [text]))
+    llm._core.add(dataclasses.replace(llm._preparer.prepare(request), grammar=grammar))
+    outputs = []
+    while not outputs or not outputs[-1].finished:
+        outputs += llm._core.step()
+    if outputs[-1].error:
+        raise outputs[-1].error
+    return _collect(outputs, 1)[0]
