@@ -25,10 +25,11 @@ from transformers import AutoTokenizer
 from benchmarks import loopback, machine, metered, served, step_costs
 from benchmarks.common import RESULTS, alternate, summary, thread_cpu_seconds
 from benchmarks.report import Report
-from engine import Constraint
+from engine import LLM, Constraint
 from engine.checkpoint import prepare_environment
 from engine.detokenizer import Vocabulary
 from engine.grammar import GrammarCompiler
+from engine.llm import _How
 from engine.standin import ensure_standin
 
 UNIT = "µs CPU/token"
@@ -160,6 +161,40 @@ def grammars(report: Report, model: Path, streams: int, tokens: int, repeat: int
         note=f"mean over the {len(ids)} tokens of a document of four fields; the mask as a row of booleans.",
     )
     report.add("grammar: mask and step of 7 sequences together", "µs", {name: summary(batch)})
+    _constrained_steps(report, model, tokens, repeat)
+
+
+def _constrained_steps(report: Report, model: Path, tokens: int, repeat: int) -> None:
+    """A decoding step of eight sequences, held to a schema and free, in turns: the whole engine with the model."""
+    llm = LLM(model, cache_size="1GiB", context_length=1024)
+    schema = {"type": "array", "items": {"type": "string"}, "minItems": 200}  # goes on until it is cut
+    how = {"free": _How(), "schema": _How(constraint=Constraint("json", schema))}
+    medians: dict[str, list[float]] = {name: [] for name in how}
+    for turn in range(repeat + 1):
+        for name, asked in how.items():
+            sampling = {"max_tokens": tokens, "ignore_eos": True}
+            ids = [llm._add(f"{turn} {i}", asked, {**sampling, "seed": i})[0] for i in range(8)]
+            llm._core.step()  # the prompts
+            spent = []
+            while llm._core.has_work:
+                started = time.perf_counter()
+                llm._core.step()
+                spent.append((time.perf_counter() - started) * 1e3)
+            for request_id in ids:
+                del llm._boxes[request_id]
+            if turn:  # the first turn warms up
+                medians[name].append(statistics.median(spent))
+    ratios = summary([held / free for free, held in zip(medians["free"], medians["schema"], strict=True)])
+    report.add(
+        "grammar: a step of 8 sequences",
+        "ms",
+        {name: summary(values) for name, values in medians.items()},
+        ratio=ratios,
+        ratio_of="schema / free",
+        goal="< 1.10",
+        met=ratios["median"] < 1.10,
+        note="arrays of strings; the median step of each turn.",
+    )
 
 
 def server(report: Report, model: Path, streams: int, tokens: int, repeat: int) -> None:

@@ -98,10 +98,8 @@ def _findings(info: ModelInfo) -> Table:
         ("  context", f"{info.context_length} tokens; the cache holds {info.cache_tokens}"),
         ("  sampling", defaults),
         ("  thoughts", " … ".join(info.reasoning) if info.reasoning else "none that its template knows of"),
-        (
-            "  tool calls",
-            f"{info.tool_calls} (from: {info.tool_calls_source})",
-        ),
+        ("  tool calls", info.tool_calls),
+        ("", f"from: {info.tool_calls_source}"),
         ("  reproducible", ("yes: " if info.law.holds else "no: ") + info.law.reason),
         ("  fingerprint", info.system_fingerprint),
     ):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from demo import corpus, facts, memory, tasks, tools, words
-from demo.evaluate import CASES, calls_in, question, right
+from demo.evaluate import CASES, Case, calls_in, question, right
 from demo.exchange import Exchange, Split, split_of
 
 DRAWN = [corpus.conversation(5, index) for index in range(400)]
@@ -39,7 +39,7 @@ def test_no_combination_is_in_both_splits(monkeypatch: pytest.MonkeyPatch) -> No
         for index in range(8):
             held = corpus.conversation("evaluation", index, "test", case.last).exchange
             assert held
-            assert split_of(held.key) == "test"
+            assert held.free or split_of(held.key) == "test"
             assert held.key not in trained
 
 
@@ -89,6 +89,15 @@ def test_no_tool_fits_when_it_says_so() -> None:
                 assert not verb_and_thing <= asked
 
 
+def test_tools_are_left_alone_where_none_is_needed() -> None:
+    for index in range(60):
+        drawn = corpus.conversation(8, index, last="beside tools", refusals=False)
+        assert drawn.tools
+        assert drawn.exchange
+        assert not drawn.exchange.calls
+        assert all(message["content"] != tools.NO_TOOL for message in drawn.messages)
+
+
 def test_memory_answers_with_what_was_told_last() -> None:
     for index in range(60):
         drawn = corpus.conversation(9, index, last="recall")
@@ -130,7 +139,8 @@ def test_facts_have_names_of_their_own() -> None:
 )
 def test_the_judge_of_calls(reply: str, good: bool) -> None:
     call = {"function": {"name": "f", "arguments": {"a": 1}}}
-    assert right(reply, {"content": "", "tool_calls": [call]}) is good
+    assert right(reply, {"content": "", "tool_calls": [call]}, Case("", "tool")) is good
+    assert right(reply, {"content": ""}, Case("", "tool", no_call=True)) is ("<tool_call>" not in reply)
 
 
 @pytest.mark.parametrize(

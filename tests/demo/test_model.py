@@ -44,7 +44,8 @@ def test_it_says_who_it_is(client: OpenAI) -> None:
 
 
 def test_a_sum(client: OpenAI) -> None:
-    assert "59" in say(client, "What is 23 + 36?")
+    assert say(client, "What is 47 + 38?") == "47 + 38 = 85."
+    assert "59" in say(client, "What is 23 + 36?", reasoning_effort="high")
 
 
 def test_a_sum_with_worked_steps(client: OpenAI) -> None:

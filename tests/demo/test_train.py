@@ -72,6 +72,23 @@ def test_a_changed_source_is_another_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert train._sources() != before
 
 
+def test_the_mean_of_two_models(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    """Also of weights that stand under two names."""
+    one, two = (train.Qwen3ForCausalLM(train.config(len(tokenizer))) for _ in range(2))
+    assert one.lm_head.weight is one.model.embed_tokens.weight
+    before = {name: weights.clone() for name, weights in one.state_dict().items()}
+    train._average(one, two.state_dict())
+    for name, weights in one.state_dict().items():
+        torch.testing.assert_close(weights, (before[name] + two.state_dict()[name]) / 2)
+
+
+def test_tuning_draws_what_it_says(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    drawn = train.examples(tokenizer, 0, 5, tuning=True)
+    assert len(drawn) == sum(count for _, count in train.TUNED)
+    assert drawn != train.examples(tokenizer, 0, 5)
+    assert drawn == train.examples(tokenizer, 0, 5, tuning=True)
+
+
 def test_cuts_cover_every_example_once_and_keep_the_limit() -> None:
     lengths = sorted([5, 9, 30, 31, 400, 900, 1500, 2000, 2048, 2048])
     cuts = train._cuts(lengths)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from engine import LLM, Constraint, InvalidParameter, LoadError
 from engine.chat_template import ChatTemplate
 from engine.dialect import Dialect, find
 from engine.response_template import ResponseTemplate, TemplateParser
-from engine.tool_format import one_call_a_turn
+from engine.tool_format import CALL_ID, one_call_a_turn
 from engine.types import ChatMessage, ToolCall
 
 TOOLS: dict[str, Any] = {
@@ -303,6 +304,49 @@ def test_families_that_people_run(shared: Path, family: str) -> None:
     [file] = (shared / "chat_templates").glob(f"*{family}*")
     template = ChatTemplate(file.read_text(encoding="utf-8"), {"bos_token": "<s>", "eos_token": "</s>"})
     assert find(template).source == TABLE[family]
+
+
+@pytest.mark.parametrize("family", TABLE)
+def test_families_are_read_alike_in_any_cut(shared: Path, family: str) -> None:
+    """Thoughts, text and calls as the family writes them, cut two hundred ways: always the whole reply's parts."""
+    [file] = (shared / "chat_templates").glob(f"*{family}*")
+    dialect = find(ChatTemplate(file.read_text(encoding="utf-8"), {"bos_token": "<s>", "eos_token": "</s>"}))
+    form, marks = dialect.tool_format, dialect.reasoning
+    assert form is not None
+
+    def arguments(given: dict[str, Any]) -> str:
+        if form.style == "json":
+            return json.dumps(given)
+        values = {k: v if isinstance(v, str) else json.dumps(v) for k, v in given.items()}
+        return "".join(f"{form.key_open}{k}{form.value_open}{v}{form.value_close}" for k, v in values.items())
+
+    calls = (
+        [WEATHER] if form.between is None else [WEATHER, ("ping", {}), ("get_weather", {"city": 'O"slo', "days": 1})]
+    )
+    written = [f"{form.open}{n}{form.middle}{arguments(a)}{form.close.replace(CALL_ID, 'abcdef001')}" for n, a in calls]
+    text = form.begin + (form.between or "").join(written) + form.end
+    said = "" if "{" in form.mark[:1] or (marks and marks.resume) else "Let me look.\n"
+    thoughts = ""
+    if marks is not None:
+        thoughts = "Weather? <hm> é"
+        text = f"{marks.open}{thoughts}{marks.close}{marks.resume}{said}{text}"
+    else:
+        text = said + text
+
+    def parts(pieces: list[str]) -> tuple[str, str, list[tuple[str, Any]]]:
+        parser = dialect.parser(TOOLS, parallel=True, chat=True, opened=False, opening="")
+        assert parser is not None
+        found = [*(parser.push(piece) for piece in pieces), parser.finish()]
+        read_calls = [(name, json.loads(written)) for part in found for name, written in part.calls]
+        return "".join(f.reasoning for f in found), "".join(f.text for f in found), read_calls
+
+    expected = (thoughts, said.strip(), calls)
+    assert parts([text]) == expected
+    assert parts(list(text)) == expected
+    rng = random.Random(family)
+    for _ in range(200):
+        places = [0, *sorted(rng.sample(range(1, len(text)), rng.randrange(1, 20))), len(text)]
+        assert parts([text[a:b] for a, b in itertools.pairwise(places)]) == expected
 
 
 def test_a_turn_with_several_calls_becomes_several() -> None:
