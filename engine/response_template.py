@@ -139,7 +139,7 @@ class TemplateParser:
             if self._region is None or self._region.name not in _CALLS:
                 said = self._say(self._buffer[self._at : limit])
                 (reasoning if self.thinking else text).append(said)
-                self._at = limit
+            self._at = limit  # what was searched once is not searched again
             if match is None:
                 break
             if self._region is None:
@@ -155,7 +155,8 @@ class TemplateParser:
             seen.add(place)
         if end and self._region is not None:
             self._close(None, text, calls)
-        if self._region is None and self._at > _KEPT:  # one character stays: no mark is at the beginning any more
+        whole = self._region is not None and self._region.name in _CALLS  # a call is kept until it has ended
+        if not whole and self._at > _KEPT:  # one character stays: no mark is at the beginning any more
             self._buffer, self._at = self._buffer[self._at - 1 :], 1
         return Parsed("".join(reasoning), "".join(text), tuple(calls))
 

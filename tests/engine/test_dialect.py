@@ -254,6 +254,20 @@ def test_a_long_reply_does_not_pile_up() -> None:
     assert len(parser._buffer) < 10_000
 
 
+def test_long_thoughts_do_not_pile_up_and_a_long_call_is_read_once() -> None:
+    parser = TemplateParser(ResponseTemplate(MARKED), TOOLS)
+    parser.push("<think>")
+    thought = "".join(parser.push("word ").reasoning for _ in range(20_000))
+    assert len(parser._buffer) < 10_000
+    parser.push('</think><tool_call>{"name": "ping", "arguments": {"a": "')
+    for _ in range(20_000):
+        parser.push("word ")
+        assert len(parser._buffer) - parser._at < 100, "what was searched is searched again"
+    [(name, arguments)] = parser.push('"}}</tool_call>').calls
+    assert (name, json.loads(arguments)) == ("ping", {"a": "word " * 20_000})
+    assert thought + " " == "word " * 20_000
+
+
 # -- where it comes from ----------------------------------------------------------------------------------------------
 
 
