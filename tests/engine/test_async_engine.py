@@ -117,6 +117,7 @@ def test_abort_frees_the_place_within_a_step_and_ends_the_stream(engine: AsyncEn
     run(main())
 
 
+@pytest.mark.slow
 def test_a_full_queue_refuses_and_a_free_place_accepts(engine: AsyncEngine) -> None:
     async def main() -> None:
         for i in range(6):

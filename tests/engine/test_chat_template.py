@@ -70,6 +70,7 @@ def by_transformers(source: str, messages: list[ChatMessage], monkeypatch: pytes
 ALL_TEMPLATES = sorted(path.stem for path in TEMPLATES.glob("*.jinja")) or ["absent"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", ALL_TEMPLATES)
 def test_rendered_as_transformers_renders(name: str, conversation: str, monkeypatch: pytest.MonkeyPatch) -> None:

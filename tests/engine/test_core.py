@@ -74,6 +74,7 @@ def test_a_stop_string_across_tokens_is_cut_out_and_nothing_of_it_was_streamed(l
     assert tuple(tokens) == free.token_ids[: len(tokens)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 def test_padding_rows_of_the_vocabulary_are_never_produced(llm: LLM, temperature: float) -> None:
     real = len(llm._model.tokenizer)

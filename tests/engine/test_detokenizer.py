@@ -77,6 +77,7 @@ def mixed_run(vocabulary: Vocabulary, tokenizer: Any, ids: list[int]) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*TABLED, *REAL])
 def test_real_text_round_trips(name: str) -> None:
     """Deltas join to `decode`, bytes join to the same text, no delta shows a half character."""
@@ -89,6 +90,7 @@ def test_real_text_round_trips(name: str) -> None:
         assert "".join(deltas).count("\ufffd") == decode(tokenizer, ids).count("\ufffd")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*TABLED, *PROBED, *REAL])
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())

@@ -66,6 +66,7 @@ def _nested(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[
 SCHEMAS = st.recursive(_leaves(), _nested, max_leaves=5)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(schema=SCHEMAS, seed=st.integers(0, 2**31))
 def test_every_finished_reply_satisfies_its_schema(llm: LLM, schema: dict[str, Any], seed: int) -> None:

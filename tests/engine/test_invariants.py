@@ -224,7 +224,7 @@ def baseline(tiny: Callable[[str], Path]) -> Callable[[str, str], Bits]:
 
 
 @pytest.mark.parametrize("prompt", ["short", pytest.param("long", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [FAMILIES[0], *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[1:])])
 @pytest.mark.parametrize(
     "circumstance",
     [pytest.param(c, marks=pytest.mark.slow) if c == "a new process" else c for c in CIRCUMSTANCES],

@@ -86,6 +86,7 @@ def test_order_is_total(values: list[float], data: st.DataObject) -> None:
     assert largest(order_keys(logits), count).tolist() == [in_order(logits[0].tolist())[:count]]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(st.lists(logit, min_size=70, max_size=70), cut), min_size=1, max_size=4))
 def test_kept_sets_equal_the_definition(batch: list[tuple[list[float], Cut]]) -> None:

@@ -30,6 +30,7 @@ def _plain(folder: Path, prompt: str, count: int) -> tuple[list[int], list[float
     return tokens, logprobs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_greedy_tokens_and_raw_logprobs(family: str, tiny: Callable[[str], Path]) -> None:
     folder = tiny(family)

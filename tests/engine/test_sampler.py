@@ -141,6 +141,7 @@ any_row = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(logit_rows, any_row), min_size=1, max_size=5), st.booleans(), st.randoms())
 def test_equals_the_plain_sampler(batch: list[tuple[list[float], Sequence]], grammar: bool, random: Any) -> None:
@@ -241,6 +242,7 @@ DISTRIBUTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "p", DISTRIBUTIONS, ids=lambda p: f"T{p.temperature}k{p.top_k}p{p.top_p}m{p.min_p}f{p.frequency_penalty}"
 )
@@ -268,6 +270,7 @@ def test_draws_follow_the_distribution(p: SamplingParams, axis: str) -> None:
     assert score < 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.01, 0.3, 1.0, 2.0])
 @pytest.mark.parametrize("shape", ["noise", "flat", "peaked", "steep"])
 def test_few_contenders_hold_the_winner(temperature: float, shape: str) -> None:

@@ -165,6 +165,7 @@ def test_whole_prompts_are_never_cut_and_admitted_only_with_room_for_their_worst
     assert scheduler.num_preemptions == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(4, 24), st.integers(1, 5), st.integers(1, 6), st.integers(1, 20))
 def test_random_walk(draw: random.Random, blocks: int, size: int, running: int, budget: int) -> None:

@@ -385,6 +385,7 @@ def test_a_choice_is_enforced(llm: LLM, choice: str) -> None:
             assert choice == "required" or len(answer.tool_calls) == 1
 
 
+@pytest.mark.slow
 def test_a_form_holds_what_is_no_call(llm: LLM) -> None:
     """With tools and a form, a reply is calls that satisfy their schemas, or an answer that satisfies its own."""
     form = Constraint("json", {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],

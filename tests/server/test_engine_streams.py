@@ -16,6 +16,8 @@ from test_streaming import joined
 from engine import AsyncEngine, Registry
 from server.app import create_app
 
+pytestmark = pytest.mark.slow
+
 HELLO = [{"role": "user", "content": "Hi"}]
 
 
