@@ -1,0 +1,386 @@
+"""The ledger adds up: whatever is held, settled, credited or crashed, nothing is lost, doubled or overdrawn."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sqlite3
+import stat
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
+
+from engine import Usage, VerbatimError
+from server.ledger import Ledger, LedgerFault, Limits, NoBalance, Prices, Settled, UnknownKey, cost_of
+
+
+class Clock:
+    """Moves only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'ledger.sqlite3'}"
+
+
+@pytest.fixture
+def ledger(url: str, clock: Clock) -> Iterator[Ledger]:
+    made = Ledger(url, clock)
+    yield made
+    made.close()
+
+
+def row(key_id: str, request_id: str, cost: int, **fields: object) -> Settled:
+    known: dict[str, object] = {
+        "request_id": request_id, "key_id": key_id, "model": "m", "prompt_tokens": 3, "cached_tokens": 1,
+        "completion_tokens": 4, "reasoning_tokens": 2, "cost": cost, "seed": 2**64 - 1, "fingerprint": "vb-0",
+        "finish_reason": "stop", "started": 1_800_000_000.0, "ended": 1_800_000_001.0,
+    }  # fmt: skip
+    return Settled(**{**known, **fields})  # type: ignore[arg-type]
+
+
+# -- keys -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_opens_until_it_is_revoked_or_expires(ledger: Ledger, clock: Clock) -> None:
+    lasting = ledger.create_key("lasting")
+    clock.now += 1
+    brief = ledger.create_key("brief", expires=clock.now + 60)
+    assert ledger.authenticate(lasting.secret) == lasting.key
+    assert ledger.authenticate(brief.secret) == brief.key
+    clock.now += 60
+    assert ledger.authenticate(brief.secret) is None
+    assert ledger.revoke("lasting").revoked == clock.now
+    assert ledger.authenticate(lasting.secret) is None
+    assert [key.name for key in ledger.all_keys()] == ["lasting", "brief"]
+
+
+@pytest.mark.parametrize("secret", ["", "vk-", "x" * 10_000, "\x00", "'; DROP TABLE keys; --", "\ud800", "é"])
+def test_anything_else_opens_nothing(ledger: Ledger, secret: str) -> None:
+    made = ledger.create_key("a")
+    assert ledger.authenticate(secret) is None
+    assert ledger.authenticate(made.secret + "x") is None
+    assert ledger.authenticate(made.secret[:-1]) is None
+    assert ledger.authenticate(made.key.id) is None
+
+
+def test_the_secret_is_nowhere(ledger: Ledger, tmp_path: Path) -> None:
+    made = ledger.create_key("a")
+    ledger.close()
+    for file in tmp_path.iterdir():
+        assert made.secret.encode() not in file.read_bytes()
+    assert made.secret not in repr(ledger.all_keys())
+    assert len(made.secret) >= 43  # 256 bits
+
+
+def test_the_file_is_its_owner_s_alone(ledger: Ledger, tmp_path: Path) -> None:
+    assert {stat.S_IMODE(os.stat(file).st_mode) for file in tmp_path.iterdir()} == {0o600}
+
+
+def test_names_are_unique_and_found(ledger: Ledger) -> None:
+    made = ledger.create_key("a", models=["m"], limits=Limits(1, 2, 3, 4), balance=5)
+    assert ledger.key("a") == ledger.key(made.key.id) == made.key
+    assert (made.key.models, made.key.limits, made.key.balance) == (("m",), Limits(1, 2, 3, 4), 5)
+    with pytest.raises(VerbatimError, match="already"):
+        ledger.create_key("a")
+    with pytest.raises(UnknownKey, match="'b'"):
+        ledger.key("b")
+    assert ledger.limit("a", Limits(concurrent=9)).limits == Limits(concurrent=9)
+    assert ledger.key("a").models == ("m",)
+    assert ledger.limit("a", Limits(), models=[]).models == ()
+
+
+# -- money ------------------------------------------------------------------------------------------------------------
+
+
+def test_hold_and_settle(ledger: Ledger) -> None:
+    key = ledger.create_key("a", balance=100).key
+    ledger.hold(key.id, "r1", 60)
+    with pytest.raises(NoBalance, match="has 40 left, and this request may cost 41") as refused:
+        ledger.hold(key.id, "r2", 41)
+    assert refused.value.details == {"available": 40, "needed": 41}
+    ledger.hold(key.id, "r3", 40)
+    ledger.settle(row(key.id, "r1", 10))
+    assert (ledger.key("a").balance, ledger.key("a").held) == (90, 40)
+    ledger.settle(row(key.id, "r1", 10))  # twice is once
+    ledger.release("r1")
+    ledger.release("r3")
+    ledger.release("r3")
+    assert (ledger.key("a").balance, ledger.key("a").held) == (90, 0)
+    [used] = ledger.usage()
+    assert (used["requests"], used["cost"], used["completion_tokens"]) == (1, 10, 4)
+    assert ledger.check() == []
+
+
+def test_a_cost_never_exceeds_its_hold(ledger: Ledger) -> None:
+    key = ledger.create_key("a", balance=10).key
+    ledger.hold(key.id, "r", 10)
+    ledger.settle(row(key.id, "r", 11))
+    assert ledger.key("a").balance == 0
+    assert ledger.check() == []
+
+
+def test_a_key_without_balance_is_recorded_and_not_charged(ledger: Ledger) -> None:
+    key = ledger.create_key("a").key
+    ledger.hold(key.id, "r", 10**12)
+    ledger.settle(row(key.id, "r", 7))
+    assert ledger.key("a").balance is None
+    assert ledger.usage()[0]["cost"] == 0
+    ledger.credit("a", 5)
+    assert ledger.key("a").balance == 5
+    assert ledger.check() == []
+
+
+def test_taking_away_stops_at_what_is_held(ledger: Ledger) -> None:
+    key = ledger.create_key("a", balance=10).key
+    ledger.hold(key.id, "r", 4)
+    with pytest.raises(NoBalance, match="6 to take away, not 7"):
+        ledger.credit("a", -7)
+    assert ledger.credit("a", -6).balance == 4
+    with pytest.raises(VerbatimError, match="negative"):
+        ledger.create_key("b", balance=-1)
+
+
+def test_a_revoked_key_holds_nothing_more(ledger: Ledger) -> None:
+    key = ledger.create_key("a", balance=10).key
+    ledger.hold(key.id, "r", 4)
+    ledger.revoke("a")
+    with pytest.raises(UnknownKey, match="revoked"):
+        ledger.hold(key.id, "s", 1)
+    ledger.settle(row(key.id, "r", 4))
+    assert ledger.key("a").balance == 6
+
+
+def test_holds_of_a_process_that_is_gone_are_released(ledger: Ledger, url: str, clock: Clock) -> None:
+    key = ledger.create_key("a", balance=10).key
+    ledger.hold(key.id, "lost", 4)
+    other = Ledger(url, clock)
+    other.hold(key.id, "mine", 3)
+    assert other.release_lost() == 1
+    assert other.key("a").held == 3
+    clock.now += 100
+    assert other.release_lost(older_than=clock.now - 50) == 1
+    assert (other.key("a").held, other.check()) == (0, [])
+    ledger.settle(row(key.id, "lost", 4))  # it was not gone after all: nothing is charged that is not held
+    assert other.key("a").balance == 10
+    other.close()
+
+
+def test_usage_by_day_and_model(ledger: Ledger) -> None:
+    a, b = (ledger.create_key(name, balance=1000).key for name in "ab")
+    day = 86400.0
+    for i, (key, model, ended) in enumerate([(a, "m", 0), (a, "m", 1), (a, "n", day), (b, "m", 2 * day)]):
+        ledger.hold(key.id, str(i), 10)
+        ledger.settle(row(key.id, str(i), 10, model=model, ended=20_000 * day + ended))
+    assert [(r["key"], r["model"], r["requests"]) for r in ledger.usage(by="model")] == [
+        ("a", "m", 2), ("a", "n", 1), ("b", "m", 1),
+    ]  # fmt: skip
+    assert [(r["key"], r["day"], r["cost"]) for r in ledger.usage(by="day")] == [
+        ("a", 20_000, 20), ("a", 20_001, 10), ("b", 20_002, 10),
+    ]  # fmt: skip
+    assert [r["requests"] for r in ledger.usage(key="a", since=20_001 * day)] == [1]
+    assert ledger.usage(key="b", since=20_003 * day) == []
+
+
+def test_the_price_of_cached_tokens() -> None:
+    usage = Usage(prompt_tokens=10, completion_tokens=5, cached_tokens=4)
+    assert cost_of(usage, Prices()) == 15
+    assert cost_of(usage, Prices(prompt=10, cached_prompt=1, completion=100)) == 60 + 4 + 500
+
+
+# -- many at once -----------------------------------------------------------------------------------------------------
+
+
+def _spend(url: str, key_id: str, prefix: str, taken: list[int] | None = None) -> int:
+    ledger = Ledger(url, Clock())
+    count = 0
+    for i in range(40):
+        try:
+            ledger.hold(key_id, f"{prefix}-{i}", 3)
+        except NoBalance:
+            continue
+        count += 1
+        if i % 3 == 0:
+            ledger.release(f"{prefix}-{i}")
+            count -= 1
+        else:
+            ledger.settle(row(key_id, f"{prefix}-{i}", 3))
+    ledger.close()
+    if taken is not None:
+        taken.append(count)
+    return count
+
+
+def test_threads_and_processes_cannot_overdraw(ledger: Ledger, url: str) -> None:
+    key = ledger.create_key("a", balance=200).key
+    taken: list[int] = []
+    threads = [threading.Thread(target=_spend, args=(url, key.id, f"t{i}", taken)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        counts = pool.starmap(_spend, [(url, key.id, f"p{i}") for i in range(2)])
+    for thread in threads:
+        thread.join()
+    left = ledger.key("a")
+    assert (left.balance, left.held) == (200 - 3 * (sum(taken) + sum(counts)), 0)
+    assert 0 <= (left.balance or 0) < 3
+    assert ledger.check() == []
+
+
+class Money(RuleBasedStateMachine):
+    """Random holds, settlements, releases, credits and crashes against a model of plain integers."""
+
+    requests = Bundle("requests")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.folder = tempfile.TemporaryDirectory()
+        self.url = f"sqlite:///{self.folder.name}/ledger.sqlite3"
+        self.ledger = Ledger(self.url, self.clock)
+        self.balance = 50
+        self.key = self.ledger.create_key("k", balance=50).key
+        self.holds: dict[str, int] = {}
+        self.spent = 0
+        self.number = 0
+
+    @rule(target=requests, amount=st.integers(0, 60))
+    def hold(self, amount: int) -> object:
+        self.number += 1
+        name = f"r{self.number}"
+        if amount <= self.balance - sum(self.holds.values()):
+            self.ledger.hold(self.key.id, name, amount)
+            self.holds[name] = amount
+            return name
+        with pytest.raises(NoBalance):
+            self.ledger.hold(self.key.id, name, amount)
+        return multiple()
+
+    @rule(name=requests, cost=st.integers(0, 80))
+    def settle(self, name: str, cost: int) -> None:
+        self.ledger.settle(row(self.key.id, name, cost))
+        if name in self.holds:
+            used = min(cost, self.holds.pop(name))
+            self.balance -= used
+            self.spent += used
+
+    @rule(name=requests)
+    def release(self, name: str) -> None:
+        self.ledger.release(name)
+        self.holds.pop(name, None)
+
+    @rule(amount=st.integers(-30, 30))
+    def credit(self, amount: int) -> None:
+        if self.balance - sum(self.holds.values()) + amount < 0:
+            with pytest.raises(NoBalance):
+                self.ledger.credit(self.key.id, amount)
+        else:
+            self.ledger.credit(self.key.id, amount)
+            self.balance += amount
+
+    @rule()
+    def crash(self) -> None:
+        """The process is gone and another one opens the same database."""
+        fresh = Ledger(self.url, self.clock)
+        self.ledger.close()
+        self.ledger = fresh
+        assert self.ledger.release_lost() >= len(self.holds)
+        self.holds.clear()
+
+    @invariant()
+    def adds_up(self) -> None:
+        key = self.ledger.key(self.key.id)
+        assert (key.balance, key.held) == (self.balance, sum(self.holds.values()))
+        assert 0 <= key.held <= (key.balance or 0)
+        assert self.ledger.check() == []
+
+    def teardown(self) -> None:
+        self.ledger.close()
+        self.folder.cleanup()
+
+
+TestMoney = Money.TestCase
+TestMoney.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path, clock: Clock) -> None:
+    file = tmp_path / "ledger.sqlite3"
+    file.write_bytes(b"this is no database, only a long enough text to look at" * 100)
+    with pytest.raises(LedgerFault, match="not a database"):
+        Ledger(f"sqlite:///{file}", clock)
+    with pytest.raises(LedgerFault, match="unable to open"):
+        Ledger(f"sqlite:///{tmp_path / 'nowhere' / 'x.sqlite3'}", clock)
+
+
+def test_a_newer_database_is_refused(ledger: Ledger, url: str, clock: Clock, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "ledger.sqlite3") as connection:
+        connection.execute("INSERT INTO migrations VALUES ('9999-future', 0)")
+    with pytest.raises(LedgerFault, match="9999-future"):
+        Ledger(url, clock)
+
+
+def test_a_locked_database_is_told_and_nothing_changes(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.ledger.BUSY_SECONDS", 0.2)
+    impatient = Ledger(f"sqlite:///{tmp_path / 'ledger.sqlite3'}", Clock())
+    key = ledger.create_key("a", balance=10).key
+    with sqlite3.connect(tmp_path / "ledger.sqlite3", isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(LedgerFault, match="locked"):
+            impatient.hold(key.id, "r", 5)
+        other.execute("ROLLBACK")
+    assert impatient.key("a").held == 0
+    impatient.hold(key.id, "r", 5)
+    impatient.close()
+
+
+def test_a_full_disk_is_told_and_nothing_changes(ledger: Ledger, tmp_path: Path, url: str, clock: Clock) -> None:
+    key = ledger.create_key("a", balance=10**6).key
+    ledger.close()
+    small = Ledger(url, clock)
+    with small._engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+    held: list[int] = []
+
+    def fill() -> None:
+        for i in range(10_000):
+            small.hold(key.id, f"request-{i:050}", 1)
+            held.append(i)
+
+    with pytest.raises(LedgerFault, match="full"):
+        fill()
+    assert small.key("a").held == len(held)
+    assert small.check() == []
+    small.close()
+
+
+def test_messages_hold_no_statement(ledger: Ledger, url: str, tmp_path: Path) -> None:
+    made = ledger.create_key("a")
+    with sqlite3.connect(tmp_path / "ledger.sqlite3") as connection:
+        connection.execute("DROP TABLE holds")
+    with pytest.raises(LedgerFault) as raised:
+        ledger.hold(made.key.id, "r", 1)
+    assert "INSERT" not in raised.value.message
+    assert "SELECT" not in raised.value.message
