@@ -195,7 +195,7 @@ class CallReader:
             at = one.end()
         if body[at:].strip():
             return None
-        written = json.dumps(arguments, ensure_ascii=False)
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)  # 1e999 is no JSON: ValueError
         written.encode()  # half a surrogate pair, spelled as an escape, is no text: ValueError
         return match["name"], written
 
