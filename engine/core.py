@@ -16,7 +16,8 @@ from torch import Tensor
 from engine.detokenizer import TextDelta, TextStream, Vocabulary
 from engine.dialect import Dialect
 from engine.errors import NumericalFault, OutOfMemory, ReplyFault, VerbatimError
-from engine.grammar import GrammarCompiler, GrammarState, unenforced_errors
+from engine.grammar import GrammarCompiler, GrammarState
+from engine.json_schema import unenforced_errors
 from engine.loader import LoadedModel
 from engine.model_runner import ForwardResult
 from engine.sampler import Sampled, Sampler
@@ -54,6 +55,8 @@ class _Choice:
     """Tool calls so far."""
     written: list[str] = field(default_factory=list)
     """The text so far, where it is to be checked against a schema in the end."""
+    schema_error: str | None = None
+    """What is wrong with the calls so far that no grammar held to all of their schema; empty: nothing."""
 
     @property
     def forced(self) -> int | None:
@@ -132,6 +135,7 @@ class EngineCore:
         parser = self._dialect.parser(
             {tool["function"]["name"]: tool["function"] for tool in request.tools},
             parallel=request.parallel_tool_calls,
+            exact=request.grammar is not None,
             chat=request.chat,
             opened=request.thinks,
             opening=request.opening,
@@ -262,27 +266,38 @@ class EngineCore:
             tokens.append(forced)
             more, finish = self._append(running, choice, forced)
             delta = _together(delta, more)
-        schema_error = None
         if finish:
             rest = text.finish()
             delta = _together(delta, rest)
             self._leave(sequence)
             running.unfinished -= 1
             finish = "stop" if rest.stopped else finish  # half a character, cut, may still complete a stop string
-        calls = tuple(self._call(choice, name, arguments) for name, arguments in delta.calls)
+        calls = tuple(self._call(running.request, choice, *call) for call in delta.calls)
         if finish == "stop" and choice.calls:
             finish = "tool_calls"
         if running.request.unenforced_schema is not None:
             choice.written.append(delta.text)
             if finish and not choice.calls:
-                schema_error = unenforced_errors("".join(choice.written), running.request.unenforced_schema) or ""
+                written = "".join(choice.written)
+                choice.schema_error = unenforced_errors(written, running.request.unenforced_schema) or ""
         return ChoiceDelta(
-            sequence.choice_index, delta.text, tuple(tokens), logprobs, finish, delta.reasoning, calls, schema_error
+            index=sequence.choice_index,
+            text=delta.text,
+            token_ids=tuple(tokens),
+            logprobs=logprobs,
+            finish_reason=finish,
+            reasoning=delta.reasoning,
+            tool_calls=calls,
+            schema_error=choice.schema_error if finish else None,
         )
 
-    def _call(self, choice: _Choice, name: str, arguments: str) -> ToolCall:
+    def _call(self, request: PreparedRequest, choice: _Choice, name: str, arguments: str) -> ToolCall:
         sequence = choice.sequence
         choice.calls += 1
+        if name in request.unenforced_tools and not choice.schema_error:
+            [schema] = [t["function"].get("parameters") for t in request.tools if t["function"]["name"] == name]
+            error = unenforced_errors(arguments, schema)
+            choice.schema_error = f"{name}: {error}" if error else ""
         found = call_id(sequence.seed, sequence.choice_index, sequence.prompt_token_ids, choice.calls)
         return ToolCall(found, name, arguments)
 
@@ -295,7 +310,8 @@ class EngineCore:
         if choice.closing:
             choice.closing.popleft()
         choice.thoughts += text.thinking
-        if token in params.stop_token_ids or (token in self._end_ids and not params.ignore_eos):
+        ends = token in self._end_ids and not params.ignore_eos
+        if token in params.stop_token_ids or (ends and (choice.grammar is None or choice.grammar.accepting)):
             return TextDelta("", False, b""), "stop"  # the token adds no text
         before = text.thinking
         delta = text.push(token, sequence.position > params.min_tokens)

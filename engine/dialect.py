@@ -58,8 +58,10 @@ _FAMILIES: Final = (
                 },
                 "tool_calls": {
                     # The recipient stands before the channel or after it: the model writes both.
-                    "open_pattern": r"(?:<\|start\|>assistant)?(?:<\|channel\|>\w+)? to=functions\.(?P<name>[\w.-]+)"
-                    r"(?:<\|channel\|>\w+)?[^<]*(?:<\|constrain\|>\w+)?<\|message\|>",
+                    # Each piece has a bound: what might yet become a call is held back, and looked at again.
+                    "open_pattern": r"(?:<\|start\|>assistant)?(?:<\|channel\|>\w{1,16})? to=functions\."
+                    r"(?P<name>[\w.-]{1,64}+)(?:<\|channel\|>\w{1,16})?[^<]{0,32}"
+                    r"(?:<\|constrain\|>\w{1,16})?<\|message\|>",
                     "close": ["<|call|>", "<|end|>"],
                     "repeats": True,
                     "content": "json",
@@ -74,6 +76,7 @@ _FAMILIES: Final = (
             "<|end|><|start|>assistant",
             "<|channel|>final<|message|>",
             "<|start|>assistant",
+            ("<|channel|>commentary<|message|>",),
         ),
         True,
     ),
@@ -106,26 +109,35 @@ class Dialect:
 
     `reasoning`: the marks of its thoughts, to begin, end and count them; None if it has none. `tool_format`: how its
     calls are written; None if that is not known and calls can be read only. `response_template`: what replies are read
-    by, if not by those two. `shows_tools`, `writes_calls`: whether its chat template shows definitions, and earlier
-    calls.
-    `source`: where the form of its calls comes from, in words.
+    by, if not by those two. `template_format`: how its chat template writes earlier calls, or would if it did; it may
+    be another than what is read. `shows_tools`, `writes_calls`: whether its chat template shows definitions, and
+    earlier calls. `source`: where the form of its calls comes from, in words.
     """
 
     reasoning: ReasoningFormat | None
     tool_format: ToolFormat | None
     response_template: ResponseTemplate | None
+    template_format: ToolFormat | None
     shows_tools: bool
     writes_calls: bool
     source: str
 
     def parser(
-        self, tools: Mapping[str, Mapping[str, Any]], *, parallel: bool, chat: bool, opened: bool, opening: str
+        self,
+        tools: Mapping[str, Mapping[str, Any]],
+        *,
+        parallel: bool,
+        exact: bool,
+        chat: bool,
+        opened: bool,
+        opening: str,
     ) -> ReplyParser | None:
         """What takes a reply apart; None if there is nothing to look for.
 
         Args:
             tools: the request's definitions, by name.
             parallel: whether more than one call is taken.
+            exact: whether calls are held to a grammar, so that nothing else can be one.
             chat: whether the prompt was rendered by the chat template: only then there may be thoughts.
             opened: the prompt has opened the thoughts.
             opening: what the prompt has written of the reply, for a response template.
@@ -135,7 +147,8 @@ class Dialect:
                 return None
             return TemplateParser(self.response_template, tools, parallel=parallel, opening=opening)
         splitter = Splitter(self.reasoning, opened=opened) if self.reasoning and chat else None
-        reader = CallReader(self.tool_format, tools, parallel=parallel) if self.tool_format and tools else None
+        form = self.tool_format if tools else None
+        reader = CallReader(form, tools, parallel=parallel, exact=exact) if form else None
         return MarkParser(splitter, reader) if splitter or reader else None
 
     def mentions(self, token: str, *, calls: bool) -> bool:
@@ -190,10 +203,10 @@ def find(
         if read_by is None:
             read_by, source = ResponseTemplate(family.response_template), f"table ({family.name})"
     if read_by is None:
-        return Dialect(reasoning, form or GENERIC, None, shows, writes, source)
+        return Dialect(reasoning, form or GENERIC, None, form, shows, writes, source)
     # What is written by a form has to be read by the template, or calls cannot be asked for.
     usable = next((f for f in (form, GENERIC) if f is not None and _reads(read_by, f)), None)
-    return Dialect(reasoning, usable, read_by, shows, writes, source)
+    return Dialect(reasoning, usable, read_by, form, shows, writes, source)
 
 
 _PROBE: Final[Mapping[str, Mapping[str, Any]]] = {"probe": {"parameters": {"properties": {"a": {"type": "string"}}}}}

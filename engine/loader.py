@@ -6,6 +6,7 @@ cache. Safetensors only; no network; no remote code unless the entry says so.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -163,13 +164,7 @@ def _assemble(
         tool_calls_source=dialect.source,
     )
 
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
-        return ids
-
-    grammars = GrammarCompiler(vocabulary, vocab_size, end_ids, encode)
+    grammars = GrammarCompiler(vocabulary, vocab_size, end_ids, _plain_encoder(tokenizer))
     return LoadedModel(
         config=config,
         info=info,
@@ -179,7 +174,7 @@ def _assemble(
         end_ids=end_ids,
         grammars=grammars,
         dialect=dialect,
-        closing_ids=tuple(encode(reasoning.closing)) if reasoning else (),
+        closing_ids=tuple(tokenizer(reasoning.closing, add_special_tokens=False)["input_ids"]) if reasoning else (),
         runner=runner,
         scheduler=scheduler,
         device=device,
@@ -311,6 +306,20 @@ def _load_tokenizer(config: ModelConfig, folder: Path) -> Any:
             f"{config.id}: {type(tokenizer).__name__} has no tokenizer.json; only fast tokenizers are served."
         )
     return tokenizer
+
+
+def _plain_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Text → ids, where the name of a special token is text like any other."""
+    plain = copy.deepcopy(tokenizer.backend_tokenizer)  # the switch is the tokenizer's, and prompts want it off
+    plain.encode_special_tokens = True
+    plain.no_truncation()
+    plain.no_padding()
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return encode
 
 
 def _packing_progress(say: Progress) -> Callable[[int, int], None]:

@@ -20,6 +20,7 @@ from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter
 from engine.grammar import GrammarCompiler
 from engine.reasoning import ReasoningFormat, template_variables
 from engine.tool_format import CALL_ID, generic_messages, one_call_a_turn, with_written_calls
+from engine.tool_grammar import ToolGrammar, tool_grammar
 from engine.types import ChatMessage, GenerationRequest, ModelInfo, PreparedRequest, SamplingParams
 
 _DRAWN_SEED_BITS = 53
@@ -70,13 +71,16 @@ class Preparer:
         may_think = found if request.messages is not None else None
         if text is not None and found is not None and text.rstrip().endswith(found.close):
             may_think = None  # the template has closed the thoughts before they began
-        grammar, unenforced = self._grammar(request, may_think, thinks)
+        grammar = self._grammar(request, may_think, thinks)
         return PreparedRequest(
             request_id=request.request_id,
             prompt_token_ids=tokens,
             params=self._complete(params, len(tokens)),
-            grammar=grammar,
-            unenforced_schema=request.constraint.value if request.constraint and unenforced else None,
+            grammar=grammar.text if grammar else None,
+            unenforced_schema=request.constraint.value
+            if request.constraint and grammar and grammar.unenforced
+            else None,
+            unenforced_tools=grammar.loose if grammar else frozenset(),
             chat=request.messages is not None,
             thinks=thinks,
             opening=self._opening(text),
@@ -87,37 +91,38 @@ class Preparer:
 
     def _grammar(
         self, request: GenerationRequest, thoughts: ReasoningFormat | None, opened: bool
-    ) -> tuple[str | None, tuple[str, ...]]:
-        """What the reply is held to, and what of a schema that leaves out.
+    ) -> ToolGrammar | None:
+        """What the reply is held to.
 
         With tools: calls, if some are asked for; calls or the form that is asked for; strict calls, once they begin.
         """
-        choice, tools = request.tool_choice, request.tools
-        form_of_text = request.constraint if choice == "auto" else None
+        choice, tools, form = request.tool_choice, request.tools, request.constraint
         if not tools:
-            return self._grammars.grammar_of(request.constraint, thoughts, opened) if request.constraint else (None, ())
-        if choice == "auto" and form_of_text is None and not any(tool["function"].get("strict") for tool in tools):
-            return None, ()
-        form = self._dialect.tool_format
-        if form is None:
+            return ToolGrammar(*self._grammars.grammar_of(form, thoughts, opened)) if form else None
+        if choice == "auto" and form is None and not any(tool["function"].get("strict") for tool in tools):
+            return None
+        written = self._dialect.tool_format
+        if written is None:
             raise Unsupported(
                 "tool_choice: how this model writes calls is known from its response template alone, which can be read "
                 "but not written; only none, and auto without strict functions or a form, can be honoured.",
                 param="tool_choice",
             )
-        if choice.startswith(":"):
-            tools = tuple(tool for tool in tools if tool["function"]["name"] == choice[1:])
-        grammar, unenforced = self._grammars.tool_grammar(
-            form,
+        if form is not None and choice != "auto":
+            self._grammars.grammar_of(form)  # it can never come to it, but what is wrong is said
+        grammar = tool_grammar(
+            self._grammars,
+            written,
             tools,
             thoughts,
             opened,
-            free=choice == "auto" and form_of_text is None,
+            free=choice == "auto" and form is None,
             several=request.parallel_tool_calls and not choice.startswith(":"),
-            otherwise=form_of_text,
+            only=choice[1:] if choice.startswith(":") else None,
+            otherwise=form if choice == "auto" else None,
         )
-        self._grammars.check(grammar, "tools")
-        return grammar, unenforced
+        self._grammars.check(grammar.text, "tools")
+        return grammar
 
     def _variables(self, request: GenerationRequest) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The template's variables, and whether an effort was asked for that they cannot express."""
@@ -152,7 +157,7 @@ class Preparer:
         messages: Sequence[ChatMessage] = request.messages
         tools = [_as_shown(tool) for tool in request.tools]
         if self._dialect.shows_tools:
-            form = self._dialect.tool_format
+            form = self._dialect.template_format
             if form is not None and CALL_ID in form.close:
                 messages = [_with_short_ids(message) for message in messages]
             if form is not None and form.between is None:

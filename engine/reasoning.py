@@ -42,7 +42,8 @@ class ReasoningFormat:
 
     `closing`: all that the template writes between the last thought and the answer. `answer_open`: what it writes
     before an answer without thoughts; often nothing. `resume`: what comes between the end of the thoughts and an
-    answer or a call; nothing but for models whose thoughts are a turn of their own.
+    answer or a call; nothing but for models whose thoughts are a turn of their own. `asides`: what opens other turns
+    that such a model may write before its answer, closed as thoughts are.
     """
 
     open: str
@@ -50,6 +51,7 @@ class ReasoningFormat:
     closing: str
     answer_open: str = ""
     resume: str = ""
+    asides: tuple[str, ...] = ()
 
 
 def find(template: ChatTemplate) -> ReasoningFormat | None:

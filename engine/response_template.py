@@ -8,11 +8,16 @@ outside them and raises where a region cannot be read; both have to come out as 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+import regex  # type: ignore[import-untyped]
+
+from engine.json_schema import properties_of, read_value
 from engine.reply_parser import Parsed
+from engine.tool_calls import in_quotes
 
 __all__ = ["ResponseTemplate", "TemplateParser"]
 
@@ -20,6 +25,8 @@ _THOUGHTS: Final = frozenset({"thinking", "reasoning", "reasoning_content", "tho
 _CALLS: Final = frozenset({"tool_calls", "tool_call"})
 _KEPT: Final = 4096
 """Characters of finished text that may pile up before they are let go."""
+_SEARCHED: Final = 20_000_000
+"""Characters of a reply that are searched, those that wait for more again and again; the rest of it is plain text."""
 _PATIENCE: Final = 1.0
 """Seconds for one search; an expression that takes longer never ends, and the rest of the reply is plain text."""
 
@@ -31,7 +38,7 @@ class ResponseTemplate:
         ValueError: it is none; the message says where.
     """
 
-    __slots__ = ("_closes", "_opens", "_spec", "source")
+    __slots__ = ("_opens", "_spec", "source", "tails")
 
     def __init__(self, source: Mapping[str, Any]) -> None:
         from transformers.utils.chat_parsing.response_templates import load_response_template
@@ -42,12 +49,18 @@ class ResponseTemplate:
         except (TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
         self._opens = tuple(field for field in self._spec.fields.values() if field.open_re is not None)
+        patterns = [p for f in self._spec.fields.values() for p, literals in _patterns(f) if p and literals is None]
+        self.tails = {p: regex.compile(rf"(?:{p.pattern})\Z", p.flags) for p in patterns}
+        """For each mark that is an expression, the same at the end of a text."""
 
     def opening(self, prompt: str) -> str:
         """What the prompt has written of the reply already: all that follows the last start of a turn, or nothing."""
         end = None
-        for match in self._spec.start_anchor_re.finditer(prompt):
-            end = match.end()
+        try:
+            for match in self._spec.start_anchor_re.finditer(prompt, timeout=_PATIENCE):
+                end = match.end()
+        except TimeoutError:
+            return ""
         return "" if end is None else prompt[end:]
 
     def mentions(self, token: str) -> bool:
@@ -83,8 +96,8 @@ class TemplateParser:
     """
 
     __slots__ = (
-        "_at", "_body", "_buffer", "_count", "_fields", "_match", "_opened", "_parallel", "_plain", "_region", "_said",
-        "_space", "_thought", "_tools", "_trim",
+        "_at", "_before", "_body", "_buffer", "_count", "_fields", "_left", "_match", "_opened", "_parallel", "_plain",
+        "_region", "_said", "_space", "_tails", "_thought", "_tools", "_trim",
     )  # fmt: skip
 
     def __init__(
@@ -96,8 +109,10 @@ class TemplateParser:
         opening: str = "",
     ) -> None:
         self._fields = tuple(f for f in template.fields if tools or f.name not in _CALLS)
+        self._tails = template.tails
         self._tools = tools
         self._parallel = parallel
+        self._left = _SEARCHED
         self._buffer = ""
         self._at = 0  # what stands before was told
         self._region: Any = None
@@ -106,6 +121,7 @@ class TemplateParser:
         self._body = 0
         self._space = ""  # held back: it may stand beside a mark
         self._trim = False  # a mark was the last thing
+        self._before = ("", False)  # the two as they were before the region
         self._said = False
         self._thought = False
         self._count = 0
@@ -145,8 +161,9 @@ class TemplateParser:
             if self._region is None:
                 self._region, self._match = field, match
                 self._opened, self._body = match.start(), match.end()
+                self._before = (self._space, self._trim)
                 self._space, self._trim = "", True
-            else:
+            elif not self._is_quoted(match):
                 self._close(match, text, calls)
             self._at = max(self._at, match.end())
             place = (self._at, self._region and self._region.name)
@@ -163,6 +180,9 @@ class TemplateParser:
     def _next(self, end: bool) -> tuple[Any, Any, int]:
         """The next mark that is certain, its field, and how far the text before it is certain."""
         size = len(self._buffer)
+        self._left -= size - self._at
+        if self._left < 0 and not self._plain:
+            self._give_up()
         if self._plain:
             return None, None, size
         if self._region is not None:
@@ -171,21 +191,22 @@ class TemplateParser:
             watched = list(self._fields)
         best, best_field, limit = None, None, size
         for field in watched:
-            opens = self._region is None
-            pattern, literals, longer = (
-                (field.open_re, field.open_literals, field.open_literal_can_extend)
-                if opens
-                else (field.close_re, field.close_literals, field.close_literal_can_extend)
-            )
+            pattern, literals = _patterns(field)[self._region is not None]
+            longer = field.open_literal_can_extend if self._region is None else field.close_literal_can_extend
+            tail = None
             try:
                 match = pattern.search(self._buffer, self._at, partial=not end, timeout=_PATIENCE)
+                if match is not None and not match.partial and not end and literals is None:
+                    tail = self._tails[pattern].search(self._buffer, self._at, partial=True, timeout=_PATIENCE)
             except TimeoutError:
                 self._give_up()
                 return None, None, size
             if match is None:
                 continue
             grows = match.end() == size and (match.start() == match.end() or literals is None or longer)
-            if not end and (match.partial or grows):
+            if tail is not None and tail.partial and tail.start() <= match.start():
+                limit = min(limit, tail.start())  # more text may make it a longer one, or one that begins before
+            elif not end and (match.partial or grows):
                 limit = min(limit, match.start())
             elif best is None or (match.start(), -match.end()) < (best.start(), -best.end()):
                 best, best_field = match, field
@@ -234,8 +255,15 @@ class TemplateParser:
             calls += found
             self._count += len(found)
         else:
+            self._space, self._trim = self._before
             text.append(self._say(self._buffer[opened:after]))
         self._at = after
+
+    def _is_quoted(self, match: Any) -> bool:
+        """Whether what would end a call stands in a text of its JSON."""
+        if self._region.name not in _CALLS or self._region.content != "json" or match.start() == match.end():
+            return False
+        return in_quotes(self._buffer[self._body : match.start()])
 
     def _calls(self, region: Any, body: str) -> list[tuple[str, str]]:
         """The calls of a region; none if it cannot be read or names a tool that is not there."""
@@ -245,13 +273,18 @@ class TemplateParser:
             return []
         captures = {k: v for k, v in self._match.groupdict().items() if v is not None}
         try:
+            raw = region.content == "xml-inline" and _is_plain(region.content_args.get("value_parser"))
+            if raw:
+                body = json.dumps(_tags(body, region.content_args))
+                region = dataclasses.replace(region, content="json", content_args={})
             value = process_field(body, region, captures)
-            calls = [self._call(item) for item in (value if isinstance(value, list) else [value])]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            calls = [self._call(item, raw) for item in (value if isinstance(value, list) else [value])]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, TimeoutError):
             return []  # whatever the model wrote, it is no call
         return calls if self._parallel else calls[:1]
 
-    def _call(self, item: Any) -> tuple[str, str]:
+    def _call(self, item: Any, raw: bool) -> tuple[str, str]:
+        """Name and arguments. `raw`: texts are as the model wrote them, and their schemas say what they are."""
         function = item.get("function", item)
         name, arguments = function["name"], function.get("arguments")
         if isinstance(arguments, str):
@@ -259,14 +292,43 @@ class TemplateParser:
         if name not in self._tools or not isinstance(arguments, dict | None):
             raise ValueError("no call of these tools")
         schema = self._tools[name].get("parameters") or {}
-        properties = schema.get("properties") if isinstance(schema, Mapping) else None
-        typed = {
-            key: _typed(value, properties.get(key) if isinstance(properties, Mapping) else None)
-            for key, value in (arguments or {}).items()
-        }
-        written = json.dumps(typed, ensure_ascii=False, allow_nan=False)
-        written.encode()  # half a surrogate pair is no text: ValueError
-        return name, written
+        known = properties_of(schema)
+        members = []
+        for key, value in (arguments or {}).items():
+            part = known.get(key, True)
+            if raw and isinstance(value, str):
+                written = read_value(value, part, schema)
+            else:
+                written = json.dumps(_typed(value, part), ensure_ascii=False, allow_nan=False)
+            members.append(f"{json.dumps(key, ensure_ascii=False)}: {written}")
+        whole = f"{{{', '.join(members)}}}"
+        whole.encode()  # half a surrogate pair is no text: ValueError
+        return name, whole
+
+
+def _patterns(field: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """(expression, its literals if it is nothing else) of what opens a region and of what closes it."""
+    return (field.open_re, field.open_literals), (field.close_re, field.close_literals)
+
+
+def _is_plain(value_parser: Any) -> bool:
+    """Whether values are read as JSON if they are any, else as text: then their schemas know better."""
+    if value_parser is None:
+        return True
+    given = value_parser.get("args") or {}
+    return value_parser.get("name", "text") == "json" and set(given) <= {"allow_non_json"}
+
+
+def _tags(body: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values in tags as they were written, by their keys."""
+    found: dict[str, Any] = {}
+    for match in regex.finditer(given["tag_pattern"], body, flags=regex.DOTALL, timeout=_PATIENCE):
+        key, value = match["key"], match.groupdict().get("value") or ""
+        if key in found and given.get("merge_duplicates"):
+            found[key] = [*(found[key] if isinstance(found[key], list) else [found[key]]), value]
+        else:
+            found[key] = value
+    return found
 
 
 def _typed(value: Any, schema: Any) -> Any:

@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any, Final
 
+from engine.json_schema import properties_of, read_value, types_of
 from engine.tool_format import CALL_ID, ToolFormat
 
-__all__ = ["CallReader", "call_id"]
+__all__ = ["CallReader", "call_id", "in_quotes"]
 
 _TAG: Final = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]")
 _SPACE: Final = re.compile(r"\s*")
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 def _no_constant(name: str) -> None:
@@ -46,86 +48,153 @@ class CallReader:
         found: the model's format.
         tools: the request's definitions, by name; what is not there cannot be called.
         parallel: whether more than one call is taken; the rest of the reply is then text.
+        exact: the reply is held to a grammar, which knows calls only as the format writes them: nothing else is one.
     """
 
     __slots__ = (
-        "_after", "_calling", "_ends", "_format", "_held", "_parallel", "_said", "_stop", "_tagged", "_tools",
-        "_triggers", "count",
+        "_after", "_block", "_calling", "_ends", "_exact", "_format", "_gap", "_held", "_parallel", "_said", "_scan",
+        "_tools", "_triggers", "count",
     )  # fmt: skip
 
-    def __init__(self, found: ToolFormat, tools: Mapping[str, Mapping[str, Any]], *, parallel: bool = True) -> None:
+    def __init__(
+        self,
+        found: ToolFormat,
+        tools: Mapping[str, Mapping[str, Any]],
+        *,
+        parallel: bool = True,
+        exact: bool = False,
+    ) -> None:
         self._format = found
         self._tools = tools
         self._parallel = parallel
-        marks = [_TAG.match(text) for text in (found.begin, found.open)]
-        self._tagged = any(marks)
-        self._triggers = tuple(dict.fromkeys(m[0] for m in marks if m)) or (found.open.strip()[:1],)
-        tags = _TAG.findall(found.close)
-        self._stop: str | None = tags[-1] if tags else None
+        self._exact = exact
+        marks = [match[0] for match in map(_TAG.match, (found.begin, found.open)) if match]
+        if exact:
+            marks = marks[:1]
+        self._triggers = tuple(dict.fromkeys(marks)) or (found.open.strip()[:1],)
         self._ends = found.end.strip()
         self._held = ""
+        self._gap = ""  # white space before the mark of what may be a call
         self._calling = False
+        self._scan = self._scanner()
         self._said = False  # whether any text but white space came out
         self._after = False  # whether a call was the last thing that came
+        self._block = False  # whether the next call may follow without a mark before it
         self.count = 0
         """Calls so far."""
 
     def push(self, text: str) -> tuple[str, list[tuple[str, str]]]:
         """Take a piece of text: what may be shown now, and the calls (name, arguments) that it completes."""
         self._held += text
+        return self._read(end=False)
+
+    def finish(self) -> tuple[str, list[tuple[str, str]]]:
+        """The end of the reply: what was held back, as calls if it is whole ones, else as text."""
+        shown, calls = self._read(end=True)
+        held, self._held = self._held, ""
+        if self._after:  # white space beside a call, and the beginning of what ends a block, belong to nothing
+            held = "" if self._ends.startswith(held.strip()) else self._beside(held.strip())
+        return shown + held, calls
+
+    # -- the parts ---------------------------------------------------------------------------------------------------
+
+    def _scanner(self) -> _JsonScan | _PairScan:
+        found = self._format
+        return _JsonScan(found) if found.style == "json" else _PairScan(found, self._tools)
+
+    def _read(self, *, end: bool) -> tuple[str, list[tuple[str, str]]]:
         shown = ""
         calls: list[tuple[str, str]] = []
         while True:
             if not self._calling:
                 shown += self._pass_on()
-            if not self._calling or self._stop is None or (end := self._held.find(self._stop)) < 0:
+                if not self._calling:
+                    return shown, calls
+                self._scan = self._scanner()
+            place: int | None = None
+            if self._format.tagged:
+                place = self._scan.end(self._held)
+            elif self._exact and not self._may_be_one(self._held):
+                place = len(self._held)
+            if place is None and not end:
                 return shown, calls
-            end += len(self._stop)
-            text, self._held, self._calling = self._held[:end], self._held[end:], False
+            if place is None and (last := self._last(self._held)):
+                self._held, self._calling, self._after = "", False, True
+                return shown, calls + last
+            if place is None:  # it never ended: its closing mark may stand in a text whose quote is missing
+                place = self._first_stop()
+            text, self._held, self._calling = self._held[:place], self._held[place:], False
             call = self._take(text)
             if call is None:  # it only looked like one
-                shown += text
-                self._said, self._after = True, False
+                shown += self._beside(self._gap + text)
+                self._block = False
             else:
                 calls.append(call)
-                self._after = True
+                self._after = self._block = True
 
-    def finish(self) -> tuple[str, list[tuple[str, str]]]:
-        """The end of the reply: what was held back, as calls if it is whole ones, else as text."""
-        held, self._held = self._held, ""
-        if not self._calling:
-            return ("" if self._after else held), []
-        self._calling = False
-        calls = self._last(held)
-        return ("", calls) if calls else (held, [])
-
-    # -- the parts ---------------------------------------------------------------------------------------------------
+    def _beside(self, text: str) -> str:
+        """Text that comes out; in a line of its own where a call stood between it and other text."""
+        gap = "\n" if self._after and self._said else ""
+        if gap or self._after:
+            text = text.lstrip()
+        self._said, self._after = True, False
+        return gap + text
 
     def _pass_on(self) -> str:
         """Text up to the next mark of a call. What may be the beginning of a mark stays, and white space before it."""
-        if self._after:
-            self._held = self._held.lstrip()
-            if self._ends and self._held.startswith(self._ends):
-                self._held, self._ends = self._held[len(self._ends) :].lstrip(), ""
-            if not self._held or self._ends.startswith(self._held):
-                return ""
+        if self._after and not self._follow():
+            return ""
         held = self._held
-        if not self._tagged and self._said:
+        if not self._format.tagged and self._said:
             self._held = ""  # a mark that is no tag counts only where nothing was said before it
             return held
         at = min((i for i in map(held.find, self._triggers) if i >= 0), default=-1)
-        if at >= 0 and (self._tagged or not held[:at].strip()):
-            self._calling, self._held = True, held[at:]
+        if at >= 0 and (self._format.tagged or not held[:at].strip()):
             shown = held[:at].rstrip()
+            self._calling, self._gap, self._held = True, held[len(shown) : at], held[at:]
         else:
             keep = len(held) - max(_overlap(held, trigger) for trigger in self._triggers)
             keep = len(held[:keep].rstrip())
             shown, self._held = held[:keep], held[keep:]
         if not shown.strip():
             return shown
-        gap = "\n" if self._after and self._said else ""  # where a call stood between two texts
-        self._said, self._after = True, False
-        return gap + shown
+        self._block = False
+        return self._beside(shown)
+
+    def _follow(self) -> bool:
+        """Right after a call: pass over what ends its block, or begin the next call of it; False to wait for more."""
+        found = self._format
+        self._held = held = self._held.lstrip()
+        if not held:
+            return False
+        if self._block and self._ends:
+            if held.startswith(self._ends):
+                self._block, self._held = False, held[len(self._ends) :].lstrip()
+                return bool(self._held)
+            if self._ends.startswith(held):
+                return False
+        if self._block and found.begin and found.between is not None:
+            between, opening = found.between.strip(), found.open.strip()
+            tag = _TAG.match(opening)
+            opening = tag[0] if tag else opening[:1]
+            rest = held.removeprefix(between).lstrip()
+            if held.startswith(between) and rest.startswith(opening):
+                self._calling, self._gap, self._held = True, held[: len(held) - len(rest)], rest
+                return False
+            if between.startswith(held) or (held.startswith(between) and opening.startswith(rest)):
+                return False
+        return True
+
+    def _may_be_one(self, text: str) -> bool:
+        """Whether a text begins as the format writes a call, white space aside, as far as it has come."""
+        begun, opening = ("".join(part.split()) for part in (text[:200], self._format.open))
+        return begun.startswith(opening) or opening.startswith(begun)
+
+    def _first_stop(self) -> int:
+        """How far a call that never ended reaches: up to the first tag that ends one, whatever it stands in."""
+        stop = self._format.stop
+        at = self._held.find(stop) if stop is not None else -1
+        return at + len(stop) if stop is not None and at >= 0 else len(self._held)
 
     def _without_begin(self, text: str) -> str:
         """What follows the mark before the first call, if it is there; white space beside its tags is free."""
@@ -133,17 +202,12 @@ class CallReader:
         match = re.match(r"\s*" + r"\s*".join(re.escape(piece.strip()) for piece in tags), text)
         return text[match.end() if match else 0 :].strip()
 
-    def _is_end(self, text: str) -> bool:
-        return text.strip() in ("", self._format.end.strip())
-
     def _take(self, text: str) -> tuple[str, str] | None:
-        """One call, if the text is just that, whatever stood before its name."""
+        """One call, if the text is just that."""
         if self.count and not self._parallel:
             return None
-        found = self._format
-        text = self._without_begin(text)
         try:
-            call = self._pairs(text) if found.style == "pairs" else self._json(text)
+            call = self._json(self._without_begin(text)) if isinstance(self._scan, _JsonScan) else self._scan.call
         except (ValueError, RecursionError):  # no JSON, or nested beyond what Python bears
             return None
         if call is None or call[0] not in self._tools:
@@ -161,6 +225,8 @@ class CallReader:
             if value is None or not _is_only(text[value[1] :], closing):
                 return None
             return match["name"], text[value[0] : value[1]]
+        if self._exact and not self._may_be_one(text):
+            return None
         head, _, key = opening.partition("{")
         body = _pattern(head).match(text)
         members = _members(text, body.end()) if body else None
@@ -176,55 +242,22 @@ class CallReader:
         called = json.loads(text[slice(*name)])
         return (called, text[slice(*arguments)]) if isinstance(called, str) else None
 
-    def _pairs(self, text: str) -> tuple[str, str] | None:
-        found = self._format
-        match = _pattern(found.open, r"(?P<name>[A-Za-z0-9_.-]+)", found.middle).match(text)
-        if match is None:
-            return None
-        rest = text[match.end() :]
-        end = rest.rfind(found.close.strip())
-        if end < 0 or rest[end:].strip() != found.close.strip():
-            return None
-        pair = _pattern(found.key_open, r"(?P<key>.*?)", found.value_open, r"(?P<value>.*?)", found.value_close)
-        arguments: dict[str, Any] = {}
-        at = 0
-        body = rest[:end].rstrip() + "\n"
-        while at < len(body) - 1 and (one := pair.match(body, at)):
-            key = one["key"].strip()
-            arguments[key] = self._typed(match["name"], key, one["value"])
-            at = one.end()
-        if body[at:].strip():
-            return None
-        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)  # 1e999 is no JSON: ValueError
-        written.encode()  # half a surrogate pair, spelled as an escape, is no text: ValueError
-        return match["name"], written
-
-    def _typed(self, name: str, key: str, value: str) -> Any:
-        """A value that is written without quotes: a text where the schema says so, else JSON if it is any."""
-        schema = self._tools.get(name, {}).get("parameters") or {}
-        properties = schema.get("properties")
-        part = properties.get(key) if isinstance(properties, Mapping) else None
-        if isinstance(part, Mapping) and part.get("type") == "string":
-            return value
-        try:
-            return json.loads(value, parse_constant=_no_constant)
-        except (ValueError, RecursionError):
-            return value
-
     def _last(self, held: str) -> list[tuple[str, str]]:
         """Calls at the end of a reply: one whose closing mark the model left out, or all of a format without marks."""
-        if self._stop is not None:
+        found = self._format
+        if isinstance(self._scan, _PairScan):
+            call = self._take(held) if self._scan.whole(held) else None
+            return [call] if call else []
+        if found.stop is not None:
             call = self._take(held.rstrip() + self._missing(held))
             return [call] if call else []
         calls: list[tuple[str, str]] = []
-        found = self._format
-        text = self._without_begin(held)
-        while text and not self._is_end(text):
+        count, text = self.count, self._without_begin(held)
+        while text and text != found.end.strip():
             members = _members(text, 0)
-            if members is None:
-                return []
-            call = self._take(text[: members[1]])
-            if call is None:
+            call = self._take(text[: members[1]]) if members else None
+            if members is None or call is None:
+                self.count = count
                 return []
             calls.append(call)
             text = text[members[1] :].strip().removeprefix((found.between or "").strip()).strip()
@@ -238,6 +271,186 @@ class CallReader:
             if text.endswith(close[:size]):
                 return close[size:] if size else ""
         return ""
+
+
+class _JsonScan:
+    """Where a call with JSON in it ends: at its last tag, if that stands in no text, or with its object."""
+
+    __slots__ = ("_at", "_depth", "_pattern", "_quoted", "_stop")
+
+    def __init__(self, found: ToolFormat) -> None:
+        self._stop = found.stop
+        stop = f"|{re.escape(self._stop)}" if self._stop else ""
+        self._pattern = re.compile(rf'\\.|["{{}}\n]{stop}', re.DOTALL)
+        self._at = 0
+        self._depth = 0
+        self._quoted = False
+
+    def end(self, held: str) -> int | None:
+        """The place behind the call; None if it has not come yet. `held` only ever grows."""
+        limit = len(held) - (_overlap(held, self._stop) if self._stop else 0)
+        for match in self._pattern.finditer(held, self._at, limit):
+            self._at = match.end()
+            mark = match[0]
+            if self._quoted:
+                self._quoted = mark not in ('"', "\n")  # no text in JSON goes over the end of a line
+            elif mark == self._stop:
+                return self._at
+            elif mark == '"':
+                self._quoted = self._depth > 0
+            elif mark == "{":
+                self._depth += 1
+            elif mark == "}":
+                self._depth -= 1
+                if self._depth == 0 and self._stop is None:
+                    return self._at
+        # A backslash at the limit may begin an escape; all else was seen.
+        self._at = max(self._at, limit - (held[max(self._at, limit - 1) : limit] == "\\"))
+        return None
+
+
+class _PairScan:
+    """A call whose arguments are written one by one, read as it comes.
+
+    A value ends where its closing tag stands before another argument or the end of the call, so that tags in a value
+    are text; a value that has to be JSON ends where it is.
+    """
+
+    __slots__ = (
+        "_arguments", "_at", "_call_end", "_failed", "_format", "_key", "_name", "_parts", "_root", "_seek", "_tools",
+        "call",
+    )  # fmt: skip
+
+    def __init__(self, found: ToolFormat, tools: Mapping[str, Mapping[str, Any]]) -> None:
+        self._format = found
+        self._tools = tools
+        self._at = 0  # what stands before was read
+        self._seek = 0  # no end of the value stands before
+        self._name: str | None = None
+        self._key: str | None = None
+        self._root: Any = {}
+        self._parts: dict[str, Any] = {}
+        self._arguments: dict[str, str] = {}
+        self._failed = False
+        self.call: tuple[str, str] | None = None
+        """The call, once it has ended."""
+
+    def end(self, held: str) -> int | None:
+        """The place behind the call, or behind what turned out to be none; None if it has not come yet."""
+        while not self._failed:
+            if self._name is None:
+                going = self._read_name(held)
+            elif self._key is None:
+                going = self._read_key(held)
+            else:
+                going = self._read_value(held)
+            if self.call is not None:
+                return self._at
+            if not going:
+                return None
+        stop = self._format.stop or ""
+        at = held.find(stop, self._at)
+        return at + len(stop) if at >= 0 and stop else None
+
+    def whole(self, held: str) -> bool:
+        """Whether just the end of its closing mark is missing: so much of it is there that no argument can follow."""
+        if self._name is None or self._key is not None or self._failed:
+            return False
+        close, opening = ("".join(mark.split()) for mark in (self._format.close, self._format.key_open))
+        rest = "".join(held[self._at :].split())
+        shared = next((n for n, (a, b) in enumerate(zip(close, opening, strict=False)) if a != b), len(opening))
+        if len(rest) <= shared or not close.startswith(rest):
+            return False
+        self._finish()
+        return self.call is not None
+
+    def _read_name(self, held: str) -> bool:
+        found = self._format
+        head = _end_of(found.begin + found.open, held, 0) or _end_of(found.open, held, 0)
+        match = _NAME.match(held, head) if head is not None else None
+        if match is None or match.end() == len(held):
+            return False  # a call without a name ends with its last tag
+        after = _end_of(found.middle, held, match.end())
+        if after is None:
+            self._failed = not _begins(found.middle, held, match.end())
+            return self._failed
+        self._name, self._at = match[0], after
+        self._root = self._tools.get(self._name, {}).get("parameters") or {}
+        self._parts = properties_of(self._root)
+        return True
+
+    def _read_key(self, held: str) -> bool:
+        """The name of an argument up to where its value begins, or the end of the call."""
+        found = self._format
+        ends = _end_of(found.close, held, self._at)
+        if ends is not None:
+            self._at = ends
+            self._finish()
+            return True
+        at = _end_of(found.key_open, held, self._at)
+        if at is None:
+            marks = (found.key_open, found.close)
+            self._failed = not any(_begins(mark, held, self._at) for mark in marks)
+            return self._failed
+        # A name that is known may hold anything; another ends where the value begins.
+        mark = found.value_open.rstrip()
+        left = len(held) - at
+        if any(left < len(key + mark) and (key + mark).startswith(held[at:]) for key in self._parts):
+            return False
+        known = [key for key in self._parts if held.startswith(key + mark, at)]
+        if known:
+            self._key = max(known, key=len)
+            self._at = at + len(self._key + mark)
+        else:
+            match = _literal(mark).search(held, at)
+            if match is None:
+                return False
+            self._key, self._at = held[at : match.start()].strip(), match.end()
+        self._seek = self._at
+        return True
+
+    def _read_value(self, held: str) -> bool:
+        found = self._format
+        close = found.value_close.strip()
+        while True:
+            place = held.find(close, self._seek)
+            if place < 0:
+                self._seek = max(self._seek, len(held) - len(close) + 1)
+                return False
+            after = place + len(close)
+            marks = (found.key_open, found.close)
+            ends = any(_end_of(mark, held, after) is not None for mark in marks)
+            if not ends and any(_begins(mark, held, after) for mark in marks):
+                return False  # what follows has not come yet
+            if ends and self._take_value(held[self._at : place]):
+                self._key, self._at = None, after
+                return True
+            self._seek = place + 1
+
+    def _take_value(self, text: str) -> bool:
+        """Whether this is all of the value. White space that the format writes around it is no part of it."""
+        found, key = self._format, self._key
+        assert key is not None
+        part = self._parts.get(key, True)
+        lead = found.value_open[len(found.value_open.rstrip()) :]
+        trail = found.value_close[: len(found.value_close) - len(found.value_close.lstrip())]
+        text = text.removeprefix(lead).removesuffix(trail)
+        if "string" not in types_of(part, self._root) and _ends_in_a_text(text):
+            return False
+        self._arguments[key] = read_value(text, part, self._root)
+        return True
+
+    def _finish(self) -> None:
+        assert self._name is not None
+        members = (f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in self._arguments.items())
+        written = f"{{{', '.join(members)}}}"
+        try:
+            written.encode()  # half a surrogate pair is no text
+            json.loads(written, parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            self._failed = True
+            return
+        self.call = (self._name, written)
 
 
 def _overlap(text: str, mark: str) -> int:
@@ -254,6 +467,42 @@ def _pattern(*parts: str) -> re.Pattern[str]:
         else:
             made.append(r"\s*".join(re.escape(piece) for piece in re.split(r"\s+", part)))
     return re.compile(r"\s*" + "".join(made), re.DOTALL)
+
+
+def _literal(mark: str) -> re.Pattern[str]:
+    """A mark, with any white space where it has some."""
+    return re.compile(r"\s*".join(re.escape(piece) for piece in mark.split()))
+
+
+def _end_of(mark: str, text: str, at: int) -> int | None:
+    """Where a mark ends that stands here, after any white space; None if it does not."""
+    match = _literal(mark).match(text, _SPACE.match(text, at).end())  # type: ignore[union-attr]
+    return match.end() if match else None
+
+
+def _begins(mark: str, text: str, at: int) -> bool:
+    """Whether all that follows may be the beginning of a mark, after any white space."""
+    rest, whole = "".join(text[at:].split()), "".join(mark.split())
+    return len(rest) < len(whole) and whole.startswith(rest)
+
+
+def _ends_in_a_text(value: str) -> bool:
+    """Whether JSON was cut between two quotes."""
+    try:
+        json.loads(value)
+    except json.JSONDecodeError as error:
+        return error.msg.startswith("Unterminated string")
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def in_quotes(text: str) -> bool:
+    """Whether JSON, cut here, was cut inside a text; a text does not go over the end of a line."""
+    quoted = False
+    for match in re.finditer(r'\\.|["\n]', text, re.DOTALL):
+        quoted = match[0] == '"' and not quoted if match[0] in ('"', "\n") else quoted
+    return quoted
 
 
 def _is_only(text: str, closing: str) -> bool:

@@ -65,6 +65,17 @@ class ToolFormat:
         tag = _TAG.match(self.begin + self.open)
         return tag[0] if tag else self.begin + self.open
 
+    @property
+    def tagged(self) -> bool:
+        """Whether a tag tells a call from text; if not, calls are all of a reply."""
+        return _TAG.match(self.begin + self.open) is not None
+
+    @property
+    def stop(self) -> str | None:
+        """The last tag of `close`, with which a call ends; None if it ends with its JSON."""
+        tags = _TAG.findall(self.close)
+        return tags[-1] if tags else None
+
     def describe(self) -> str:
         """One line for people."""
         body = "{…}" if self.style == "json" else f"{self.key_open}KEY{self.value_open}VALUE{self.value_close}…"
@@ -122,16 +133,17 @@ def one_call_a_turn(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         if len(turn.tool_calls) < 2:
             turns.append(turn)
             continue
-        results: dict[str | None, ChatMessage] = {}
+        results: list[ChatMessage] = []
         while left and left[0].role == "tool":
-            result = left.pop(0)
-            results[result.tool_call_id] = result
+            results.append(left.pop(0))
         for i, call in enumerate(turn.tool_calls):
             said = turn if i == 0 else replace(turn, content="", reasoning_content=None)
             turns.append(replace(said, tool_calls=(call,)))
-            if call.id in results:
-                turns.append(results.pop(call.id))
-        turns += results.values()
+            own = next((result for result in results if result.tool_call_id == call.id), None)
+            if own is not None:
+                turns.append(own)
+                results.remove(own)
+        turns += results
     return turns
 
 

@@ -263,6 +263,8 @@ class PreparedRequest:
     """What the reply is held to, as `engine.grammar` writes it."""
     unenforced_schema: Any = None
     """A JSON schema that the grammar holds only in part: the finished text is checked against it."""
+    unenforced_tools: frozenset[str] = frozenset()
+    """Tools whose schemas the grammar holds only in part: the arguments of a call are checked against them."""
     chat: bool = False
     """Whether the prompt is a conversation, so that the reply may begin with thoughts."""
     thinks: bool = False

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from engine import LLM, Constraint, InvalidParameter
-from engine.grammar import MAX_BYTES, unenforced_errors
+from engine.grammar import MAX_BYTES
+from engine.json_schema import unenforced_errors
 
 PROMPT = "say something"
 POINT: dict[str, Any] = {

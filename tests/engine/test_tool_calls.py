@@ -19,6 +19,7 @@ from engine import LLM, ChatMessage, Constraint, InvalidParameter, ToolCall
 from engine.chat_template import ChatTemplate
 from engine.tool_calls import CallReader, call_id
 from engine.tool_format import CALL_ID, GENERIC, ToolFormat, find, generic_messages
+from engine.tool_grammar import tool_grammar
 
 HERMES = GENERIC
 LISTED = ToolFormat("json", "[TOOL_CALLS][", '{"name": "', '", "arguments": ', f', "id": "{CALL_ID}"}}', ", ", "]")
@@ -139,7 +140,7 @@ def test_hostile_values_are_text_or_a_call(name: str, value: str) -> None:
 def test_hostile_definitions_are_refused(llm: LLM, name: str, parameters: dict[str, Any]) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     try:
-        grammar, _ = llm._model.grammars.tool_grammar(FORMATS[name], [tool], free=False, several=False)
+        grammar = tool_grammar(llm._model.grammars, FORMATS[name], [tool], free=False, several=False).text
         llm._model.grammars.check(grammar, "tools")
     except InvalidParameter:
         return
@@ -333,7 +334,7 @@ def walk(llm: LLM, grammar: str, rng: random.Random, limit: int = 3000) -> str |
 def test_forced_calls_satisfy_their_schemas(llm: LLM, name: str) -> None:
     found = FORMATS[name]
     several = found.between is not None
-    grammar, _ = llm._model.grammars.tool_grammar(found, STRICT, free=False, several=several)
+    grammar = tool_grammar(llm._model.grammars, found, STRICT, free=False, several=several).text
     counts = set()
     for seed in range(12):
         text = walk(llm, grammar, random.Random(seed))
@@ -353,7 +354,7 @@ def test_forced_calls_satisfy_their_schemas(llm: LLM, name: str) -> None:
 def test_a_strict_call_is_held_to_its_schema_once_it_begins(llm: LLM, name: str) -> None:
     found = FORMATS[name]
     compiler = llm._model.grammars
-    grammar, _ = compiler.tool_grammar(found, STRICT, free=True, several=True)
+    grammar = tool_grammar(compiler, found, STRICT, free=True, several=True).text
     good = f"Let me <see> [it].\n{written(found, [('get_weather', {'city': 'Oslo', 'days': 3})])}"
     for text, accepted in (
         ("Just text, {no} call. <", True),

@@ -1,0 +1,395 @@
+"""What a JSON schema says, as far as verbatim asks: its parts, its references, a value written without quotes.
+
+    parts, at             the schemas inside a schema, and their JSON pointers (RFC 6901)
+    bundled               a part with all that it refers to, as a schema of its own
+    types_of, choices_of  which values a part allows, where that is said plainly
+    read_value            text without quotes → JSON
+    unenforced_errors     a finished text against its schema
+
+Schemas come from requests: whatever follows references or validates is bounded by a count, not by a clock, so that its
+answer depends on nothing but its input. No tokens, no torch, no HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from typing import Any, Final
+
+from jsonschema import Draft202012Validator, SchemaError, ValidationError
+from jsonschema.validators import extend
+from referencing import Registry
+
+from engine.errors import InvalidParameter
+
+__all__ = [
+    "ANNOTATIONS", "MAX_DEPTH", "TYPES", "alternatives", "at", "bundled", "check_depth", "check_schema", "choices_of",
+    "moved", "object_of", "parts", "properties_of", "read_value", "resolved", "types_of", "unenforced_errors",
+]  # fmt: skip
+
+TYPES: Final = frozenset({"string", "number", "integer", "boolean", "object", "array", "null"})
+ANNOTATIONS: Final = frozenset(
+    {
+        "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema",
+        "$id", "$defs", "definitions",
+    }
+)  # fmt: skip
+"""Keywords that allow and forbid nothing."""
+
+MAX_DEPTH: Final = 100
+_FOLLOWED: Final = 256  # parts that are looked at for one answer
+_CHECKS: Final = 20_000  # keywords that are evaluated for one text
+
+_MAPS: Final = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_LISTS: Final = ("anyOf", "oneOf", "allOf", "prefixItems")
+_SINGLES: Final = (
+    "items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames", "unevaluatedItems",
+    "unevaluatedProperties",
+)  # fmt: skip
+
+
+def parts(schema: Any, pointer: str = "") -> Iterator[tuple[str, Any]]:
+    """A schema and all schemas inside it, each after the one that holds it, with their JSON pointers (RFC 6901)."""
+    yield pointer, schema
+    if not isinstance(schema, Mapping):
+        return
+    for key in _SINGLES:
+        if isinstance(schema.get(key), Mapping):
+            yield from parts(schema[key], f"{pointer}/{key}")
+    for key in _LISTS:
+        if isinstance(schema.get(key), list):
+            for i, part in enumerate(schema[key]):
+                yield from parts(part, f"{pointer}/{key}/{i}")
+    for key in _MAPS:
+        if isinstance(schema.get(key), Mapping):
+            for name, part in schema[key].items():
+                escaped = str(name).replace("~", "~0").replace("/", "~1")
+                yield from parts(part, f"{pointer}/{key}/{escaped}")
+
+
+def at(schema: Any, pointer: str) -> Any:
+    """What a JSON pointer points at.
+
+    Raises:
+        LookupError, ValueError: nothing is there.
+    """
+    for step in pointer.split("/")[1:]:
+        step = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(schema, list):
+            schema = schema[int(step)]
+        elif isinstance(schema, Mapping):
+            schema = schema[step]
+        else:
+            raise LookupError(pointer)
+    return schema
+
+
+def check_schema(schema: Any, param: str) -> None:
+    """Raise `InvalidParameter` for what is no schema of draft 2020-12."""
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        where = "".join(f"/{step}" for step in error.absolute_path)
+        raise InvalidParameter(
+            f"{param}: at {where or 'the root'}: {_one_line(error.message)}", param=param, pointer=where
+        ) from None
+
+
+def check_depth(value: Any, param: str) -> None:
+    """Raise `InvalidParameter` for JSON of more than `MAX_DEPTH` levels."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level if isinstance(node, dict | list) for child in _children(node)]
+        if not level:
+            return
+    raise InvalidParameter(f"{param} is nested too deeply; {MAX_DEPTH} levels are allowed.", param=param)
+
+
+def _children(node: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(node.values()) if isinstance(node, dict) else node
+
+
+# -- references -------------------------------------------------------------------------------------------------------
+
+
+def _target(reference: str, root: Any) -> Any:
+    """What a reference inside a document refers to; None if it leads nowhere or elsewhere."""
+    if reference != "#" and not reference.startswith("#/"):
+        return None
+    try:
+        return at(root, re.sub("%([0-9A-Fa-f]{2})", lambda code: chr(int(code[1], 16)), reference[1:]))
+    except (LookupError, ValueError):
+        return None
+
+
+def resolved(schema: Any, root: Any) -> Any:
+    """A part, or what it refers to if it says nothing else (`$ref`, `allOf` of one); `schema` where that is nothing."""
+    found = schema
+    for _ in range(_FOLLOWED):
+        said = set(found) - ANNOTATIONS if isinstance(found, Mapping) else set()
+        if said == {"$ref"} and isinstance(found["$ref"], str):
+            found = _target(found["$ref"], root)
+            if found is None:
+                return schema
+        elif said == {"allOf"} and isinstance(found["allOf"], list) and len(found["allOf"]) == 1:
+            found = found["allOf"][0]
+        else:
+            return found
+    return schema
+
+
+def moved(schema: Any, pointer: str) -> Any:
+    """A schema as part of another, at this pointer: what refers to its own parts still does."""
+    schema = deepcopy(schema)
+    for _, inner in parts(schema):
+        reference = inner.get("$ref") if isinstance(inner, dict) else None
+        if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+            inner["$ref"] = f"#{pointer}{reference[1:]}"
+    return schema
+
+
+def bundled(part: Any, root: Any) -> Any:
+    """A part of a schema as one of its own: what it refers to in `root` comes along, once each, under `$defs`."""
+    names: dict[str, str] = {}
+    definitions: dict[str, Any] = {}
+    waiting: list[tuple[str, Any]] = []
+
+    def own(schema: Any) -> Any:
+        schema = deepcopy(schema)
+        for _, inner in parts(schema):
+            if not isinstance(inner, dict) or not isinstance(inner.get("$ref"), str):
+                continue
+            target = _target(inner["$ref"], root)
+            if target is None:
+                continue  # whoever compiles it says what is wrong
+            if inner["$ref"] not in names:
+                names[inner["$ref"]] = f"r{len(names)}"
+                waiting.append((inner["$ref"], target))
+            inner["$ref"] = f"#/$defs/{names[inner['$ref']]}"
+        return schema
+
+    def without_definitions(schema: Any) -> Any:
+        if not isinstance(schema, Mapping):
+            return schema
+        return {key: value for key, value in schema.items() if key not in ("$defs", "definitions")}
+
+    whole = own(without_definitions(part))
+    while waiting:
+        reference, target = waiting.pop()
+        definitions[names[reference]] = own(without_definitions(target))
+    return {**whole, "$defs": definitions} if definitions else whole
+
+
+# -- what a part allows -----------------------------------------------------------------------------------------------
+
+
+def types_of(schema: Any, root: Any) -> frozenset[str]:
+    """The JSON types that a part allows, at most: all of them where it does not say."""
+    return _types(schema, root, [_FOLLOWED])
+
+
+def _types(schema: Any, root: Any, left: list[int]) -> frozenset[str]:
+    left[0] -= 1
+    if schema is False:
+        return frozenset()
+    if not isinstance(schema, Mapping) or left[0] < 0:
+        return TYPES
+    found = TYPES
+    if isinstance(schema.get("$ref"), str):
+        found &= _types(_target(schema["$ref"], root), root, left)
+    named = schema.get("type")
+    if isinstance(named, str):
+        named = [named]
+    if isinstance(named, list):
+        said = {name for name in named if isinstance(name, str)}
+        found &= said | ({"integer"} if "number" in said else set())
+    if "const" in schema:
+        found &= _types_of_value(schema["const"])
+    if isinstance(schema.get("enum"), list):
+        found &= frozenset().union(*map(_types_of_value, schema["enum"]))
+    for inner in schema["allOf"] if isinstance(schema.get("allOf"), list) else ():
+        found &= _types(inner, root, left)
+    for key in ("anyOf", "oneOf"):
+        if isinstance(schema.get(key), list):
+            found &= frozenset().union(*(_types(inner, root, left) for inner in schema[key]))
+    return found
+
+
+def _types_of_value(value: Any) -> frozenset[str]:
+    match value:
+        case None:
+            return frozenset({"null"})
+        case bool():
+            return frozenset({"boolean"})
+        case str():
+            return frozenset({"string"})
+        case int():
+            return frozenset({"integer", "number"})
+        case float():
+            return frozenset({"integer", "number"} if value.is_integer() else {"number"})
+        case list():
+            return frozenset({"array"})
+    return frozenset({"object"})
+
+
+def alternatives(schema: Any, root: Any) -> list[Any]:
+    """The schemas of which a value has to satisfy one: what `anyOf` lists, and what that refers to.
+
+    Just the schema itself where it says anything beside `anyOf`.
+    """
+    found: list[Any] = []
+    waiting = [schema]
+    while waiting:
+        one = resolved(waiting.pop(), root)
+        listed = one.get("anyOf") if isinstance(one, Mapping) else None
+        if isinstance(listed, list) and listed and not set(one) - ANNOTATIONS - {"anyOf"}:
+            waiting += reversed(listed)
+        else:
+            found.append(one)
+        if len(found) + len(waiting) > _FOLLOWED:
+            return [schema]
+    return found
+
+
+def choices_of(schema: Any, root: Any) -> list[Any] | None:
+    """The values of an `enum` or a `const` that are all a part allows; None if it has neither.
+
+    Those that another keyword beside it forbids are left out.
+    """
+    schema = resolved(schema, root)
+    if not isinstance(schema, Mapping):
+        return None
+    if "const" in schema:
+        values = [schema["const"]]
+    elif isinstance(schema.get("enum"), list):
+        values = list(schema["enum"])
+    else:
+        return None
+    if not set(schema) - ANNOTATIONS - {"enum", "const"}:
+        return values
+    whole = bundled(schema, root)
+    return [value for value in values if _first_error(value, whole) is None]
+
+
+def object_of(parameters: Any) -> Mapping[str, Any]:
+    """The schema of an object, or what it refers to if it says nothing else than that it is one."""
+    top = parameters
+    if isinstance(top, Mapping) and top.get("type") == "object" and ("$ref" in top or "allOf" in top):
+        top = {key: value for key, value in top.items() if key != "type"}
+    found = resolved(top, parameters)
+    if found is top:
+        found = parameters
+    return found if isinstance(found, Mapping) else {}
+
+
+def properties_of(parameters: Any) -> dict[str, Any]:
+    """The parts of an object's schema by the names of its members; those that are only required allow anything else."""
+    top = object_of(parameters)
+    found = dict(top["properties"]) if isinstance(top.get("properties"), Mapping) else {}
+    for key in top["required"] if isinstance(top.get("required"), list) else ():
+        if isinstance(key, str):
+            found.setdefault(key, top.get("additionalProperties", True))
+    return found
+
+
+def read_value(text: str, schema: Any, root: Any) -> str:
+    """A value that was written without quotes, as JSON: a text where its schema says so, else JSON if it is any.
+
+    `null` for `string or null` is null, `3.10` a text; JSON stays as it was written.
+    """
+    kinds = types_of(schema, root)
+    if kinds != {"string"}:
+        try:
+            value = json.loads(text, parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            return json.dumps(text, ensure_ascii=False)
+        if "string" not in kinds:
+            return text.strip()
+        choices = choices_of(schema, root)
+        typed = _types_of_value(value)
+        plain = not isinstance(value, str) and bool(typed & kinds) and not _is_infinite(value)
+        if plain and (choices is None or any(v == value and _types_of_value(v) == typed for v in choices)):
+            return text.strip()
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _is_infinite(value: Any) -> bool:
+    return isinstance(value, float) and math.isinf(value)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+# -- a finished text --------------------------------------------------------------------------------------------------
+
+
+class _TooMuchError(Exception):
+    """A validation that looked at more keywords than it may."""
+
+
+def unenforced_errors(text: str, schema: Any) -> str | None:
+    """Why a finished text does not satisfy a schema; None if it does.
+
+    Expressions are not run: where they can be enforced the grammar has done so, and Python's could run for ever.
+    Nothing is fetched: a reference to another document is an error. A check of too many steps ends, and says so.
+    """
+    schema = deepcopy(schema)
+    for _, part in parts(schema):
+        if isinstance(part, dict):
+            part.pop("pattern", None)
+            if part.pop("patternProperties", None):
+                part.pop("additionalProperties", None)
+                part.pop("unevaluatedProperties", None)
+    try:
+        return _first_error(json.loads(text), schema)
+    except _TooMuchError:
+        return f"it cannot be checked: more than {_CHECKS:,} keywords would have to be evaluated"
+    except Exception as problem:
+        # The validator takes a schema at its word: one that is none can make it raise anything. The text is then
+        # unchecked, which is said; nobody else's reply may end for it.
+        return _one_line(f"it cannot be checked: {type(problem).__name__}: {problem}")
+
+
+def _first_error(value: Any, schema: Any) -> str | None:
+    left = [_CHECKS]
+
+    def counted(check: Callable[..., Any]) -> Callable[..., Any]:
+        def evaluate(validator: Any, wanted: Any, instance: Any, schema: Any) -> Any:
+            left[0] -= 1 + (len(wanted) // 8 if isinstance(wanted, list | dict) else 0)  # an enum is gone through
+            if left[0] < 0:
+                raise _TooMuchError
+            return check(validator, wanted, instance, schema)
+
+        return evaluate
+
+    checks = {**Draft202012Validator.VALIDATORS, "uniqueItems": _unique}
+    validator: Any = extend(  # type: ignore[no-untyped-call]
+        Draft202012Validator, {name: counted(check) for name, check in checks.items()}
+    )
+    error = next(iter(validator(schema, registry=Registry()).iter_errors(value)), None)
+    return None if error is None else f"{error.json_path}: {error.message}"[:500]
+
+
+def _unique(_: Any, wanted: Any, instance: Any, __: Any) -> Iterator[ValidationError]:
+    """`uniqueItems` in one pass; jsonschema compares each item with each."""
+    if wanted and isinstance(instance, list):
+        seen = {json.dumps(_canonical(item), sort_keys=True) for item in instance}
+        if len(seen) < len(instance):
+            yield ValidationError("its items are not unique")
+
+
+def _canonical(value: Any) -> Any:
+    """JSON in which equal values have one spelling: 1 and 1.0 are equal, 1 and true are not."""
+    if isinstance(value, dict):
+        return {key: _canonical(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_canonical(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()[:300]
