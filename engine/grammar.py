@@ -40,7 +40,7 @@ MAX_BYTES: Final = 256 * 1024
 _CACHED: Final = 128  # compiled grammars
 _BLAMED: Final = 400  # parts of a schema that are compiled alone to find the one at fault
 _RELAXED: Final = 64  # keywords that are left out of a schema one by one
-_COMPILED: Final = 4_000_000  # characters of schemas that are compiled to find the fault in one
+_COMPILED: Final = 20_000_000  # characters of schemas that are compiled to find the fault in one
 
 _SLICES: Final = (
     r"[\x20\x0A\x0D\x09]+", r'[^"\\\x00-\x1F\x7F<]{1,10}', r'[^"\\\x00-\x1F\x7F<]{1,30}',
@@ -288,12 +288,21 @@ class GrammarCompiler:
             where, keyword = self._blame(schema, complaint, left)
             if keyword is None or left[0] <= 0:
                 break
-            owner = at(schema, where)
-            if keyword == "oneOf" and "anyOf" not in owner:
-                owner["anyOf"] = owner.pop("oneOf")  # at least one, instead of exactly one
-            else:
-                del owner[keyword]
-            dropped.append(f"{where}/{keyword}")
+            value = at(schema, where)[keyword]
+            for pointer, part in list(parts(schema)):
+                if (
+                    not isinstance(part, dict)
+                    or keyword not in part
+                    or (keyword == "format" and part[keyword] != value)
+                ):
+                    continue
+                if pointer != where and not complaint.startswith(("Unimplemented", "Unknown")):
+                    continue  # these are the same everywhere
+                if keyword == "oneOf" and "anyOf" not in part:
+                    part["anyOf"] = part.pop("oneOf")  # at least one, instead of exactly one
+                else:
+                    del part[keyword]
+                dropped.append(f"{pointer}/{keyword}")
             complaint = self._complaint(schema, left)
             if complaint is None:
                 return schema, tuple(dropped)

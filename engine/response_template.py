@@ -17,7 +17,7 @@ import regex  # type: ignore[import-untyped]
 
 from engine.json_schema import properties_of, read_value
 from engine.reply_parser import Parsed
-from engine.tool_calls import in_quotes
+from engine.tool_calls import ends_in_a_text
 
 __all__ = ["ResponseTemplate", "TemplateParser"]
 
@@ -50,8 +50,8 @@ class ResponseTemplate:
             raise ValueError(f"{type(error).__name__}: {error}") from None
         self._opens = tuple(field for field in self._spec.fields.values() if field.open_re is not None)
         patterns = [p for f in self._spec.fields.values() for p, literals in _patterns(f) if p and literals is None]
-        self.tails = {p: regex.compile(rf"(?:{p.pattern})\Z", p.flags) for p in patterns}
-        """For each mark that is an expression, the same at the end of a text."""
+        self.tails = {p: regex.compile(rf"(?:{p.pattern})\Z[\s\S]", p.flags) for p in patterns}
+        """For each mark that is an expression, one that only ever matches in part, what may go on at the end of a text."""
 
     def opening(self, prompt: str) -> str:
         """What the prompt has written of the reply already: all that follows the last start of a turn, or nothing."""
@@ -204,7 +204,7 @@ class TemplateParser:
             if match is None:
                 continue
             grows = match.end() == size and (match.start() == match.end() or literals is None or longer)
-            if tail is not None and tail.partial and tail.start() <= match.start():
+            if tail is not None and tail.start() <= match.start():
                 limit = min(limit, tail.start())  # more text may make it a longer one, or one that begins before
             elif not end and (match.partial or grows):
                 limit = min(limit, match.start())
@@ -263,7 +263,7 @@ class TemplateParser:
         """Whether what would end a call stands in a text of its JSON."""
         if self._region.name not in _CALLS or self._region.content != "json" or match.start() == match.end():
             return False
-        return in_quotes(self._buffer[self._body : match.start()])
+        return ends_in_a_text(self._buffer[self._body : match.start()])
 
     def _calls(self, region: Any, body: str) -> list[tuple[str, str]]:
         """The calls of a region; none if it cannot be read or names a tool that is not there."""

@@ -16,7 +16,7 @@ from typing import Any, Final
 from engine.json_schema import properties_of, read_value, types_of
 from engine.tool_format import CALL_ID, ToolFormat
 
-__all__ = ["CallReader", "call_id", "in_quotes"]
+__all__ = ["CallReader", "call_id", "ends_in_a_text"]
 
 _TAG: Final = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]")
 _SPACE: Final = re.compile(r"\s*")
@@ -276,14 +276,16 @@ class CallReader:
 class _JsonScan:
     """Where a call with JSON in it ends: at its last tag, if that stands in no text, or with its object."""
 
-    __slots__ = ("_at", "_depth", "_pattern", "_quoted", "_stop")
+    __slots__ = ("_at", "_begin", "_depth", "_passed", "_pattern", "_quoted", "_stop")
 
     def __init__(self, found: ToolFormat) -> None:
         self._stop = found.stop
         stop = f"|{re.escape(self._stop)}" if self._stop else ""
         self._pattern = re.compile(rf'\\.|["{{}}\n]{stop}', re.DOTALL)
         self._at = 0
+        self._begin = -1  # of the JSON
         self._depth = 0
+        self._passed: int | None = None  # the end of the first tag that seemed to stand in this text
         self._quoted = False
 
     def end(self, held: str) -> int | None:
@@ -292,13 +294,19 @@ class _JsonScan:
         for match in self._pattern.finditer(held, self._at, limit):
             self._at = match.end()
             mark = match[0]
-            if self._quoted:
-                self._quoted = mark not in ('"', "\n")  # no text in JSON goes over the end of a line
-            elif mark == self._stop:
-                return self._at
+            if mark == self._stop:
+                if not (self._quoted and ends_in_a_text(held[self._begin : match.start()])):
+                    return self._at
+                self._passed = self._passed or self._at
+            elif self._quoted and mark == "\n" and self._passed:
+                return self._passed  # no text in JSON goes over the end of a line: a quote was missing
+            elif self._quoted:
+                self._quoted = mark not in ('"', "\n")
+                self._passed = None
             elif mark == '"':
                 self._quoted = self._depth > 0
             elif mark == "{":
+                self._begin = match.start() if self._begin < 0 else self._begin
                 self._depth += 1
             elif mark == "}":
                 self._depth -= 1
@@ -354,12 +362,19 @@ class _PairScan:
 
     def whole(self, held: str) -> bool:
         """Whether just the end of its closing mark is missing: so much of it is there that no argument can follow."""
-        if self._name is None or self._key is not None or self._failed:
+        if self._name is None or self._failed:
             return False
+        at, place = self._at, -1
+        if self._key is not None:
+            mark = self._format.value_close.strip()
+            place = held.find(mark, self._seek)
+            at = place + len(mark)
         close, opening = ("".join(mark.split()) for mark in (self._format.close, self._format.key_open))
-        rest = "".join(held[self._at :].split())
+        rest = "".join(held[at:].split())
         shared = next((n for n, (a, b) in enumerate(zip(close, opening, strict=False)) if a != b), len(opening))
         if len(rest) <= shared or not close.startswith(rest):
+            return False
+        if self._key is not None and (place < 0 or not self._take_value(held[self._at : place])):
             return False
         self._finish()
         return self.call is not None
@@ -435,7 +450,7 @@ class _PairScan:
         lead = found.value_open[len(found.value_open.rstrip()) :]
         trail = found.value_close[: len(found.value_close) - len(found.value_close.lstrip())]
         text = text.removeprefix(lead).removesuffix(trail)
-        if "string" not in types_of(part, self._root) and _ends_in_a_text(text):
+        if "string" not in types_of(part, self._root) and ends_in_a_text(text):
             return False
         self._arguments[key] = read_value(text, part, self._root)
         return True
@@ -486,7 +501,7 @@ def _begins(mark: str, text: str, at: int) -> bool:
     return len(rest) < len(whole) and whole.startswith(rest)
 
 
-def _ends_in_a_text(value: str) -> bool:
+def ends_in_a_text(value: str) -> bool:
     """Whether JSON was cut between two quotes."""
     try:
         json.loads(value)
@@ -495,14 +510,6 @@ def _ends_in_a_text(value: str) -> bool:
     except (ValueError, RecursionError):
         pass
     return False
-
-
-def in_quotes(text: str) -> bool:
-    """Whether JSON, cut here, was cut inside a text; a text does not go over the end of a line."""
-    quoted = False
-    for match in re.finditer(r'\\.|["\n]', text, re.DOTALL):
-        quoted = match[0] == '"' and not quoted if match[0] in ('"', "\n") else quoted
-    return quoted
 
 
 def _is_only(text: str, closing: str) -> bool:

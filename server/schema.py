@@ -354,7 +354,7 @@ def _tools(data: Mapping[str, Any], ignored: list[str]) -> tuple[tuple[dict[str,
         return tuple(tools), "auto"
     if choice == "none":
         return (), "auto"
-    return tuple(tools), _chosen(choice, names)
+    return tuple(tools), _chosen(choice, names, ignored)
 
 
 def _tool(tool: Any, at: str, ignored: list[str]) -> dict[str, Any]:
@@ -374,7 +374,7 @@ def _tool(tool: Any, at: str, ignored: list[str]) -> dict[str, Any]:
     return {"type": "function", "function": known}
 
 
-def _chosen(choice: Any, names: list[str]) -> str:
+def _chosen(choice: Any, names: list[str], ignored: list[str]) -> str:
     """`required`, or a colon and the name of the function that must be called."""
     _typed(choice, "tool_choice", ((str, dict), "a string or an object"))
     if isinstance(choice, str):
@@ -386,7 +386,14 @@ def _chosen(choice: Any, names: list[str]) -> str:
             raise InvalidParameter("tool_choice: required needs at least one tool.", param="tool_choice")
         return choice
     else:
+        kind = _optional(choice, "type", STRING, "tool_choice.")
+        if kind not in (None, "function"):
+            raise Unsupported(
+                f"tool_choice.type: only function is supported, not {kind[:100]!r}.", param="tool_choice.type"
+            )
+        ignored += [f"tool_choice.{key}" for key in choice if key not in ("type", "function")]
         function = _required(choice, "function", OBJECT, "tool_choice.")
+        ignored += [f"tool_choice.function.{key}" for key in function if key != "name"]
         name = _required(function, "name", STRING, "tool_choice.function.")
         if name not in names:
             at = "tool_choice.function.name"

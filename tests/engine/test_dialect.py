@@ -364,6 +364,73 @@ def test_families_are_read_alike_in_any_cut(shared: Path, family: str, exact: bo
         assert parts([text[a:b] for a, b in itertools.pairwise(places)]) == expected
 
 
+@pytest.mark.parametrize(
+    ("schema", "value", "expected"),
+    [
+        ({"type": "string"}, "3.10", "3.10"),
+        ({"type": "string"}, "null", "null"),
+        ({"type": "string"}, '{"a": 1}', '{"a": 1}'),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "1e5", "1e5"),
+        ({"type": "number"}, "3.5", 3.5),
+        ({"type": "integer"}, "x", "x"),
+    ],
+)
+def test_a_value_in_tags_is_what_its_schema_says(schema: dict[str, Any], value: str, expected: Any) -> None:
+    text = f"<tool_call><function=f><parameter=a>\n{value}\n</parameter></function></tool_call>"
+    tools = {"f": {"parameters": {"properties": {"a": schema}}}}
+    assert read(PARAMETERS, [text], tools=tools) == ("", "", [("f", {"a": expected})])
+
+
+def test_white_space_and_closing_tags_in_a_template() -> None:
+    text = "Write it as\n\n    <tool_call>x</tool_call>, then."
+    assert read(MARKED, [text]) == read(MARKED, list(text)) == ("", text, [])
+    quoted = '<tool_call>{"name": "ping", "arguments": {"a": "x</tool_call>y"}}</tool_call> done'
+    for pieces in ([quoted], list(quoted)):
+        assert read(MARKED, pieces) == ("", "done", [("ping", {"a": "x</tool_call>y"})])
+
+
+@pytest.mark.parametrize("pattern", ["foo bar baz|foo", "foo[^<]*z|bar", "(?:foo )+bar|foo"])
+def test_expressions_of_different_lengths_do_not_depend_on_the_cut(pattern: str) -> None:
+    source = {"start_anchor": "A:", "fields": {"thinking": {"open_pattern": pattern, "close": "</t>"}, "content": {}}}
+    for text in ("foo bar baz", "a foo bar b", "foo foo bar z x", "foo b", "fo"):
+        whole = read(source, [text])
+        for cut in range(1, len(text)):
+            assert read(source, [text[:cut], text[cut:]]) == whole
+        assert read(source, list(text)) == whole
+
+
+def test_searching_a_reply_is_bounded() -> None:
+    """A mark that is never certain is not looked for again and again; what was written is still all there."""
+    source = {
+        "start_anchor": "A:",
+        "fields": {"thinking": {"open_pattern": "<[^>]*>x", "close": "</t>"}, "content": {}},
+    }
+    text = "<" + "word " * 4000
+    parser = TemplateParser(ResponseTemplate(source), TOOLS)
+    parts = [parser.push(text[i : i + 2]) for i in range(0, len(text), 2)]
+    assert sum(bool(part.text) for part in parts) > 10, "given up before the end"
+    assert "".join(part.text for part in [*parts, parser.finish()]) == text
+
+
+def test_the_history_is_written_as_the_chat_template_takes_it(shared: Path) -> None:
+    """A response template says how replies are read; earlier calls are still shown in the form of the chat template."""
+    for family, between in (("meta-llama", None), ("Mistral", ", ")):
+        [file] = (shared / "chat_templates").glob(f"*{family}*")
+        template = ChatTemplate(file.read_text(encoding="utf-8"), {"bos_token": "<s>", "eos_token": "</s>"})
+        own, read_by = find(template), find(template, given=MARKED)
+        assert own.template_format == read_by.template_format == own.tool_format
+        assert read_by.template_format is not None
+        assert read_by.template_format.between == between
+        assert read_by.tool_format != own.tool_format
+
+
+def test_two_results_with_one_id_are_both_shown() -> None:
+    call = ToolCall("x", "ping", "{}")
+    turn = ChatMessage("assistant", "", tool_calls=(call, call))
+    one, two = (ChatMessage("tool", text, tool_call_id="x") for text in ("one", "two"))
+    assert [m.content for m in one_call_a_turn([turn, one, two])] == ["", "one", "", "two"]
+
+
 def test_a_turn_with_several_calls_becomes_several() -> None:
     one, two = ToolCall("a", "ping", "{}"), ToolCall("b", "ping", "{}")
     first, second = (ChatMessage("tool", name, tool_call_id=name) for name in "ab")

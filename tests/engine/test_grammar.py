@@ -270,8 +270,57 @@ def test_without_strict_the_rest_is_checked_afterwards(llm: LLM) -> None:
         ("1", {"not": {"type": "integer"}}, False),
         ("1", {"$ref": "http://example.com/schema"}, False),
         ("1", {"not": 5}, False),  # never reached by a request; still no fault of the engine
+        ("[1, 1.0]", {"uniqueItems": True}, False),
+        ('[1, true, "1", [1], [true], {"a": 1}]', {"uniqueItems": True}, True),
+        ("1", {"$ref": "#"}, False),  # for ever
         ('{"b": 1}', {"patternProperties": {"(a+)+$": {}}, "additionalProperties": False, "minProperties": 1}, True),
     ],
 )
 def test_the_check_afterwards(text: str, schema: dict[str, Any], valid: bool) -> None:
     assert (unenforced_errors(text, schema) is None) == valid
+
+
+def test_the_check_afterwards_is_bounded() -> None:
+    """Nested references double with each level; whoever asks for that is told, and nobody waits."""
+
+    def doubling(levels: int) -> dict[str, Any]:
+        names = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(levels)}
+        return {"$defs": {**names, f"d{levels}": {}}, "$ref": "#/$defs/d0"}
+
+    assert unenforced_errors("{}", doubling(4)) is None
+    assert "more than 20,000 keywords" in (unenforced_errors("{}", doubling(60)) or "")
+    many = json.dumps([{"a": [i]} for i in range(30_000)])
+    assert unenforced_errors(many, {"uniqueItems": True}) is None
+    assert "keywords" in (unenforced_errors(json.dumps([999] * 3000), {"items": {"enum": [*range(1000)]}}) or "")
+
+
+@pytest.mark.parametrize(
+    ("constraint", "text"),
+    [
+        (Constraint("choice", ["x<|im_end|>y"]), "x<|im_end|>y"),
+        (Constraint("choice", ["<|im_end|>"]), "<|im_end|>"),
+        (Constraint("json", {"const": "a<|im_end|>b"}), '"a<|im_end|>b"'),
+        (Constraint("regex", r"a<\|im_start\|>b"), "a<|im_start|>b"),
+    ],
+)
+def test_the_name_of_a_special_token_is_text(llm: LLM, constraint: Constraint, text: str) -> None:
+    """Forced text that spells an end token is neither that token nor the end."""
+    for logprobs in (False, True):
+        [answer] = llm.generate(PROMPT, constraint=constraint, seed=1, logprobs=logprobs, max_tokens=60)
+        assert (answer.text, answer.finish_reason) == (text, "stop")
+        assert not set(answer.token_ids) & set(llm._model.end_ids)
+
+
+def test_finding_a_fault_is_bounded(llm: LLM) -> None:
+    parts: dict[str, Any] = {f"p{i}": {"type": "string", "format": "fo-o"} for i in range(60)}
+    parts |= {f"q{i}": {"enum": [f"{'v' * 25}{j}" for j in range(20)]} for i in range(200)}
+    schema = {"type": "object", "properties": parts}
+    with pytest.raises(InvalidParameter, match="format") as raised:
+        llm._model.grammars.grammar_of(Constraint("json", schema, strict=True))
+    assert raised.value.details["pointer"] == "/properties/p0/format"
+    _, dropped = llm._model.grammars.grammar_of(Constraint("json", schema, strict=False))
+    assert dropped == tuple(f"/properties/p{i}/format" for i in range(60))
+    for i in range(70):
+        parts[f"p{i}"] = {"type": "string", "pattern": f"(?={i})"}
+    with pytest.raises(InvalidParameter, match="look-around"):
+        llm._model.grammars.grammar_of(Constraint("json", schema, strict=False))

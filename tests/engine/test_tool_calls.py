@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,13 @@ import pytest
 from forced_replies import forced_reply
 from hypothesis import given
 from hypothesis import strategies as st
-from jsonschema import Draft202012Validator
+from tool_forms import BARE, CLOSE, FORMATS, HERMES, KEYED, LISTED, XML, written
+from tool_forms import read as read_calls
 
-from engine import LLM, ChatMessage, Constraint, InvalidParameter, ToolCall
+from engine import LLM, ChatMessage, Constraint, ToolCall
 from engine.chat_template import ChatTemplate
 from engine.tool_calls import CallReader, call_id
-from engine.tool_format import CALL_ID, GENERIC, ToolFormat, find, generic_messages
-from engine.tool_grammar import tool_grammar
-
-HERMES = GENERIC
-LISTED = ToolFormat("json", "[TOOL_CALLS][", '{"name": "', '", "arguments": ', f', "id": "{CALL_ID}"}}', ", ", "]")
-FENCED = ToolFormat("json", "<calls>", "<call>function<sep>", "\n```json\n", "\n```</call>", "\n", "</calls>")
-CLOSE = ToolFormat("json", "<calls>", "<call>", "<sep>", "</call>", "", "</calls>")
-BARE = ToolFormat("json", "", '{"name": "', '", "parameters": ', "}", None, "")
-XML = ToolFormat(
-    "pairs", "", "<tool_call>\n<function=", ">", "\n</function>\n</tool_call>", "\n", "",
-    "\n<parameter=", ">\n", "\n</parameter>",
-)  # fmt: skip
-KEYED = ToolFormat(
-    "pairs", "", "<tool_call>", "", "\n</tool_call>", "\n", "", "\n<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>"
-)
-FORMATS = {
-    "hermes": HERMES, "listed": LISTED, "fenced": FENCED, "close": CLOSE, "bare": BARE, "xml": XML, "keyed": KEYED,
-}  # fmt: skip
+from engine.tool_format import GENERIC, ToolFormat, find, generic_messages
 
 TOOLS: dict[str, Any] = {
     "get_weather": {
@@ -47,26 +30,8 @@ OSLO = ("get_weather", {"city": 'O"slo {} 7', "days": 3, "deep": {"a": [1, None]
 PING = ("ping", {})
 
 
-def written(found: ToolFormat, calls: list[tuple[str, dict[str, Any]]]) -> str:
-    """Calls as a model writes them."""
-
-    def arguments(given: dict[str, Any]) -> str:
-        if found.style == "json":
-            return json.dumps(given)
-        values = {k: v if isinstance(v, str) else json.dumps(v) for k, v in given.items()}
-        return "".join(f"{found.key_open}{k}{found.value_open}{v}{found.value_close}" for k, v in values.items())
-
-    texts = [
-        f"{found.open}{n}{found.middle}{arguments(a)}{found.close.replace(CALL_ID, 'x1y2z3a4b')}" for n, a in calls
-    ]
-    return found.begin + (found.between or "").join(texts) + found.end
-
-
 def read(found: ToolFormat, pieces: list[str], **how: Any) -> tuple[str, list[tuple[str, Any]]]:
-    reader = CallReader(found, TOOLS, **how)
-    parts = [reader.push(piece) for piece in pieces] + [reader.finish()]
-    calls = [(name, json.loads(arguments)) for _, found_calls in parts for name, arguments in found_calls]
-    return "".join(text for text, _ in parts), calls
+    return read_calls(found, pieces, how.pop("tools", TOOLS), **how)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -133,25 +98,154 @@ def test_hostile_values_are_text_or_a_call(name: str, value: str) -> None:
         json.loads(arguments.encode())
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(
-    "parameters", [{"properties": [1]}, {"properties": {"a": True}, "required": 3}, {"properties": {"a": {"type": 7}}}]
-)
-def test_hostile_definitions_are_refused(llm: LLM, name: str, parameters: dict[str, Any]) -> None:
-    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
-    try:
-        grammar = tool_grammar(llm._model.grammars, FORMATS[name], [tool], free=False, several=False).text
-        llm._model.grammars.check(grammar, "tools")
-    except InvalidParameter:
-        return
-    assert parameters == {"properties": {"a": True}, "required": 3}
-
-
 def test_one_call_only() -> None:
     text = written(HERMES, [PING, OSLO])
     said, calls = read(HERMES, [text], parallel=False)
     assert calls == [PING]
     assert json.dumps(OSLO[1]) in said
+
+
+def test_one_call_of_a_form_without_a_closing_tag() -> None:
+    text = written(LISTED, [PING, OSLO])
+    reader = CallReader(LISTED, TOOLS, parallel=False)
+    _, calls = reader.push(text[: text.index("}, {") + 1])
+    assert calls == [("ping", "{}")], "told as soon as it is whole"
+    said, calls = read(LISTED, [text], parallel=False)
+    assert calls == [PING]
+    assert json.dumps(OSLO[1]) in said
+
+
+@pytest.mark.parametrize("found", [HERMES, LISTED, CLOSE], ids=["hermes", "listed", "close"])
+def test_a_closing_tag_in_a_text_is_text(found: ToolFormat) -> None:
+    call = ("get_weather", {"city": 'a</tool_call>b</call>]}"{ \\" </tool_call>', "days": 1})
+    for pieces in ([written(found, [call, PING])], list(written(found, [call, PING]))):
+        assert read(found, pieces) == ("", [call, PING])
+
+
+def test_a_quote_that_is_missing_takes_nothing_along() -> None:
+    broken = '<tool_call>{"name": "ping, "arguments": {}}</tool_call>'
+    assert read(HERMES, list(f"A {broken} B {written(HERMES, [PING])} C")) == (f"A {broken} B\nC", [PING])
+    open_quote = '<tool_call>{"name": "ping", "arguments": {"a": "}}</tool_call>'
+    assert read(HERMES, list(f"{open_quote}\n{written(HERMES, [PING])}")) == (open_quote, [PING])
+    assert read(HERMES, list(f"{open_quote} {written(HERMES, [PING])}"))[1] == [PING]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Write it as\n\n    <tool_call>x</tool_call>, then stop.", "The tag is\n <tool_call>", " \n<tool_call> \n "],
+)
+def test_white_space_before_what_is_no_call_is_kept(text: str) -> None:
+    assert read(HERMES, [text]) == (text, [])
+    assert read(HERMES, list(text)) == (text, [])
+
+
+def test_what_follows_a_call_is_not_lost() -> None:
+    call = written(HERMES, [PING])
+    assert read(HERMES, [f"{call}\n<tool"]) == ("<tool", [PING])
+    assert read(CLOSE, [f"{written(CLOSE, [PING])}\n{written(CLOSE, [PING])}"]) == ("", [PING, PING])
+    assert read(LISTED, [f"{written(LISTED, [PING])}\nDone."]) == ("Done.", [PING])
+    assert read(CLOSE, ["<calls><call>ping<sep>{}</call></ca"]) == ("", [PING]), "the end of a block says nothing"
+
+
+# -- arguments one by one ---------------------------------------------------------------------------------------------
+
+WRITE: dict[str, Any] = {
+    "write": {
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "text": {"type": "string"}, "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                "count": {"type": "integer"}, "list": {"type": "array"}, "a>b": {"type": "string"},
+                "kind": {"enum": ["1", "true", 2]}, "ref": {"$ref": "#/$defs/word"},
+            },
+            "$defs": {"word": {"type": "string"}},
+        }
+    }
+}  # fmt: skip
+
+
+def pair(found: ToolFormat, key: str, value: str) -> str:
+    body = f"{found.key_open}{key}{found.value_open}{value}{found.value_close}"
+    return f"{found.begin}{found.open}write{found.middle}{body}{found.close}{found.end}"
+
+
+@pytest.mark.parametrize("found", [XML, KEYED], ids=["xml", "keyed"])
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("text", "    x = 1\n    y = 2\n\n", "    x = 1\n    y = 2\n\n"),
+        ("text", "", ""),
+        ("text", "\n", "\n"),
+        ("text", "17", "17"),
+        ("text", "a</parameter>b</arg_value>c</function>", "a</parameter>b</arg_value>c</function>"),
+        ("text", "see </tool_call> there", "see </tool_call> there"),
+        ("note", "3.10", "3.10"),
+        ("note", "null", None),
+        ("note", '"quoted"', '"quoted"'),
+        ("count", "3", 3),
+        ("count", "three", "three"),
+        ("list", '["</parameter>\\n</function></tool_call>", "</arg_value></tool_call>"]',
+         ["</parameter>\n</function></tool_call>", "</arg_value></tool_call>"]),
+        ("a>b", "x", "x"),
+        ("kind", "1", "1"),
+        ("kind", "2", 2),
+        ("ref", "1e5", "1e5"),
+        ("unknown", "3", 3),
+        ("unknown", "word", "word"),
+    ],
+)  # fmt: skip
+def test_a_value_is_what_was_written(found: ToolFormat, key: str, value: str, expected: Any) -> None:
+    text = pair(found, key, value)
+    for pieces in ([text], list(text)):
+        assert read(found, pieces, tools=WRITE) == ("", [("write", {key: expected})])
+
+
+@pytest.mark.parametrize("found", [XML, KEYED], ids=["xml", "keyed"])
+def test_half_a_call_is_never_told(found: ToolFormat) -> None:
+    """Wherever the limit cuts, a call is told only if no argument can follow any more."""
+    text = written(found, [("get_weather", {"city": "Oslo", "days": 3})])
+    told = []
+    for cut in range(len(text) + 1):
+        said, calls = read(found, [text[:cut]])
+        assert calls in ([], [("get_weather", {"city": "Oslo", "days": 3})])
+        assert calls or said == text[:cut]
+        told.append(bool(calls))
+    assert told == sorted(told)
+    assert told.count(True) > 5, "most of the closing mark may be missing"
+
+
+def test_reading_takes_time_in_proportion() -> None:
+    """What a model writes is not its reader's to choose: steps are counted by the pieces of a long reply."""
+    for text in (
+        "<tool_call>\n<function=ping>\n<parameter=a>\n" + " " * 50_000,
+        "<tool_call>\n<function=ping>\n<parameter=a>\n" + "</parameter" * 5_000,
+        "<tool_call>\n<function=ping>\n<parameter=" + " " * 50_000,
+        "<tool_call>\n<function=ping>\n" + "<" * 50_000,
+    ):
+        whole = f"{text}\n</function>\n</tool_call>"
+        assert read(XML, [whole[i : i + 50] for i in range(0, len(whole), 50)])[1] in ([], [PING])
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (CLOSE, "<call>ping<sep>{}</call>"),
+        (BARE, '{"parameters": {}, "name": "ping"}'),
+        (BARE, 'Yes: {"name": "ping", "parameters": {}}'),
+        (LISTED, '[TOOL_CALLS][{"arguments": {}, "name": "ping", "id": "abcdef001"}]'),
+    ],
+)
+def test_under_a_grammar_only_what_the_form_writes_is_a_call(found: ToolFormat, text: str) -> None:
+    assert read(found, [text], exact=True) == (text, [])
+    assert read(found, list(text), exact=True) == (text, [])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_under_a_grammar_calls_are_read_alike(name: str) -> None:
+    found = FORMATS[name]
+    calls = [OSLO] if found.between is None else [OSLO, PING, OSLO]
+    for pieces in ([written(found, calls)], list(written(found, calls))):
+        assert read(found, pieces, exact=True) == ("", calls)
 
 
 def test_text_after_a_call_is_not_lost() -> None:
@@ -282,143 +376,3 @@ def test_without_tools_nothing_is_read(llm: LLM) -> None:
     text = written(GENERIC, [PING])
     [answer] = llm.generate(HELLO, constraint=Constraint("choice", [text]), seed=1)
     assert (answer.text, answer.finish_reason, answer.tool_calls) == (text, "stop", ())
-
-
-# -- held to their schemas --------------------------------------------------------------------------------------------
-
-STRICT: list[dict[str, Any]] = [
-    {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "parameters": {
-                "type": "object",
-                "properties": {
-                    "city": {"type": "string", "enum": ["Oslo", "Rio"]},
-                    "days": {"type": "integer", "minimum": 1, "maximum": 9},
-                    "deep": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
-                },
-                "required": ["city", "days"],
-                "additionalProperties": False,
-            },
-            "strict": True,
-        },
-    },
-    {
-        "type": "function",
-        "function": {
-            "name": "ping",
-            "parameters": {"type": "object", "properties": {}, "additionalProperties": False},
-            "strict": True,
-        },
-    },
-]
-SCHEMAS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in STRICT}
-
-
-def walk(llm: LLM, grammar: str, rng: random.Random, limit: int = 3000) -> str | None:
-    """A text of a grammar, token by token by chance; None if it has not ended by then."""
-    compiler, words = llm._model.grammars, llm._model.vocabulary
-    state, data = compiler.start(grammar), b""
-    for _ in range(limit):
-        if state.stopped or (state.accepting and rng.random() < 0.3):
-            return data.decode()
-        allowed = compiler.masks([state], [state.forced])[0].nonzero()[0].tolist()
-        token = rng.choice([i for i in allowed if i not in llm._model.end_ids])
-        state.consume(token)
-        data += words.token_bytes(token)
-    return None
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_forced_calls_satisfy_their_schemas(llm: LLM, name: str) -> None:
-    found = FORMATS[name]
-    several = found.between is not None
-    grammar = tool_grammar(llm._model.grammars, found, STRICT, free=False, several=several).text
-    counts = set()
-    for seed in range(12):
-        text = walk(llm, grammar, random.Random(seed))
-        assert text is not None
-        reader = CallReader(found, {tool["function"]["name"]: tool["function"] for tool in STRICT})
-        said, calls = reader.push(text)
-        rest, more = reader.finish()
-        assert (said + rest).strip() == "", (text, said, rest)
-        assert calls + more
-        for called, arguments in calls + more:
-            Draft202012Validator(SCHEMAS[called]).validate(json.loads(arguments))
-        counts.add(len(calls + more))
-    assert (max(counts) > 1) == several
-
-
-@pytest.mark.parametrize("name", [n for n in FORMATS if n != "bare"])
-def test_a_strict_call_is_held_to_its_schema_once_it_begins(llm: LLM, name: str) -> None:
-    found = FORMATS[name]
-    compiler = llm._model.grammars
-    grammar = tool_grammar(compiler, found, STRICT, free=True, several=True).text
-    good = f"Let me <see> [it].\n{written(found, [('get_weather', {'city': 'Oslo', 'days': 3})])}"
-    for text, accepted in (
-        ("Just text, {no} call. <", True),
-        (good, True),
-        (good.replace("Oslo", "Rome"), False),
-        (good.replace("get_weather", "format_disk"), False),
-    ):
-        state = compiler.start(grammar)
-        ids = llm._model.tokenizer(text, add_special_tokens=False)["input_ids"]
-        taken = 0
-        for token in ids:
-            if not compiler.masks([state], [state.forced])[0][token]:
-                break
-            state.consume(token)
-            taken += 1
-        assert (taken == len(ids) and state.accepting) == accepted, text
-
-
-@pytest.mark.parametrize("choice", ["required", ":ping", ":get_weather"])
-def test_a_choice_is_enforced(llm: LLM, choice: str) -> None:
-    for seed in range(4):
-        [answer] = llm.generate(HELLO, tools=STRICT, tool_choice=choice, seed=seed, max_tokens=400)
-        assert answer.finish_reason in ("tool_calls", "length")
-        for call in answer.tool_calls:
-            assert choice in ("required", f":{call.name}")
-            Draft202012Validator(SCHEMAS[call.name]).validate(json.loads(call.arguments))
-        if answer.finish_reason == "tool_calls":
-            assert answer.text == ""
-            assert choice == "required" or len(answer.tool_calls) == 1
-
-
-@pytest.mark.slow
-def test_a_form_holds_what_is_no_call(llm: LLM) -> None:
-    """With tools and a form, a reply is calls that satisfy their schemas, or an answer that satisfies its own."""
-    form = Constraint("json", {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
-                               "additionalProperties": False})  # fmt: skip
-    kinds = set()
-    for seed in range(12):
-        bias = {llm_token(llm, "{<"[seed % 2]): 5.0}
-        [answer] = llm.generate(HELLO, tools=STRICT, constraint=form, seed=seed, max_tokens=400, logit_bias=bias)
-        kinds.add(answer.finish_reason)
-        if answer.finish_reason == "stop":
-            assert json.loads(answer.text)["a"] in (1, 2)
-        if answer.finish_reason == "tool_calls":
-            assert answer.text == ""
-        for call in answer.tool_calls:
-            Draft202012Validator(SCHEMAS[call.name]).validate(json.loads(call.arguments))
-    assert {"stop", "tool_calls"} <= kinds
-    [answer] = llm.generate(HELLO, tools=STRICT, constraint=form, tool_choice=":ping", seed=1, max_tokens=100)
-    assert [call.name for call in answer.tool_calls] == ["ping"]
-    with pytest.raises(InvalidParameter, match="whole grammar"):
-        llm.generate(HELLO, tools=STRICT, constraint=Constraint("grammar", 'start: "a"'), max_tokens=3)
-
-
-def llm_token(llm: LLM, text: str) -> int:
-    [token] = llm._model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return int(token)
-
-
-def test_a_strict_schema_that_cannot_be_enforced_is_refused(llm: LLM) -> None:
-    function = {"name": "f", "parameters": {"properties": {"a": {"type": "array", "uniqueItems": True}}}}
-    tool = {"type": "function", "function": function}
-    llm.generate(HELLO, tools=[tool], tool_choice="required", max_tokens=3)
-    with pytest.raises(InvalidParameter) as raised:
-        llm.generate(HELLO, tools=[{**tool, "function": {**function, "strict": True}}], max_tokens=3)
-    assert raised.value.param == "tools.0.function.parameters"
-    assert raised.value.details["pointer"] == "/properties/a/uniqueItems"
