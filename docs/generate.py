@@ -41,6 +41,14 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 _WHEN = {
     "BodyTooLarge": "the body is over `max_body_bytes`",
+    "BodyTooSlow": "the body was not there within `body_seconds`",
+    "Unauthorized": "keys are in use, and this one is missing, unknown, revoked or expired; before the body is read",
+    "UnknownKey": "the key was revoked while its request was prepared",
+    "NoBalance": "the key's balance does not cover what the request may cost at most; `available`, `needed`",
+    "RateLimited": "the key's requests or tokens of a minute, or its requests at once; not to be tried again where "
+    "one request is over the limit",
+    "NoKeys": "usage was asked for, and there are no keys",
+    "LedgerFault": "keys and balances cannot be read or written; nothing is served meanwhile",
     "ModelNotFound": "no entry has this id",
     "ModelLoading": "the model is not ready yet",
     "QueueFull": "`max_sequences` + `max_queue` requests are unfinished",
@@ -154,7 +162,8 @@ def api() -> str:
         [
             NOTE + "# The API\n",
             "`POST /v1/chat/completions` and `POST /api/v1/chat/completions` are the same. Under both prefixes: "
-            "`GET /models` and `GET /models/{id}`. Beside them `GET /health/live`, `GET /health/ready` and the machine "
+            "`GET /models`, `GET /models/{id}` and, where keys are in use, `GET /usage` (`since`: a date or Unix seconds; "
+            "`by`: day or model) for the key's own books. Beside them `GET /health/live`, `GET /health/ready` and the machine "
             "readable form of this page, `GET /openapi.json`.\n",
             "## Request fields\n",
             "`null` is the same as leaving a field out. Defaults of sampling fields are those below, then the "
@@ -168,7 +177,7 @@ def api() -> str:
             "`param`. A value that asks for what happens anyway is accepted, and so is `null`.\n",
             table(("field", "accepted"), [(f"`{n}`", _values(v)) for n, v in sorted(schema.UNSUPPORTED.items())]),
             "Likewise in a message: " + ", ".join(f"`{name}`" for name in schema.UNSUPPORTED_MESSAGE_FIELDS) + ", the "
-            "roles `tool` and `function`, and content parts that are not `text`.\n",
+            "role `function`, and content parts that are not `text`.\n",
             "A field that nobody knows is ignored and named in the response header `x-ignored-fields`; with "
             "`strict_params: true` under `server:` it is a 422 `unknown_field`.\n",
             "## Response\n",
@@ -177,10 +186,15 @@ def api() -> str:
             "was used, given or drawn. Every response has a header `x-request-id`: the client's own, or a fresh "
             "one.\n",
             "`GET /models/{id}` of a loaded model has: " + ", ".join(f"`{k}`" for k in _model_keys()) + ".\n",
+            "## Keys\n",
+            "Where a server has keys, every path but `/health/live` and `/health/ready` needs one: `Authorization: "
+            "Bearer KEY`. A key with limits sees what is left of its minute in `x-ratelimit-limit-requests`, "
+            "`x-ratelimit-remaining-requests`, `x-ratelimit-reset-requests` (seconds, as `12s`), and the same for "
+            "`tokens`.\n",
             "## Errors\n",
             'Always `{"error": {"message", "type", "param", "code"}}`, some with numbers beside them.\n',
             table(("status", "code", "type", "raised as", "when"), list(_errors())),
-            "A 503 carries `Retry-After`; with `x-should-retry: false` trying again does not help. Further codes: "
+            "A 503 and a 429 carry `Retry-After`; with `x-should-retry: false` trying again does not help. Further codes: "
             + ", ".join(f"`{code}`" for code in _other_codes())
             + ". An error after the first event of a stream is one `data:` event with the same body, and the stream "
             "ends without `[DONE]`.\n",

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from engine.core import EngineCore
-from engine.errors import EngineDead, QueueFull, VerbatimError
+from engine.errors import EngineDead, QueueFull, QueueTimeout, VerbatimError
 from engine.loader import LoadedModel
 from engine.preparation import Preparer
 from engine.types import EngineStats, GenerationRequest, ModelInfo, PreparedRequest, RequestOutput, Usage
@@ -42,6 +42,12 @@ class RequestStream(AsyncIterator[RequestOutput]):
         self._outputs: deque[RequestOutput] = deque()
         self._waiter: asyncio.Future[None] | None = None  # the reader, while it waits
         self._ended = False
+        self.usage: Usage | None = None
+        """Of the last output that came, read or not; None before the first."""
+        self.finish_reasons: list[str] = []
+        """Of the choices that have ended."""
+        self.error: VerbatimError | None = None
+        """What ended the request, if it was not its end."""
 
     def __aiter__(self) -> RequestStream:
         return self
@@ -62,6 +68,8 @@ class RequestStream(AsyncIterator[RequestOutput]):
 
     def deliver(self, output: RequestOutput) -> None:
         self._outputs.append(output)
+        self.usage, self.error = output.usage, output.error
+        self.finish_reasons += [delta.finish_reason for delta in output.deltas if delta.finish_reason]
         self._ended = self._ended or output.finished
         self._wake()
 
@@ -94,10 +102,13 @@ class AsyncEngine:
             model.dialect,
         )
         self._limit = model.config.max_sequences + model.config.max_queue
+        self._queue_seconds = model.config.max_queue_seconds
+        self._arrived: dict[str, float] = {}  # monotonic seconds, of requests that wait; the engine thread's own
         self._stall_timeout = model.config.stall_timeout
         self._threads = model.config.threads
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}
+        self._groups: dict[str, str] = {}  # of unfinished requests
         self._loop: asyncio.AbstractEventLoop | None = None
         self._cause: BaseException | None = None
         self._closed = False
@@ -114,14 +125,14 @@ class AsyncEngine:
         return await asyncio.get_running_loop().run_in_executor(self._worker, self._preparer.prepare, request)
 
     def submit(self, request: PreparedRequest) -> RequestStream:
-        """Queue a request.
+        """Queue a request. A group of which none is unfinished may still queue one where there is no room.
 
         Raises:
             QueueFull: as many requests as may run and wait are unfinished.
             EngineDead: with the cause.
         """
         self._raise_if_dead()
-        if len(self._streams) >= self._limit:
+        if len(self._streams) >= self._limit and (not request.group or request.group in self._groups.values()):
             raise QueueFull(
                 f"{len(self._streams)} requests are running or waiting; {self.info.id} takes {self._limit}.",
                 limit=self._limit,
@@ -131,13 +142,15 @@ class AsyncEngine:
             raise ValueError(f"the request id {request.request_id!r} is in use")
         stream = RequestStream(request.request_id)
         self._streams[request.request_id] = stream
-        self._commands.put(lambda core: core.add(request))
+        self._groups[request.request_id] = request.group
+        self._commands.put(lambda core: self._add(core, request))
         return stream
 
     def abort(self, request_id: str) -> None:
         """Free a request's place before the next step. Does nothing if it is gone."""
         stream = self._streams.pop(request_id, None)
         if stream is not None:
+            del self._groups[request_id]
             stream.end()
             self._commands.put(lambda core: core.abort(request_id))
 
@@ -166,6 +179,7 @@ class AsyncEngine:
                 self._busy_since = time.monotonic()
                 outputs = self._core.step()
                 self._busy_since = None
+                outputs += self._expire()
                 self._stats = self._core.stats()
                 if outputs:
                     self._post(self._deliver, outputs)
@@ -176,6 +190,24 @@ class AsyncEngine:
         self._busy_since = None
         self._cause = cause
         self._post(self._fail_all, cause)
+
+    def _add(self, core: EngineCore, request: PreparedRequest) -> None:
+        core.add(request)
+        if self._queue_seconds is not None:
+            self._arrived[request.request_id] = time.monotonic()
+
+    def _expire(self) -> list[RequestOutput]:
+        """End the requests that have waited too long for their turn."""
+        if not self._arrived:
+            return []
+        now, limit = time.monotonic(), self._queue_seconds or 0.0
+        queued = self._core.queued()
+        self._arrived = {name: self._arrived[name] for name in queued if name in self._arrived}
+        late = [name for name, since in self._arrived.items() if now - since > limit]
+        error = QueueTimeout(f"this request has waited {limit:g} seconds for its turn, which is as long as one may.")
+        for name in late:
+            del self._arrived[name]
+        return [self._core.refuse(name, error) for name in late]
 
     def _obey(self) -> bool:
         """Carry out the waiting commands; sleeps while there is nothing to do. False: stop."""
@@ -202,13 +234,14 @@ class AsyncEngine:
             if stream is not None:
                 stream.deliver(output)
                 if output.finished:
-                    del self._streams[output.request_id]
+                    del self._streams[output.request_id], self._groups[output.request_id]
 
     def _fail_all(self, cause: BaseException) -> None:
         error = self._dead(cause)
         for request_id, stream in list(self._streams.items()):
             stream.deliver(RequestOutput(request_id, (), Usage(0, 0), True, error))
         self._streams.clear()
+        self._groups.clear()
 
     def _dead(self, cause: BaseException) -> VerbatimError:
         return EngineDead(f"the engine of {self.info.id} has stopped: {cause}")

@@ -54,6 +54,8 @@ class ModelConfig(BaseModel):
     """Tokens in one forward pass: long prompts are cut into chunks of at most this."""
     max_queue: int = Field(default=256, ge=0)
     """Requests that may wait; one more is refused."""
+    max_queue_seconds: float | None = Field(default=None, gt=0)
+    """A request that has waited longer for its turn is refused. Default: it waits."""
     max_choices: int = Field(default=16, ge=1)
     """The largest `n`."""
     max_completion_tokens: int | None = Field(default=None, ge=1)

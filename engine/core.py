@@ -120,7 +120,7 @@ class EngineCore:
         stops = StopStrings(params.stop)
         choices = [
             _Choice(
-                Sequence(request.request_id, i, request.prompt_token_ids, params, params.seed),
+                Sequence(request.request_id, i, request.prompt_token_ids, params, params.seed, group=request.group),
                 self._text(stops, request),
                 self._grammars.start(request.grammar) if request.grammar else None,
             )
@@ -148,6 +148,18 @@ class EngineCore:
         if running is not None:
             for choice in running.choices:
                 self._leave(choice.sequence)
+
+    def queued(self) -> list[str]:
+        """The requests of which nothing has been computed yet."""
+        return [
+            request_id
+            for request_id, running in self._requests.items()
+            if running.choices[0].sequence.state is SequenceState.WAITING and not running.choices[0].sequence.position
+        ]
+
+    def refuse(self, request_id: str, error: VerbatimError) -> RequestOutput:
+        """End a request with an error."""
+        return self._fail(request_id, error)
 
     def step(self) -> list[RequestOutput]:
         """Compute one step; one output for each request that it advanced or ended."""

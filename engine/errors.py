@@ -14,6 +14,7 @@ VerbatimError
 ├── ReplyFault                a fault of this program, in reading or checking one reply; the engine goes on
 └── Unavailable               nobody's fault; another time or another place may work
     ├── QueueFull
+    ├── QueueTimeout                 it has waited for its turn as long as `max_queue_seconds` allows
     ├── ModelLoading
     ├── EngineDead                   carries the cause
     ├── OutOfMemory                  this request's step did not fit; the engine goes on
@@ -37,6 +38,7 @@ __all__ = [
     "NumericalFault",
     "OutOfMemory",
     "QueueFull",
+    "QueueTimeout",
     "ReplyFault",
     "RequestError",
     "TemplateRefused",
@@ -126,6 +128,10 @@ class Unavailable(VerbatimError):
 
 class QueueFull(Unavailable):
     code = "queue_full"
+
+
+class QueueTimeout(Unavailable):
+    code = "queue_timeout"
 
 
 class ModelLoading(Unavailable):

@@ -85,6 +85,7 @@ class Preparer:
             thinks=thinks,
             opening=self._opening(text),
             ignored=ignored,
+            group=request.group,
             tools=request.tools,
             parallel_tool_calls=request.parallel_tool_calls,
         )

@@ -51,7 +51,7 @@ class ResponseTemplate:
         self._opens = tuple(field for field in self._spec.fields.values() if field.open_re is not None)
         patterns = [p for f in self._spec.fields.values() for p, literals in _patterns(f) if p and literals is None]
         self.tails = {p: regex.compile(rf"(?:{p.pattern})\Z[\s\S]", p.flags) for p in patterns}
-        """For each mark that is an expression, one that only ever matches in part, what may go on at the end of a text."""
+        """For each mark that is an expression: one that only ever matches in part, at the end of a text."""
 
     def opening(self, prompt: str) -> str:
         """What the prompt has written of the reply already: all that follows the last start of a turn, or nothing."""

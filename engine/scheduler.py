@@ -5,7 +5,11 @@
        └──────preempt────────┘        (by recomputation: the blocks go, the tokens stay)
 
 Every running sequence with one uncomputed token decodes in every step; what is left of the token budget goes to
-prompts, in order of arrival, cut into chunks. By the engine's law none of these choices changes a bit of any reply.
+prompts, in order of turn, cut into chunks. By the engine's law none of these choices changes a bit of any reply.
+
+Groups (keys) take turns: start-time fair queueing by requests. A request's turn is that of the group's last one plus
+one, but not before the turn that is being served: who has many requests waiting is served in order of arrival, one for
+each of the others' ones, and who comes new does not wait for all of them.
 """
 
 from __future__ import annotations
@@ -62,6 +66,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission: the last is the first to be preempted
         self.num_preemptions = 0
+        self._turn = 0  # that is being served
+        self._turns: dict[str, int] = {}  # the last of each group
 
     @property
     def has_work(self) -> bool:
@@ -69,12 +75,20 @@ class Scheduler:
 
     def add(self, sequences: list[Sequence]) -> None:
         """Queue all choices of one request: the first computes the prompt, the others wait to fork from it."""
-        if self.whole_prompts:
-            self.waiting.extend(sequences)
-            return
         leader, *siblings = sequences
-        leader.siblings = siblings
-        self.waiting.append(leader)
+        turn = max(self._turn, self._turns.get(leader.group, self._turn - 1) + 1)
+        self._turns = {group: last for group, last in self._turns.items() if last > self._turn}
+        self._turns[leader.group] = turn
+        for sequence in sequences:
+            sequence.turn = turn
+        if not self.whole_prompts:
+            leader.siblings = siblings
+            sequences = [leader]
+        at = len(self.waiting)
+        while at and self.waiting[at - 1].turn > turn:
+            at -= 1
+        for sequence in reversed(sequences):
+            self.waiting.insert(at, sequence)
 
     def finish(self, sequence: Sequence, *, reusable: bool = True) -> None:
         """Take a sequence out, wherever it is, and give back its blocks. Does nothing if it is out already.
@@ -167,6 +181,7 @@ class Scheduler:
                 count = min(sequence.num_uncomputed, budget)
                 self._grow(sequence, sequence.num_computed + count)
             self.waiting.popleft()
+            self._turn = max(self._turn, sequence.turn)
             sequence.state = SequenceState.RUNNING
             self.running.append(sequence)
             budget -= count

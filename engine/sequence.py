@@ -32,6 +32,8 @@ class Sequence:
         num_computed: tokens of `prompt + output` whose keys and values stand in those blocks.
         num_cached: prompt tokens found in the prefix cache at admission.
         siblings: on choice 0 only, the choices that wait for its prompt to be computed.
+        group: whose request it is; the scheduler lets groups take turns.
+        turn: its place in that order, given by the scheduler.
     """
 
     request_id: str
@@ -47,6 +49,8 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     siblings: list[Sequence] = field(default_factory=list)
+    group: str = ""
+    turn: int = 0
     _length: int = field(init=False)
 
     def __post_init__(self) -> None:

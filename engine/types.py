@@ -247,6 +247,8 @@ class GenerationRequest:
     parallel_tool_calls: bool = True
     tool_choice: str = "auto"
     """`auto`, `required`, or after a colon the name of the one that must be called: `:get_weather`."""
+    group: str = ""
+    """Whose request it is. Where requests wait, groups take turns; a reply does not depend on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,6 +275,7 @@ class PreparedRequest:
     """What the prompt has written of the reply already, where replies are read by a response template."""
     ignored: tuple[str, ...] = ()
     """Fields that have no effect on this model."""
+    group: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
     parallel_tool_calls: bool = True
 

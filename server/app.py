@@ -1,11 +1,14 @@
 """The application: routes, and the order in which a request is looked at. Knows no torch and no sampling rule.
 
-request id → body, while it is read (413) → fields (400, 422) → model (404, 503) → prepare on the model's own worker
-(400, 422) → submit (503) → only now 200
+request id → key (401) → its minute and balance (429, 402) → body, while it is read (413, 408) → fields (400, 422) →
+model (404, 503) → prepare on the model's own worker (400, 422) → its prompt (429) → hold (402) → submit (503) → only
+now 200
 """
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import re
 import secrets
 import time
@@ -16,13 +19,17 @@ from typing import Any, Final
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine import InvalidParameter, ModelNotFound, ModelStatus, Registry, VerbatimError
-from server import openapi, schema
+from server import logs, openapi, schema
 from server.completions import CompletionResponse
-from server.errors import BodyTooLarge, ClientGone, error_response, install
+from server.errors import BodyTooLarge, BodyTooSlow, ClientGone, NoKeys, error_response, install
+from server.gate import Gate, key_of
+from server.ledger import read_since
+from server.metering import Account, Meter
 from server.responses import Reply
 from server.settings import ServerSettings
 
@@ -30,14 +37,19 @@ PREFIXES: Final = ("/api/v1", "/v1")
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-def create_app(registry: Registry, settings: ServerSettings | None = None) -> FastAPI:
-    """The ASGI application over a registry. The registry's owner starts it; the application closes it at its end."""
+def create_app(registry: Registry, settings: ServerSettings | None = None, meter: Meter | None = None) -> FastAPI:
+    """The ASGI application over a registry. The registry's owner starts it; the application closes it at its end.
+
+    With a `meter` every path but those of `gate.OPEN` needs a key; it is closed with the application, too.
+    """
     settings = settings or ServerSettings()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         registry.close()
+        if meter:
+            meter.close()
 
     app = FastAPI(
         title="verbatim",
@@ -49,16 +61,22 @@ def create_app(registry: Registry, settings: ServerSettings | None = None) -> Fa
         # Whatever the environment says, nothing is sent anywhere. (Versions before 0.165 keep the word and ignore it.)
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
-    api = _completions(registry, settings)
+    api = _completions(registry, settings, meter)
     for prefix in PREFIXES:
         app.include_router(api, prefix=prefix)
-    app.include_router(_health(registry))
+    app.include_router(_health(registry, told=meter is None))
     install(app, settings.retry_after_seconds)
-    app.add_middleware(Envelope)
+    if meter:
+        app.add_middleware(Gate, meter=meter, retry_after=settings.retry_after_seconds)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    app.add_middleware(Envelope, settings=settings)
     return app
 
 
-def _completions(registry: Registry, settings: ServerSettings) -> APIRouter:
+def _completions(registry: Registry, settings: ServerSettings, meter: Meter | None) -> APIRouter:
     router = APIRouter()
 
     @router.post(
@@ -69,35 +87,75 @@ def _completions(registry: Registry, settings: ServerSettings) -> APIRouter:
         response_model=None,
     )
     async def chat_completions(request: Request) -> Response:
-        raw = await read_body(request, settings.max_body_bytes)
+        key = key_of(request.scope)
+        account = Account(meter, key) if meter and key else None
+        if account:
+            account.meter.admit(account.key)
+        raw = await read_body(request, settings.max_body_bytes, settings.body_seconds)
         wanted = schema.parse(raw, f"chatcmpl-{secrets.token_hex(16)}")
         headers = _ignored(wanted.ignored, settings)
+        if account:
+            account.meter.check_model(account.key, wanted.model)
         engine = registry.get(wanted.model)
-        prepared = await engine.prepare(wanted.generation)
+        generation = dataclasses.replace(wanted.generation, group=account.key.id if account else "")
+        prepared = await engine.prepare(generation)
         if prepared.ignored:
             headers = _ignored(wanted.ignored + prepared.ignored, settings)
         info = engine.info
+        if account:
+            prepared = account.meter.admit_prompt(account.key, prepared)
+            account.model, account.fingerprint = info.id, info.system_fingerprint
+        request.scope["state"]["told"] = {"model": info.id, "completion": prepared.request_id}
         created = int(time.time())  # noqa: TID251  the API wants the wall clock
         reply = Reply(prepared.request_id, created, info.id, info.system_fingerprint, prepared)
         return CompletionResponse(
-            engine, reply, settings, stream=wanted.stream, include_usage=wanted.include_usage, headers=headers
+            engine,
+            reply,
+            settings,
+            stream=wanted.stream,
+            include_usage=wanted.include_usage,
+            headers=headers,
+            account=account,
         )
 
     @router.get("/models", summary="The models of this server.")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model_object(status) for status in registry.list()]}
+    async def models(request: Request) -> dict[str, Any]:
+        return {"object": "list", "data": [model_object(status) for status in _seen(registry, request)]}
 
     @router.get("/models/{model_id:path}", summary="One model: its limits, defaults and fingerprint.")
-    async def model(model_id: str) -> dict[str, Any]:
-        for status in registry.list():
+    async def model(model_id: str, request: Request) -> dict[str, Any]:
+        for status in _seen(registry, request):
             if status.id == model_id:
                 return model_object(status)
         raise ModelNotFound(f"the model {model_id[:200]!r} does not exist.", param="model")
 
+    @router.get("/usage", summary="What the key of this request has used, and has left.", responses=openapi.USAGE)
+    async def usage(request: Request, since: str | None = None, by: str | None = None) -> dict[str, Any]:
+        key = key_of(request.scope)
+        if meter is None or key is None:
+            raise NoKeys("usage is recorded by key, and this server has no keys.")
+        rows = await meter.usage(key, read_since(since), _one_of(by, ("day", "model"), "by"))
+        left = None if key.balance is None else key.balance - key.held
+        limits = dataclasses.asdict(key.limits)
+        return {"object": "usage", "key": key.name, "balance": left, "limits": limits, "data": rows}
+
     return router
 
 
-def _health(registry: Registry) -> APIRouter:
+def _seen(registry: Registry, request: Request) -> list[ModelStatus]:
+    """The models that the key of a request may use."""
+    key = key_of(request.scope)
+    return [status for status in registry.list() if key is None or not key.models or status.id in key.models]
+
+
+def _one_of(value: str | None, allowed: tuple[str, ...], name: str) -> str | None:
+    if value is not None and value not in allowed:
+        raise InvalidParameter(f"{name} must be one of {', '.join(allowed)}, not {value[:100]!r}.", param=name)
+    return value
+
+
+def _health(registry: Registry, *, told: bool) -> APIRouter:
+    """`told`: whether anybody may know the models and how they are."""
     router = APIRouter(prefix="/health")
 
     @router.get("/live", summary="The process answers.")
@@ -108,7 +166,7 @@ def _health(registry: Registry) -> APIRouter:
     async def ready() -> JSONResponse:
         states = {status.id: _state(registry, status) for status in registry.list()}
         good = all(state == "ready" for state in states.values())
-        body = {"status": "ready" if good else "not ready", "models": states}
+        body = {"status": "ready" if good else "not ready", **({"models": states} if told else {})}
         return JSONResponse(body, status_code=200 if good else 503)
 
     return router
@@ -154,16 +212,25 @@ def model_object(status: ModelStatus) -> dict[str, Any]:
     }
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body, refused as soon as it is known to be too large.
+async def read_body(request: Request, limit: int, seconds: float) -> bytes:
+    """The body, refused as soon as it is known to be too large, or takes too long.
 
     Raises:
         BodyTooLarge: by its announced length before it is read, else while it is.
+        BodyTooSlow: it was not there in time.
         ClientGone: the connection closed before the body was complete.
     """
     announced = request.headers.get("content-length", "")
     if announced.isascii() and announced.isdigit() and int(announced[:20]) > limit:
         raise _too_large(f"{announced[:20]} bytes", limit)
+    try:
+        async with asyncio.timeout(seconds):
+            return await _read(request, limit)
+    except TimeoutError:
+        raise BodyTooSlow(f"The body was not there within {seconds:g} seconds.") from None
+
+
+async def _read(request: Request, limit: int) -> bytes:
     parts, size = [], 0
     while True:
         message = await request.receive()
@@ -190,14 +257,16 @@ def _ignored(names: tuple[str, ...], settings: ServerSettings) -> dict[str, str]
 
 
 class Envelope:
-    """Around every exchange: its id, and the last resort for an error that nothing else has turned into an answer.
+    """Around every exchange: its id, its line in the log, its patience with a client that reads nothing, and the last
+    resort for an error that nothing else has turned into an answer.
 
     The id is the client's own if it is harmless, else a fresh one. The last resort stands here and not in a handler
     for `Exception`: starlette runs that one outside, where the answer would have no id, and raises again.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
+        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -205,21 +274,38 @@ class Envelope:
             return
         given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
-
-        started = False
+        began, status = time.monotonic(), 0
+        state = scope.setdefault("state", {})
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["x-content-type-options"] = "nosniff"
+            try:
+                async with asyncio.timeout(self._settings.send_seconds):
+                    await send(message)
+            except TimeoutError:
+                raise ClientGone from None  # it is there, but reads nothing
 
         try:
             await self._app(scope, receive, send_with_id)
         except ClientGone:
             return
         except Exception as error:
-            if started:
+            if status:
                 raise  # too late for a status: the connection must break, or half an answer would look whole
             await error_response(error)(scope, receive, send_with_id)
+        finally:
+            key = state.get("key")
+            logs.access(
+                request_id=request_id,
+                method=scope["method"],
+                path=scope["path"][:200],
+                status=status or None,
+                key=key.name if key else None,
+                ms=round((time.monotonic() - began) * 1000),
+                **state.get("told", {}),
+            )

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from engine import ConfigError, ModelConfig, SamplingParams, VerbatimError, parse_models, read_yaml, validate
+from server import books
 from server.settings import ServerSettings, read_settings
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(books.keys, name="keys")
+app.command("usage")(books.usage)
 models_app = typer.Typer(help="Look at the models of a configuration.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 
@@ -57,16 +60,18 @@ def serve(
     name: Annotated[str | None, typer.Option(help="With --model: the id that requests use.")] = None,
     host: Annotated[str | None, typer.Option(help="Default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default: 8000.")] = None,
+    allow_anonymous: Annotated[bool, typer.Option(help="Serve everybody at an open address, without keys.")] = False,
     pull: PullOption = False,
 ) -> None:
     """Serve chat completions at http://HOST:PORT/v1 and /api/v1."""
     entries, settings = _configuration(config, model, name)
-    given = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    flags = (("host", host), ("port", port), ("allow_anonymous", allow_anonymous or None))
+    given = {key: value for key, value in flags if value is not None}
     settings = settings.model_copy(update=given)
     _offline(pull)
     from server.run import run
 
-    run(entries, settings, pull=pull, console=err)
+    run(entries, settings, ledger=books.existing(settings, config), pull=pull, console=err)
 
 
 @models_app.command("check")

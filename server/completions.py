@@ -18,18 +18,25 @@ from starlette.types import Message, Receive, Scope, Send
 
 from engine import AsyncEngine, PreparedRequest, RequestStream, VerbatimError
 from server.errors import ClientGone, describe, error_response
+from server.metering import Account
 from server.responses import KEEPALIVE, ChunkWriter, Collector, Reply, event, to_json
 from server.settings import ServerSettings
 
 
 @asynccontextmanager
-async def lease(engine: AsyncEngine, prepared: PreparedRequest) -> AsyncIterator[RequestStream]:
-    """A place in the engine. Abort is harmless once a request has finished, so there is only one way out."""
-    stream = engine.submit(prepared)
-    try:
-        yield stream
-    finally:
-        engine.abort(prepared.request_id)
+async def lease(
+    engine: AsyncEngine, prepared: PreparedRequest, account: Account | None = None, *, streamed: bool = False
+) -> AsyncIterator[RequestStream]:
+    """A place in the engine, held and settled with an account. Abort is harmless once a request has finished, so there
+    is only one way out."""
+    async with account.charged(prepared, streamed=streamed) if account else contextlib.nullcontext():
+        stream = engine.submit(prepared)
+        if account:
+            account.outputs = stream
+        try:
+            yield stream
+        finally:
+            engine.abort(prepared.request_id)
 
 
 class CompletionResponse(Response):
@@ -44,8 +51,10 @@ class CompletionResponse(Response):
         stream: bool,
         include_usage: bool,
         headers: dict[str, str],
+        account: Account | None = None,
     ) -> None:
         super().__init__()
+        self.account = account
         self.engine = engine
         self.prepared = reply.prepared
         self.reply = reply
@@ -56,7 +65,7 @@ class CompletionResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with lease(self.engine, self.prepared) as outputs:
+            async with lease(self.engine, self.prepared, self.account, streamed=self.stream) as outputs:
                 answer = self._streamed(outputs, send) if self.stream else self._whole(outputs)
                 response = await _unless_disconnected(answer, receive)
         except VerbatimError as error:  # nothing has been sent yet

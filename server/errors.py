@@ -25,6 +25,7 @@ from engine import (
     Unavailable,
     VerbatimError,
 )
+from server.ledger import LedgerFault, NoBalance, UnknownKey
 
 log = logging.getLogger("verbatim.server")
 
@@ -35,13 +36,52 @@ class BodyTooLarge(VerbatimError):
     code = "body_too_large"
 
 
+class BodyTooSlow(VerbatimError):
+    code = "body_too_slow"
+
+
+class Unauthorized(VerbatimError):
+    """No key, or one that opens nothing."""
+
+    code = "invalid_api_key"
+
+
+class RateLimited(VerbatimError):
+    """The key has used up its requests or tokens of this minute, or runs as many requests as it may.
+
+    Args:
+        retry_after: seconds after which there may be room.
+        hopeless: there will never be: one request is over the limit.
+    """
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: int = 1, hopeless: bool = False) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        self.hopeless = hopeless
+
+
+class NoKeys(VerbatimError):
+    """The server has no keys, and so no books."""
+
+    code = "no_keys"
+
+
 class ClientGone(Exception):
     """The client closed the connection; nobody is left to be told anything."""
 
 
 TABLE: Final[tuple[tuple[type[VerbatimError], int, str], ...]] = (
     # error class, status, type; the first that fits
+    (Unauthorized, 401, "authentication_error"),
+    (UnknownKey, 401, "authentication_error"),
+    (NoBalance, 402, "insufficient_balance"),
+    (BodyTooSlow, 408, "invalid_request_error"),
     (BodyTooLarge, 413, "invalid_request_error"),
+    (RateLimited, 429, "rate_limit_error"),
+    (LedgerFault, 503, "server_error"),
+    (NoKeys, 404, "invalid_request_error"),
     (ModelNotFound, 404, "invalid_request_error"),
     (InvalidParameter, 422, "invalid_request_error"),
     (InvalidFormat, 400, "invalid_request_error"),
@@ -81,7 +121,15 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
 
 
 def headers_of(error: BaseException, retry_after: int) -> dict[str, str]:
-    if not isinstance(error, Unavailable):
+    """What goes with the answer to an error; `retry_after`: seconds, where trying again may help."""
+    if isinstance(error, Unauthorized | UnknownKey):
+        return {"www-authenticate": "Bearer"}
+    if isinstance(error, RateLimited):
+        final = {"x-should-retry": "false"} if error.hopeless else {}
+        return {"retry-after": str(error.retry_after), **final}
+    if isinstance(error, BodyTooSlow):
+        return {"connection": "close", "x-should-retry": "false"}
+    if not isinstance(error, Unavailable | LedgerFault):
         return {}
     if isinstance(error, FINAL):
         return {"retry-after": str(retry_after), "x-should-retry": "false"}

@@ -9,16 +9,17 @@ Each is one transaction, and taking money is one conditional UPDATE: two request
 whatever runs beside them, in this process or in another. Amounts are integers, in micro-credits or tokens as the prices
 say. A key without a balance is not metered: its requests are recorded, not charged.
 
-The server does not ask it yet: there are no keys, and whoever reaches the address is served.
-
 Times are Unix seconds from the `clock` that the ledger is given.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import hashlib
+import hmac
 import json
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -51,10 +52,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import SQLAlchemyError
 
-from engine import Usage, VerbatimError
+from engine import InvalidParameter, Usage, VerbatimError
 
 __all__ = [
     "Key", "Ledger", "LedgerFault", "Limits", "NewKey", "NoBalance", "Prices", "Settled", "UnknownKey", "cost_of",
+    "read_since",
 ]  # fmt: skip
 
 BUSY_SECONDS: Final = 10.0
@@ -288,7 +290,7 @@ class Ledger:
         """The key that a secret opens, or None. Looked up by its hash, so that time says nothing of near misses."""
         with self._read() as connection:
             row = connection.execute(select(_KEYS).where(_KEYS.c.hash == _hash(secret))).first()
-        key = None if row is None else _as_key(row)
+        key = None if row is None or not hmac.compare_digest(row.hash, _hash(secret)) else _as_key(row)
         return key if key is not None and key.usable(self._clock()) else None
 
     def all_keys(self) -> list[Key]:
@@ -562,6 +564,24 @@ def _as_key(row: Any) -> Key:
         row.held,
         Limits(row.requests_per_minute, row.tokens_per_minute, row.concurrent, row.context),
     )
+
+
+def read_since(text: str | None) -> float | None:
+    """A date (`2026-11-01`, from its first second UTC) or Unix seconds, as Unix seconds.
+
+    Raises:
+        InvalidParameter: it is neither.
+    """
+    if text is None:
+        return None
+    try:
+        return dt.datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=dt.UTC).timestamp()
+    except ValueError:
+        pass
+    with contextlib.suppress(ValueError):
+        if math.isfinite(seconds := float(text)):
+            return seconds
+    raise InvalidParameter(f"since must be a date like 2026-11-01 or Unix seconds, not {text[:100]!r}.", param="since")
 
 
 def cost_of(usage: Usage, prices: Prices) -> int:

@@ -202,11 +202,24 @@ RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
         "content": {"application/json": {}, "text/event-stream": {}},
     },
     400: _failure("Invalid Format: not JSON, a field missing or of the wrong type, a prompt over the context."),
+    401: _failure("Authentication Fails: the key is missing, unknown, revoked or expired."),
+    402: _failure("Insufficient Balance: the key's balance does not cover the request's worst case."),
     404: _failure("Unknown model."),
+    408: _failure("The body was not there in time."),
     413: _failure("Body over the limit."),
     422: _failure("Invalid Parameters: out of range, an impossible combination, a field this build cannot honour."),
+    429: _failure(
+        "Rate Limit Reached: the key's requests or tokens of a minute, or its requests at once; see Retry-After."
+    ),
     500: _failure("Server Error: a bug; the message has an id that stands in the log."),
     503: _failure("Server Overloaded: queue full, model loading, engine dead; see Retry-After."),
+}
+
+
+USAGE: Final[dict[int | str, dict[str, Any]]] = {
+    401: _failure("Authentication Fails: the key is missing, unknown, revoked or expired."),
+    404: _failure("The server has no keys, and so no books."),
+    422: _failure("`since` is neither a date nor Unix seconds; `by` is neither day nor model."),
 }
 
 

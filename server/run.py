@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import logging
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 
 import uvicorn
@@ -14,32 +15,66 @@ from rich.console import Console
 from rich.markup import escape
 
 from engine import ConfigError, ModelConfig, Registry
+from server import logs
 from server.app import create_app
+from server.ledger import Ledger, Prices
+from server.metering import Meter
 from server.settings import ServerSettings
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_LAST = 5.0  # seconds for events of an ordered end to reach their clients
 
-def run(entries: Sequence[ModelConfig], settings: ServerSettings, *, pull: bool, console: Console) -> None:
+
+class Server(uvicorn.Server):
+    """uvicorn's server, with an ordered end: no more requests, then a while for those that run, then they are told."""
+
+    def __init__(self, config: uvicorn.Config, registry: Registry, grace: float) -> None:
+        super().__init__(config)
+        self._registry = registry
+        self._grace = grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        async def end_the_rest() -> None:
+            await asyncio.sleep(self._grace)
+            await asyncio.to_thread(self._registry.close)  # every stream gets its error event
+
+        rest = asyncio.create_task(end_the_rest())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            rest.cancel()
+
+
+def run(
+    entries: Sequence[ModelConfig], settings: ServerSettings, *, ledger: str | None, pull: bool, console: Console
+) -> None:
     """Serve until a signal. The socket is open before the models load, so a taken port is known at once.
 
+    Args:
+        ledger: the URL of the keys; None where there are none.
+
     Raises:
-        ConfigError: the address cannot be bound.
+        ConfigError: the address cannot be bound, or everybody could reach it.
+        LedgerFault: the keys cannot be read.
     """
+    meter = open_meter(ledger, settings) if ledger else None
+    check_open(settings, meter is not None)
     listener = bind(settings)
     port = listener.getsockname()[1]
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_format, access_log=settings.access_log)
     registry = Registry(entries, pull=pull, on_progress=lambda text: _tell(console, text))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(registry, settings),
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=settings.shutdown_seconds,
-            server_header=False,
-        )
+    config = uvicorn.Config(
+        create_app(registry, settings, meter),
+        log_level="warning",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.shutdown_seconds + _LAST),
+        server_header=False,
     )
+    server = Server(config, registry, settings.shutdown_seconds)
     # uvicorn ends in order on SIGTERM and then raises it again: that is an ordinary end here, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    _greet(console, settings, port, entries)
+    _greet(console, settings, port, entries, keys=meter is not None)
     registry.start()
     try:
         server.run(sockets=[listener])  # on uvloop where it is installed
@@ -47,8 +82,33 @@ def run(entries: Sequence[ModelConfig], settings: ServerSettings, *, pull: bool,
         pass
     finally:
         registry.close()
+        if meter:
+            meter.close()
         listener.close()
         console.print("stopped.", highlight=False)
+
+
+def open_meter(url: str, settings: ServerSettings) -> Meter | None:
+    """The keys of a ledger; None if it has never had any. Holds of a process that is gone are released."""
+    ledger = Ledger(url, time.time)  # noqa: TID251  the books want the wall clock
+    if not ledger.all_keys():
+        ledger.close()
+        return None
+    ledger.release_lost()
+    prices = {
+        model: Prices(price.prompt, price.cached_prompt, price.completion) for model, price in settings.prices.items()
+    }
+    return Meter(ledger, prices, time.time)  # noqa: TID251
+
+
+def check_open(settings: ServerSettings, keys: bool) -> None:
+    """Raise `ConfigError` where everybody could reach a server without keys, and nobody said that this is meant."""
+    if keys or settings.allow_anonymous or settings.host in LOOPBACK:
+        return
+    raise ConfigError(
+        f"host {settings.host} lets others in, and there are no keys. Make one with `verbatim keys create NAME`, or "
+        "serve everybody with --allow-anonymous."
+    )
 
 
 def bind(settings: ServerSettings) -> socket.socket:
@@ -71,18 +131,22 @@ def bind(settings: ServerSettings) -> socket.socket:
     return listener
 
 
-def _greet(console: Console, settings: ServerSettings, port: int, entries: Sequence[ModelConfig]) -> None:
+def _greet(
+    console: Console, settings: ServerSettings, port: int, entries: Sequence[ModelConfig], *, keys: bool
+) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     console.print(f"verbatim listens on [bold]http://{host}:{port}/v1[/] (and /api/v1)", highlight=False)
-    if settings.host not in ("127.0.0.1", "::1", "localhost"):
-        console.print("[yellow]Anybody who reaches this address can use it: there are no keys yet.[/]")
+    if keys:
+        console.print("Every request needs a key: [bold]Authorization: Bearer KEY[/].", highlight=False)
+    elif settings.host not in LOOPBACK:
+        console.print("[yellow]Anybody who reaches this address can use it: there are no keys.[/]")
     for entry in entries:
         if entry.builtin:
             console.print(
                 f"{escape(entry.id)} is a tiny random model: [bold]its text is noise.[/] Put your own into models.yaml."
             )
     console.print("Try, once a model is ready:", highlight=False)
-    print_plain(console, "  " + example_request(port, entries[0].id))
+    print_plain(console, "  " + example_request(port, entries[0].id, keys=keys))
 
 
 def print_plain(console: Console, text: str) -> None:
@@ -94,7 +158,8 @@ def _tell(console: Console, text: str) -> None:
     print_plain(console, text)
 
 
-def example_request(port: int, model: str) -> str:
+def example_request(port: int, model: str, *, keys: bool = False) -> str:
     """A line to paste into a shell."""
+    key = "-H 'Authorization: Bearer KEY' " if keys else ""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}], "seed": 7})
-    return f"curl http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    return f"curl http://127.0.0.1:{port}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'"

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from engine import ConfigError, validate
+
+
+class Price(BaseModel):
+    """What a token costs, in micro-credits."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: int = Field(default=1, ge=0)
+    """Of the prompt."""
+    cached_prompt: int = Field(default=1, ge=0)
+    """Of the prompt, where its keys and values were there already."""
+    completion: int = Field(default=1, ge=0)
+    """Generated."""
 
 
 class ServerSettings(BaseModel):
@@ -16,7 +29,7 @@ class ServerSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     host: str = "127.0.0.1"
-    """Where to listen. Anything but loopback lets others in: there are no keys yet."""
+    """Where to listen. Anything but loopback lets others in, and is refused without keys."""
     port: int = Field(default=8000, ge=0, le=65535)
     """0 takes a free one; the first line of output says which."""
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
@@ -28,7 +41,25 @@ class ServerSettings(BaseModel):
     retry_after_seconds: int = Field(default=5, ge=1)
     """What `Retry-After` says when the server is overloaded or loading."""
     shutdown_seconds: int = Field(default=10, ge=0)
-    """How long running requests may go on after the server was told to stop."""
+    """How long running requests may go on after the server was told to stop; then they end with an error."""
+    body_seconds: float = Field(default=60.0, gt=0)
+    """How long a client may take to send a body."""
+    send_seconds: float = Field(default=60.0, gt=0)
+    """How long a client may leave unread what was sent to it; then its request ends."""
+    ledger: str | None = None
+    """Keys, balances and usage: a file, or a database's URL (`postgresql+psycopg://…`). Default: `verbatim.db` beside
+    this file, once `verbatim keys create` has made it. With keys, every request needs one."""
+    allow_anonymous: bool = False
+    """Serve everybody who reaches an address that is not loopback, although there are no keys."""
+    prices: dict[str, Price] = Field(default_factory=dict)
+    """By model: micro-credits for a token of each kind. A token costs one where nothing is said, so that balances count
+    tokens."""
+    cors_origins: list[str] = Field(default_factory=list)
+    """Pages of these origins may use the server from a browser; `*` is all. None by default."""
+    access_log: bool = False
+    """One line for each request: when, what, whose, how it ended. Never what was said."""
+    log_format: Literal["text", "json"] = "text"
+    """`json`: each line of the log is an object."""
 
 
 def read_settings(data: Mapping[str, Any], where: str) -> ServerSettings:

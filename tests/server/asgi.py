@@ -134,6 +134,7 @@ def begin(
     path: str = CHAT,
     method: str | None = None,
     headers: Iterable[tuple[bytes, bytes]] = (),
+    query: bytes = b"",
 ) -> Exchange:
     """Start a request and return at once. A mapping is sent as JSON; an iterable of bytes, part by part."""
     if isinstance(body, dict):
@@ -149,7 +150,7 @@ def begin(
         "path": path,
         "raw_path": path.encode(),
         "root_path": "",
-        "query_string": b"",
+        "query_string": query,
         "headers": [(b"host", b"127.0.0.1"), *headers],
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 8000),

@@ -30,6 +30,7 @@ from engine import (
     VerbatimError,
 )
 from server.app import create_app
+from server.metering import Meter
 from server.settings import ServerSettings
 
 VOCABULARY = 1000
@@ -213,10 +214,10 @@ class FakeRegistry:
         self.closed = True
 
 
-def make_app(*entries: FakeEngine | ModelStatus, **settings: Any) -> Any:
+def make_app(*entries: FakeEngine | ModelStatus, meter: Meter | None = None, **settings: Any) -> Any:
     """The application over fakes; without entries, over one engine that says hello."""
     registry: Any = FakeRegistry(*(entries or (FakeEngine(),)))
-    return create_app(registry, ServerSettings(**settings))
+    return create_app(registry, ServerSettings(**settings), meter)
 
 
 def chat(**fields: Any) -> dict[str, Any]:

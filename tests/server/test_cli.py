@@ -39,8 +39,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What `serve` would have run."""
     calls: list[dict[str, Any]] = []
 
-    def run(entries: Any, settings: ServerSettings, *, pull: bool, console: Any) -> None:
-        calls.append({"entries": entries, "settings": settings, "pull": pull, "offline": os.getenv("HF_HUB_OFFLINE")})
+    def run(entries: Any, settings: ServerSettings, *, ledger: str | None, pull: bool, console: Any) -> None:
+        offline = os.getenv("HF_HUB_OFFLINE")
+        calls.append({"entries": entries, "settings": settings, "ledger": ledger, "pull": pull, "offline": offline})
 
     monkeypatch.setattr(server.run, "run", run)
     return calls
