@@ -162,9 +162,9 @@ def api() -> str:
         [
             NOTE + "# The API\n",
             "`POST /v1/chat/completions` and `POST /api/v1/chat/completions` are the same. Under both prefixes: "
-            "`GET /models`, `GET /models/{id}` and, where keys are in use, `GET /usage` (`since`: a date or Unix seconds; "
-            "`by`: day or model) for the key's own books. Beside them `GET /health/live`, `GET /health/ready` and the machine "
-            "readable form of this page, `GET /openapi.json`.\n",
+            "`GET /models`, `GET /models/{id}` and, where keys are in use, `GET /usage` (`since`: a date or Unix "
+            "seconds; `by`: day or model) for the key's own books. Beside them `GET /health/live`, "
+            "`GET /health/ready` and the machine readable form of this page, `GET /openapi.json`.\n",
             "## Request fields\n",
             "`null` is the same as leaving a field out. Defaults of sampling fields are those below, then the "
             "checkpoint's `generation_config.json`, then the entry's `sampling`; the last one wins.\n",
@@ -194,7 +194,8 @@ def api() -> str:
             "## Errors\n",
             'Always `{"error": {"message", "type", "param", "code"}}`, some with numbers beside them.\n',
             table(("status", "code", "type", "raised as", "when"), list(_errors())),
-            "A 503 and a 429 carry `Retry-After`; with `x-should-retry: false` trying again does not help. Further codes: "
+            "A 503 and a 429 carry `Retry-After`; with `x-should-retry: false` trying again does not help. Further "
+            "codes: "
             + ", ".join(f"`{code}`" for code in _other_codes())
             + ". An error after the first event of a stream is one `data:` event with the same body, and the stream "
             "ends without `[DONE]`.\n",

@@ -239,7 +239,7 @@ class AsyncEngine:
     def _fail_all(self, cause: BaseException) -> None:
         error = self._dead(cause)
         for request_id, stream in list(self._streams.items()):
-            stream.deliver(RequestOutput(request_id, (), Usage(0, 0), True, error))
+            stream.deliver(RequestOutput(request_id, (), stream.usage or Usage(0, 0), True, error))
         self._streams.clear()
         self._groups.clear()
 

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from engine import ConfigError, read_yaml
-from server.settings import ServerSettings, read_settings
+from server.settings import LOOPBACK, ServerSettings, read_settings
 
 if TYPE_CHECKING:
     from server.ledger import Key, Ledger, Limits
@@ -57,6 +57,28 @@ def existing(settings: ServerSettings, config: Path | None) -> str | None:
     url = location(settings, config)
     file = Path(url.removeprefix("sqlite:///"))
     return url if settings.ledger is not None or file.exists() else None
+
+
+def in_use(settings: ServerSettings, config: Path | None) -> str | None:
+    """The ledger's URL if there has ever been a key in it. Then every request needs one.
+
+    Raises:
+        ConfigError: everybody could reach a server without keys, and nobody said that this is meant.
+        LedgerFault: it cannot be read.
+    """
+    url = existing(settings, config)
+    if url is not None:
+        from server.ledger import Ledger
+
+        with closing(Ledger(url, time.time)) as ledger:  # noqa: TID251
+            if ledger.all_keys():
+                return url
+    if settings.host not in LOOPBACK and not settings.allow_anonymous:
+        raise ConfigError(
+            f"host {settings.host} lets others in, and there are no keys. Make one with `verbatim keys create NAME`, "
+            "or serve everybody with --allow-anonymous."
+        )
+    return None
 
 
 @keys.command("create")

@@ -68,10 +68,11 @@ def serve(
     flags = (("host", host), ("port", port), ("allow_anonymous", allow_anonymous or None))
     given = {key: value for key, value in flags if value is not None}
     settings = settings.model_copy(update=given)
+    ledger = books.in_use(settings, config)  # before anything heavy: what is wrong with it is told at once
     _offline(pull)
     from server.run import run
 
-    run(entries, settings, ledger=books.existing(settings, config), pull=pull, console=err)
+    run(entries, settings, ledger=ledger, pull=pull, console=err)
 
 
 @models_app.command("check")

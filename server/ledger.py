@@ -59,7 +59,7 @@ __all__ = [
     "read_since",
 ]  # fmt: skip
 
-BUSY_SECONDS: Final = 10.0
+BUSY_SECONDS: Final = 5.0
 """How long a write waits for another process's."""
 _PREFIX: Final = "vk-"
 

@@ -19,9 +19,8 @@ from server import logs
 from server.app import create_app
 from server.ledger import Ledger, Prices
 from server.metering import Meter
-from server.settings import ServerSettings
+from server.settings import LOOPBACK, ServerSettings
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _LAST = 5.0  # seconds for events of an ordered end to reach their clients
 
 
@@ -54,11 +53,10 @@ def run(
         ledger: the URL of the keys; None where there are none.
 
     Raises:
-        ConfigError: the address cannot be bound, or everybody could reach it.
+        ConfigError: the address cannot be bound.
         LedgerFault: the keys cannot be read.
     """
     meter = open_meter(ledger, settings) if ledger else None
-    check_open(settings, meter is not None)
     listener = bind(settings)
     port = listener.getsockname()[1]
     logs.configure(settings.log_format, access_log=settings.access_log)
@@ -88,27 +86,14 @@ def run(
         console.print("stopped.", highlight=False)
 
 
-def open_meter(url: str, settings: ServerSettings) -> Meter | None:
-    """The keys of a ledger; None if it has never had any. Holds of a process that is gone are released."""
+def open_meter(url: str, settings: ServerSettings) -> Meter:
+    """What asks a ledger. Holds of a process that is gone are released."""
     ledger = Ledger(url, time.time)  # noqa: TID251  the books want the wall clock
-    if not ledger.all_keys():
-        ledger.close()
-        return None
     ledger.release_lost()
     prices = {
         model: Prices(price.prompt, price.cached_prompt, price.completion) for model, price in settings.prices.items()
     }
     return Meter(ledger, prices, time.time)  # noqa: TID251
-
-
-def check_open(settings: ServerSettings, keys: bool) -> None:
-    """Raise `ConfigError` where everybody could reach a server without keys, and nobody said that this is meant."""
-    if keys or settings.allow_anonymous or settings.host in LOOPBACK:
-        return
-    raise ConfigError(
-        f"host {settings.host} lets others in, and there are no keys. Make one with `verbatim keys create NAME`, or "
-        "serve everybody with --allow-anonymous."
-    )
 
 
 def bind(settings: ServerSettings) -> socket.socket:

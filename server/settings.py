@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from engine import ConfigError, validate
+
+LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 
 
 class Price(BaseModel):
