@@ -7,6 +7,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from engine import (
     ModelLoading,
     ModelNotFound,
     QueueFull,
+    QueueTimeout,
     Registry,
     RequestError,
     RequestOutput,
@@ -127,6 +129,44 @@ def test_a_full_queue_refuses_and_a_free_place_accepts(engine: AsyncEngine) -> N
             engine.submit(late)
         engine.abort("r3")
         assert [o async for o in engine.submit(late)][-1].finished
+
+    run(main())
+
+
+def in_group(name: str, group: str, **sampling: Any) -> GenerationRequest:
+    return replace(request(name, **sampling), group=group)
+
+
+@pytest.mark.slow
+def test_a_full_queue_has_room_for_one_of_somebody_else(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        for i in range(6):
+            engine.submit(await engine.prepare(in_group(f"r{i}", "a", max_tokens=100, ignore_eos=True)))
+        with pytest.raises(QueueFull):
+            engine.submit(await engine.prepare(in_group("late", "a")))
+        other = engine.submit(await engine.prepare(in_group("other", "b", max_tokens=3)))
+        with pytest.raises(QueueFull):
+            engine.submit(await engine.prepare(in_group("another", "b")))
+        assert [o async for o in other][-1].finished
+        assert engine.stats().waiting + engine.stats().running > 0, "the other's were not all served before"
+
+    run(main())
+
+
+def test_a_request_waits_for_its_turn_as_long_as_it_may(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_queue_seconds", 0.1)
+
+    async def main() -> None:
+        running = [
+            engine.submit(await engine.prepare(request(f"r{i}", max_tokens=450, ignore_eos=True))) for i in range(4)
+        ]
+        late = engine.submit(await engine.prepare(request("late", max_tokens=3)))
+        [refusal] = [output async for output in late]
+        assert isinstance(refusal.error, QueueTimeout)
+        assert "0.1 seconds" in refusal.error.message
+        for stream in running:
+            assert [o async for o in stream][-1].error is None, "who runs is not ended"
+        assert (await collect(engine, request("after", max_tokens=3)))[-1].finished
 
     run(main())
 

@@ -14,9 +14,9 @@ from engine.sequence import Sequence, SequenceState
 from engine.types import SamplingParams
 
 
-def _request(name: str, prompt: list[int], max_tokens: int = 4, n: int = 1) -> list[Sequence]:
+def _request(name: str, prompt: list[int], max_tokens: int = 4, n: int = 1, group: str = "") -> list[Sequence]:
     params = SamplingParams(max_tokens=max_tokens, n=n)
-    return [Sequence(name, i, tuple(prompt), params, seed=0) for i in range(n)]
+    return [Sequence(name, i, tuple(prompt), params, seed=0, group=group) for i in range(n)]
 
 
 def _scheduler(
@@ -165,6 +165,47 @@ def test_whole_prompts_are_never_cut_and_admitted_only_with_room_for_their_worst
     assert scheduler.num_preemptions == 0
 
 
+def _admissions(scheduler: Scheduler, steps: int, later: dict[int, list[list[Sequence]]] | None = None) -> list[str]:
+    """The order in which requests begin to be computed; `later`: what comes at which step."""
+    order: list[str] = []
+    for step in range(steps):
+        for request in (later or {}).get(step, ()):
+            scheduler.add(request)
+        schedule = scheduler.schedule()
+        order += [c.sequence.request_id for c in schedule.chunks if c.start == 0 and c.sequence.request_id not in order]
+        _sample(scheduler, schedule, random.Random(0))
+    return order
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_two_hundred_requests_of_one_group_do_not_keep_another_waiting(whole: bool) -> None:
+    scheduler = _scheduler(blocks=800, running=2, budget=1000, whole=whole)
+    for number in range(200):
+        scheduler.add(_request(f"a{number}", [number], group="a"))
+    order = _admissions(scheduler, 420, {20: [_request("b0", [7], group="b")], 24: [_request("b1", [8], group="b")]})
+    mine = [name for name in order if name.startswith("a")]
+    assert mine == [f"a{number}" for number in range(200)], "within a group: in order of arrival"
+    before = order.index("b0")
+    assert order.index("b1") - before <= 5
+    assert before <= 2 * 20 / 4 + 3, "after what was running when it came"
+
+
+def test_groups_take_turns() -> None:
+    scheduler = _scheduler(blocks=800, running=1, budget=1000)
+    for group in "abc":
+        for number in range(5):
+            scheduler.add(_request(f"{group}{number}", [number], max_tokens=1, group=group))
+    assert _admissions(scheduler, 40) == [f"{group}{number}" for number in range(5) for group in "abc"]
+
+
+def test_who_was_away_has_saved_no_turns() -> None:
+    scheduler = _scheduler(blocks=800, running=1, budget=1000)
+    for number in range(6):
+        scheduler.add(_request(f"a{number}", [number], max_tokens=1, group="a"))
+    late = [_request(f"b{number}", [number], max_tokens=1, group="b") for number in range(3)]
+    assert _admissions(scheduler, 20, {3: late}) == ["a0", "a1", "a2", "b0", "a3", "b1", "a4", "b2", "a5"]
+
+
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(4, 24), st.integers(1, 5), st.integers(1, 6), st.integers(1, 20))
@@ -178,8 +219,9 @@ def test_random_walk(draw: random.Random, blocks: int, size: int, running: int, 
             length = draw.randrange(1, capacity)
             prompt = [draw.randrange(2) for _ in range(length)]
             request = _request(
-                f"r{number}", prompt, draw.randrange(1, min(capacity - length, 9) + 1), draw.randrange(1, 4)
-            )
+                f"r{number}", prompt, draw.randrange(1, min(capacity - length, 9) + 1), draw.randrange(1, 4),
+                group=draw.choice("abc"),
+            )  # fmt: skip
             scheduler.add(request)
             alive.append(request)
         if alive and draw.random() < 0.1:

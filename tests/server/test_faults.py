@@ -81,9 +81,9 @@ def client(server: Server, key: str, retries: int = 0) -> OpenAI:
     return OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=retries, timeout=30)
 
 
-def ask(server: Server, key: str, **fields: Any) -> Any:
+def ask(server: Server, key: str, retries: int = 0, **fields: Any) -> Any:
     given = {"model": "tiny", "messages": HELLO, "max_tokens": 20, "seed": 1, **fields}
-    with client(server, key) as asking:
+    with client(server, key, retries) as asking:
         return asking.chat.completions.create(**given)
 
 
@@ -174,15 +174,14 @@ def test_statuses_as_the_client_library_sees_them(served: tuple[Server, Path]) -
 def test_a_full_queue_and_its_retry(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     folder = write(tmp_path, tiny("qwen3"), {"max_sequences": 1, "max_queue": 0}, retry_after_seconds=1)
     with start([], folder) as server, ThreadPoolExecutor(1) as pool:
-        long = pool.submit(ask_raw, server, "none", max_tokens=450)
+        long = pool.submit(ask, server, "none", retries=20, max_tokens=450, extra_body={"ignore_eos": True})
         body = {"model": "tiny", "messages": HELLO, "max_tokens": 1}
         full = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
         while full.status_code != 503:
             assert not long.done(), "the queue never was full"
             full = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
         assert (full.json()["error"]["code"], full.headers["retry-after"]) == ("queue_full", "1")
-        with client(server, "none", retries=20) as patient:
-            assert patient.chat.completions.create(model="tiny", messages=HELLO, max_tokens=1).choices
+        assert ask(server, "none", retries=20, max_tokens=1).choices
         long.result()
 
 
