@@ -31,6 +31,7 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    ColumnElement,
     Connection,
     Engine,
     Float,
@@ -411,13 +412,20 @@ class Ledger:
             if amount is not None:
                 connection.execute(update(_KEYS).where(_KEYS.c.id == key_id).values(held=_KEYS.c.held - amount))
 
-    def release_lost(self, older_than: float | None = None) -> int:
-        """Release the holds of processes that are gone: all that are not this one's, or those before a time.
+    def release_lost(self, alive: Callable[[str], bool] | None = None, older_than: float | None = None) -> int:
+        """Release the holds of processes that are gone, and those made before a time.
+
+        Args:
+            alive: whether the process with this owner's name still runs. None: no other does.
 
         Returns how many there were.
         """
-        lost = _HOLDS.c.owner != self.owner if older_than is None else _HOLDS.c.at < older_than
         with self._write() as connection:
+            owners = set(connection.scalars(select(_HOLDS.c.owner).distinct())) - {self.owner}
+            gone = [owner for owner in owners if alive is None or not alive(owner)]
+            lost: ColumnElement[bool] = _HOLDS.c.owner.in_(gone)
+            if older_than is not None:
+                lost = lost | (_HOLDS.c.at < older_than)
             rows = connection.execute(select(_HOLDS.c.request_id, _HOLDS.c.key_id, _HOLDS.c.amount).where(lost)).all()
             for request_id, key_id, amount in rows:
                 connection.execute(delete(_HOLDS).where(_HOLDS.c.request_id == request_id))
@@ -429,12 +437,14 @@ class Ledger:
     def usage(
         self, *, key: str | None = None, since: float | None = None, by: str | None = None
     ) -> list[dict[str, Any]]:
-        """Sums over settled requests, one row for each key and, with `by`, each `day` (UTC) or `model`."""
+        """Sums over settled requests, one row for each key and, with `by`, each `day` (`2026-11-01`) or `model`."""
         columns: list[Any] = [_KEYS.c.name.label("key")]
         if by == "model":
             columns.append(_REQUESTS.c.model.label("model"))
         elif by == "day":
-            columns.append(func.cast(_REQUESTS.c.ended / 86400, Integer).label("day"))
+            days = _REQUESTS.c.ended / 86400
+            whole = days if self._engine.dialect.name == "sqlite" else func.floor(days)  # whose cast rounds
+            columns.append(func.cast(whole, Integer).label("day"))
         sums = [
             func.count().label("requests"),
             *(
@@ -448,8 +458,11 @@ class Ledger:
         if since is not None:
             query = query.where(_REQUESTS.c.ended >= since)
         with self._read() as connection:
-            rows = connection.execute(query.group_by(*columns).order_by(*columns))
-            return [dict(row._mapping) for row in rows]
+            rows = [dict(row._mapping) for row in connection.execute(query.group_by(*columns).order_by(*columns))]
+        if by == "day":
+            for row in rows:
+                row["day"] = dt.datetime.fromtimestamp(row["day"] * 86400, dt.UTC).date().isoformat()
+        return rows
 
     def check(self) -> list[str]:
         """What does not add up, in words; empty if all of it does: credits − costs = balance, holds = held."""

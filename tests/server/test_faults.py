@@ -22,9 +22,8 @@ import openai
 import pytest
 from live_server import Server, start
 from openai import OpenAI
-from sqlalchemy import event
 
-from server.ledger import Ledger, LedgerFault, Settled
+from server.ledger import Ledger
 
 pytestmark = pytest.mark.slow
 HELLO: Any = [{"role": "user", "content": "Hello there."}]
@@ -231,34 +230,6 @@ def test_a_locked_ledger_serves_nobody_until_it_is_free(served: tuple[Server, Pa
     assert ask(server, key, max_tokens=2).usage.completion_tokens <= 2
     with books(folder) as ledger:
         assert ledger.check() == []
-
-
-def test_a_full_disk_loses_no_row(folder: Path) -> None:
-    """SQLite's own way to be full: what cannot be written is refused whole, and what was written stays."""
-    new_key(folder, "ada", "--balance", "1000000")
-    with books(folder) as ledger:
-
-        @event.listens_for(ledger._engine, "connect")
-        def full(connection: Any, _: Any) -> None:
-            pages = connection.execute("PRAGMA page_count").fetchone()[0]
-            connection.execute(f"PRAGMA max_page_count = {pages + 4}")
-
-        ledger._engine.dispose()
-        key_id, settled, refusals = ledger.key("ada").id, 0, []
-        for number in range(400):
-            name = f"r{number}" * 12
-            try:
-                ledger.hold(key_id, name, 10)
-                ledger.settle(Settled(name, key_id, "m" * 150, 1, 0, 1, 0, 2, 1, "vb-0", "stop", 0.0, 0.0))
-                settled += 1
-            except LedgerFault as fault:
-                refusals.append(fault.message)
-        assert settled
-        assert refusals
-        assert all("full" in message for message in refusals)
-        assert ledger.check() == []
-        [row] = ledger.usage()
-        assert row["requests"] == settled
 
 
 def test_a_client_that_stops_reading_or_never_sends(served: tuple[Server, Path]) -> None:

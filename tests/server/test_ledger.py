@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
+from sqlalchemy import create_engine
 
 from engine import Usage, VerbatimError
 from server.ledger import Ledger, LedgerFault, Limits, NoBalance, Prices, Settled, UnknownKey, cost_of
@@ -35,14 +36,46 @@ def clock() -> Clock:
     return Clock()
 
 
+POSTGRES = os.environ.get("VERBATIM_TEST_POSTGRES", "")
+"""A database that tests may empty: postgresql+psycopg://…"""
+WITH_POSTGRES = pytest.mark.skipif(not POSTGRES, reason="VERBATIM_TEST_POSTGRES names no database")
+
+
+def empty_postgres() -> str:
+    engine = create_engine(POSTGRES)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP SCHEMA public CASCADE")
+        connection.exec_driver_sql("CREATE SCHEMA public")
+    engine.dispose()
+    return POSTGRES
+
+
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'ledger.sqlite3'}"
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.sqlite3"
+
+
+@pytest.fixture
+def file_url(file: Path) -> str:
+    return f"sqlite:///{file}"
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=WITH_POSTGRES)])
+def url(request: pytest.FixtureRequest, file_url: str) -> str:
+    return file_url if request.param == "sqlite" else empty_postgres()
 
 
 @pytest.fixture
 def ledger(url: str, clock: Clock) -> Iterator[Ledger]:
     made = Ledger(url, clock)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def file_ledger(file_url: str, clock: Clock) -> Iterator[Ledger]:
+    """One in a file, for what happens to files."""
+    made = Ledger(file_url, clock)
     yield made
     made.close()
 
@@ -90,7 +123,7 @@ def test_the_secret_is_nowhere(ledger: Ledger, tmp_path: Path) -> None:
     assert len(made.secret) >= 43  # 256 bits
 
 
-def test_the_file_is_its_owner_s_alone(ledger: Ledger, tmp_path: Path) -> None:
+def test_the_file_is_its_owner_s_alone(file_ledger: Ledger, tmp_path: Path) -> None:
     assert {stat.S_IMODE(os.stat(file).st_mode) for file in tmp_path.iterdir()} == {0o600}
 
 
@@ -183,6 +216,17 @@ def test_holds_of_a_process_that_is_gone_are_released(ledger: Ledger, url: str, 
     other.close()
 
 
+def test_holds_of_another_server_that_runs_are_its_own(ledger: Ledger, url: str, clock: Clock) -> None:
+    key = ledger.create_key("a", balance=10).key
+    one, two, three = (Ledger(url, clock, owner) for owner in ("one", "two", "three"))
+    one.hold(key.id, "r1", 1)
+    two.hold(key.id, "r2", 2)
+    assert three.release_lost(lambda owner: owner == "one") == 1
+    assert three.key("a").held == 1
+    for each in (one, two, three):
+        each.close()
+
+
 def test_usage_by_day_and_model(ledger: Ledger) -> None:
     a, b = (ledger.create_key(name, balance=1000).key for name in "ab")
     day = 86400.0
@@ -193,7 +237,7 @@ def test_usage_by_day_and_model(ledger: Ledger) -> None:
         ("a", "m", 2), ("a", "n", 1), ("b", "m", 1),
     ]  # fmt: skip
     assert [(r["key"], r["day"], r["cost"]) for r in ledger.usage(by="day")] == [
-        ("a", 20_000, 20), ("a", 20_001, 10), ("b", 20_002, 10),
+        ("a", "2024-10-04", 20), ("a", "2024-10-05", 10), ("b", "2024-10-06", 10),
     ]  # fmt: skip
     assert [r["requests"] for r in ledger.usage(key="a", since=20_001 * day)] == [1]
     assert ledger.usage(key="b", since=20_003 * day) == []
@@ -249,11 +293,15 @@ class Money(RuleBasedStateMachine):
 
     requests = Bundle("requests")
 
+    def fresh(self) -> str:
+        """The URL of an empty database."""
+        return f"sqlite:///{self.folder.name}/ledger.sqlite3"
+
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
         self.folder = tempfile.TemporaryDirectory()
-        self.url = f"sqlite:///{self.folder.name}/ledger.sqlite3"
+        self.url = self.fresh()
         self.ledger = Ledger(self.url, self.clock)
         self.balance = 50
         self.key = self.ledger.create_key("k", balance=50).key
@@ -320,11 +368,21 @@ TestMoney = Money.TestCase
 TestMoney.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 
 
+class PostgresMoney(Money):
+    """The same against PostgreSQL."""
+
+    def fresh(self) -> str:
+        return empty_postgres()
+
+
+TestPostgresMoney = WITH_POSTGRES(PostgresMoney.TestCase)
+TestPostgresMoney.settings = settings(max_examples=10, stateful_step_count=30, deadline=None)
+
+
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_file_is_refused(tmp_path: Path, clock: Clock) -> None:
-    file = tmp_path / "ledger.sqlite3"
+def test_a_damaged_file_is_refused(file: Path, tmp_path: Path, clock: Clock) -> None:
     file.write_bytes(b"this is no database, only a long enough text to look at" * 100)
     with pytest.raises(LedgerFault, match="not a database"):
         Ledger(f"sqlite:///{file}", clock)
@@ -332,20 +390,20 @@ def test_a_damaged_file_is_refused(tmp_path: Path, clock: Clock) -> None:
         Ledger(f"sqlite:///{tmp_path / 'nowhere' / 'x.sqlite3'}", clock)
 
 
-def test_a_newer_database_is_refused(ledger: Ledger, url: str, clock: Clock, tmp_path: Path) -> None:
-    with sqlite3.connect(tmp_path / "ledger.sqlite3") as connection:
+def test_a_newer_database_is_refused(file_ledger: Ledger, file: Path, file_url: str, clock: Clock) -> None:
+    with sqlite3.connect(file) as connection:
         connection.execute("INSERT INTO migrations VALUES ('9999-future', 0)")
     with pytest.raises(LedgerFault, match="9999-future"):
-        Ledger(url, clock)
+        Ledger(file_url, clock)
 
 
 def test_a_locked_database_is_told_and_nothing_changes(
-    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file_ledger: Ledger, file: Path, file_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.ledger.BUSY_SECONDS", 0.2)
-    impatient = Ledger(f"sqlite:///{tmp_path / 'ledger.sqlite3'}", Clock())
-    key = ledger.create_key("a", balance=10).key
-    with sqlite3.connect(tmp_path / "ledger.sqlite3", isolation_level=None) as other:
+    impatient = Ledger(file_url, Clock())
+    key = file_ledger.create_key("a", balance=10).key
+    with sqlite3.connect(file, isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(LedgerFault, match="locked"):
             impatient.hold(key.id, "r", 5)
@@ -355,10 +413,10 @@ def test_a_locked_database_is_told_and_nothing_changes(
     impatient.close()
 
 
-def test_a_full_disk_is_told_and_nothing_changes(ledger: Ledger, tmp_path: Path, url: str, clock: Clock) -> None:
-    key = ledger.create_key("a", balance=10**6).key
-    ledger.close()
-    small = Ledger(url, clock)
+def test_a_full_disk_is_told_and_nothing_changes(file_ledger: Ledger, file_url: str, clock: Clock) -> None:
+    key = file_ledger.create_key("a", balance=10**6).key
+    file_ledger.close()
+    small = Ledger(file_url, clock)
     with small._engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
@@ -376,11 +434,11 @@ def test_a_full_disk_is_told_and_nothing_changes(ledger: Ledger, tmp_path: Path,
     small.close()
 
 
-def test_messages_hold_no_statement(ledger: Ledger, url: str, tmp_path: Path) -> None:
-    made = ledger.create_key("a")
-    with sqlite3.connect(tmp_path / "ledger.sqlite3") as connection:
+def test_messages_hold_no_statement(file_ledger: Ledger, file: Path) -> None:
+    made = file_ledger.create_key("a")
+    with sqlite3.connect(file) as connection:
         connection.execute("DROP TABLE holds")
     with pytest.raises(LedgerFault) as raised:
-        ledger.hold(made.key.id, "r", 1)
+        file_ledger.hold(made.key.id, "r", 1)
     assert "INSERT" not in raised.value.message
     assert "SELECT" not in raised.value.message
