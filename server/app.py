@@ -25,9 +25,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine import InvalidParameter, ModelNotFound, ModelStatus, Registry, VerbatimError
 from server import logs, openapi, schema
-from server.completions import CompletionResponse
+from server.completions import CompletionResponse, unless_disconnected
 from server.errors import BodyTooLarge, BodyTooSlow, ClientGone, NoKeys, error_response, install
-from server.gate import Gate, key_of
+from server.gate import OPEN, Gate, key_of
 from server.ledger import read_since
 from server.metering import Account, Meter
 from server.responses import Reply
@@ -72,7 +72,9 @@ def create_app(registry: Registry, settings: ServerSettings | None = None, meter
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
-    app.add_middleware(Envelope, settings=settings)
+    app.add_middleware(Envelope)
+    if meter:
+        app.openapi = lambda: openapi.with_keys(FastAPI.openapi(app), OPEN)  # type: ignore[method-assign]
     return app
 
 
@@ -98,7 +100,9 @@ def _completions(registry: Registry, settings: ServerSettings, meter: Meter | No
             account.meter.check_model(account.key, wanted.model)
         engine = registry.get(wanted.model)
         generation = dataclasses.replace(wanted.generation, group=account.key.id if account else "")
-        prepared = await engine.prepare(generation)
+        prepared = await unless_disconnected(engine.prepare(generation), request.receive)
+        if prepared is None:
+            raise ClientGone
         if prepared.ignored:
             headers = _ignored(wanted.ignored + prepared.ignored, settings)
         info = engine.info
@@ -257,16 +261,15 @@ def _ignored(names: tuple[str, ...], settings: ServerSettings) -> dict[str, str]
 
 
 class Envelope:
-    """Around every exchange: its id, its line in the log, its patience with a client that reads nothing, and the last
-    resort for an error that nothing else has turned into an answer.
+    """Around every exchange: its id, its line in the log, and the last resort for an error that nothing else has turned
+    into an answer.
 
     The id is the client's own if it is harmless, else a fresh one. The last resort stands here and not in a handler
     for `Exception`: starlette runs that one outside, where the answer would have no id, and raises again.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -284,11 +287,7 @@ class Envelope:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 headers["x-content-type-options"] = "nosniff"
-            try:
-                async with asyncio.timeout(self._settings.send_seconds):
-                    await send(message)
-            except TimeoutError:
-                raise ClientGone from None  # it is there, but reads nothing
+            await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)

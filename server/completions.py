@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -21,6 +21,8 @@ from server.errors import ClientGone, describe, error_response
 from server.metering import Account
 from server.responses import KEEPALIVE, ChunkWriter, Collector, Reply, event, to_json
 from server.settings import ServerSettings
+
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -67,7 +69,7 @@ class CompletionResponse(Response):
         try:
             async with lease(self.engine, self.prepared, self.account, streamed=self.stream) as outputs:
                 answer = self._streamed(outputs, send) if self.stream else self._whole(outputs)
-                response = await _unless_disconnected(answer, receive)
+                response = await unless_disconnected(answer, receive)
         except VerbatimError as error:  # nothing has been sent yet
             response = error_response(error, self.settings.retry_after_seconds)
             response.headers.update(self.extra_headers)
@@ -160,8 +162,8 @@ class _EventSender:
             raise ClientGone from error
 
 
-async def _unless_disconnected(answer: Coroutine[Any, Any, Response | None], receive: Receive) -> Response | None:
-    """Run `answer`, and give up on it as soon as the client is gone."""
+async def unless_disconnected(answer: Coroutine[Any, Any, T], receive: Receive) -> T | None:
+    """Run `answer`, and give up on it as soon as the client is gone. The body has been read."""
     work = asyncio.ensure_future(answer)
     gone = asyncio.ensure_future(_disconnected(receive))
     try:

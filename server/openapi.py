@@ -223,6 +223,17 @@ USAGE: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
+def with_keys(document: dict[str, Any], open_paths: frozenset[str]) -> dict[str, Any]:
+    """The document of a server that has keys: every path but these needs one."""
+    scheme = {"type": "http", "scheme": "bearer", "description": "A key of this server; `verbatim keys create`."}
+    document.setdefault("components", {})["securitySchemes"] = {"key": scheme}
+    document["security"] = [{"key": []}]
+    for path in open_paths & document["paths"].keys():
+        for operation in document["paths"][path].values():
+            operation["security"] = []
+    return document
+
+
 def field_names() -> frozenset[str]:
     """Every field the document describes."""
     return frozenset(_FIELDS)

@@ -22,6 +22,7 @@ from server import logs
 from server.app import create_app
 from server.ledger import Ledger, Prices
 from server.metering import Meter
+from server.protocol import patient_protocol
 from server.settings import LOOPBACK, ServerSettings
 
 _OLDEST_HOLD = 6 * 3600.0  # seconds; a hold of a machine that nobody can ask is released then
@@ -67,6 +68,7 @@ def run(
     registry = Registry(entries, pull=pull, on_progress=lambda text: _tell(console, text))
     config = uvicorn.Config(
         create_app(registry, settings, meter),
+        http=patient_protocol(settings.body_seconds, settings.send_seconds),
         log_level="warning",
         log_config=None,
         access_log=False,

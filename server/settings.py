@@ -45,7 +45,7 @@ class ServerSettings(BaseModel):
     shutdown_seconds: int = Field(default=10, ge=0)
     """How long running requests may go on after the server was told to stop; then they end with an error."""
     body_seconds: float = Field(default=60.0, gt=0)
-    """How long a client may take to send a body."""
+    """How long a client may take to send the head of a request, and how long its body."""
     send_seconds: float = Field(default=60.0, gt=0)
     """How long a client may leave unread what was sent to it; then its request ends."""
     ledger: str | None = None

@@ -71,7 +71,7 @@ def test_gone_while_the_request_is_prepared() -> None:
     prepare = engine.prepare
 
     async def slow(request: Any) -> PreparedRequest:
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(2 * BOUND)  # noticed while it goes on, not when it has ended
         return await prepare(request)
 
     engine.prepare = slow  # type: ignore[method-assign]

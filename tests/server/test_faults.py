@@ -246,6 +246,8 @@ def test_a_client_that_stops_reading_or_never_sends(served: tuple[Server, Path])
         readers.append(reader)
     slow = socket.create_connection(("127.0.0.1", server.port))
     slow.sendall(f"{head}content-length: 100\r\n\r\n{{".encode())
+    silent, half = (socket.create_connection(("127.0.0.1", server.port)) for _ in range(2))
+    half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n")
     slow.settimeout(20)
     assert b" 408 " in slow.recv(4096)
     deadline = time.monotonic() + 40
@@ -256,7 +258,11 @@ def test_a_client_that_stops_reading_or_never_sends(served: tuple[Server, Path])
         assert time.monotonic() < deadline, "a reader that reads nothing still holds its place"
         time.sleep(0.2)
     assert ask(server, key, max_tokens=2).choices
-    for one in (*readers, slow):
+    for one in (silent, half):
+        one.settimeout(20)
+        with contextlib.suppress(ConnectionResetError):
+            assert one.recv(10) == b"", "a head that does not come is not waited for"
+    for one in (*readers, slow, silent, half):
         one.close()
 
 

@@ -23,6 +23,7 @@ from schemathesis.generation import GenerationMode
 from engine import AsyncEngine, Registry
 from server.app import create_app
 from server.errors import TABLE
+from server.gate import OPEN
 from server.ledger import Ledger
 from server.metering import Meter
 
@@ -92,3 +93,11 @@ def test_the_description_names_every_status_and_field() -> None:
     assert {int(status) for status in operation["responses"]} >= {status for _, status, _ in TABLE} | {200}
     fields = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
     assert schema.KNOWN - schema.UNSUPPORTED.keys() <= set(fields)
+
+
+def test_the_description_of_a_server_with_keys(app: tuple[Any, str]) -> None:
+    document = app[0].openapi()
+    assert document["security"] == [{"key": []}]
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    free = {path for path, item in document["paths"].items() if item.get("get", {}).get("security") == []}
+    assert free == OPEN
