@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.console import Console
+from rich import box
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
@@ -187,7 +189,11 @@ def usage(
         writer.writeheader()
         writer.writerows({**row, "key": _harmless(row["key"])} for row in rows)
         return
-    table = Table(*columns)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(
+            column.replace("_tokens", ""), justify="left" if column in ("key", "day", "model") else "right"
+        )
     for row in rows:
         table.add_row(*(escape(str(row[column])) for column in columns))
     out.print(table)
@@ -263,10 +269,7 @@ def _as_dict(key: Key) -> dict[str, Any]:
         "models": list(key.models),
         "balance": key.balance,
         "held": key.held,
-        "requests_per_minute": key.limits.requests_per_minute,
-        "tokens_per_minute": key.limits.tokens_per_minute,
-        "concurrent": key.limits.concurrent,
-        "context": key.limits.context,
+        **asdict(key.limits),
     }
 
 
@@ -277,19 +280,24 @@ def _state(key: Key) -> str:
 
 
 def _table(found: Sequence[Key]) -> Table:
-    table = Table("name", "key", "state", "balance", "held", "per minute", "at once", "context", "models")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("name", "key", "state", "balance", "limits", "models"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("key", "state"))
     for key in found:
         limits = key.limits
-        each = [(limits.requests_per_minute, "requests"), (limits.tokens_per_minute, "tokens")]
+        said = [
+            (limits.requests_per_minute, "requests a minute"),
+            (limits.tokens_per_minute, "tokens a minute"),
+            (limits.concurrent, "at once"),
+            (limits.context, "tokens of context"),
+        ]
+        balance = "" if key.balance is None else str(key.balance) + (f", {key.held} held" if key.held else "")
         table.add_row(
             escape(key.name),
             key.shown,
             _state(key),
-            "not metered" if key.balance is None else str(key.balance),
-            str(key.held),
-            ", ".join(f"{number} {what}" for number, what in each if number) or "–",
-            str(limits.concurrent or "–"),
-            str(limits.context or "–"),
+            balance or "not metered",
+            ", ".join(f"{number} {what}" for number, what in said if number) or "none",
             escape(", ".join(key.models) or "all"),
         )
     return table

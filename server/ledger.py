@@ -24,7 +24,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -274,10 +274,7 @@ class Ledger:
             "models": json.dumps(list(models)),
             "balance": balance,
             "held": 0,
-            "requests_per_minute": limits.requests_per_minute,
-            "tokens_per_minute": limits.tokens_per_minute,
-            "concurrent": limits.concurrent,
-            "context": limits.context,
+            **asdict(limits),
         }
         with self._write() as connection:
             if connection.execute(select(_KEYS.c.id).where(_KEYS.c.name == name)).first():
@@ -320,12 +317,7 @@ class Ledger:
         """Replace a key's limits; `models`: also what it may use."""
         with self._write() as connection:
             key = self._key(connection, name)
-            values: dict[str, Any] = {
-                "requests_per_minute": limits.requests_per_minute,
-                "tokens_per_minute": limits.tokens_per_minute,
-                "concurrent": limits.concurrent,
-                "context": limits.context,
-            }
+            values: dict[str, Any] = asdict(limits)
             if models is not None:
                 values["models"] = json.dumps(list(models))
             connection.execute(update(_KEYS).where(_KEYS.c.id == key.id).values(values))

@@ -170,6 +170,23 @@ def test_statuses_as_the_client_library_sees_them(served: tuple[Server, Path]) -
         ask(server, key)
 
 
+def test_a_busy_key_is_served_when_it_is_tried_again(served: tuple[Server, Path]) -> None:
+    server, folder = served
+    key = new_key(folder, "fay", "--concurrent", "1")
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(ask, server, key, retries=20, max_tokens=450, extra_body={"ignore_eos": True})
+        refused = None
+        while refused is None and not long.done():
+            try:
+                ask(server, key, max_tokens=1)
+            except openai.RateLimitError as error:
+                refused = error
+        assert refused is not None, "the long one was never in the way"
+        assert refused.response.headers["retry-after"] == "1"
+        assert ask(server, key, retries=20, max_tokens=1).choices
+        long.result()
+
+
 def test_a_full_queue_and_its_retry(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     folder = write(tmp_path, tiny("qwen3"), {"max_sequences": 1, "max_queue": 0}, retry_after_seconds=1)
     with start([], folder) as server, ThreadPoolExecutor(1) as pool:
