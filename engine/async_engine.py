@@ -24,6 +24,7 @@ from engine.core import EngineCore
 from engine.errors import EngineDead, QueueFull, QueueTimeout, VerbatimError
 from engine.loader import LoadedModel
 from engine.preparation import Preparer
+from engine.turns import Turns
 from engine.types import EngineStats, GenerationRequest, ModelInfo, PreparedRequest, RequestOutput, Usage
 
 log = logging.getLogger("verbatim.engine")
@@ -114,15 +115,21 @@ class AsyncEngine:
         self._closed = False
         self._stats = self._core.stats()
         self._busy_since: float | None = None  # monotonic seconds at which the step under way began
+        self._turns = Turns()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"prepare-{self.info.id}")
         self._worker.submit(model.grammars.warm)
         self._thread = threading.Thread(target=self._run, name=f"engine-{self.info.id}", daemon=True)
         self._thread.start()
 
     async def prepare(self, request: GenerationRequest) -> PreparedRequest:
-        """Template, tokens, limits, on the model's own worker thread. Raises what `Preparer.prepare` raises."""
+        """Template, tokens, limits, on the model's own worker thread; groups take turns for it.
+
+        Raises: what `Preparer.prepare` raises, and EngineDead.
+        """
         self._raise_if_dead()
-        return await asyncio.get_running_loop().run_in_executor(self._worker, self._preparer.prepare, request)
+        async with self._turns.turn(request.group):
+            self._raise_if_dead()
+            return await asyncio.get_running_loop().run_in_executor(self._worker, self._preparer.prepare, request)
 
     def submit(self, request: PreparedRequest) -> RequestStream:
         """Queue a request. A group of which none is unfinished may still queue one where there is no room.

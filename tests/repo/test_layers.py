@@ -32,7 +32,7 @@ LAYERS = (
     },
     {"rng", "logits", "sampler", "kv_cache", "attention", "linear", "model_runner"},
     {"checkpoint", "fingerprint", "selftest", "loader", "preparation", "core"},
-    {"async_engine", "registry", "llm"},
+    {"async_engine", "registry", "llm", "turns"},
     {"__init__"},
 )
 NO_TORCH = LAYERS[0] | LAYERS[1]
