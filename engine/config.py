@@ -62,6 +62,8 @@ class ModelConfig(BaseModel):
     """The server's own cap on generated tokens."""
     prefix_cache: bool = True
     """Keep the keys and values of finished requests, as long as there is room, for prompts that begin alike."""
+    speculation: Literal["off", "ngram"] = "off"
+    """`ngram`: guess what came after the same tokens before. Replies are the same, sooner where text repeats itself."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads. Default: one per core. Bits do not depend on it; time does."""
     chat_template: Path | None = None

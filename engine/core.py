@@ -7,7 +7,7 @@ does not fit in memory ends its largest request and recomputes the others; keys 
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,7 @@ from engine.model_runner import ForwardResult
 from engine.sampler import Sampled, Sampler
 from engine.scheduler import Chunk, Schedule
 from engine.sequence import Sequence, SequenceState
+from engine.speculation import Drafter
 from engine.stop_strings import StopStrings
 from engine.tool_calls import call_id
 from engine.types import (
@@ -31,6 +32,7 @@ from engine.types import (
     FinishReason,
     PreparedRequest,
     RequestOutput,
+    SamplingParams,
     TokenLogprob,
     ToolCall,
     TopLogprob,
@@ -55,6 +57,8 @@ class _Choice:
     """Tool calls so far."""
     written: list[str] = field(default_factory=list)
     """The text so far, where it is to be checked against a schema in the end."""
+    drafter: Drafter | None = None
+    """Guesses its next tokens, where that is switched on and nothing else holds it."""
     schema_error: str | None = None
     """What is wrong with the calls so far that no grammar held to all of their schema; empty: nothing."""
 
@@ -82,6 +86,42 @@ class _Running:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """A sequence as it will be if its guesses are right: what the sampler asks of a row."""
+
+    sequence: Sequence
+    guessed: tuple[int, ...]
+
+    @property
+    def request_id(self) -> str:
+        return self.sequence.request_id
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.sequence.params
+
+    @property
+    def seed(self) -> int:
+        return self.sequence.seed
+
+    @property
+    def choice_index(self) -> int:
+        return self.sequence.choice_index
+
+    @property
+    def position(self) -> int:
+        return self.sequence.position + len(self.guessed)
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        return self.sequence.prompt_token_ids
+
+    @property
+    def output_counts(self) -> Counter[int]:
+        return self.sequence.output_counts + Counter(self.guessed)
+
+
 class EngineCore:
     """Continuous batching over one model. Not safe to call from two threads."""
 
@@ -101,8 +141,11 @@ class EngineCore:
             model.end_ids,
             model.device,
         )
+        self._speculates = model.config.speculation == "ngram" and not model.scheduler.whole_prompts
         self._requests: dict[str, _Running] = {}
         self._steps = 0
+        self._drafted_tokens = 0
+        self._accepted_tokens = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._generated_tokens = 0
@@ -128,6 +171,8 @@ class EngineCore:
         ]
         for choice in choices:
             self._close_thoughts(choice)
+            if self._speculates and choice.grammar is None and params.thinking_budget is None:
+                choice.drafter = Drafter()
         self._requests[request.request_id] = _Running(request, choices, len(choices))
         self._scheduler.add([choice.sequence for choice in choices])
 
@@ -163,11 +208,12 @@ class EngineCore:
 
     def step(self) -> list[RequestOutput]:
         """Compute one step; one output for each request that it advanced or ended."""
+        self._propose()
         schedule = self._scheduler.schedule()
         drawers = [_drawers(chunk) for chunk in schedule.chunks]
         try:
             result = self._forward(schedule)
-            sampled = self._sample(drawers, result)
+            sampled = self._sample(schedule, drawers, result)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -186,6 +232,8 @@ class EngineCore:
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             generated_tokens=self._generated_tokens,
+            drafted_tokens=self._drafted_tokens,
+            accepted_tokens=self._accepted_tokens,
             blocks_total=pool.num_blocks,
             blocks_free=pool.num_free,
         )
@@ -197,19 +245,42 @@ class EngineCore:
             return ForwardResult(torch.empty(0, self._runner.vocab_size), ())
         return self._runner.forward(schedule)
 
-    def _sample(self, drawers: list[list[Sequence]], result: ForwardResult) -> list[Sampled | VerbatimError]:
-        """One draw for each sequence of each chunk that samples; the choices of a prompt draw from one row."""
-        groups = [group for group in drawers if group]
-        rows = [sequence for group in groups for sequence in group]
-        owners = [i for i, group in enumerate(groups) for _ in group]
+    def _propose(self) -> None:
+        """Let sequences that decode guess their next tokens."""
+        if not self._speculates:
+            return
+        for sequence in self._scheduler.running:
+            drafter = self._choice(sequence).drafter
+            if drafter is not None and sequence.num_uncomputed == 1 and sequence.position:
+                most = (sequence.params.max_tokens or 0) - sequence.position - 1
+                sequence.draft = drafter.propose(sequence, most)
+
+    def _sample(
+        self, schedule: Schedule, drawers: list[list[Sequence]], result: ForwardResult
+    ) -> list[Sampled | VerbatimError]:
+        """One draw for each sequence of each chunk that samples, and one for each of its guesses.
+
+        The choices of a prompt draw from one row.
+        """
+        rows: list[Sequence | _Ahead] = []
+        owners: list[int] = []
+        row = 0
+        for chunk, group in zip(schedule.chunks, drawers, strict=True):
+            rows += group
+            owners += [row] * len(group)
+            row += bool(group)
+            for number in range(len(chunk.draft) if group else 0):
+                rows.append(_Ahead(chunk.sequence, chunk.draft[: number + 1]))
+                owners.append(row)
+                row += 1
         if not rows:
             return []
         return self._sampler.sample(result.logits, rows, owners, self._allowed(rows))
 
-    def _choice(self, sequence: Sequence) -> _Choice:
+    def _choice(self, sequence: Sequence | _Ahead) -> _Choice:
         return self._requests[sequence.request_id].choices[sequence.choice_index]
 
-    def _allowed(self, rows: list[Sequence]) -> Tensor | None:
+    def _allowed(self, rows: list[Sequence | _Ahead]) -> Tensor | None:
         """What grammars and forced tokens leave, bool `[rows, vocab_size]`; None where that is everything.
 
         Computed after the forward pass was started: on a GPU, while it runs.
@@ -231,28 +302,27 @@ class EngineCore:
         self._steps += 1
         draws = iter(sampled)
         faults: dict[str, VerbatimError] = {}
-        drawn: list[tuple[Sequence, Sampled]] = []
+        drawn: list[tuple[Sequence, list[Sampled | VerbatimError], tuple[int, ...]]] = []
         for chunk, group, finite in zip(schedule.chunks, drawers, result.finite, strict=True):
             if not finite:
                 faults[chunk.sequence.request_id] = NumericalFault(
                     "the model computed keys or values that are not finite; its weights may be damaged."
                 )
             for sequence in group:
-                draw = next(draws)
-                if isinstance(draw, VerbatimError):
-                    faults.setdefault(sequence.request_id, draw)
-                else:
-                    drawn.append((sequence, draw))
+                first = next(draws)
+                if isinstance(first, VerbatimError):
+                    faults.setdefault(sequence.request_id, first)
+                drawn.append((sequence, [first, *(next(draws) for _ in chunk.draft)], chunk.draft))
         outputs = [self._fail(request_id, error) for request_id, error in faults.items()]
         self._count_prompt_tokens(schedule)
         self._scheduler.commit(schedule)
         deltas: dict[str, list[ChoiceDelta]] = {}
-        for sequence, draw in drawn:
+        for sequence, found, draft in drawn:
             request_id = sequence.request_id
             if request_id in faults:
                 continue
             try:
-                deltas.setdefault(request_id, []).append(self._advance(sequence, draw))
+                deltas.setdefault(request_id, []).extend(self._advance_all(sequence, found, draft))
             except Exception as error:  # its grammar cannot go on; anything else is a fault that stays this request's
                 if not isinstance(error, VerbatimError):
                     log.exception("%s: a fault in reading its reply", request_id)
@@ -263,6 +333,27 @@ class EngineCore:
                 deltas.pop(request_id, None)
                 outputs.append(self._fail(request_id, error))
         return outputs + [self._output(request_id, parts) for request_id, parts in deltas.items()]
+
+    def _advance_all(
+        self, sequence: Sequence, draws: list[Sampled | VerbatimError], draft: tuple[int, ...]
+    ) -> list[ChoiceDelta]:
+        """Append what was drawn as long as it is what was guessed, and the first token that is not."""
+        deltas: list[ChoiceDelta] = []
+        for draw, guess in zip(draws, (*draft, None), strict=True):
+            if isinstance(draw, VerbatimError):
+                raise draw
+            deltas.append(self._advance(sequence, draw))
+            if deltas[-1].finish_reason or draw.token_id != guess:
+                break
+            self._scheduler.accept(sequence)
+        if draft:
+            accepted = len(deltas) - 1
+            drafter = self._choice(sequence).drafter
+            assert drafter is not None
+            drafter.learn(len(draft), accepted)
+            self._drafted_tokens += len(draft)
+            self._accepted_tokens += accepted
+        return deltas
 
     def _advance(self, sequence: Sequence, draw: Sampled) -> ChoiceDelta:
         """Append a token to a choice, and those that are forced after it; say what they add to the answer."""

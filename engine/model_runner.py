@@ -116,11 +116,11 @@ class PackedRunner:
         for chunk in schedule.chunks:
             sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
             spans.append(Span(len(tokens), chunk.count, start, runs_of(sequence.block_table, size, end)))
-            tokens += sequence.tokens(start, end)
+            tokens += chunk.tokens
             positions += range(start, end)
             slots += [sequence.block_table[p // size] * size + p % size for p in range(start, end)]
             if chunk.samples:
-                last_rows.append(len(tokens) - 1)
+                last_rows += range(len(tokens) - 1 - len(chunk.draft), len(tokens))
         context = ForwardContext(tuple(spans), torch.tensor(slots, dtype=torch.int64), len(tokens), self.cache)
         logits = self._run(tokens, positions, last_rows, context)
         assert context.finite is not None

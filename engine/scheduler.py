@@ -28,6 +28,8 @@ class Chunk:
 
     `samples`: the last of them is the last token there is, so its logits choose the next one.
     `forks`: choices that share this prompt and draw their first token from the same logits.
+    `draft`: the last of the tokens are guesses, computed behind those that are there: each row from the last real token
+    on chooses a token.
     """
 
     sequence: Sequence
@@ -35,6 +37,13 @@ class Chunk:
     count: int
     samples: bool
     forks: tuple[Sequence, ...] = ()
+    draft: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens to compute."""
+        real = self.sequence.tokens(self.start, self.start + self.count - len(self.draft))
+        return [*real, *self.draft]
 
 
 @dataclass(slots=True)
@@ -121,7 +130,10 @@ class Scheduler:
                 count = min(count, budget)
             if count and self._make_room(sequence, sequence.num_computed + count, schedule):
                 budget -= count if is_prompt else 0
-                self._add_chunk(sequence, count, schedule)
+                draft = () if is_prompt else self._drafted(sequence, budget)
+                budget -= len(draft)
+                self._add_chunk(sequence, count, schedule, draft)
+            sequence.draft = ()
         if self.num_preemptions == preemptions:
             self._admit(budget, schedule)
         return schedule
@@ -131,8 +143,13 @@ class Scheduler:
         for chunk in schedule.chunks:
             for sequence in (chunk.sequence, *chunk.forks):
                 if sequence.state is SequenceState.RUNNING:
-                    sequence.num_computed = chunk.start + chunk.count
+                    sequence.num_computed = chunk.start + chunk.count - len(chunk.draft)
                     self._register_full_blocks(sequence)
+
+    def accept(self, sequence: Sequence) -> None:
+        """Note that the next guessed token of the last step was right: its keys and values stand in the cache."""
+        if sequence.state is SequenceState.RUNNING:
+            sequence.num_computed += 1
 
     def rollback(self, schedule: Schedule) -> None:
         """Undo a step that was not carried out: its sequences wait again, to be recomputed.
@@ -146,13 +163,23 @@ class Scheduler:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _add_chunk(self, sequence: Sequence, count: int, schedule: Schedule) -> None:
+    def _drafted(self, sequence: Sequence, budget: int) -> tuple[int, ...]:
+        """As much of a sequence's guesses as there is room for; nobody is preempted for a guess."""
+        draft = sequence.draft[:budget]
+        wanted = sequence.num_computed + 1 + len(draft)
+        left = self.pool.num_free - len(self.running)  # others may need one each in this very step
+        if not draft or self.pool.blocks_for(wanted) - len(sequence.block_table) > max(left, 0):
+            return ()
+        self._grow(sequence, wanted)
+        return draft
+
+    def _add_chunk(self, sequence: Sequence, count: int, schedule: Schedule, draft: tuple[int, ...] = ()) -> None:
         start = sequence.num_computed
         samples = start + count == len(sequence)
         forks: tuple[Sequence, ...] = ()
         if samples and sequence.siblings:
             forks = self._fork_siblings(sequence)
-        schedule.chunks.append(Chunk(sequence, start, count, samples, forks))
+        schedule.chunks.append(Chunk(sequence, start, count + len(draft), samples, forks, draft))
 
     def _fork_siblings(self, leader: Sequence) -> tuple[Sequence, ...]:
         """Let as many siblings run as there is room for; the rest queue in front and find the prompt in the cache."""

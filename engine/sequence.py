@@ -34,6 +34,7 @@ class Sequence:
         siblings: on choice 0 only, the choices that wait for its prompt to be computed.
         group: whose request it is; the scheduler lets groups take turns.
         turn: its place in that order, given by the scheduler.
+        draft: tokens that are guessed to come next; not part of the sequence.
     """
 
     request_id: str
@@ -51,6 +52,7 @@ class Sequence:
     siblings: list[Sequence] = field(default_factory=list)
     group: str = ""
     turn: int = 0
+    draft: tuple[int, ...] = ()
     _length: int = field(init=False)
 
     def __post_init__(self) -> None:

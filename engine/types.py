@@ -394,6 +394,9 @@ class EngineStats:
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+    drafted_tokens: int
+    """Tokens that were guessed, of which `accepted_tokens` came."""
+    accepted_tokens: int
     blocks_total: int
     blocks_free: int
 

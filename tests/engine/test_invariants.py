@@ -192,6 +192,39 @@ def in_a_new_process(folder: Path, prompt: str) -> Bits:
     return tuple(ids), tuple((n[0], *map(tuple, n[1:])) for n in numbers)
 
 
+class Oracle:
+    """Guesses a reply that is known, but for every `wrong`-th token."""
+
+    def __init__(self, reply: tuple[int, ...], wrong: int) -> None:
+        self.reply = reply
+        self.wrong = wrong
+
+    def propose(self, sequence: Any, room: int) -> tuple[int, ...]:
+        first = sequence.position
+        guess = self.reply[first : first + min(room, 5)]
+        return tuple(t ^ 1 if self.wrong and (first + i) % self.wrong == 0 else t for i, t in enumerate(guess))
+
+    def learn(self, proposed: int, accepted: int) -> None:
+        assert proposed
+
+
+def guessed(wrong: int) -> Callable[[Path, str], Bits]:
+    def circumstance(folder: Path, prompt: str) -> Bits:
+        from engine.llm import _collect
+
+        reply = alone(folder, prompt)[0]
+        llm = open_model(folder, speculation="ngram")
+        request_id, _ = llm._add(prompt, _How(), PARAMS)
+        llm._core._requests[request_id].choices[0].drafter = Oracle(reply, wrong)  # type: ignore[assignment]
+        outputs = list(llm._outputs(request_id))
+        stats = llm._core.stats()
+        assert stats.drafted_tokens > 0
+        assert (stats.accepted_tokens == 0) == (wrong == 1)
+        return bits(_collect(outputs, 0)[0])
+
+    return circumstance
+
+
 CIRCUMSTANCES: dict[str, Callable[[Path, str], Bits]] = {
     "in a crowd of 16": in_a_crowd,
     "chunks of 1": chunked(1),
@@ -205,6 +238,9 @@ CIRCUMSTANCES: dict[str, Callable[[Path, str], Bits]] = {
     "choice 0 of 4": first_of_four,
     "choice 0 of 5 with 2 places": more_choices_than_places,
     "streamed": streamed,
+    "all guesses right": guessed(0),
+    "some guesses wrong": guessed(3),
+    "all guesses wrong": guessed(1),
     "1 thread": with_threads(1),
     "2 threads": with_threads(2),
     "a new process": in_a_new_process,

@@ -32,9 +32,13 @@ def _sample(scheduler: Scheduler, schedule: Schedule, draw: random.Random) -> No
     for chunk in schedule.chunks:
         for sequence in (chunk.sequence, *chunk.forks):
             if chunk.samples and sequence.state is SequenceState.RUNNING:
-                sequence.append(draw.randrange(3))
-                if sequence.position == sequence.params.max_tokens:
-                    scheduler.finish(sequence)
+                for number in range(draw.randrange(len(chunk.draft) + 1) + 1):
+                    if number:
+                        scheduler.accept(sequence)
+                    sequence.append(draw.randrange(3))
+                    if sequence.position == sequence.params.max_tokens:
+                        scheduler.finish(sequence)
+                        break
 
 
 def test_a_long_prompt_is_cut_and_does_not_stop_the_others_from_decoding() -> None:
@@ -227,8 +231,12 @@ def test_random_walk(draw: random.Random, blocks: int, size: int, running: int, 
         if alive and draw.random() < 0.1:
             for sequence in alive.pop(draw.randrange(len(alive))):
                 scheduler.finish(sequence)
+        for sequence in scheduler.running:
+            if sequence.num_uncomputed == 1 and sequence.position and draw.random() < 0.5:
+                most = (sequence.params.max_tokens or 0) - sequence.position - 1
+                sequence.draft = tuple(draw.randrange(3) for _ in range(min(most, draw.randrange(5))))
         schedule = scheduler.schedule()
-        sizes = [c.count for c in schedule.chunks if c.count > 1]
+        sizes = [c.count - len(c.draft) for c in schedule.chunks if c.count - len(c.draft) > 1]
         assert sum(sizes) <= max(budget, 1)
         assert len({id(c.sequence) for c in schedule.chunks}) == len(schedule.chunks)
         if draw.random() < 0.05:

@@ -14,6 +14,7 @@ LAYERS = (
     {"errors", "types", "config"},
     {
         "sequence",
+        "speculation",
         "block_pool",
         "scheduler",
         "chat_template",
