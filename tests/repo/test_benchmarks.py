@@ -48,6 +48,29 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "command", "row"),
+    [
+        (
+            "speculation",
+            ["benchmarks/speculation.py", "--model", "STAND-IN", "--threads", "1"],
+            "decode, repeating text",
+        ),
+        ("soak-kill", ["benchmarks/soak.py", "kill"], "settled rows"),
+    ],
+)
+def test_runners_as_scripts(tmp_path: Path, name: str, command: list[str], row: str) -> None:
+    command = [str(ensure_standin()) if part == "STAND-IN" else part for part in command]
+    done = subprocess.run(
+        [sys.executable, *command, "--quick", "--out", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = checked(name, tmp_path, done.stdout)
+    assert named(report, row)["values"]
+
+
+@pytest.mark.slow
 def test_engine_as_a_script(tmp_path: Path) -> None:
     """Both sides load, decode the same greedy tokens, and every promised row is there.
 
