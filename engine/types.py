@@ -394,11 +394,11 @@ class EngineStats:
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
-    drafted_tokens: int
-    """Tokens that were guessed, of which `accepted_tokens` came."""
-    accepted_tokens: int
     blocks_total: int
     blocks_free: int
+    drafted_tokens: int = 0
+    """Tokens that were guessed, of which `accepted_tokens` came."""
+    accepted_tokens: int = 0
 
 
 def clean_logprob(value: float) -> float:
