@@ -63,7 +63,8 @@ class ModelConfig(BaseModel):
     prefix_cache: bool = True
     """Keep the keys and values of finished requests, as long as there is room, for prompts that begin alike."""
     speculation: Literal["off", "ngram"] = "off"
-    """`ngram`: guess what came after the same tokens before. Replies are the same, sooner where text repeats itself."""
+    """`ngram`: guess what came after the same tokens before. Replies are the same, sooner where text repeats itself.
+    Left out where the self-test finds that bits depend on the rows of a step."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads. Default: one per core. Bits do not depend on it; time does."""
     chat_template: Path | None = None

@@ -141,7 +141,7 @@ class EngineCore:
             model.end_ids,
             model.device,
         )
-        self._speculates = model.config.speculation == "ngram" and not model.scheduler.whole_prompts
+        self._speculates = _may_speculate(model)
         self._requests: dict[str, _Running] = {}
         self._steps = 0
         self._drafted_tokens = 0
@@ -484,6 +484,16 @@ class EngineCore:
             if chunk.samples and sequence.position == 0 and sequence.choice_index == 0:
                 self._prompt_tokens += len(sequence.prompt_token_ids)
                 self._cached_tokens += sequence.num_cached
+
+
+def _may_speculate(model: LoadedModel) -> bool:
+    """Whether guesses are asked for, and change nothing: where bits depend on the rows of a step they would."""
+    if model.config.speculation == "off":
+        return False
+    if model.scheduler.whole_prompts or not model.info.law.holds:
+        log.warning("%s: no speculation: replies would depend on it here (%s)", model.info.id, model.info.law.reason)
+        return False
+    return True
 
 
 def _drawers(chunk: Chunk) -> list[Sequence]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import LLM, Constraint
+from engine import LLM, Constraint, LawReport
+from engine.core import EngineCore
 from engine.sequence import Sequence
 from engine.speculation import MOST, SPAN, Drafter
 from engine.types import SamplingParams
@@ -133,6 +135,13 @@ def test_neighbours_grammars_and_preemption(models: tuple[LLM, LLM]) -> None:
     form = Constraint("json", {"enum": ["aaaa aaaa aaaa aaaa", 1]})
     choices = [model.generate("x", constraint=form, seed=2)[0] for model in models]
     assert choices[0].token_ids == choices[1].token_ids
+
+
+def test_no_guesses_where_they_would_change_a_reply(models: tuple[LLM, LLM], caplog: pytest.LogCaptureFixture) -> None:
+    loaded = models[1]._model
+    broken = replace(loaded, info=replace(loaded.info, law=LawReport(False, "bits differ: packed")))
+    assert not EngineCore(broken)._speculates
+    assert "bits differ: packed" in caplog.text
 
 
 def test_guesses_that_are_wrong_leave_nothing_behind(models: tuple[LLM, LLM], monkeypatch: pytest.MonkeyPatch) -> None:
