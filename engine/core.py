@@ -181,6 +181,7 @@ class EngineCore:
             {tool["function"]["name"]: tool["function"] for tool in request.tools},
             parallel=request.parallel_tool_calls,
             exact=request.grammar is not None,
+            first=request.calls_first,
             chat=request.chat,
             opened=request.thinks,
             opening=request.opening,

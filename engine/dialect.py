@@ -128,6 +128,7 @@ class Dialect:
         *,
         parallel: bool,
         exact: bool,
+        first: bool,
         chat: bool,
         opened: bool,
         opening: str,
@@ -138,6 +139,7 @@ class Dialect:
             tools: the request's definitions, by name.
             parallel: whether more than one call is taken.
             exact: whether calls are held to a grammar, so that nothing else can be one.
+            first: whether a call can stand only where nothing was said before.
             chat: whether the prompt was rendered by the chat template: only then there may be thoughts.
             opened: the prompt has opened the thoughts.
             opening: what the prompt has written of the reply, for a response template.
@@ -148,7 +150,7 @@ class Dialect:
             return TemplateParser(self.response_template, tools, parallel=parallel, opening=opening)
         splitter = Splitter(self.reasoning, opened=opened) if self.reasoning and chat else None
         form = self.tool_format if tools else None
-        reader = CallReader(form, tools, parallel=parallel, exact=exact) if form else None
+        reader = CallReader(form, tools, parallel=parallel, exact=exact, first=first) if form else None
         return MarkParser(splitter, reader) if splitter or reader else None
 
     def mentions(self, token: str, *, calls: bool) -> bool:

@@ -130,6 +130,7 @@ class GrammarCompiler:
         encode: Callable[[str], list[int]],
     ) -> None:
         self.vocab_size = vocab_size
+        self._ends = list(end_ids)
         self._special = {vocabulary.token_text(i): i for i in vocabulary.special_ids if vocabulary.token_text(i)}
         self._make: Callable[[], LLTokenizer] = lambda: _tokenizer(vocabulary, vocab_size, end_ids, encode)
         self._matcher = functools.lru_cache(_CACHED)(self._compile)
@@ -150,6 +151,15 @@ class GrammarCompiler:
                 f"The grammar is not valid: {_first_line(matcher.get_error())}", param="response_format"
             )
         return GrammarState(matcher.deep_copy())
+
+    def holds_nothing(self, grammar: str) -> bool:
+        """Whether no text at all satisfies a grammar, as far as its first token tells."""
+        state = self.start(grammar)
+        if state.accepting:
+            return False
+        allowed = self.masks([state], [state.forced])[0]
+        allowed[self._ends] = False
+        return state.stopped or not allowed.any()
 
     def masks(self, states: Sequence[GrammarState | None], forced: Sequence[int | None]) -> NDArray[np.bool_]:
         """Which tokens may come next, bool `[len(states), vocab_size]`; all of them where there is no state.
@@ -332,7 +342,8 @@ class GrammarCompiler:
         if special is None:
             tail = self.mark("".join(t for _, t in others)) if others else ""
             return f"rest: free {tail} SPACE\nfree[suffix={quoted(text)}]: /(.|\\n)*/\nSPACE: /\\s{{0,4}}/"
-        return f"rest: FREE {self.mark(mark)} SPACE\nFREE: /(.|\\n)*/\nSPACE: /\\s{{0,4}}/"
+        free = f"FREE: /(.|\\n)*/ & ~/(.|\\n)*{literal(mark)}(.|\\n)*/"  # nor the mark's letters one by one
+        return f"rest: FREE {self.mark(mark)} SPACE\n{free}\nSPACE: /\\s{{0,4}}/"
 
     def pieces(self, mark: str) -> list[tuple[int | None, str]]:
         """A mark cut at the special tokens in it: (id, name) of one, (None, text) of what lies between."""

@@ -242,22 +242,22 @@ def alternatives(schema: Any, root: Any) -> list[Any]:
     """
     found: list[Any] = []
     waiting = [schema]
-    while waiting:
+    for _ in range(_FOLLOWED):
+        if not waiting:
+            return found
         one = resolved(waiting.pop(), root)
         listed = one.get("anyOf") if isinstance(one, Mapping) else None
         if isinstance(listed, list) and listed and not set(one) - ANNOTATIONS - {"anyOf"}:
             waiting += reversed(listed)
         else:
             found.append(one)
-        if len(found) + len(waiting) > _FOLLOWED:
-            return [schema]
-    return found
+    return [schema]
 
 
 def choices_of(schema: Any, root: Any) -> list[Any] | None:
     """The values of an `enum` or a `const` that are all a part allows; None if it has neither.
 
-    Those that another keyword beside it forbids are left out.
+    Those that a type or a length beside it forbids are left out; with any other keyword beside it: None.
     """
     schema = resolved(schema, root)
     if not isinstance(schema, Mapping):
@@ -268,10 +268,17 @@ def choices_of(schema: Any, root: Any) -> list[Any] | None:
         values = list(schema["enum"])
     else:
         return None
-    if not set(schema) - ANNOTATIONS - {"enum", "const"}:
-        return values
-    whole = bundled(schema, root)
-    return [value for value in values if _first_error(value, whole) is None]
+    if set(schema) - ANNOTATIONS - {"enum", "const", "type", "minLength", "maxLength"}:
+        return None  # whoever asks takes it for a keyword like the others
+    kinds = types_of({"type": schema["type"]}, root) if "type" in schema else TYPES
+    least, most = schema.get("minLength", 0), schema.get("maxLength", math.inf)
+    if not all(isinstance(n, int | float) for n in (least, most)):
+        return None
+    return [
+        value
+        for value in values
+        if _types_of_value(value) & kinds and (not isinstance(value, str) or least <= len(value) <= most)
+    ]
 
 
 def object_of(parameters: Any) -> Mapping[str, Any]:
@@ -308,12 +315,18 @@ def read_value(text: str, schema: Any, root: Any) -> str:
             return json.dumps(text, ensure_ascii=False)
         if "string" not in kinds:
             return text.strip()
-        choices = choices_of(schema, root)
-        typed = _types_of_value(value)
-        plain = not isinstance(value, str) and bool(typed & kinds) and not _is_infinite(value)
-        if plain and (choices is None or any(v == value and _types_of_value(v) == typed for v in choices)):
+        plain = not isinstance(value, str) and not _is_infinite(value)
+        if plain and any(_allows(leaf, value, root) for leaf in alternatives(schema, root)):
             return text.strip()
     return json.dumps(text, ensure_ascii=False)
+
+
+def _allows(leaf: Any, value: Any, root: Any) -> bool:
+    """Whether one alternative allows a value, as far as its types and choices say."""
+    typed, choices = _types_of_value(value), choices_of(leaf, root)
+    if choices is not None:
+        return any(choice == value and _types_of_value(choice) == typed for choice in choices)
+    return bool(typed & types_of(leaf, root))
 
 
 def _is_infinite(value: Any) -> bool:
@@ -359,7 +372,10 @@ def _first_error(value: Any, schema: Any) -> str | None:
 
     def counted(check: Callable[..., Any]) -> Callable[..., Any]:
         def evaluate(validator: Any, wanted: Any, instance: Any, schema: Any) -> Any:
-            left[0] -= 1 + (len(wanted) // 8 if isinstance(wanted, list | dict) else 0)  # an enum is gone through
+            # An enum is gone through, and so are the items of a list.
+            left[0] -= 1 + sum(len(part) // 8 for part in (wanted, instance) if isinstance(part, list | dict))
+            if check is _unique and isinstance(instance, list):
+                left[0] -= len(instance)
             if left[0] < 0:
                 raise _TooMuchError
             return check(validator, wanted, instance, schema)

@@ -81,6 +81,7 @@ class Preparer:
             if request.constraint and grammar and grammar.unenforced
             else None,
             unenforced_tools=grammar.loose if grammar else frozenset(),
+            calls_first=bool(request.tools and request.constraint and request.tool_choice == "auto"),
             chat=request.messages is not None,
             thinks=thinks,
             opening=self._opening(text),

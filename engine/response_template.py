@@ -27,6 +27,7 @@ _KEPT: Final = 4096
 """Characters of finished text that may pile up before they are let go."""
 _SEARCHED: Final = 20_000_000
 """Characters of a reply that are searched, those that wait for more again and again; the rest of it is plain text."""
+_CHECKS: Final = 256  # of whether a mark stands in a text of a call's JSON, for one reply
 _PATIENCE: Final = 1.0
 """Seconds for one search; an expression that takes longer never ends, and the rest of the reply is plain text."""
 
@@ -96,8 +97,8 @@ class TemplateParser:
     """
 
     __slots__ = (
-        "_at", "_before", "_body", "_buffer", "_count", "_fields", "_left", "_match", "_opened", "_parallel", "_plain",
-        "_region", "_said", "_space", "_tails", "_thought", "_tools", "_trim",
+        "_at", "_before", "_body", "_buffer", "_checks", "_count", "_fields", "_left", "_match", "_opened",
+        "_parallel", "_plain", "_region", "_said", "_space", "_tails", "_thought", "_tools", "_trim",
     )  # fmt: skip
 
     def __init__(
@@ -113,6 +114,7 @@ class TemplateParser:
         self._tools = tools
         self._parallel = parallel
         self._left = _SEARCHED
+        self._checks = 0
         self._buffer = ""
         self._at = 0  # what stands before was told
         self._region: Any = None
@@ -263,7 +265,8 @@ class TemplateParser:
         """Whether what would end a call stands in a text of its JSON."""
         if self._region.name not in _CALLS or self._region.content != "json" or match.start() == match.end():
             return False
-        return ends_in_a_text(self._buffer[self._body : match.start()])
+        self._checks += 1
+        return self._checks < _CHECKS and ends_in_a_text(self._buffer[self._body : match.start()])
 
     def _calls(self, region: Any, body: str) -> list[tuple[str, str]]:
         """The calls of a region; none if it cannot be read or names a tool that is not there."""

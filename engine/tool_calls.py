@@ -20,7 +20,8 @@ __all__ = ["CallReader", "call_id", "ends_in_a_text"]
 
 _TAG: Final = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]")
 _SPACE: Final = re.compile(r"\s*")
-_NAME: Final = re.compile(r"[A-Za-z0-9_.-]+")
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_CHECKS: Final = 64  # of whether JSON is cut inside a text, for one call
 
 
 def _no_constant(name: str) -> None:
@@ -49,11 +50,12 @@ class CallReader:
         tools: the request's definitions, by name; what is not there cannot be called.
         parallel: whether more than one call is taken; the rest of the reply is then text.
         exact: the reply is held to a grammar, which knows calls only as the format writes them: nothing else is one.
+        first: a call is one only where nothing was said before it: the reply is calls or an answer in a form.
     """
 
     __slots__ = (
-        "_after", "_block", "_calling", "_ends", "_exact", "_format", "_gap", "_held", "_parallel", "_said", "_scan",
-        "_tools", "_triggers", "count",
+        "_after", "_block", "_calling", "_confirmed", "_ends", "_exact", "_first", "_format", "_gap", "_held",
+        "_parallel", "_said", "_scan", "_tools", "_triggers", "count",
     )  # fmt: skip
 
     def __init__(
@@ -63,11 +65,14 @@ class CallReader:
         *,
         parallel: bool = True,
         exact: bool = False,
+        first: bool = False,
     ) -> None:
         self._format = found
         self._tools = tools
         self._parallel = parallel
         self._exact = exact
+        self._first = first or not found.tagged
+        self._confirmed = False  # that what is held begins as a call does
         marks = [match[0] for match in map(_TAG.match, (found.begin, found.open)) if match]
         if exact:
             marks = marks[:1]
@@ -114,7 +119,7 @@ class CallReader:
             place: int | None = None
             if self._format.tagged:
                 place = self._scan.end(self._held)
-            elif self._exact and not self._may_be_one(self._held):
+            elif self._exact and not self._confirmed and not self._may_be_one(self._held):
                 place = len(self._held)
             if place is None and not end:
                 return shown, calls
@@ -145,11 +150,11 @@ class CallReader:
         if self._after and not self._follow():
             return ""
         held = self._held
-        if not self._format.tagged and self._said:
-            self._held = ""  # a mark that is no tag counts only where nothing was said before it
+        if self._first and self._said:
+            self._held = ""  # a mark counts only where nothing was said before it
             return held
         at = min((i for i in map(held.find, self._triggers) if i >= 0), default=-1)
-        if at >= 0 and (self._format.tagged or not held[:at].strip()):
+        if at >= 0 and (not self._first or not held[:at].strip()):
             shown = held[:at].rstrip()
             self._calling, self._gap, self._held = True, held[len(shown) : at], held[at:]
         else:
@@ -173,7 +178,7 @@ class CallReader:
                 return bool(self._held)
             if self._ends.startswith(held):
                 return False
-        if self._block and found.begin and found.between is not None:
+        if self._block and found.begin and found.between is not None and (self._ends or not self._exact):
             between, opening = found.between.strip(), found.open.strip()
             tag = _TAG.match(opening)
             opening = tag[0] if tag else opening[:1]
@@ -187,7 +192,8 @@ class CallReader:
 
     def _may_be_one(self, text: str) -> bool:
         """Whether a text begins as the format writes a call, white space aside, as far as it has come."""
-        begun, opening = ("".join(part.split()) for part in (text[:200], self._format.open))
+        begun, opening = ("".join(part.split()) for part in (text, self._format.open))
+        self._confirmed = begun.startswith(opening)
         return begun.startswith(opening) or opening.startswith(begun)
 
     def _first_stop(self) -> int:
@@ -276,7 +282,7 @@ class CallReader:
 class _JsonScan:
     """Where a call with JSON in it ends: at its last tag, if that stands in no text, or with its object."""
 
-    __slots__ = ("_at", "_begin", "_depth", "_passed", "_pattern", "_quoted", "_stop")
+    __slots__ = ("_at", "_begin", "_checks", "_depth", "_passed", "_pattern", "_quoted", "_stop")
 
     def __init__(self, found: ToolFormat) -> None:
         self._stop = found.stop
@@ -287,6 +293,7 @@ class _JsonScan:
         self._depth = 0
         self._passed: int | None = None  # the end of the first tag that seemed to stand in this text
         self._quoted = False
+        self._checks = 0
 
     def end(self, held: str) -> int | None:
         """The place behind the call; None if it has not come yet. `held` only ever grows."""
@@ -295,9 +302,13 @@ class _JsonScan:
             self._at = match.end()
             mark = match[0]
             if mark == self._stop:
-                if not (self._quoted and ends_in_a_text(held[self._begin : match.start()])):
+                if not self._quoted:
                     return self._at
-                self._passed = self._passed or self._at
+                if self._passed is None:  # in one text, one tag is as good as the next
+                    self._checks += 1
+                    if self._checks < _CHECKS and not ends_in_a_text(held[self._begin : match.start()]):
+                        return self._at
+                    self._passed = self._at
             elif self._quoted and mark == "\n" and self._passed:
                 return self._passed  # no text in JSON goes over the end of a line: a quote was missing
             elif self._quoted:
@@ -325,7 +336,7 @@ class _PairScan:
     """
 
     __slots__ = (
-        "_arguments", "_at", "_call_end", "_failed", "_format", "_key", "_name", "_parts", "_root", "_seek", "_tools",
+        "_arguments", "_at", "_blank", "_failed", "_format", "_key", "_name", "_parts", "_root", "_seek", "_tools",
         "call",
     )  # fmt: skip
 
@@ -334,6 +345,7 @@ class _PairScan:
         self._tools = tools
         self._at = 0  # what stands before was read
         self._seek = 0  # no end of the value stands before
+        self._blank = (-1, -1)  # after a closing tag, and after the white space behind it
         self._name: str | None = None
         self._key: str | None = None
         self._root: Any = {}
@@ -397,6 +409,7 @@ class _PairScan:
     def _read_key(self, held: str) -> bool:
         """The name of an argument up to where its value begins, or the end of the call."""
         found = self._format
+        self._at = _SPACE.match(held, self._at).end()  # type: ignore[union-attr]
         ends = _end_of(found.close, held, self._at)
         if ends is not None:
             self._at = ends
@@ -433,9 +446,13 @@ class _PairScan:
                 self._seek = max(self._seek, len(held) - len(close) + 1)
                 return False
             after = place + len(close)
+            if self._blank[0] != after:
+                self._blank = (after, after)
+            space = _SPACE.match(held, self._blank[1]).end()  # type: ignore[union-attr]
+            self._blank = (after, space)  # white space is gone over once
             marks = (found.key_open, found.close)
-            ends = any(_end_of(mark, held, after) is not None for mark in marks)
-            if not ends and any(_begins(mark, held, after) for mark in marks):
+            ends = any(_end_of(mark, held, space) is not None for mark in marks)
+            if not ends and any(_begins(mark, held, space) for mark in marks):
                 return False  # what follows has not come yet
             if ends and self._take_value(held[self._at : place]):
                 self._key, self._at = None, after
@@ -497,6 +514,8 @@ def _end_of(mark: str, text: str, at: int) -> int | None:
 
 def _begins(mark: str, text: str, at: int) -> bool:
     """Whether all that follows may be the beginning of a mark, after any white space."""
+    if len(text) - at > 4 * len(mark) + 256:
+        return False  # so much white space is in no mark
     rest, whole = "".join(text[at:].split()), "".join(mark.split())
     return len(rest) < len(whole) and whole.startswith(rest)
 

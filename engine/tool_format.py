@@ -235,7 +235,7 @@ def _pairs(text: str) -> tuple[str, str, str, str, str] | None:
     rest = text[places[3] + len(str(_NUMBER)) :]
     key_open = _joined(_shared(_atoms(gap)[::-1], _atoms(head)[::-1])[::-1])
     value_close = gap[: len(gap) - len(key_open)]
-    if not rest.startswith(value_close):
+    if not rest.startswith(value_close) or not value_close.strip() or not key_open.strip():
         return None
     return head[: len(head) - len(key_open)], rest[len(value_close) :], key_open, value_open, value_close
 

@@ -16,8 +16,18 @@ from typing import Any, Final
 from llguidance import regex_to_lark
 
 from engine.errors import InvalidParameter
-from engine.grammar import GrammarCompiler, json_rule, literal, quoted
-from engine.json_schema import ANNOTATIONS, alternatives, bundled, choices_of, moved, object_of, properties_of, types_of
+from engine.grammar import MAX_BYTES, GrammarCompiler, json_rule, literal, quoted
+from engine.json_schema import (
+    ANNOTATIONS,
+    alternatives,
+    bundled,
+    check_depth,
+    choices_of,
+    moved,
+    object_of,
+    properties_of,
+    types_of,
+)
 from engine.reasoning import ReasoningFormat
 from engine.tool_format import CALL_ID, ToolFormat
 from engine.types import Constraint
@@ -25,6 +35,9 @@ from engine.types import Constraint
 __all__ = ["ToolGrammar", "tool_grammar"]
 
 _ANY: Final = r"/(.|\n)*/"
+_MOST: Final = 1_000_000  # characters of all rules for values that are JSON
+_SPACE: Final = r"[\s\x1c-\x1f]*"
+"""What readers take for white space, between slashes: Python's knows four letters more than the lexer's."""
 _NUMBERS: Final = {
     "integer": r"/-?(0|[1-9][0-9]{0,18})/",
     "number": r"/-?(0|[1-9][0-9]{0,18})(\.[0-9]{1,18})?/",
@@ -76,6 +89,8 @@ def tool_grammar(
     mark = compiler.mark
     close = [mark(part) if part else "" for part in found.close.split(CALL_ID)]
     lines = [*made.lines, f"call: {' | '.join(made.calls)}", "ID: /[A-Za-z0-9]{9}/", f"close: {' ID '.join(close)}"]
+    if found.begin and not found.end.strip():
+        several = False  # what follows a call could not be told from another one of its block
     more = ""
     if several and found.between is not None:
         more = f"({mark(found.between) if found.between else ''} {mark(found.open)} call)*"
@@ -136,11 +151,11 @@ def _free(
     if thoughts is not None and not opened:
         special, begins = compiler.pieces(thoughts.open)[0]
         if special is None:  # these are thoughts, whatever stands in them
-            first = f" & ~/\\s*{literal(begins)}(.|\\n)*/"
+            first = f" & ~/{_SPACE}{literal(begins)}(.|\\n)*/"
     mark = found.mark
     if not found.tagged:  # such a call is all of a reply
-        start = r"\s*".join(literal(piece) for piece in re.findall(r'"[^"]*"|\S', mark.removesuffix('"')))
-        other = f"OTHER: {_ANY} & ~/\\s*{start}(.|\\n)*/{first}"
+        start = _SPACE.join(literal(piece) for piece in re.findall(r'"[^"]*"|\S', mark.removesuffix('"')))
+        other = f"OTHER: {_ANY} & ~/{_SPACE}{start}(.|\\n)*/{first}"
         return "answer: calls | OTHER", [calls, *lines, other]
     text = f"{_ANY} & ~/(.|\\n)*{literal(mark)}(.|\\n)*/"
     opening = found.begin + found.open
@@ -168,12 +183,17 @@ class _Rules:
     lines: list[str] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     loose: set[str] = field(default_factory=set)
+    size: int = 0
+    """Characters of the rules for values that are JSON."""
     _json: dict[tuple[int, str], tuple[str, bool]] = field(default_factory=dict)
     """Rules for values that are JSON: (name, whether it leaves something out), by tool and part; many are alike."""
 
     def add(self, number: int, function: Mapping[str, Any]) -> None:
         param, strict = f"tools.{number}.function.parameters", bool(function.get("strict"))
         schema = function.get("parameters") or {}
+        if (size := len(json.dumps(schema))) > MAX_BYTES:
+            raise InvalidParameter(f"{param} has {size} characters; at most {MAX_BYTES} are allowed.", param=param)
+        check_depth(schema, param)
         if "object" not in types_of(schema, schema):
             raise InvalidParameter(f"{param} must describe an object.", param=param)
         whole = {**schema, "type": "object"}
@@ -190,9 +210,13 @@ class _Rules:
 
     def json(self, number: int, part: Any, root: Any, strict: bool, param: str) -> tuple[str, bool]:
         """The name of a rule for a value in JSON, and whether it leaves something out."""
-        known = (number, json.dumps(part, sort_keys=True))
+        said = {key: value for key, value in part.items() if key not in ANNOTATIONS} if isinstance(part, dict) else part
+        known = (number, json.dumps(said, sort_keys=True))
         if known not in self._json:
             rule, dropped = self.compiler.schema_rule(Constraint("json", bundled(part, root), strict, param))
+            self.size += len(rule)
+            if self.size > _MOST:
+                raise InvalidParameter(f"{param}: these schemas are too large together.", param=param)
             name = f"json_{len(self._json)}"
             self.lines.append(f"{name}: {rule}")
             self._json[known] = name, bool(dropped)
@@ -216,7 +240,7 @@ class _Pairs:
         for keyword in top:
             if keyword not in ANNOTATIONS | {"type", "properties", "required", "additionalProperties"}:
                 self._leave_out("", keyword)
-        required = top["required"] if isinstance(top.get("required"), list) else []
+        required = {key for key in top.get("required") or () if isinstance(key, str)}
         after = compiler.pieces(found.value_close)
         close = "" if after[0][0] is not None else after.pop(0)[1]
         terms = []
@@ -232,6 +256,10 @@ class _Pairs:
             if "string" in types_of(part, self.schema):
                 value = f"VALUE_{self.number}_{i}"
                 text = self._text(key, part)
+                if not text or not self._can_end(text, close):
+                    if key in required:
+                        raise self._refused(f"/properties/{key}", "nothing that can be written here satisfies it")
+                    continue
                 self.rules.lines.append(f"{value}: ({text}) {quoted(close)}" if close else f"{value}: {text}")
                 end = compiler.terms(after) if after else ""
             else:
@@ -243,6 +271,13 @@ class _Pairs:
             self.rules.lines.append(f"{name}: {opening} {value} {end}")
             terms.append(name if key in required else f"{name}?")
         return terms
+
+    def _can_end(self, text: str, close: str) -> bool:
+        """Whether any text satisfies an expression."""
+        if text.startswith(_ANY) or text.count('"') > 2000:
+            return True
+        value = f"({text}) {quoted(close)}" if close else text
+        return not self.rules.compiler.holds_nothing(f"start: VALUE\nVALUE: {value}")
 
     def _unended(self) -> str:
         """Expressions for text that holds no end of a value or of a call."""
@@ -270,7 +305,7 @@ class _Pairs:
             kept = [text for text in texts if not any(end in text for end in self._ends())]
             if len(kept) < len(texts):
                 self._leave_out(pointer, "enum" if "enum" in leaf else "const")
-            return [quoted(text) for text in kept] or [_ANY]
+            return [quoted(text) for text in kept] or ([_ANY] if texts else [])
         keywords = set(leaf) - ANNOTATIONS - {"type"} if isinstance(leaf, Mapping) else set()
         others = kinds - {"string"} - ({"integer"} if "number" in kinds else set())
         if keywords - {"pattern", "minLength", "maxLength"} or (keywords and others - {"null", "boolean"}):

@@ -267,6 +267,8 @@ class PreparedRequest:
     """A JSON schema that the grammar holds only in part: the finished text is checked against it."""
     unenforced_tools: frozenset[str] = frozenset()
     """Tools whose schemas the grammar holds only in part: the arguments of a call are checked against them."""
+    calls_first: bool = False
+    """The reply is calls or an answer in a form: a call in the answer is text."""
     chat: bool = False
     """Whether the prompt is a conversation, so that the reply may begin with thoughts."""
     thinks: bool = False

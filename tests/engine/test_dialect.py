@@ -349,7 +349,7 @@ def test_families_are_read_alike_in_any_cut(shared: Path, family: str, exact: bo
         text = said + text
 
     def parts(pieces: list[str]) -> tuple[str, str, list[tuple[str, Any]]]:
-        parser = dialect.parser(TOOLS, parallel=True, exact=exact, chat=True, opened=False, opening="")
+        parser = dialect.parser(TOOLS, parallel=True, exact=exact, first=False, chat=True, opened=False, opening="")
         assert parser is not None
         found = [*(parser.push(piece) for piece in pieces), parser.finish()]
         read_calls = [(name, json.loads(written)) for part in found for name, written in part.calls]

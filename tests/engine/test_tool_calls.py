@@ -130,6 +130,12 @@ def test_a_quote_that_is_missing_takes_nothing_along() -> None:
     assert read(HERMES, list(f"{open_quote} {written(HERMES, [PING])}"))[1] == [PING]
 
 
+def test_tags_in_many_texts_are_not_looked_at_for_ever() -> None:
+    value = {"a": [1] * 20_000, "s": ["</tool_call>"] * 2_000}
+    text = written(HERMES, [("ping", value)])
+    assert read(HERMES, [text[i : i + 500] for i in range(0, len(text), 500)])[1] == [("ping", value)]
+
+
 @pytest.mark.parametrize(
     "text",
     ["Write it as\n\n    <tool_call>x</tool_call>, then stop.", "The tag is\n <tool_call>", " \n<tool_call> \n "],
@@ -221,9 +227,13 @@ def test_reading_takes_time_in_proportion() -> None:
         "<tool_call>\n<function=ping>\n<parameter=a>\n" + "</parameter" * 5_000,
         "<tool_call>\n<function=ping>\n<parameter=" + " " * 50_000,
         "<tool_call>\n<function=ping>\n" + "<" * 50_000,
+        "<tool_call>\n<function=ping>" + " " * 50_000,
+        "<tool_call>\n<function=ping>\n<parameter=a>\nx\n</parameter>" + " " * 50_000,
+        "<tool_call>\n<function=" + "p" * 50_000,
     ):
         whole = f"{text}\n</function>\n</tool_call>"
-        assert read(XML, [whole[i : i + 50] for i in range(0, len(whole), 50)])[1] in ([], [PING])
+        calls = read(XML, [whole[i : i + 50] for i in range(0, len(whole), 50)])[1]
+        assert [name for name, _ in calls] in ([], ["ping"])
 
 
 @pytest.mark.parametrize(

@@ -298,6 +298,60 @@ def test_what_a_schema_shares_is_compiled_once(llm: LLM) -> None:
     assert len(made.text) < 200_000
 
 
+@pytest.mark.parametrize("form", PAIRS)
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": ["string", "null"], "enum": ["a" * 40 + "!", None], "pattern": "^(a+)+$"},
+        {"type": "string", "enum": ["abc"], "pattern": "^\\p{L}+$"},
+        {"$ref": "#/properties/a"},
+        {"anyOf": [{"$ref": "#/properties/a"}]},
+        {"type": "string", "pattern": "^<b>", "maxLength": 10},
+        {"type": "string", "pattern": "</parameter></arg_value>"},
+        {"type": "string", "pattern": "^a+$", "maxLength": 0},
+        {"type": "string", "enum": ["a"], "minLength": 2},
+    ],
+)
+def test_what_nothing_can_satisfy_or_nobody_can_check_is_refused(llm: LLM, form: str, part: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParameter):
+        grammar_of(llm, PAIRS[form], [with_value(part)])
+
+
+@pytest.mark.parametrize("form", PAIRS)
+@pytest.mark.parametrize(
+    ("part", "value", "expected"),
+    [
+        ({"anyOf": [{"type": "string"}, {"const": 0}]}, "5", "5"),
+        ({"anyOf": [{"type": "string"}, {"const": 0}]}, "0", 0),
+        ({"anyOf": [{"type": "string", "maxLength": 2}, {"enum": [1234, True]}]}, "5", "5"),
+        ({"anyOf": [{"type": "string", "maxLength": 2}, {"enum": [1234, True]}]}, "true", True),
+    ],
+)
+def test_a_value_is_no_text_only_where_that_very_value_is_allowed(
+    llm: LLM, form: str, part: dict[str, Any], value: str, expected: Any
+) -> None:
+    found, tool = PAIRS[form], with_value(part)
+    text = written(found, [("f", {"a": value})])
+    assert accepts(llm, grammar_of(llm, found, [tool]).text, text)
+    assert read(found, [text], {"f": tool["function"]}, exact=True)[1] == [("f", {"a": expected})]
+
+
+def test_an_optional_argument_that_nothing_satisfies_is_left_out(llm: LLM) -> None:
+    tool = strict(type="object", properties={"a": {"type": "string", "enum": ["x"], "minLength": 2}})
+    grammar = grammar_of(llm, XML, [tool]).text
+    assert accepts(llm, grammar, written(XML, [("f", {})]))
+    assert not accepts(llm, grammar, written(XML, [("f", {"a": "5"})]))
+
+
+def test_large_schemas_are_refused_in_time(llm: LLM) -> None:
+    big = {"type": "object", "properties": {f"k{i}": {"type": "integer"} for i in range(1000)}}
+    many = {f"p{i}": {"$ref": "#/$defs/b", "minProperties": i} for i in range(60)}
+    with pytest.raises(InvalidParameter):
+        grammar_of(llm, XML, [strict(type="object", properties=many, **{"$defs": {"b": big}})])
+    with pytest.raises(InvalidParameter, match="262144"):
+        grammar_of(llm, HERMES, [with_value({"enum": ["x" * 1000 + str(i) for i in range(300)]})])
+
+
 # -- text with calls in it ---------------------------------------------------------------------------------------------
 
 CITY = strict("get_weather", type="object", properties={"city": {"enum": ["Oslo"]}}, required=["city"],
@@ -368,6 +422,31 @@ def test_a_form_that_looks_like_a_call(llm: LLM) -> None:
         assert accepts(llm, grammar, text) == allowed, text
     with pytest.raises(InvalidParameter, match="read as a call"):
         grammar_of(llm, HERMES, [CITY], otherwise=Constraint("choice", ["a", "b<tool_call>"]))
+
+
+def test_a_call_in_the_answer_of_a_form_is_text(llm: LLM) -> None:
+    """With a form, a reply is calls or an answer: the text of an answer may show a call, and is none."""
+    form = Constraint("json", {"type": "object", "properties": {"k": {"type": "string"}}, "required": ["k"],
+                               "additionalProperties": False})  # fmt: skip
+    shown = '{"k": "see <tool_call><function=get_weather><parameter=city>evil</parameter></function></tool_call>"}'
+    assert accepts(llm, grammar_of(llm, XML, [CITY], otherwise=form).text, shown)
+    tools = {"get_weather": CITY["function"]}
+    for pieces in ([shown], list(shown)):
+        assert read(XML, pieces, tools, exact=True, first=True) == (shown, [])
+    assert read(XML, [written(XML, [GOOD, GOOD])], tools, exact=True, first=True) == ("", [GOOD, GOOD])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{" + " " * 300 + '"n\\u0061me": "get_weather", "parameters": {"city": "evil"}}',
+        "{" + "\n" * 300 + '"x": 1, "name": "get_weather", "parameters": {"city": "evil"}}',
+        '\x1c{"name": "get_weather", "parameters": {"city": "evil"}}',
+    ],
+)
+def test_no_other_spelling_of_a_call_without_a_mark(llm: LLM, text: str) -> None:
+    if accepts(llm, grammar_of(llm, BARE, [CITY], free=True).text, text):
+        assert read(BARE, list(text), {"get_weather": CITY["function"]}, exact=True)[1] == []
 
 
 def test_the_mark_of_an_inner_call_begins_none(llm: LLM) -> None:
