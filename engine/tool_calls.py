@@ -21,6 +21,7 @@ __all__ = ["CallReader", "call_id", "ends_in_a_text"]
 _TAG: Final = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]")
 _SPACE: Final = re.compile(r"\s*")
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_LONGEST_NAME: Final = 4096  # of an argument that no schema names
 _CHECKS: Final = 64  # of whether JSON is cut inside a text, for one call
 
 
@@ -432,7 +433,8 @@ class _PairScan:
         else:
             match = _literal(mark).search(held, at)
             if match is None:
-                return False
+                self._failed = left > _LONGEST_NAME
+                return self._failed
             self._key, self._at = held[at : match.start()].strip(), match.end()
         self._seek = self._at
         return True
