@@ -153,9 +153,12 @@ class GrammarCompiler:
         return GrammarState(matcher.deep_copy())
 
     def holds_nothing(self, grammar: str) -> bool:
-        """Whether no text at all satisfies a grammar, as far as its first token tells."""
-        state = self.start(grammar)
-        if state.accepting:
+        """Whether no text at all satisfies a grammar, as far as its first token tells; not for one that is not valid.
+
+        Such a grammar is a part of another: it is not kept, and what is wrong with it is said of the whole.
+        """
+        matcher = self._compile(grammar)
+        if matcher.is_error() or (state := GrammarState(matcher)).accepting:
             return False
         allowed = self.masks([state], [state.forced])[0]
         allowed[self._ends] = False

@@ -145,7 +145,7 @@ def _free(
             calls,
             *lines,
             f"said: {compiler.mark(thoughts.answer_open)} TEXT",
-            f"TEXT: {_ANY}",
+            f"TEXT: {_ANY} & ~/(.|\\n)*{literal(thoughts.close)}(.|\\n)*/",  # nor the mark letter by letter
         ]
     first = ""
     if thoughts is not None and not opened:
@@ -245,9 +245,10 @@ class _Pairs:
         close = "" if after[0][0] is not None else after.pop(0)[1]
         terms = []
         for i, (key, part) in enumerate(properties_of(self.schema).items()):
+            pointer = f"/properties/{key.replace('~', '~0').replace('/', '~1')}"
             if part is False or not types_of(part, self.schema):
                 if key in required:
-                    raise self._refused(f"/properties/{key}", "nothing satisfies what is required")
+                    raise self._refused(pointer, "nothing satisfies what is required")
                 continue
             name = f"pair_{self.number}_{i}"
             opening = compiler.terms(
@@ -255,10 +256,10 @@ class _Pairs:
             )
             if "string" in types_of(part, self.schema):
                 value = f"VALUE_{self.number}_{i}"
-                text = self._text(key, part)
+                text = self._text(pointer, part)
                 if not text or not self._can_end(text, close):
                     if key in required:
-                        raise self._refused(f"/properties/{key}", "nothing that can be written here satisfies it")
+                        raise self._refused(pointer, "nothing that can be written here satisfies it")
                     continue
                 self.rules.lines.append(f"{value}: ({text}) {quoted(close)}" if close else f"{value}: {text}")
                 end = compiler.terms(after) if after else ""
@@ -287,9 +288,8 @@ class _Pairs:
         """The tags that no text may hold."""
         return [end for end in (self.rules.found.value_close.strip(), self.rules.found.stop) if end]
 
-    def _text(self, key: str, part: Any) -> str:
+    def _text(self, pointer: str, part: Any) -> str:
         """An expression for a value that may be a text, as it is written; none of them holds the end of a value."""
-        pointer = f"/properties/{key.replace('~', '~0').replace('/', '~1')}"
         terms: list[str] = []
         for leaf in alternatives(part, self.schema):
             terms += self._leaf(leaf, pointer)

@@ -343,6 +343,12 @@ def test_an_optional_argument_that_nothing_satisfies_is_left_out(llm: LLM) -> No
     assert not accepts(llm, grammar, written(XML, [("f", {"a": "5"})]))
 
 
+def test_an_expression_that_is_none_is_said_of_the_tools(llm: LLM) -> None:
+    with pytest.raises(InvalidParameter) as raised:
+        grammar_of(llm, XML, [with_value({"type": "string", "pattern": "^(?=a)"})])
+    assert (raised.value.param or "").startswith("tools")
+
+
 def test_large_schemas_are_refused_in_time(llm: LLM) -> None:
     big = {"type": "object", "properties": {f"k{i}": {"type": "integer"} for i in range(1000)}}
     many = {f"p{i}": {"$ref": "#/$defs/b", "minProperties": i} for i in range(60)}
