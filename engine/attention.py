@@ -6,6 +6,8 @@ bits. Two more rules make a row's bits independent of how its prompt was cut (me
 
 * the key span is a multiple of `SPAN`, and what does not count is masked, never cut off;
 * the query rows are a multiple of `ROWS`: with one to three rows the matrix product takes another path.
+
+With compiled kernels (engine/native.py) a CPU has one of our own that needs neither and reads the keys that count.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kv_cache import SPAN, KVCache, LayerShape, Run
+from engine.kv_cache import SPAN, KVCache, LayerShape, Run, runs_of
+from engine.native import AttentionPlan
 
 IMPLEMENTATION = "verbatim"
 """The name under which transformers finds `attention_forward`."""
@@ -32,8 +35,8 @@ class Span:
     row: int
     count: int
     start: int
-    runs: tuple[Run, ...]
-    """Slots of tokens `0 … start + count - 1`."""
+    table: tuple[int, ...]
+    """Blocks of tokens `0 … start + count - 1`."""
 
     @property
     def padded(self) -> int:
@@ -56,6 +59,9 @@ class ForwardContext:
     layers: dict[int, LayerShape] = field(default_factory=dict)
     finite: Tensor | None = None
     """`[num_rows] bool`, after the step: False where a key or value was not finite."""
+    plan: AttentionPlan | None = None
+    """Made by the first layer that our own kernel serves."""
+    _runs: dict[int, tuple[Run, ...]] = field(default_factory=dict)
     _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     _slots_on: dict[torch.device, Tensor] = field(default_factory=dict)
 
@@ -63,6 +69,13 @@ class ForwardContext:
         if device not in self._slots_on:
             self._slots_on[device] = self.slots.to(device)
         return self._slots_on[device]
+
+    def runs(self, span: Span) -> tuple[Run, ...]:
+        """The slots of a span's tokens and of all before them."""
+        if span.row not in self._runs:
+            assert self.cache is not None
+            self._runs[span.row] = runs_of(span.table, self.cache.block_size, span.start + span.count)
+        return self._runs[span.row]
 
     def mask(self, span: Span, window: int | None, rows: int, repeat: int, like: Tensor) -> Tensor:
         """Additive mask `[rows, span.padded]` for queries laid out as `repeat` copies of the span's rows, then padding.
@@ -75,6 +88,13 @@ class ForwardContext:
             mask = _additive_mask(span, window, rows, repeat, like)
             self._masks[key] = mask
         return mask
+
+    def for_kernel(self) -> AttentionPlan:
+        if self.plan is None:
+            parts = [(span.row, span.count, span.start, span.table) for span in self.spans]
+            self.plan = AttentionPlan(parts, self.slots)
+            self.note_finite(self.plan.finite)
+        return self.plan
 
     def note_finite(self, finite: Tensor) -> None:
         finite = finite.to("cpu", non_blocking=False) if finite.device != self.slots.device else finite
@@ -125,13 +145,28 @@ def attention_forward(
         return query.new_zeros(1, query.shape[2], heads, dim), None
     if is_causal is False or not getattr(module, "is_causal", True):
         raise RuntimeError(f"layer {layer} is not causal: a cache of past keys cannot serve it")
-    _store(context, layer, key[0], value[0])
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = sliding_window or None
+    if context.cache.native[layer]:
+        assert context.cache.kernels is not None
+        out = context.cache.kernels.attend(
+            context.for_kernel(),
+            query[0],
+            key[0],
+            value[0],
+            context.cache.keys[layer],
+            context.cache.values[layer],
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=None if s_aux is None else s_aux.to(torch.float32),
+        )
+        return out.unsqueeze(0), None
+    _store(context, layer, key[0], value[0])
     plain = not softcap and s_aux is None and key.shape[-1] == dim
     output = query.new_zeros(query.shape[2], heads, dim)
     for span in context.spans:
-        keys, values = context.cache.read(layer, span.runs, span.padded)
+        keys, values = context.cache.read(layer, context.runs(span), span.padded)
         rows = query[0, :, span.row : span.row + span.count]
         if plain:
             result = _fused(context, span, rows, keys, values, window, scale)

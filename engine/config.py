@@ -44,6 +44,9 @@ class ModelConfig(BaseModel):
     """`auto` takes a GPU when there is one; or `cpu`, `cuda`, `cuda:N`, or an accelerate device map (`balanced`, …)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: float32 on a CPU (a bfloat16 checkpoint widens exactly), the checkpoint's own on a GPU."""
+    quantization: Literal["int8"] | None = None
+    """`int8`: weights and inputs of linear layers are rounded to bytes at load, on a CPU. Less memory, and faster;
+    other replies than without, as reproducible. Needs a C compiler."""
     context_length: int | None = Field(default=None, ge=2)
     """Prompt and answer together, tokens. Default: what the checkpoint says, as far as the cache holds it."""
     cache_size: int | None = Field(default=None, gt=0)

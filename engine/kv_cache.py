@@ -2,8 +2,9 @@
 
 A slot is one token's place: block b holds slots `b·block_size … (b+1)·block_size − 1`. Keys and values are laid out
 `[heads, slots, dim]`, so that consecutive slots of one head are consecutive in memory and a run of consecutive blocks
-is read as a view. Everything is finite at all times (zeroed at birth, `write` takes only finite values): a masked slot
-then contributes an exact zero, whatever it holds.
+is read as a view; where the native attention kernel serves a layer, each block's keys lie transposed, `[dim, 16]`, and
+the kernel reads and writes them itself. Everything is finite at all times (zeroed at birth, only finite values are
+written): a masked slot then contributes an exact zero, whatever it holds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from engine.native import BLOCK_SIZE, Kernels
 
 SPAN = 512
 """Attention reads keys in spans of a multiple of this many slots.
@@ -69,14 +72,19 @@ class KVCache:
     Attributes:
         keys: per layer `[heads, slots + SPAN, key_dim]`.
         values: per layer `[heads, slots + SPAN, value_dim]`.
+        kernels: what serves the layers of which `native` is True; for the others there are `write` and `read`.
     """
 
-    def __init__(self, layers: Sequence[LayerShape], num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, layers: Sequence[LayerShape], num_blocks: int, block_size: int, kernels: Kernels | None = None
+    ) -> None:
         self.layers = tuple(layers)
         self.block_size = block_size
         self.num_blocks = num_blocks
         # A padded view may run past the last block by up to one span.
         slots = num_blocks * block_size + SPAN
+        self.kernels = kernels
+        self.native = tuple(kernels is not None and _is_native(s, block_size, kernels) for s in layers)
         self.keys = [_zeros((s.heads, slots, s.key_dim), s) for s in layers]
         self.values = [_zeros((s.heads, slots, s.value_dim), s) for s in layers]
 
@@ -100,6 +108,11 @@ class KVCache:
         One run is a view; several are gathered into a copy.
         """
         return _gather(self.keys[layer], runs, padded), _gather(self.values[layer], runs, padded)
+
+
+def _is_native(shape: LayerShape, block_size: int, kernels: Kernels) -> bool:
+    fits = shape.dtype == torch.float32 and shape.device.type == "cpu" and block_size == BLOCK_SIZE
+    return fits and kernels.can_attend(shape.key_dim, shape.value_dim)
 
 
 def _zeros(shape: tuple[int, int, int], layer: LayerShape) -> Tensor:

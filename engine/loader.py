@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from engine.dialect import find as find_dialect
 from engine.errors import LoadError, NotEnoughMemory, VerbatimError
 from engine.grammar import GrammarCompiler
 from engine.kv_cache import SPAN, KVCache, LayerShape
-from engine.linear import choose_kernel, give_back_memory, pack_model
+from engine.linear import Make, NativeLinear, choose_kernel, give_back_memory, is_sound, pack_model, share_inputs
 from engine.model_runner import FallbackRunner, PackedRunner, Runner
+from engine.native import Kernels, Unavailable
 from engine.scheduler import Scheduler
 from engine.selftest import SelfTest, self_test
 from engine.types import ModelInfo, SamplingParams
@@ -77,6 +79,10 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
         raise LoadError(f"{config.id}: the checkpoint is pre-quantised ({method}); this build loads unquantised ones.")
     device, device_map = _resolve_device(config)
     dtype = _resolve_dtype(config, found, device)
+    if config.quantization and (device.type != "cpu" or dtype != torch.float32):
+        raise LoadError(
+            f"{config.id}: quantization: {config.quantization} is for float32 on a CPU, not {dtype} on {device}."
+        )
     _check_memory(config, found, device, dtype)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -85,16 +91,18 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
         say(f"reading {human(found.stored_bytes)} of weights")
         tokenizer = _load_tokenizer(config, folder)
         model = _load_model(config, folder, dtype, device_map)
-        kernel = "torch"
+        kernel, native = "torch", None
         if device.type == "cpu" and dtype == torch.float32:
-            kernel = choose_kernel(model)
-            pack_model(model, _DTYPES.get(found.dtype, torch.float32), kernel, _packing_progress(say))
+            kernel, make, native = _choose_kernel(config, model)
+            pack_model(model, _DTYPES.get(found.dtype, torch.float32), make, _packing_progress(say))
+            if native is not None:
+                share_inputs(model)
         vocab_size = _vocab_size(model)
         say("self-test")
-        test = self_test(model, vocab_size, dtype)
+        test = self_test(model, vocab_size, dtype, kernels=native, rounded=config.quantization is not None)
         weights = digest.result()
     give_back_memory()
-    return _assemble(config, found, model, tokenizer, test, vocab_size, device, dtype, weights, kernel)
+    return _assemble(config, found, model, tokenizer, test, vocab_size, device, dtype, weights, kernel, native)
 
 
 def _assemble(
@@ -108,13 +116,14 @@ def _assemble(
     dtype: torch.dtype,
     weights: str,
     kernel: str,
+    native: Kernels | None,
 ) -> LoadedModel:
     context, blocks = _size_cache(config, model, test.layers, device)
     runner: Runner
     if test.layers is None:
         runner = FallbackRunner(model, vocab_size)
     else:
-        runner = PackedRunner(model, KVCache(test.layers, blocks, BLOCK_SIZE), vocab_size)
+        runner = PackedRunner(model, KVCache(test.layers, blocks, BLOCK_SIZE, native), vocab_size)
     packed = test.layers is not None
     scheduler = Scheduler(
         BlockPool(blocks, BLOCK_SIZE, caching=config.prefix_cache and packed),
@@ -207,6 +216,31 @@ def _resolve_dtype(config: ModelConfig, found: Checkpoint, device: torch.device)
     if config.dtype != "auto":
         return _DTYPES[config.dtype]
     return torch.float32 if device.type == "cpu" else _DTYPES.get(found.dtype, torch.float32)
+
+
+def _choose_kernel(config: ModelConfig, model: nn.Module) -> tuple[str, Make, Kernels | None]:
+    """Name and maker of the linear layers, and our own kernels if they are sound here."""
+    native, why = None, ""
+    try:
+        native = Kernels.load()
+    except Unavailable as error:
+        why = str(error)
+    if config.quantization:
+        if native is None:
+            raise LoadError(f"{config.id}: quantization: {config.quantization} needs compiled kernels: {why}.")
+        make: Make = partial(NativeLinear, native, config.quantization)
+        if not is_sound(make, 192, 80, tolerance=0.1):
+            raise LoadError(
+                f"{config.id}: quantization: {config.quantization} does not compute rightly on this machine."
+            )
+        return f"native {config.quantization}", make, native
+    if native is None:
+        log.warning("%s: no compiled kernels (%s): linear layers run in torch", config.id, why)
+    name, make = choose_kernel(model, native)
+    if native is not None and name != "native":
+        log.warning("%s: the compiled kernels do not compute rightly here: linear layers run in torch", config.id)
+        native = None
+    return name, make, native
 
 
 def _check_memory(config: ModelConfig, found: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:

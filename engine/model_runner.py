@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from engine.attention import CONTEXT_KEY, IMPLEMENTATION, ForwardContext, Span, attention_forward
 from engine.errors import LoadError
-from engine.kv_cache import KVCache, LayerShape, runs_of
+from engine.kv_cache import KVCache, LayerShape
 from engine.scheduler import Schedule
 
 
@@ -115,7 +115,7 @@ class PackedRunner:
         last_rows: list[int] = []
         for chunk in schedule.chunks:
             sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
-            spans.append(Span(len(tokens), chunk.count, start, runs_of(sequence.block_table, size, end)))
+            spans.append(Span(len(tokens), chunk.count, start, tuple(sequence.block_table[: -(-end // size)])))
             tokens += chunk.tokens
             positions += range(start, end)
             slots += [sequence.block_table[p // size] * size + p % size for p in range(start, end)]
@@ -125,6 +125,8 @@ class PackedRunner:
         logits = self._run(tokens, positions, last_rows, context)
         assert context.finite is not None
         finite = context.finite.cpu()
+        if context.plan is not None:  # noted by the kernel, after it was noted here
+            finite = finite & context.plan.finite
         return ForwardResult(logits, tuple(bool(finite[s.row : s.row + s.count].all()) for s in spans))
 
     def _run(self, tokens: list[int], positions: list[int], rows: list[int], context: ForwardContext) -> Tensor:

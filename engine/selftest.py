@@ -6,8 +6,10 @@ it finds decides which runner serves the model and what the server says of itsel
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +18,9 @@ from torch import Tensor, nn
 from engine.attention import CONTEXT_KEY, IMPLEMENTATION, ForwardContext, Span, attention_forward
 from engine.block_pool import BlockPool
 from engine.errors import LoadError
-from engine.kv_cache import SPAN, KVCache, LayerShape, Run
+from engine.kv_cache import SPAN, KVCache, LayerShape
 from engine.model_runner import PackedRunner, discover_layers, register_attention
+from engine.native import Kernels
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.types import LawReport, SamplingParams
@@ -27,6 +30,8 @@ _LENGTHS = (21, 9)
 _DECODED = 3
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Allowed difference to plain transformers, as a share of the largest logit."""
+_ROUNDED_TOLERANCE = 1e-1
+"""The same where inputs are rounded to bytes: the last bit of a sum decides to which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +42,13 @@ class SelfTest:
     report: LawReport
 
 
-def self_test(model: nn.Module, vocab_size: int, dtype: torch.dtype) -> SelfTest:
-    """Run the law. Leaves the model with our attention function if the packed runner can serve it, else its own."""
+def self_test(
+    model: nn.Module, vocab_size: int, dtype: torch.dtype, *, kernels: Kernels | None = None, rounded: bool = False
+) -> SelfTest:
+    """Run the law. Leaves the model with our attention function if the packed runner can serve it, else its own.
+
+    `kernels`: our own, for attention; `rounded`: the inputs of linear layers are rounded to bytes.
+    """
     register_attention()
     prompts = [_tokens(n, vocab_size) for n in _LENGTHS]
     own = getattr(model.config, "_attn_implementation", None) or "eager"
@@ -46,12 +56,15 @@ def self_test(model: nn.Module, vocab_size: int, dtype: torch.dtype) -> SelfTest
     try:
         model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
         layers = discover_layers(model)
-        alone = [_generate(model, layers, vocab_size, [p], 512)[0] for p in prompts]
+        generate = partial(_generate, model, layers, vocab_size, kernels)
+        alone = [generate([p], 512)[0] for p in prompts]
     except Exception as error:  # whatever an unknown architecture does when it is called in a way it does not expect
         return _fallback(model, own, f"{type(model).__name__}: {_first_line(error)}")
     scale = max(float(p.abs().max()) for p in plain)
     difference = max(float((a[0] - p).abs().max()) for a, p in zip(alone, plain, strict=True))
-    if not difference <= _TOLERANCE[dtype] * max(scale, 1e-6):  # also when it is NaN
+    if not difference <= (_ROUNDED_TOLERANCE if rounded else _TOLERANCE[dtype]) * max(
+        scale, 1e-6
+    ):  # also when it is NaN
         return _fallback(
             model,
             own,
@@ -59,10 +72,10 @@ def self_test(model: nn.Module, vocab_size: int, dtype: torch.dtype) -> SelfTest
             f"(largest logit {scale:.2g})",
         )
     checks = {
-        "packed": _equal(alone, _generate(model, layers, vocab_size, prompts, 512)),
-        "chunked": _equal(alone, _generate(model, layers, vocab_size, prompts, 5)),
-        "threads": _on_one_thread(alone, model, layers, vocab_size, prompts),
-        "key spans": all(_spans_agree(model, shape) for shape in dict.fromkeys(layers)),
+        "packed": _equal(alone, generate(prompts, 512)),
+        "chunked": _equal(alone, generate(prompts, 5)),
+        "threads": _on_one_thread(lambda: _equal(alone, generate(prompts, 512))),
+        "key spans": all(_spans_agree(model, shape, kernels) for shape in dict.fromkeys(layers)),
     }
     holds = all(checks.values())
     reason = (
@@ -99,11 +112,16 @@ def _plain(model: nn.Module, tokens: tuple[int, ...]) -> Tensor:
 
 
 def _generate(
-    model: nn.Module, layers: Seq[LayerShape], vocab_size: int, prompts: Seq[tuple[int, ...]], budget: int
+    model: nn.Module,
+    layers: Seq[LayerShape],
+    vocab_size: int,
+    kernels: Kernels | None,
+    prompts: Seq[tuple[int, ...]],
+    budget: int,
 ) -> list[list[Tensor]]:
     """Greedy decoding through the real scheduler: for each prompt, the logits of every generated token."""
     blocks = sum(-(-(len(p) + _DECODED) // _BLOCK) for p in prompts)
-    runner = PackedRunner(model, KVCache(layers, blocks, _BLOCK), vocab_size)
+    runner = PackedRunner(model, KVCache(layers, blocks, _BLOCK, kernels), vocab_size)
     scheduler = Scheduler(BlockPool(blocks, _BLOCK, caching=False), max_sequences=len(prompts), max_batch_tokens=budget)
     params = SamplingParams(max_tokens=_DECODED)
     sequences = [Sequence(str(i), 0, prompt, params, 0) for i, prompt in enumerate(prompts)]
@@ -127,15 +145,13 @@ def _equal(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
     return all(torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True))
 
 
-def _on_one_thread(
-    alone: list[list[Tensor]], model: nn.Module, layers: Seq[LayerShape], vocab_size: int, prompts: Seq[tuple[int, ...]]
-) -> bool:
+def _on_one_thread(test: Callable[[], bool]) -> bool:
     threads = torch.get_num_threads()
     if threads == 1:
         return True
     torch.set_num_threads(1)
     try:
-        return _equal(alone, _generate(model, layers, vocab_size, prompts, 512))
+        return test()
     finally:
         torch.set_num_threads(threads)
 
@@ -146,7 +162,7 @@ class _Layer:
 
 
 @torch.inference_mode()
-def _spans_agree(model: nn.Module, shape: LayerShape) -> bool:
+def _spans_agree(model: nn.Module, shape: LayerShape, kernels: Kernels | None) -> bool:
     """Attention alone, across two borders of the key span: rows in crowds of 1, 3, 33 and 200 have the same bits.
 
     The prompts above are too short to show it and longer ones would take too long.
@@ -167,11 +183,12 @@ def _spans_agree(model: nn.Module, shape: LayerShape) -> bool:
         rows(shape.heads, shape.key_dim, 2),
         rows(shape.heads, shape.value_dim, 3),
     )
-    cache = KVCache([shape], 1, length)
+    table = tuple(range(-(-length // _BLOCK)))
+    cache = KVCache([shape], len(table), _BLOCK, kernels)
 
     def attend(start: int, count: int) -> Tensor:
         slots = torch.arange(start, start + count)
-        span = Span(0, count, start, (Run(0, start + count),))
+        span = Span(0, count, start, table[: -(-(start + count) // _BLOCK)])
         context = ForwardContext((span,), slots, count, cache)
         part = slice(start, start + count)
         out, _ = attention_forward(

@@ -7,16 +7,34 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from engine.linear import KERNELS, PackedLinear, WideningEmbedding, _rows_are_independent, choose_kernel, pack_model
+from engine.linear import (
+    NativeLinear,
+    PackedLinear,
+    WideningEmbedding,
+    choose_kernel,
+    is_sound,
+    kernels_here,
+    pack_model,
+    share_inputs,
+)
+from engine.native import Kernels, Unavailable
+
+
+@pytest.fixture(scope="module")
+def native() -> Kernels | None:
+    try:
+        return Kernels.load()
+    except Unavailable:
+        return None
 
 
 @pytest.mark.parametrize(("k", "n"), [(64, 96), (1024, 512), (2048, 64), (96, 449)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_rows_are_independent(k: int, n: int, bias: bool) -> None:
+def test_rows_are_independent(native: Kernels | None, k: int, n: int, bias: bool) -> None:
     """With the kernel that is chosen on this machine, whichever it is."""
     generator = torch.Generator().manual_seed(k + n)
-    kernel = KERNELS[choose_kernel(nn.Sequential(nn.Linear(k, n)))]
-    layer = kernel(torch.randn(n, k, generator=generator), torch.randn(n, generator=generator) if bias else None)
+    _, make = choose_kernel(nn.Sequential(nn.Linear(k, n)), native)
+    layer = make(torch.randn(n, k, generator=generator), torch.randn(n, generator=generator) if bias else None)
     x = torch.randn(130, k, generator=generator)
     whole = layer(x)
     for count in (1, 2, 3, 5, 8, 16, 17, 31, 33, 64, 100, 129):
@@ -30,13 +48,17 @@ def test_rows_are_independent(k: int, n: int, bias: bool) -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_it_is_the_product(kernel: str) -> None:
+@pytest.mark.parametrize("kernel", ["native", "packed", "strict"])
+def test_it_is_the_product(native: Kernels | None, kernel: str) -> None:
+    here = kernels_here(native)
+    if kernel not in here:
+        pytest.skip("no compiled kernels on this machine")
     linear = nn.Linear(48, 33)
     x = torch.randn(2, 5, 48)
-    packed = KERNELS[kernel](linear.weight, linear.bias)
+    packed = here[kernel](linear.weight, linear.bias)
     torch.testing.assert_close(packed(x), linear(x))
-    assert torch.equal(packed.weight, linear.weight)
+    torch.testing.assert_close(packed.weight, linear.weight, rtol=0, atol=1e-7)
+    assert torch.equal(packed.bias, linear.bias)
 
 
 class _Tied(nn.Module):
@@ -86,4 +108,63 @@ def test_a_kernel_that_mixes_rows_is_not_chosen(monkeypatch: pytest.MonkeyPatch)
         return honest(self, x) * (1 + 1e-6 * (x.shape[0] % 3 == 1))
 
     monkeypatch.setattr(PackedLinear, "forward", mixing)
-    assert not _rows_are_independent("packed", 64, 96)
+    assert not is_sound(PackedLinear, 64, 96)
+
+
+def test_a_kernel_that_is_not_the_product_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a miscompiled one would be: wrong, and independent of its rows all the same."""
+    honest = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: honest(self, x) * 1.01)
+    assert not is_sound(PackedLinear, 64, 96)
+
+
+class _Block(nn.Module):
+    """q, k and v of one input; o of another; an input that is changed in place between two layers if `rude`."""
+
+    def __init__(self, rude: bool = False) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, n) for n in (16, 8, 8, 16))
+        self.embed = nn.Embedding(10, 16)
+        self.rude = rude
+
+    def forward(self, ids: torch.Tensor, use_cache: bool = False) -> _Block:
+        x = self.embed(ids)
+        q = self.q(x)
+        if self.rude:
+            x += 1
+        self.logits = self.o(q) + torch.cat([self.k(x), self.v(x)], -1)
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+
+@torch.inference_mode()
+def test_layers_with_one_input_are_computed_together(native: Kernels | None) -> None:
+    if native is None:
+        pytest.skip("no compiled kernels on this machine")
+    _, make = choose_kernel(nn.Linear(16, 16), native)
+    model = _Block()
+    pack_model(model, make=make)
+    ids = torch.tensor([[1, 2, 3], [3, 4, 5]])
+    alone = model(ids).logits
+    assert share_inputs(model) == 1
+    group = {layer.shared[0] for layer in (model.q, model.k, model.v)}
+    assert len(group) == 1
+    assert model.o.shared is None
+    assert torch.equal(model(ids).logits, alone)
+    assert torch.equal(model.k(torch.ones(2, 16)), model.k(torch.ones(2, 16))), "alone, and twice, as well"
+
+
+@torch.inference_mode()
+def test_an_input_that_changes_in_between_is_not_shared(native: Kernels | None) -> None:
+    if native is None:
+        pytest.skip("no compiled kernels on this machine")
+    _, make = choose_kernel(nn.Linear(16, 16), native)
+    model = _Block(rude=True)
+    pack_model(model, make=make)
+    ids = torch.tensor([[1, 2, 3]])
+    alone = model(ids).logits
+    assert share_inputs(model) == 0
+    assert torch.equal(model(ids).logits, alone)
+    assert all(layer.shared is None for layer in model.modules() if isinstance(layer, NativeLinear))

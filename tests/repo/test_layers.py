@@ -31,7 +31,7 @@ LAYERS = (
         "stop_strings",
         "standin",
     },
-    {"rng", "logits", "sampler", "kv_cache", "attention", "linear", "model_runner"},
+    {"rng", "logits", "sampler", "kv_cache", "attention", "native", "linear", "model_runner"},
     {"checkpoint", "fingerprint", "selftest", "loader", "preparation", "core"},
     {"async_engine", "registry", "llm", "turns"},
     {"__init__"},

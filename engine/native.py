@@ -1,0 +1,340 @@
+"""Kernels compiled for the machine at hand. Knows compilers, arrays and pointers; nothing of models or layers.
+
+`engine/kernels.c` is compiled once, by the C compiler that is there, and kept in the user's cache folder. Without a
+compiler, or on a processor without AVX2, there are no native kernels: `Kernels.load` says why and torch's own are used
+(engine/linear.py). What a kernel promises stands at the top of the C file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import mmap
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+_SOURCE: Final = Path(__file__).with_name("kernels.c")
+# Contraction off: where a product is fused with a sum is written down, not left to the compiler.
+_FLAGS: Final = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC")
+_TIMEOUT: Final = 120.0  # seconds for the compiler
+
+KINDS: Final = {"float32": 0, "bfloat16": 1, "int8": 2}
+"""How a packed weight is stored; the numbers of kernels.c."""
+
+
+BLOCK_SIZE: Final = 16
+"""Tokens in a block of the attention kernel's cache."""
+WIDEST_HEAD: Final = 256
+"""Dimensions of a head that it takes at most."""
+
+
+class Unavailable(Exception):
+    """There are no native kernels here; the message says why and what would help."""
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("columns", ctypes.c_long))
+
+
+class _Part(ctypes.Structure):
+    _fields_ = (
+        ("row", ctypes.c_long),
+        ("count", ctypes.c_long),
+        ("start", ctypes.c_long),
+        ("table", ctypes.c_void_p),
+        ("first_item", ctypes.c_long),
+    )
+
+
+class AttentionPlan:
+    """What the attention kernel must know of a step, made once for all layers.
+
+    Attributes:
+        finite: `[rows] bool`, False where a layer has met a key or a value that is not finite.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, int, int, Sequence[int]]], slots: Tensor) -> None:
+        """parts: for each sequence its first row, number of rows, first token and table of blocks (of 16 tokens).
+
+        slots: `[rows] int64`, where each row's key and value go.
+        """
+        self.slots = slots.contiguous()
+        self.finite = torch.ones(len(slots), dtype=torch.bool)
+        self.tables = torch.tensor([block for part in parts for block in part[3]], dtype=torch.int32)
+        address, records = self.tables.data_ptr(), []
+        for row, count, start, table in parts:
+            records.append(_Part(row, count, start, address, 0))
+            address += 4 * len(table)
+        self.parts = (_Part * len(records))(*records)
+
+
+class PackedWeight:
+    """A weight `[columns, depth]` in the kernels' layout, and its bias.
+
+    Attributes:
+        kind: `float32`, `bfloat16` (of which no number was rounded) or `int8`.
+    """
+
+    def __init__(self, data: Tensor, bias: Tensor | None, columns: int, depth: int, kind: str) -> None:
+        self.data, self.bias, self.columns, self.depth, self.kind = data, bias, columns, depth, kind
+
+
+class Kernels:
+    """The compiled library. Holds no state but its handle."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+        self._linear = _function(library.verbatim_linear, [pointer] * 4 + [long] * 3 + [integer] * 2, None)
+        self._pack = _function(library.verbatim_pack, [pointer, pointer, long, long, integer, integer], integer)
+        self._packed_bytes = _function(library.verbatim_packed_bytes, [long, long, integer], long)
+        self._scratch = _function(library.verbatim_scratch, [long, integer], long)
+        self._attention = _function(
+            library.verbatim_attention,
+            [pointer] * 3 + [long] * 6 + [pointer] * 7 + [long] * 8 + [ctypes.c_float] * 2 + [integer],
+            None,
+        )
+        self._lanes = _function(library.verbatim_lanes, [], integer)()
+        self.target = str(_function(library.verbatim_target, [], ctypes.c_char_p)().decode())
+        """The instructions that they use, for people."""
+
+    @classmethod
+    def load(cls, cache: Path | None = None, extra_flags: Sequence[str] = ()) -> Kernels:
+        """The kernels, compiled if need be (three seconds).
+
+        Args:
+            cache: the folder for compiled files; default `$XDG_CACHE_HOME/verbatim` or `~/.cache/verbatim`.
+
+        Raises:
+            Unavailable: no compiler, one that fails, or a processor that is not supported.
+        """
+        if platform.machine() not in ("x86_64", "AMD64"):
+            raise Unavailable(f"there are none for {platform.machine()} processors yet")
+        if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+            raise Unavailable("this processor lacks AVX2")
+        compiler = _find_compiler()
+        source = _SOURCE.read_bytes()
+        flags = (*_FLAGS, *extra_flags)
+        # -march=native means another thing on another processor, and a home may be shared by several machines.
+        parts = (source, _version(compiler).encode(), " ".join(flags).encode(), _processor())
+        name = f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
+        folder = _private_folder(cache or _default_cache())
+        if folder is None:
+            with tempfile.TemporaryDirectory(prefix="verbatim-") as temporary:
+                return cls(_open(_compile(compiler, flags, Path(temporary) / name)))
+        path = folder / name
+        if not path.exists():
+            _compile(compiler, flags, path)
+        return cls(_open(path))
+
+    def pack(self, weight: Tensor, bias: Tensor | None, kind: str = "exact") -> PackedWeight:
+        """`weight [columns, depth]` and `bias [columns]`, any float dtype → the kernels' layout.
+
+        `exact` keeps every number: as bfloat16 if that loses nothing, else as float32. `int8` rounds, see kernels.c.
+        """
+        weight = weight.detach().to(torch.float32).contiguous()
+        bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
+        columns, depth = weight.shape
+        for stored in ("bfloat16", "float32") if kind == "exact" else (kind,):
+            number = KINDS[stored]
+            data = _memory(self._packed_bytes(columns, depth, number))
+            lost = self._pack(weight.data_ptr(), data.data_ptr(), columns, depth, number, torch.get_num_threads())
+            if not lost:
+                return PackedWeight(data, bias, columns, depth, stored)
+        raise AssertionError("float32 holds every float32")
+
+    def can_attend(self, key_dim: int, value_dim: int) -> bool:
+        """Whether there is a kernel for heads of these dimensions."""
+        return key_dim <= WIDEST_HEAD and value_dim <= WIDEST_HEAD and value_dim % self._lanes == 0
+
+    def attend(
+        self,
+        plan: AttentionPlan,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Store a step's keys and values, then attend. All tensors float32.
+
+        Args:
+            query: `[heads, T, key_dim]`, key: `[kv_heads, T, key_dim]`, value: `[kv_heads, T, value_dim]`, the last
+                dimension dense. Rows beyond the plan's are padding: theirs is a result of zeros.
+            keys, values: the cache, `[kv_heads, slots, dim]`; each block of 16 keys is transposed, `[dim, 16]`.
+            window: tokens seen, the query's own included; softcap: bound of the scores; sinks: `[heads]`.
+
+        Returns:
+            `[T, heads, value_dim]`.
+        """
+        heads, total, key_dim = query.shape
+        kv_heads, _, value_dim = value.shape
+        rows = len(plan.slots)
+        query, key, value = (t if t.stride(2) == 1 else t.contiguous() for t in (query, key, value))
+        out = torch.empty(total, heads, value_dim)
+        out[rows:] = 0
+        self._attention(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            *query.stride()[:2],
+            *key.stride()[:2],
+            *value.stride()[:2],
+            out.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            plan.slots.data_ptr(),
+            plan.finite.data_ptr(),
+            None if sinks is None else sinks.data_ptr(),
+            ctypes.addressof(plan.parts),
+            rows,
+            heads,
+            kv_heads,
+            key_dim,
+            value_dim,
+            keys.shape[1],
+            len(plan.parts),
+            window or 0,
+            scale,
+            softcap or 0.0,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def group(self, weights: Sequence[PackedWeight]) -> Product:
+        """One product of an input with several weights of one kind and depth."""
+        return Product(self, weights)
+
+
+class Product:
+    """`x @ weight.T + bias` for several weights at once: the input is read, and for int8 rounded, once."""
+
+    def __init__(self, kernels: Kernels, weights: Sequence[PackedWeight]) -> None:
+        first = weights[0]
+        if any((w.kind, w.depth) != (first.kind, first.depth) for w in weights):
+            raise ValueError("weights of one product must have one kind and depth")
+        self.weights = tuple(weights)  # keeps the memory that the table points to
+        self.columns = tuple(w.columns for w in weights)
+        self._depth, self._kind = first.depth, KINDS[first.kind]
+        self._call = kernels._linear
+        self._scratch = kernels._scratch(self._depth, self._kind)
+        self._table = (_Matrix * len(weights))(
+            *(_Matrix(w.data.data_ptr(), None if w.bias is None else w.bias.data_ptr(), w.columns) for w in weights)
+        )
+        self._address = ctypes.addressof(self._table)
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """`x [rows, depth] float32` → for each weight `[rows, columns] float32`. Neighbouring rows never matter."""
+        rows, x = x.shape[0], x.contiguous()
+        size = rows * sum(self.columns)
+        # One allocation: results, then the kernel's scratch space.
+        out = torch.empty(size + -(-rows * self._scratch // 4), dtype=torch.float32)
+        start = out.data_ptr()
+        self._call(
+            x.data_ptr(),
+            start + 4 * size,
+            start,
+            self._address,
+            rows,
+            self._depth,
+            len(self.columns),
+            self._kind,
+            torch.get_num_threads(),
+        )
+        parts, at = [], 0
+        for columns in self.columns:
+            parts.append(out[at : at + rows * columns].view(rows, columns))
+            at += rows * columns
+        return parts
+
+
+def _function(function: ctypes._CFuncPtr, arguments: list[type], result: type | None) -> ctypes._CFuncPtr:  # type: ignore[name-defined]
+    function.argtypes, function.restype = arguments, result
+    return function
+
+
+def _memory(size: int) -> Tensor:
+    """`[size] uint8` of fresh memory in huge pages, where the system has them: weights are read from end to end."""
+    memory = mmap.mmap(-1, size)
+    with contextlib.suppress(OSError, AttributeError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _find_compiler() -> str:
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise Unavailable("no C compiler was found; install one (gcc or clang) for about twice the speed")
+
+
+def _version(compiler: str) -> str:
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{compiler} does not run: {error}") from error
+
+
+def _processor() -> bytes:
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n")
+    except OSError:
+        return platform.processor().encode()
+    return b"".join(next((line for line in lines if line.startswith(key)), b"") for key in (b"model name", b"flags"))
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "verbatim"
+
+
+def _private_folder(folder: Path) -> Path | None:
+    """The folder, made if need be; None if others could put a library there, or nobody can."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError:
+        return None
+    mine = status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    return folder if mine and os.access(folder, os.W_OK) else None
+
+
+def _compile(compiler: str, flags: Sequence[str], target: Path) -> Path:
+    """Compile beside the target and rename: whoever looks sees all of the file or none, however many start at once."""
+    handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        done = subprocess.run(
+            [compiler, *flags, "-o", str(partial), str(_SOURCE)], capture_output=True, text=True, timeout=_TIMEOUT
+        )
+        if done.returncode:
+            raise Unavailable(f"{compiler} cannot compile them: {(done.stderr.strip().splitlines() or ['?'])[0]}")
+        partial.replace(target)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{compiler} cannot compile them: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # also: torch's threads are not OpenMP's
+        raise Unavailable(f"they do not load: {error}") from error
