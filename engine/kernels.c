@@ -300,8 +300,9 @@ INLINE size_t int8_row(long depth) { return (size_t)quads_of(depth) * QUAD_BYTES
 #define START8(c) (starts + ((c) >> 1) * stride + ((c) & 1) * (COLUMNS * 4))
 #define DECLARE8_1(r, c) vi a##r##c = SUM_START(START8(c));
 #define DECLARE8(r, V) V(DECLARE8_1, r)
-/* With few rows memory is the limit, and the processor's own prefetching stops at the end of every page. */
-#define AHEAD8(r, c) if (((c) & 1) == 0) _mm_prefetch(AT8(c) + 1024, _MM_HINT_T0);
+/* With few rows memory is the limit, and what the processor fetches ahead by itself ends with the page. Two pages ahead was the
+ * best distance (a quarter faster than none). */
+#define AHEAD8(r, c) if (((c) & 1) == 0) _mm_prefetch(AT8(c) + 8192, _MM_HINT_T0);
 #define WORD8(r, c) vi w##c = QUADS(AT8(c));
 #define STEP8_1(r, c) a##r##c = DOT(s, w##c, a##r##c);
 #define STEP8(r, V) STEP8_##V(r)
@@ -585,12 +586,30 @@ INLINE vf exponential(vf x) {
 ATTENTION_TILE(1, R1) ATTENTION_TILE(2, R2) ATTENTION_TILE(3, R3)
 ATTENTION_TILE(4, R4) ATTENTION_TILE(5, R5) ATTENTION_TILE(6, R6)
 
+/* Sixteen numbers summed as a tree: i and i + 8, then i and i + 4, … */
 INLINE float tree(const float *p) {
-    float s[KEYS];
-    memcpy(s, p, sizeof s);
-    for (int half = KEYS / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) s[i] += s[i + half];
-    return s[0];
+#if LANES == 16
+    __m512 all = LOAD(p);
+    __m256 v = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+#else
+    __m256 v = _mm256_add_ps(LOAD(p), LOAD(p + 8));
+#endif
+    __m128 u = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    u = _mm_add_ps(u, _mm_movehl_ps(u, u));
+    return _mm_cvtss_f32(_mm_add_ss(u, _mm_shuffle_ps(u, u, 1)));
+}
+
+INLINE float largest_of(const float *p, float least) {
+#if LANES == 16
+    __m512 all = LOAD(p);
+    __m256 v = _mm256_max_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+#else
+    __m256 v = _mm256_max_ps(LOAD(p), LOAD(p + 8));
+#endif
+    __m128 u = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    u = _mm_max_ps(u, _mm_movehl_ps(u, u));
+    float found = _mm_cvtss_f32(_mm_max_ss(u, _mm_shuffle_ps(u, u, 1)));
+    return found > least ? found : least;
 }
 
 /* What is known of a tile's rows while keys pass by. */
@@ -638,7 +657,7 @@ static void attend_block(const Attention *a, Tile *t, const float *k, const floa
         if (seen < KEYS - 1 || hidden >= 0)
             for (long j = 0; j < KEYS; j++)
                 if (j > seen || j <= hidden) s[j] = -__builtin_inff();
-        for (int j = 0; j < KEYS; j++) most = s[j] > most ? s[j] : most;
+        most = largest_of(s, most);
         float change[LANES];
         STORE(change, exponential(SET(t->most[r] - most)));
         keep[r] = change[0];
@@ -891,6 +910,42 @@ void verbatim_attention(const float *query, const float *key, const float *value
                    slots, finite, sinks, parts, rows, heads, kv_heads, key_dim, value_dim, cache_slots, count, items, window,
                    scale, softcap, threads, 0};
     GOMP_parallel(attention_thread, &a, (unsigned)threads, 0);
+}
+
+typedef struct {
+    const float *x, *weight;
+    float *out;
+    long rows, dim;
+    float epsilon;
+    int threads;
+} Norm;
+
+static void norm_thread(void *data) {
+    const Norm *n = data;
+    long thread = n->threads > 1 ? omp_get_thread_num() : 0;
+    for (long row = n->rows * thread / n->threads; row < n->rows * (thread + 1) / n->threads; row++) {
+        const float *x = n->x + row * n->dim;
+        float *out = n->out + row * n->dim, partial[KEYS] = {0};
+        long whole = n->dim / KEYS * KEYS;
+        vf low = ZERO(), high = ZERO();
+        for (long i = 0; i < whole; i += KEYS) {
+            low = FMA(LOAD(x + i), LOAD(x + i), low);
+            if (LANES == 8) high = FMA(LOAD(x + i + KEYS / 2), LOAD(x + i + KEYS / 2), high);
+        }
+        STORE(partial, low);
+        if (LANES == 8) STORE(partial + KEYS / 2, high);
+        for (long i = whole; i < n->dim; i++) partial[i - whole] = __builtin_fmaf(x[i], x[i], partial[i - whole]);
+        float scale = 1.0f / __builtin_sqrtf(tree(partial) / (float)n->dim + n->epsilon);
+        for (long i = 0; i < n->dim; i++) out[i] = n->weight[i] * (x[i] * scale);
+    }
+}
+
+/* out = weight * x / sqrt(mean(x²) + epsilon), by row (Zhang and Sennrich, 2019). The squares are summed in 16 chains, and
+ * these as a tree. x and out [rows, dim], weight [dim]. */
+void verbatim_rms_norm(const float *x, const float *weight, float *out, long rows, long dim, float epsilon, int threads) {
+    Norm n = {x, weight, out, rows, dim, epsilon, rows > 1 && rows * dim > 1 << 15 ? threads : 1};
+    if (n.threads > 1) GOMP_parallel(norm_thread, &n, (unsigned)n.threads, 0);
+    else norm_thread(&n);
 }
 
 /* Value dimensions have to be a multiple of this. */

@@ -29,7 +29,16 @@ from engine.dialect import find as find_dialect
 from engine.errors import LoadError, NotEnoughMemory, VerbatimError
 from engine.grammar import GrammarCompiler
 from engine.kv_cache import SPAN, KVCache, LayerShape
-from engine.linear import Make, NativeLinear, choose_kernel, give_back_memory, is_sound, pack_model, share_inputs
+from engine.linear import (
+    Make,
+    NativeLinear,
+    choose_kernel,
+    give_back_memory,
+    is_sound,
+    pack_model,
+    replace_norms,
+    share_inputs,
+)
 from engine.model_runner import FallbackRunner, PackedRunner, Runner
 from engine.native import Kernels, Unavailable
 from engine.scheduler import Scheduler
@@ -96,6 +105,7 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
             kernel, make, native = _choose_kernel(config, model)
             pack_model(model, _DTYPES.get(found.dtype, torch.float32), make, _packing_progress(say))
             if native is not None:
+                replace_norms(model, native)
                 share_inputs(model)
         vocab_size = _vocab_size(model)
         say("self-test")
@@ -123,7 +133,9 @@ def _assemble(
     if test.layers is None:
         runner = FallbackRunner(model, vocab_size)
     else:
-        runner = PackedRunner(model, KVCache(test.layers, blocks, BLOCK_SIZE, native), vocab_size)
+        runner = PackedRunner(
+            model, KVCache(test.layers, blocks, BLOCK_SIZE, native), vocab_size, single_rows=test.single_rows
+        )
     packed = test.layers is not None
     scheduler = Scheduler(
         BlockPool(blocks, BLOCK_SIZE, caching=config.prefix_cache and packed),
@@ -168,6 +180,7 @@ def _assemble(
         law=test.report,
         default_sampling=_default_sampling(config, found.folder),
         weight_bytes=found.stored_bytes,
+        linear=kernel,
         reasoning=(reasoning.open, reasoning.close) if reasoning else None,
         tool_calls=dialect.describe(),
         tool_calls_source=dialect.source,

@@ -98,8 +98,10 @@ class _Model:
 class PackedRunner:
     """All sequences of a step in one pass over the block cache."""
 
-    def __init__(self, model: nn.Module, cache: KVCache, vocab_size: int) -> None:
+    def __init__(self, model: nn.Module, cache: KVCache, vocab_size: int, *, single_rows: bool = False) -> None:
+        """`single_rows`: a row that is computed alone has the bits that it has among others (the self-test knows)."""
         self._model = _Model(model)
+        self._fewest = 1 if single_rows else 2
         self.cache = cache
         self.vocab_size = vocab_size
 
@@ -130,10 +132,10 @@ class PackedRunner:
         return ForwardResult(logits, tuple(bool(finite[s.row : s.row + s.count].all()) for s in spans))
 
     def _run(self, tokens: list[int], positions: list[int], rows: list[int], context: ForwardContext) -> Tensor:
-        # No product is ever computed with one row: it may take another path than the same row among others.
-        padding = [0] * (len(tokens) == 1)
+        # A product with one row may take another path in a library than the same row among others.
+        padding = [0] * (self._fewest - len(tokens))
         device = self._model.device
-        kept = rows if len(rows) > 1 else [*rows, 0, 0][:2]
+        kept = rows + [0] * (self._fewest - len(rows))
         output = self._model(
             torch.tensor([tokens + padding], device=device),
             torch.tensor(kept, device=device),

@@ -103,6 +103,9 @@ class Kernels:
             [pointer] * 3 + [long] * 6 + [pointer] * 7 + [long] * 8 + [ctypes.c_float] * 2 + [integer],
             None,
         )
+        self._rms_norm = _function(
+            library.verbatim_rms_norm, [pointer] * 3 + [long] * 2 + [ctypes.c_float, integer], None
+        )
         self._lanes = _function(library.verbatim_lanes, [], integer)()
         self.target = str(_function(library.verbatim_target, [], ctypes.c_char_p)().decode())
         """The instructions that they use, for people."""
@@ -151,6 +154,16 @@ class Kernels:
             if not lost:
                 return PackedWeight(data, bias, columns, depth, stored)
         raise AssertionError("float32 holds every float32")
+
+    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """`weight · x / √(mean(x²) + epsilon)` over the last dimension. `x` float32, `weight [dim] float32`, dense."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        dim = weight.shape[0]
+        self._rms_norm(
+            x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // dim, dim, epsilon, torch.get_num_threads()
+        )
+        return out
 
     def can_attend(self, key_dim: int, value_dim: int) -> bool:
         """Whether there is a kernel for heads of these dimensions."""

@@ -36,10 +36,14 @@ _ROUNDED_TOLERANCE = 1e-1
 
 @dataclass(frozen=True, slots=True)
 class SelfTest:
-    """`layers` is None when the model needs the fallback runner; `report.reason` says why."""
+    """`layers` is None when the model needs the fallback runner; `report.reason` says why.
+
+    `single_rows`: a token that is computed alone needs no padding to keep its bits.
+    """
 
     layers: tuple[LayerShape, ...] | None
     report: LawReport
+    single_rows: bool = False
 
 
 def self_test(
@@ -84,7 +88,8 @@ def self_test(
         else f"bits differ: {', '.join(name for name, ok in checks.items() if not ok)} "
         f"({type(model).__name__}, {dtype}, {layers[0].device})".replace("torch.", "")
     )
-    return SelfTest(layers, LawReport(holds, reason, tuple(checks.items())))
+    single = holds and _equal(alone, [generate([p], 512, single_rows=True)[0] for p in prompts])
+    return SelfTest(layers, LawReport(holds, reason, tuple(checks.items())), single)
 
 
 def _fallback(model: nn.Module, own: str, reason: str) -> SelfTest:
@@ -118,10 +123,12 @@ def _generate(
     kernels: Kernels | None,
     prompts: Seq[tuple[int, ...]],
     budget: int,
+    *,
+    single_rows: bool = False,
 ) -> list[list[Tensor]]:
     """Greedy decoding through the real scheduler: for each prompt, the logits of every generated token."""
     blocks = sum(-(-(len(p) + _DECODED) // _BLOCK) for p in prompts)
-    runner = PackedRunner(model, KVCache(layers, blocks, _BLOCK, kernels), vocab_size)
+    runner = PackedRunner(model, KVCache(layers, blocks, _BLOCK, kernels), vocab_size, single_rows=single_rows)
     scheduler = Scheduler(BlockPool(blocks, _BLOCK, caching=False), max_sequences=len(prompts), max_batch_tokens=budget)
     params = SamplingParams(max_tokens=_DECODED)
     sequences = [Sequence(str(i), 0, prompt, params, 0) for i, prompt in enumerate(prompts)]

@@ -373,6 +373,8 @@ class ModelInfo:
     law: LawReport
     default_sampling: Mapping[str, Any]
     weight_bytes: int
+    linear: str = "torch"
+    """What computes the linear layers: `native` (compiled here), `native int8`, `packed`, `strict` or `torch`."""
     reasoning: tuple[str, str] | None = None
     """What stands before and after the model's thoughts; None if its template knows of none."""
     tool_calls: str = ""

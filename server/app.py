@@ -207,6 +207,7 @@ def model_object(status: ModelStatus) -> dict[str, Any]:
         "vocab_size": info.vocab_size,
         "device": info.device,
         "dtype": info.dtype,
+        "linear": info.linear,
         "runner": info.runner,
         "system_fingerprint": info.system_fingerprint,
         "reproducible": {"holds": info.law.holds, "reason": info.law.reason, "checks": dict(info.law.checks)},

@@ -100,7 +100,7 @@ def _findings(info: ModelInfo) -> Table:
     for key, value in (
         (info.id, ""),
         ("  architecture", f"{info.architecture}, {info.runner} runner"),
-        ("  device", f"{info.device}, {info.dtype}"),
+        ("  device", f"{info.device}, {info.dtype}, linear layers: {info.linear}"),
         ("  context", f"{info.context_length} tokens; the cache holds {info.cache_tokens}"),
         ("  sampling", defaults),
         ("  thoughts", " … ".join(info.reasoning) if info.reasoning else "none that its template knows of"),

@@ -15,6 +15,7 @@ from engine.linear import (
     is_sound,
     kernels_here,
     pack_model,
+    replace_norms,
     share_inputs,
 )
 from engine.native import Kernels, Unavailable
@@ -168,3 +169,29 @@ def test_an_input_that_changes_in_between_is_not_shared(native: Kernels | None) 
     assert share_inputs(model) == 0
     assert torch.equal(model(ids).logits, alone)
     assert all(layer.shared is None for layer in model.modules() if isinstance(layer, NativeLinear))
+
+
+class _Rms(nn.Module):
+    """As Llama's, or as Gemma's, which keeps the difference to one."""
+
+    def __init__(self, shift: float, power: int = 2) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(24), requires_grad=False)
+        self.eps, self.shift, self.power = 1e-5, shift, power
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(x.pow(self.power).abs().mean(-1, keepdim=True) + self.eps)
+        return (self.weight + self.shift) * (x * scale)
+
+
+@torch.inference_mode()
+def test_norms_are_known_by_what_they_compute(native: Kernels | None) -> None:
+    if native is None:
+        pytest.skip("no compiled kernels on this machine")
+    model = nn.Sequential(_Rms(0.0), _Rms(1.0), nn.LayerNorm(24), nn.LayerNorm(24, bias=False), _Rms(0.0, power=4))
+    x = torch.randn(2, 3, 24)
+    expected = [layer(x) for layer in model]
+    assert replace_norms(model, native) == 2
+    assert [type(layer).__name__ for layer in model] == ["NativeNorm", "NativeNorm", "LayerNorm", "LayerNorm", "_Rms"]
+    for layer, right in zip(model, expected, strict=True):
+        torch.testing.assert_close(layer(x), right, rtol=1e-5, atol=1e-6)

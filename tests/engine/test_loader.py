@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine import LLM, ConfigError, LoadError, ModelConfig, NotEnoughMemory, checkpoint
+from engine.llm import Completion
 from engine.loader import load
+from engine.native import Kernels, Product, Unavailable
 
 
 @pytest.fixture
@@ -121,7 +123,8 @@ def test_too_little_memory_says_how_much_is_needed_and_free(folder: Path, monkey
 def test_the_estimate_is_what_the_model_takes(folder: Path) -> None:
     found = checkpoint.inspect(folder, "m")
     model = LLM(folder)._model.runner._model.model  # type: ignore[attr-defined]
-    packed = sum(m.out_features * m.in_features * 4 for m in model.modules() if hasattr(m, "_packed"))
+    # Whatever they are stored as in the end: at the start all of them are there in float32.
+    packed = sum(m.out_features * m.in_features * 4 for m in model.modules() if hasattr(m, "out_features"))
     rest = sum(p.numel() * p.element_size() for p in model.parameters())
     assert found.tied
     assert found.dtype == "bfloat16"
@@ -189,3 +192,63 @@ def test_an_unknown_key_suggests_the_nearest() -> None:
 
 def test_gpu_free_paths_do_not_touch_cuda() -> None:
     assert not torch.cuda.is_initialized()
+
+
+# -- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _compiled() -> bool:
+    try:
+        Kernels.load()
+    except Unavailable:
+        return False
+    return True
+
+
+def test_int8_is_another_model_and_as_reproducible(folder: Path) -> None:
+    if not _compiled():
+        pytest.skip("no compiled kernels on this machine")
+    prompts = ["Hello", "one two three four", "x" * 200]
+    rounded, exact = LLM(folder, quantization="int8"), LLM(folder)
+    assert rounded.info.law.holds, rounded.info.law.reason
+    assert rounded.info.linear == "native int8"
+    assert rounded.info.system_fingerprint != exact.info.system_fingerprint
+    params = {"max_tokens": 12, "temperature": 1.0, "seed": 5, "logprobs": True}
+
+    def bits(replies: list[list[Completion]]) -> list[object]:
+        return [(choice.token_ids, choice.logprobs) for reply in replies for choice in reply]
+
+    together = bits(rounded.generate_many(prompts, **params))
+    assert bits([rounded.generate(prompt, **params) for prompt in prompts]) == together
+    assert together != bits(exact.generate_many(prompts, **params))
+
+
+def test_without_a_compiler_a_model_is_served_and_int8_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    loaded = load(ModelConfig(id="m", path=folder))
+    assert loaded.info.law.holds, loaded.info.law.reason
+    assert loaded.info.linear in ("packed", "strict")
+    assert "no C compiler was found" in caplog.text
+    with pytest.raises(LoadError, match=r"quantization: int8 needs compiled kernels: no C compiler was found"):
+        load(ModelConfig(id="m", path=folder, quantization="int8"))
+
+
+def test_kernels_that_compute_wrongly_are_not_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A compiler or a processor may be at fault; a reply must not be."""
+    if not _compiled():
+        pytest.skip("no compiled kernels on this machine")
+    honest = Product.__call__
+    monkeypatch.setattr(Product, "__call__", lambda self, x: [out * 1.01 for out in honest(self, x)])
+    loaded = load(ModelConfig(id="m", path=folder))
+    assert loaded.info.linear in ("packed", "strict")
+    assert "do not compute rightly here" in caplog.text
+
+
+def test_int8_is_for_float32_on_a_cpu(folder: Path) -> None:
+    with pytest.raises(LoadError, match=r"quantization: int8 is for float32 on a CPU, not torch\.bfloat16 on cpu"):
+        load(ModelConfig(id="m", path=folder, quantization="int8", dtype="bfloat16"))

@@ -184,6 +184,21 @@ def test_weights_of_one_product_are_of_one_kind(kernels: Kernels) -> None:
         kernels.group([kernels.pack(_random(4, 8), None), kernels.pack(_random(4, 9), None)])
 
 
+# -- norms -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [1, 8, 16, 128, 1000, 2048])
+def test_a_norm_is_one_and_its_rows_are_independent(kernels: Kernels, dim: int) -> None:
+    x, weight = _random(70, dim) * 3, _random(dim)
+    out = kernels.rms_norm(x, weight, 1e-6)
+    right = weight.double() * x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(out.double(), right, rtol=1e-6, atol=1e-7)
+    for rows in (slice(0, 1), slice(3, 20), slice(69, 70)):
+        assert torch.equal(kernels.rms_norm(x[rows], weight, 1e-6), out[rows])
+    x[5, 0] = math.nan
+    assert kernels.rms_norm(x, weight, 1e-6)[5].isnan().all()
+
+
 # -- attention -------------------------------------------------------------------------------------------------------
 
 
