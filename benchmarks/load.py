@@ -81,6 +81,8 @@ def parse(began: float, pieces: list[tuple[float, bytes]]) -> Answer:
             return Answer(began, ended, times, tokens, prompt_tokens, len(pieces), str(body["error"]))
         if usage := body.get("usage"):
             tokens, prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
+            # transformers' own server never sends [DONE]; its last chunk has the reason and the usage.
+            done = done or any(choice.get("finish_reason") for choice in body["choices"])
         delta = body["choices"][0]["delta"] if body["choices"] else {}
         if delta.get("content") or delta.get("reasoning_content"):
             times.append(pieces[bisect.bisect_left(ends, place)][0] - began)

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.common import ROOT, child_environment
 from benchmarks.load import Job
 
@@ -44,26 +46,41 @@ def serve(model: Path, *, meter: Path | None = None, **entry: Any) -> Iterator[S
         RuntimeError: it ended or was not ready in time; with its last words.
     """
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-        config, log_path = Path(scratch, "models.yaml"), Path(scratch, "log")
+        config = Path(scratch, "models.yaml")
         # JSON is YAML.
         config.write_text(json.dumps({"models": [{"id": MODEL, "path": str(model.resolve()), **entry}]}))
-        log = stack.enter_context(log_path.open("w"))
-        port = _free_port()
         plain = ["-c", "from server.cli import main; main()"]
         start = plain if meter is None else ["-m", "benchmarks.metered", str(meter)]
+        command = [sys.executable, *start, "serve", "--config", str(config), "--host", "127.0.0.1"]
+        yield stack.enter_context(run(command, "/health/ready"))
+
+
+@contextlib.contextmanager
+def run(command: list[str], ready: str, environment: dict[str, str] | None = None) -> Iterator[Served]:
+    """Start a server that takes `--port`, wait until the path `ready` answers 200, stop it by its own handle.
+
+    Raises:
+        RuntimeError: it ended or was not ready in time; with its last words.
+    """
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        log_path = Path(scratch, "log")
+        log = stack.enter_context(log_path.open("w"))
+        port = _free_port()
         process = subprocess.Popen(
-            [sys.executable, *start, "serve", "--config", str(config), "--host", "127.0.0.1", "--port", str(port)],
+            [*command, "--port", str(port)],
             cwd=ROOT,
-            env=child_environment(),
+            env=child_environment(**(environment or {})),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
         )
         try:
-            if not _becomes_ready(process, f"http://127.0.0.1:{port}/health/ready"):
-                raise RuntimeError(f"the server did not start:\n{log_path.read_text()[-2000:]}")
+            if not _becomes_ready(process, f"http://127.0.0.1:{port}{ready}"):
+                raise RuntimeError(f"{command[0]} did not start:\n{log_path.read_text()[-2000:]}")
             yield Served(f"http://127.0.0.1:{port}/v1", process.pid)
         finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                psutil.Process(process.pid).resume()  # a stopped process does not see that it is to end
             process.terminate()
             try:
                 process.wait(20)
