@@ -130,7 +130,7 @@ def contestants(stack: contextlib.ExitStack, settings: argparse.Namespace) -> li
     for label, entry in variants.items():
         server = stack.enter_context(
             served.serve(
-                settings.model, device="cpu", threads=settings.threads, max_sequences=8, context_length=4096, **entry
+                settings.model, device="cpu", threads=settings.threads, max_sequences=8, context_length=2048, **entry
             )
         )
         found.append(_asleep(Contestant(label, server.base_url, server.pid, served.MODEL)))
@@ -145,7 +145,7 @@ def contestants(stack: contextlib.ExitStack, settings: argparse.Namespace) -> li
             str(settings.threads),
         ]
         # Every slot has its own share of -c.
-        command += ["-np", "8", "-c", str(8 * 4096), "--jinja", "--no-webui", "--host", "127.0.0.1"]
+        command += ["-np", "8", "-c", str(8 * 2048), "--jinja", "--no-webui", "--host", "127.0.0.1"]
         found.append(_other(stack, f"llama.cpp {label}", command, "/health", "any"))
     name = str(settings.model.resolve())  # what both of these call a model
     if settings.transformers:
@@ -156,7 +156,7 @@ def contestants(stack: contextlib.ExitStack, settings: argparse.Namespace) -> li
         if importlib.util.find_spec("vllm") is None:
             raise SystemExit("--vllm: the package vllm is not installed here.")
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(settings.model.resolve())]
-        command += ["--dtype", "float32", "--max-num-seqs", "8", "--max-model-len", "4096", "--host", "127.0.0.1"]
+        command += ["--dtype", "float32", "--max-num-seqs", "8", "--max-model-len", "2048", "--host", "127.0.0.1"]
         found.append(_other(stack, "vllm", command, "/health", name, settings.threads))
     return found
 

@@ -2,6 +2,7 @@
 
     python benchmarks/report.py table            the newest run of every benchmark and model, as Markdown
     python benchmarks/report.py table --all      every run
+    python benchmarks/report.py readme           put the newest comparison into README.md
 
 Knows rows and columns; measures nothing.
 """
@@ -19,7 +20,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script: this folder holds an engine.py that must not hide the package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.common import RESULTS, Summary
+from benchmarks.common import RESULTS, ROOT, Summary
 
 
 @dataclass(slots=True)
@@ -146,12 +147,52 @@ def newest(reports: list[Report]) -> list[Report]:
     return list(kept.values())
 
 
+def readme_table(report: Report) -> str:
+    """A comparison of servers as README shows it: medians, a column a contestant."""
+    names = list(report.rows[0].values)
+    m = report.machine
+    where = (
+        f"{report.label}'s shape with random weights over HTTP, {m['cpu']}, {m['threads']} threads, {m['isa']}; torch "
+        f"{m['torch'].partition('+')[0]}, transformers {m['transformers']}; commit `{report.commit}`. Medians of "
+        f"{report.settings['repeat']} alternating rounds; the first two columns are this server."
+    )
+    lines = [where, "", "| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for row in report.rows:
+        unit = f", {row.unit}" if row.unit else ""
+        cells = [_number(row.values[name]["median"]) for name in names]
+        lines.append(f"| {row.name}{unit} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(readme: str, table: str) -> str:
+    """README's text with the part between its two marks replaced."""
+    begin, end = "<!-- benchmarks -->\n", "<!-- /benchmarks -->"
+    head, _, rest = readme.partition(begin)
+    _, mark, tail = rest.partition(end)
+    if not mark:
+        raise ValueError(f"README.md has no part between {begin.strip()} and {end}")
+    return head + begin + table + mark + tail
+
+
+def newest_comparison(folder: Path = RESULTS) -> Report | None:
+    """The latest comparison that was not made with toy settings."""
+    found = [r for r in map(read, sorted(folder.glob("*-compare-*.json"))) if not r.quick]
+    return max(found, key=lambda r: r.date, default=None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["table"])
+    parser.add_argument("command", choices=["table", "readme"])
     parser.add_argument("--dir", type=Path, default=RESULTS)
     parser.add_argument("--all", action="store_true", help="every run, not only the newest")
     arguments = parser.parse_args()
+    if arguments.command == "readme":
+        comparison = newest_comparison(arguments.dir)
+        if comparison is None:
+            raise SystemExit("There is no comparison yet: python benchmarks/compare.py")
+        path = ROOT / "README.md"
+        path.write_text(with_table(path.read_text(encoding="utf-8"), readme_table(comparison)), encoding="utf-8")
+        return
     reports = [r for r in map(read, sorted(arguments.dir.glob("*.json"))) if not r.quick]
     shown = sorted(reports if arguments.all else newest(reports), key=lambda r: (r.benchmark, r.label, r.date))
     print("\n".join(report.markdown() for report in shown) or "No results yet.")

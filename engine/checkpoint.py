@@ -29,6 +29,7 @@ class Checkpoint:
     """What the headers of a folder say.
 
     Attributes:
+        folder: or a GGUF file.
         parameters: number of floating-point values stored.
         stored_bytes: size of the tensors on disk.
         dtype: the most common floating-point type, as torch names it.
@@ -59,6 +60,8 @@ def locate(config: ModelConfig, *, pull: bool) -> Path:
         LoadError: it is not there; says where it was looked for and what to do.
     """
     if config.path is not None:
+        if config.path.suffix == ".gguf" and config.path.is_file():
+            return config.path
         if not config.path.is_dir():
             raise LoadError(f"{config.id}: the folder {config.path} does not exist.")
         return config.path
@@ -89,6 +92,8 @@ def inspect(folder: Path, name: str) -> Checkpoint:
     Raises:
         LoadError: a file is missing, broken or of a kind that is not loaded.
     """
+    if folder.is_file():
+        return _inspect_gguf(folder, name)
     config = read_json(folder / "config.json", name)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -114,6 +119,31 @@ def inspect(folder: Path, name: str) -> Checkpoint:
     common = max(counts, key=lambda k: counts[k], default="F32")
     newest = max(int(p.stat().st_mtime) for p in (folder / "config.json", *files))
     return Checkpoint(folder, config, sum(counts.values()), stored, _NAMES[common], embedding, not head, newest)
+
+
+def _inspect_gguf(file: Path, name: str) -> Checkpoint:
+    """llama.cpp's format: weights, configuration and tokenizer in one file; transformers widens the weights."""
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise LoadError(
+            f"{name}: {file.name} is a GGUF file, which needs the package gguf: pip install gguf."
+        ) from None
+    try:
+        tensors = GGUFReader(file).tensors
+    except Exception as error:  # the reader trusts what it reads: anything may come out of a damaged file
+        raise LoadError(f"{name}: {file.name} is not a readable GGUF file ({error}).") from None
+    sizes = {tensor.name: int(tensor.n_elements) for tensor in tensors}
+    return Checkpoint(
+        folder=file,
+        config={"gguf": sorted({tensor.tensor_type.name for tensor in tensors})},
+        parameters=sum(sizes.values()),
+        stored_bytes=sum(int(tensor.n_bytes) for tensor in tensors),
+        dtype="float32",
+        embedding_parameters=sizes.get("token_embd.weight", 0),
+        tied="output.weight" not in sizes,
+        created=int(file.stat().st_mtime),
+    )
 
 
 def _check_index(folder: Path, files: list[Path], name: str) -> None:

@@ -33,7 +33,7 @@ class ModelConfig(BaseModel):
     id: str = Field(min_length=1, max_length=256)
     """The name that requests use."""
     path: Path | None = None
-    """A folder with a checkpoint; relative to the file that names it."""
+    """A folder with a checkpoint, or a GGUF file; relative to the file that names it."""
     repo: str | None = None
     """A hub id, looked up in the local hub cache (and pulled only if the server was started with --pull)."""
     builtin: Literal["noise"] | None = None

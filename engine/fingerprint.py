@@ -26,8 +26,8 @@ _CHUNK = 1 << 22
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 over the contents of all safetensors files, in order of their names."""
-    files = sorted(folder.glob("*.safetensors"))
+    """SHA-256 over the contents of all safetensors files, in order of their names; or of a GGUF file."""
+    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
     with ThreadPoolExecutor(max_workers=min(4, len(files) or 1)) as pool:  # hashlib lets go of the interpreter lock
         digests = list(pool.map(_file_digest, files))
     return hashlib.sha256("".join(digests).encode()).hexdigest()

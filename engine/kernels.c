@@ -24,6 +24,7 @@
 extern void GOMP_parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags);
 extern void GOMP_barrier(void);
 extern int omp_get_thread_num(void);
+extern int omp_get_num_threads(void); /* may be fewer than were asked for: shares of the work are cut by this */
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -76,7 +77,7 @@ typedef struct {
     float *out;         /* one [rows, columns] after the other */
     const Matrix *matrices;
     long rows, depth, count, panels;
-    int kind, threads;
+    int kind;
 } Call;
 
 /* 7 rows are 4 and 3, not 6 and 1. */
@@ -219,11 +220,11 @@ INLINE void float_panels(int kind, const Call *call, const Matrix *m, float *out
 }
 
 /* Rows → tiles, so that what a tile needs at one k lies together. */
-static void interleave(const Call *call, long thread) {
+static void interleave(const Call *call, long thread, long threads) {
     long number = 0;
     for (long row = 0; row < call->rows; number++) {
         int rows = height(call->rows - row);
-        if (number % call->threads == thread) {
+        if (number % threads == thread) {
             const float *from = call->input + row * call->depth;
             float *to = (float *)call->tiles + row * call->depth;
             for (long k = 0; k < call->depth; k++)
@@ -441,11 +442,11 @@ static float quantise(const float *x, long live, int32_t *bytes) {
     return inverse > 0 ? largest / 127.0f + wrong : wrong;
 }
 
-static void quantise_rows(const Call *call, long thread) {
+static void quantise_rows(const Call *call, long thread, long threads) {
     long depth = call->depth, quads = quads_of(depth), number = 0;
     for (long row = 0; row < call->rows; number++) {
         int rows = height(call->rows - row);
-        if (number % call->threads == thread) {
+        if (number % threads == thread) {
             char *tile = call->tiles + row * int8_row(depth);
             float *scales = (float *)(tile + (size_t)quads * QUAD_BYTES * rows);
             for (int r = 0; r < rows; r++)
@@ -514,7 +515,6 @@ typedef struct {
     const Part *parts;
     long rows, heads, kv_heads, key_dim, value_dim, cache_slots, count, items, window;
     float scale, softcap;
-    int threads;
     long next;
 } Attention;
 
@@ -751,8 +751,8 @@ static void store_row(const Attention *a, long row) {
 
 static void attention_thread(void *data) {
     Attention *a = data;
-    long thread = omp_get_thread_num();
-    for (long row = a->rows * thread / a->threads; row < a->rows * (thread + 1) / a->threads; row++) store_row(a, row);
+    long thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    for (long row = a->rows * thread / threads; row < a->rows * (thread + 1) / threads; row++) store_row(a, row);
     GOMP_barrier();
     /* Items cost different amounts (later rows see more keys): whoever is free takes the next, the last rows first. */
     for (long next; (next = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < a->items;) {
@@ -771,11 +771,11 @@ INLINE size_t stride_of(int kind, long depth) { return kind == INT8 ? int8_strid
 
 static void linear_thread(void *data) {
     const Call *call = data;
-    long thread = omp_get_thread_num();
-    if (call->kind == INT8) quantise_rows(call, thread), GOMP_barrier();
-    else if (call->rows > 1) interleave(call, thread), GOMP_barrier();
+    long thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    if (call->kind == INT8) quantise_rows(call, thread, threads), GOMP_barrier();
+    else if (call->rows > 1) interleave(call, thread, threads), GOMP_barrier();
     /* All matrices' panels, one after the other, in equal shares. */
-    long begin = call->panels * thread / call->threads, end = call->panels * (thread + 1) / call->threads, first = 0;
+    long begin = call->panels * thread / threads, end = call->panels * (thread + 1) / threads, first = 0;
     float *out = call->out;
     for (long i = 0; i < call->count; i++) {
         const Matrix *m = call->matrices + i;
@@ -801,7 +801,7 @@ void verbatim_linear(const float *input, void *scratch, float *out, const Matrix
     long panels = 0;
     for (long i = 0; i < count; i++) panels += panels_of(matrices[i].columns, kind);
     int moved = kind == INT8 || rows > 1; /* one float row is a tile as it stands */
-    Call call = {input, moved ? scratch : (char *)input, out, matrices, rows, depth, count, panels, kind, threads};
+    Call call = {input, moved ? scratch : (char *)input, out, matrices, rows, depth, count, panels, kind};
     GOMP_parallel(linear_thread, &call, (unsigned)threads, 0);
 }
 
@@ -814,7 +814,7 @@ typedef struct {
     const float *weight; /* [columns, depth] */
     char *out;
     long columns, depth;
-    int kind, threads, lossy;
+    int kind, lossy;
 } Packing;
 
 /* A number's upper half, and whether the lower half held anything. */
@@ -870,9 +870,9 @@ static void pack_int8(const Packing *p, long panel) {
 
 static void pack_thread(void *data) {
     Packing *p = data;
-    long thread = omp_get_thread_num(), panels = panels_of(p->columns, p->kind);
+    long thread = omp_get_thread_num(), threads = omp_get_num_threads(), panels = panels_of(p->columns, p->kind);
     uint32_t lost = 0;
-    for (long panel = panels * thread / p->threads; panel < panels * (thread + 1) / p->threads && !lost; panel++)
+    for (long panel = panels * thread / threads; panel < panels * (thread + 1) / threads && !lost; panel++)
         if (p->kind == INT8) pack_int8(p, panel);
         else pack_float(p, panel, &lost);
     if (lost) __atomic_store_n(&p->lossy, 1, __ATOMIC_RELAXED);
@@ -880,7 +880,7 @@ static void pack_thread(void *data) {
 
 /* weight [columns, depth] → packed. Returns 1 if bfloat16 was asked for and would lose something (`out` is then useless). */
 int verbatim_pack(const float *weight, void *out, long columns, long depth, int kind, int threads) {
-    Packing p = {weight, out, columns, depth, kind, threads, 0};
+    Packing p = {weight, out, columns, depth, kind, 0};
     GOMP_parallel(pack_thread, &p, (unsigned)threads, 0);
     return p.lossy;
 }
@@ -908,7 +908,7 @@ void verbatim_attention(const float *query, const float *key, const float *value
     }
     Attention a = {query, key, value, query_head, query_row, key_head, key_row, value_head, value_row, out, keys, values,
                    slots, finite, sinks, parts, rows, heads, kv_heads, key_dim, value_dim, cache_slots, count, items, window,
-                   scale, softcap, threads, 0};
+                   scale, softcap, 0};
     GOMP_parallel(attention_thread, &a, (unsigned)threads, 0);
 }
 
@@ -917,13 +917,13 @@ typedef struct {
     float *out;
     long rows, dim;
     float epsilon;
-    int threads;
+    int parallel;
 } Norm;
 
 static void norm_thread(void *data) {
     const Norm *n = data;
-    long thread = n->threads > 1 ? omp_get_thread_num() : 0;
-    for (long row = n->rows * thread / n->threads; row < n->rows * (thread + 1) / n->threads; row++) {
+    long thread = n->parallel ? omp_get_thread_num() : 0, threads = n->parallel ? omp_get_num_threads() : 1;
+    for (long row = n->rows * thread / threads; row < n->rows * (thread + 1) / threads; row++) {
         const float *x = n->x + row * n->dim;
         float *out = n->out + row * n->dim, partial[KEYS] = {0};
         long whole = n->dim / KEYS * KEYS;
@@ -943,8 +943,8 @@ static void norm_thread(void *data) {
 /* out = weight * x / sqrt(mean(x²) + epsilon), by row (Zhang and Sennrich, 2019). The squares are summed in 16 chains, and
  * these as a tree. x and out [rows, dim], weight [dim]. */
 void verbatim_rms_norm(const float *x, const float *weight, float *out, long rows, long dim, float epsilon, int threads) {
-    Norm n = {x, weight, out, rows, dim, epsilon, rows > 1 && rows * dim > 1 << 15 ? threads : 1};
-    if (n.threads > 1) GOMP_parallel(norm_thread, &n, (unsigned)n.threads, 0);
+    Norm n = {x, weight, out, rows, dim, epsilon, rows > 1 && rows * dim > 1 << 15};
+    if (n.parallel) GOMP_parallel(norm_thread, &n, (unsigned)threads, 0);
     else norm_thread(&n);
 }
 

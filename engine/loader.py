@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import checkpoint, fingerprint
+from engine import checkpoint, fingerprint, quantized
 from engine.block_pool import BlockPool
 from engine.chat_template import ChatTemplate
 from engine.checkpoint import Checkpoint, human
@@ -83,16 +83,13 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
     checkpoint.prepare_environment(pull=pull)
     folder = checkpoint.locate(config, pull=pull)
     found = checkpoint.inspect(folder, config.id)
-    if "quantization_config" in found.config:
-        method = found.config["quantization_config"].get("quant_method", "unknown")
-        raise LoadError(f"{config.id}: the checkpoint is pre-quantised ({method}); this build loads unquantised ones.")
     device, device_map = _resolve_device(config)
     dtype = _resolve_dtype(config, found, device)
     if config.quantization and (device.type != "cpu" or dtype != torch.float32):
         raise LoadError(
             f"{config.id}: quantization: {config.quantization} is for float32 on a CPU, not {dtype} on {device}."
         )
-    _check_memory(config, found, device, dtype)
+    _check_memory(config, found, device, dtype, quantized.check(config, found, device_map, dtype))
     if config.threads:
         torch.set_num_threads(config.threads)
     with ThreadPoolExecutor(max_workers=1) as pool:  # hashing the files runs beside reading them
@@ -256,9 +253,13 @@ def _choose_kernel(config: ModelConfig, model: nn.Module) -> tuple[str, Make, Ke
     return name, make, native
 
 
-def _check_memory(config: ModelConfig, found: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+def _check_memory(
+    config: ModelConfig, found: Checkpoint, device: torch.device, dtype: torch.dtype, quantised: int | None
+) -> None:
     on_cpu = device.type == "cpu"
-    needed = found.float32_bytes() if on_cpu and dtype == torch.float32 else found.parameters * dtype.itemsize
+    needed = quantised
+    if needed is None:
+        needed = found.float32_bytes() if on_cpu and dtype == torch.float32 else found.parameters * dtype.itemsize
     free = (
         checkpoint.free_memory()
         if on_cpu
@@ -313,12 +314,19 @@ def _size_cache(
 # -- transformers ----------------------------------------------------------------------------------------------------
 
 
+def _place(folder: Path) -> dict[str, Any]:
+    """Where transformers is to look: a folder, or a GGUF file in one."""
+    if folder.is_file():
+        return {"pretrained_model_name_or_path": folder.parent, "gguf_file": folder.name}
+    return {"pretrained_model_name_or_path": folder}
+
+
 def _load_model(config: ModelConfig, folder: Path, dtype: torch.dtype, device_map: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
+            **_place(folder),
             dtype=dtype,
             device_map=device_map,
             use_safetensors=True,
@@ -344,7 +352,7 @@ def _load_tokenizer(config: ModelConfig, folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=config.trust_remote_code
+            **_place(folder), local_files_only=True, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:
         raise LoadError(f"{config.id}: cannot load the tokenizer of {folder}: {error}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import LLM, ConfigError, LoadError, ModelConfig, NotEnoughMemory, checkpoint
+from engine import LLM, ConfigError, LoadError, ModelConfig, NotEnoughMemory, checkpoint, loader
 from engine.llm import Completion
 from engine.loader import load
 from engine.native import Kernels, Product, Unavailable
+from tests import tiny_models
 
 
 @pytest.fixture
@@ -71,10 +74,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "config is not JSON": (lambda f: (f / "config.json").write_text("{"), r"cannot read .*config\.json"),
     "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], r"tokenizer"),
     "unknown architecture": (lambda f: _edit(f / "config.json", model_type="nope"), r"transformers cannot load"),
-    "pre-quantised": (
-        lambda f: _edit(f / "config.json", quantization_config={"quant_method": "gptq"}),
-        r"pre-quantised \(gptq\)",
-    ),
     "broken template": (
         lambda f: (f / "chat_template.jinja").write_text("{% if %}"),
         r"not valid Jinja: line 1",
@@ -252,3 +251,146 @@ def test_kernels_that_compute_wrongly_are_not_used(
 def test_int8_is_for_float32_on_a_cpu(folder: Path) -> None:
     with pytest.raises(LoadError, match=r"quantization: int8 is for float32 on a CPU, not torch\.bfloat16 on cpu"):
         load(ModelConfig(id="m", path=folder, quantization="int8", dtype="bfloat16"))
+
+
+# -- checkpoints that come quantised ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "package", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "optimum", r"quantised \(gptq\), .*pip install optimum"),
+        ({"quant_method": "awq", "bits": 4}, "gptqmodel", r"quantised \(awq\), .*pip install gptqmodel"),
+        (
+            {"quant_method": "compressed-tensors"},
+            "compressed_tensors",
+            r"quantised \(compressed-tensors\), .*compressed-tensors",
+        ),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "bitsandbytes",
+            r"quantised \(bitsandbytes\), .*pip install -U bitsandbytes",
+        ),
+        ({"quant_method": "nope"}, "", r"quantised \(nope\), and cannot be loaded here: .*nope"),
+        ({}, "", r"quantised \(unknown\)"),
+        ("text", "", r"quantised \(unknown\)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_is_missing_for_a_quantised_checkpoint_is_named_before_it_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, given: object, package: str, message: str
+) -> None:
+    if package and importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed here")
+    _edit(folder / "config.json", quantization_config=given)
+    monkeypatch.setattr(loader, "_load_model", None)
+    with pytest.raises(LoadError, match=message) as caught:
+        load(ModelConfig(id="m", path=folder))
+    assert "\n" not in caught.value.message
+
+
+def test_fp8_weights_are_widened_on_a_cpu_and_served(folder: Path) -> None:
+    """Fine-grained FP8: bytes, and a scale for each block. The law holds with what they become."""
+    tensors = load_file(folder / "model.safetensors")
+    widened = {}
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        weight = tensors[name].float()
+        scale = weight.abs().max() / 448
+        tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
+        widened[name] = tensors[name].float() * scale
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _edit(
+        folder / "config.json",
+        quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+    )
+    llm = LLM(folder)
+    assert llm.info.law.holds, llm.info.law.reason
+    model = llm._model.runner._model.model  # type: ignore[attr-defined]
+    name = "model.layers.0.mlp.up_proj"
+    torch.testing.assert_close(model.get_submodule(name).weight, widened[f"{name}.weight"], rtol=0.01, atol=1e-4)
+    assert llm.generate("Hello", max_tokens=4, seed=1)[0].usage.completion_tokens > 0
+
+
+_GGUF_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "post_attention_layernorm": "ffn_norm",
+    "input_layernorm": "attn_norm",
+    "model.layers": "blk",
+}
+
+
+def _write_gguf(folder: Path, file: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    writer = gguf.GGUFWriter(file, config["model_type"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    vocabulary = {**tokenizer["model"]["vocab"], **{t["content"]: t["id"] for t in tokenizer["added_tokens"]}}
+    special = {t["content"] for t in tokenizer["added_tokens"]}
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    tokens += [f"[PAD{i}]" for i in range(len(tokens), config["vocab_size"])]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 5 if token.startswith("[PAD") else 1 for token in tokens])
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]])
+    writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_chat_template((folder / "chat_template.jinja").read_text())
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        for theirs, short in _GGUF_NAMES.items():
+            name = name.replace(theirs, short)
+        writer.add_tensor(name, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_gives_the_bits_of_the_checkpoint_it_was_made_of(tmp_path: Path) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "model.gguf"
+    tiny_models.write(folder, "qwen3", head_dim=128)
+    _write_gguf(folder, file)
+    theirs, ours = LLM.from_config(ModelConfig(id="m", path=file)), LLM(folder)
+    assert theirs.info.law.holds, theirs.info.law.reason
+    assert theirs.info.system_fingerprint != ours.info.system_fingerprint
+    prompt, params = "Hello, how are you?", {"max_tokens": 12, "temperature": 0.0, "logprobs": True}
+    [one], [other] = theirs.generate(prompt, **params), ours.generate(prompt, **params)
+    assert one.token_ids == other.token_ids
+    assert [t.logprob for t in one.logprobs or ()] == [t.logprob for t in other.logprobs or ()]
+    file.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(LoadError, match=r"model\.gguf is not a readable GGUF file"):
+        load(ModelConfig(id="m", path=file))
+
+
+def test_a_gguf_file_that_transformers_misreads_is_not_served(folder: Path, tmp_path: Path) -> None:
+    """Its reader knows no head dimension of Qwen3: the shapes are not those of the model that it makes."""
+    file = tmp_path / "model.gguf"
+    _write_gguf(folder, file)
+    with pytest.raises(LoadError, match=r"transformers cannot load .*model\.gguf"):
+        load(ModelConfig(id="m", path=file))
+
+
+def test_a_gguf_file_without_its_package_is_refused_with_the_name_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(LoadError, match=r"needs the package gguf: pip install gguf"):
+        load(ModelConfig(id="m", path=tmp_path / "model.gguf"))

@@ -8,6 +8,8 @@ import math
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -414,3 +416,26 @@ def test_the_default_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_pat
     except Unavailable as error:
         pytest.skip(str(error))
     assert [p.name.split("-")[0] for p in (tmp_path / "verbatim").iterdir()] == ["kernels"]
+
+
+def test_fewer_threads_than_asked_for_lose_no_work(kernels: Kernels) -> None:
+    """OMP_THREAD_LIMIT, OMP_DYNAMIC or a container may grant less than torch believes to have."""
+    code = (
+        "import torch\n"
+        "from engine.native import AttentionPlan, Kernels\n"
+        "torch.set_num_threads(4)\n"
+        "k = Kernels.load()\n"
+        "w, x = torch.randn(300, 64), torch.randn(9, 64)\n"
+        "out = k.group([k.pack(w, None)])(x)[0]\n"
+        "assert torch.allclose(out, x @ w.T, atol=1e-4)\n"
+        "q, cache = torch.randn(2, 40, 16), torch.zeros(2, 64, 16)\n"
+        "plan = AttentionPlan([(0, 40, 0, [0, 1, 2])], torch.arange(40))\n"
+        "a = k.attend(plan, q, q, q, cache, cache.clone(), scale=0.3)\n"
+        "b = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True, scale=0.3)\n"
+        "assert torch.allclose(a.transpose(0, 1), b, atol=1e-4)\n"
+    )
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ import torch
 from benchmarks import overheads, server
 from benchmarks.common import ROOT, alternate, fixed_prompt, ratios, summary
 from benchmarks.load import parse
-from benchmarks.report import newest, read
+from benchmarks.report import newest, newest_comparison, read, readme_table, with_table
 from engine import ensure_standin
 
 
@@ -57,6 +57,8 @@ def threads() -> Iterator[None]:
             "decode, repeating text",
         ),
         ("soak-kill", ["benchmarks/soak.py", "kill"], "settled rows"),
+        ("quality", ["benchmarks/quality.py", "--threads", "1"], "KL divergence from float32"),
+        ("compare", ["benchmarks/compare.py", "--model", "STAND-IN", "--threads", "1"], "decode, 8 streams"),
     ],
 )
 def test_runners_as_scripts(tmp_path: Path, name: str, command: list[str], row: str) -> None:
@@ -201,3 +203,13 @@ def test_client_stamps_events_by_their_last_byte() -> None:
     assert parse(0.5, pieces[:3]).error == "the stream ended without [DONE]"
     refused = parse(0.0, [(1.0, b"HTTP/1.1 503 Service Unavailable\r\n\r\n{}")])
     assert "503" in refused.error
+
+
+def test_the_readme_shows_the_newest_comparison() -> None:
+    """`python benchmarks/report.py readme` puts it there."""
+    comparison = newest_comparison()
+    assert comparison is not None
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_table(text, readme_table(comparison)) == text
+    with pytest.raises(ValueError, match="has no part between"):
+        with_table("no marks", "")

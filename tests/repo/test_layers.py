@@ -32,7 +32,7 @@ LAYERS = (
         "standin",
     },
     {"rng", "logits", "sampler", "kv_cache", "attention", "native", "linear", "model_runner"},
-    {"checkpoint", "fingerprint", "selftest", "loader", "preparation", "core"},
+    {"checkpoint", "fingerprint", "quantized", "selftest", "loader", "preparation", "core"},
     {"async_engine", "registry", "llm", "turns"},
     {"__init__"},
 )
