@@ -193,10 +193,8 @@ def tell(report: Report, all_of_them: list[Contestant], settings: argparse.Names
                 raise RuntimeError(
                     f"{other.name}, {key}: {counts} prompt and answer tokens, {ours.name} {ours.counts[key]}"
                 )
-    lengths = {
-        "prompt": f", {settings.long} tokens, about",
-        "time to first token, short prompt": f" (about {settings.short})",
-    }
+    long, short = ours.counts["cold", 1][0], ours.counts["one", 1][0]
+    lengths = {"prompt": f" of {long:,} tokens", "time to first token, short prompt": f" ({short} tokens)"}
     for case, (unit, less) in _CASES.items():
         values = {c.name: summary(c.found[case]) for c in all_of_them}
         note = "; ".join(
@@ -225,8 +223,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vllm", action="store_true", help="`vllm serve`, too")
     parser.add_argument("--threads", type=int, default=machine.usable_cores())
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--short", type=int, default=64, help="tokens of a short prompt, about")
-    parser.add_argument("--long", type=int, default=1024, help="tokens of the long prompt, about")
+    parser.add_argument("--short", type=int, default=64, help="size of a short prompt; the report counts its tokens")
+    parser.add_argument("--long", type=int, default=1024, help="size of the long prompt; the report counts its tokens")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
     parser.add_argument("--out", type=Path, help="folder for the JSON; default benchmarks/results")
     parser.add_argument("--quick", action="store_true", help="toy settings; writes nothing unless --out is given")

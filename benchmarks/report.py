@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,11 +153,16 @@ def readme_table(report: Report) -> str:
     names = list(report.rows[0].values)
     m = report.machine
     where = (
-        f"{report.label}'s shape with random weights over HTTP, {m['cpu']}, {m['threads']} threads, {m['isa']}; torch "
-        f"{m['torch'].partition('+')[0]}, transformers {m['transformers']}; commit `{report.commit}`. Medians of "
-        f"{report.settings['repeat']} alternating rounds; the first two columns are this server."
+        f"{report.label}'s shape, random weights, over HTTP; {m['cpu']}, {m['threads']} threads, {m['isa']}; torch "
+        f"{m['torch'].partition('+')[0]}, commit `{report.commit}`. "
+        f"Medians of {report.settings['repeat']} rounds in turn."
     )
-    lines = [where, "", "| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    lines = [
+        textwrap.fill(where, 118, break_on_hyphens=False),
+        "",
+        "| | " + " | ".join(names) + " |",
+        "|---|" + "---|" * len(names),
+    ]
     for row in report.rows:
         unit = f", {row.unit}" if row.unit else ""
         cells = [_number(row.values[name]["median"]) for name in names]
