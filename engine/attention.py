@@ -159,7 +159,7 @@ def attention_forward(
             scale=scale,
             window=window,
             softcap=softcap,
-            sinks=None if s_aux is None else s_aux.to(torch.float32),
+            sinks=None if s_aux is None else s_aux.to(torch.float32).contiguous(),
         )
         return out.unsqueeze(0), None
     _store(context, layer, key[0], value[0])

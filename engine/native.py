@@ -157,9 +157,9 @@ class Kernels:
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """`weight · x / √(mean(x²) + epsilon)` over the last dimension. `x` float32, `weight [dim] float32`, dense."""
-        x = x.contiguous()
-        out = torch.empty_like(x)
         dim = weight.shape[0]
+        x = _checked(x, dim)
+        out = torch.empty_like(x)
         self._rms_norm(
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // dim, dim, epsilon, torch.get_num_threads()
         )
@@ -197,6 +197,8 @@ class Kernels:
         heads, total, key_dim = query.shape
         kv_heads, _, value_dim = value.shape
         rows = len(plan.slots)
+        if {t.dtype for t in (query, key, value)} != {torch.float32}:
+            raise TypeError(f"the kernels take float32, not {query.dtype}, {key.dtype} and {value.dtype}")
         query, key, value = (t if t.stride(2) == 1 else t.contiguous() for t in (query, key, value))
         out = torch.empty(total, heads, value_dim)
         out[rows:] = 0
@@ -252,7 +254,7 @@ class Product:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """`x [rows, depth] float32` → for each weight `[rows, columns] float32`. Neighbouring rows never matter."""
-        rows, x = x.shape[0], x.contiguous()
+        rows, x = x.shape[0], _checked(x, self._depth)
         size = rows * sum(self.columns)
         # One allocation: results, then the kernel's scratch space.
         out = torch.empty(size + -(-rows * self._scratch // 4), dtype=torch.float32)
@@ -273,6 +275,13 @@ class Product:
             parts.append(out[at : at + rows * columns].view(rows, columns))
             at += rows * columns
         return parts
+
+
+def _checked(x: Tensor, last: int) -> Tensor:
+    """Dense, or an error: behind a pointer there is nobody who would notice."""
+    if x.dtype != torch.float32 or x.shape[-1] != last or x.device.type != "cpu":
+        raise TypeError(f"the kernels take float32 [..., {last}] on a CPU, not {x.dtype} {list(x.shape)} on {x.device}")
+    return x.contiguous()
 
 
 def _function(function: ctypes._CFuncPtr, arguments: list[type], result: type | None) -> ctypes._CFuncPtr:  # type: ignore[name-defined]

@@ -186,6 +186,14 @@ def test_weights_of_one_product_are_of_one_kind(kernels: Kernels) -> None:
         kernels.group([kernels.pack(_random(4, 8), None), kernels.pack(_random(4, 9), None)])
 
 
+@pytest.mark.parametrize("x", [torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(2, 16), torch.ones(4, 4)])
+def test_what_a_pointer_would_hide_is_an_error(kernels: Kernels, x: Tensor) -> None:
+    with pytest.raises(TypeError, match=r"the kernels take float32 \[\.\.\., 8\] on a CPU, not torch\."):
+        _product(kernels, x, _random(4, 8), None)
+    with pytest.raises(TypeError, match="the kernels take float32"):
+        kernels.rms_norm(x, torch.ones(8), 1e-6)
+
+
 # -- norms -----------------------------------------------------------------------------------------------------------
 
 
