@@ -99,7 +99,7 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
         model = _load_model(config, folder, dtype, device_map)
         kernel, native = "torch", None
         if device.type == "cpu" and dtype == torch.float32:
-            kernel, make, native = _choose_kernel(config, model)
+            kernel, make, native = _choose_kernel(config, model, say)
             pack_model(model, _DTYPES.get(found.dtype, torch.float32), make, _packing_progress(say))
             if native is not None:
                 replace_norms(model, native)
@@ -228,11 +228,11 @@ def _resolve_dtype(config: ModelConfig, found: Checkpoint, device: torch.device)
     return torch.float32 if device.type == "cpu" else _DTYPES.get(found.dtype, torch.float32)
 
 
-def _choose_kernel(config: ModelConfig, model: nn.Module) -> tuple[str, Make, Kernels | None]:
+def _choose_kernel(config: ModelConfig, model: nn.Module, say: Progress) -> tuple[str, Make, Kernels | None]:
     """Name and maker of the linear layers, and our own kernels if they are sound here."""
     native, why = None, ""
     try:
-        native = Kernels.load()
+        native = Kernels.load(progress=say)
     except Unavailable as error:
         why = str(error)
     if config.quantization:

@@ -16,7 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -111,11 +111,17 @@ class Kernels:
         """The instructions that they use, for people."""
 
     @classmethod
-    def load(cls, cache: Path | None = None, extra_flags: Sequence[str] = ()) -> Kernels:
-        """The kernels, compiled if need be (three seconds).
+    def load(
+        cls,
+        cache: Path | None = None,
+        extra_flags: Sequence[str] = (),
+        progress: Callable[[str], None] | None = None,
+    ) -> Kernels:
+        """The kernels, compiled if need be (four seconds).
 
         Args:
             cache: the folder for compiled files; default `$XDG_CACHE_HOME/verbatim` or `~/.cache/verbatim`.
+            progress: told when they have to be compiled.
 
         Raises:
             Unavailable: no compiler, one that fails, or a processor that is not supported.
@@ -131,6 +137,8 @@ class Kernels:
         parts = (source, _version(compiler).encode(), " ".join(flags).encode(), _processor())
         name = f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
         folder = _private_folder(cache or _default_cache())
+        if progress and (folder is None or not (folder / name).exists()):
+            progress("compiling kernels for this processor")
         if folder is None:
             with tempfile.TemporaryDirectory(prefix="verbatim-") as temporary:
                 return cls(_open(_compile(compiler, flags, Path(temporary) / name)))

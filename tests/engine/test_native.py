@@ -354,13 +354,15 @@ def test_a_query_that_is_not_finite_stays_so(kernels: Kernels) -> None:
 
 
 def test_they_are_compiled_once(kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tmp_path / "cache"
-    Kernels.load(cache)
+    cache, told = tmp_path / "cache", list[str]()
+    Kernels.load(cache, progress=told.append)
+    assert told == ["compiling kernels for this processor"]
     (built,) = cache.iterdir()
     assert stat.S_IMODE(cache.stat().st_mode) & 0o022 == 0
     monkeypatch.setattr(native, "_compile", None)
-    assert Kernels.load(cache).target == kernels.target
+    assert Kernels.load(cache, progress=told.append).target == kernels.target
     assert list(cache.iterdir()) == [built]
+    assert len(told) == 1
 
 
 def test_without_a_compiler_the_reason_and_the_way_out_are_told(
