@@ -43,11 +43,23 @@ class Span:
         return -(-(self.start + self.count) // SPAN) * SPAN
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionSettings:
+    """How a layer attends: see `attention_forward`."""
+
+    heads: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    causal: bool
+
+
 @dataclass(slots=True)
 class ForwardContext:
     """What the attention function must know about a step.
 
-    `cache` None means: record each layer's shape and attend to nothing (see `discover_layers`).
+    `cache` None means: record each layer's shape and settings and attend to nothing (see `discover_layers`).
     Rows behind `num_rows` are padding; they belong to nobody.
     """
 
@@ -57,6 +69,7 @@ class ForwardContext:
     num_rows: int
     cache: KVCache | None = None
     layers: dict[int, LayerShape] = field(default_factory=dict)
+    settings: dict[int, AttentionSettings] = field(default_factory=dict)
     finite: Tensor | None = None
     """`[num_rows] bool`, after the step: False where a key or value was not finite."""
     plan: AttentionPlan | None = None
@@ -140,13 +153,15 @@ def attention_forward(
     context: ForwardContext = kwargs[CONTEXT_KEY]
     layer: int = module.layer_idx
     heads, kv_heads, dim = query.shape[1], key.shape[1], value.shape[-1]
-    if context.cache is None:
-        context.layers[layer] = LayerShape(kv_heads, key.shape[-1], dim, key.dtype, key.device)
-        return query.new_zeros(1, query.shape[2], heads, dim), None
-    if is_causal is False or not getattr(module, "is_causal", True):
-        raise RuntimeError(f"layer {layer} is not causal: a cache of past keys cannot serve it")
+    causal = is_causal is not False and getattr(module, "is_causal", True)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = sliding_window or None
+    if context.cache is None:
+        context.layers[layer] = LayerShape(kv_heads, key.shape[-1], dim, key.dtype, key.device)
+        context.settings[layer] = AttentionSettings(heads, scale, window, softcap, s_aux, causal)
+        return query.new_zeros(1, query.shape[2], heads, dim), None
+    if not causal:
+        raise RuntimeError(f"layer {layer} is not causal: a cache of past keys cannot serve it")
     if context.cache.native[layer]:
         assert context.cache.kernels is not None
         out = context.cache.kernels.attend(

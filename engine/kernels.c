@@ -7,6 +7,7 @@
  *   linear, float32    y = (chain over k = 0 … 1023) + (chain over the next 1024) + … + bias
  *                      chain: s = fma(x[k], w[k], s), beginning at 0
  *   linear, int8       y = chain over groups g of 128: s = fma(float(sum of products of bytes), x_scale[g] * w_scale[g], s)
+ *   layer              the functions here, one after the other: the bits of each called by itself
  *
  * Vectors run over the columns of the result, never along k: there is nothing to reduce at the end, and wider vectors give
  * the same bits. (oneDNN's packed float32 product has the same chain on AVX2, and so the same bits: a test compares them.)
@@ -37,6 +38,11 @@ typedef __m512 vf;
 #define SET(x) _mm512_set1_ps(x)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define ADD(a, b) _mm512_add_ps(a, b)
+#define SUB(a, b) _mm512_sub_ps(a, b)
+#define MUL(a, b) _mm512_mul_ps(a, b)
+#define DIV(a, b) _mm512_div_ps(a, b)
+#define NEGATIVE(a, yes, no) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, ZERO(), _CMP_LT_OQ), no, yes)
+#define MINUS_ABS(a) _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(a), _mm512_set1_epi32((int)0x80000000)))
 #define LOW_HALF(p) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))
 #define HIGH_HALF(p) _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int)0xffff0000)))
 #else
@@ -48,6 +54,11 @@ typedef __m256 vf;
 #define SET(x) _mm256_set1_ps(x)
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define ADD(a, b) _mm256_add_ps(a, b)
+#define SUB(a, b) _mm256_sub_ps(a, b)
+#define MUL(a, b) _mm256_mul_ps(a, b)
+#define DIV(a, b) _mm256_div_ps(a, b)
+#define NEGATIVE(a, yes, no) _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, ZERO(), _CMP_LT_OQ))
+#define MINUS_ABS(a) _mm256_or_ps(a, SET(-0.0f))
 #define LOADI(p) _mm256_loadu_si256((const __m256i *)(p))
 #define LOW_HALF(p) _mm256_castsi256_ps(_mm256_slli_epi32(LOADI(p), 16))
 #define HIGH_HALF(p) _mm256_castsi256_ps(_mm256_and_si256(LOADI(p), _mm256_set1_epi32((int)0xffff0000)))
@@ -221,15 +232,13 @@ INLINE void float_panels(int kind, const Call *call, const Matrix *m, float *out
 
 /* Rows → tiles, so that what a tile needs at one k lies together. */
 static void interleave(const Call *call, long thread, long threads) {
-    long number = 0;
-    for (long row = 0; row < call->rows; number++) {
+    long begin = call->depth * thread / threads, end = call->depth * (thread + 1) / threads;
+    for (long row = 0; row < call->rows;) {
         int rows = height(call->rows - row);
-        if (number % threads == thread) {
-            const float *from = call->input + row * call->depth;
-            float *to = (float *)call->tiles + row * call->depth;
-            for (long k = 0; k < call->depth; k++)
-                for (int r = 0; r < rows; r++) to[k * rows + r] = from[r * call->depth + k];
-        }
+        const float *from = call->input + row * call->depth;
+        float *to = (float *)call->tiles + row * call->depth;
+        for (long k = begin; k < end; k++)
+            for (int r = 0; r < rows; r++) to[k * rows + r] = from[r * call->depth + k];
         row += rows;
     }
 }
@@ -443,30 +452,28 @@ static float quantise(const float *x, long live, int32_t *bytes) {
 }
 
 static void quantise_rows(const Call *call, long thread, long threads) {
-    long depth = call->depth, quads = quads_of(depth), number = 0;
-    for (long row = 0; row < call->rows; number++) {
+    long depth = call->depth, quads = quads_of(depth), groups = groups_of(depth);
+    long begin = groups * thread / threads, end = groups * (thread + 1) / threads;
+    for (long row = 0; row < call->rows;) {
         int rows = height(call->rows - row);
-        if (number % threads == thread) {
-            char *tile = call->tiles + row * int8_row(depth);
-            float *scales = (float *)(tile + (size_t)quads * QUAD_BYTES * rows);
-            for (int r = 0; r < rows; r++)
-                for (long g = 0; g * GROUP < depth; g++) {
-                    int32_t bytes[GROUP];
-                    long live = depth - g * GROUP < GROUP ? depth - g * GROUP : GROUP;
-                    scales[g * rows + r] = quantise(call->input + (row + r) * depth + g * GROUP, live, bytes);
-                    for (long q = 0; q < (live + 3) / 4; q++) {
-                        char *to = tile + ((g * GROUP_QUADS + q) * rows + r) * QUAD_BYTES;
+        char *tile = call->tiles + row * int8_row(depth);
+        float *scales = (float *)(tile + (size_t)quads * QUAD_BYTES * rows);
+        for (int r = 0; r < rows; r++)
+            for (long g = begin; g < end; g++) {
+                int32_t bytes[GROUP];
+                long live = depth - g * GROUP < GROUP ? depth - g * GROUP : GROUP;
+                scales[g * rows + r] = quantise(call->input + (row + r) * depth + g * GROUP, live, bytes);
+                for (long q = 0; q < (live + 3) / 4; q++) {
+                    char *to = tile + ((g * GROUP_QUADS + q) * rows + r) * QUAD_BYTES;
+                    __m128i quad = _mm_loadu_si128((const __m128i *)(bytes + 4 * q));
 #if VNNI
-                        uint8_t quad[4];
-                        for (int i = 0; i < 4; i++) quad[i] = (uint8_t)(bytes[4 * q + i] + 128);
+                    quad = _mm_add_epi32(quad, _mm_set1_epi32(128));
+                    _mm_storeu_si32(to, _mm_packus_epi16(_mm_packus_epi32(quad, quad), quad));
 #else
-                        int16_t quad[4];
-                        for (int i = 0; i < 4; i++) quad[i] = (int16_t)bytes[4 * q + i];
+                    _mm_storel_epi64((__m128i *)to, _mm_packs_epi32(quad, quad));
 #endif
-                        memcpy(to, quad, sizeof quad);
-                    }
                 }
-        }
+            }
         row += rows;
     }
 }
@@ -512,7 +519,7 @@ typedef struct {
     const int64_t *slots;  /* [rows]: where each row's key and value go */
     uint8_t *finite;       /* [rows]: set to 0 where a key or a value is not finite; what is stored is then 0 */
     const float *sinks;    /* [heads] or NULL */
-    const Part *parts;
+    Part *parts;
     long rows, heads, kv_heads, key_dim, value_dim, cache_slots, count, items, window;
     float scale, softcap;
     long next;
@@ -522,10 +529,10 @@ typedef struct {
 INLINE vf exponential(vf x) {
 #if LANES == 16
     __mmask16 live = _mm512_cmp_ps_mask(x, SET(-87.3f), _CMP_NLT_UQ);
-    vf n = _mm512_roundscale_ps(_mm512_mul_ps(x, SET(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vf n = _mm512_roundscale_ps(MUL(x, SET(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     vf live = _mm256_cmp_ps(x, SET(-87.3f), _CMP_NLT_UQ);
-    vf n = _mm256_round_ps(_mm256_mul_ps(x, SET(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vf n = _mm256_round_ps(MUL(x, SET(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #endif
     vf r = FMA(n, SET(-0.693359375f), x);
     r = FMA(n, SET(2.12194440e-4f), r);
@@ -534,14 +541,12 @@ INLINE vf exponential(vf x) {
     p = FMA(p, r, SET(4.1665795894e-2f));
     p = FMA(p, r, SET(1.6666665459e-1f));
     p = FMA(p, r, SET(5.0000001201e-1f));
-#if LANES == 16
-    p = FMA(_mm512_mul_ps(p, r), r, r);
+    p = FMA(MUL(p, r), r, r);
     p = ADD(p, SET(1.0f));
+#if LANES == 16
     __m512i power = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
     return _mm512_maskz_mul_ps(live, p, _mm512_castsi512_ps(power));
 #else
-    p = FMA(_mm256_mul_ps(p, r), r, r);
-    p = ADD(p, SET(1.0f));
     __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_and_ps(live, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
 #endif
@@ -555,11 +560,6 @@ INLINE vf exponential(vf x) {
 #define WORD_VALUE(r, c) vf w##c = LOAD(v + (c) * LANES);
 #define KEEP_SUM_1(r, c) STORE(y + (r) * stride + (c) * LANES, a##r##c);
 #define KEEP_SUM(r, V) V(KEEP_SUM_1, r)
-#if LANES == 16
-#define MUL(a, b) _mm512_mul_ps(a, b)
-#else
-#define MUL(a, b) _mm256_mul_ps(a, b)
-#endif
 
 /* scores_R: q [dim][R] · k [dim][16] → scores [R][16]. sum_RV: y [R][V vectors] · keep + p [16][R] · v [16][dim]. */
 #define ATTENTION_TILE(ROWS, R)                                                                                          \
@@ -588,24 +588,14 @@ ATTENTION_TILE(4, R4) ATTENTION_TILE(5, R5) ATTENTION_TILE(6, R6)
 
 /* Sixteen numbers summed as a tree: i and i + 8, then i and i + 4, … */
 INLINE float tree(const float *p) {
-#if LANES == 16
-    __m512 all = LOAD(p);
-    __m256 v = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-#else
-    __m256 v = _mm256_add_ps(LOAD(p), LOAD(p + 8));
-#endif
+    __m256 v = _mm256_add_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8));
     __m128 u = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     u = _mm_add_ps(u, _mm_movehl_ps(u, u));
     return _mm_cvtss_f32(_mm_add_ss(u, _mm_shuffle_ps(u, u, 1)));
 }
 
 INLINE float largest_of(const float *p, float least) {
-#if LANES == 16
-    __m512 all = LOAD(p);
-    __m256 v = _mm256_max_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-#else
-    __m256 v = _mm256_max_ps(LOAD(p), LOAD(p + 8));
-#endif
+    __m256 v = _mm256_max_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8));
     __m128 u = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     u = _mm_max_ps(u, _mm_movehl_ps(u, u));
     float found = _mm_cvtss_f32(_mm_max_ss(u, _mm_shuffle_ps(u, u, 1)));
@@ -662,13 +652,7 @@ static void attend_block(const Attention *a, Tile *t, const float *k, const floa
         STORE(change, exponential(SET(t->most[r] - most)));
         keep[r] = change[0];
         for (int i = 0; i < KEYS; i += LANES)
-            STORE(s + i, exponential(
-#if LANES == 16
-                _mm512_sub_ps(LOAD(s + i), SET(most))
-#else
-                _mm256_sub_ps(LOAD(s + i), SET(most))
-#endif
-            ));
+            STORE(s + i, exponential(SUB(LOAD(s + i), SET(most))));
         t->total[r] = __builtin_fmaf(t->total[r], keep[r], tree(s));
         t->most[r] = most;
         for (int j = 0; j < KEYS; j++) p[j * t->rows + r] = s[j];
@@ -749,17 +733,82 @@ static void store_row(const Attention *a, long row) {
     }
 }
 
-static void attention_thread(void *data) {
-    Attention *a = data;
-    long thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    for (long row = a->rows * thread / threads; row < a->rows * (thread + 1) / threads; row++) store_row(a, row);
-    GOMP_barrier();
-    /* Items cost different amounts (later rows see more keys): whoever is free takes the next, the last rows first. */
+/* Cuts the work in items. Sets each part's first_item. */
+static void cut_attention(Attention *a) {
+    a->items = 0;
+    for (long i = 0; i < a->count; i++) {
+        a->parts[i].first_item = a->items;
+        long all = a->parts[i].count * (a->heads / a->kv_heads);
+        a->items += (all + TILES * TALLEST - 1) / (TILES * TALLEST) * a->kv_heads;
+    }
+}
+
+/* Items cost different amounts (later rows see more keys): whoever is free takes the next, the last rows first. */
+static void attend_items(Attention *a) {
     for (long next; (next = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < a->items;) {
         long item = a->items - 1 - next, part = 0;
         while (part + 1 < a->count && a->parts[part + 1].first_item <= item) part++;
         item -= a->parts[part].first_item;
         attend(a, a->parts + part, item % a->kv_heads, item / a->kv_heads);
+    }
+}
+
+static void attention_thread(void *data) {
+    Attention *a = data;
+    long thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    for (long row = a->rows * thread / threads; row < a->rows * (thread + 1) / threads; row++) store_row(a, row);
+    GOMP_barrier();
+    attend_items(a);
+}
+
+/* ---- norms, activations, rotary embedding ----------------------------------------------------------------------------- */
+
+/* out = weight * x / sqrt(mean(x²) + epsilon) (Zhang and Sennrich, 2019). The squares are summed in 16 chains, and these as a
+ * tree. out may be x. */
+static void norm_row(const float *x, const float *weight, float *out, long dim, float epsilon) {
+    float partial[KEYS] = {0};
+    long whole = dim / KEYS * KEYS;
+    vf low = ZERO(), high = ZERO();
+    for (long i = 0; i < whole; i += KEYS) {
+        low = FMA(LOAD(x + i), LOAD(x + i), low);
+        if (LANES == 8) high = FMA(LOAD(x + i + KEYS / 2), LOAD(x + i + KEYS / 2), high);
+    }
+    STORE(partial, low);
+    if (LANES == 8) STORE(partial + KEYS / 2, high);
+    for (long i = whole; i < dim; i++) partial[i - whole] = __builtin_fmaf(x[i], x[i], partial[i - whole]);
+    float scale = 1.0f / __builtin_sqrtf(tree(partial) / (float)dim + epsilon);
+    for (long i = 0; i < dim; i++) out[i] = weight[i] * (x[i] * scale);
+}
+
+/* x / (1 + exp(-x)) (Elfwing et al., 2017), by exp of numbers up to 0 only. */
+INLINE vf silu(vf x) {
+    vf e = exponential(MINUS_ABS(x));
+    return DIV(NEGATIVE(x, MUL(x, e), x), ADD(e, SET(1.0f)));
+}
+
+/* out = silu(x), times `by` if there is one; numbers begin … end - 1. out may be x. */
+static void silu_range(const float *x, const float *by, float *out, long begin, long end) {
+    long i = begin;
+    for (; i + LANES <= end; i += LANES) {
+        vf v = silu(LOAD(x + i));
+        STORE(out + i, by ? MUL(v, LOAD(by + i)) : v);
+    }
+    if (i < end) {
+        float rest[LANES] = {0};
+        memcpy(rest, x + i, (size_t)(end - i) * 4);
+        STORE(rest, silu(LOAD(rest)));
+        for (long j = 0; i < end; i++, j++) out[i] = by ? rest[j] * by[i] : rest[j];
+    }
+}
+
+/* Rotary position embedding of one head, in place: its first `dim` numbers, i with i + dim / 2 (Su et al., 2021; the pairing
+ * of GPT-NeoX). cos and sin [dim]. Products are rounded before they are added. */
+static void rotate(float *restrict x, const float *restrict cos, const float *restrict sin, long dim) {
+    long half = dim / 2;
+    for (long i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        x[i] = a * cos[i] - b * sin[i];
+        x[i + half] = b * cos[i + half] + a * sin[i + half];
     }
 }
 
@@ -769,9 +818,8 @@ INLINE long panel_width(int kind) { return kind == INT8 ? PANEL8 : PANEL; }
 INLINE long panels_of(long columns, int kind) { return (columns + panel_width(kind) - 1) / panel_width(kind); }
 INLINE size_t stride_of(int kind, long depth) { return kind == INT8 ? int8_stride(depth) : float_stride(kind, depth); }
 
-static void linear_thread(void *data) {
-    const Call *call = data;
-    long thread = omp_get_thread_num(), threads = omp_get_num_threads();
+/* One thread's part of a product. Ends without a barrier. */
+static void multiply(const Call *call, long thread, long threads) {
     if (call->kind == INT8) quantise_rows(call, thread, threads), GOMP_barrier();
     else if (call->rows > 1) interleave(call, thread, threads), GOMP_barrier();
     /* All matrices' panels, one after the other, in equal shares. */
@@ -791,6 +839,16 @@ static void linear_thread(void *data) {
     }
 }
 
+static void linear_thread(void *data) { multiply(data, omp_get_thread_num(), omp_get_num_threads()); }
+
+static Call call_of(const float *input, void *scratch, float *out, const Matrix *matrices, long rows, long depth, long count,
+                    int kind) {
+    long panels = 0;
+    for (long i = 0; i < count; i++) panels += panels_of(matrices[i].columns, kind);
+    int moved = kind == INT8 || rows > 1; /* one float row is a tile as it stands */
+    return (Call){input, moved ? scratch : (char *)input, out, matrices, rows, depth, count, panels, kind};
+}
+
 /* Bytes of `linear`'s scratch space for a row. */
 long verbatim_scratch(long depth, int kind) { return kind == INT8 ? (long)int8_row(depth) : depth * 4; }
 
@@ -798,10 +856,7 @@ long verbatim_scratch(long depth, int kind) { return kind == INT8 ? (long)int8_r
  * input [rows, depth]; scratch: rows · verbatim_scratch bytes; out: one [rows, columns] after the other. */
 void verbatim_linear(const float *input, void *scratch, float *out, const Matrix *matrices, long rows, long depth, long count,
                      int kind, int threads) {
-    long panels = 0;
-    for (long i = 0; i < count; i++) panels += panels_of(matrices[i].columns, kind);
-    int moved = kind == INT8 || rows > 1; /* one float row is a tile as it stands */
-    Call call = {input, moved ? scratch : (char *)input, out, matrices, rows, depth, count, panels, kind};
+    Call call = call_of(input, scratch, out, matrices, rows, depth, count, kind);
     GOMP_parallel(linear_thread, &call, (unsigned)threads, 0);
 }
 
@@ -900,15 +955,10 @@ void verbatim_attention(const float *query, const float *key, const float *value
                         const int64_t *slots, uint8_t *finite, const float *sinks, Part *parts, long rows, long heads,
                         long kv_heads, long key_dim, long value_dim, long cache_slots, long count, long window, float scale,
                         float softcap, int threads) {
-    long items = 0;
-    for (long i = 0; i < count; i++) {
-        parts[i].first_item = items;
-        long all = parts[i].count * (heads / kv_heads);
-        items += (all + TILES * TALLEST - 1) / (TILES * TALLEST) * kv_heads;
-    }
     Attention a = {query, key, value, query_head, query_row, key_head, key_row, value_head, value_row, out, keys, values,
-                   slots, finite, sinks, parts, rows, heads, kv_heads, key_dim, value_dim, cache_slots, count, items, window,
+                   slots, finite, sinks, parts, rows, heads, kv_heads, key_dim, value_dim, cache_slots, count, 0, window,
                    scale, softcap, 0};
+    cut_attention(&a);
     GOMP_parallel(attention_thread, &a, (unsigned)threads, 0);
 }
 
@@ -917,36 +967,150 @@ typedef struct {
     float *out;
     long rows, dim;
     float epsilon;
-    int parallel;
 } Norm;
 
-static void norm_thread(void *data) {
-    const Norm *n = data;
-    long thread = n->parallel ? omp_get_thread_num() : 0, threads = n->parallel ? omp_get_num_threads() : 1;
-    for (long row = n->rows * thread / threads; row < n->rows * (thread + 1) / threads; row++) {
-        const float *x = n->x + row * n->dim;
-        float *out = n->out + row * n->dim, partial[KEYS] = {0};
-        long whole = n->dim / KEYS * KEYS;
-        vf low = ZERO(), high = ZERO();
-        for (long i = 0; i < whole; i += KEYS) {
-            low = FMA(LOAD(x + i), LOAD(x + i), low);
-            if (LANES == 8) high = FMA(LOAD(x + i + KEYS / 2), LOAD(x + i + KEYS / 2), high);
-        }
-        STORE(partial, low);
-        if (LANES == 8) STORE(partial + KEYS / 2, high);
-        for (long i = whole; i < n->dim; i++) partial[i - whole] = __builtin_fmaf(x[i], x[i], partial[i - whole]);
-        float scale = 1.0f / __builtin_sqrtf(tree(partial) / (float)n->dim + n->epsilon);
-        for (long i = 0; i < n->dim; i++) out[i] = n->weight[i] * (x[i] * scale);
-    }
+INLINE void norm_rows(const Norm *n, long thread, long threads) {
+    for (long row = n->rows * thread / threads; row < n->rows * (thread + 1) / threads; row++)
+        norm_row(n->x + row * n->dim, n->weight, n->out + row * n->dim, n->dim, n->epsilon);
 }
 
-/* out = weight * x / sqrt(mean(x²) + epsilon), by row (Zhang and Sennrich, 2019). The squares are summed in 16 chains, and
- * these as a tree. x and out [rows, dim], weight [dim]. */
+static void norm_thread(void *data) { norm_rows(data, omp_get_thread_num(), omp_get_num_threads()); }
+
+/* norm_row for every row. x and out [rows, dim], weight [dim]. */
 void verbatim_rms_norm(const float *x, const float *weight, float *out, long rows, long dim, float epsilon, int threads) {
-    Norm n = {x, weight, out, rows, dim, epsilon, rows > 1 && rows * dim > 1 << 15};
-    if (n.parallel) GOMP_parallel(norm_thread, &n, (unsigned)threads, 0);
-    else norm_thread(&n);
+    Norm n = {x, weight, out, rows, dim, epsilon};
+    if (rows > 1 && rows * dim > 1 << 15) GOMP_parallel(norm_thread, &n, (unsigned)threads, 0);
+    else norm_rows(&n, 0, 1);
+}
+
+typedef struct {
+    const float *x;
+    float *out;
+    long size;
+} Silu;
+
+static void silu_thread(void *data) {
+    const Silu *a = data;
+    long thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    silu_range(a->x, NULL, a->out, a->size * thread / threads, a->size * (thread + 1) / threads);
+}
+
+/* out = silu(x), both [size]. */
+void verbatim_silu(const float *x, float *out, long size, int threads) {
+    Silu a = {x, out, size};
+    if (size > 1 << 13) GOMP_parallel(silu_thread, &a, (unsigned)threads, 0);
+    else silu_range(x, NULL, out, 0, size);
 }
 
 /* Value dimensions have to be a multiple of this. */
 int verbatim_lanes(void) { return LANES; }
+
+/* ---- a decoder layer -------------------------------------------------------------------------------------------------- *
+ * x + o(attention(rotary(norm(q(n))), rotary(norm(k(n))), v(n))), n = norm(x); then that + down(silu(gate(m)) * up(m)),
+ * m = norm of it. All in one parallel region: between two steps threads meet at a barrier, and nobody has to be woken. */
+
+/* Layout shared with engine/native.py. */
+typedef struct {
+    const float *first_norm, *second_norm;     /* [dim] */
+    const float *query_norm, *key_norm;        /* [key_dim], or NULL */
+    const Matrix *qkv, *o, *gate_up, *down;    /* 3, 1, 2 and 1 */
+    const float *sinks;                        /* [heads] or NULL */
+    long dim, inner, heads, kv_heads, key_dim, value_dim, rotary, window;
+    int qkv_kind, o_kind, gate_up_kind, down_kind;
+    float first_epsilon, second_epsilon, query_epsilon, key_epsilon, scale, softcap;
+} Layer;
+
+typedef struct {
+    const Layer *layer;
+    const float *x, *cos, *sin; /* [rows, dim], [rows, rotary] */
+    float *out;                 /* [rows, dim] */
+    float *normed, *query, *key, *value, *attended, *gate, *up;
+    long rows;
+    Attention attention; /* of the first rows; the others are padding, and attend to nothing */
+    Call qkv, o, gate_up, down;
+} LayerCall;
+
+static void rotate_heads(float *x, long heads, long dim, const float *norm, float epsilon, const float *cos, const float *sin,
+                         long rotary) {
+    for (long h = 0; h < heads; h++, x += dim) {
+        if (norm) norm_row(x, norm, x, dim, epsilon);
+        rotate(x, cos, sin, rotary);
+    }
+}
+
+static void layer_thread(void *data) {
+    LayerCall *c = data;
+    const Layer *l = c->layer;
+    long thread = omp_get_thread_num(), threads = omp_get_num_threads(), dim = l->dim;
+    long begin = c->rows * thread / threads, end = c->rows * (thread + 1) / threads;
+    for (long row = begin; row < end; row++)
+        norm_row(c->x + row * dim, l->first_norm, c->normed + row * dim, dim, l->first_epsilon);
+    GOMP_barrier();
+    multiply(&c->qkv, thread, threads);
+    GOMP_barrier();
+    for (long row = begin; row < end; row++) {
+        const float *cos = c->cos + row * l->rotary, *sin = c->sin + row * l->rotary;
+        float *query = c->query + row * l->heads * l->key_dim, *key = c->key + row * l->kv_heads * l->key_dim;
+        rotate_heads(query, l->heads, l->key_dim, l->query_norm, l->query_epsilon, cos, sin, l->rotary);
+        rotate_heads(key, l->kv_heads, l->key_dim, l->key_norm, l->key_epsilon, cos, sin, l->rotary);
+        if (row < c->attention.rows) store_row(&c->attention, row);
+        else memset(c->attended + row * l->heads * l->value_dim, 0, sizeof(float) * (size_t)(l->heads * l->value_dim));
+    }
+    GOMP_barrier();
+    attend_items(&c->attention);
+    GOMP_barrier();
+    multiply(&c->o, thread, threads); /* to `normed` */
+    GOMP_barrier();
+    for (long row = begin; row < end; row++) {
+        const float *x = c->x + row * dim;
+        float *sum = c->out + row * dim, *normed = c->normed + row * dim;
+        for (long i = 0; i < dim; i++) sum[i] = x[i] + normed[i];
+        norm_row(sum, l->second_norm, normed, dim, l->second_epsilon);
+    }
+    GOMP_barrier();
+    multiply(&c->gate_up, thread, threads);
+    GOMP_barrier();
+    long size = c->rows * l->inner;
+    silu_range(c->gate, c->up, c->gate, size * thread / threads, size * (thread + 1) / threads);
+    GOMP_barrier();
+    multiply(&c->down, thread, threads); /* to `normed` */
+    GOMP_barrier();
+    size = c->rows * dim;
+    for (long i = size * thread / threads; i < size * (thread + 1) / threads; i++) c->out[i] += c->normed[i];
+}
+
+INLINE long larger(long a, long b) { return a > b ? a : b; }
+
+/* Floats for a row between a layer's two norms, at most. */
+INLINE long between(const Layer *l) {
+    return larger(l->heads * (l->key_dim + l->value_dim) + l->kv_heads * (l->key_dim + l->value_dim), 2 * l->inner);
+}
+
+/* Bytes of a layer's scratch space for a row. */
+long verbatim_layer_scratch(const Layer *l) {
+    long a = larger(verbatim_scratch(l->dim, l->qkv_kind), verbatim_scratch(l->dim, l->gate_up_kind));
+    long b = larger(verbatim_scratch(l->heads * l->value_dim, l->o_kind), verbatim_scratch(l->inner, l->down_kind));
+    return 4 * (l->dim + between(l)) + larger(a, b);
+}
+
+/* A decoder layer over a step's rows: x, out [rows, dim]; cos, sin [rows, rotary]; scratch: rows * verbatim_layer_scratch
+ * bytes. The first `attended` rows have a place in the cache; the others are padding. The rest as in verbatim_attention. */
+void verbatim_layer(const Layer *l, const float *x, const float *cos, const float *sin, float *out, float *scratch,
+                    float *keys, float *values, const int64_t *slots, uint8_t *finite, Part *parts, long rows, long attended,
+                    long cache_slots, long count, int threads) {
+    float *normed = scratch, *query = normed + rows * l->dim, *gate = query, *up = gate + rows * l->inner;
+    float *key = query + rows * l->heads * l->key_dim, *value = key + rows * l->kv_heads * l->key_dim;
+    float *mixed = value + rows * l->kv_heads * l->value_dim, *rest = query + rows * between(l);
+    LayerCall c = {
+        l, x, cos, sin, out, normed, query, key, value, mixed, gate, up, rows,
+        {query, key, value, l->key_dim, l->heads * l->key_dim, l->key_dim, l->kv_heads * l->key_dim, l->value_dim,
+         l->kv_heads * l->value_dim, mixed, keys, values, slots, finite, l->sinks, parts, attended, l->heads, l->kv_heads,
+         l->key_dim, l->value_dim, cache_slots, count, 0, l->window, l->scale, l->softcap, 0},
+        call_of(normed, rest, query, l->qkv, rows, l->dim, 3, l->qkv_kind),
+        call_of(mixed, rest, normed, l->o, rows, l->heads * l->value_dim, 1, l->o_kind),
+        call_of(normed, rest, gate, l->gate_up, rows, l->dim, 2, l->gate_up_kind),
+        call_of(gate, rest, normed, l->down, rows, l->inner, 1, l->down_kind),
+    };
+    cut_attention(&c.attention);
+    GOMP_parallel(layer_thread, &c, (unsigned)threads, 0);
+}

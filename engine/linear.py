@@ -103,51 +103,6 @@ class SharedInput:
         return out
 
 
-class NativeNorm(nn.Module):
-    """Root-mean-square normalisation over the last dimension, in one pass."""
-
-    def __init__(self, kernels: Kernels, weight: Tensor, epsilon: float) -> None:
-        super().__init__()
-        self.kernels, self.variance_epsilon = kernels, epsilon
-        self.weight = nn.Parameter(weight.detach().to(torch.float32).contiguous(), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.kernels.rms_norm(x, self.weight, self.variance_epsilon)
-
-
-@torch.inference_mode()
-def replace_norms(model: nn.Module, kernels: Kernels) -> int:
-    """Replace the layers that are RMS norms, known by what they compute and not by their names. Returns how many."""
-    targets = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    count = 0
-    for parent, name, child in targets:
-        norm = _as_norm(child, kernels)
-        if norm is not None:
-            setattr(parent, name, norm)
-            count += 1
-    return count
-
-
-def _as_norm(module: nn.Module, kernels: Kernels) -> NativeNorm | None:
-    weight = dict(module.named_parameters()).get("weight")
-    if len(list(module.parameters())) != 1 or len(list(module.modules())) != 1 or weight is None or weight.dim() != 1:
-        return None
-    epsilon = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
-    if not isinstance(epsilon, float) or weight.dtype != torch.float32 or weight.device.type != "cpu":
-        return None
-    # Small numbers, too: there the epsilon is what is left.
-    x = _quasi_random(3, weight.shape[0]) * torch.tensor([[1.0], [1e-3], [1e3]])
-    for candidate in (weight, 1 + weight):  # Gemma keeps the difference to one
-        norm = NativeNorm(kernels, candidate, epsilon)
-        try:
-            same = torch.allclose(module(x), norm(x), rtol=1e-5, atol=1e-6)
-        except Exception:  # it wants to be called in another way: not a norm
-            return None
-        if same:
-            return norm
-    return None
-
-
 @torch.inference_mode()
 def share_inputs(model: nn.Module) -> int:
     """Find layers with the same input and let them be computed together. Returns how many groups there are.
@@ -279,8 +234,8 @@ def choose_kernel(model: nn.Module, native: Kernels | None = None) -> tuple[str,
 def is_sound(make: Make, in_features: int, out_features: int, tolerance: float = _ROUNDED) -> bool:
     """Whether a kernel's rows are independent of each other's number, and are the product."""
     # Quasi-random numbers of every size and sign: a sum of equal terms would hide another order of summation.
-    x = _quasi_random(_PROBED_ROWS, in_features)
-    weight = _quasi_random(out_features, in_features)
+    x = quasi_random(_PROBED_ROWS, in_features)
+    weight = quasi_random(out_features, in_features)
     layer = make(weight, None)
     whole = layer(x)
     for count in (1, 2, 3, 5, 8, 17, 34, 129):
@@ -290,8 +245,8 @@ def is_sound(make: Make, in_features: int, out_features: int, tolerance: float =
     return bool((whole[:32] - right).abs().max() <= tolerance * right.abs().max())
 
 
-def _quasi_random(rows: int, columns: int) -> Tensor:
-    """`[rows, columns]` float32 between -0.5 and 0.5, the same everywhere."""
+def quasi_random(rows: int, columns: int) -> Tensor:
+    """`[rows, columns]` float32 between -0.5 and 0.5, the same everywhere: for trying what a layer computes."""
     index = torch.arange(rows * columns, dtype=torch.int64)
     return ((index * 2654435761) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24).sub_(0.5).view(rows, columns)
 

@@ -23,6 +23,7 @@ from engine.block_pool import BlockPool
 from engine.chat_template import ChatTemplate
 from engine.checkpoint import Checkpoint, human
 from engine.config import ModelConfig
+from engine.decoder_layer import fuse_layers
 from engine.detokenizer import Vocabulary
 from engine.dialect import Dialect
 from engine.dialect import find as find_dialect
@@ -36,11 +37,11 @@ from engine.linear import (
     give_back_memory,
     is_sound,
     pack_model,
-    replace_norms,
     share_inputs,
 )
 from engine.model_runner import FallbackRunner, PackedRunner, Runner
 from engine.native import Kernels, Unavailable
+from engine.pointwise import replace_pointwise
 from engine.scheduler import Scheduler
 from engine.selftest import SelfTest, self_test
 from engine.types import ModelInfo, SamplingParams
@@ -102,8 +103,10 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
             kernel, make, native = _choose_kernel(config, model, say)
             pack_model(model, _DTYPES.get(found.dtype, torch.float32), make, _packing_progress(say))
             if native is not None:
-                replace_norms(model, native)
+                replace_pointwise(model, native)
                 share_inputs(model)
+                fused = fuse_layers(model, native)
+                log.info("%s: %d decoder layers run as one kernel each", config.id, fused)
         vocab_size = _vocab_size(model)
         say("self-test")
         test = self_test(model, vocab_size, dtype, kernels=native, rounded=config.quantization is not None)
@@ -235,6 +238,8 @@ def _choose_kernel(config: ModelConfig, model: nn.Module, say: Progress) -> tupl
         native = Kernels.load(progress=say)
     except Unavailable as error:
         why = str(error)
+    else:
+        log.info("%s: kernels for %s", config.id, native.target)
     if config.quantization:
         if native is None:
             raise LoadError(f"{config.id}: quantization: {config.quantization} needs compiled kernels: {why}.")

@@ -59,6 +59,16 @@ def discover_layers(model: nn.Module) -> tuple[LayerShape, ...]:
     Raises:
         LoadError: the model does not send all its layers through the attention interface, with our keyword.
     """
+    context = discover(model)
+    return tuple(context.layers[i] for i in range(len(context.layers)))
+
+
+def discover(model: nn.Module) -> ForwardContext:
+    """The same, with how each layer attends: `layers` and `settings` of the result are complete.
+
+    Raises:
+        LoadError: as above.
+    """
     context = ForwardContext(spans=(), slots=torch.empty(0, dtype=torch.int64), num_rows=0)
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=_input_device(model))
     with torch.inference_mode():
@@ -70,7 +80,7 @@ def discover_layers(model: nn.Module) -> tuple[LayerShape, ...]:
         raise LoadError(
             f"only {len(context.layers)} of {expected} layers call the attention interface with a context keyword"
         )
-    return tuple(context.layers[i] for i in range(expected))
+    return context
 
 
 def _input_device(model: nn.Module) -> torch.device:

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -44,6 +45,20 @@ class Unavailable(Exception):
 
 class _Matrix(ctypes.Structure):
     _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("columns", ctypes.c_long))
+
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("first_norm", "second_norm", "query_norm", "key_norm")),
+        *((name, _POINTER) for name in ("qkv", "o", "gate_up", "down", "sinks")),
+        *((name, _LONG) for name in ("dim", "inner", "heads", "kv_heads", "key_dim", "value_dim", "rotary", "window")),
+        *((name, _INT) for name in ("qkv_kind", "o_kind", "gate_up_kind", "down_kind")),
+        *((name, _FLOAT) for name in ("first_epsilon", "second_epsilon", "query_epsilon", "key_epsilon")),
+        *((name, _FLOAT) for name in ("scale", "softcap")),
+    )
 
 
 class _Part(ctypes.Structure):
@@ -76,8 +91,16 @@ class AttentionPlan:
             records.append(_Part(row, count, start, address, 0))
             address += 4 * len(table)
         self.parts = (_Part * len(records))(*records)
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def scratch(self, size: int) -> Tensor:
+        """`[≥ size] uint8`, the same memory for all layers of a step: fresh pages cost more than what is done there."""
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        return self._scratch
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class PackedWeight:
     """A weight `[columns, depth]` in the kernels' layout, and its bias.
 
@@ -85,8 +108,11 @@ class PackedWeight:
         kind: `float32`, `bfloat16` (of which no number was rounded) or `int8`.
     """
 
-    def __init__(self, data: Tensor, bias: Tensor | None, columns: int, depth: int, kind: str) -> None:
-        self.data, self.bias, self.columns, self.depth, self.kind = data, bias, columns, depth, kind
+    data: Tensor
+    bias: Tensor | None
+    columns: int
+    depth: int
+    kind: str
 
 
 class Kernels:
@@ -106,6 +132,9 @@ class Kernels:
         self._rms_norm = _function(
             library.verbatim_rms_norm, [pointer] * 3 + [long] * 2 + [ctypes.c_float, integer], None
         )
+        self._silu = _function(library.verbatim_silu, [pointer, pointer, long, integer], None)
+        self._layer_scratch = _function(library.verbatim_layer_scratch, [pointer], long)
+        self._layer = _function(library.verbatim_layer, [pointer] * 11 + [long] * 4 + [integer], None)
         self._lanes = _function(library.verbatim_lanes, [], integer)()
         self.target = str(_function(library.verbatim_target, [], ctypes.c_char_p)().decode())
         """The instructions that they use, for people."""
@@ -126,8 +155,8 @@ class Kernels:
         Raises:
             Unavailable: no compiler, one that fails, or a processor that is not supported.
         """
-        if platform.machine() not in ("x86_64", "AMD64"):
-            raise Unavailable(f"there are none for {platform.machine()} processors yet")
+        if os.name != "posix" or platform.machine() != "x86_64":
+            raise Unavailable(f"there are none for {platform.system()} on {platform.machine()} processors yet")
         if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
             raise Unavailable("this processor lacks AVX2")
         compiler = _find_compiler()
@@ -137,15 +166,17 @@ class Kernels:
         parts = (source, _version(compiler).encode(), " ".join(flags).encode(), _processor())
         name = f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
         folder = _private_folder(cache or _default_cache())
-        if progress and (folder is None or not (folder / name).exists()):
+        if folder is not None and (folder / name).exists():
+            return cls(_open(folder / name))
+        if progress:
             progress("compiling kernels for this processor")
-        if folder is None:
+        try:
+            if folder is not None:
+                return cls(_open(_compile(compiler, flags, folder / name)))
             with tempfile.TemporaryDirectory(prefix="verbatim-") as temporary:
                 return cls(_open(_compile(compiler, flags, Path(temporary) / name)))
-        path = folder / name
-        if not path.exists():
-            _compile(compiler, flags, path)
-        return cls(_open(path))
+        except OSError as error:  # a full disk
+            raise Unavailable(f"they cannot be written: {error}") from error
 
     def pack(self, weight: Tensor, bias: Tensor | None, kind: str = "exact") -> PackedWeight:
         """`weight [columns, depth]` and `bias [columns]`, any float dtype → the kernels' layout.
@@ -171,6 +202,13 @@ class Kernels:
         self._rms_norm(
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // dim, dim, epsilon, torch.get_num_threads()
         )
+        return out
+
+    def silu(self, x: Tensor) -> Tensor:
+        """`x / (1 + exp(-x))`, float32, any shape."""
+        x = _checked(x, x.shape[-1])
+        out = torch.empty_like(x)
+        self._silu(x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads())
         return out
 
     def can_attend(self, key_dim: int, value_dim: int) -> bool:
@@ -242,9 +280,42 @@ class Kernels:
         """One product of an input with several weights of one kind and depth."""
         return Product(self, weights)
 
+    def can_compute(self, parts: LayerParts) -> bool:
+        """Whether the parts fit together, and there is a kernel for heads of their size."""
+        p, dim, inner = parts, parts.q.depth, parts.down.depth
+        shapes = (
+            (p.q, p.heads * p.key_dim, dim),
+            (p.k, p.kv_heads * p.key_dim, dim),
+            (p.v, p.kv_heads * p.value_dim, dim),
+            (p.o, dim, p.heads * p.value_dim),
+            (p.gate, inner, dim),
+            (p.up, inner, dim),
+            (p.down, dim, inner),
+        )
+        norms = ((p.first_norm, dim), (p.second_norm, dim), (p.query_norm, p.key_dim), (p.key_norm, p.key_dim))
+        return (
+            all((weight.columns, weight.depth) == (columns, depth) for weight, columns, depth in shapes)
+            and all(norm is None or tuple(norm.weight.shape) == (size,) for norm, size in norms)
+            and p.q.kind == p.k.kind == p.v.kind
+            and p.gate.kind == p.up.kind
+            and p.heads % p.kv_heads == 0
+            and p.rotary % 2 == 0
+            and 0 <= p.rotary <= p.key_dim
+            and (p.sinks is None or tuple(p.sinks.shape) == (p.heads,))
+            and self.can_attend(p.key_dim, p.value_dim)
+        )
+
+    def layer(self, parts: LayerParts) -> LayerKernel:
+        """A whole decoder layer as one call."""
+        return LayerKernel(self, parts)
+
 
 class Product:
-    """`x @ weight.T + bias` for several weights at once: the input is read, and for int8 rounded, once."""
+    """`x @ weight.T + bias` for several weights at once: the input is read, and for int8 rounded, once.
+
+    Attributes:
+        columns: of each weight; depth: theirs; kind: how they are stored, a number of `KINDS`; address: of their table.
+    """
 
     def __init__(self, kernels: Kernels, weights: Sequence[PackedWeight]) -> None:
         first = weights[0]
@@ -252,17 +323,17 @@ class Product:
             raise ValueError("weights of one product must have one kind and depth")
         self.weights = tuple(weights)  # keeps the memory that the table points to
         self.columns = tuple(w.columns for w in weights)
-        self._depth, self._kind = first.depth, KINDS[first.kind]
+        self.depth, self.kind = first.depth, KINDS[first.kind]
         self._call = kernels._linear
-        self._scratch = kernels._scratch(self._depth, self._kind)
+        self._scratch = kernels._scratch(self.depth, self.kind)
         self._table = (_Matrix * len(weights))(
             *(_Matrix(w.data.data_ptr(), None if w.bias is None else w.bias.data_ptr(), w.columns) for w in weights)
         )
-        self._address = ctypes.addressof(self._table)
+        self.address = ctypes.addressof(self._table)
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """`x [rows, depth] float32` → for each weight `[rows, columns] float32`. Neighbouring rows never matter."""
-        rows, x = x.shape[0], _checked(x, self._depth)
+        rows, x = x.shape[0], _checked(x, self.depth)
         size = rows * sum(self.columns)
         # One allocation: results, then the kernel's scratch space.
         out = torch.empty(size + -(-rows * self._scratch // 4), dtype=torch.float32)
@@ -271,11 +342,11 @@ class Product:
             x.data_ptr(),
             start + 4 * size,
             start,
-            self._address,
+            self.address,
             rows,
-            self._depth,
+            self.depth,
             len(self.columns),
-            self._kind,
+            self.kind,
             torch.get_num_threads(),
         )
         parts, at = [], 0
@@ -283,6 +354,143 @@ class Product:
             parts.append(out[at : at + rows * columns].view(rows, columns))
             at += rows * columns
         return parts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NormParts:
+    """An RMS norm's `weight [dim] float32`, dense, and epsilon."""
+
+    weight: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerParts:
+    """What a decoder layer is made of.
+
+    `x + o(attention(rotary(query_norm(q(n))), rotary(key_norm(k(n))), v(n)))` with `n = first_norm(x)`; then that,
+    `y`, plus `down(silu(gate(m)) · up(m))` with `m = second_norm(y)`.
+
+    Attributes:
+        q, k, v, o, gate, up, down: weights; q, k and v must be of one kind, gate and up too.
+        query_norm, key_norm: of each head, or None.
+        rotary: how many of a head's dimensions are rotated, in pairs `i, i + rotary / 2`.
+        scale, window, softcap, sinks: as in `Kernels.attend`.
+    """
+
+    first_norm: NormParts
+    second_norm: NormParts
+    query_norm: NormParts | None
+    key_norm: NormParts | None
+    q: PackedWeight
+    k: PackedWeight
+    v: PackedWeight
+    o: PackedWeight
+    gate: PackedWeight
+    up: PackedWeight
+    down: PackedWeight
+    heads: int
+    kv_heads: int
+    rotary: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def key_dim(self) -> int:
+        return self.q.columns // self.heads
+
+    @property
+    def value_dim(self) -> int:
+        return self.v.columns // self.kv_heads
+
+
+class LayerKernel:
+    """A decoder layer as one call, with the bits of its parts called one by one."""
+
+    def __init__(self, kernels: Kernels, parts: LayerParts) -> None:
+        """Raises ValueError: see `Kernels.can_compute`."""
+        if not kernels.can_compute(parts):
+            raise ValueError("these parts are no layer that there is a kernel for")
+        p = parts
+        self._rotary, self._dim = p.rotary, p.q.depth
+        products = {
+            "qkv": kernels.group([p.q, p.k, p.v]),
+            "o": kernels.group([p.o]),
+            "gate_up": kernels.group([p.gate, p.up]),
+            "down": kernels.group([p.down]),
+        }
+        self._kept = (parts, products)  # the memory that the record points to
+        self._record = _Layer(
+            **{
+                name: None if norm is None else norm.weight.data_ptr()
+                for name, norm in (
+                    ("first_norm", p.first_norm),
+                    ("second_norm", p.second_norm),
+                    ("query_norm", p.query_norm),
+                    ("key_norm", p.key_norm),
+                )
+            },
+            **{name: product.address for name, product in products.items()},
+            **{f"{name}_kind": product.kind for name, product in products.items()},
+            sinks=None if p.sinks is None else p.sinks.data_ptr(),
+            dim=p.q.depth,
+            inner=p.down.depth,
+            heads=p.heads,
+            kv_heads=p.kv_heads,
+            key_dim=p.key_dim,
+            value_dim=p.value_dim,
+            rotary=p.rotary,
+            window=p.window or 0,
+            first_epsilon=p.first_norm.epsilon,
+            second_epsilon=p.second_norm.epsilon,
+            query_epsilon=p.query_norm.epsilon if p.query_norm else 0.0,
+            key_epsilon=p.key_norm.epsilon if p.key_norm else 0.0,
+            scale=p.scale,
+            softcap=p.softcap or 0.0,
+        )
+        self._address = ctypes.addressof(self._record)
+        self._call = kernels._layer
+        self._scratch = kernels._layer_scratch(self._address)
+
+    def __call__(
+        self, plan: AttentionPlan, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Store the step's keys and values and compute the layer.
+
+        Args:
+            x: `[T, dim] float32`; rows beyond the plan's are padding.
+            cos, sin: `[T, rotary] float32`.
+            keys, values: the layer's cache, as in `Kernels.attend`.
+
+        Returns:
+            `[T, dim]`.
+        """
+        rows, attended, rotary = x.shape[0], len(plan.slots), self._rotary
+        x, cos, sin = _checked(x, self._dim), _checked(cos[:, :rotary], rotary), _checked(sin[:, :rotary], rotary)
+        if not cos.shape[0] == sin.shape[0] == rows >= attended:
+            raise ValueError(f"{rows} rows with {cos.shape[0]} positions, {attended} of which have a place")
+        out = torch.empty_like(x)
+        self._call(
+            self._address,
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            out.data_ptr(),
+            plan.scratch(rows * self._scratch).data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            plan.slots.data_ptr(),
+            plan.finite.data_ptr(),
+            ctypes.addressof(plan.parts),
+            rows,
+            attended,
+            keys.shape[1],
+            len(plan.parts),
+            torch.get_num_threads(),
+        )
+        return out
 
 
 def _checked(x: Tensor, last: int) -> Tensor:
@@ -328,13 +536,18 @@ def _processor() -> bytes:
     return b"".join(next((line for line in lines if line.startswith(key)), b"") for key in (b"model name", b"flags"))
 
 
-def _default_cache() -> Path:
+def _default_cache() -> Path | None:
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "verbatim"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "verbatim"
+    except RuntimeError:  # nobody's home
+        return None
 
 
-def _private_folder(folder: Path) -> Path | None:
+def _private_folder(folder: Path | None) -> Path | None:
     """The folder, made if need be; None if others could put a library there, or nobody can."""
+    if folder is None:
+        return None
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
@@ -356,7 +569,7 @@ def _compile(compiler: str, flags: Sequence[str], target: Path) -> Path:
         if done.returncode:
             raise Unavailable(f"{compiler} cannot compile them: {(done.stderr.strip().splitlines() or ['?'])[0]}")
         partial.replace(target)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
         raise Unavailable(f"{compiler} cannot compile them: {error}") from error
     finally:
         partial.unlink(missing_ok=True)

@@ -66,9 +66,8 @@ def self_test(
         return _fallback(model, own, f"{type(model).__name__}: {_first_line(error)}")
     scale = max(float(p.abs().max()) for p in plain)
     difference = max(float((a[0] - p).abs().max()) for a, p in zip(alone, plain, strict=True))
-    if not difference <= (_ROUNDED_TOLERANCE if rounded else _TOLERANCE[dtype]) * max(
-        scale, 1e-6
-    ):  # also when it is NaN
+    tolerance = _ROUNDED_TOLERANCE if rounded else _TOLERANCE[dtype]
+    if not difference <= tolerance * max(scale, 1e-6):  # also when it is NaN
         return _fallback(
             model,
             own,
