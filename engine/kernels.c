@@ -130,16 +130,19 @@ INLINE int height(long rows) {
 #define KEEP(r, V) V(KEEP_1, r)
 #define WORD_LOW(r, c) vf w##c = LOW_HALF(AT(c));
 #define WORD_HIGH(r, c) vf w##c = HIGH_HALF(AT(c));
+/* The first rows bring a panel from memory: it is fetched two pages ahead. One or two rows are faster without. */
+#define AHEAD(r, c) if (((c) & 1) == 0) _mm_prefetch(AT(c) + 8192, _MM_HINT_T0);
 #define WORD_WHOLE(r, c) vf w##c = LOAD((const float *)AT(c));
 
 /* tile_RV: R rows by V vectors over `count` k's. The empty asm keeps the compiler from holding both halves of a pair in
  * registers that it does not have. */
 #define TILE(ROWS, R, VECTORS, V)                                                                                        \
-    INLINE void tile_##ROWS##VECTORS(int kind, const float *x, const char *w, size_t stride, long count,                 \
+    INLINE void tile_##ROWS##VECTORS(int kind, int ahead, const float *x, const char *w, size_t stride, long count,      \
                                      vf sums[ROWS][VECTORS]) {                                                           \
         R(DECLARE, V)                                                                                                    \
         if (kind == BFLOAT16) {                                                                                          \
             for (long k = 0; k + 1 < count; k += 2, w += PANEL * 4) {                                                    \
+                if (ROWS > 2 && ahead) { V(AHEAD, 0) }                                                                   \
                 { V(WORD_LOW, 0) R(STEP, V) }                                                                            \
                 x += ROWS;                                                                                               \
                 __asm__ volatile("" ::: "memory");                                                                       \
@@ -148,7 +151,10 @@ INLINE int height(long rows) {
             }                                                                                                            \
             if (count & 1) { V(WORD_LOW, 0) R(STEP, V) }                                                                 \
         } else                                                                                                           \
-            for (long k = 0; k < count; k++, w += PANEL * 4, x += ROWS) { V(WORD_WHOLE, 0) R(STEP, V) }                  \
+            for (long k = 0; k < count; k++, w += PANEL * 4, x += ROWS) {                                                \
+                if (ROWS > 2 && ahead) { V(AHEAD, 0) }                                                                   \
+                V(WORD_WHOLE, 0) R(STEP, V)                                                                              \
+            }                                                                                                            \
         R(KEEP, V)                                                                                                       \
     }
 
@@ -183,14 +189,14 @@ INLINE void finish(int rows, int vectors, const vf *sums, const Matrix *m, float
 #define FLOAT_CASE(ROWS, VECTORS)                                                                                        \
     {                                                                                                                    \
         vf sums[ROWS][VECTORS];                                                                                          \
-        tile_##ROWS##VECTORS(kind, x + from * ROWS, w + (size_t)(kind == BFLOAT16 ? from / 2 : from) * PANEL * 4, stride,\
-                             to - from, sums);                                                                           \
+        tile_##ROWS##VECTORS(kind, ahead, x + from * ROWS,                                                               \
+                             w + (size_t)(kind == BFLOAT16 ? from / 2 : from) * PANEL * 4, stride, to - from, sums);     \
         finish(ROWS, VECTORS, sums[0], m, out, column, from == 0, last);                                                 \
     }
 
 /* One tile: `rows` rows, `panels` panels (4, 2 or 1), k = from … to - 1. */
-INLINE void float_tile(int kind, int rows, int panels, const float *x, const char *w, size_t stride, long from, long to,
-                       int last, const Matrix *m, float *out, long column) {
+INLINE void float_tile(int kind, int ahead, int rows, int panels, const float *x, const char *w, size_t stride, long from,
+                       long to, int last, const Matrix *m, float *out, long column) {
     if (panels == 4) FLOAT_CASE(1, 8)
     else if (panels == 2) {
         if (rows == 1) FLOAT_CASE(1, 4) else if (rows == 2) FLOAT_CASE(2, 4) else FLOAT_CASE(3, 4)
@@ -206,11 +212,16 @@ INLINE void float_tile(int kind, int rows, int panels, const float *x, const cha
 
 INLINE size_t float_stride(int kind, long depth) { return (size_t)(kind == BFLOAT16 ? (depth + 1) / 2 : depth) * PANEL * 4; }
 
+/* Panels that all rows pass by before the next ones come. With few rows it is soon time to fetch again. */
+INLINE long panels_at_once(long rows, size_t bytes) {
+    return rows <= 2 * TALLEST || bytes >= CACHED / 4 ? 4 : (long)(CACHED / bytes);
+}
+
 /* Panels begin … end - 1 of one matrix. Weights are read from memory once, and from the cache for every tile of rows. */
 INLINE void float_panels(int kind, const Call *call, const Matrix *m, float *out, long begin, long end) {
     size_t stride = float_stride(kind, call->depth);
     size_t of_block = float_stride(kind, call->depth < BLOCK ? call->depth : BLOCK);
-    long group = of_block < CACHED / 4 ? (long)(CACHED / of_block) : 4;
+    long group = panels_at_once(call->rows, of_block);
     for (long g = begin; g < end; g += group) {
         long stop = g + group < end ? g + group : end;
         for (long from = 0; from < call->depth; from += BLOCK) {
@@ -220,8 +231,8 @@ INLINE void float_panels(int kind, const Call *call, const Matrix *m, float *out
                 const float *x = (const float *)call->tiles + row * call->depth;
                 for (long p = g; p < stop;) {
                     int panels = rows == 1 && stop - p >= 4 ? 4 : rows <= 3 && stop - p >= 2 ? 2 : 1;
-                    float_tile(kind, rows, panels, x, m->weight + p * stride, stride, from, to, to == call->depth, m,
-                               out + row * m->columns, p * PANEL);
+                    float_tile(kind, row == 0, rows, panels, x, m->weight + p * stride, stride, from, to, to == call->depth,
+                               m, out + row * m->columns, p * PANEL);
                     p += panels;
                 }
                 row += rows;
@@ -310,8 +321,8 @@ INLINE size_t int8_row(long depth) { return (size_t)quads_of(depth) * QUAD_BYTES
 #define START8(c) (starts + ((c) >> 1) * stride + ((c) & 1) * (COLUMNS * 4))
 #define DECLARE8_1(r, c) vi a##r##c = SUM_START(START8(c));
 #define DECLARE8(r, V) V(DECLARE8_1, r)
-/* With few rows memory is the limit, and what the processor fetches ahead by itself ends with the page. Two pages ahead was the
- * best distance (a quarter faster than none). */
+/* The first rows bring a panel from memory, and what the processor fetches ahead by itself ends with the page. Two pages
+ * ahead was the best distance (a quarter faster than none, for one row as for eight). */
 #define AHEAD8(r, c) if (((c) & 1) == 0) _mm_prefetch(AT8(c) + 8192, _MM_HINT_T0);
 #define WORD8(r, c) vi w##c = QUADS(AT8(c));
 #define STEP8_1(r, c) a##r##c = DOT(s, w##c, a##r##c);
@@ -354,7 +365,7 @@ INLINE size_t int8_row(long depth) { return (size_t)quads_of(depth) * QUAD_BYTES
 
 /* R rows by V vectors over the whole depth; `totals` [R][V / 2 * PANEL8] begin at 0. */
 #define TILE8(ROWS, R, VECTORS, V)                                                                                       \
-    INLINE void tile8_##ROWS##VECTORS(const char *x, const char *w, size_t stride, long depth,                           \
+    INLINE void tile8_##ROWS##VECTORS(int ahead, const char *x, const char *w, size_t stride, long depth,                \
                                       float totals[ROWS][VECTORS / 2 * PANEL8]) {                                        \
         long quads = quads_of(depth);                                                                                    \
         const float *x_scale = (const float *)(x + (size_t)quads * QUAD_BYTES * ROWS);                                   \
@@ -365,7 +376,7 @@ INLINE size_t int8_row(long depth) { return (size_t)quads_of(depth) * QUAD_BYTES
             long to = from + GROUP_QUADS < quads ? from + GROUP_QUADS : quads;                                           \
             R(DECLARE8, V)                                                                                               \
             for (long q = from; q < to; q++, w += ROW_BYTES, x += ROWS * QUAD_BYTES) {                                   \
-                if (ROWS < 3 && (q & 1) == 0) { V(AHEAD8, 0) }                                                           \
+                if (ahead && (q & 1) == 0) { V(AHEAD8, 0) }                                                              \
                 V(WORD8, 0) R(STEP8, V)                                                                                  \
             }                                                                                                            \
             R(FOLD8, V)                                                                                                  \
@@ -388,14 +399,14 @@ INLINE void finish8(int rows, int width, const float *totals, const Matrix *m, f
 #define INT8_CASE(ROWS, VECTORS)                                                                                         \
     {                                                                                                                    \
         float totals[ROWS][VECTORS / 2 * PANEL8];                                                                        \
-        tile8_##ROWS##VECTORS(x, w, stride, depth, totals);                                                              \
+        tile8_##ROWS##VECTORS(row == 0, x, w, stride, depth, totals);                                                    \
         finish8(ROWS, VECTORS / 2 * PANEL8, totals[0], m, out, column);                                                  \
     }
 
 static void int8_panels(const Call *call, const Matrix *m, float *all, long begin, long end) {
     long depth = call->depth;
     size_t stride = int8_stride(depth);
-    long group = stride < CACHED / 4 ? (long)(CACHED / stride) : 4;
+    long group = panels_at_once(call->rows, stride);
     for (long g = begin; g < end; g += group) {
         long stop = g + group < end ? g + group : end;
         for (long row = 0; row < call->rows;) {
