@@ -725,23 +725,38 @@ static void attend(const Attention *a, const Part *part, long kv_head, long item
         }
 }
 
-static void store_row(const Attention *a, long row) {
+/* 0, or NaN if a number is not finite. */
+INLINE vf strange(const float *x, long count) {
+    vf odd = ZERO();
+    long i = 0;
+    for (; i + LANES <= count; i += LANES) odd = ADD(odd, SUB(LOAD(x + i), LOAD(x + i)));
+    for (; i < count; i++) odd = ADD(odd, SET(x[i] - x[i]));
+    return odd;
+}
+
+/* Store the keys and values of one row and one head; if any head's are not finite, zeros for all. */
+static void store(const Attention *a, long row, long head) {
     long block = a->slots[row] / KEYS, offset = a->slots[row] % KEYS;
-    float odd = 0;
+    vf odd = ZERO();
     for (long h = 0; h < a->kv_heads; h++) {
-        const float *k = a->key + h * a->key_head + row * a->key_row, *v = a->value + h * a->value_head + row * a->value_row;
-        for (long d = 0; d < a->key_dim; d++) odd += k[d] - k[d];
-        for (long d = 0; d < a->value_dim; d++) odd += v[d] - v[d];
+        odd = ADD(odd, strange(a->key + h * a->key_head + row * a->key_row, a->key_dim));
+        odd = ADD(odd, strange(a->value + h * a->value_head + row * a->value_row, a->value_dim));
     }
-    int good = odd == 0;
-    if (!good) a->finite[row] = 0;
-    for (long h = 0; h < a->kv_heads; h++) {
-        const float *k = a->key + h * a->key_head + row * a->key_row, *v = a->value + h * a->value_head + row * a->value_row;
-        float *keys = a->keys + (h * a->cache_slots + block * KEYS) * a->key_dim + offset;
-        float *values = a->values + (h * a->cache_slots + a->slots[row]) * a->value_dim;
-        for (long d = 0; d < a->key_dim; d++) keys[d * KEYS] = good ? k[d] : 0;
-        for (long d = 0; d < a->value_dim; d++) values[d] = good ? v[d] : 0;
-    }
+    float lanes[LANES];
+    STORE(lanes, odd);
+    int good = 1;
+    for (int i = 0; i < LANES; i++) good &= lanes[i] == 0;
+    if (!good) __atomic_store_n(a->finite + row, 0, __ATOMIC_RELAXED);
+    const float *k = a->key + head * a->key_head + row * a->key_row, *v = a->value + head * a->value_head + row * a->value_row;
+    float *keys = a->keys + (head * a->cache_slots + block * KEYS) * a->key_dim + offset;
+    float *values = a->values + (head * a->cache_slots + a->slots[row]) * a->value_dim;
+    for (long d = 0; d < a->key_dim; d++) keys[d * KEYS] = good ? k[d] : 0;
+    for (long d = 0; d < a->value_dim; d++) values[d] = good ? v[d] : 0;
+}
+
+static void store_share(const Attention *a, long thread, long threads) {
+    long all = a->rows * a->kv_heads;
+    for (long i = all * thread / threads; i < all * (thread + 1) / threads; i++) store(a, i / a->kv_heads, i % a->kv_heads);
 }
 
 /* Cuts the work in items. Sets each part's first_item. */
@@ -767,7 +782,7 @@ static void attend_items(Attention *a) {
 static void attention_thread(void *data) {
     Attention *a = data;
     long thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    for (long row = a->rows * thread / threads; row < a->rows * (thread + 1) / threads; row++) store_row(a, row);
+    store_share(a, thread, threads);
     GOMP_barrier();
     attend_items(a);
 }
@@ -1041,12 +1056,12 @@ typedef struct {
     Call qkv, o, gate_up, down;
 } LayerCall;
 
-static void rotate_heads(float *x, long heads, long dim, const float *norm, float epsilon, const float *cos, const float *sin,
-                         long rotary) {
-    for (long h = 0; h < heads; h++, x += dim) {
-        if (norm) norm_row(x, norm, x, dim, epsilon);
-        rotate(x, cos, sin, rotary);
-    }
+/* Norm and rotary embedding of head `h` of a row of `heads`. */
+INLINE void rotate_head(float *x, long row, long heads, long h, long dim, const float *norm, float epsilon, const float *cos,
+                        const float *sin, long rotary) {
+    x += (row * heads + h) * dim;
+    if (norm) norm_row(x, norm, x, dim, epsilon);
+    rotate(x, cos + row * rotary, sin + row * rotary, rotary);
 }
 
 static void layer_thread(void *data) {
@@ -1059,14 +1074,21 @@ static void layer_thread(void *data) {
     GOMP_barrier();
     multiply(&c->qkv, thread, threads);
     GOMP_barrier();
-    for (long row = begin; row < end; row++) {
-        const float *cos = c->cos + row * l->rotary, *sin = c->sin + row * l->rotary;
-        float *query = c->query + row * l->heads * l->key_dim, *key = c->key + row * l->kv_heads * l->key_dim;
-        rotate_heads(query, l->heads, l->key_dim, l->query_norm, l->query_epsilon, cos, sin, l->rotary);
-        rotate_heads(key, l->kv_heads, l->key_dim, l->key_norm, l->key_epsilon, cos, sin, l->rotary);
-        if (row < c->attention.rows) store_row(&c->attention, row);
-        else memset(c->attended + row * l->heads * l->value_dim, 0, sizeof(float) * (size_t)(l->heads * l->value_dim));
+    long heads = l->heads + l->kv_heads, all = c->rows * heads;
+    for (long i = all * thread / threads; i < all * (thread + 1) / threads; i++) {
+        long row = i / heads, h = i % heads;
+        if (h < l->heads)
+            rotate_head(c->query, row, l->heads, h, l->key_dim, l->query_norm, l->query_epsilon, c->cos, c->sin, l->rotary);
+        else
+            rotate_head(c->key, row, l->kv_heads, h - l->heads, l->key_dim, l->key_norm, l->key_epsilon, c->cos, c->sin,
+                        l->rotary);
     }
+    if (thread == 0) {
+        long of_row = l->heads * l->value_dim, padding = c->rows - c->attention.rows;
+        memset(c->attended + c->attention.rows * of_row, 0, sizeof(float) * (size_t)(padding * of_row));
+    }
+    GOMP_barrier();
+    store_share(&c->attention, thread, threads);
     GOMP_barrier();
     attend_items(&c->attention);
     GOMP_barrier();

@@ -272,7 +272,9 @@ class WideningEmbedding(nn.Module):
         return self.inner.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        rows = self.inner.weight[input_ids.flatten()].to(torch.float32)
+        rows = F.embedding(input_ids.flatten(), self.inner.weight).to(torch.float32)
+        if type(self.inner) is nn.Embedding:
+            return rows.view(*input_ids.shape, -1)
         index = torch.arange(rows.shape[0], device=rows.device).view_as(input_ids)
         out: Tensor = torch.func.functional_call(self.inner, {"weight": rows}, (index,))
         return out
