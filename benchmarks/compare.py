@@ -5,8 +5,9 @@
 
 Every server is a process of its own on loopback, with the same number of threads. They are measured one after the
 other, every other repetition in reverse order; whoever is not being measured is stopped (SIGSTOP), so that nobody's
-spinning threads cost another one anything. Prompts are sent as chat messages, greedy, to the end of `max_tokens`; a
-contestant whose own count of prompt or answer tokens differs from ours is an error, not a result.
+spinning threads cost another one anything. Prompts are sent as chat messages, greedy, to the end of `max_tokens`, and
+have exactly the given number of tokens by the checkpoint's tokenizer and template; a contestant that counts other
+prompt or answer tokens is an error, not a result.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if __package__ in (None, ""):  # run as a script: this folder holds files that m
 import psutil
 
 from benchmarks import machine, served
-from benchmarks.common import RESULTS, ratios, summary
+from benchmarks.common import RESULTS, peak_rss_bytes, ratios, summary
 from benchmarks.report import Report
 
 OURS = "verbatim"
@@ -58,7 +59,7 @@ class Contestant:
     without: str = ""
     found: dict[str, list[float]] = field(default_factory=dict)
     counts: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
-    peak: int = 0
+    peaks: dict[int, int] = field(default_factory=dict)
 
     def processes(self) -> list[psutil.Process]:
         parent = psutil.Process(self.pid)
@@ -71,8 +72,8 @@ class Contestant:
         try:
             yield
         finally:
-            self.peak = max(self.peak, sum(p.memory_info().rss for p in self.processes()))
             for process in self.processes():
+                self.peaks[process.pid] = peak_rss_bytes(process.pid)
                 process.suspend()
 
     def ask(self, case: str, number: int, texts: list[str], max_tokens: int) -> list[dict[str, Any]]:
@@ -84,15 +85,42 @@ class Contestant:
         return answers
 
 
-def measure(contestant: Contestant, number: int, settings: argparse.Namespace) -> dict[str, float]:
+class Prompts:
+    """Texts that make prompts of a given length, as the checkpoint's tokenizer and chat template count."""
+
+    def __init__(self, model: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+
+    def tokens(self, text: str) -> int:
+        message = [{"role": "user", "content": text}]
+        return len(self._tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"])
+
+    def text(self, tokens: int, number: int) -> str:
+        """One that no other number begins with, so that no prefix cache knows it.
+
+        Raises:
+            RuntimeError: the template alone is longer, or its tokenizer joins what is added to fill up.
+        """
+        size = 2 * tokens
+        while size and self.tokens(served.words(size, number)) > tokens:
+            size -= max(2, (self.tokens(served.words(size, number)) - tokens) // 2 // 2 * 2)
+        text = served.words(max(size, 0), number)
+        text += " the" * (tokens - self.tokens(text))
+        if self.tokens(text) != tokens:
+            raise RuntimeError(f"no prompt of exactly {tokens} tokens could be made, only of {self.tokens(text)}")
+        return text
+
+
+def measure(contestant: Contestant, number: int, settings: argparse.Namespace, prompts: Prompts) -> dict[str, float]:
     """All cases once. Prompts are those of the repetition, the same for everybody and new to them."""
     first = number * 1000
+    short = [prompts.text(settings.short, first + i) for i in range(9)]
+    long = prompts.text(settings.long, first + 100)
     with contestant.awake():
-        (one,) = contestant.ask("one", number, [served.words(settings.short, first)], settings.tokens)
-        crowd = contestant.ask(
-            "crowd", number, [served.words(settings.short, first + 10 + i) for i in range(8)], settings.tokens
-        )
-        long = served.words(settings.long, first + 100)
+        (one,) = contestant.ask("one", number, short[:1], settings.tokens)
+        crowd = contestant.ask("crowd", number, short[1:], settings.tokens)
         (cold,) = contestant.ask("cold", number, [long], 1)
         (warm,) = contestant.ask("warm", number, [long], 1)
     return {
@@ -203,10 +231,10 @@ def tell(report: Report, all_of_them: list[Contestant], settings: argparse.Names
         )
         report.add(case + lengths.get(case, ""), unit, values, note=note)
     report.add(
-        "memory after the run",
+        "peak memory",
         "GiB resident",
-        {c.name: summary([c.peak / 2**30]) for c in all_of_them},
-        note="of the whole process tree, mapped files as far as they are in memory.",
+        {c.name: summary([sum(c.peaks.values()) / 2**30]) for c in all_of_them},
+        note="of the whole process tree since its start, mapped files as far as they were in memory.",
     )
 
 
@@ -223,8 +251,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vllm", action="store_true", help="`vllm serve`, too")
     parser.add_argument("--threads", type=int, default=machine.usable_cores())
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--short", type=int, default=64, help="size of a short prompt; the report counts its tokens")
-    parser.add_argument("--long", type=int, default=1024, help="size of the long prompt; the report counts its tokens")
+    parser.add_argument("--short", type=int, default=64, help="tokens of a short prompt")
+    parser.add_argument("--long", type=int, default=1024, help="tokens of the long prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
     parser.add_argument("--out", type=Path, help="folder for the JSON; default benchmarks/results")
     parser.add_argument("--quick", action="store_true", help="toy settings; writes nothing unless --out is given")
@@ -236,7 +264,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--gguf needs --llama-server")
     settings.gguf = [(label, Path(file)) for label, _, file in pairs]
     if settings.quick:
-        settings.repeat, settings.short, settings.long, settings.tokens = 1, 12, 40, 24
+        settings.repeat, settings.short, settings.long, settings.tokens = 1, 64, 128, 24
     return settings
 
 
@@ -251,11 +279,12 @@ def main(argv: list[str] | None = None) -> None:
         {key: getattr(settings, key) for key in ("repeat", "short", "long", "tokens")},
         settings.quick,
     )
+    prompts = Prompts(settings.model)
     with contextlib.ExitStack() as stack:
         all_of_them = contestants(stack, settings)
         for number in range(1, settings.repeat + 1):
             for contestant in all_of_them if number % 2 else all_of_them[::-1]:
-                for case, value in measure(contestant, number, settings).items():
+                for case, value in measure(contestant, number, settings, prompts).items():
                     contestant.found.setdefault(case, []).append(value)
     tell(report, all_of_them, settings)
     report.show()
