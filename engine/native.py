@@ -518,7 +518,7 @@ def _find_compiler() -> str:
         found = shutil.which(name) if name else None
         if found:
             return found
-    raise Unavailable("no C compiler was found; install one (gcc or clang) for about twice the speed")
+    raise Unavailable("no C compiler was found; install one (gcc or clang) for about three times the speed")
 
 
 def _version(compiler: str) -> str:
