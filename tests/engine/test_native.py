@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import errno
 import math
 import os
 import shutil
@@ -405,6 +406,34 @@ def test_a_cache_that_cannot_be_trusted_is_not_used(kernels: Kernels, tmp_path: 
         cache.write_text("")
     assert Kernels.load(cache).target == kernels.target
     assert not cache.is_dir() or not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["the cache", "no cache"])
+def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str) -> None:
+    """Then torch's own kernels are used: nobody is left without a server."""
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(native.tempfile, "mkstemp", full)
+    monkeypatch.setattr(native.tempfile, "mkdtemp", full)
+    if folder == "no cache":
+        (tmp_path / "cache").write_text("")
+    with pytest.raises(Unavailable, match=r"cannot be written: .*No space left on device"):
+        Kernels.load(tmp_path / "cache")
+
+
+def test_without_a_home_they_are_compiled_for_this_process(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(native.Path, "home", staticmethod(nobody))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
+    assert Kernels.load().target == kernels.target
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_clang_will_do(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
