@@ -1,4 +1,5 @@
-/* Linear layers on a CPU, compiled for the machine at hand by engine/native.py. Knows arrays; nothing of tensors or models.
+/* What a model's layers compute, on a CPU: products, attention, norms, activations, and a whole decoder layer of these. Compiled
+ * for the machine at hand by engine/native.py. Knows arrays; nothing of tensors or models.
  *
  * The promise, for every function here: a row of the result depends on that row of the input alone, not on how many rows
  * are computed with it, nor on the number of threads, nor on the width of the processor's vectors. It is kept by giving
@@ -7,6 +8,7 @@
  *   linear, float32    y = (chain over k = 0 … 1023) + (chain over the next 1024) + … + bias
  *                      chain: s = fma(x[k], w[k], s), beginning at 0
  *   linear, int8       y = chain over groups g of 128: s = fma(float(sum of products of bytes), x_scale[g] * w_scale[g], s)
+ *   attention, norm    see there
  *   layer              the functions here, one after the other: the bits of each called by itself
  *
  * Vectors run over the columns of the result, never along k: there is nothing to reduce at the end, and wider vectors give
