@@ -106,7 +106,7 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
                 replace_pointwise(model, native)
                 share_inputs(model)
                 fused = fuse_layers(model, native)
-                log.info("%s: %d decoder layers run as one kernel each", config.id, fused)
+                say(f"{fused} layers run as one kernel each ({native.target})")
         vocab_size = _vocab_size(model)
         say("self-test")
         test = self_test(model, vocab_size, dtype, kernels=native, rounded=config.quantization is not None)
@@ -238,8 +238,6 @@ def _choose_kernel(config: ModelConfig, model: nn.Module, say: Progress) -> tupl
         native = Kernels.load(progress=say)
     except Unavailable as error:
         why = str(error)
-    else:
-        log.info("%s: kernels for %s", config.id, native.target)
     if config.quantization:
         if native is None:
             raise LoadError(f"{config.id}: quantization: {config.quantization} needs compiled kernels: {why}.")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from engine.checkpoint import prepare_environment
+
+if TYPE_CHECKING:
+    from engine.native import Kernels
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Tiny models: a second thread only waits for the first. The law's tests ask for one and two themselves.
@@ -36,6 +40,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-d
         return folders[family]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Kernels:
+    """The compiled kernels; tests of them are skipped where there are none."""
+    from engine.native import Kernels, Unavailable
+
+    try:
+        return Kernels.load()
+    except Unavailable as error:
+        pytest.skip(f"no compiled kernels on this machine: {error}")
 
 
 @pytest.fixture(scope="session")

@@ -19,16 +19,8 @@ from engine.decoder_layer import NativeLayer, fuse_layers
 from engine.kv_cache import KVCache
 from engine.linear import NativeLinear, pack_model, share_inputs
 from engine.model_runner import discover_layers, register_attention
-from engine.native import AttentionPlan, Kernels, LayerParts, NormParts, PackedWeight, Unavailable
+from engine.native import AttentionPlan, Kernels, LayerParts, NormParts, PackedWeight
 from engine.pointwise import replace_pointwise
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Kernels:
-    try:
-        return Kernels.load()
-    except Unavailable as error:
-        pytest.skip(f"no compiled kernels on this machine: {error}")
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:

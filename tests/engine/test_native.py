@@ -25,14 +25,6 @@ from engine.native import BLOCK_SIZE, AttentionPlan, Kernels, Unavailable
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Kernels:
-    try:
-        return Kernels.load()
-    except Unavailable as error:
-        pytest.skip(f"no compiled kernels on this machine: {error}")
-
-
-@pytest.fixture(scope="module")
 def with_vnni(kernels: Kernels, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """The layout for processors with VNNI, its one instruction written out."""
     return Kernels.load(tmp_path_factory.mktemp("vnni"), ("-DVERBATIM_EMULATE_VNNI",))
