@@ -1,7 +1,7 @@
 """Attention over the block cache, as a function that transformers' models call. Knows no model by name.
 
-All sequences of a step travel as one packed row of tokens, `[1, T]`; a `ForwardContext`, handed through the model as a
-keyword, says which rows belong to whom. Each sequence attends alone, over its own keys, so no neighbour can change its
+All sequences of a step travel as one packed row of tokens, `[1, T]`. A `ForwardContext` says which rows belong to whom;
+it reaches this file through a context variable, because many models drop keywords on the way to their layers. Each sequence attends alone, over its own keys, so no neighbour can change its
 bits. Two more rules make a row's bits independent of how its prompt was cut (measured, docs/decisions/0002):
 
 * the key span is a multiple of `SPAN`, and what does not count is masked, never cut off;
@@ -12,6 +12,9 @@ With compiled kernels (engine/native.py) a CPU has one of our own that needs nei
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +22,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.attention_mask import KeyRange, NotUnderstood, read_mask
 from engine.kv_cache import SPAN, KVCache, LayerShape, Run, runs_of
 from engine.native import AttentionPlan
 
 IMPLEMENTATION = "verbatim"
 """The name under which transformers finds `attention_forward`."""
-CONTEXT_KEY = "verbatim_context"
 ROWS = 4
+
+_HARMLESS = frozenset({"dropout", "position_ids", "use_cache", "return_dict", "logits_to_keep"})
+"""Keywords of the attention interface that change nothing here, as those that say what else to return (`output_…`):
+models are served in evaluation mode, and positions are in the queries and keys already."""
+
+_current: ContextVar[ForwardContext] = ContextVar("verbatim_forward_context")
+
+
+@contextmanager
+def forward_context(context: ForwardContext) -> Iterator[None]:
+    """Make `context` what attention layers that run inside the `with` block see."""
+    token = _current.set(context)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_context() -> ForwardContext | None:
+    """The context of the forward pass that is running, if it is one of ours."""
+    return _current.get(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +69,29 @@ class Span:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionSettings:
-    """How a layer attends: see `attention_forward`."""
+    """How a layer attends.
+
+    Attributes:
+        heads: of the queries; scale: of the scores; softcap: their bound; sinks: `[heads]`.
+    """
 
     heads: int
     scale: float
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-    causal: bool
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def kind(self) -> tuple[int, float, float | None, bool]:
+        """The same for layers that differ in the values of their sinks only."""
+        return self.heads, self.scale, self.softcap, self.sinks is not None
 
 
 @dataclass(slots=True)
 class ForwardContext:
     """What the attention function must know about a step.
 
-    `cache` None means: record each layer's shape and settings and attend to nothing (see `discover_layers`).
+    `cache` None means: record each layer's shape and settings and attend to nothing (see `discover`). `length` is then
+    how many tokens a sequence may have: masks are tried up to there.
     Rows behind `num_rows` are padding; they belong to nobody.
     """
 
@@ -70,6 +102,9 @@ class ForwardContext:
     cache: KVCache | None = None
     layers: dict[int, LayerShape] = field(default_factory=dict)
     settings: dict[int, AttentionSettings] = field(default_factory=dict)
+    length: int = 0
+    masks: dict[int, tuple[KeyRange, Tensor]] = field(default_factory=dict)
+    """Of the masks that transformers has made in this pass, by the memory of what stands for them."""
     finite: Tensor | None = None
     """`[num_rows] bool`, after the step: False where a key or value was not finite."""
     plan: AttentionPlan | None = None
@@ -90,15 +125,15 @@ class ForwardContext:
             self._runs[span.row] = runs_of(span.table, self.cache.block_size, span.start + span.count)
         return self._runs[span.row]
 
-    def mask(self, span: Span, window: int | None, rows: int, repeat: int, like: Tensor) -> Tensor:
+    def mask(self, span: Span, seen: KeyRange, rows: int, repeat: int, like: Tensor) -> Tensor:
         """Additive mask `[rows, span.padded]` for queries laid out as `repeat` copies of the span's rows, then padding.
 
         Built once per step and shape, for all layers.
         """
-        key = (span.row, window, rows, repeat, like.device, like.dtype)
+        key = (span.row, seen, rows, repeat, like.device, like.dtype)
         mask = self._masks.get(key)
         if mask is None:
-            mask = _additive_mask(span, window, rows, repeat, like)
+            mask = _additive_mask(span, seen, rows, repeat, like)
             self._masks[key] = mask
         return mask
 
@@ -114,17 +149,31 @@ class ForwardContext:
         self.finite = finite if self.finite is None else self.finite & finite
 
 
-def _additive_mask(span: Span, window: int | None, rows: int, repeat: int, like: Tensor) -> Tensor:
+def _additive_mask(span: Span, seen: KeyRange, rows: int, repeat: int, like: Tensor) -> Tensor:
     queries = torch.arange(span.start, span.start + span.count, device=like.device)[:, None]
     keys = torch.arange(span.padded, device=like.device)[None, :]
-    hidden = keys > queries
-    if window is not None:
-        hidden |= keys <= queries - window
+    hidden = (keys > queries) | (keys < seen.first(queries))
     mask = torch.zeros(span.count, span.padded, dtype=like.dtype, device=like.device)
     mask = mask.masked_fill_(hidden, float("-inf")).repeat(repeat, 1)
     # Padding rows repeat the last one: their result is thrown away, but a row that sees nothing would be NaN.
     padding = mask[-1:].expand(rows - mask.shape[0], -1)
     return torch.cat([mask, padding]) if padding.shape[0] else mask
+
+
+def make_mask(*, mask_function: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' mask interface: note which keys the mask function shows.
+
+    Returns something that stands for the mask, by which `attention_forward` knows it again; None in a step, where the
+    layers' masks are known.
+    """
+    context = _current.get()
+    if context.cache is not None:
+        return None
+    seen = read_mask(mask_function, context.length)
+    tokens = int(context.slots.numel())
+    stand_in = torch.zeros(1, 1, tokens, tokens, device=context.slots.device)
+    context.masks[stand_in.untyped_storage().data_ptr()] = (seen, stand_in)
+    return stand_in
 
 
 def attention_forward(
@@ -145,58 +194,104 @@ def attention_forward(
 
     Args:
         query: `[1, heads, T, key_dim]`; key and value `[1, kv_heads, T, dim]`, position-encoded.
-        sliding_window: tokens seen, the query's own included; softcap: bound of the scores; s_aux: `[heads]` sinks.
+        softcap: bound of the scores; s_aux: `[heads]` sinks.
 
     Returns:
         `[1, T, heads, value_dim]`, and None for the weights.
+
+    Raises:
+        NotUnderstood: the model asks for something that is not known here; only while layers are discovered.
     """
-    context: ForwardContext = kwargs[CONTEXT_KEY]
+    context = _current.get()
     layer: int = module.layer_idx
-    heads, kv_heads, dim = query.shape[1], key.shape[1], value.shape[-1]
-    causal = is_causal is not False and getattr(module, "is_causal", True)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    window = sliding_window or None
+    settings = AttentionSettings(query.shape[1], scale, softcap, s_aux)
     if context.cache is None:
-        context.layers[layer] = LayerShape(kv_heads, key.shape[-1], dim, key.dtype, key.device)
-        context.settings[layer] = AttentionSettings(heads, scale, window, softcap, s_aux, causal)
-        return query.new_zeros(1, query.shape[2], heads, dim), None
-    if not causal:
-        raise RuntimeError(f"layer {layer} is not causal: a cache of past keys cannot serve it")
-    if context.cache.native[layer]:
-        assert context.cache.kernels is not None
-        out = context.cache.kernels.attend(
+        seen = _key_range(context, attention_mask, sliding_window, kwargs)
+        if is_causal is False or not getattr(module, "is_causal", True):
+            raise NotUnderstood("its attention is not causal: a cache of past keys cannot serve it")
+        if layer in context.layers:
+            raise NotUnderstood(f"layer {layer} attends more than once")
+        context.layers[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device, seen)
+        context.settings[layer] = settings
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
+    return attend(context, layer, query[0], key[0], value[0], settings).unsqueeze(0), None
+
+
+def _key_range(
+    context: ForwardContext, mask: Tensor | None, window: int | None, others: dict[str, Any]
+) -> KeyRange:
+    """What a layer's mask and keywords ask for together.
+
+    Raises:
+        NotUnderstood: the mask was not made through transformers' interface, a keyword is not known, or two disagree.
+    """
+    given = [name for name, value in others.items() if value is not None]
+    unknown = sorted(name for name in given if name not in _HARMLESS and not name.startswith("output_"))
+    if unknown:
+        raise NotUnderstood(f"its attention takes {', '.join(unknown)}")
+    if mask is None:
+        seen = KeyRange()
+    else:
+        known = context.masks.get(mask.untyped_storage().data_ptr())
+        if known is None:
+            raise NotUnderstood("it makes an attention mask of its own")
+        seen = known[0]
+    window = window if window and window < context.length else None
+    if window is not None and seen != KeyRange(window=window):
+        raise NotUnderstood(f"its attention asks for a window of {window}, its mask shows {seen.describe()}")
+    return seen
+
+
+def attend(
+    context: ForwardContext, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings
+) -> Tensor:
+    """Store a step's keys and values in a layer's cache, and attend.
+
+    Args:
+        query: `[heads, T, key_dim]`; key and value `[kv_heads, T, dim]`.
+
+    Returns:
+        `[T, heads, value_dim]`.
+    """
+    scale, softcap, sinks = settings.scale, settings.softcap, settings.sinks
+    cache = context.cache
+    assert cache is not None
+    seen = cache.layers[layer].seen
+    if cache.native[layer]:
+        assert cache.kernels is not None
+        return cache.kernels.attend(
             context.for_kernel(),
-            query[0],
-            key[0],
-            value[0],
-            context.cache.keys[layer],
-            context.cache.values[layer],
+            query,
+            key,
+            value,
+            cache.keys[layer],
+            cache.values[layer],
             scale=scale,
-            window=window,
+            window=seen.window,
+            chunk=seen.chunk,
             softcap=softcap,
-            sinks=None if s_aux is None else s_aux.to(torch.float32).contiguous(),
+            sinks=None if sinks is None else sinks.to(torch.float32).contiguous(),
         )
-        return out.unsqueeze(0), None
-    _store(context, layer, key[0], value[0])
-    plain = not softcap and s_aux is None and key.shape[-1] == dim
-    output = query.new_zeros(query.shape[2], heads, dim)
+    _store(context, layer, key, value)
+    plain = not softcap and sinks is None and key.shape[-1] == value.shape[-1]
+    output = query.new_zeros(query.shape[1], query.shape[0], value.shape[-1])
     for span in context.spans:
-        keys, values = context.cache.read(layer, context.runs(span), span.padded)
-        rows = query[0, :, span.row : span.row + span.count]
+        keys, values = cache.read(layer, context.runs(span), span.padded)
+        rows = query[:, span.row : span.row + span.count]
         if plain:
-            result = _fused(context, span, rows, keys, values, window, scale)
+            result = _fused(context, span, rows, keys, values, seen, scale)
         else:
-            result = _blockwise(context, span, rows, keys, values, window, scale, softcap, s_aux)
+            result = _blockwise(context, span, rows, keys, values, seen, scale, softcap, sinks)
         output[span.row : span.row + span.count] = result.transpose(0, 1)
-    return output.unsqueeze(0), None
+    return output
 
 
 def _store(context: ForwardContext, layer: int, keys: Tensor, values: Tensor) -> None:
     """Write the step's keys and values; a row that is not finite is written as zeros and noted."""
     assert context.cache is not None
     keys, values = keys[:, : context.num_rows], values[:, : context.num_rows]
-    # A sum is finite only if all its terms are (it may also overflow: then the keys are beyond use anyway).
-    finite = torch.isfinite(keys.sum((0, 2)) + values.sum((0, 2)))
+    finite = keys.isfinite().all(2).all(0) & values.isfinite().all(2).all(0)
     context.note_finite(finite)
     if keys.device.type != "cpu" or not bool(finite.all()):
         keys = torch.where(finite[None, :, None], keys, 0)
@@ -205,7 +300,7 @@ def _store(context: ForwardContext, layer: int, keys: Tensor, values: Tensor) ->
 
 
 def _fused(
-    context: ForwardContext, span: Span, query: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float
+    context: ForwardContext, span: Span, query: Tensor, keys: Tensor, values: Tensor, seen: KeyRange, scale: float
 ) -> Tensor:
     """`[heads, count, dim]` by torch's fused kernel.
 
@@ -217,11 +312,11 @@ def _fused(
     groups = heads // kv_heads
     if count * groups <= 4 * ROWS or groups == 1:
         grouped = _pad_rows(query.reshape(kv_heads, groups * count, dim))
-        mask = context.mask(span, window, grouped.shape[1], groups, query)
+        mask = context.mask(span, seen, grouped.shape[1], groups, query)
         out = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], attn_mask=mask, scale=scale)
         return out[0, :, : groups * count].reshape(heads, count, -1)
     grouped = _pad_rows(query.reshape(kv_heads, groups, count, dim))
-    mask = context.mask(span, window, grouped.shape[2], 1, query)
+    mask = context.mask(span, seen, grouped.shape[2], 1, query)
     out = F.scaled_dot_product_attention(
         grouped,
         keys[:, None].expand(-1, groups, -1, -1),
@@ -238,7 +333,7 @@ def _blockwise(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    window: int | None,
+    seen: KeyRange,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -246,12 +341,12 @@ def _blockwise(
     """`[heads, count, dim]` for what the fused kernel lacks: soft-capped scores (Gemma 2) and sinks (gpt-oss).
 
     Online softmax over key blocks of `SPAN`, one block after the other, so that every product has the same inner
-    shape however long the sequence is. A sink is a score that takes part in the normalisation and has no value.
+    shape however long the sequence is. In float32 whatever the inputs' dtype. A sink is a score that takes part in the normalisation and has no value.
     """
     heads, count, _ = query.shape
     kv_heads, groups = keys.shape[0], heads // keys.shape[0]
-    rows = _pad_rows(query.reshape(kv_heads, groups * count, -1))
-    mask = context.mask(span, window, rows.shape[1], groups, query)
+    rows = _pad_rows(query.reshape(kv_heads, groups * count, -1)).float()
+    mask = context.mask(span, seen, rows.shape[1], groups, rows)
     if sinks is None:
         peak = rows.new_full(rows.shape[:2], float("-inf"))
         total = torch.zeros_like(peak)
@@ -261,7 +356,7 @@ def _blockwise(
         total = torch.ones_like(peak)
     result = rows.new_zeros(kv_heads, rows.shape[1], values.shape[-1])
     for start in range(0, span.padded, SPAN):
-        scores = torch.matmul(rows, keys[:, start : start + SPAN].transpose(1, 2)) * scale
+        scores = torch.matmul(rows, keys[:, start : start + SPAN].float().transpose(1, 2)) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores + mask[:, start : start + SPAN]
@@ -270,10 +365,10 @@ def _blockwise(
         weights = torch.exp(scores - base[..., None])
         keep = torch.exp(peak - base)
         total = total * keep + weights.sum(-1)
-        result = result * keep[..., None] + torch.matmul(weights, values[:, start : start + SPAN])
+        result = result * keep[..., None] + torch.matmul(weights, values[:, start : start + SPAN].float())
         peak = new_peak
     result = result / total[..., None]
-    return result[:, : groups * count].reshape(heads, count, -1)
+    return result[:, : groups * count].reshape(heads, count, -1).to(query.dtype)
 
 
 def _pad_rows(rows: Tensor) -> Tensor:

@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.attention import CONTEXT_KEY, IMPLEMENTATION, AttentionSettings, ForwardContext, Span
+from engine.attention import (
+    IMPLEMENTATION,
+    AttentionSettings,
+    ForwardContext,
+    Span,
+    current_context,
+    forward_context,
+)
 from engine.kv_cache import KVCache, LayerShape
 from engine.linear import NativeLinear
 from engine.model_runner import discover, register_attention
@@ -41,7 +48,7 @@ class NativeLayer(nn.Module):
         self.inner, self.kernel, self.index = inner, kernel, index
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        context: ForwardContext | None = kwargs.get(CONTEXT_KEY)
+        context = current_context()
         if context is None or context.cache is None or not context.cache.native[self.index]:
             out: Tensor = self.inner(hidden_states, *args, **kwargs)
             return out
@@ -85,8 +92,10 @@ class _Watched:
 
 
 @torch.inference_mode()
-def fuse_layers(model: nn.Module, kernels: Kernels) -> int:
-    """Replace the decoder layers that are made of the usual parts. Returns how many.
+def fuse_layers(model: nn.Module, kernels: Kernels, length: int) -> int:
+    """Replace the decoder layers that are made of the usual parts, for sequences of up to `length` tokens.
+
+    Returns how many were replaced.
 
     A model that cannot be called with our attention function stays as it is; the self-test says why.
     """
@@ -94,7 +103,7 @@ def fuse_layers(model: nn.Module, kernels: Kernels) -> int:
     own = getattr(model.config, "_attn_implementation", None) or "eager"
     try:
         model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
-        return _fuse(model, kernels)
+        return _fuse(model, kernels, length)
     except Exception as error:  # whatever an unknown architecture does when it is called in a way it does not expect
         log.debug("%s stays as it is: %s", type(model).__name__, error)
         return 0
@@ -103,15 +112,15 @@ def fuse_layers(model: nn.Module, kernels: Kernels) -> int:
             model.set_attn_implementation(own)  # type: ignore[operator]
 
 
-def _fuse(model: nn.Module, kernels: Kernels) -> int:
-    found = discover(model)
+def _fuse(model: nn.Module, kernels: Kernels, length: int) -> int:
+    found = discover(model, length)
     shapes = [found.layers[i] for i in range(len(found.layers))]
     cache, again = (KVCache(shapes, 1, BLOCK_SIZE, kernels) for _ in range(2))
     if not all(cache.native):
         return 0
     fused = 0
     for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == len(shapes)]:
-        watched = _watch(model, layers, _context(cache))
+        watched = _watch(model, layers, _context(cache), length)
         context = _context(again)
         for index, seen in enumerate(watched):
             for parts in _readings(kernels, seen, found.settings[index], shapes[index]):
@@ -127,8 +136,8 @@ def _context(cache: KVCache) -> ForwardContext:
     return ForwardContext((Span(0, _ROWS, 0, (0,)),), torch.arange(_ROWS), _ROWS, cache)
 
 
-def _watch(model: nn.Module, layers: nn.ModuleList, context: ForwardContext) -> list[_Watched]:
-    """A pass over a few tokens, with positions from the first to the last that the model knows."""
+def _watch(model: nn.Module, layers: nn.ModuleList, context: ForwardContext, length: int) -> list[_Watched]:
+    """A pass over a few tokens, with positions from the first to the last that a sequence may have."""
     watched = [_Watched() for _ in layers]
     hooks: list[Any] = []
     for layer, seen in zip(layers, watched, strict=True):
@@ -136,11 +145,11 @@ def _watch(model: nn.Module, layers: nn.ModuleList, context: ForwardContext) -> 
         hooks.append(layer.register_forward_hook(seen.leave))
         parts = [m for m in layer.modules() if isinstance(m, NativeLinear | NativeNorm | NativeSiLU)]
         hooks += [part.register_forward_pre_hook(seen.note) for part in parts]
-    text = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    last = int(getattr(text, "max_position_embeddings", 0) or 32768) - 1
+    last = length - 1
     positions = torch.tensor([[0, 1, last // 5, last // 2, last]])
     try:
-        model(torch.arange(_ROWS)[None], position_ids=positions, use_cache=False, **{CONTEXT_KEY: context})
+        with forward_context(context):
+            model(torch.arange(_ROWS)[None], position_ids=positions, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -153,7 +162,7 @@ def _readings(kernels: Kernels, seen: _Watched, settings: AttentionSettings, sha
     if not (isinstance(embeddings, tuple) and len(embeddings) == 2 and isinstance(seen.output, Tensor)):
         return
     # Also where a list of modules was not called.
-    if len(seen.linears) != 7 or len(seen.norms) not in (2, 4) or seen.activations != 1 or not settings.causal:
+    if len(seen.linears) != 7 or len(seen.norms) not in (2, 4) or seen.activations != 1:
         return
     (q, n1), (k, n2), (v, n3), (o, _), (gate, m1), (up, m2), (down, _) = seen.linears
     if not (n1 is n2 is n3 and m1 is m2):
@@ -177,7 +186,8 @@ def _readings(kernels: Kernels, seen: _Watched, settings: AttentionSettings, sha
             kv_heads=shape.heads,
             rotary=rotary,
             scale=settings.scale,
-            window=settings.window,
+            window=shape.seen.window,
+            chunk=shape.seen.chunk,
             softcap=settings.softcap,
             sinks=None if settings.sinks is None else settings.sinks.to(torch.float32).contiguous(),
         )
@@ -190,7 +200,8 @@ def _same(layer: NativeLayer, seen: _Watched, context: ForwardContext, cache: KV
     assert seen.input is not None
     assert context.cache is not None
     arguments = {name: value for name, value in seen.kwargs.items() if name != "hidden_states"}
-    out = layer(seen.input, **{**arguments, CONTEXT_KEY: context})
+    with forward_context(context):
+        out = layer(seen.input, **arguments)
     keys, values = context.cache.keys[layer.index], context.cache.values[layer.index]
     stored = torch.equal(keys, cache.keys[layer.index]) and torch.equal(values, cache.values[layer.index])
     return stored and torch.equal(out, seen.output)

@@ -533,7 +533,8 @@ typedef struct {
     uint8_t *finite;       /* [rows]: set to 0 where a key or a value is not finite; what is stored is then 0 */
     const float *sinks;    /* [heads] or NULL */
     Part *parts;
-    long rows, heads, kv_heads, key_dim, value_dim, cache_slots, count, items, window;
+    long rows, heads, kv_heads, key_dim, value_dim, cache_slots, count, items;
+    long window, chunk;    /* tokens that are seen; the length of a chunk that is never looked out of; 0: no such bound */
     float scale, softcap;
     long next;
 } Attention;
@@ -640,6 +641,13 @@ INLINE void soft_cap(float *scores, float cap) {
     }
 }
 
+/* The first token that the one at `position` sees. */
+INLINE long first_seen(const Attention *a, long position) {
+    long first = a->window && position >= a->window ? position - a->window + 1 : 0;
+    long chunk = a->chunk ? position - position % a->chunk : 0;
+    return chunk > first ? chunk : first;
+}
+
 /* One block of 16 keys, the first of which is token `first`, and one tile. */
 static void attend_block(const Attention *a, Tile *t, const float *k, const float *v, long first) {
     float scores[TALLEST * KEYS], p[KEYS * TALLEST], keep[TALLEST];
@@ -656,7 +664,7 @@ static void attend_block(const Attention *a, Tile *t, const float *k, const floa
         for (int i = 0; i < KEYS; i += LANES) STORE(s + i, MUL(LOAD(s + i), SET(a->scale)));
         if (a->softcap > 0) soft_cap(s, a->softcap);
         long seen = t->position[r] - first; /* the last key of the block that is */
-        long hidden = a->window ? t->position[r] - a->window - first : -1; /* the last that is behind the window */
+        long hidden = first_seen(a, t->position[r]) - 1 - first; /* the last that is too long ago */
         if (seen < KEYS - 1 || hidden >= 0)
             for (long j = 0; j < KEYS; j++)
                 if (j > seen || j <= hidden) s[j] = -__builtin_inff();
@@ -706,13 +714,13 @@ static void attend(const Attention *a, const Part *part, long kv_head, long item
     const float *keys = a->keys + kv_head * a->cache_slots * a->key_dim;
     const float *values = a->values + kv_head * a->cache_slots * a->value_dim;
     long last = tiles[count - 1].position[tiles[count - 1].rows - 1] / KEYS;
-    long first = a->window && tiles[0].position[0] >= a->window ? (tiles[0].position[0] - a->window + 1) / KEYS : 0;
+    long first = first_seen(a, tiles[0].position[0]) / KEYS;
     for (long block = first; block <= last; block++) {
         long slot = (long)part->table[block] * KEYS;
         for (int i = 0; i < count; i++) {
             Tile *t = tiles + i;
             if (t->position[t->rows - 1] < block * KEYS) continue;
-            if (a->window && t->position[0] - a->window >= block * KEYS + KEYS - 1) continue;
+            if (first_seen(a, t->position[0]) >= (block + 1) * KEYS) continue;
             attend_block(a, t, keys + slot * a->key_dim, values + slot * a->value_dim, block * KEYS);
         }
     }
@@ -981,11 +989,11 @@ const char *verbatim_target(void) {
 void verbatim_attention(const float *query, const float *key, const float *value, long query_head, long query_row,
                         long key_head, long key_row, long value_head, long value_row, float *out, float *keys, float *values,
                         const int64_t *slots, uint8_t *finite, const float *sinks, Part *parts, long rows, long heads,
-                        long kv_heads, long key_dim, long value_dim, long cache_slots, long count, long window, float scale,
-                        float softcap, int threads) {
+                        long kv_heads, long key_dim, long value_dim, long cache_slots, long count, long window, long chunk,
+                        float scale, float softcap, int threads) {
     Attention a = {query, key, value, query_head, query_row, key_head, key_row, value_head, value_row, out, keys, values,
                    slots, finite, sinks, parts, rows, heads, kv_heads, key_dim, value_dim, cache_slots, count, 0, window,
-                   scale, softcap, 0};
+                   chunk, scale, softcap, 0};
     cut_attention(&a);
     GOMP_parallel(attention_thread, &a, (unsigned)threads, 0);
 }
@@ -1043,7 +1051,7 @@ typedef struct {
     const float *query_norm, *key_norm;        /* [key_dim], or NULL */
     const Matrix *qkv, *o, *gate_up, *down;    /* 3, 1, 2 and 1 */
     const float *sinks;                        /* [heads] or NULL */
-    long dim, inner, heads, kv_heads, key_dim, value_dim, rotary, window;
+    long dim, inner, heads, kv_heads, key_dim, value_dim, rotary, window, chunk;
     int qkv_kind, o_kind, gate_up_kind, down_kind;
     float first_epsilon, second_epsilon, query_epsilon, key_epsilon, scale, softcap;
 } Layer;
@@ -1140,7 +1148,8 @@ void verbatim_layer(const Layer *l, const float *x, const float *cos, const floa
         l, x, cos, sin, out, normed, query, key, value, mixed, gate, up, rows,
         {query, key, value, l->key_dim, l->heads * l->key_dim, l->key_dim, l->kv_heads * l->key_dim, l->value_dim,
          l->kv_heads * l->value_dim, mixed, keys, values, slots, finite, l->sinks, parts, attended, l->heads, l->kv_heads,
-         l->key_dim, l->value_dim, cache_slots, count, 0, l->window, l->scale, l->softcap, 0},
+         l->key_dim, l->value_dim, cache_slots, count, 0, l->window, l->chunk, l->scale, l->softcap,
+         0},
         call_of(normed, rest, query, l->qkv, rows, l->dim, 3, l->qkv_kind),
         call_of(mixed, rest, normed, l->o, rows, l->heads * l->value_dim, 1, l->o_kind),
         call_of(normed, rest, gate, l->gate_up, rows, l->dim, 2, l->gate_up_kind),

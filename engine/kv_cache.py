@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.attention_mask import KeyRange
 from engine.native import BLOCK_SIZE, Kernels
 
 SPAN = 512
@@ -28,13 +29,14 @@ The key block of torch's CPU attention kernel: with it, a row's bits do not depe
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What one attention layer stores per token."""
+    """What one attention layer stores per token, and which of it a token sees."""
 
     heads: int
     key_dim: int
     value_dim: int
     dtype: torch.dtype
     device: torch.device
+    seen: KeyRange = KeyRange()
 
     @property
     def bytes_per_token(self) -> int:

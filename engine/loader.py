@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import checkpoint, fingerprint, quantized
+from engine import checkpoint, fingerprint, quantized, rotary
 from engine.block_pool import BlockPool
 from engine.chat_template import ChatTemplate
 from engine.checkpoint import Checkpoint, human
@@ -43,7 +43,7 @@ from engine.model_runner import FallbackRunner, PackedRunner, Runner
 from engine.native import Kernels, Unavailable
 from engine.pointwise import replace_pointwise
 from engine.scheduler import Scheduler
-from engine.selftest import SelfTest, self_test
+from engine.selftest import Reference, SelfTest, self_test
 from engine.types import ModelInfo, SamplingParams
 
 BLOCK_SIZE = 16
@@ -98,18 +98,29 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
         say(f"reading {human(found.stored_bytes)} of weights")
         tokenizer = _load_tokenizer(config, folder)
         model = _load_model(config, folder, dtype, device_map)
+        vocab_size, length = _vocab_size(model), _context_length(config, model)
+        rotary.pin(model, length)
+        say("a pass of plain transformers, to compare with")
+        reference = None if config.quantization else Reference.of(model, vocab_size, length)
         kernel, native = "torch", None
         if device.type == "cpu" and dtype == torch.float32:
             kernel, make, native = _choose_kernel(config, model, say)
             pack_model(model, _DTYPES.get(found.dtype, torch.float32), make, _packing_progress(say))
+            replace_pointwise(model, native)
             if native is not None:
-                replace_pointwise(model, native)
                 share_inputs(model)
-                fused = fuse_layers(model, native)
+                fused = fuse_layers(model, native, length)
                 say(f"{fused} layers run as one kernel each ({native.target})")
-        vocab_size = _vocab_size(model)
         say("self-test")
-        test = self_test(model, vocab_size, dtype, kernels=native, rounded=config.quantization is not None)
+        test = self_test(
+            model,
+            reference or Reference.of(model, vocab_size, length),  # weights rounded to bytes are another model
+            vocab_size,
+            dtype,
+            length,
+            kernels=native,
+            rounded=config.quantization is not None,
+        )
         weights = digest.result()
     give_back_memory()
     return _assemble(config, found, model, tokenizer, test, vocab_size, device, dtype, weights, kernel, native)
@@ -128,7 +139,7 @@ def _assemble(
     kernel: str,
     native: Kernels | None,
 ) -> LoadedModel:
-    context, blocks = _size_cache(config, model, test.layers, device)
+    context, blocks = _size_cache(config, _context_length(config, model), test.layers, device)
     runner: Runner
     if test.layers is None:
         runner = FallbackRunner(model, vocab_size)
@@ -278,19 +289,23 @@ def _check_memory(
         )
 
 
+def _context_length(config: ModelConfig, model: nn.Module) -> int:
+    """How many tokens a sequence may have, memory aside."""
+    text = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    trained = int(getattr(text, "max_position_embeddings", 0) or 32768)
+    if config.context_length and config.context_length > trained:
+        raise LoadError(f"{config.id}: context_length is {config.context_length}, the model was built for {trained}.")
+    return config.context_length or trained
+
+
 def _size_cache(
-    config: ModelConfig, model: nn.Module, layers: tuple[LayerShape, ...] | None, device: torch.device
+    config: ModelConfig, wanted: int, layers: tuple[LayerShape, ...] | None, device: torch.device
 ) -> tuple[int, int]:
     """Context length and number of blocks.
 
     Without a size in the entry: a quarter of the free memory on a CPU, 80 % on a GPU, and never more than all sequences
     can use.
     """
-    text = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    trained = int(getattr(text, "max_position_embeddings", 0) or 32768)
-    wanted = config.context_length or trained
-    if config.context_length and config.context_length > trained:
-        raise LoadError(f"{config.id}: context_length is {config.context_length}, the model was built for {trained}.")
     most = -(-wanted // BLOCK_SIZE) * config.max_sequences
     if layers is None:  # transformers allocates its own caches; blocks only count tokens
         return wanted, most

@@ -8,6 +8,7 @@ each sequence alone, with transformers' own cache. Which one a model gets is dec
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from engine.attention import CONTEXT_KEY, IMPLEMENTATION, ForwardContext, Span, attention_forward
-from engine.errors import LoadError
-from engine.kv_cache import KVCache, LayerShape
+from engine import rotary
+from engine.attention import IMPLEMENTATION, ForwardContext, Span, attention_forward, forward_context, make_mask
+from engine.attention_mask import NotUnderstood
+from engine.kv_cache import KVCache
 from engine.scheduler import Schedule
 
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The mask travels in the context."""
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What transformers' models have called the cache that they take and give back; the last is that of recurrent models."""
+_KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "dense", "sparse"})
+"""Values of `layer_types` that say no more than which keys are seen, or which kind of feed-forward network there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,40 +53,39 @@ class Runner(Protocol):
 def register_attention() -> None:
     """Tell transformers of our attention function; safe to call again."""
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, make_mask)
 
 
-def discover_layers(model: nn.Module) -> tuple[LayerShape, ...]:
-    """Run two tokens through the model and note what each attention layer would store.
+def discover(model: nn.Module, length: int) -> ForwardContext:
+    """Run two tokens through the model and note what each attention layer stores and how it attends.
 
-    Raises:
-        LoadError: the model does not send all its layers through the attention interface, with our keyword.
-    """
-    context = discover(model)
-    return tuple(context.layers[i] for i in range(len(context.layers)))
+    Args:
+        length: how many tokens a sequence may have.
 
-
-def discover(model: nn.Module) -> ForwardContext:
-    """The same, with how each layer attends: `layers` and `settings` of the result are complete.
+    Returns:
+        A context whose `layers` and `settings` are complete.
 
     Raises:
-        LoadError: as above.
+        NotUnderstood: the model does not send each of its layers through the attention interface once, or asks for
+            something that is not known here.
     """
-    context = ForwardContext(spans=(), slots=torch.empty(0, dtype=torch.int64), num_rows=0)
-    tokens = torch.zeros(1, 2, dtype=torch.int64, device=_input_device(model))
-    with torch.inference_mode():
-        model(
-            tokens, position_ids=torch.arange(2, device=tokens.device)[None], use_cache=False, **{CONTEXT_KEY: context}
-        )
-    expected = model.config.get_text_config().num_hidden_layers  # type: ignore[operator,union-attr]
-    if sorted(context.layers) != list(range(expected)):
-        raise LoadError(
-            f"only {len(context.layers)} of {expected} layers call the attention interface with a context keyword"
+    text = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    strange = sorted(set(getattr(text, "layer_types", None) or ()) - _KNOWN_LAYERS)
+    if strange:
+        raise NotUnderstood(f"it has layers of type {', '.join(strange)}")
+    context = ForwardContext(spans=(), slots=torch.arange(2), num_rows=0, length=length)
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=input_device(model))
+    with torch.inference_mode(), forward_context(context):
+        model(tokens, position_ids=torch.arange(2, device=tokens.device)[None], use_cache=False)
+    if sorted(context.layers) != list(range(text.num_hidden_layers)):
+        raise NotUnderstood(
+            f"only {len(context.layers)} of its {text.num_hidden_layers} layers call the attention interface"
         )
     return context
 
 
-def _input_device(model: nn.Module) -> torch.device:
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model's token ids must be."""
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     return device
 
@@ -93,7 +95,7 @@ class _Model:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.device = _input_device(model)
+        self.device = input_device(model)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def __call__(self, tokens: Tensor, rows: Tensor, **kwargs: Any) -> Any:
@@ -108,10 +110,22 @@ class _Model:
 class PackedRunner:
     """All sequences of a step in one pass over the block cache."""
 
-    def __init__(self, model: nn.Module, cache: KVCache, vocab_size: int, *, single_rows: bool = False) -> None:
-        """`single_rows`: a row that is computed alone has the bits that it has among others (the self-test knows)."""
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: KVCache,
+        vocab_size: int,
+        *,
+        single_rows: bool = False,
+        bystanders: Seq[int] = (),
+    ) -> None:
+        """`single_rows`: a row that is computed alone has the bits that it has among others (the self-test knows).
+
+        `bystanders`: positions of rows that belong to nobody and are computed in every step, for the self-test.
+        """
         self._model = _Model(model)
         self._fewest = 1 if single_rows else 2
+        self._bystanders = list(bystanders)
         self.cache = cache
         self.vocab_size = vocab_size
 
@@ -143,16 +157,16 @@ class PackedRunner:
 
     def _run(self, tokens: list[int], positions: list[int], rows: list[int], context: ForwardContext) -> Tensor:
         # A product with one row may take another path in a library than the same row among others.
-        padding = [0] * (self._fewest - len(tokens))
+        padding = self._bystanders or [0] * (self._fewest - len(tokens))
         device = self._model.device
         kept = rows + [0] * (self._fewest - len(rows))
-        output = self._model(
-            torch.tensor([tokens + padding], device=device),
-            torch.tensor(kept, device=device),
-            position_ids=torch.tensor([positions + padding], device=device),
-            use_cache=False,
-            **{CONTEXT_KEY: context},
-        )
+        with forward_context(context):
+            output = self._model(
+                torch.tensor([tokens + [0] * len(padding)], device=device),
+                torch.tensor(kept, device=device),
+                position_ids=torch.tensor([positions + padding], device=device),
+                use_cache=False,
+            )
         logits: Tensor = output.logits[0, : len(rows)]
         return logits.to(torch.float32)
 
@@ -168,28 +182,44 @@ class FallbackRunner:
     """
 
     def __init__(self, model: nn.Module, vocab_size: int) -> None:
+        """Raises NotUnderstood: the model takes no cache, so it cannot go on from where it was."""
         self._model = _Model(model)
         self.vocab_size = vocab_size
         self._caches: dict[Any, Any] = {}
         known = inspect.signature(model.forward).parameters
-        self._cache_name = "past_key_values" if "past_key_values" in known else "cache_params"  # recurrent models
+        name = next((name for name in _CACHE_NAMES if name in known), None)
+        if name is None:
+            raise NotUnderstood(f"{type(model).__name__} takes no cache ({', '.join(_CACHE_NAMES)})")
+        self._cache_name = name
+        self._takes_positions = "position_ids" in known
+        self._dynamic = rotary.dynamic(model)
 
     @torch.inference_mode()
     def forward(self, schedule: Schedule) -> ForwardResult:
         rows, finite = [], []
         for chunk in schedule.chunks:
-            sequence = chunk.sequence
-            tokens = torch.tensor([sequence.tokens(chunk.start, chunk.start + chunk.count)], device=self._model.device)
-            last = torch.tensor([chunk.count - 1], device=self._model.device)
-            output = self._model(tokens, last, use_cache=True, **{self._cache_name: self._caches.get(sequence)})
-            cache = getattr(output, self._cache_name, None)
-            if cache is None:
-                raise LoadError("the model returns no cache: it cannot generate token by token")
-            self._caches[sequence] = cache
-            rows.append(output.logits[0, -1].to(torch.float32))
+            rows.append(self._pass(chunk.sequence, chunk.start, chunk.start + chunk.count))
             finite.append(True)  # nothing is shared: a fault shows in the sequence's own logits
         device = rows[0].device if rows else self._model.device
         return ForwardResult(torch.stack([r.to(device) for r in rows]), tuple(finite))
+
+    def _pass(self, sequence: Any, start: int, end: int) -> Tensor:
+        """Compute a sequence's tokens `start … end - 1`: the logits `[vocab] float32` of the last one."""
+        device = self._model.device
+        if self._dynamic:
+            rotary.reset(self._model.model)
+        arguments: dict[str, Any] = {self._cache_name: self._caches.get(sequence)}
+        if self._takes_positions:
+            arguments["position_ids"] = torch.arange(start, end, device=device)[None]
+        tokens = torch.tensor([sequence.tokens(start, end)], device=device)
+        last = torch.tensor([end - start - 1], device=device)
+        output = self._model(tokens, last, use_cache=True, **arguments)
+        cache = getattr(output, self._cache_name, None)
+        if cache is None:
+            raise NotUnderstood("it returns no cache: it cannot generate token by token")
+        self._caches[sequence] = cache
+        logits: Tensor = output.logits[0, -1]
+        return logits.to(torch.float32)
 
     def forget(self, sequence: Any) -> None:
         self._caches.pop(sequence, None)

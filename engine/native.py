@@ -54,7 +54,8 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("first_norm", "second_norm", "query_norm", "key_norm")),
         *((name, _POINTER) for name in ("qkv", "o", "gate_up", "down", "sinks")),
-        *((name, _LONG) for name in ("dim", "inner", "heads", "kv_heads", "key_dim", "value_dim", "rotary", "window")),
+        *((name, _LONG) for name in ("dim", "inner", "heads", "kv_heads", "key_dim", "value_dim")),
+        *((name, _LONG) for name in ("rotary", "window", "chunk")),
         *((name, _INT) for name in ("qkv_kind", "o_kind", "gate_up_kind", "down_kind")),
         *((name, _FLOAT) for name in ("first_epsilon", "second_epsilon", "query_epsilon", "key_epsilon")),
         *((name, _FLOAT) for name in ("scale", "softcap")),
@@ -126,7 +127,7 @@ class Kernels:
         self._scratch = _function(library.verbatim_scratch, [long, integer], long)
         self._attention = _function(
             library.verbatim_attention,
-            [pointer] * 3 + [long] * 6 + [pointer] * 7 + [long] * 8 + [ctypes.c_float] * 2 + [integer],
+            [pointer] * 3 + [long] * 6 + [pointer] * 7 + [long] * 9 + [ctypes.c_float] * 2 + [integer],
             None,
         )
         self._rms_norm = _function(
@@ -228,6 +229,7 @@ class Kernels:
         *,
         scale: float,
         window: int | None = None,
+        chunk: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
@@ -237,7 +239,8 @@ class Kernels:
             query: `[heads, T, key_dim]`, key: `[kv_heads, T, key_dim]`, value: `[kv_heads, T, value_dim]`, the last
                 dimension dense. Rows beyond the plan's are padding: theirs is a result of zeros.
             keys, values: the cache, `[kv_heads, slots, dim]`; each block of 16 keys is transposed, `[dim, 16]`.
-            window: tokens seen, the query's own included; softcap: bound of the scores; sinks: `[heads]`.
+            window: tokens seen, the query's own included; chunk: the length of a chunk, out of which no token looks;
+            softcap: bound of the scores; sinks: `[heads]`.
 
         Returns:
             `[T, heads, value_dim]`.
@@ -272,6 +275,7 @@ class Kernels:
             keys.shape[1],
             len(plan.parts),
             window or 0,
+            chunk or 0,
             scale,
             softcap or 0.0,
             torch.get_num_threads(),
@@ -377,7 +381,7 @@ class LayerParts:
         q, k, v, o, gate, up, down: weights; q, k and v must be of one kind, gate and up too.
         query_norm, key_norm: of each head, or None.
         rotary: how many of a head's dimensions are rotated, in pairs `i, i + rotary / 2`.
-        scale, window, softcap, sinks: as in `Kernels.attend`.
+        scale, window, chunk, softcap, sinks: as in `Kernels.attend`.
     """
 
     first_norm: NormParts
@@ -396,6 +400,7 @@ class LayerParts:
     rotary: int
     scale: float
     window: int | None = None
+    chunk: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
 
@@ -445,6 +450,7 @@ class LayerKernel:
             value_dim=p.value_dim,
             rotary=p.rotary,
             window=p.window or 0,
+            chunk=p.chunk or 0,
             first_epsilon=p.first_norm.epsilon,
             second_epsilon=p.second_norm.epsilon,
             query_epsilon=p.query_norm.epsilon if p.query_norm else 0.0,

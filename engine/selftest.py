@@ -1,7 +1,11 @@
-"""The engine's law, tried at load on this model and this machine. Believes nothing; changes nothing.
+"""Try a loaded model on this machine: is it computed rightly, and do its bits depend on the request alone?
 
-Alone = packed with a neighbour = cut into chunks = on one thread, bit for bit; and packed ≈ plain transformers. What
-it finds decides which runner serves the model and what the server says of itself.
+`Reference` is one plain pass of transformers, without a cache, over fixed prompts and what follows them; it is taken
+before the model is prepared for serving. `self_test` then generates the same tokens through the runner that will serve:
+
+    packed, if it agrees with the reference  →  fallback, if it agrees  →  refused, with the numbers
+
+and, for the packed runner, compares bits: alone = among others = beside a far position = cut into chunks = on one thread.
 """
 
 from __future__ import annotations
@@ -10,28 +14,33 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.attention import CONTEXT_KEY, IMPLEMENTATION, ForwardContext, Span, attention_forward
+from engine import rotary
+from engine.attention import IMPLEMENTATION, ForwardContext
+from engine.attention_trial import AttentionTrial
 from engine.block_pool import BlockPool
 from engine.errors import LoadError
-from engine.kv_cache import SPAN, KVCache, LayerShape
-from engine.model_runner import PackedRunner, discover_layers, register_attention
+from engine.kv_cache import KVCache, LayerShape, runs_of
+from engine.model_runner import FallbackRunner, PackedRunner, Runner, discover, input_device, register_attention
 from engine.native import Kernels
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.types import LawReport, SamplingParams
 
 _BLOCK = 16
-_LENGTHS = (21, 9)
+_SHORT = (21, 9, 5, 3)
+_LONG = 200
+"""Lengths of prompts. The long one leaves every tile of a kernel, and makes steps of hundreds of rows."""
 _DECODED = 3
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Allowed difference to plain transformers, as a share of the largest logit."""
 _ROUNDED_TOLERANCE = 1e-1
 """The same where inputs are rounded to bytes: the last bit of a sum decides to which."""
+_TIE = 1e-1
+"""Allowed for one row of all: the last bit of a sum can decide which expert a router chooses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,92 +55,238 @@ class SelfTest:
     single_rows: bool = False
 
 
-def self_test(
-    model: nn.Module, vocab_size: int, dtype: torch.dtype, *, kernels: Kernels | None = None, rounded: bool = False
-) -> SelfTest:
-    """Run the law. Leaves the model with our attention function if the packed runner can serve it, else its own.
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A prompt, and the tokens that are taken to follow it, whatever the model would choose."""
 
-    `kernels`: our own, for attention; `rounded`: the inputs of linear layers are rounded to bytes.
+    prompt: tuple[int, ...]
+    rest: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a runner gave for one text.
+
+    Attributes:
+        logits: `[_DECODED, vocab] float32`: of the prompt's last token and of those that follow.
+        stored: keys and values of the text's full blocks, of all layers; None in the fallback runner.
     """
-    register_attention()
-    prompts = [_tokens(n, vocab_size) for n in _LENGTHS]
-    own = getattr(model.config, "_attn_implementation", None) or "eager"
-    plain = [_plain(model, p) for p in prompts]
-    try:
-        model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
-        layers = discover_layers(model)
-        generate = partial(_generate, model, layers, vocab_size, kernels)
-        alone = [generate([p], 512)[0] for p in prompts]
-    except Exception as error:  # whatever an unknown architecture does when it is called in a way it does not expect
-        return _fallback(model, own, f"{type(model).__name__}: {_first_line(error)}")
-    scale = max(float(p.abs().max()) for p in plain)
-    difference = max(float((a[0] - p).abs().max()) for a, p in zip(alone, plain, strict=True))
-    tolerance = _ROUNDED_TOLERANCE if rounded else _TOLERANCE[dtype]
-    if not difference <= tolerance * max(scale, 1e-6):  # also when it is NaN
-        return _fallback(
-            model,
-            own,
-            f"{type(model).__name__}: the packed pass differs from plain transformers by {difference:.2g} "
-            f"(largest logit {scale:.2g})",
+
+    logits: Tensor
+    stored: tuple[Tensor, ...] | None = None
+
+    def equals(self, other: _Run) -> bool:
+        """Whether all bits are the same."""
+        if not torch.equal(self.logits, other.logits):
+            return False
+        pairs = zip(self.stored or (), other.stored or (), strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What plain transformers says: for each text `[_DECODED, vocab] float32` logits."""
+
+    texts: tuple[_Text, ...]
+    logits: tuple[Tensor, ...]
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, model: nn.Module, vocab_size: int, length: int) -> Reference:
+        """Compute it: one pass for each text, without a cache.
+
+        Args:
+            length: how many tokens a sequence may have.
+
+        Raises:
+            LoadError: the model cannot be called.
+        """
+        lengths = [n for n in (*_SHORT, _LONG) if n + _DECODED <= length] or [1]
+        texts = tuple(_Text(_tokens(n, vocab_size), _tokens(_DECODED, vocab_size, 5 * n)) for n in lengths)
+        logits = []
+        try:
+            for text in texts:
+                rotary.reset(model)
+                tokens = torch.tensor([[*text.prompt, *text.rest[:-1]]], device=input_device(model))
+                rows = model(tokens, use_cache=False).logits[0, len(text.prompt) - 1 :]
+                logits.append(rows.to(torch.float32).cpu())
+        except Exception as error:  # whatever an unknown architecture does
+            raise LoadError(f"{type(model).__name__} cannot be served: {first_line(error)}") from error
+        return cls(texts, tuple(logits))
+
+    def difference(self, runs: Seq[_Run], tolerance: float) -> str | None:
+        """How the runs differ from plain transformers, in words; None if they agree up to rounding."""
+        scale = max(max(float(plain.abs().max()) for plain in self.logits), 1e-6)
+        rows = [
+            float((mine - right).abs().max()) / scale
+            for run, plain in zip(runs, self.logits, strict=True)
+            for mine, right in zip(run.logits, plain, strict=True)
+        ]
+        worst = sorted((float("inf") if row != row else row for row in rows), reverse=True)
+        if worst[0] <= tolerance or (worst[0] <= _TIE and worst[1] <= tolerance):
+            return None
+        off = sum(row > tolerance for row in worst)
+        return (
+            f"differs from plain transformers by {worst[0] * scale:.2g} in {off} of {len(rows)} places "
+            f"(largest logit {scale:.2g})"
         )
+
+
+def self_test(
+    model: nn.Module,
+    reference: Reference,
+    vocab_size: int,
+    dtype: torch.dtype,
+    length: int,
+    *,
+    kernels: Kernels | None = None,
+    rounded: bool = False,
+) -> SelfTest:
+    """Choose the runner that serves the model, and try the law. Leaves the model with that runner's attention.
+
+    Args:
+        length: how many tokens a sequence may have.
+        kernels: our own, for attention.
+        rounded: the inputs of linear layers are rounded to bytes.
+
+    Raises:
+        LoadError: no runner agrees with plain transformers.
+    """
+    own = getattr(model.config, "_attn_implementation", None) or "eager"
+    tolerance = _ROUNDED_TOLERANCE if rounded else _TOLERANCE[dtype]
+    fallback = partial(_fallback, model, reference, vocab_size, tolerance, own)
+    register_attention()
+    try:
+        if rotary.dynamic(model):
+            return fallback("its rotary scaling is dynamic")
+        model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+        context = discover(model, length)
+        layers = tuple(context.layers[i] for i in range(len(context.layers)))
+        packed = _Packed(model, layers, vocab_size, length, kernels)
+        alone = [packed.run([text])[0] for text in reference.texts]
+        crowd = packed.run(reference.texts, far=True)
+    except LoadError:
+        raise
+    except Exception as error:  # whatever an unknown architecture does when it is called in a way it does not expect
+        return fallback(first_line(error))
+    for runs, where in ((alone, "the packed pass"), (crowd, "the packed pass of several sequences")):
+        difference = reference.difference(runs, tolerance)
+        if difference:
+            return fallback(f"{where} {difference}")
+    trials = _attention_trials(context, kernels)
+    for trial in trials:
+        if not trial.is_right():
+            return fallback(f"attention is wrong over {trial.describe()}")
+    return _law(model, reference, packed, alone, crowd, trials, dtype)
+
+
+def _attention_trials(context: ForwardContext, kernels: Kernels | None) -> list[AttentionTrial]:
+    """One for each way of attending that the model's layers have."""
+    ways = {(shape, context.settings[i].kind): i for i, shape in context.layers.items()}
+    return [AttentionTrial(context.layers[i], context.settings[i], kernels) for i in ways.values()]
+
+
+def _law(
+    model: nn.Module,
+    reference: Reference,
+    packed: _Packed,
+    alone: list[_Run],
+    crowd: list[_Run],
+    trials: list[AttentionTrial],
+    dtype: torch.dtype,
+) -> SelfTest:
+    """Compare bits: what is the same, whatever the circumstances."""
+    short = [i for i, text in enumerate(reference.texts) if len(text.prompt) < _LONG]
+    few, long = [reference.texts[i] for i in short], [t for t in reference.texts if len(t.prompt) >= _LONG]
+    few_alone, long_alone = [alone[i] for i in short], [a for i, a in enumerate(alone) if i not in short]
     checks = {
-        "packed": _equal(alone, generate(prompts, 512)),
-        "chunked": _equal(alone, generate(prompts, 5)),
-        "threads": _on_one_thread(lambda: _equal(alone, generate(prompts, 512))),
-        "key spans": all(_spans_agree(model, shape, kernels) for shape in dict.fromkeys(layers)),
+        "packed": _equal(alone, crowd),
+        "chunked": _equal(few_alone, packed.run(few, budget=5)) and _equal(long_alone, packed.run(long, budget=66)),
+        "threads": _on_one_thread(lambda: _equal(few_alone, packed.run(few, far=True))),
+        "key spans": all(trial.rows_agree() for trial in trials),
     }
     holds = all(checks.values())
     reason = (
         "the same bits alone, packed, chunked and on one thread"
         if holds
         else f"bits differ: {', '.join(name for name, ok in checks.items() if not ok)} "
-        f"({type(model).__name__}, {dtype}, {layers[0].device})".replace("torch.", "")
+        f"({type(model).__name__}, {dtype}, {packed.layers[0].device})".replace("torch.", "")
     )
-    single = holds and _equal(alone, [generate([p], 512, single_rows=True)[0] for p in prompts])
-    return SelfTest(layers, LawReport(holds, reason, tuple(checks.items())), single)
+    single = holds and _equal(few_alone, [packed.run([text], single_rows=True)[0] for text in few])
+    return SelfTest(packed.layers, LawReport(holds, reason, tuple(checks.items())), single)
 
 
-def _fallback(model: nn.Module, own: str, reason: str) -> SelfTest:
+def _fallback(
+    model: nn.Module, reference: Reference, vocab_size: int, tolerance: float, own: str, reason: str
+) -> SelfTest:
+    """The fallback runner, if it computes what plain transformers does.
+
+    Raises:
+        LoadError: it does not either; with both reasons.
+    """
+    reason = f"{type(model).__name__}: {reason}"
     try:
         model.set_attn_implementation(own)  # type: ignore[operator]
+        runner = FallbackRunner(model, vocab_size)
+        blocks = sum(-(-(len(t.prompt) + _DECODED) // _BLOCK) for t in reference.texts)
+        scheduler = Scheduler(
+            BlockPool(blocks, _BLOCK, caching=False),
+            max_sequences=len(reference.texts),
+            max_batch_tokens=512,
+            whole_prompts=True,
+        )
+        runs = _generate(runner, scheduler, reference.texts)
     except Exception as error:
-        raise LoadError(f"{type(model).__name__} cannot be served: {_first_line(error)}") from error
+        raise LoadError(
+            f"{type(model).__name__} cannot be served: not packed ({reason}), and not each sequence alone: "
+            f"{first_line(error)}"
+        ) from error
+    difference = reference.difference(runs, tolerance)
+    if difference:
+        raise LoadError(
+            f"{type(model).__name__} cannot be served rightly: not packed ({reason}), and each sequence alone "
+            f"{difference}."
+        )
     return SelfTest(None, LawReport(False, f"each sequence runs alone in the fallback runner ({reason})"))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+class _Packed:
+    """Generates texts with the packed runner, each time with an empty cache."""
+
+    def __init__(
+        self, model: nn.Module, layers: tuple[LayerShape, ...], vocab_size: int, length: int, kernels: Kernels | None
+    ) -> None:
+        self.layers = layers
+        self._model, self._vocab_size, self._length, self._kernels = model, vocab_size, length, kernels
+
+    def run(
+        self, texts: Seq[_Text], *, budget: int = 512, far: bool = False, single_rows: bool = False
+    ) -> list[_Run]:
+        """Through the real scheduler: `budget` tokens a step; `far`: rows at far positions are computed beside."""
+        if not texts:
+            return []
+        blocks = sum(-(-(len(t.prompt) + _DECODED) // _BLOCK) for t in texts)
+        cache = KVCache(self.layers, blocks, _BLOCK, self._kernels)
+        last = self._length - 1
+        runner = PackedRunner(
+            self._model,
+            cache,
+            self._vocab_size,
+            single_rows=single_rows,
+            bystanders=(last, last // 2, 0) if far else (),
+        )
+        pool = BlockPool(blocks, _BLOCK, caching=False)
+        scheduler = Scheduler(pool, max_sequences=len(texts), max_batch_tokens=budget)
+        return _generate(runner, scheduler, texts, cache)
 
 
-def _tokens(count: int, vocab_size: int) -> tuple[int, ...]:
-    return tuple((7919 * (i + count) + 13) % vocab_size for i in range(count))
-
-
-@torch.inference_mode()
-def _plain(model: nn.Module, tokens: tuple[int, ...]) -> Tensor:
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    output = model(torch.tensor([tokens], device=device), use_cache=False)
-    logits: Tensor = output.logits[0, -1]
-    return logits.to(torch.float32).cpu()
-
-
-def _generate(
-    model: nn.Module,
-    layers: Seq[LayerShape],
-    vocab_size: int,
-    kernels: Kernels | None,
-    prompts: Seq[tuple[int, ...]],
-    budget: int,
-    *,
-    single_rows: bool = False,
-) -> list[list[Tensor]]:
-    """Greedy decoding through the real scheduler: for each prompt, the logits of every generated token."""
-    blocks = sum(-(-(len(p) + _DECODED) // _BLOCK) for p in prompts)
-    runner = PackedRunner(model, KVCache(layers, blocks, _BLOCK, kernels), vocab_size, single_rows=single_rows)
-    scheduler = Scheduler(BlockPool(blocks, _BLOCK, caching=False), max_sequences=len(prompts), max_batch_tokens=budget)
+def _generate(runner: Runner, scheduler: Scheduler, texts: Seq[_Text], cache: KVCache | None = None) -> list[_Run]:
+    """Let a runner compute the texts, all at once. `cache`: the runner's, if what is stored there is to be compared."""
     params = SamplingParams(max_tokens=_DECODED)
-    sequences = [Sequence(str(i), 0, prompt, params, 0) for i, prompt in enumerate(prompts)]
+    sequences = [Sequence(str(i), 0, text.prompt, params, 0) for i, text in enumerate(texts)]
+    rest = {sequence: text.rest for sequence, text in zip(sequences, texts, strict=True)}
     seen: dict[Sequence, list[Tensor]] = {sequence: [] for sequence in sequences}
+    stored: dict[Sequence, tuple[Tensor, ...] | None] = {}
     for sequence in sequences:
         scheduler.add([sequence])
     while scheduler.has_work:
@@ -139,16 +294,26 @@ def _generate(
         logits = iter(runner.forward(schedule).logits.cpu())
         scheduler.commit(schedule)
         for sequence in [chunk.sequence for chunk in schedule.chunks if chunk.samples]:
-            row = next(logits)
-            seen[sequence].append(row)
-            sequence.append(int(row.argmax()))
+            seen[sequence].append(next(logits))
+            sequence.append(rest[sequence][sequence.position])
             if sequence.position == _DECODED:
+                stored[sequence] = None if cache is None else _stored(cache, sequence.block_table)
                 scheduler.finish(sequence)
-    return [seen[sequence] for sequence in sequences]
+                runner.forget(sequence)
+    return [_Run(torch.stack(seen[sequence]), stored[sequence]) for sequence in sequences]
 
 
-def _equal(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
-    return all(torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True))
+def _stored(cache: KVCache, table: Seq[int]) -> tuple[Tensor, ...]:
+    """Copies of a sequence's full blocks, of all layers: they show what the logits of a few rows may hide."""
+    if len(table) < 2:
+        return ()
+    runs = runs_of(table, _BLOCK, (len(table) - 1) * _BLOCK)
+    tensors = (*cache.keys, *cache.values)
+    return tuple(torch.cat([t[:, run.start : run.start + run.length] for run in runs], 1) for t in tensors)
+
+
+def _equal(a: Seq[_Run], b: Seq[_Run]) -> bool:
+    return all(one.equals(two) for one, two in zip(a, b, strict=True))
 
 
 def _on_one_thread(test: Callable[[], bool]) -> bool:
@@ -162,51 +327,10 @@ def _on_one_thread(test: Callable[[], bool]) -> bool:
         torch.set_num_threads(threads)
 
 
-class _Layer:
-    layer_idx = 0
-    is_causal = True
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a sentence."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
 
 
-@torch.inference_mode()
-def _spans_agree(model: nn.Module, shape: LayerShape, kernels: Kernels | None) -> bool:
-    """Attention alone, across two borders of the key span: rows in crowds of 1, 3, 33 and 200 have the same bits.
-
-    The prompts above are too short to show it and longer ones would take too long.
-    """
-    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    heads = max(int(getattr(config, "num_attention_heads", shape.heads)), shape.heads)
-    heads -= heads % shape.heads
-    length = 2 * SPAN + 40
-    values = torch.arange(length * 64, dtype=torch.float64).mul_(0.618033988749).frac_().sub_(0.5)
-
-    def rows(count: int, dim: int, shift: int) -> Tensor:
-        index = (torch.arange(count * length * dim) * (2 * shift + 1) + shift) % values.numel()
-        data = values[index].view(1, count, length, dim)
-        return data.to(device=shape.device, dtype=shape.dtype)
-
-    query, key, value = (
-        rows(heads, shape.key_dim, 1),
-        rows(shape.heads, shape.key_dim, 2),
-        rows(shape.heads, shape.value_dim, 3),
-    )
-    table = tuple(range(-(-length // _BLOCK)))
-    cache = KVCache([shape], len(table), _BLOCK, kernels)
-
-    def attend(start: int, count: int) -> Tensor:
-        slots = torch.arange(start, start + count)
-        span = Span(0, count, start, table[: -(-(start + count) // _BLOCK)])
-        context = ForwardContext((span,), slots, count, cache)
-        part = slice(start, start + count)
-        out, _ = attention_forward(
-            _Layer(),
-            query[:, :, part],
-            key[:, :, part],
-            value[:, :, part],
-            None,
-            **dict[str, Any]({CONTEXT_KEY: context}),
-        )
-        return out[0]
-
-    whole = attend(0, length)
-    cases = ((0, 1), (SPAN - 1, 1), (SPAN, 1), (SPAN - 2, 3), (2 * SPAN - 17, 33), (SPAN - 100, 200), (length - 1, 1))
-    return all(torch.equal(attend(start, count), whole[start : start + count]) for start, count in cases)
+def _tokens(count: int, vocab_size: int, shift: int = 0) -> tuple[int, ...]:
+    return tuple((7919 * (i + count + shift) + 13) % vocab_size for i in range(count))

@@ -252,7 +252,12 @@ class _Sequences:
         return list(out[:row].split([count for _, _, count in chunks])), plan.finite
 
     def expected(
-        self, index: int, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None
+        self,
+        index: int,
+        window: int | None = None,
+        chunk: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         query, key, value = (t[index].double() for t in (self.query, self.key, self.value))
         share = self.heads // key.shape[0]
@@ -263,6 +268,8 @@ class _Sequences:
         hidden = n[None] > n[:, None]
         if window:
             hidden |= n[None] <= n[:, None] - window
+        if chunk:
+            hidden |= n[None] // chunk != n[:, None] // chunk
         scores = scores.masked_fill(hidden, -math.inf)
         if sinks is not None:
             extra = sinks.double()[:, None, None].expand(-1, query.shape[1], 1)
@@ -276,9 +283,13 @@ _OPTIONS: list[dict[str, object]] = [
     {"window": 1},
     {"window": 20},
     {"window": 64},
+    {"chunk": 1},
+    {"chunk": 16},
+    {"chunk": 23},
     {"softcap": 3.0},
     {"sinks": torch.tensor([0.5, -3.0, 40.0, 0.0, 1.0, 2.0])},
     {"window": 17, "softcap": 5.0, "sinks": torch.arange(6.0)},
+    {"window": 9, "chunk": 40, "sinks": torch.arange(6.0)},
 ]
 
 

@@ -1,0 +1,84 @@
+"""Which keys a token sees, read off the mask function that transformers itself would use. Knows no model by name.
+
+transformers describes every mask as a predicate `mask_function(batch, head, query, key) -> bool`. It is tried at many
+positions, far ones too, so that a window or a chunk is found however long it is. A predicate that is neither causal
+attention, a sliding window nor chunks is not guessed: `NotUnderstood`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class NotUnderstood(Exception):
+    """What the model wants of attention is nothing that is known here; the message says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRange:
+    """The keys that a token sees: from `first(position)` to its own.
+
+    Attributes:
+        window: at most so many, its own included; None: no such bound.
+        chunk: only those of its own chunk, where chunks have so many tokens; None: no such bound.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def first(self, position: Tensor) -> Tensor:
+        """The first key that is seen: `[…] int64`, the same shape as `position`."""
+        first = torch.zeros_like(position)
+        if self.window is not None:
+            first = torch.maximum(first, position - self.window + 1)
+        if self.chunk is not None:
+            first = torch.maximum(first, position - position % self.chunk)
+        return first
+
+    def describe(self) -> str:
+        """For people: `all keys before`, `a window of 128`, `chunks of 8192`."""
+        if self.window is not None:
+            return f"a window of {self.window}"
+        return f"chunks of {self.chunk}" if self.chunk is not None else "all keys before"
+
+
+def read_mask(function: MaskFunction, length: int) -> KeyRange:
+    """The key range that a mask function describes, for sequences of up to `length` tokens.
+
+    Raises:
+        NotUnderstood: it sees the future, has gaps, or begins where neither a window nor a chunk would.
+    """
+    zero = torch.zeros((), dtype=torch.int64)
+    every = torch.arange(length)
+
+    def sees(query: Tensor, key: Tensor) -> Tensor:
+        return function(zero, zero, query, key).expand(length)
+
+    hidden = ~sees(every, zero)  # from which token on the first key is out of sight
+    if not bool(hidden.any()):
+        candidates = [KeyRange()]
+    else:
+        size = int(hidden.to(torch.uint8).argmax())
+        candidates = [KeyRange(window=size), KeyRange(chunk=size)] if size else []
+    for candidate in candidates:
+        if all(torch.equal(sees(q, every), _row(candidate, q, every)) for q in _probes(candidate, length)):
+            return candidate
+    raise NotUnderstood("its mask is neither causal, a sliding window nor chunks")
+
+
+def _row(keys: KeyRange, query: Tensor, every: Tensor) -> Tensor:
+    return (every <= query) & (every >= keys.first(query))
+
+
+def _probes(keys: KeyRange, length: int) -> list[Tensor]:
+    """Queries at both sides of every border that there may be, and far behind it."""
+    size = keys.window or keys.chunk or length
+    near = {0, 1, 2, 3, 17, length // 3, length // 2, length - 2, length - 1}
+    borders = {n * size + off for n in (1, 2, 3, length // size) for off in (-2, -1, 0, 1)}
+    return [torch.tensor(q) for q in sorted(near | borders) if 0 <= q < length]

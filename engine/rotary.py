@@ -1,0 +1,76 @@
+"""Rotary embeddings that transformers changes while it runs. Knows modules by what they keep, no model by name.
+
+Two kinds of scaling look at the longest sequence of a call (`max(position_ids)`, transformers' modeling_rope_utils), so
+in a packed step one long neighbour would change everybody's numbers:
+
+* `longrope` (Phi-3) chooses between two sets of frequencies. `pin` fixes the set once for the loaded model, by its
+  context length: what plain transformers uses for a sequence that fills it (decision 0017).
+* `dynamic` computes frequencies anew for every length, and remembers the longest it saw. It cannot be fixed without
+  being another function, so such a model runs in the fallback runner, which calls `reset` before each pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PINNED = "pinned"
+
+
+def _kinds(module: nn.Module) -> dict[str | None, str]:
+    """The scaling of a rotary module by type of layer (None: one for all); empty for any other module."""
+    kinds = getattr(module, "rope_type", None)
+    if isinstance(kinds, str):
+        return {None: kinds}
+    return dict(kinds) if isinstance(kinds, dict) else {}
+
+
+@torch.no_grad()
+def pin(model: nn.Module, context_length: int) -> bool:
+    """Fix the frequencies of every LongRoPE module for sequences of up to `context_length` tokens.
+
+    Returns:
+        Whether there is such a module.
+    """
+    found = False
+    for module in model.modules():
+        for layer_type, kind in _kinds(module).items():
+            if kind == "longrope":
+                _pin(module, layer_type, context_length)
+                found = True
+    return found
+
+
+def _pin(module: Any, layer_type: str | None, context_length: int) -> None:
+    # transformers itself chooses: it is asked for the last position of the context, and then not any more.
+    name = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
+    device = getattr(module, name).device
+    last = torch.tensor([[context_length - 1]], device=device)
+    module(torch.zeros(1, 1, 1, device=device), last, **({} if layer_type is None else {"layer_type": layer_type}))
+    if layer_type is None:
+        module.rope_type = _PINNED
+    else:
+        module.rope_type = {**module.rope_type, layer_type: _PINNED}
+
+
+def dynamic(model: nn.Module) -> bool:
+    """Whether a rotary module of the model changes with the longest sequence it has seen."""
+    return any("dynamic" in kind for module in model.modules() for kind in _kinds(module).values())
+
+
+def reset(model: nn.Module) -> None:
+    """Let every `dynamic` module forget the sequences it has seen, as if it were new."""
+    for module in model.modules():
+        for layer_type, kind in _kinds(module).items():
+            if "dynamic" in kind:
+                _reset(module, "" if layer_type is None else f"{layer_type}_")
+
+
+def _reset(module: Any, prefix: str) -> None:
+    original: Tensor | None = getattr(module, f"{prefix}original_inv_freq", None)
+    longest = f"{prefix}max_seq_len_cached"
+    if original is not None and getattr(module, longest, None) != module.original_max_seq_len:
+        module.register_buffer(f"{prefix}inv_freq", original.clone(), persistent=False)
+        setattr(module, longest, module.original_max_seq_len)
