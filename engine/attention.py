@@ -1,8 +1,9 @@
 """Attention over the block cache, as a function that transformers' models call. Knows no model by name.
 
 All sequences of a step travel as one packed row of tokens, `[1, T]`. A `ForwardContext` says which rows belong to whom;
-it reaches this file through a context variable, because many models drop keywords on the way to their layers. Each sequence attends alone, over its own keys, so no neighbour can change its
-bits. Two more rules make a row's bits independent of how its prompt was cut (measured, docs/decisions/0002):
+it reaches this file through a context variable, because many models drop keywords on the way to their layers. Each
+sequence attends alone, over its own keys, so no neighbour can change its bits. Two more rules make a row's bits
+independent of how its prompt was cut (measured, docs/decisions/0002):
 
 * the key span is a multiple of `SPAN`, and what does not count is masked, never cut off;
 * the query rows are a multiple of `ROWS`: with one to three rows the matrix product takes another path.
@@ -218,9 +219,7 @@ def attention_forward(
     return attend(context, layer, query[0], key[0], value[0], settings).unsqueeze(0), None
 
 
-def _key_range(
-    context: ForwardContext, mask: Tensor | None, window: int | None, others: dict[str, Any]
-) -> KeyRange:
+def _key_range(context: ForwardContext, mask: Tensor | None, window: int | None, others: dict[str, Any]) -> KeyRange:
     """What a layer's mask and keywords ask for together.
 
     Raises:
@@ -341,7 +340,8 @@ def _blockwise(
     """`[heads, count, dim]` for what the fused kernel lacks: soft-capped scores (Gemma 2) and sinks (gpt-oss).
 
     Online softmax over key blocks of `SPAN`, one block after the other, so that every product has the same inner
-    shape however long the sequence is. In float32 whatever the inputs' dtype. A sink is a score that takes part in the normalisation and has no value.
+    shape however long the sequence is; in float32, whatever the inputs' dtype. A sink is a score that takes part in
+    the normalisation and has no value.
     """
     heads, count, _ = query.shape
     kv_heads, groups = keys.shape[0], heads // keys.shape[0]

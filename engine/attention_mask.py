@@ -48,6 +48,9 @@ class KeyRange:
         return f"chunks of {self.chunk}" if self.chunk is not None else "all keys before"
 
 
+ALL_BEFORE = KeyRange()
+
+
 def read_mask(function: MaskFunction, length: int) -> KeyRange:
     """The key range that a mask function describes, for sequences of up to `length` tokens.
 

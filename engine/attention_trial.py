@@ -63,7 +63,15 @@ class AttentionTrial:
         length = 2 * SPAN + 40
         tried = _Tried(self.shape, self.settings, length, self.kernels)
         whole = tried.attend(0, length)
-        cases = ((0, 1), (SPAN - 1, 1), (SPAN, 1), (SPAN - 2, 3), (2 * SPAN - 17, 33), (SPAN - 100, 200), (length - 1, 1))
+        cases = (
+            (0, 1),
+            (SPAN - 1, 1),
+            (SPAN, 1),
+            (SPAN - 2, 3),
+            (2 * SPAN - 17, 33),
+            (SPAN - 100, 200),
+            (length - 1, 1),
+        )
         return all(torch.equal(tried.attend(start, count), whole[start : start + count]) for start, count in cases)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.attention_mask import KeyRange
+from engine.attention_mask import ALL_BEFORE, KeyRange
 from engine.native import BLOCK_SIZE, Kernels
 
 SPAN = 512
@@ -36,7 +36,7 @@ class LayerShape:
     value_dim: int
     dtype: torch.dtype
     device: torch.device
-    seen: KeyRange = KeyRange()
+    seen: KeyRange = ALL_BEFORE
 
     @property
     def bytes_per_token(self) -> int:

@@ -142,7 +142,7 @@ def _assemble(
     context, blocks = _size_cache(config, _context_length(config, model), test.layers, device)
     runner: Runner
     if test.layers is None:
-        runner = FallbackRunner(model, vocab_size)
+        runner = FallbackRunner(model, vocab_size, positions=test.positions)
     else:
         runner = PackedRunner(
             model, KVCache(test.layers, blocks, BLOCK_SIZE, native), vocab_size, single_rows=test.single_rows

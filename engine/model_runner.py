@@ -23,7 +23,7 @@ from engine.kv_cache import KVCache
 from engine.scheduler import Schedule
 
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""What transformers' models have called the cache that they take and give back; the last is that of recurrent models."""
+"""What transformers' models have called the cache that they take and give back; the last by recurrent models."""
 _KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "dense", "sparse"})
 """Values of `layer_types` that say no more than which keys are seen, or which kind of feed-forward network there is."""
 
@@ -181,8 +181,12 @@ class FallbackRunner:
     token, and nothing around it can change its bits.
     """
 
-    def __init__(self, model: nn.Module, vocab_size: int) -> None:
-        """Raises NotUnderstood: the model takes no cache, so it cannot go on from where it was."""
+    def __init__(self, model: nn.Module, vocab_size: int, *, positions: bool = True) -> None:
+        """`positions`: tell the model where its tokens stand, if it takes that (the self-test knows whether to).
+
+        Raises:
+            NotUnderstood: the model takes no cache, so it cannot go on from where it was.
+        """
         self._model = _Model(model)
         self.vocab_size = vocab_size
         self._caches: dict[Any, Any] = {}
@@ -191,7 +195,7 @@ class FallbackRunner:
         if name is None:
             raise NotUnderstood(f"{type(model).__name__} takes no cache ({', '.join(_CACHE_NAMES)})")
         self._cache_name = name
-        self._takes_positions = "position_ids" in known
+        self._takes_positions = positions and "position_ids" in known
         self._dynamic = rotary.dynamic(model)
 
     @torch.inference_mode()

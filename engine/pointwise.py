@@ -45,7 +45,7 @@ class NativeSiLU(nn.Module):
 class RowSafeActivation(nn.Module):
     """An activation, computed such that each number takes the same path wherever it stands.
 
-    torch computes a piece of up to 16,384 numbers on one thread, and one whose size is a multiple of 64 by vectors only.
+    torch computes a piece of up to 16,384 numbers on one thread, and one of 64, 128, … numbers by vectors only.
     """
 
     PIECE, VECTORS = 16384, 64
@@ -63,8 +63,9 @@ class RowSafeActivation(nn.Module):
         if flat.shape[0] <= self.PIECE:
             out = self.inner(flat)
         else:
-            out = torch.cat([self.inner(piece) for piece in flat.split(self.PIECE)])
-        return out[:size].view(x.shape)
+            out = torch.cat([self.inner(piece) for piece in torch.split(flat, self.PIECE)])
+        result: Tensor = out[:size].view(x.shape)
+        return result
 
 
 @torch.inference_mode()
@@ -93,7 +94,12 @@ def _as_norm(module: nn.Module, kernels: Kernels) -> NativeNorm | None:
     if len(list(module.parameters())) != 1 or len(list(module.modules())) != 1 or weight is None or weight.dim() != 1:
         return None
     epsilon = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
-    if not _takes_one(module) or not isinstance(epsilon, float) or weight.dtype != torch.float32 or weight.device.type != "cpu":
+    if (
+        not _takes_one(module)
+        or not isinstance(epsilon, float)
+        or weight.dtype != torch.float32
+        or weight.device.type != "cpu"
+    ):
         return None
     # Small numbers, too: there the epsilon is what is left.
     x = quasi_random(3, weight.shape[0]) * torch.tensor([[1.0], [1e-3], [1e3]])

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.attention import CONTEXT_KEY, IMPLEMENTATION, ForwardContext, Span
+from engine.attention import IMPLEMENTATION, ForwardContext, Span, forward_context
 from engine.decoder_layer import NativeLayer, fuse_layers
 from engine.kv_cache import KVCache
 from engine.linear import NativeLinear, pack_model, share_inputs
-from engine.model_runner import discover_layers, register_attention
+from engine.model_runner import discover, register_attention
 from engine.native import AttentionPlan, Kernels, LayerParts, NormParts, PackedWeight
 from engine.pointwise import replace_pointwise
 
@@ -234,12 +234,17 @@ def _model(kernels: Kernels, family: str, kind: str = "exact", **config: Any) ->
     return model
 
 
+def _length(model: nn.Module) -> int:
+    return int(getattr(model.config, "max_position_embeddings", 0) or 2048)
+
+
 def _logits(model: nn.Module, kernels: Kernels, positions: Tensor) -> list[Tensor]:
     """Of a prompt of 19 tokens and of one more, through the block cache."""
     register_attention()
     own = model.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
-    cache = KVCache(discover_layers(model), 3, 16, kernels)
+    layers = discover(model, 2048).layers
+    cache = KVCache([layers[i] for i in range(len(layers))], 3, 16, kernels)
     out = []
     with torch.inference_mode():
         for start, count in ((0, 19), (19, 1)):
@@ -247,7 +252,8 @@ def _logits(model: nn.Module, kernels: Kernels, positions: Tensor) -> list[Tenso
             context = ForwardContext((Span(0, count, start, (2, 1)),), slots, count, cache)
             tokens = torch.arange(start, start + count)[None] * 7 % 400
             part = positions[None, start : start + count]
-            out.append(model(tokens, position_ids=part, use_cache=False, **{CONTEXT_KEY: context}).logits)
+            with forward_context(context):
+                out.append(model(tokens, position_ids=part, use_cache=False).logits)
     model.set_attn_implementation(own)  # type: ignore[operator]
     return out
 
@@ -274,7 +280,7 @@ def test_layers_of_the_usual_kind_run_as_one_and_keep_their_bits(
     positions = torch.tensor([*range(18), 1000, 2047])
     before = _logits(model, kernels, positions)
     plain = model(torch.arange(5)[None], use_cache=False).logits
-    assert fuse_layers(model, kernels) == 2
+    assert fuse_layers(model, kernels, _length(model)) == 2
     assert sum(isinstance(module, NativeLayer) for module in model.modules()) == 2
     for one, other in zip(_logits(model, kernels, positions), before, strict=True):
         assert torch.equal(one, other)
@@ -304,7 +310,7 @@ def test_other_layers_stay_as_they_are(kernels: Kernels, family: str, config: di
     positions = torch.arange(20)
     before = _logits(model, kernels, positions)
     own = model.config._attn_implementation
-    assert fuse_layers(model, kernels) == 0
+    assert fuse_layers(model, kernels, _length(model)) == 0
     assert model.config._attn_implementation == own
     for one, other in zip(_logits(model, kernels, positions), before, strict=True):
         assert torch.equal(one, other)
@@ -314,7 +320,7 @@ def test_a_model_that_cannot_be_called_so_stays_as_it_is(kernels: Kernels) -> No
     for family in ("bloom", "mamba"):
         model = _model(kernels, family)
         plain = model(torch.arange(5)[None]).logits
-        assert fuse_layers(model, kernels) == 0
+        assert fuse_layers(model, kernels, _length(model)) == 0
         assert torch.equal(model(torch.arange(5)[None]).logits, plain)
 
 
@@ -322,7 +328,7 @@ def test_a_layer_answers_for_what_it_replaced(kernels: Kernels) -> None:
     """Models ask their layers which attention they use, to choose a mask."""
     model = _model(kernels, "qwen2")
     kinds = [layer.hidden_size for layer in model.model.layers]
-    fuse_layers(model, kernels)
+    fuse_layers(model, kernels, _length(model))
     assert [layer.hidden_size for layer in model.model.layers] == kinds
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = model.model.layers[0].no_such_thing
