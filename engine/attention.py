@@ -104,8 +104,10 @@ class ForwardContext:
     layers: dict[int, LayerShape] = field(default_factory=dict)
     settings: dict[int, AttentionSettings] = field(default_factory=dict)
     length: int = 0
-    masks: dict[int, tuple[KeyRange, Tensor]] = field(default_factory=dict)
-    """Of the masks that transformers has made in this pass, by the memory of what stands for them."""
+    masks: dict[int, tuple[KeyRange | None, Tensor]] = field(default_factory=dict)
+    """Of the masks that transformers has made in this pass, by the memory of what stands for them.
+
+    None: not understood."""
     finite: Tensor | None = None
     """`[num_rows] bool`, after the step: False where a key or value was not finite."""
     plan: AttentionPlan | None = None
@@ -170,7 +172,11 @@ def make_mask(*, mask_function: Any, **kwargs: Any) -> Tensor | None:
     context = _current.get()
     if context.cache is not None:
         return None
-    seen = read_mask(mask_function, context.length)
+    seen: KeyRange | None
+    try:
+        seen = read_mask(mask_function, context.length)
+    except NotUnderstood:  # there may be no layer that uses it
+        seen = None
     tokens = int(context.slots.numel())
     stand_in = torch.zeros(1, 1, tokens, tokens, device=context.slots.device)
     context.masks[stand_in.untyped_storage().data_ptr()] = (seen, stand_in)
@@ -232,10 +238,10 @@ def _key_range(context: ForwardContext, mask: Tensor | None, window: int | None,
     if mask is None:
         seen = KeyRange()
     else:
-        known = context.masks.get(mask.untyped_storage().data_ptr())
+        known, _ = context.masks.get(mask.untyped_storage().data_ptr(), (None, None))
         if known is None:
-            raise NotUnderstood("it makes an attention mask of its own")
-        seen = known[0]
+            raise NotUnderstood("its attention mask is neither causal, a sliding window nor chunks")
+        seen = known
     window = window if window and window < context.length else None
     if window is not None and seen != KeyRange(window=window):
         raise NotUnderstood(f"its attention asks for a window of {window}, its mask shows {seen.describe()}")

@@ -72,7 +72,7 @@ def read_mask(function: MaskFunction, length: int) -> KeyRange:
     for candidate in candidates:
         if all(torch.equal(sees(q, every), _row(candidate, q, every)) for q in _probes(candidate, length)):
             return candidate
-    raise NotUnderstood("its mask is neither causal, a sliding window nor chunks")
+    raise NotUnderstood("the mask is neither causal, a sliding window nor chunks")
 
 
 def _row(keys: KeyRange, query: Tensor, every: Tensor) -> Tensor:

@@ -106,8 +106,8 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
         if device.type == "cpu" and dtype == torch.float32:
             kernel, make, native = _choose_kernel(config, model, say)
             pack_model(model, _DTYPES.get(found.dtype, torch.float32), make, _packing_progress(say))
-            replace_pointwise(model, native)
             if native is not None:
+                replace_pointwise(model, native)
                 share_inputs(model)
                 fused = fuse_layers(model, native, length)
                 say(f"{fused} layers run as one kernel each ({native.target})")
@@ -145,7 +145,11 @@ def _assemble(
         runner = FallbackRunner(model, vocab_size, positions=test.positions)
     else:
         runner = PackedRunner(
-            model, KVCache(test.layers, blocks, BLOCK_SIZE, native), vocab_size, single_rows=test.single_rows
+            model,
+            KVCache(test.layers, blocks, BLOCK_SIZE, native),
+            vocab_size,
+            single_rows=test.single_rows,
+            row_safe=test.row_safe,
         )
     packed = test.layers is not None
     scheduler = Scheduler(

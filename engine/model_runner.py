@@ -8,7 +8,9 @@ each sequence alone, with transformers' own cache. Which one a model gets is dec
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +22,7 @@ from engine import rotary
 from engine.attention import IMPLEMENTATION, ForwardContext, Span, attention_forward, forward_context, make_mask
 from engine.attention_mask import NotUnderstood
 from engine.kv_cache import KVCache
+from engine.row_safe import RowSafeFunctions
 from engine.scheduler import Schedule
 
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -117,14 +120,19 @@ class PackedRunner:
         vocab_size: int,
         *,
         single_rows: bool = False,
+        row_safe: bool = False,
         bystanders: Seq[int] = (),
     ) -> None:
-        """`single_rows`: a row that is computed alone has the bits that it has among others (the self-test knows).
+        """Of the keywords the self-test knows what the model needs.
 
-        `bystanders`: positions of rows that belong to nobody and are computed in every step, for the self-test.
+        Args:
+            single_rows: a row that is computed alone has the bits that it has among others.
+            row_safe: the model calls functions of torch that need `RowSafeFunctions`.
+            bystanders: positions of rows that belong to nobody and are computed in every step, for the self-test.
         """
         self._model = _Model(model)
         self._fewest = 1 if single_rows else 2
+        self._functions: Callable[[], AbstractContextManager[Any]] = RowSafeFunctions if row_safe else nullcontext
         self._bystanders = list(bystanders)
         self.cache = cache
         self.vocab_size = vocab_size
@@ -160,7 +168,7 @@ class PackedRunner:
         padding = self._bystanders or [0] * (self._fewest - len(tokens))
         device = self._model.device
         kept = rows + [0] * (self._fewest - len(rows))
-        with forward_context(context):
+        with forward_context(context), self._functions():
             output = self._model(
                 torch.tensor([tokens + [0] * len(padding)], device=device),
                 torch.tensor(kept, device=device),

@@ -1,10 +1,6 @@
-"""Norms and activations whose rows are independent. Replaces modules in place, known by what they compute, not by name.
+"""Norms and SiLU in one pass each. Replaces modules in place, known by what they compute and not by their names.
 
-* Our own kernels for root-mean-square norms and SiLU: transformers writes a norm as four to six tensor operations, of
-  which each costs more than what it does to one token.
-* Any other activation (GELU, tanh, xIELU, …) in pieces of whole vectors. torch computes most numbers of a tensor with
-  vector instructions and what is left at the end of each thread's share one by one, and the two differ in their last
-  bits. Which numbers are left depends on the number of rows (docs/log.md, 2026-11-26).
+transformers writes them as four to six tensor operations, of which each costs more than what it does to one token.
 """
 
 from __future__ import annotations
@@ -42,42 +38,13 @@ class NativeSiLU(nn.Module):
         return self.kernels.silu(x)
 
 
-class RowSafeActivation(nn.Module):
-    """An activation, computed such that each number takes the same path wherever it stands.
-
-    torch computes a piece of up to 16,384 numbers on one thread, and one of 64, 128, … numbers by vectors only.
-    """
-
-    PIECE, VECTORS = 16384, 64
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1)
-        size = flat.shape[0]
-        missing = -size % self.VECTORS
-        if missing:
-            flat = F.pad(flat, (0, missing))
-        if flat.shape[0] <= self.PIECE:
-            out = self.inner(flat)
-        else:
-            out = torch.cat([self.inner(piece) for piece in torch.split(flat, self.PIECE)])
-        result: Tensor = out[:size].view(x.shape)
-        return result
-
-
 @torch.inference_mode()
-def replace_pointwise(model: nn.Module, kernels: Kernels | None) -> int:
-    """Replace the layers that are RMS norms or activations; without kernels the latter only. Returns how many."""
+def replace_pointwise(model: nn.Module, kernels: Kernels) -> int:
+    """Replace the layers that are RMS norms or SiLU. Returns how many."""
     targets = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
     count = 0
     for parent, name, child in targets:
-        replacement: nn.Module | None = None
-        if kernels is not None:
-            replacement = _as_norm(child, kernels) or _as_silu(child, kernels)
-        replacement = replacement or _as_activation(child)
+        replacement = _as_norm(child, kernels) or _as_silu(child, kernels)
         if replacement is not None:
             setattr(parent, name, replacement)
             count += 1
@@ -127,21 +94,3 @@ def _as_silu(module: nn.Module, kernels: Kernels) -> NativeSiLU | None:
     except Exception:  # called in another way: not SiLU
         return None
     return silu if same and torch.allclose(silu(x), y, rtol=1e-5, atol=1e-6) else None
-
-
-def _as_activation(module: nn.Module) -> RowSafeActivation | None:
-    """Wrap a module that computes each number from that number alone; not one that returns what it was given."""
-    if isinstance(module, NativeSiLU | RowSafeActivation) or len(list(module.modules())) > 1 or not _takes_one(module):
-        return None
-    if any(parameter.numel() > 1 for parameter in module.parameters()):
-        return None
-    x = quasi_random(4, 96) * torch.tensor([[1.0], [1e-3], [30.0], [1.0]])
-    try:
-        y = module(x)
-        if y is x or y.dtype != x.dtype or torch.equal(x, y):
-            return None
-        mixed = module(x.flip(0).T.contiguous())  # the same numbers in other places and another shape
-        same = torch.allclose(mixed.T.flip(0), y, rtol=1e-5, atol=1e-6)
-    except Exception:  # called in another way: not an activation
-        return None
-    return RowSafeActivation(module) if same else None

@@ -26,6 +26,7 @@ from engine.errors import LoadError
 from engine.kv_cache import KVCache, LayerShape, runs_of
 from engine.model_runner import FallbackRunner, PackedRunner, Runner, discover, input_device, register_attention
 from engine.native import Kernels
+from engine.row_safe import RowSafeFunctions
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.types import LawReport, SamplingParams
@@ -48,12 +49,14 @@ class SelfTest:
     """`layers` is None when the model needs the fallback runner; `report.reason` says why.
 
     `single_rows`: a token that is computed alone needs no padding to keep its bits (packed runner).
+    `row_safe`: the model calls functions of torch that need `RowSafeFunctions` (packed runner).
     `positions`: the model must be told positions (fallback runner).
     """
 
     layers: tuple[LayerShape, ...] | None
     report: LawReport
     single_rows: bool = False
+    row_safe: bool = False
     positions: bool = True
 
 
@@ -104,7 +107,8 @@ class Reference:
             LoadError: the model cannot be called.
         """
         lengths = [n for n in (*_SHORT, _LONG) if n + _DECODED <= length] or [1]
-        texts = tuple(_Text(_tokens(n, vocab_size), _tokens(_DECODED, vocab_size, 5 * n)) for n in lengths)
+        ids = _usable_ids(model, vocab_size)
+        texts = tuple(_Text(_pick(ids, n), _pick(ids, _DECODED, 5 * n)) for n in lengths)
         logits = []
         try:
             for text in texts:
@@ -162,9 +166,10 @@ def self_test(
         if rotary.dynamic(model):
             return fallback("its rotary scaling is dynamic")
         model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
-        context = discover(model, length)
+        with RowSafeFunctions() as functions:
+            context = discover(model, length)
         layers = tuple(context.layers[i] for i in range(len(context.layers)))
-        packed = _Packed(model, layers, vocab_size, length, kernels)
+        packed = _Packed(model, layers, vocab_size, length, kernels, functions.used)
         alone = [packed.run([text])[0] for text in reference.texts]
         crowd = packed.run(reference.texts, far=True)
     except LoadError:
@@ -215,7 +220,7 @@ def _law(
         f"({type(model).__name__}, {dtype}, {packed.layers[0].device})".replace("torch.", "")
     )
     single = holds and _equal(few_alone, [packed.run([text], single_rows=True)[0] for text in few])
-    return SelfTest(packed.layers, LawReport(holds, reason, tuple(checks.items())), single)
+    return SelfTest(packed.layers, LawReport(holds, reason, tuple(checks.items())), single, packed.row_safe)
 
 
 def _fallback(
@@ -257,9 +262,15 @@ class _Packed:
     """Generates texts with the packed runner, each time with an empty cache."""
 
     def __init__(
-        self, model: nn.Module, layers: tuple[LayerShape, ...], vocab_size: int, length: int, kernels: Kernels | None
+        self,
+        model: nn.Module,
+        layers: tuple[LayerShape, ...],
+        vocab_size: int,
+        length: int,
+        kernels: Kernels | None,
+        row_safe: bool,
     ) -> None:
-        self.layers = layers
+        self.layers, self.row_safe = layers, row_safe
         self._model, self._vocab_size, self._length, self._kernels = model, vocab_size, length, kernels
 
     def run(self, texts: Seq[_Text], *, budget: int = 512, far: bool = False, single_rows: bool = False) -> list[_Run]:
@@ -274,6 +285,7 @@ class _Packed:
             cache,
             self._vocab_size,
             single_rows=single_rows,
+            row_safe=self.row_safe,
             bystanders=(last, last // 2, 0) if far else (),
         )
         pool = BlockPool(blocks, _BLOCK, caching=False)
@@ -333,5 +345,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
 
 
-def _tokens(count: int, vocab_size: int, shift: int = 0) -> tuple[int, ...]:
-    return tuple((7919 * (i + count + shift) + 13) % vocab_size for i in range(count))
+def _usable_ids(model: nn.Module, vocab_size: int) -> range:
+    """Token ids to try; padding is no text, and some models do not count it."""
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)  # type: ignore[operator,union-attr]
+    if not isinstance(padding, int) or not 0 <= padding < vocab_size:
+        return range(vocab_size)
+    below, above = range(padding), range(padding + 1, vocab_size)
+    return max(below, above, key=len)
+
+
+def _pick(ids: range, count: int, shift: int = 0) -> tuple[int, ...]:
+    return tuple(ids[(7919 * (i + count + shift) + 13) % len(ids)] for i in range(count))
