@@ -226,7 +226,8 @@ class FallbackRunner:
         tokens = torch.tensor([sequence.tokens(start, end)], device=device)
         last = torch.tensor([end - start - 1], device=device)
         output = self._model(tokens, last, use_cache=True, **arguments)
-        cache = getattr(output, self._cache_name, None)
+        names = (self._cache_name, *_CACHE_NAMES)
+        cache = next((found for name in names if (found := getattr(output, name, None)) is not None), None)
         if cache is None:
             raise NotUnderstood("it returns no cache: it cannot generate token by token")
         self._caches[sequence] = cache
