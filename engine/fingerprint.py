@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 
-KERNELS = "3"
+KERNELS = "4"
 """Raised by hand whenever a change to attention, linear layers, the sampler or the generator may change bits."""
 
 _CHUNK = 1 << 22

@@ -99,7 +99,7 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
         tokenizer = _load_tokenizer(config, folder)
         model = _load_model(config, folder, dtype, device_map)
         vocab_size, length = _vocab_size(model), _context_length(config, model)
-        rotary.pin(model, length)
+        longrope = rotary.pin(model, length)
         say("a pass of plain transformers, to compare with")
         reference = None if config.quantization else Reference.of(model, vocab_size, length)
         kernel, native = "torch", None
@@ -123,7 +123,9 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
         )
         weights = digest.result()
     give_back_memory()
-    return _assemble(config, found, model, tokenizer, test, vocab_size, device, dtype, weights, kernel, native)
+    return _assemble(
+        config, found, model, tokenizer, test, vocab_size, device, dtype, weights, kernel, native, longrope
+    )
 
 
 def _assemble(
@@ -138,6 +140,7 @@ def _assemble(
     weights: str,
     kernel: str,
     native: Kernels | None,
+    longrope: str | None,
 ) -> LoadedModel:
     context, blocks = _size_cache(config, _context_length(config, model), test.layers, device)
     runner: Runner
@@ -171,6 +174,7 @@ def _assemble(
         "dtype": str(dtype),
         "runner": "packed" if packed else "fallback",
         "linear": kernel,
+        "longrope": longrope,
         # What a request leaves open is filled in from these.
         "defaults": _default_sampling(config, found.folder),
         "end_ids": end_ids,
@@ -296,7 +300,9 @@ def _check_memory(
 def _context_length(config: ModelConfig, model: nn.Module) -> int:
     """How many tokens a sequence may have, memory aside."""
     text = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    trained = int(getattr(text, "max_position_embeddings", 0) or 32768)
+    trained = int(getattr(text, "max_position_embeddings", 0) or 0)
+    if trained <= 0:  # not said, or without an end
+        trained = 32768
     if config.context_length and config.context_length > trained:
         raise LoadError(f"{config.id}: context_length is {config.context_length}, the model was built for {trained}.")
     return config.context_length or trained

@@ -28,31 +28,29 @@ def _kinds(module: nn.Module) -> dict[str | None, str]:
 
 
 @torch.no_grad()
-def pin(model: nn.Module, context_length: int) -> bool:
+def pin(model: nn.Module, context_length: int) -> str | None:
     """Fix the frequencies of every LongRoPE module for sequences of up to `context_length` tokens.
 
     Returns:
-        Whether there is such a module.
+        Which set was taken, `long` or `short`; None if there is no such module.
     """
-    found = False
+    taken = None
     for module in model.modules():
         for layer_type, kind in _kinds(module).items():
             if kind == "longrope":
-                _pin(module, layer_type, context_length)
-                found = True
-    return found
+                taken = _pin(module, layer_type, context_length)
+    return taken
 
 
-def _pin(module: Any, layer_type: str | None, context_length: int) -> None:
+def _pin(module: Any, layer_type: str | None, context_length: int) -> str:
     # transformers itself chooses: it is asked for the last position of the context, and then not any more.
-    name = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
-    device = getattr(module, name).device
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    device = getattr(module, f"{prefix}inv_freq").device
     last = torch.tensor([[context_length - 1]], device=device)
     module(torch.zeros(1, 1, 1, device=device), last, **({} if layer_type is None else {"layer_type": layer_type}))
-    if layer_type is None:
-        module.rope_type = _PINNED
-    else:
-        module.rope_type = {**module.rope_type, layer_type: _PINNED}
+    module.rope_type = _PINNED if layer_type is None else {**module.rope_type, layer_type: _PINNED}
+    same = torch.equal(getattr(module, f"{prefix}inv_freq"), getattr(module, f"{prefix}original_inv_freq"))
+    return "short" if same else "long"
 
 
 def dynamic(model: nn.Module) -> bool:

@@ -46,7 +46,7 @@ def test_transformers_lets_a_long_neighbour_change_a_short_sequence() -> None:
 @pytest.mark.parametrize("length", [ORIGINAL, ORIGINAL + 1, 2048])
 def test_longrope_is_what_transformers_has_for_a_sequence_that_fills_the_context(length: int) -> None:
     plain, pinned = _longrope(), _longrope()
-    assert rotary.pin(pinned, length)
+    assert rotary.pin(pinned, length) == ("long" if length > ORIGINAL else "short")
     assert torch.equal(_angles(pinned, *range(length)), _angles(plain, *range(length)))
     alone = _angles(pinned, 5)
     assert torch.equal(_angles(pinned, 5, 2000)[:, :1], alone), "a neighbour"
@@ -58,7 +58,7 @@ def test_other_rotary_embeddings_are_left_alone() -> None:
         "llama", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
     )
     before = _angles(model, *range(100))
-    assert not rotary.pin(model, 2048)
+    assert rotary.pin(model, 2048) is None
     assert not rotary.dynamic(model)
     assert torch.equal(_angles(model, *range(100)), before)
 

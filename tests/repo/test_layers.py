@@ -35,6 +35,9 @@ LAYERS = (
         "rng",
         "logits",
         "sampler",
+        "attention_mask",
+        "row_safe",
+        "rotary",
         "kv_cache",
         "attention",
         "native",
@@ -43,12 +46,12 @@ LAYERS = (
         "decoder_layer",
         "model_runner",
     },
-    {"checkpoint", "fingerprint", "quantized", "selftest", "loader", "preparation", "core"},
+    {"checkpoint", "fingerprint", "quantized", "attention_trial", "selftest", "loader", "preparation", "core"},
     {"async_engine", "registry", "llm", "turns"},
     {"__init__"},
 )
 NO_TORCH = LAYERS[0] | LAYERS[1]
-FREE_OF_TIME_AND_THREADS = LAYERS[0] | LAYERS[1] | LAYERS[2] | {"core", "selftest", "preparation"}
+FREE_OF_TIME_AND_THREADS = LAYERS[0] | LAYERS[1] | LAYERS[2] | {"core", "attention_trial", "selftest", "preparation"}
 ENGINE = sorted((ROOT / "engine").glob("*.py"))
 SERVER = sorted((ROOT / "server").glob("*.py"))
 
