@@ -136,7 +136,8 @@ class Kernels:
         self._silu = _function(library.verbatim_silu, [pointer, pointer, long, integer], None)
         self._layer_scratch = _function(library.verbatim_layer_scratch, [pointer], long)
         self._layer = _function(library.verbatim_layer, [pointer] * 11 + [long] * 4 + [integer], None)
-        self._lanes = _function(library.verbatim_lanes, [], integer)()
+        self.lanes = int(_function(library.verbatim_lanes, [], integer)())
+        """float32 numbers in a vector: 16 with AVX-512, else 8."""
         self.target = str(_function(library.verbatim_target, [], ctypes.c_char_p)().decode())
         """The instructions that they use, for people."""
 
@@ -158,13 +159,16 @@ class Kernels:
         """
         if os.name != "posix" or platform.machine() != "x86_64":
             raise Unavailable(f"there are none for {platform.system()} on {platform.machine()} processors yet")
-        if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-            raise Unavailable("this processor lacks AVX2")
+        capability = torch.backends.cpu.get_cpu_capability()
+        if not capability.startswith("AVX"):
+            raise Unavailable("this processor lacks AVX2, or ATEN_CPU_CAPABILITY forbids it")
         compiler = _find_compiler()
         source = _SOURCE.read_bytes()
         version = _version(compiler)
         # clang takes 39 seconds for -O3, six for -O2, and gains nothing by it; gcc vectorises less at -O2.
-        flags = ("-O2" if "clang" in version else "-O3", *_FLAGS, *extra_flags)
+        # No wider vectors than torch's own: ATEN_CPU_CAPABILITY=avx2 makes a processor an older one, for everything.
+        narrow = () if capability == "AVX512" else ("-mno-avx512f",)
+        flags = ("-O2" if "clang" in version else "-O3", *_FLAGS, *narrow, *extra_flags)
         # -march=native means another thing on another processor, and a home may be shared by several machines.
         parts = (source, version.encode(), " ".join(flags).encode(), _processor())
         name = f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
@@ -216,7 +220,7 @@ class Kernels:
 
     def can_attend(self, key_dim: int, value_dim: int) -> bool:
         """Whether there is a kernel for heads of these dimensions."""
-        return key_dim <= WIDEST_HEAD and value_dim <= WIDEST_HEAD and value_dim % self._lanes == 0
+        return key_dim <= WIDEST_HEAD and value_dim <= WIDEST_HEAD and value_dim % self.lanes == 0
 
     def attend(
         self,

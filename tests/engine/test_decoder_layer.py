@@ -264,7 +264,7 @@ def _logits(model: nn.Module, kernels: Kernels, positions: Tensor) -> list[Tenso
     [
         ("qwen3", {}),
         ("llama", {}),
-        ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 24}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 48}),
         ("qwen2", {}),
         ("mistral", {}),
         ("smollm3", {"no_rope_layers": [1, 0]}),
@@ -287,6 +287,17 @@ def test_layers_of_the_usual_kind_run_as_one_and_keep_their_bits(
     assert torch.equal(model(torch.arange(5)[None], use_cache=False).logits, plain), (
         "without a block cache, the modules"
     )
+
+
+@pytest.mark.parametrize(("head_dim", "lanes"), [(8, 8), (24, 8), (16, 16), (48, 16)])
+def test_a_head_of_whole_vectors_becomes_part_of_one(kernels: Kernels, head_dim: int, lanes: int) -> None:
+    """lanes: the widest vectors that the head's dimensions fill. With wider ones (AVX-512) the modules do the work."""
+    model = _model(kernels, "llama", head_dim=head_dim)
+    positions = torch.arange(20)
+    before = _logits(model, kernels, positions)
+    assert fuse_layers(model, kernels) == (2 if kernels.lanes <= lanes else 0)
+    for one, other in zip(_logits(model, kernels, positions), before, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(

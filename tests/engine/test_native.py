@@ -7,6 +7,7 @@ import ctypes.util
 import errno
 import math
 import os
+import random
 import shutil
 import stat
 import subprocess
@@ -23,11 +24,25 @@ from torch import Tensor
 from engine import native
 from engine.native import BLOCK_SIZE, AttentionPlan, Kernels, Unavailable
 
+_INSTRUCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    # name: (what the processor must have, how to compile for it)
+    "AVX2": ("avx2", ("-march=x86-64-v3",)),
+    "AVX2, VNNI written out": ("avx2", ("-march=x86-64-v3", "-DVERBATIM_EMULATE_VNNI")),
+    "AVX2, VNNI": ("avx_vnni", ("-march=x86-64-v3", "-mavxvnni")),
+    "AVX-512": ("avx512vl", ("-march=x86-64-v4",)),
+    "AVX-512, VNNI": ("avx512_vnni", ("-march=x86-64-v4", "-mavx512vnni")),
+}
 
-@pytest.fixture(scope="module")
-def with_vnni(kernels: Kernels, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    """The layout for processors with VNNI, its one instruction written out."""
-    return Kernels.load(tmp_path_factory.mktemp("vnni"), ("-DVERBATIM_EMULATE_VNNI",))
+
+@pytest.fixture(scope="module", params=_INSTRUCTIONS)
+def others(request: pytest.FixtureRequest, kernels: Kernels, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """The kernels for one instruction set, where this processor has it."""
+    needed, flags = _INSTRUCTIONS[request.param]
+    if needed not in Path("/proc/cpuinfo").read_text().split():
+        pytest.skip(f"this processor lacks {needed}")
+    found = Kernels.load(tmp_path_factory.mktemp("others"), (*flags, "-O1"))  # quick to compile, and the same bits
+    assert found.target == request.param.removesuffix(" written out")
+    return found
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -124,8 +139,8 @@ def _rounded(numbers: list[float]) -> tuple[list[int], float]:
 
 
 @pytest.mark.parametrize(("depth", "columns"), [(5, 2), (128, 17), (300, 9), (1026, 3)])
-def test_int8_is_whole_numbers_and_scales(kernels: Kernels, with_vnni: Kernels, depth: int, columns: int) -> None:
-    """Products of bytes add up exactly; groups of 128 are scaled and added in order: the same bits in either layout."""
+def test_int8_is_whole_numbers_and_scales(kernels: Kernels, depth: int, columns: int) -> None:
+    """Products of bytes add up exactly; groups of 128 are scaled and added in order."""
     fmaf = ctypes.CDLL(ctypes.util.find_library("m")).fmaf
     fmaf.argtypes, fmaf.restype = [ctypes.c_float] * 3, ctypes.c_float
     x, weight, bias = _random(3, depth), _random(columns, depth, seed=1), _random(columns)
@@ -141,7 +156,6 @@ def test_int8_is_whole_numbers_and_scales(kernels: Kernels, with_vnni: Kernels, 
                 total = fmaf(exact, float(torch.tensor(scale_a) * torch.tensor(scale_b)), total)
             expected[row, column] = torch.tensor(total) + bias[column]
     assert torch.equal(_product(kernels, x, weight, bias, "int8"), expected)
-    assert torch.equal(_product(with_vnni, x, weight, bias, "int8"), expected)
 
 
 @pytest.mark.parametrize("kind", ["exact", "int8"])
@@ -352,6 +366,55 @@ def test_a_query_that_is_not_finite_stays_so(kernels: Kernels) -> None:
     (result,), _ = sequences.step([(0, 0, 20)])
     assert result[3, 1].isnan().all()
     assert result[[0, 1, 2, *range(4, 20)]].isfinite().all()
+
+
+# -- other processors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_products_have_the_same_bits_with_every_instruction_set(kernels: Kernels, others: Kernels, kind: str) -> None:
+    """Tiles, panels and the rest behind the last whole vector differ from one to the other; the numbers must not."""
+    draw = random.Random(kind)
+    for depth in (1, 3, 64, 127, 130, 1024, 1027, 2100):
+        for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 40):
+            columns = draw.randrange(1, 150)
+            weight, bias = _random(columns, depth), draw.choice([None, _random(columns)])
+            weight = weight.bfloat16().float() if kind == "bfloat16" else weight
+            x = _random(rows, depth) * torch.tensor([1.0, 1e-3, 100.0, 0.0])[torch.arange(rows) % 4, None]
+            stored = "int8" if kind == "int8" else "exact"
+            mine, theirs = (_product(k, x, weight, bias, stored) for k in (kernels, others))
+            assert torch.equal(mine, theirs), (depth, rows, columns)
+
+
+def test_norms_and_activations_have_the_same_bits_with_every_instruction_set(kernels: Kernels, others: Kernels) -> None:
+    for dim in (1, 7, 8, 15, 16, 17, 31, 64, 100, 1000, 2048):
+        x, weight = _random(5, dim) * 4, _random(dim)
+        assert torch.equal(kernels.rms_norm(x, weight, 1e-6), others.rms_norm(x, weight, 1e-6)), dim
+        assert torch.equal(kernels.silu(x), others.silu(x)), dim
+    wide = torch.cat(
+        [_random(4000) * 30, torch.tensor([0.0, 1e-45, -87.3, -88.8, -104.0, 88.0, 3e38, -3e38, math.inf])]
+    )
+    assert torch.equal(kernels.silu(wide), others.silu(wide))
+
+
+@pytest.mark.parametrize("options", _OPTIONS, ids=lambda o: "+".join(o) or "plain")
+def test_attention_has_the_same_bits_with_every_instruction_set(
+    kernels: Kernels, others: Kernels, options: dict[str, object]
+) -> None:
+    for dims in ((64, 64), (7, 16), (80, 48), (128, 128), (256, 256)):
+        lengths = [1, 16, 300]
+        mine, theirs = (_Sequences(k, lengths, heads=6, kv_heads=2, dims=dims) for k in (kernels, others))
+        for steps in ([(0, 0, 1), (1, 0, 16), (2, 0, 131)], [(2, 131, 168)], [(2, 299, 1)]):
+            for one, other in zip(mine.step(steps, **options)[0], theirs.step(steps, **options)[0], strict=True):
+                assert torch.equal(one, other), dims
+
+
+def test_torch_kept_to_avx2_keeps_the_kernels_to_it(kernels: Kernels) -> None:
+    """One switch for everything: a newer machine then computes what an older one does."""
+    code = "from engine.native import Kernels; print(Kernels.load().target)"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("AVX2")
 
 
 # -- the compiler ----------------------------------------------------------------------------------------------------
