@@ -214,17 +214,17 @@ def human(count: float) -> str:
 def prepare_environment(*, pull: bool) -> None:
     """Set what must stand in the process's environment before the first matrix product and the first hub call.
 
-    `MKL_CBWR`: attention's matrix products then keep their bits from shape to shape (docs/decisions/0002). A value that
-    the user has set is left alone; the self-test judges it. Where the user keeps torch to AVX2 (`ATEN_CPU_CAPABILITY`),
-    oneDNN is kept to it, too.
+    `MKL_CBWR`: attention's matrix products then keep their bits from shape to shape (docs/decisions/0002).
+    `ONEDNN_MAX_CPU_ISA`: no AMX, whose bfloat16 products depend on the number of rows, and nothing that torch itself is
+    kept from by `ATEN_CPU_CAPABILITY`. Values that the user has set are left alone; the self-test judges them.
     """
     import torch
 
-    isa = {"AVX512": "AVX512,STRICT", "AVX2": "AVX2,STRICT"}.get(torch.backends.cpu.get_cpu_capability())
-    if isa:
-        os.environ.setdefault("MKL_CBWR", isa)
-    if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":
-        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+    limits = {"AVX512": ("AVX512,STRICT", "AVX512_CORE_BF16"), "AVX2": ("AVX2,STRICT", "AVX2")}
+    limit = limits.get(torch.backends.cpu.get_cpu_capability())
+    if limit:
+        os.environ.setdefault("MKL_CBWR", limit[0])
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", limit[1])
     if not pull:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,6 +16,7 @@ from engine.linear import (
     is_sound,
     kernels_here,
     pack_model,
+    quasi_random,
     share_inputs,
 )
 from engine.native import Kernels, Unavailable
@@ -195,3 +197,13 @@ def test_norms_are_known_by_what_they_compute(native: Kernels | None) -> None:
     assert [type(layer).__name__ for layer in model] == ["NativeNorm", "NativeNorm", "LayerNorm", "LayerNorm", "_Rms"]
     for layer, right in zip(model, expected, strict=True):
         torch.testing.assert_close(layer(x), right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("depth", "columns"), [(704, 256), (1024, 3072), (3072, 1024)])
+def test_rows_of_narrow_numbers_are_independent(dtype: torch.dtype, depth: int, columns: int) -> None:
+    """`dtype: bfloat16` on a CPU runs in oneDNN as it is; with AMX a row's bits would depend on how many there are."""
+    x, weight = quasi_random(520, depth).to(dtype), quasi_random(columns, depth).to(dtype)
+    whole = F.linear(x, weight)
+    for rows in (2, 3, 4, 8, 17, 33, 64, 129, 200):
+        assert torch.equal(F.linear(x[:rows], weight), whole[:rows]), rows

@@ -475,7 +475,7 @@ def test_a_cache_that_cannot_be_trusted_is_not_used(kernels: Kernels, tmp_path: 
 
 
 @pytest.mark.parametrize("folder", ["the cache", "no cache"])
-def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str) -> None:
+def test_a_full_disk_is_told(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str) -> None:
     """Then torch's own kernels are used: nobody is left without a server."""
 
     def full(*args: object, **kwargs: object) -> None:
