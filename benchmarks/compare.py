@@ -26,7 +26,7 @@ if __package__ in (None, ""):  # run as a script: this folder holds files that m
 
 import psutil
 
-from benchmarks import machine, served
+from benchmarks import machine, real_model, served
 from benchmarks.common import RESULTS, peak_rss_bytes, ratios, summary
 from benchmarks.report import Report
 
@@ -240,7 +240,7 @@ def tell(report: Report, all_of_them: list[Contestant], settings: argparse.Names
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a folder with a checkpoint")
+    parser.add_argument("--model", type=real_model.model, required=True, help="a folder with a checkpoint, or smollm2")
     parser.add_argument("--label", help="the model's name in the report")
     parser.add_argument("--int8", action="store_true", help="this server with quantization: int8, too")
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's server program")

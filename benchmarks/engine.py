@@ -18,7 +18,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script: this very file would hide the package `engine`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import machine
+from benchmarks import machine, real_model
 from benchmarks.common import RESULTS, Summary, alternate, fixed_prompt, ratios, summary
 from benchmarks.report import Report
 from benchmarks.worker import Worker
@@ -239,7 +239,7 @@ def prefix_cache(run: Run) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a folder with a checkpoint")
+    parser.add_argument("--model", type=real_model.model, required=True, help="a folder with a checkpoint, or smollm2")
     parser.add_argument("--label", help="the model's name in the report; default: the folder's")
     parser.add_argument("--threads", type=int, default=machine.usable_cores())
     parser.add_argument("--repeat", type=int, default=5)

@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # run as a script: this folder holds an engine.py
 
 from transformers import AutoTokenizer
 
-from benchmarks import loopback, machine, metered, served, step_costs
+from benchmarks import loopback, machine, metered, real_model, served, step_costs
 from benchmarks.common import RESULTS, alternate, summary, thread_cpu_seconds
 from benchmarks.report import Report
 from engine import LLM, Constraint
@@ -276,7 +276,11 @@ def server(report: Report, model: Path, streams: int, tokens: int, repeat: int) 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a folder with a checkpoint; default: the tiny random stand-in")
+    parser.add_argument(
+        "--model",
+        type=real_model.model,
+        help="a folder with a checkpoint, or smollm2; default: the tiny random stand-in",
+    )
     parser.add_argument("--label", help="the model's name in the report")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=256, help="tokens of each stream")

@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # run as a script: this folder holds files that m
 import torch
 from torch import Tensor
 
-from benchmarks import machine
+from benchmarks import machine, real_model
 from benchmarks.common import RESULTS, ROOT, Summary, summary
 from benchmarks.report import Report
 from engine.config import ModelConfig
@@ -112,7 +112,12 @@ def tell(report: Report, compared: Comparison) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEMO, help="a folder with a checkpoint; default the demo model")
+    parser.add_argument(
+        "--model",
+        type=real_model.model,
+        default=DEMO,
+        help="a folder with a checkpoint, or smollm2; default the demo model",
+    )
     parser.add_argument("--label", help="the model's name in the report")
     parser.add_argument("--text", type=Path, nargs="+", help="text files")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a text at most")

@@ -17,7 +17,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script: this very file would hide the package `server`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import machine, served
+from benchmarks import machine, real_model, served
 from benchmarks.common import RESULTS, Summary, summary
 from benchmarks.report import Report
 
@@ -80,7 +80,9 @@ def _constant(value: float) -> Summary:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--model", type=Path, help="a folder with a checkpoint: start a server on it")
+    target.add_argument(
+        "--model", type=real_model.model, help="a folder with a checkpoint, or smollm2: start a server on it"
+    )
     target.add_argument("--base-url", help="a running server, with its /v1")
     parser.add_argument("--name", help="with --base-url: the model's id")
     parser.add_argument("--api-key", default="")

@@ -17,7 +17,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script: this folder holds an engine.py that must not hide the package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import machine
+from benchmarks import machine, real_model
 from benchmarks.common import RESULTS, alternate, ratios, summary
 from benchmarks.report import Report
 from engine import LLM
@@ -71,7 +71,7 @@ def measure(report: Report, llm: LLM, tokens: int, repeat: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=real_model.model, required=True, help="a folder with a checkpoint, or smollm2")
     parser.add_argument("--label")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--repeat", type=int, default=5)

@@ -48,6 +48,7 @@ class ChatTemplate:
         source: str | None,
         special_tokens: Mapping[str, str] | None = None,
         clock: Callable[[], datetime] | None = None,
+        tool_use: str | None = None,
     ) -> None:
         """Compile.
 
@@ -55,15 +56,19 @@ class ChatTemplate:
             source: Jinja, or None for a model without a template: it then refuses all messages, saying what to do.
             special_tokens: `bos_token` and the like, handed to the template by these names.
             clock: what `strftime_now` reads. Default: local time.
+            tool_use: another template, for requests with tools.
 
         Raises:
             LoadError: the template is not valid Jinja.
         """
         self.source = source
+        self.tool_use = ChatTemplate(tool_use, special_tokens, clock) if tool_use is not None else None
+        """What renders requests with tools, if that is a template of its own."""
         self._special_tokens = dict(special_tokens or {})
         self._template: jinja2.Template | None = None
         self.variables: frozenset[str] = frozenset()
         """Names that the template reads and nobody inside it sets: `messages`, `enable_thinking`, …"""
+        self._in_parts = False
         if source is None:
             return
         environment = _environment(clock or datetime.now)
@@ -72,15 +77,22 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
             raise LoadError(f"The chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
+        self._in_parts = self._drops_text()
 
     @classmethod
     def from_tokenizer(
         cls, tokenizer: Any, *, source: str | None = None, clock: Callable[[], datetime] | None = None
     ) -> ChatTemplate:
         """The template of a transformers tokenizer, or `source` in its place, with the tokenizer's special tokens."""
+        tool_use = None
         if source is None:
-            source = choose_template(getattr(tokenizer, "chat_template", None))
-        return cls(source, tokenizer.special_tokens_map, clock)
+            own = getattr(tokenizer, "chat_template", None)
+            source, tool_use = choose_template(own), choose_template(own, "tool_use")
+        return cls(source, tokenizer.special_tokens_map, clock, tool_use if tool_use != source else None)
+
+    def serving(self, tools: Sequence[Any]) -> ChatTemplate:
+        """The template that renders a request with these tools."""
+        return self.tool_use if tools and self.tool_use is not None else self
 
     @property
     def extra_variables(self) -> tuple[str, ...]:
@@ -108,6 +120,8 @@ class ChatTemplate:
             InvalidFormat: no messages.
             InvalidParameter: a variable that is reserved, or that the template does not read.
         """
+        if tools and self.tool_use is not None:
+            return self.tool_use.render(messages, variables, again=again, tools=tools)
         if self._template is None or self.source is None:
             raise TemplateRefused(
                 "This model has no chat template (a base model, perhaps): set chat_template in models.yaml to a Jinja "
@@ -122,12 +136,28 @@ class ChatTemplate:
         context = {
             **self._special_tokens,
             **variables,
-            "messages": [_as_dict(message, keep_developer, "thinking" in self.source) for message in messages],
+            "messages": [
+                _as_dict(message, keep_developer, "thinking" in self.source, self._in_parts) for message in messages
+            ],
             "tools": list(tools) or None,
             "documents": None,
             "add_generation_prompt": again,
         }
         return _render(self._template, context)
+
+    def _drops_text(self) -> bool:
+        """Whether a message's text has to come as a list of parts, as many templates of models with images want it."""
+        message = ChatMessage("user", "Frage")
+        try:
+            if "Frage" in self.render([message]):
+                return False
+        except TemplateRefused:
+            pass
+        self._in_parts = True
+        try:
+            return "Frage" in self.render([message])
+        except TemplateRefused:
+            return False
 
     def _check(self, variables: Mapping[str, Any]) -> None:
         for name in variables:
@@ -154,6 +184,8 @@ def choose_template(templates: str | Mapping[str, str] | None, name: str = "defa
     """
     if templates is None or isinstance(templates, str):
         return templates
+    if not isinstance(templates, Mapping) or not all(isinstance(text, str) for text in templates.values()):
+        raise LoadError(f"The tokenizer's chat_template must be text, or texts by name, not {str(templates)[:100]}.")
     for key in (name, "default"):
         if key in templates:
             return templates[key]
@@ -190,11 +222,14 @@ def _names(node: nodes.Node) -> Iterator[nodes.Name]:
         yield from _names(child)
 
 
-def _as_dict(message: ChatMessage, keep_developer: bool, as_thinking: bool) -> dict[str, Any]:
+def _as_dict(message: ChatMessage, keep_developer: bool, as_thinking: bool, in_parts: bool) -> dict[str, Any]:
     role = "system" if message.role == "developer" and not keep_developer else message.role
+    content: Any = message.content
+    if in_parts and content is not None:
+        content = [{"type": "text", "text": content}]
     fields: dict[str, Any] = {
         "role": role,
-        "content": message.content,
+        "content": content,
         "name": message.name,
         "reasoning_content": message.reasoning_content,
         "thinking": message.reasoning_content if as_thinking else None,  # gpt-oss's name for it

@@ -30,15 +30,18 @@ class Checkpoint:
 
     Attributes:
         folder: or a GGUF file.
+        files: with the weights that are loaded, sorted; others may lie beside them.
         parameters: number of floating-point values stored.
         stored_bytes: size of the tensors on disk.
         dtype: the most common floating-point type, as torch names it.
         embedding_parameters: those of the input embedding, if its name is known, else 0.
         tied: whether the output layer is the input embedding.
         created: Unix seconds of the newest file.
+        end_ids: tokens that end an answer, as far as a GGUF file names them.
     """
 
     folder: Path
+    files: tuple[Path, ...]
     config: dict[str, Any]
     parameters: int
     stored_bytes: int
@@ -46,6 +49,7 @@ class Checkpoint:
     embedding_parameters: int
     tied: bool
     created: int
+    end_ids: tuple[int, ...] = ()
 
     def float32_bytes(self) -> int:
         """Memory for the model in packed float32: a tied embedding is held in its own dtype and packed once."""
@@ -62,6 +66,8 @@ def locate(config: ModelConfig, *, pull: bool) -> Path:
     if config.path is not None:
         if config.path.suffix == ".gguf" and config.path.is_file():
             return config.path
+        if config.path.is_file():
+            raise LoadError(f"{config.id}: {config.path} is a file; give the folder of a checkpoint, or a .gguf file.")
         if not config.path.is_dir():
             raise LoadError(f"{config.id}: the folder {config.path} does not exist.")
         return config.path
@@ -87,20 +93,14 @@ def locate(config: ModelConfig, *, pull: bool) -> Path:
 
 
 def inspect(folder: Path, name: str) -> Checkpoint:
-    """Read the configuration and all tensor headers.
+    """Read the configuration and the headers of all weights of a folder.
 
     Raises:
         LoadError: a file is missing, broken or of a kind that is not loaded.
     """
-    if folder.is_file():
-        return _inspect_gguf(folder, name)
+    _check_kind(folder, name)
     config = read_json(folder / "config.json", name)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
-        hint = f" {pickled[0]} can run code when it is opened and is not loaded; convert it." if pickled else ""
-        raise LoadError(f"{name}: {folder} holds no *.safetensors file.{hint}")
-    _check_index(folder, files, name)
+    files = _weight_files(folder, name)
     if not any((folder / file).exists() for file in _TOKENIZER_FILES):
         # transformers would make an empty tokenizer of the right class and say nothing
         raise LoadError(f"{name}: {folder} holds no tokenizer.json.")
@@ -118,44 +118,58 @@ def inspect(folder: Path, name: str) -> Checkpoint:
             head = head or tensor.endswith(("lm_head.weight", "embed_out.weight"))
     common = max(counts, key=lambda k: counts[k], default="F32")
     newest = max(int(p.stat().st_mtime) for p in (folder / "config.json", *files))
-    return Checkpoint(folder, config, sum(counts.values()), stored, _NAMES[common], embedding, not head, newest)
+    return Checkpoint(folder, files, config, sum(counts.values()), stored, _NAMES[common], embedding, not head, newest)
 
 
-def _inspect_gguf(file: Path, name: str) -> Checkpoint:
-    """llama.cpp's format: weights, configuration and tokenizer in one file; transformers widens the weights."""
-    try:
-        from gguf import GGUFReader
-    except ImportError:
+def _check_kind(folder: Path, name: str) -> None:
+    """Refuse folders that are no checkpoint of a whole model, and those that are one and something more."""
+    adapter, whole = (folder / "adapter_config.json").exists(), (folder / "config.json").exists()
+    merge = "peft's merge_and_unload() and save_pretrained() write the merged model"
+    if adapter and not whole:
+        base = read_json(folder / "adapter_config.json", name).get("base_model_name_or_path")
         raise LoadError(
-            f"{name}: {file.name} is a GGUF file, which needs the package gguf: pip install gguf."
-        ) from None
-    try:
-        tensors = GGUFReader(file).tensors
-    except Exception as error:  # the reader trusts what it reads: anything may come out of a damaged file
-        raise LoadError(f"{name}: {file.name} is not a readable GGUF file ({error}).") from None
-    sizes = {tensor.name: int(tensor.n_elements) for tensor in tensors}
-    return Checkpoint(
-        folder=file,
-        config={"gguf": sorted({tensor.tensor_type.name for tensor in tensors})},
-        parameters=sum(sizes.values()),
-        stored_bytes=sum(int(tensor.n_bytes) for tensor in tensors),
-        dtype="float32",
-        embedding_parameters=sizes.get("token_embd.weight", 0),
-        tied="output.weight" not in sizes,
-        created=int(file.stat().st_mtime),
-    )
+            f"{name}: {folder} holds an adapter (LoRA) for {base or 'another model'}, not a model: {merge}; serve that."
+        )
+    if adapter:  # transformers would load it if peft is installed, and ignore it if not
+        raise LoadError(
+            f"{name}: {folder} holds an adapter (adapter_config.json) beside a whole model: {merge}; to serve the "
+            "model without it, move adapter_config.json elsewhere."
+        )
+    ggufs = sorted(p.name for p in folder.glob("*.gguf"))
+    if ggufs and not whole:
+        raise LoadError(f"{name}: {folder} holds GGUF files: give one of them, such as {folder / ggufs[0]}.")
 
 
-def _check_index(folder: Path, files: list[Path], name: str) -> None:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return
-    needed = set(read_json(index, name).get("weight_map", {}).values())
-    missing = sorted(needed - {f.name for f in files})
+def _weight_files(folder: Path, name: str) -> tuple[Path, ...]:
+    """The files that transformers loads: `model.safetensors`, or else what the index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    shards = _shards(index, name) if index.exists() else ()
+    if single.exists():
+        return (single,)
+    if shards:
+        return shards
+    others = sorted(p.name for p in folder.glob("*.safetensors"))
+    if others:
+        raise LoadError(
+            f"{name}: {folder} holds {others[0]}, but neither model.safetensors nor model.safetensors.index.json, "
+            "which transformers loads; take the checkpoint in transformers' format."
+        )
+    pickled = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
+    hint = f" {pickled[0]} can run code when it is opened and is not loaded; convert it." if pickled else ""
+    raise LoadError(f"{name}: {folder} holds no *.safetensors file.{hint}")
+
+
+def _shards(index: Path, name: str) -> tuple[Path, ...]:
+    weight_map = read_json(index, name).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise LoadError(f"{name}: {index} names no weight files in weight_map.")
+    needed = {index.parent / file for file in weight_map.values()}
+    missing = sorted(file.name for file in needed if not file.is_file())
     if missing:
         raise LoadError(
-            f"{name}: {folder} lacks {len(missing)} of {len(needed)} weight files: {', '.join(missing[:3])}."
+            f"{name}: {index.parent} lacks {len(missing)} of {len(needed)} weight files: {', '.join(missing[:3])}."
         )
+    return tuple(sorted(needed))
 
 
 def _header(file: Path, name: str) -> dict[str, Any]:
@@ -169,7 +183,10 @@ def _header(file: Path, name: str) -> dict[str, Any]:
             table: dict[str, Any] = json.loads(handle.read(length))
         table.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in table.values()), default=0)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        for entry in table.values():
+            if not isinstance(entry["dtype"], str) or not all(type(size) is int for size in entry["shape"]):
+                raise ValueError("the table of tensors is not one")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise LoadError(f"{name}: {file.name} is not a readable safetensors file ({error}).") from None
     if 8 + length + end > size:
         raise LoadError(f"{name}: {file.name} is cut short: {size} bytes of {8 + length + end}. Copy it again.")
@@ -200,6 +217,12 @@ def free_memory() -> int:
     except (OSError, ValueError):
         pass
     return free
+
+
+def words(error: BaseException) -> str:
+    """What an error says, in one line that is not too long; its class's name if it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:400]} …"
 
 
 def human(count: float) -> str:

@@ -188,7 +188,8 @@ def find(
         ValueError: `given` is no response template.
     """
     reasoning, form = thoughts.find(template), forms.find(template)
-    family = next((f for f in _FAMILIES if all(mark in (template.source or "") for mark in f.marks)), None)
+    source = template.serving((True,)).source or ""
+    family = next((f for f in _FAMILIES if all(mark in source for mark in f.marks)), None)
     read_by: ResponseTemplate | None = None
     source = "chat template" if form else "generic"
     if given is not None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -25,9 +25,8 @@ KERNELS = "4"
 _CHUNK = 1 << 22
 
 
-def weights_digest(folder: Path) -> str:
-    """SHA-256 over the contents of all safetensors files, in order of their names; or of a GGUF file."""
-    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
+def weights_digest(files: Sequence[Path]) -> str:
+    """SHA-256 over the contents of the files with the weights, in the order given."""
     with ThreadPoolExecutor(max_workers=min(4, len(files) or 1)) as pool:  # hashlib lets go of the interpreter lock
         digests = list(pool.map(_file_digest, files))
     return hashlib.sha256("".join(digests).encode()).hexdigest()

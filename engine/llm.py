@@ -74,14 +74,17 @@ class LLM:
         progress: Callable[[str], None] | None = None,
         **config: Any,
     ) -> None:
-        """`model`: a folder, or a hub id that is in the local cache. `config`: further keys of a models.yaml entry.
+        """`model`: a folder, a GGUF file, or a hub id that is in the local cache.
+
+        `config`: further keys of a models.yaml entry.
 
         Raises:
             ConfigError, LoadError: see their messages.
         """
         path = Path(model).expanduser()
-        source: dict[str, Any] = {"path": path.resolve()} if path.is_dir() else {"repo": str(model)}
-        entry = validate(ModelConfig, {"id": path.name or str(model), **source, **config}, str(model))
+        source: dict[str, Any] = {"path": path.resolve()} if path.exists() else {"repo": str(model)}
+        own = path.stem if path.suffix == ".gguf" else path.name
+        entry = validate(ModelConfig, {"id": own or str(model), **source, **config}, str(model))
         self._open(entry, pull, progress)
 
     @classmethod

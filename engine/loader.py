@@ -1,4 +1,4 @@
-"""models.yaml entry → a model that is ready to run. The only file that builds transformers' objects.
+"""models.yaml entry → a model that is ready to run.
 
 Order: look at the files, compare needed and free memory, read the weights, pack them, run the self-test, size the
 cache. Safetensors only; no network; no remote code unless the entry says so.
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import checkpoint, fingerprint, quantized, rotary
+from engine import checkpoint, fingerprint, gguf_file, quantized, rotary
 from engine.block_pool import BlockPool
 from engine.chat_template import ChatTemplate
-from engine.checkpoint import Checkpoint, human
+from engine.checkpoint import Checkpoint, human, words
 from engine.config import ModelConfig
 from engine.decoder_layer import fuse_layers
 from engine.detokenizer import Vocabulary
@@ -42,6 +42,7 @@ from engine.linear import (
 from engine.model_runner import FallbackRunner, PackedRunner, Runner
 from engine.native import Kernels, Unavailable
 from engine.pointwise import replace_pointwise
+from engine.reading import check_vocabulary, load_model, load_tokenizer, out_of_memory
 from engine.scheduler import Scheduler
 from engine.selftest import Reference, SelfTest, self_test
 from engine.types import ModelInfo, SamplingParams
@@ -80,10 +81,23 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
     Raises:
         LoadError: whatever is wrong, in one sentence; NotEnoughMemory with `needed` and `free` bytes.
     """
-    say = progress or (lambda _: None)
+    try:
+        return _load(config, pull, progress or (lambda _: None))
+    except VerbatimError as error:
+        if isinstance(error, LoadError) and error.message.startswith(f"{config.id}: "):
+            raise
+        raise LoadError(f"{config.id}: {error.message}") from error
+    except Exception as error:  # a checkpoint is a stranger's data, read by libraries that trust it
+        if out_of_memory(error):
+            raise NotEnoughMemory(f"{config.id}: memory ran out while the model was loaded: {words(error)}") from error
+        raise LoadError(f"{config.id}: cannot be loaded: {type(error).__name__}: {words(error)}") from error
+
+
+def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
     checkpoint.prepare_environment(pull=pull)
     folder = checkpoint.locate(config, pull=pull)
-    found = checkpoint.inspect(folder, config.id)
+    file = gguf_file.open_file(folder, config.id) if folder.is_file() else None
+    found = gguf_file.inspect(file) if file else checkpoint.inspect(folder, config.id)
     device, device_map = _resolve_device(config)
     dtype = _resolve_dtype(config, found, device)
     if config.quantization and (device.type != "cpu" or dtype != torch.float32):
@@ -94,10 +108,11 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
     if config.threads:
         torch.set_num_threads(config.threads)
     with ThreadPoolExecutor(max_workers=1) as pool:  # hashing the files runs beside reading them
-        digest = pool.submit(fingerprint.weights_digest, folder)
+        digest = pool.submit(fingerprint.weights_digest, found.files)
         say(f"reading {human(found.stored_bytes)} of weights")
-        tokenizer = _load_tokenizer(config, folder)
-        model = _load_model(config, folder, dtype, device_map)
+        tokenizer = load_tokenizer(config, folder, file)
+        model = load_model(config, found, dtype, device_map, file)
+        check_vocabulary(config, tokenizer, model)
         vocab_size, length = _vocab_size(model), _context_length(config, model)
         longrope = rotary.pin(model, length)
         say("a pass of plain transformers, to compare with")
@@ -165,11 +180,12 @@ def _assemble(
     clock = config.template_clock
     source = _read_template(config) if config.chat_template else None
     template = ChatTemplate.from_tokenizer(tokenizer, source=source, clock=(lambda: clock) if clock else None)
-    end_ids = _end_ids(model, tokenizer, vocab_size)
+    end_ids = _end_ids(found, model, tokenizer, vocab_size)
     parts = {
         "weights": weights,
         "tokenizer": fingerprint.files_digest(found.folder, ("tokenizer*", "vocab*", "merges.txt", "*.model")),
         "template": template.source,
+        **({"tool template": template.tool_use.source} if template.tool_use else {}),
         "config": found.config,
         "dtype": str(dtype),
         "runner": "packed" if packed else "fallback",
@@ -342,55 +358,6 @@ def _size_cache(
 # -- transformers ----------------------------------------------------------------------------------------------------
 
 
-def _place(folder: Path) -> dict[str, Any]:
-    """Where transformers is to look: a folder, or a GGUF file in one."""
-    if folder.is_file():
-        return {"pretrained_model_name_or_path": folder.parent, "gguf_file": folder.name}
-    return {"pretrained_model_name_or_path": folder}
-
-
-def _load_model(config: ModelConfig, folder: Path, dtype: torch.dtype, device_map: Any) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            **_place(folder),
-            dtype=dtype,
-            device_map=device_map,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-        )
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise NotEnoughMemory(f"{config.id}: memory ran out while the weights were read: {error}") from error
-    except Exception as error:  # any of a hundred architectures may object in its own way; the words are what helps
-        raise LoadError(f"{config.id}: transformers cannot load {folder}: {error}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:  # transformers would fill them with random numbers and answer noise
-        raise LoadError(
-            f"{config.id}: the checkpoint lacks {len(missing)} tensors of {type(model).__name__}: {missing[0]}, …"
-        )
-    model.eval().requires_grad_(False)
-    return model  # type: ignore[no-any-return]
-
-
-def _load_tokenizer(config: ModelConfig, folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            **_place(folder), local_files_only=True, trust_remote_code=config.trust_remote_code
-        )
-    except Exception as error:
-        raise LoadError(f"{config.id}: cannot load the tokenizer of {folder}: {error}") from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise LoadError(
-            f"{config.id}: {type(tokenizer).__name__} has no tokenizer.json; only fast tokenizers are served."
-        )
-    return tokenizer
-
-
 def _plain_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
     """Text → ids, where the name of a special token is text like any other."""
     plain = copy.deepcopy(tokenizer.backend_tokenizer)  # the switch is the tokenizer's, and prompts want it off
@@ -439,16 +406,22 @@ def _find_dialect(config: ModelConfig, template: ChatTemplate, tokenizer: Any) -
         raise LoadError(f"{config.id}: {config.response_template} is no response template: {error}") from None
 
 
-def _end_ids(model: nn.Module, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """Tokens that end an answer: those of the generation config, of the model's config and of the tokenizer."""
+def _end_ids(found: Checkpoint, model: nn.Module, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """Tokens that end an answer: those of the generation config, the model's config, the tokenizer and a GGUF file."""
+    settings: Any = model.config
     sources = (
         getattr(getattr(model, "generation_config", None), "eos_token_id", None),
-        getattr(model.config, "eos_token_id", None),
+        getattr(settings, "eos_token_id", None),
+        getattr(settings.get_text_config(), "eos_token_id", None),
         tokenizer.eos_token_id,
+        found.end_ids,
     )
     ids: set[int] = set()
     for source in sources:
         ids.update(source if isinstance(source, list | tuple) else [] if source is None else [source])
+    odd = [i for i in ids if not isinstance(i, int)]
+    if odd:
+        raise LoadError(f"{found.folder}: eos_token_id must be a token's id or a list of them, not {odd[0]!r}.")
     return tuple(sorted(i for i in ids if 0 <= i < vocab_size))
 
 

@@ -134,7 +134,7 @@ class Preparer:
                 raise InvalidFormat(f"chat_template_kwargs: {key!r} is not a name.", param="chat_template_kwargs")
         if request.reasoning_effort is None:
             return given, ()
-        chosen = template_variables(self._template, self._reasoning, request.reasoning_effort)
+        chosen = template_variables(self._template.serving(request.tools), self._reasoning, request.reasoning_effort)
         return {**(chosen or {}), **given}, () if chosen else ("reasoning_effort",)
 
     def _check_ids(self, params: SamplingParams) -> None:
@@ -158,7 +158,8 @@ class Preparer:
             raise InvalidParameter("messages must hold at least one message.", param="messages")
         messages: Sequence[ChatMessage] = request.messages
         tools = [_as_shown(tool) for tool in request.tools]
-        if self._dialect.shows_tools:
+        # A template of its own for tools leaves the other one to conversations that know of none.
+        if self._dialect.shows_tools and (request.tools or self._template.tool_use is None):
             form = self._dialect.template_format
             if form is not None and CALL_ID in form.close:
                 messages = [_with_short_ids(message) for message in messages]
@@ -209,7 +210,13 @@ class Preparer:
             ids = self._tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
         except (UnicodeEncodeError, TypeError):
             raise InvalidFormat(f"{param} holds text that is not valid Unicode.", param=param) from None
-        return tuple(ids["input_ids"])
+        found: tuple[int, ...] = tuple(ids["input_ids"])
+        if max(found, default=0) >= self._info.vocab_size:
+            token = self._tokenizer.convert_ids_to_tokens(max(found))
+            raise InvalidParameter(
+                f"{param} holds {token!r}, a token that this model does not read as text.", param=param
+            )
+        return found
 
     def _complete(self, params: SamplingParams, prompt_tokens: int) -> SamplingParams:
         """Fill in what the request left open: how long, and from which seed."""

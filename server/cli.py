@@ -40,7 +40,9 @@ DEFAULT_CONFIG = Path("models.yaml")
 NOISE = ModelConfig(id="noise", builtin="noise", max_completion_tokens=128)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A models.yaml. Default: ./models.yaml.")]
-ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="Serve one folder or hub id, without any file.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="Serve one folder, GGUF file or hub id, without any configuration.")
+]
 PullOption = Annotated[bool, typer.Option("--pull", help="Allow downloads from the hub; otherwise nothing is fetched.")]
 
 
@@ -165,12 +167,15 @@ def _configuration(
         if config is not None:
             raise ConfigError("give either --config or --model, not both.")
         path = Path(model).expanduser()
-        if path.is_dir():
-            entry: dict[str, Any] = {"id": name or path.resolve().name, "path": path.resolve()}
-        elif model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        if path.is_dir() or path.is_file():
+            own = path.resolve().stem if path.suffix == ".gguf" else path.resolve().name
+            entry: dict[str, Any] = {"id": name or own, "path": path.resolve()}
+        elif model.count("/") == 1 and not model.startswith((".", "/", "~")) and path.suffix != ".gguf":
             entry = {"id": name or model, "repo": model}
         else:
-            raise ConfigError(f"--model: there is no folder {model}, and it is not a hub id like Qwen/Qwen3-0.6B.")
+            raise ConfigError(
+                f"--model: there is no folder {model}, no such GGUF file, and it is not a hub id like Qwen/Qwen3-0.6B."
+            )
         return (validate(ModelConfig, entry, "--model"),), ServerSettings()
     if name is not None:
         raise ConfigError("--name goes with --model; in a models.yaml each entry has its id.")

@@ -421,7 +421,11 @@ def _content(message: Mapping[str, Any], at: str, calls: bool, ignored: list[str
 def _part(part: Any, at: str, ignored: list[str]) -> str:
     kind = _required(_typed(part, at, OBJECT), "type", STRING, f"{at}.")
     if kind != "text":
-        raise Unsupported(f"{at}: a part of type {kind[:100]!r} is not supported; only text is.", param=f"{at}.type")
+        raise Unsupported(
+            f"{at}: a part of type {kind[:100]!r} is not supported; this server serves text only, no images, audio or "
+            "files.",
+            param=f"{at}.type",
+        )
     text: str = _required(part, "text", STRING, f"{at}.")
     ignored += [f"{at}.{key}" for key in part if key not in PART_FIELDS]
     return text

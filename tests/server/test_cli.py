@@ -144,6 +144,15 @@ def test_a_folder_is_served_without_any_file(elsewhere: Path, served: list[dict[
     assert (hub.id, hub.repo, hub.path) == ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", None)
 
 
+def test_a_gguf_file_is_served_by_its_stem(elsewhere: Path, served: list[dict[str, Any]]) -> None:
+    (elsewhere / "Qwen3-0.6B-Q8_0.gguf").write_bytes(b"GGUF")
+    assert CliRunner().invoke(cli.app, ["serve", "--model", "Qwen3-0.6B-Q8_0.gguf"]).exit_code == 0
+    assert CliRunner().invoke(cli.app, ["serve", "--model", "./Qwen3-0.6B-Q8_0.gguf", "--name", "q"]).exit_code == 0
+    entries = [call["entries"][0] for call in served]
+    assert [entry.id for entry in entries] == ["Qwen3-0.6B-Q8_0", "q"]
+    assert {entry.path for entry in entries} == {(elsewhere / "Qwen3-0.6B-Q8_0.gguf").resolve()}
+
+
 def test_downloads_are_off_unless_asked_for(served: list[dict[str, Any]]) -> None:
     assert CliRunner().invoke(cli.app, ["serve", "--pull"]).exit_code == 0
     assert (served[0]["pull"], served[0]["offline"]) == (True, None)
@@ -157,6 +166,7 @@ def test_downloads_are_off_unless_asked_for(served: list[dict[str, Any]]) -> Non
     [
         (["serve", "--config", "no.yaml"], None, ["no.yaml does not exist", "--model DIR"]),
         (["serve", "--model", "./nowhere"], None, ["no folder ./nowhere", "Qwen/Qwen3-0.6B"]),
+        (["serve", "--model", "models/nowhere.gguf"], None, ["no folder models/nowhere.gguf, no such GGUF file"]),
         (["serve", "--model", "a", "--config", "b"], None, ["either --config or --model"]),
         (["serve", "--name", "x"], None, ["--name goes with --model"]),
         (["serve"], "models: []", ["models.yaml", "at least one entry"]),

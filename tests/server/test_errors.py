@@ -104,7 +104,7 @@ CASES: list[tuple[str, bytes | dict[str, Any], int, str | None, str, str]] = [
         422,
         "messages.0.content.1.type",
         UNSUPPORTED,
-        "'image_url'",
+        "'image_url' is not supported; this server serves text only, no images",
     ),
     ("name number", say("a", name=3), 400, "messages.0.name", FORMAT, "must be a string"),
     ("name long", say("a", name="n" * 300), 422, "messages.0.name", PARAMETER, "256 characters, not 300"),
