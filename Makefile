@@ -2,20 +2,46 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+
+# The build of torch: `make install TORCH=cpu` or TORCH=cu130 (CUDA 13.0). The default is the one that is installed;
+# on a fresh machine cu130 where there is an NVIDIA driver, and cpu elsewhere.
+BUILDS := cpu cu130
+INSTALLED := $(firstword $(patsubst $(VENV)/.installed-%,%,$(wildcard $(VENV)/.installed-*)))
+DRIVER = $(shell { nvidia-smi -L || test -e /proc/driver/nvidia/version; } >/dev/null 2>&1 && echo yes)
+TORCH ?= $(or $(INSTALLED),$(if $(DRIVER),cu130,cpu))
+ifeq ($(filter $(TORCH),$(BUILDS)),)
+$(error TORCH=$(TORCH) is not a build of torch; write one of: $(BUILDS))
+endif
+STAMP := $(VENV)/.installed-$(TORCH)
+LOCK := requirements/torch-$(TORCH).txt requirements/dev.txt
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+# Nothing but wheels, each with one of the hashes in the lock; nothing beside what the lock names.
+LOCKED := install --quiet --require-hashes --no-deps --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test quick check lint types format docs bench demo-model clean
+.PHONY: help install serve test quick newest check lint types format docs bench demo-model lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-install: $(STAMP)  ## create the virtual environment and install into it
+install: $(STAMP)  ## create the virtual environment and install the lock into it (TORCH=cpu or cu130)
 
-$(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "verbatim needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+# Another build than the installed one, finished or not, begins with an empty environment: pip takes 2.13.0+cpu for 2.13.0.
+OTHER = $(filter-out $(TORCH),$(INSTALLED)) \
+  $(if $(filter cu130,$(TORCH)),$(wildcard $(VENV)/lib/python3*/site-packages/torch-*+cpu.dist-info))
+
+# torch first, and by itself: only it may come from its own index, and where pip finds it in a folder (PIP_FIND_LINKS)
+# no index is asked.
+$(STAMP): $(LOCK) pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { echo "verbatim needs Python 3.11 to 3.14; set PYTHON=..."; exit 1; }
+	@echo "installing the lock into $(VENV), with torch for $(TORCH) (another: make install TORCH=$(filter-out $(TORCH),$(BUILDS)))"
+	@$(if $(strip $(OTHER)),$(PYTHON) -m venv --clear $(VENV))
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip $(LOCKED) --no-index -r requirements/torch-$(TORCH).txt >/dev/null 2>&1 \
+	  || $(BIN)/python -m pip $(LOCKED) -r requirements/torch-$(TORCH).txt
+	@$(BIN)/python -m pip $(LOCKED) -r requirements/dev.txt
+	@$(BIN)/python -m pip install --quiet --no-deps --no-index --no-build-isolation --editable .
+	@$(BIN)/python -m pip check
 	@touch $@
 
 serve: $(STAMP)  ## serve models.yaml on http://127.0.0.1:8000 (ARGS="--port 9000")
@@ -26,6 +52,14 @@ test: $(STAMP)  ## run the whole suite
 
 quick: $(STAMP)  ## run the suite without the tests marked slow
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+newest:  ## run the suite with the newest releases that pyproject.toml allows, in .venv-newest
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --no-deps $(if $(filter cpu,$(TORCH)),--extra-index-url $(CPU_INDEX)) \
+	  "$$(sed -n 's/^ *"\(torch[<>=].*\)",/\1/p' pyproject.toml)"
+	.venv-newest/bin/python -m pip install --quiet --editable '.[dev]'
+	.venv-newest/bin/python -m pip list --not-required
+	.venv-newest/bin/python -m pytest $(ARGS)
 
 check: lint types test  ## lint + types + tests: the definition of done
 
@@ -49,5 +83,9 @@ bench: $(STAMP)  ## measure speed (see benchmarks/README.md)
 demo-model: $(STAMP)  ## train the demo model again into demo/model (about two hours on two cores)
 	$(BIN)/python -m demo.train $(ARGS)
 
+lock:  ## lock again after a change in pyproject.toml (ARGS="--upgrade" for the newest of everything)
+	test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && .venv-lock/bin/python -m pip install --quiet uv; }
+	$(PYTHON) requirements/lock.py .venv-lock/bin/uv $(ARGS)
+
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-lock build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -16,7 +16,7 @@ import psutil
 
 from engine.config import ModelConfig
 from engine.errors import LoadError
-from engine.standin import ensure_standin
+from engine.standin import demo_model, ensure_standin
 
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -72,7 +72,7 @@ def locate(config: ModelConfig, *, pull: bool) -> Path:
             raise LoadError(f"{config.id}: the folder {config.path} does not exist.")
         return config.path
     if config.builtin is not None:
-        return ensure_standin()
+        return demo_model() if config.builtin == "demo" else ensure_standin()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -36,8 +36,9 @@ class ModelConfig(BaseModel):
     """A folder with a checkpoint, or a GGUF file; relative to the file that names it."""
     repo: str | None = None
     """A hub id, looked up in the local hub cache (and pulled only if the server was started with --pull)."""
-    builtin: Literal["noise"] | None = None
-    """`noise`: a tiny random model, written on first use; for a look at the server without any checkpoint."""
+    builtin: Literal["demo", "noise"] | None = None
+    """`demo`: the very small chat model that comes with verbatim. `noise`: a tiny random model, written on first use,
+    for tests of what surrounds a model."""
     revision: str | None = None
     """With repo: a branch, tag or commit. Default: main."""
     device: str = "auto"

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from engine import versions
+
 KERNELS = "4"
 """Raised by hand whenever a change to attention, linear layers, the sampler or the generator may change bits."""
 
@@ -74,7 +76,10 @@ def _cpu_model() -> str:
 
 
 def fingerprint(parts: Mapping[str, object]) -> str:
-    """`vb-` and 16 hex digits of the SHA-256 of `parts` as canonical JSON, with the library versions added."""
+    """`vb-` and 16 hex digits of the SHA-256 of `parts` as canonical JSON, with the library versions added.
+
+    A library outside the tried versions (engine/versions.py) is added by its name.
+    """
     everything = {
         **parts,
         "kernels": KERNELS,
@@ -82,5 +87,7 @@ def fingerprint(parts: Mapping[str, object]) -> str:
         "transformers": transformers.__version__,
         "llguidance": metadata.version("llguidance"),  # which tokens a grammar allows and forces
     }
+    if found := versions.untried():
+        everything["untried"] = found
     text = json.dumps(everything, sort_keys=True, default=str, ensure_ascii=True)
     return "vb-" + hashlib.sha256(text.encode()).hexdigest()[:16]

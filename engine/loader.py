@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import checkpoint, fingerprint, gguf_file, quantized, rotary
+from engine import checkpoint, fingerprint, gguf_file, quantized, rotary, versions
 from engine.block_pool import BlockPool
 from engine.chat_template import ChatTemplate
 from engine.checkpoint import Checkpoint, human, words
@@ -94,6 +94,7 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
 
 
 def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
+    versions.warn_of_untried()
     checkpoint.prepare_environment(pull=pull)
     folder = checkpoint.locate(config, pull=pull)
     file = gguf_file.open_file(folder, config.id) if folder.is_file() else None

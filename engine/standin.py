@@ -1,6 +1,7 @@
-"""A tiny random checkpoint, for a first start without any model at hand. Its text is noise; everything else is real.
+"""The models that need no download: the demo model that comes with verbatim, and a tiny random checkpoint.
 
-A Qwen3-type model with a byte-level tokenizer and a ChatML template, the same bytes on every machine.
+The random one is a Qwen3-type model with a byte-level tokenizer and a ChatML template, the same bytes on every machine.
+Its text is noise; everything else is real.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+
+from engine.errors import LoadError
 
 VERSION = "3"
 """Part of the folder's name: raised when the recipe changes."""
@@ -28,6 +31,19 @@ def cache_folder() -> Path:
     """Where this project may keep files of its own: `$XDG_CACHE_HOME/verbatim` or `~/.cache/verbatim`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "verbatim"
+
+
+def demo_model() -> Path:
+    """The folder of the demo model: in a wheel beside this file, in a checkout where it is trained.
+
+    Raises:
+        LoadError: this copy of verbatim came without it.
+    """
+    here = Path(__file__).resolve().parent
+    for folder in (here / "demo_model", here.parent / "demo" / "model"):
+        if (folder / "config.json").exists():
+            return folder
+    raise LoadError(f"this copy of verbatim came without the demo model: {here / 'demo_model'} does not exist.")
 
 
 def ensure_standin(folder: Path | None = None) -> Path:

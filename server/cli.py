@@ -37,7 +37,7 @@ out = Console()
 err = Console(stderr=True)
 
 DEFAULT_CONFIG = Path("models.yaml")
-NOISE = ModelConfig(id="noise", builtin="noise", max_completion_tokens=128)
+DEMO = ModelConfig(id="demo", builtin="demo", max_completion_tokens=512)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A models.yaml. Default: ./models.yaml.")]
 ModelOption = Annotated[
@@ -162,7 +162,7 @@ def _open(entry: ModelConfig, pull: bool, progress: Any) -> LLM:
 def _configuration(
     config: Path | None, model: str | None, name: str | None
 ) -> tuple[tuple[ModelConfig, ...], ServerSettings]:
-    """Entries and settings from --model, from --config, from ./models.yaml, or the random stand-in."""
+    """Entries and settings from --model, from --config, from ./models.yaml, or the demo model."""
     if model is not None:
         if config is not None:
             raise ConfigError("give either --config or --model, not both.")
@@ -182,10 +182,10 @@ def _configuration(
     file = config or DEFAULT_CONFIG
     if config is None and not file.exists():
         err.print(
-            f"No {DEFAULT_CONFIG} here and no --model: taking a tiny random model. [bold]Its text is noise.[/]",
+            f"No {DEFAULT_CONFIG} here and no --model: taking the demo model, [bold]which knows little.[/]",
             highlight=False,
         )
-        return (NOISE,), ServerSettings()
+        return (DEMO,), ServerSettings()
     if not file.exists():
         raise ConfigError(
             f"{file} does not exist. Name another with --config, or a folder with a checkpoint with --model DIR."

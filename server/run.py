@@ -153,7 +153,7 @@ def _greet(
     elif settings.host not in LOOPBACK:
         console.print("[yellow]Anybody who reaches this address can use it: there are no keys.[/]")
     for entry in entries:
-        if entry.builtin:
+        if entry.builtin == "noise":
             console.print(
                 f"{escape(entry.id)} is a tiny random model: [bold]its text is noise.[/] Put your own into models.yaml."
             )

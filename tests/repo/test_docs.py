@@ -21,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 PYTHON = "\n".join(
     path.read_text(encoding="utf-8")
-    for folder in ("engine", "server", "tests", "examples", "benchmarks", "docs")
+    for folder in ("engine", "server", "tests", "examples", "benchmarks", "docs", "requirements")
     for path in sorted(ROOT.glob(f"{folder}/**/*.py"))
 )
 CODE = "\n".join(p.read_text(encoding="utf-8") for p in (*ROOT.glob("engine/*.py"), *ROOT.glob("server/*.py")))
-ELSEWHERE = {"HF_HOME", "PYTHON", "ARGS"}
+ELSEWHERE = {"HF_HOME", "PYTHON", "ARGS", "TORCH", "PIP_FIND_LINKS"}
 """Variables of other programs, or of make."""
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
-    {"errors", "types", "config"},
+    {"errors", "types", "config", "versions"},
     {
         "sequence",
         "speculation",

@@ -124,11 +124,11 @@ def test_models_yaml_is_found_by_itself(elsewhere: Path, served: list[dict[str, 
     assert served[0]["entries"][0].id == "here"
 
 
-def test_without_anything_it_serves_noise_and_says_so(served: list[dict[str, Any]]) -> None:
+def test_without_anything_it_serves_the_demo_model_and_says_so(served: list[dict[str, Any]]) -> None:
     result = CliRunner().invoke(cli.app, ["serve"])
     assert result.exit_code == 0
-    assert "Its text is noise" in result.stderr
-    assert served[0]["entries"][0].builtin == "noise"
+    assert "the demo model" in result.stderr
+    assert served[0]["entries"][0].builtin == "demo"
     assert served[0]["settings"].host == "127.0.0.1"
 
 
