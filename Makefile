@@ -19,7 +19,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 LOCKED := install --quiet --require-hashes --no-deps --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test quick newest check lint types format docs bench demo-model lock clean
+.PHONY: help install serve test quick newest check lint types format docs bench zoo demo-model lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -79,6 +79,9 @@ docs: $(STAMP)  ## write docs/reference from the code
 
 bench: $(STAMP)  ## measure speed (see benchmarks/README.md)
 	$(BIN)/python benchmarks/overheads.py $(ARGS)
+
+zoo: $(STAMP)  ## examine every architecture; write docs/reference/architectures.md
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m zoo.sweep --page docs/reference/architectures.md $(ARGS)
 
 demo-model: $(STAMP)  ## train the demo model again into demo/model (about two hours on two cores)
 	$(BIN)/python -m demo.train $(ARGS)
