@@ -51,7 +51,7 @@ test: $(STAMP)  ## run the whole suite
 	$(BIN)/python -m pytest $(ARGS)
 
 quick: $(STAMP)  ## run the suite without the tests marked slow
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not sweep" $(ARGS)
 
 newest:  ## run the suite with the newest releases that pyproject.toml allows, in .venv-newest
 	$(PYTHON) -m venv --clear .venv-newest

@@ -25,8 +25,8 @@ from engine.kv_cache import KVCache
 from engine.row_safe import RowSafeFunctions
 from engine.scheduler import Schedule
 
-_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""What transformers' models have called the cache that they take and give back; the last by recurrent models."""
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
+"""What transformers' models have called the cache that they take and give back; the last two by recurrent models."""
 _KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "dense", "sparse"})
 """Values of `layer_types` that say no more than which keys are seen, or which kind of feed-forward network there is."""
 

@@ -117,7 +117,7 @@ class Reference:
                 rows = model(tokens, use_cache=False).logits[0, len(text.prompt) - 1 :]
                 logits.append(rows.to(torch.float32).cpu())
         except Exception as error:  # whatever an unknown architecture does
-            raise LoadError(f"{type(model).__name__} cannot be served: {first_line(error)}") from error
+            raise LoadError(f"{type(model).__name__} cannot be served: {first_line(error)}.") from error
         return cls(texts, tuple(logits))
 
     def difference(self, runs: Seq[_Run], tolerance: float) -> str | None:

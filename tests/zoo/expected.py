@@ -10,7 +10,7 @@ POPULAR: frozenset[str] = frozenset(
     "nemotron_h lfm2 jamba bamba mamba mamba2 rwkv recurrent_gemma smollm3 cohere cohere2 minimax minimax_m2 "
     "exaone4 ernie4_5 seed_oss apertus".split()
 )
-"""Examined in every run of the tests; the others are marked slow."""
+"""Examined in every run of the suite; the others are a sweep of their own."""
 
 LAWFUL: tuple[str, ...] = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_oss", "olmo2")
 """Popular ones that must be packed and lawful, with compiled kernels and without."""
@@ -33,7 +33,6 @@ REFUSED: dict[str, str] = {
     "openai-gpt": _NO_CACHE,
     "recurrent_gemma": _NO_CACHE,
     "reformer": _NO_CACHE,
-    "rwkv": _NO_CACHE,
     "xlm": _NO_CACHE,
     # transformers' own generation with a cache is not what it computes without one.
     "cpmant": _ALONE,  # it puts tokens of its own before every prompt

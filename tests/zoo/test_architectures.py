@@ -1,7 +1,8 @@
 """Right or refused: every architecture of the installed transformers, as a tiny model, through the whole engine.
 
-The popular ones are examined in every run, the others when slow tests are. What is asked of each is the same: if it
-loads, its tokens are transformers' own; if the law is claimed, it is found; if it is refused, that was expected.
+The popular ones are examined in every run of the suite, the others by `pytest -m sweep`. What is asked of each is the
+same: if it loads, its tokens are transformers' own; if the law is claimed, it is found; if it is refused, that was
+expected.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Findings = dict[Case, Future[Finding]]
 
 
 def _case(name: str, *, kernels: bool = True) -> object:
-    marks = () if name in POPULAR else pytest.mark.slow
+    marks = pytest.mark.slow if name in POPULAR else pytest.mark.sweep
     return pytest.param(
         Case(name, kernels, thorough=False), marks=marks, id=name + ("" if kernels else " without kernels")
     )
