@@ -371,6 +371,7 @@ def test_a_query_that_is_not_finite_stays_so(kernels: Kernels) -> None:
 # -- other processors ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_products_have_the_same_bits_with_every_instruction_set(kernels: Kernels, others: Kernels, kind: str) -> None:
     """Tiles, panels and the rest behind the last whole vector differ from one to the other; the numbers must not."""
@@ -386,6 +387,7 @@ def test_products_have_the_same_bits_with_every_instruction_set(kernels: Kernels
             assert torch.equal(mine, theirs), (depth, rows, columns)
 
 
+@pytest.mark.slow
 def test_norms_and_activations_have_the_same_bits_with_every_instruction_set(kernels: Kernels, others: Kernels) -> None:
     for dim in (1, 7, 8, 15, 16, 17, 31, 64, 100, 1000, 2048):
         x, weight = _random(5, dim) * 4, _random(dim)
@@ -397,6 +399,7 @@ def test_norms_and_activations_have_the_same_bits_with_every_instruction_set(ker
     assert torch.equal(kernels.silu(wide), others.silu(wide))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", _OPTIONS, ids=lambda o: "+".join(o) or "plain")
 def test_attention_has_the_same_bits_with_every_instruction_set(
     kernels: Kernels, others: Kernels, options: dict[str, object]
@@ -409,6 +412,7 @@ def test_attention_has_the_same_bits_with_every_instruction_set(
                 assert torch.equal(one, other), dims
 
 
+@pytest.mark.slow
 def test_torch_kept_to_avx2_keeps_the_kernels_to_it(kernels: Kernels) -> None:
     """One switch for everything: a newer machine then computes what an older one does."""
     code = "from engine.native import Kernels; print(Kernels.load().target)"
@@ -451,6 +455,7 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(monkeypatch: pytest.M
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_library_that_does_not_load_is_told(kernels: Kernels, tmp_path: Path) -> None:
     Kernels.load(tmp_path / "cache")
     (built,) = (tmp_path / "cache").iterdir()
@@ -461,6 +466,7 @@ def test_a_library_that_does_not_load_is_told(kernels: Kernels, tmp_path: Path) 
         Kernels.load(damaged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["others may write", "a file in the way"])
 def test_a_cache_that_cannot_be_trusted_is_not_used(kernels: Kernels, tmp_path: Path, fault: str) -> None:
     """Whoever can write there could have any code run. Then they are compiled for this process alone."""
@@ -489,6 +495,7 @@ def test_a_full_disk_is_told(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, 
         Kernels.load(tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_without_a_home_they_are_compiled_for_this_process(
     kernels: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -513,6 +520,7 @@ def test_clang_will_do(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert torch.equal(_product(other, x, weight, None, kind), _product(kernels, x, weight, None, kind))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs permissions")
 def test_the_default_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

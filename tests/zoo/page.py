@@ -58,7 +58,8 @@ def _row(found: Finding) -> str:
     right = "yes" if found.right else "; ".join(found.wrong) if found.served else ""
     law = _law(found) if found.served else ""
     why = "" if found.served and found.claimed and found.lawful else found.reason
-    why = textwrap.shorten(why, 300, placeholder=" …").replace("|", "\\|")
+    width = 110 if found.status == "not built" else 300  # transformers goes on to say what to install
+    why = textwrap.shorten(why, width, placeholder=" …").replace("|", "\\|")
     cells = (found.name, found.architecture, runner, right, law, why)
     return f"| {' | '.join(cells)} |\n"
 
