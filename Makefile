@@ -4,11 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # The build of torch: `make install TORCH=cpu` or TORCH=cu130 (CUDA 13.0). The default is the one that is installed;
-# on a fresh machine cu130 where there is an NVIDIA driver, and cpu elsewhere.
+# on a fresh machine cu130 where there is an NVIDIA driver that is new enough for it, and cpu elsewhere.
 BUILDS := cpu cu130
 INSTALLED := $(firstword $(patsubst $(VENV)/.installed-%,%,$(wildcard $(VENV)/.installed-*)))
-DRIVER = $(shell { nvidia-smi -L || test -e /proc/driver/nvidia/version; } >/dev/null 2>&1 && echo yes)
-TORCH ?= $(or $(INSTALLED),$(if $(DRIVER),cu130,cpu))
+DRIVER := $(shell { nvidia-smi --query-gpu=driver_version --format=csv,noheader; cat /proc/driver/nvidia/version; } 2>/dev/null \
+  | grep -oE '[0-9]{3}\.[0-9.]+' | head -n 1)
+OLDEST_DRIVER := 580
+FITTING := $(shell test "$(firstword $(subst ., ,$(DRIVER)))" -ge $(OLDEST_DRIVER) 2>/dev/null && echo yes)
+TORCH ?= $(or $(INSTALLED),$(if $(FITTING),cu130,cpu))
 ifeq ($(filter $(TORCH),$(BUILDS)),)
 $(error TORCH=$(TORCH) is not a build of torch; write one of: $(BUILDS))
 endif
@@ -27,7 +30,8 @@ help:  ## this list
 install: $(STAMP)  ## create the virtual environment and install the lock into it (TORCH=cpu or cu130)
 
 # Another build than the installed one, finished or not, begins with an empty environment: pip takes 2.13.0+cpu for 2.13.0.
-OTHER = $(filter-out $(TORCH),$(INSTALLED)) \
+# So does one from before there was a lock, where the distribution had another name.
+OTHER = $(filter-out $(TORCH),$(INSTALLED)) $(wildcard $(VENV)/.installed) \
   $(if $(filter cu130,$(TORCH)),$(wildcard $(VENV)/lib/python3*/site-packages/torch-*+cpu.dist-info))
 
 # torch first, and by itself: only it may come from its own index, and where pip finds it in a folder (PIP_FIND_LINKS)
@@ -35,13 +39,14 @@ OTHER = $(filter-out $(TORCH),$(INSTALLED)) \
 $(STAMP): $(LOCK) pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { echo "verbatim needs Python 3.11 to 3.14; set PYTHON=..."; exit 1; }
 	@echo "installing the lock into $(VENV), with torch for $(TORCH) (another: make install TORCH=$(filter-out $(TORCH),$(BUILDS)))"
+	@$(if $(DRIVER),$(if $(FITTING),,echo "the NVIDIA driver $(DRIVER) is older than $(OLDEST_DRIVER), which CUDA 13 wants"))
 	@$(if $(strip $(OTHER)),$(PYTHON) -m venv --clear $(VENV))
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip $(LOCKED) --no-index -r requirements/torch-$(TORCH).txt >/dev/null 2>&1 \
 	  || $(BIN)/python -m pip $(LOCKED) -r requirements/torch-$(TORCH).txt
 	@$(BIN)/python -m pip $(LOCKED) -r requirements/dev.txt
 	@$(BIN)/python -m pip install --quiet --no-deps --no-index --no-build-isolation --editable .
-	@$(BIN)/python -m pip check
+	@$(BIN)/python -m pip check || { echo "$(VENV) holds something else, too; 'make clean' starts afresh"; exit 1; }
 	@touch $@
 
 serve: $(STAMP)  ## serve models.yaml on http://127.0.0.1:8000 (ARGS="--port 9000")

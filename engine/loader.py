@@ -247,6 +247,10 @@ def _resolve_device(config: ModelConfig) -> tuple[torch.device, Any]:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.version.cuda:
+            log.warning(
+                "%s: this build of torch is for CUDA %s and sees no GPU: taking the CPU", config.id, torch.version.cuda
+            )
     if name == "cpu":
         return torch.device("cpu"), {"": "cpu"}
     if not torch.cuda.is_available():

@@ -3,7 +3,8 @@
     python requirements/lock.py [UV] [ARGUMENT …]    # arguments go to `uv lock`: --upgrade, --upgrade-package NAME
 
 Knows one thing that uv does not: the CPU builds of torch for Linux lie in an index of their own. The hashes of their
-wheels stand in torch-cpu.sha256, copied by hand from https://download.pytorch.org/whl/cpu/torch/ for each release.
+wheels stand in torch-cpu.sha256. For another release copy them from https://download.pytorch.org/whl/cpu/torch/; where
+those of 2.13.0 come from stands in docs/decisions/0016.
 """
 
 from __future__ import annotations

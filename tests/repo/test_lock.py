@@ -100,16 +100,27 @@ def test_the_exports_are_of_this_lock(lock: ModuleType) -> None:
     assert {r.name for r in BUILD} <= {name for name, _ in runtime}
 
 
-@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def _platforms(machine: str) -> list[str]:
+    """Tags of the oldest systems that are served: glibc 2.31 (decision 0016), macOS 14 on Apple's processors."""
+    if machine == "macos":
+        return [f"macosx_{n}_0_{kind}" for n in range(14, 10, -1) for kind in ("arm64", "universal2")] + [
+            f"macosx_10_{n}_universal2" for n in range(16, 3, -1)
+        ]
+    return [*(f"manylinux_2_{n}_{machine}" for n in range(31, 4, -1)), f"manylinux2014_{machine}"]
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64", "macos"])
 @pytest.mark.parametrize("python", ["311", "312", "313", "314"])
 def test_every_python_has_its_wheels(python: str, machine: str) -> None:
     """`--only-binary :all:` finds a wheel of everything: nothing is compiled, and no build fetches what it likes."""
     version = (3, int(python[1:]))
-    platforms = [*(f"manylinux_2_{n}_{machine}" for n in range(34, 4, -1)), f"manylinux2014_{machine}"]
+    platforms = _platforms(machine)
     fits = {*cpython_tags(version, platforms=platforms), *compatible_tags(version, f"cp{python}", platforms)}
     torch = [line.split()[1] for line in (LOCKS / "torch-cpu.sha256").read_text(encoding="utf-8").splitlines()]
-    assert any(fits & parse_wheel_filename(name)[3] for name in torch)
+    assert machine == "macos" or any(fits & parse_wheel_filename(name)[3] for name in torch)
     for package in PACKAGES:
+        if machine == "macos" and package["name"].startswith(("nvidia-", "cuda-", "triton")):
+            continue  # of the CUDA build, which is for Linux
         markers = package.get("resolution-markers", [])
         here = not markers or any(Marker(m).evaluate({"python_full_version": f"3.{python[1:]}.1"}) for m in markers)
         if "registry" in package["source"] and here:
@@ -129,13 +140,13 @@ def test_a_range_ends_at_the_last_minor_release_that_was_tried(requirement: Requ
     assert bounds[">="] <= newest
 
 
-def _make(folder: Path, *arguments: str, driver: bool = False) -> subprocess.CompletedProcess[str]:
-    """What `make install` would do with the environment in `folder`; a driver is an `nvidia-smi` that answers."""
+def _make(folder: Path, *arguments: str, driver: str = "") -> subprocess.CompletedProcess[str]:
+    """What `make install` would do with the environment in `folder`; `driver`: the version that `nvidia-smi` says."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     smi = folder / "bin" / "nvidia-smi"
     smi.parent.mkdir(exist_ok=True)
-    smi.write_text("#!/bin/sh\nexit 0\n")
+    smi.write_text(f"#!/bin/sh\necho {driver}\n" if driver else "#!/bin/sh\necho NVIDIA-SMI has failed\nexit 9\n")
     smi.chmod(0o755)
     environment = {**os.environ, "PATH": f"{smi.parent}:{os.environ['PATH']}"}
     environment.pop("TORCH", None)
@@ -147,23 +158,26 @@ def _make(folder: Path, *arguments: str, driver: bool = False) -> subprocess.Com
 @pytest.mark.parametrize(
     ("installed", "driver", "arguments", "build", "afresh"),
     [
-        (None, False, [], "cpu", False),
-        (None, True, [], "cu130", False),
-        (None, True, ["TORCH=cpu"], "cpu", False),
-        ("cu130", False, [], "cu130", False),  # chosen once, it stays
-        ("cpu", True, [], "cpu", False),
-        ("cpu", True, ["TORCH=cu130"], "cu130", True),  # pip would take 2.13.0+cpu for 2.13.0
-        ("half", True, [], "cu130", True),  # a CPU build whose installation was not finished
-        ("half", False, [], "cpu", False),
+        (None, "", [], "cpu", False),
+        (None, "580.65.06", [], "cu130", False),
+        (None, "580.65.06", ["TORCH=cpu"], "cpu", False),
+        ("cu130", "", [], "cu130", False),  # chosen once, it stays
+        ("cpu", "595.1", [], "cpu", False),
+        ("cpu", "595.1", ["TORCH=cu130"], "cu130", True),  # pip would take 2.13.0+cpu for 2.13.0
+        ("half", "580.65.06", [], "cu130", True),  # a CPU build whose installation was not finished
+        ("half", "", [], "cpu", False),
+        (None, "550.54.15", [], "cpu", False),  # too old for CUDA 13: torch would see no GPU
+        (None, "550.54.15", ["TORCH=cu130"], "cu130", False),
+        ("old", "", [], "cpu", True),  # from before there was a lock
     ],
 )
 def test_one_switch_chooses_the_build_of_torch(
-    tmp_path: Path, installed: str | None, driver: bool, arguments: list[str], build: str, afresh: bool
+    tmp_path: Path, installed: str | None, driver: str, arguments: list[str], build: str, afresh: bool
 ) -> None:
     if installed == "half":
         (tmp_path / "venv/lib/python3.11/site-packages/torch-2.13.0+cpu.dist-info").mkdir(parents=True)
     elif installed:
-        stamp = tmp_path / "venv" / f".installed-{installed}"
+        stamp = tmp_path / "venv" / (".installed" if installed == "old" else f".installed-{installed}")
         stamp.parent.mkdir()
         stamp.touch()
         os.utime(stamp, (0, 0))  # older than the lock

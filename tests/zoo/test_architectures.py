@@ -30,12 +30,9 @@ def _case(name: str, *, kernels: bool = True) -> object:
 @pytest.fixture(scope="module")
 def findings(request: pytest.FixtureRequest) -> Iterator[Findings]:
     """Starts to examine all cases that were selected, in the background: each test waits for its own."""
-    cases = [
-        item.callspec.params["case"]
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and "case" in item.callspec.params
-    ]
-    with Sweep([case for case in dict.fromkeys(cases) if isinstance(case, Case)]) as sweep:
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    cases = [given["case"] for given in parameters if isinstance(given.get("case"), Case)]
+    with Sweep(list(dict.fromkeys(cases))) as sweep:
         yield sweep.findings
 
 
