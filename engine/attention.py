@@ -104,10 +104,11 @@ class ForwardContext:
     layers: dict[int, LayerShape] = field(default_factory=dict)
     settings: dict[int, AttentionSettings] = field(default_factory=dict)
     length: int = 0
-    masks: dict[int, tuple[KeyRange | None, Tensor]] = field(default_factory=dict)
-    """Of the masks that transformers has made in this pass, by the memory of what stands for them.
-
-    None: not understood."""
+    masks: list[KeyRange | None] = field(default_factory=list)
+    """Of the masks that transformers has made in this pass; None: not understood. What stands for mask n, on its way
+    through the model, is a tensor of numbers n + 1."""
+    states: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    """By layer: queries, keys and values as they reached the attention interface."""
     finite: Tensor | None = None
     """`[num_rows] bool`, after the step: False where a key or value was not finite."""
     plan: AttentionPlan | None = None
@@ -163,7 +164,7 @@ def _additive_mask(span: Span, seen: KeyRange, rows: int, repeat: int, like: Ten
     return torch.cat([mask, padding]) if padding.shape[0] else mask
 
 
-def make_mask(*, mask_function: Any, **kwargs: Any) -> Tensor | None:
+def make_mask(*, mask_function: Any, q_length: int, device: torch.device | str = "cpu", **kwargs: Any) -> Tensor | None:
     """transformers' mask interface: note which keys the mask function shows.
 
     Returns something that stands for the mask, by which `attention_forward` knows it again; None in a step, where the
@@ -172,15 +173,19 @@ def make_mask(*, mask_function: Any, **kwargs: Any) -> Tensor | None:
     context = _current.get()
     if context.cache is not None:
         return None
-    seen: KeyRange | None
     try:
-        seen = read_mask(mask_function, context.length)
+        context.masks.append(read_mask(mask_function, context.length, device))
     except NotUnderstood:  # there may be no layer that uses it
-        seen = None
-    tokens = int(context.slots.numel())
-    stand_in = torch.zeros(1, 1, tokens, tokens, device=context.slots.device)
-    context.masks[stand_in.untyped_storage().data_ptr()] = (seen, stand_in)
-    return stand_in
+        context.masks.append(None)
+    return torch.full((1, 1, q_length, q_length), float(len(context.masks)), device=device)
+
+
+def _mask_of(context: ForwardContext, stand_in: Tensor) -> KeyRange | None:
+    """The mask that a tensor stands for; None if it is not understood, or was changed on its way."""
+    number = stand_in.flatten()[0]
+    if stand_in.dim() != 4 or not bool((stand_in == number).all()) or number not in range(1, len(context.masks) + 1):
+        return None
+    return context.masks[int(number) - 1]
 
 
 def attention_forward(
@@ -221,6 +226,7 @@ def attention_forward(
             raise NotUnderstood(f"layer {layer} attends more than once")
         context.layers[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device, seen)
         context.settings[layer] = settings
+        context.states[layer] = (query, key, value)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
     return attend(context, layer, query[0], key[0], value[0], settings).unsqueeze(0), None
 
@@ -238,7 +244,7 @@ def _key_range(context: ForwardContext, mask: Tensor | None, window: int | None,
     if mask is None:
         seen = KeyRange()
     else:
-        known, _ = context.masks.get(mask.untyped_storage().data_ptr(), (None, None))
+        known = _mask_of(context, mask)
         if known is None:
             raise NotUnderstood("its attention mask is neither causal, a sliding window nor chunks")
         seen = known

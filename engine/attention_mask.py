@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+MaskOfRow = Callable[[Tensor, Tensor], Tensor]
+
+_WHOLE, _NEAR = 1 << 17, 64
+"""Rows up to so many keys are compared whole; of longer ones so many keys, and these on either side of each border."""
 
 
 class NotUnderstood(Exception):
@@ -51,37 +55,52 @@ class KeyRange:
 ALL_BEFORE = KeyRange()
 
 
-def read_mask(function: MaskFunction, length: int) -> KeyRange:
+def read_mask(function: MaskFunction, length: int, device: torch.device | str = "cpu") -> KeyRange:
     """The key range that a mask function describes, for sequences of up to `length` tokens.
 
+    Args:
+        device: where the tensors are that the function may hold.
+
     Raises:
-        NotUnderstood: it sees the future, has gaps, or begins where neither a window nor a chunk would.
+        NotUnderstood: it sees the future, has gaps, or begins where neither a window nor a chunk would; or it fails.
     """
-    zero = torch.zeros((), dtype=torch.int64)
-    every = torch.arange(length)
+    zero = torch.zeros((), dtype=torch.int64, device=device)
 
     def sees(query: Tensor, key: Tensor) -> Tensor:
-        return function(zero, zero, query, key).expand(length)
+        return function(zero, zero, query, key).expand_as(query + key)
 
-    hidden = ~sees(every, zero)  # from which token on the first key is out of sight
-    if not bool(hidden.any()):
-        candidates = [KeyRange()]
-    else:
-        size = int(hidden.to(torch.uint8).argmax())
-        candidates = [KeyRange(window=size), KeyRange(chunk=size)] if size else []
-    for candidate in candidates:
-        if all(torch.equal(sees(q, every), _row(candidate, q, every)) for q in _probes(candidate, length)):
-            return candidate
+    try:
+        every = torch.arange(length, device=device)
+        hidden = ~sees(every, zero)  # from which token on the first key is out of sight
+        if not bool(hidden.any()):
+            candidates = [KeyRange()]
+        else:
+            size = int(hidden.to(torch.uint8).argmax())
+            candidates = [KeyRange(window=size), KeyRange(chunk=size)] if size else []
+        for candidate in candidates:
+            queries = [torch.tensor(q, device=device) for q in _probes(candidate, length)]
+            if all(_agrees(candidate, sees, query, length) for query in queries):
+                return candidate
+    except Exception as error:  # a mask function may be anything
+        raise NotUnderstood(f"the mask function fails: {error}") from error
     raise NotUnderstood("the mask is neither causal, a sliding window nor chunks")
 
 
-def _row(keys: KeyRange, query: Tensor, every: Tensor) -> Tensor:
-    return (every <= query) & (every >= keys.first(query))
+def _agrees(candidate: KeyRange, sees: MaskOfRow, query: Tensor, length: int) -> bool:
+    """Whether a row of the mask is the candidate's: all keys, of very long rows a sample and all near borders."""
+    first = candidate.first(query)
+    if length <= _WHOLE:
+        keys = torch.arange(length, device=query.device)
+    else:
+        near = torch.arange(-_NEAR, _NEAR, device=query.device)
+        spread = torch.arange(0, length, length // _WHOLE, device=query.device)
+        keys = torch.cat([spread, near + query, near + first, near + _NEAR]).clamp(0, length - 1)
+    return torch.equal(sees(query, keys), (keys <= query) & (keys >= first))
 
 
-def _probes(keys: KeyRange, length: int) -> list[Tensor]:
+def _probes(keys: KeyRange, length: int) -> list[int]:
     """Queries at both sides of every border that there may be, and far behind it."""
     size = keys.window or keys.chunk or length
     near = {0, 1, 2, 3, 17, length // 3, length // 2, length - 2, length - 1}
     borders = {n * size + off for n in (1, 2, 3, length // size) for off in (-2, -1, 0, 1)}
-    return [torch.tensor(q) for q in sorted(near | borders) if 0 <= q < length]
+    return sorted(q for q in near | borders if 0 <= q < length)

@@ -49,7 +49,8 @@ class ModelConfig(BaseModel):
     """`int8`: weights and inputs of linear layers are rounded to bytes at load, on a CPU. Less memory, and faster;
     other replies than without, as reproducible. Needs a C compiler."""
     context_length: int | None = Field(default=None, ge=2)
-    """Prompt and answer together, tokens. Default: what the checkpoint says, as far as the cache holds it."""
+    """Prompt and answer together, tokens. Default: what the checkpoint says, as far as the cache holds it. A model with
+    LongRoPE uses its long factors if this is beyond its original context (docs/decisions/0017)."""
     cache_size: int | None = Field(default=None, gt=0)
     """Bytes for keys and values, also as '4GiB'. Default: a quarter of the free memory, within reason."""
     max_sequences: int = Field(default=16, ge=1, le=1024)

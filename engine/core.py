@@ -304,8 +304,10 @@ class EngineCore:
         draws = iter(sampled)
         faults: dict[str, VerbatimError] = {}
         drawn: list[tuple[Sequence, list[Sampled | VerbatimError], tuple[int, ...]]] = []
-        for chunk, group, finite in zip(schedule.chunks, drawers, result.finite, strict=True):
-            if not finite:
+        for number, (chunk, group, finite) in enumerate(zip(schedule.chunks, drawers, result.finite, strict=True)):
+            if number in result.errors:
+                faults[chunk.sequence.request_id] = result.errors[number]
+            elif not finite:
                 faults[chunk.sequence.request_id] = NumericalFault(
                     "the model computed keys or values that are not finite; its weights may be damaged."
                 )

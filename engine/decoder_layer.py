@@ -28,6 +28,7 @@ from engine.attention import (
     current_context,
     forward_context,
 )
+from engine.errors import out_of_memory
 from engine.kv_cache import KVCache, LayerShape
 from engine.linear import NativeLinear
 from engine.model_runner import discover, register_attention
@@ -105,6 +106,8 @@ def fuse_layers(model: nn.Module, kernels: Kernels, length: int) -> int:
         model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
         return _fuse(model, kernels, length)
     except Exception as error:  # whatever an unknown architecture does when it is called in a way it does not expect
+        if out_of_memory(error):
+            raise
         log.debug("%s stays as it is: %s", type(model).__name__, error)
         return 0
     finally:

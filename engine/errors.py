@@ -148,3 +148,15 @@ class OutOfMemory(Unavailable):
 
 class NumericalFault(Unavailable):
     code = "numerical_fault"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch's allocator for the CPU raises a plain RuntimeError."""
+    said = str(error)
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # torch is not imported here
+    return (
+        isinstance(error, MemoryError)
+        or "OutOfMemoryError" in kinds
+        or "not enough memory" in said
+        or "can't allocate memory" in said
+    )

@@ -49,6 +49,8 @@ from engine.types import ModelInfo, SamplingParams
 
 BLOCK_SIZE = 16
 _GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len", "max_target_positions", "n_positions")
+"""What configurations call the number of positions that a model was built for."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 log = logging.getLogger("verbatim.engine")
@@ -117,7 +119,7 @@ def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
         vocab_size, length = _vocab_size(model), _context_length(config, model)
         longrope = rotary.pin(model, length)
         say("a pass of plain transformers, to compare with")
-        reference = None if config.quantization else Reference.of(model, vocab_size, length)
+        reference = Reference.of(model, vocab_size, length)
         kernel, native = "torch", None
         if device.type == "cpu" and dtype == torch.float32:
             kernel, make, native = _choose_kernel(config, model, say)
@@ -130,7 +132,7 @@ def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
         say("self-test")
         test = self_test(
             model,
-            reference or Reference.of(model, vocab_size, length),  # weights rounded to bytes are another model
+            reference,
             vocab_size,
             dtype,
             length,
@@ -321,9 +323,9 @@ def _check_memory(
 def _context_length(config: ModelConfig, model: nn.Module) -> int:
     """How many tokens a sequence may have, memory aside."""
     text = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    trained = int(getattr(text, "max_position_embeddings", 0) or 0)
-    if trained <= 0:  # not said, or without an end
-        trained = 32768
+    said = (getattr(text, name, None) for name in _CONTEXT_NAMES)
+    # Not said, or without an end: a length that most machines can hold.
+    trained = next((int(number) for number in said if isinstance(number, int) and number > 0), 32768)
     if config.context_length and config.context_length > trained:
         raise LoadError(f"{config.id}: context_length is {config.context_length}, the model was built for {trained}.")
     return config.context_length or trained

@@ -8,22 +8,26 @@ each sequence alone, with transformers' own cache. Which one a model gets is dec
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from engine import rotary
 from engine.attention import IMPLEMENTATION, ForwardContext, Span, attention_forward, forward_context, make_mask
 from engine.attention_mask import NotUnderstood
+from engine.errors import ReplyFault, out_of_memory
 from engine.kv_cache import KVCache
 from engine.row_safe import RowSafeFunctions
 from engine.scheduler import Schedule
+
+log = logging.getLogger("verbatim.engine")
 
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 """What transformers' models have called the cache that they take and give back; the last two by recurrent models."""
@@ -38,10 +42,12 @@ class ForwardResult:
     Attributes:
         logits: `[n, vocab] float32`, one row for each chunk that samples, in order.
         finite: for each chunk of the schedule, whether all its keys and values were finite.
+        errors: of chunks that could not be computed, by their number; their logits mean nothing.
     """
 
     logits: Tensor
     finite: tuple[bool, ...]
+    errors: Mapping[int, ReplyFault] = field(default_factory=dict)
 
 
 class Runner(Protocol):
@@ -76,15 +82,67 @@ def discover(model: nn.Module, length: int) -> ForwardContext:
     strange = sorted(set(getattr(text, "layer_types", None) or ()) - _KNOWN_LAYERS)
     if strange:
         raise NotUnderstood(f"it has layers of type {', '.join(strange)}")
-    context = ForwardContext(spans=(), slots=torch.arange(2), num_rows=0, length=length)
-    tokens = torch.zeros(1, 2, dtype=torch.int64, device=input_device(model))
-    with torch.inference_mode(), forward_context(context):
-        model(tokens, position_ids=torch.arange(2, device=tokens.device)[None], use_cache=False)
+    context = _observe(model, length, use_cache=False)
     if sorted(context.layers) != list(range(text.num_hidden_layers)):
         raise NotUnderstood(
             f"only {len(context.layers)} of its {text.num_hidden_layers} layers call the attention interface"
         )
+    _check_positions(model, context)
     return context
+
+
+def _observe(model: nn.Module, length: int, **arguments: Any) -> ForwardContext:
+    """A pass over two tokens, the last ones of a sequence of `length`, that attends to nothing."""
+    context = ForwardContext(spans=(), slots=torch.arange(2), num_rows=0, length=length)
+    device = input_device(model)
+    first = max(length - 2, 0)
+    positions = torch.arange(first, first + 2, device=device)[None]
+    with torch.inference_mode(), forward_context(context):
+        model(torch.zeros(1, 2, dtype=torch.int64, device=device), position_ids=positions, **arguments)
+    return context
+
+
+class _FarCache(DynamicCache):  # type: ignore[misc]
+    """Says that many tokens were seen, and keeps none."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._length = length
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        return self._length
+
+    def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
+        return self._length
+
+    def get_mask_sizes(self, query_length: Any, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        return self._length + 2, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+
+def _check_positions(model: nn.Module, context: ForwardContext) -> None:
+    """See that what reaches attention depends on the positions that the model is told.
+
+    Raises:
+        NotUnderstood: a layer asks its cache how many tokens were seen, and uses that (Llama 4's temperature): in the
+            packed pass there is no cache, and the number would be a row's in the step.
+    """
+    name = _cache_name(model)
+    if name is None:
+        return
+    other = _observe(model, context.length, use_cache=True, **{name: _FarCache(max(context.length - 2, 0))})
+    for layer, states in context.states.items():
+        pairs = zip(states, other.states.get(layer, ()), strict=True)
+        if not all(torch.allclose(one, two, rtol=1e-4, atol=1e-5) for one, two in pairs):
+            raise NotUnderstood(f"layer {layer} counts positions by its cache, not by those it is told")
+
+
+def _cache_name(model: nn.Module) -> str | None:
+    """The keyword by which the model takes a cache."""
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in _CACHE_NAMES if name in known), None)
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -198,22 +256,31 @@ class FallbackRunner:
         self._model = _Model(model)
         self.vocab_size = vocab_size
         self._caches: dict[Any, Any] = {}
-        known = inspect.signature(model.forward).parameters
-        name = next((name for name in _CACHE_NAMES if name in known), None)
+        name = _cache_name(model)
         if name is None:
             raise NotUnderstood(f"{type(model).__name__} takes no cache ({', '.join(_CACHE_NAMES)})")
         self._cache_name = name
-        self._takes_positions = positions and "position_ids" in known
+        self._takes_positions = positions and "position_ids" in inspect.signature(model.forward).parameters
         self._dynamic = rotary.dynamic(model)
 
     @torch.inference_mode()
     def forward(self, schedule: Schedule) -> ForwardResult:
-        rows, finite = [], []
-        for chunk in schedule.chunks:
-            rows.append(self._pass(chunk.sequence, chunk.start, chunk.start + chunk.count))
-            finite.append(True)  # nothing is shared: a fault shows in the sequence's own logits
-        device = rows[0].device if rows else self._model.device
-        return ForwardResult(torch.stack([r.to(device) for r in rows]), tuple(finite))
+        """One pass for each chunk; one that fails is an error of its own, as nothing is shared."""
+        rows: list[Tensor] = []
+        errors: dict[int, ReplyFault] = {}
+        for number, chunk in enumerate(schedule.chunks):
+            try:
+                rows.append(self._pass(chunk.sequence, chunk.start, chunk.start + chunk.count))
+            except Exception as error:  # whatever an architecture does with a text that it cannot take
+                if out_of_memory(error):
+                    raise
+                log.exception("a fault in computing a reply")
+                errors[number] = ReplyFault(f"the model failed on this request: {error}")
+                rows.append(torch.zeros(self.vocab_size))
+        device = self._model.device
+        # A fault shows in the sequence's own logits: there are no keys that another could read.
+        finite = (True,) * len(rows)
+        return ForwardResult(torch.stack([row.to(device) for row in rows]), finite, errors)
 
     def _pass(self, sequence: Any, start: int, end: int) -> Tensor:
         """Compute a sequence's tokens `start … end - 1`: the logits `[vocab] float32` of the last one."""

@@ -32,7 +32,7 @@ def pin(model: nn.Module, context_length: int) -> str | None:
     """Fix the frequencies of every LongRoPE module for sequences of up to `context_length` tokens.
 
     Returns:
-        Which set was taken, `long` or `short`; None if there is no such module.
+        Which set was taken, `long` or `short`; None if there is no such module, or it cannot be fixed.
     """
     taken = None
     for module in model.modules():
@@ -42,13 +42,18 @@ def pin(model: nn.Module, context_length: int) -> str | None:
     return taken
 
 
-def _pin(module: Any, layer_type: str | None, context_length: int) -> str:
+def _pin(module: Any, layer_type: str | None, context_length: int) -> str | None:
     # transformers itself chooses: it is asked for the last position of the context, and then not any more.
     prefix = "" if layer_type is None else f"{layer_type}_"
     device = getattr(module, f"{prefix}inv_freq").device
     last = torch.tensor([[context_length - 1]], device=device)
-    module(torch.zeros(1, 1, 1, device=device), last, **({} if layer_type is None else {"layer_type": layer_type}))
+    x, given = torch.zeros(1, 1, 1, device=device), {} if layer_type is None else {"layer_type": layer_type}
+    module(x, last, **given)
     module.rope_type = _PINNED if layer_type is None else {**module.rope_type, layer_type: _PINNED}
+    near = module(x, torch.zeros_like(last) + 1, **given)
+    both = module(x, torch.cat([torch.zeros_like(last) + 1, last], 1), **given)
+    if not all(torch.equal(one, two[:, :1]) for one, two in zip(near, both, strict=True)):
+        return None  # it looks at the longest sequence in a way of its own (Phi-3.5-MoE)
     same = torch.equal(getattr(module, f"{prefix}inv_freq"), getattr(module, f"{prefix}original_inv_freq"))
     return "short" if same else "long"
 

@@ -1,9 +1,9 @@
 """Activations whose bits do not depend on where a number stands in its tensor. Knows torch's functions; no model.
 
 On a CPU torch computes most numbers of a float32 tensor with vector instructions, and what is left at the end of each
-thread's share one by one, by another formula. For sigmoid, SiLU, softplus and GELU (tanh) the two differ in their last
-bits, and which numbers are left depends on the number of rows. `exp`, `tanh` and arithmetic do not differ, so here the
-four are written with those (measured on AVX2 and AVX-512, docs/log.md, 2026-11-26).
+thread's share one by one, by another formula. For sigmoid, SiLU, softplus and GELU the two differ in their last bits,
+and which numbers are left depends on the number of rows. `exp`, `log1p`, `tanh`, `erf` and arithmetic do not differ, so
+here the four are written with those (measured on AVX2 and AVX-512, docs/log.md, 2026-11-26).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
 
 def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     if approximate != "tanh":
-        return F.gelu(x, approximate=approximate)
+        return 0.5 * x * (1 + torch.erf(x * 0.7071067811865476))
     return 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
 
 

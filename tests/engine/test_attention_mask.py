@@ -72,3 +72,19 @@ def _far_window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
 def test_anything_else_is_not_guessed(function: Callable[..., Tensor]) -> None:
     with pytest.raises(NotUnderstood):
         read_mask(function, 1000)
+
+
+def test_a_mask_function_that_fails_is_not_understood() -> None:
+    def fails(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        raise RuntimeError("Expected all tensors to be on the same device")
+
+    with pytest.raises(NotUnderstood, match="same device"):
+        read_mask(fails, 100)
+
+
+def test_ten_million_tokens_are_read_by_samples() -> None:
+    """Llama 4 Scout; a whole row for each probe would take seconds."""
+    length = 10_485_760
+    assert read_mask(_chunked(8192), length) == KeyRange(chunk=8192)
+    with pytest.raises(NotUnderstood):
+        read_mask(masking_utils.or_masks(_chunked(8192), lambda b, h, q, k: (k < 4) & (k <= q)), length)

@@ -134,6 +134,30 @@ def test_a_fault_in_reading_one_reply_spares_the_neighbour(
     _nothing_is_left(llm)
 
 
+def test_a_text_that_the_model_cannot_take_fails_that_request_and_spares_the_neighbour(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the fallback runner, where a model runs as transformers wrote it: a table of positions may be too short."""
+    llm = LLM(tiny("mamba"), context_length=256)
+    [clean] = llm.generate(PROMPT, max_tokens=6, seed=3)
+    bad, _ = llm._add("another prompt", _How(), {"max_tokens": 4})
+    good, _ = llm._add(PROMPT, _How(), {"max_tokens": 6, "seed": 3})
+    runner: Any = llm._model.runner
+    compute = runner._pass
+
+    def fails(sequence: Any, start: int, end: int) -> torch.Tensor:
+        if sequence.request_id == bad and start:
+            raise RuntimeError("The size of tensor a (300) must match the size of tensor b (256)")
+        return compute(sequence, start, end)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(runner, "_pass", fails)
+    outputs = list(llm._outputs(good))
+    assert tuple(t for o in outputs for d in o.deltas for t in d.token_ids) == clean.token_ids
+    with pytest.raises(ReplyFault, match="the model failed on this request: The size of tensor a"):
+        list(llm._outputs(bad))
+    _nothing_is_left(llm)
+
+
 class _TooBig:
     """A runner that finds no memory for steps with many tokens."""
 

@@ -7,6 +7,8 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from engine import LLM, ConfigError, LoadError, ModelConfig, NotEnoughMemory, checkpoint, loader
 from engine.llm import Completion
-from engine.loader import load
+from engine.loader import _context_length, load
 from engine.native import Kernels, Product, Unavailable
 
 
@@ -218,6 +220,29 @@ def test_int8_is_another_model_and_as_reproducible(folder: Path) -> None:
     together = bits(rounded.generate_many(prompts, **params))
     assert bits([rounded.generate(prompt, **params) for prompt in prompts]) == together
     assert together != bits(exact.generate_many(prompts, **params))
+
+
+@pytest.mark.slow
+def test_a_part_that_is_replaced_wrongly_is_seen_with_int8_too(
+    kernels: Kernels, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace(model: Any, native: Kernels) -> int:
+        model.model.norm.weight.mul_(torch.linspace(0.2, 3, model.model.norm.weight.numel()))
+        return 0
+
+    monkeypatch.setattr("engine.loader.replace_pointwise", replace)
+    with pytest.raises(LoadError, match="differs from plain transformers"):
+        load(ModelConfig(id="m", path=folder, quantization="int8"))
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "max_seq_len", "max_target_positions"])
+def test_the_context_is_what_the_model_was_built_for_whatever_it_is_called(name: str) -> None:
+    """A longer one would fail in the middle of a step (MPT calls it max_seq_len)."""
+    text = SimpleNamespace(**{name: 300})
+    model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    assert _context_length(ModelConfig(id="m", path=Path()), model) == 300
+    with pytest.raises(LoadError, match="built for 300"):
+        _context_length(ModelConfig(id="m", path=Path(), context_length=301), model)
 
 
 def test_without_a_compiler_a_model_is_served_and_int8_refused(

@@ -58,10 +58,10 @@ def _unknown_keyword(model: nn.Module) -> None:
 
 
 def _own_mask(model: nn.Module) -> None:
-    """A mask that the model makes itself."""
+    """A mask that the model changes itself, by a bias for what is far."""
 
     def another(mask: Tensor | None) -> Tensor | None:
-        return None if mask is None else mask.clone()
+        return None if mask is None else mask + 0.25 * torch.arange(mask.shape[-1])
 
     _wrap_attention(model, lambda interface: lambda m, q, k, v, mask, **kw: interface(m, q, k, v, another(mask), **kw))
 
@@ -153,6 +153,18 @@ def _drops_its_cache(model: nn.Module) -> None:
     _replace_forward(model, forward)
 
 
+def _raises_for_long_texts(model: nn.Module) -> None:
+    """A model that takes fewer tokens than its configuration says."""
+    own = model.forward
+
+    def forward(self: Any, input_ids: Any = None, cache: Any = None, **kwargs: Any) -> Any:
+        if input_ids.shape[1] > 100 and kwargs.get("use_cache"):
+            raise RuntimeError("the table of positions ends at 100")
+        return own(input_ids, **kwargs)
+
+    _replace_forward(model, forward)
+
+
 def _takes_no_cache(model: nn.Module) -> None:
     own = model.forward
     _replace_forward(model, lambda self, input_ids=None, **kw: own(input_ids, **kw))
@@ -182,7 +194,8 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "no cache": (_takes_no_cache, "takes no cache"),
     "state that leaks": (_leaks, "differs from plain transformers"),
     "no recurrent state": (_looks_at_the_row_before, "differs from plain transformers"),
-    "not a number": (_is_nan, "differs from plain transformers by nan|inf"),
+    "an error": (_raises_for_long_texts, "fails: the model failed on this request: the table of positions ends"),
+    "not a number": (_is_nan, "differs from plain transformers by (nan|inf)"),
 }
 
 
@@ -224,6 +237,53 @@ def test_bits_that_depend_on_the_number_of_rows_are_not_promised() -> None:
     assert test.layers is not None
     assert not test.report.holds
     assert "bits differ" in test.report.reason
+
+
+def _masked(reference: Reference, value: float) -> Reference:
+    """The same logits, with a third of them masked out, as models do with tokens that are not to be said."""
+    rows = [logits.clone() for logits in reference.logits]
+    for logits in rows:
+        logits[:, 100:250] = value
+    return Reference(reference.texts, tuple(rows))
+
+
+@pytest.mark.parametrize("value", [float("-inf"), torch.finfo(torch.float32).min])
+def test_logits_that_are_masked_out_hide_nothing(value: float) -> None:
+    reference = _masked(Reference.of(_llama(), VOCAB, LENGTH), value)
+    runs = [types.SimpleNamespace(logits=rows.clone()) for rows in reference.logits]
+    assert reference.difference(runs, 1e-3) is None  # type: ignore[arg-type]
+    runs[1].logits[:, :100] *= -3
+    assert reference.difference(runs, 1e-3) is not None  # type: ignore[arg-type]
+    runs[1].logits[:, :100] = reference.logits[1][:, :100]
+    runs[2].logits[:, 100] = 0.0
+    assert reference.difference(runs, 1e-3) is not None, "one says what the other masks out"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("where", ["engine.selftest.discover", "engine.selftest._alone"])
+def test_running_out_of_memory_is_no_reason_for_another_runner(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which runner a model has must not depend on what else used the memory that minute."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = _llama()
+    if where.endswith("_alone"):
+        _unknown_keyword(model)
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        _try(model)
+
+
+def test_positions_that_a_layer_counts_by_its_cache_are_seen_however_far_they_matter() -> None:
+    """Llama 4 scales queries beyond 8,191 tokens, by the number of tokens that its cache has seen."""
+    text = {"num_local_experts": 2, "head_dim": 16, "layer_types": ["chunked_attention", "full_attention"]}
+    shape = {**text, "intermediate_size_mlp": 96, "attention_chunk_size": 32, "no_rope_layers": [1, 0]}
+    near = _try(_llama("llama4_text", **shape, max_position_embeddings=4096), length=4096)
+    assert near.layers is not None, near.report.reason
+    assert near.layers[0].seen == KeyRange(chunk=32)
+    far = _try(_llama("llama4_text", **shape, max_position_embeddings=16384), length=16384)
+    assert far.layers is None
+    assert "counts positions by its cache" in far.report.reason
 
 
 def test_a_tie_of_experts_is_no_reason_to_refuse() -> None:

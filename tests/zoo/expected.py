@@ -6,8 +6,8 @@ POPULAR: frozenset[str] = frozenset(
     "llama mistral mixtral qwen2 qwen3 qwen2_moe qwen3_moe qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe_text gemma "
     "gemma2 gemma3 gemma3_text gemma3n_text gemma4 gemma4_text phi phi3 phi3-longrope llama-dynamic llama-yarn "
     "llama-llama3 granite granitemoe granitemoehybrid olmo2 olmo3 olmoe deepseek_v2 deepseek_v3 glm4 glm4_moe "
-    "gpt_oss llama4_text falcon falcon_h1 bloom mpt gpt2 gpt_neox gptj opt stablelm starcoder2 nemotron "
-    "nemotron_h lfm2 jamba bamba mamba mamba2 rwkv recurrent_gemma smollm3 cohere cohere2 minimax minimax_m2 "
+    "gpt_oss llama4_text llama4-tempered falcon falcon_h1 bloom mpt gpt2 gpt_neox gptj opt stablelm starcoder2 "
+    "nemotron nemotron_h lfm2 jamba bamba mamba mamba2 rwkv recurrent_gemma smollm3 cohere cohere2 minimax minimax_m2 "
     "exaone4 ernie4_5 seed_oss apertus".split()
 )
 """Examined in every run of the suite; the others are a sweep of their own."""

@@ -135,6 +135,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "llama4-tempered": ("llama4_text", {"floor_scale": 64, "attn_scale": 0.5}),
     "bert-encoder": ("bert", {"is_decoder": False}),
     "gemma4-moe": (
         "gemma4_text",
