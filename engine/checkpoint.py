@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from engine.standin import demo_model, ensure_standin
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_LONGEST_HEADER = 100_000_000  # safetensors' own limit
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
@@ -98,9 +101,10 @@ def inspect(folder: Path, name: str) -> Checkpoint:
     Raises:
         LoadError: a file is missing, broken or of a kind that is not loaded.
     """
+    _check_places(folder, name)
     _check_kind(folder, name)
     config = read_json(folder / "config.json", name)
-    files = _weight_files(folder, name)
+    files = _weight_files(folder, config, name)
     if not any((folder / file).exists() for file in _TOKENIZER_FILES):
         # transformers would make an empty tokenizer of the right class and say nothing
         raise LoadError(f"{name}: {folder} holds no tokenizer.json.")
@@ -119,6 +123,30 @@ def inspect(folder: Path, name: str) -> Checkpoint:
     common = max(counts, key=lambda k: counts[k], default="F32")
     newest = max(int(p.stat().st_mtime) for p in (folder / "config.json", *files))
     return Checkpoint(folder, files, config, sum(counts.values()), stored, _NAMES[common], embedding, not head, newest)
+
+
+def _check_places(folder: Path, name: str) -> None:
+    """Refuse links that leave the folder, and what is no file: a pipe never ends, `/etc/passwd` is no template.
+
+    Weights may lie on another disk: what is no safetensors file is refused when it is read.
+    """
+    home = folder.resolve()
+    inside = [home]
+    if home.parent.name == "snapshots":  # the hub's cache: the contents lie beside, the snapshot holds links
+        inside.append(home.parents[1] / "blobs")
+    templates = folder / "additional_chat_templates"
+    for path in (*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())):
+        if path.is_dir() and path != templates:  # nothing is read there
+            continue
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise LoadError(f"{name}: {path} is no regular file.")
+        if path.suffix == ".safetensors":
+            continue
+        if path.exists() and not any(path.resolve().is_relative_to(place) for place in inside):
+            raise LoadError(
+                f"{name}: {path} is a link to {path.resolve()}, outside the checkpoint's folder: put the file itself "
+                "there."
+            )
 
 
 def _check_kind(folder: Path, name: str) -> None:
@@ -140,15 +168,26 @@ def _check_kind(folder: Path, name: str) -> None:
         raise LoadError(f"{name}: {folder} holds GGUF files: give one of them, such as {folder / ggufs[0]}.")
 
 
-def _weight_files(folder: Path, name: str) -> tuple[Path, ...]:
+def _weight_files(folder: Path, config: dict[str, Any], name: str) -> tuple[Path, ...]:
     """The files that transformers loads: `model.safetensors`, or else what the index names."""
+    if _names_weights(config):
+        raise LoadError(
+            f"{name}: config.json names other weights in transformers_weights, which is not honoured: call them "
+            "model.safetensors, or name them in model.safetensors.index.json, and take the key out."
+        )
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     shards = _shards(index, name) if index.exists() else ()
+    others = sorted(p.name for p in folder.glob("*.safetensors"))
+    distributed = next((file for file in others if _DISTRIBUTED.match(file)), None)
+    if distributed:
+        raise LoadError(
+            f"{name}: {folder} holds {distributed}, a part of a distributed checkpoint, which transformers would load "
+            "in place of the others: save the model whole, with save_pretrained()."
+        )
     if single.exists():
         return (single,)
     if shards:
         return shards
-    others = sorted(p.name for p in folder.glob("*.safetensors"))
     if others:
         raise LoadError(
             f"{name}: {folder} holds {others[0]}, but neither model.safetensors nor model.safetensors.index.json, "
@@ -159,11 +198,22 @@ def _weight_files(folder: Path, name: str) -> tuple[Path, ...]:
     raise LoadError(f"{name}: {folder} holds no *.safetensors file.{hint}")
 
 
+def _names_weights(config: Any) -> bool:
+    """Whether a configuration, or one inside it, names files that transformers takes for the weights."""
+    if not isinstance(config, dict):
+        return False
+    return config.get("transformers_weights") is not None or any(_names_weights(part) for part in config.values())
+
+
 def _shards(index: Path, name: str) -> tuple[Path, ...]:
     weight_map = read_json(index, name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise LoadError(f"{name}: {index} names no weight files in weight_map.")
-    needed = {index.parent / file for file in weight_map.values()}
+    files = set(weight_map.values())
+    elsewhere = next((file for file in sorted(files) if file != Path(file).name or "\\" in file), None)
+    if elsewhere is not None:
+        raise LoadError(f"{name}: {index} names {elsewhere!r}, which is no name of a file beside it.")
+    needed = {index.parent / file for file in files}
     missing = sorted(file.name for file in needed if not file.is_file())
     if missing:
         raise LoadError(
@@ -180,6 +230,8 @@ def _header(file: Path, name: str) -> dict[str, Any]:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > size - 8:
                 raise ValueError("the header is longer than the file")
+            if length > _LONGEST_HEADER:
+                raise ValueError(f"the header has {length} bytes, more than {_LONGEST_HEADER} are not read")
             table: dict[str, Any] = json.loads(handle.read(length))
         table.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in table.values()), default=0)
@@ -219,10 +271,15 @@ def free_memory() -> int:
     return free
 
 
-def words(error: BaseException) -> str:
+def words(error: BaseException, most: int = 400) -> str:
     """What an error says, in one line that is not too long; its class's name if it says nothing."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else f"{text[:400]} …"
+    return line(str(error), most) or type(error).__name__
+
+
+def line(text: str, most: int) -> str:
+    """A text in one line of at most `most` characters, without those that a terminal obeys: it may be a stranger's."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * most]).split())
+    return text if len(text) <= most else f"{text[:most]} …"
 
 
 def human(count: float) -> str:

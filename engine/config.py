@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -164,6 +165,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+def entry_of(model: str, where: str, name: str | None = None) -> dict[str, Any]:
+    """The entry for what a person names: a folder, a GGUF file or a hub id; its id is `name`, or theirs.
+
+    Raises:
+        ConfigError: it is none of these; `where` says who asked.
+    """
+    path = Path(os.path.abspath(Path(model).expanduser()))  # links stay: in the hub's cache the file behind has no name
+    if path.is_dir() or path.is_file():
+        return {"id": name or (path.stem if path.suffix == ".gguf" else path.name), "path": path}
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and path.suffix != ".gguf":
+        return {"id": name or model, "repo": model}
+    raise ConfigError(
+        f"{where}: there is no folder {model}, no such GGUF file, and it is not a hub id like Qwen/Qwen3-0.6B."
+    )
+
+
 def validate(model: type[M], data: dict[str, Any], where: str) -> M:
     """Build `model` from `data`, turning pydantic's report into one readable ConfigError."""
     try:
@@ -186,5 +203,5 @@ def _absolute(entry: dict[str, Any], base: Path) -> dict[str, Any]:
     entry = dict(entry)
     for key in ("path", "chat_template", "response_template"):
         if isinstance(entry.get(key), str):
-            entry[key] = (base / Path(entry[key]).expanduser()).resolve()
+            entry[key] = Path(os.path.abspath(base / Path(entry[key]).expanduser()))
     return entry

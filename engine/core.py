@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.detokenizer import TextDelta, TextStream, Vocabulary
 from engine.dialect import Dialect
-from engine.errors import NumericalFault, OutOfMemory, ReplyFault, VerbatimError
+from engine.errors import NumericalFault, OutOfMemory, ReplyFault, VerbatimError, out_of_memory
 from engine.grammar import GrammarCompiler, GrammarState
 from engine.json_schema import unenforced_errors
 from engine.loader import LoadedModel
@@ -216,7 +216,7 @@ class EngineCore:
             result = self._forward(schedule)
             sampled = self._sample(schedule, drawers, result)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             return self._drop_largest(schedule, error)
         return self._commit(schedule, drawers, result, sampled)
@@ -519,11 +519,6 @@ def _marks(vocabulary: Vocabulary, dialect: Dialect, *, calls: bool) -> dict[int
 
 def _together(a: TextDelta, b: TextDelta) -> TextDelta:
     return TextDelta(a.text + b.text, b.stopped, a.bytes + b.bytes, a.reasoning + b.reasoning, a.calls + b.calls)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # The CPU allocator raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -42,11 +43,11 @@ def _file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def files_digest(folder: Path, patterns: tuple[str, ...]) -> str:
-    """SHA-256 over names and contents of the files that match."""
-    digest = hashlib.sha256()
-    for path in sorted({p for pattern in patterns for p in folder.glob(pattern)}):
-        digest.update(path.name.encode() + b"\0" + _file_digest(path).encode() + b"\0")
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 over how a tokenizer makes tokens of text, and its special ones: whatever files they were read from."""
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    named = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    digest.update(json.dumps(named, sort_keys=True).encode())
     return digest.hexdigest()
 
 

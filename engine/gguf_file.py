@@ -1,16 +1,16 @@
-"""A GGUF file: what its header says, and what transformers must be helped with to read it right and in seconds.
+"""A GGUF file's header: what it says, read fast, by us and by transformers. Knows nothing of models and tokenizers.
 
 transformers builds configuration, weights and tokenizer from such a file. For most architectures it reads the header
-three times through the package gguf, which makes several arrays of each token of the vocabulary, and it skips keys that
-it does not know. Here the header is read fast, and a file that says something that would be skipped is refused.
+three times through the package gguf, which makes several arrays of each token of the vocabulary; and it reads what lies
+beside the file. Here the header is read in a second, and transformers is shown the file alone.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import struct
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,38 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from engine.checkpoint import Checkpoint, words
 from engine.errors import LoadError
 
-__all__ = ["GGUFFile", "fast_reading", "inspect", "open_file"]
-
-log = logging.getLogger("verbatim.engine")
+__all__ = ["GGUFFile", "alone", "fast_reading", "inspect", "open_file", "reader_class"]
 
 _TEMPLATE = "tokenizer.chat_template"
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-_HARMLESS = frozenset({"vocab_size", "context_length", "rope.scaling.finetuned", "use_parallel_residual"})
-"""Keys of an architecture that change no number: sizes that the tensors have anyway, and remarks."""
-_CHECKED = {
-    "attention.key_length": "head_dim",
-    "attention.value_length": "head_dim",
-    "attention.layer_norm_epsilon": "layer_norm_epsilon",
-    "attention.sliding_window": "sliding_window",
-    "attention.scale": "attention_multiplier",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-    "logit_scale": "logit_scale",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-    "rope.scaling.original_context_length": "max_position_embeddings",
-}
-"""Keys that transformers may skip, and the attribute of its configuration that must then have their value."""
-_PLAIN_SPLITS = frozenset({"gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion", "granite-docling"})
-"""Values of `tokenizer.ggml.pre` whose words are split as GPT-2's, which is what transformers does by itself."""
-_DIGIT_SPLITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
-"""Those that cut every digit off first, and then split as GPT-2 does."""
+_ENDING_NAMES = frozenset(
+    {
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
+        *("<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>"),
+        "<｜end▁of▁sentence｜>",
+    }
+)
+"""Control tokens that end an answer whatever a file names: llama.cpp goes by these names, and files rely on it."""
+_CONTROL = 3  # of llama.cpp's types of tokens
+_HARMONY = {"<|return|>", "<|call|>", "<|end|>"}
+"""gpt-oss has all three, and ends only a part of its answer with the last."""
+_MOST_KEYS, _MOST_TENSORS, _MOST_ENTRIES = 10_000, 100_000, 3_000_000
+"""Of a header: an entry costs 230 bytes of memory, however short it is. The largest vocabularies have 1.3 million."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +64,17 @@ class GGUFFile:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer, as far as the file names them."""
-        found = (self.metadata.get(f"tokenizer.ggml.{key}") for key in _ENDS)
-        return tuple(value for value in found if isinstance(value, int))
+        """Ids that end an answer: those that the file names, and control tokens with a name that says so."""
+        named = (self.metadata.get(f"tokenizer.ggml.{key}") for key in _ENDS)
+        tokens, types = (self.metadata.get(f"tokenizer.ggml.{key}") or [] for key in ("tokens", "token_type"))
+        spelled = {
+            token: i
+            for i, (token, kind) in enumerate(zip(tokens, types, strict=False))
+            if kind == _CONTROL and token in _ENDING_NAMES
+        }
+        if spelled.keys() >= _HARMONY:
+            del spelled["<|end|>"]
+        return tuple(sorted({*(value for value in named if isinstance(value, int)), *spelled.values()}))
 
     @property
     def chat_templates(self) -> dict[str, str] | None:
@@ -113,13 +110,22 @@ def open_file(path: Path, name: str) -> GGUFFile:
         LoadError: the file is damaged, cut short or one of several parts, or the package gguf is missing.
     """
     try:
-        reader = _reader_class()(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
-        end = max((t.data_offset + int(t.n_bytes) for t in reader.tensors), default=0)
+        from gguf import gguf_reader
+
+        if not hasattr(gguf_reader.ReaderField, "contents"):
+            raise ImportError("too old")
     except ImportError:
         raise LoadError(
-            f"{name}: {path.name} is a GGUF file, which needs the package gguf: pip install gguf."
+            f"{name}: {path.name} is a GGUF file, which needs the package gguf: pip install 'gguf>=0.16,<0.20'."
         ) from None
+    try:
+        with path.open("rb") as handle:
+            _check_counts(handle.read(24))
+        reader = reader_class()(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+        end = max((t.data_offset + int(t.n_bytes) for t in reader.tensors), default=0)
+    except AttributeError:
+        raise  # a release of gguf that this was not written for, and no fault of the file
     except Exception as error:  # the reader trusts what it reads: anything may come out of a damaged file
         raise LoadError(f"{name}: {path.name} is not a readable GGUF file ({words(error)}).") from None
     if end > path.stat().st_size:
@@ -142,18 +148,36 @@ def open_file(path: Path, name: str) -> GGUFFile:
 # -- reading fast ----------------------------------------------------------------------------------------------------
 
 
-def _reader_class() -> Any:
+def _check_counts(head: bytes) -> None:
+    """Refuse a header that has far more keys or tensors than any model: 24 bytes say how many."""
+    if len(head) < 24:
+        raise ValueError("it is shorter than a header")
+    swapped = head[4:6] == b"\0\0"  # written on a machine that puts the high byte first
+    tensors, keys = struct.unpack_from(">QQ" if swapped else "<QQ", head, 8)
+    if keys > _MOST_KEYS or tensors > _MOST_TENSORS:
+        raise ValueError(
+            f"it has {keys} keys and {tensors} tensors; more than {_MOST_KEYS} and {_MOST_TENSORS} are not read"
+        )
+
+
+def reader_class() -> Any:
     """gguf's reader, with the arrays of the metadata read in one pass: a second in place of half a minute."""
     from gguf import GGUFReader, GGUFValueType
 
     class Reader(GGUFReader):  # type: ignore[misc]
+        entries = 0
+
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":
                 return super()._get_field_parts(orig_offs, raw_type)
             kind, length = struct.unpack_from("<IQ", self.data, orig_offs)
             items = GGUFValueType(kind)
+            self.entries += length
+            if self.entries > _MOST_ENTRIES:
+                raise ValueError(f"its arrays have {self.entries} entries; more than {_MOST_ENTRIES} are not read")
             head = [self._get(orig_offs, "<u4"), self._get(orig_offs + 4, "<u8")]
             at = orig_offs + 12
+            parts: list[Any]
             scalar = self.gguf_scalar_to_np.get(items)
             if scalar is not None:
                 values = self._get(at, scalar, length).view(type=np.ndarray)
@@ -200,121 +224,20 @@ def fast_reading() -> Iterator[None]:
     from gguf.gguf_reader import GGUFReader
     from gguf.tensor_mapping import get_tensor_name_map
 
-    gguf.GGUFReader, gguf.get_tensor_name_map = _reader_class(), functools.cache(get_tensor_name_map)
+    gguf.GGUFReader, gguf.get_tensor_name_map = reader_class(), functools.cache(get_tensor_name_map)
     try:
         yield
     finally:  # the package's own, not what was found: two loads may overlap
         gguf.GGUFReader, gguf.get_tensor_name_map = GGUFReader, get_tensor_name_map
 
 
-# -- what transformers skips -----------------------------------------------------------------------------------------
+@contextmanager
+def alone(path: Path) -> Iterator[dict[str, Any]]:
+    """Where transformers finds a file with nothing beside it, as keywords of its `from_pretrained`.
 
-
-def complete_model(file: GGUFFile, model: nn.Module, name: str) -> None:
-    """Give a model what its file says and transformers does not read: the factors of scaled rotary embeddings.
-
-    Raises:
-        LoadError: the file says something that would change the model's numbers and is not understood.
+    A folder of downloads is no checkpoint: what lies there (`tokenizer_config.json`, an adapter) belongs to other
+    files, and could change the tokens or name code to run.
     """
-    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    prefix = f"{file.architecture}."
-    read = _keys_read(file.architecture)
-    for key, value in file.metadata.items():
-        short = key.removeprefix(prefix)
-        if read is not None and key.startswith(prefix) and short not in read and not _agrees(short, value, config):
-            raise LoadError(
-                f"{name}: {file.path.name} says {key} = {str(value)[:60]}, which transformers does not read: its "
-                "replies would be wrong. Serve the checkpoint that the file was made of."
-            )
-    longrope = next((tensor for tensor in file.sizes if tensor.startswith("rope_factors_")), None)
-    if longrope:
-        raise LoadError(
-            f"{name}: {file.path.name} holds {longrope}, which transformers does not read: its replies would be wrong. "
-            "Serve the checkpoint that the file was made of."
-        )
-    if "rope_freqs.weight" in file.sizes:
-        _scale_frequencies(file, model, name)
-
-
-def _keys_read(architecture: str) -> frozenset[str] | None:
-    """Keys of an architecture that transformers reads; None where it reads all that there are."""
-    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-
-    try:
-        from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
-    except ImportError:
-        pass
-    else:
-        if architecture in GGUF_CONFIG_ARCHS:
-            return None
-    spelled = {architecture, architecture.replace("-", "_"), architecture.replace("moe", "_moe")}
-    return frozenset(key for name in spelled for key in GGUF_CONFIG_MAPPING.get(name, ()))
-
-
-def _agrees(key: str, value: Any, config: Any) -> bool:
-    """Whether a key that is skipped says only what the configuration says anyway."""
-    if key in _HARMLESS:
-        return True
-    if key == "rope.scaling.type":
-        return str(value) == "none"
-    if key in ("rope.scaling.factor", "rope.scaling.attn_factor"):
-        return bool(value in (0.0, 1.0))
-    if key not in _CHECKED:
-        return False
-    own = getattr(config, _CHECKED[key], None)
-    if own is None and _CHECKED[key] == "head_dim":
-        own = config.hidden_size // config.num_attention_heads
-    return own is not None and bool(abs(float(own) - float(value)) <= 1e-6 * abs(float(value)))
-
-
-def _scale_frequencies(file: GGUFFile, model: nn.Module, name: str) -> None:
-    """Divide the rotary frequencies by `rope_freqs.weight`: Llama 3.1's scaling, as llama.cpp stores and applies it."""
-    tensor = next(t for t in _reader_class()(file.path).tensors if t.name == "rope_freqs.weight")
-    factors = torch.tensor(tensor.data.tolist(), dtype=torch.float32)
-    rotary = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), torch.Tensor)]
-    if not rotary or any(m.inv_freq.shape != factors.shape or getattr(m, "rope_type", "") != "default" for m in rotary):
-        raise LoadError(
-            f"{name}: {file.path.name} holds rope_freqs.weight, and {type(model).__name__} has no rotary embedding "
-            "that it fits. Serve the checkpoint that the file was made of."
-        )
-    for module in rotary:
-        for buffer in ("inv_freq", "original_inv_freq"):
-            if hasattr(module, buffer):
-                own = getattr(module, buffer)
-                setattr(module, buffer, own / factors.to(own.device))
-
-
-def complete_tokenizer(file: GGUFFile, tokenizer: Any, name: str) -> None:
-    """Split words as the file's vocabulary wants it, and take its own named chat templates.
-
-    Raises:
-        LoadError: the file names a way to split that is not known: text would become other tokens than in training.
-    """
-    templates = file.chat_templates
-    if templates is not None:
-        tokenizer.chat_template = templates["default"] if list(templates) == ["default"] else templates
-    how = file.metadata.get("tokenizer.ggml.pre")
-    if file.metadata.get("tokenizer.ggml.model") != "gpt2" or how in _known_splits():
-        return
-    if how in (None, "default"):
-        log.warning("%s: %s does not say how text is split into words: as GPT-2 does, then", name, file.path.name)
-    elif how in _DIGIT_SPLITS:
-        from tokenizers import pre_tokenizers
-
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    elif how not in _PLAIN_SPLITS:
-        raise LoadError(
-            f"{name}: {file.path.name} splits text the way {how!r} (tokenizer.ggml.pre), which is not known here: its "
-            "tokens would be wrong. Serve the checkpoint that the file was made of."
-        )
-
-
-def _known_splits() -> frozenset[str]:
-    """Ways to split that transformers follows by itself."""
-    try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-    except ImportError:
-        return frozenset()
-    return frozenset(GGUF_PRE_TOKENIZER_SPLITS)
+    with tempfile.TemporaryDirectory(prefix="verbatim-gguf-") as folder:
+        (Path(folder) / "model.gguf").symlink_to(path.resolve())
+        yield {"pretrained_model_name_or_path": folder, "gguf_file": "model.gguf", "trust_remote_code": False}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.config import ModelConfig, validate
+from engine.config import ModelConfig, entry_of, validate
 from engine.core import EngineCore
 from engine.loader import load
 from engine.preparation import Preparer
@@ -81,10 +81,7 @@ class LLM:
         Raises:
             ConfigError, LoadError: see their messages.
         """
-        path = Path(model).expanduser()
-        source: dict[str, Any] = {"path": path.resolve()} if path.exists() else {"repo": str(model)}
-        own = path.stem if path.suffix == ".gguf" else path.name
-        entry = validate(ModelConfig, {"id": own or str(model), **source, **config}, str(model))
+        entry = validate(ModelConfig, {**entry_of(str(model), "LLM"), **config}, str(model))
         self._open(entry, pull, progress)
 
     @classmethod

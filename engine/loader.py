@@ -1,7 +1,7 @@
 """models.yaml entry → a model that is ready to run.
 
 Order: look at the files, compare needed and free memory, read the weights, pack them, run the self-test, size the
-cache. Safetensors only; no network; no remote code unless the entry says so.
+cache. Safetensors and GGUF files, nothing pickled; no network; no remote code unless the entry says so.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from engine.decoder_layer import fuse_layers
 from engine.detokenizer import Vocabulary
 from engine.dialect import Dialect
 from engine.dialect import find as find_dialect
-from engine.errors import LoadError, NotEnoughMemory, VerbatimError
+from engine.errors import LoadError, NotEnoughMemory, VerbatimError, out_of_memory
 from engine.grammar import GrammarCompiler
 from engine.kv_cache import SPAN, KVCache, LayerShape
 from engine.linear import (
@@ -42,12 +42,13 @@ from engine.linear import (
 from engine.model_runner import FallbackRunner, PackedRunner, Runner
 from engine.native import Kernels, Unavailable
 from engine.pointwise import replace_pointwise
-from engine.reading import check_vocabulary, load_model, load_tokenizer, out_of_memory
+from engine.reading import check_vocabulary, load_model, load_tokenizer
 from engine.scheduler import Scheduler
 from engine.selftest import Reference, SelfTest, self_test
 from engine.types import ModelInfo, SamplingParams
 
 BLOCK_SIZE = 16
+_LONGEST_MESSAGE = 600
 _GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len", "max_target_positions", "n_positions")
 """What configurations call the number of positions that a model was built for."""
@@ -86,9 +87,11 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
     try:
         return _load(config, pull, progress or (lambda _: None))
     except VerbatimError as error:
-        if isinstance(error, LoadError) and error.message.startswith(f"{config.id}: "):
+        told = checkpoint.line(error.message, _LONGEST_MESSAGE)  # it may quote a stranger's file
+        if isinstance(error, LoadError) and told.startswith(f"{config.id}: "):
+            error.message, error.args = told, (told,)
             raise
-        raise LoadError(f"{config.id}: {error.message}") from error
+        raise LoadError(f"{config.id}: {told}") from error
     except Exception as error:  # a checkpoint is a stranger's data, read by libraries that trust it
         if out_of_memory(error):
             raise NotEnoughMemory(f"{config.id}: memory ran out while the model was loaded: {words(error)}") from error
@@ -186,7 +189,7 @@ def _assemble(
     end_ids = _end_ids(found, model, tokenizer, vocab_size)
     parts = {
         "weights": weights,
-        "tokenizer": fingerprint.files_digest(found.folder, ("tokenizer*", "vocab*", "merges.txt", "*.model")),
+        "tokenizer": fingerprint.tokenizer_digest(tokenizer),
         "template": template.source,
         **({"tool template": template.tool_use.source} if template.tool_use else {}),
         "config": found.config,

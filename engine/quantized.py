@@ -38,20 +38,21 @@ def check(config: ModelConfig, found: Checkpoint, device_map: Any, dtype: torch.
             f"{config.id}: the checkpoint is quantised ({method}), and cannot be loaded here: {reason}"
         ) from error
     if getattr(quantizer.quantization_config, "dequantize", False):
-        return max(found.stored_bytes, _parameters(found) * dtype.itemsize)
+        return max(found.stored_bytes, _parameters(config, found) * dtype.itemsize)
     return found.stored_bytes
 
 
-def _parameters(found: Checkpoint) -> int:
+def _parameters(config: ModelConfig, found: Checkpoint) -> int:
     """Of the model as its configuration describes it: packed numbers cannot be counted in the files."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        plain = AutoConfig.from_pretrained(found.folder, local_files_only=True)
+        trust = {"trust_remote_code": config.trust_remote_code}  # None would ask on standard input
+        plain = AutoConfig.from_pretrained(found.folder, local_files_only=True, **trust)
         if hasattr(plain, "quantization_config"):
             del plain.quantization_config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(plain)
+            model = AutoModelForCausalLM.from_config(plain, **trust)
         return sum(parameter.numel() for parameter in model.parameters())
     except Exception:  # an architecture of its own: loading will say what is wrong with it
         return 0

@@ -6,21 +6,29 @@ A checkpoint that also sees is loaded with the class that transformers has for i
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from engine import checkpoint, gguf_file
+from engine import checkpoint, gguf_file, gguf_model, gguf_tokenizer
 from engine.checkpoint import Checkpoint, words
 from engine.config import ModelConfig
-from engine.errors import LoadError, NotEnoughMemory
+from engine.errors import LoadError, NotEnoughMemory, out_of_memory
 from engine.gguf_file import GGUFFile
 
-__all__ = ["check_vocabulary", "load_model", "load_tokenizer", "out_of_memory"]
+__all__ = ["check_vocabulary", "dropped_tensors", "load_model", "load_tokenizer"]
 
 log = logging.getLogger("verbatim.engine")
+
+_COMPUTED = re.compile(r"(inv_freq|position_ids|masked_bias|causal_mask|_extra_state)$")
+"""Names of buffers that older releases of transformers stored."""
+_QUANTISED = re.compile(r"scale|zero|g_idx|absmax|quant|shape|packed")
+"""Names of what a quantised layer stores beside its weight."""
 
 
 def load_model(
@@ -37,8 +45,8 @@ def load_model(
         from transformers import AutoModelForCausalLM
 
         with gguf_file.fast_reading():
-            model = _from_pretrained(AutoModelForCausalLM, config, found.folder, dtype, device_map)
-        gguf_file.complete_model(file, model, config.id)
+            model = _from_pretrained(AutoModelForCausalLM, config, found, dtype, device_map)
+            gguf_model.complete_model(file, model, config.id)
     model.eval().requires_grad_(False)
     _drop_senses(model)
     return model
@@ -49,12 +57,12 @@ def _from_folder(config: ModelConfig, found: Checkpoint, dtype: torch.dtype, dev
     classes = _classes(config, found)
     for auto in classes[:-1]:
         try:
-            return _from_pretrained(auto, config, found.folder, dtype, device_map)
+            return _from_pretrained(auto, config, found, dtype, device_map)
         except NotEnoughMemory:
             raise
         except LoadError as error:
             log.info("%s: %s", config.id, error.message)
-    return _from_pretrained(classes[-1], config, found.folder, dtype, device_map)
+    return _from_pretrained(classes[-1], config, found, dtype, device_map)
 
 
 def _classes(config: ModelConfig, found: Checkpoint) -> list[Any]:
@@ -99,18 +107,21 @@ def _settings(config: ModelConfig, folder: Path) -> Any:
         raise LoadError(f"{config.id}: transformers cannot load the config.json of {folder}: {words(error)}") from error
 
 
-def _from_pretrained(auto: Any, config: ModelConfig, folder: Path, dtype: torch.dtype, device_map: Any) -> nn.Module:
+def _from_pretrained(
+    auto: Any, config: ModelConfig, found: Checkpoint, dtype: torch.dtype, device_map: Any
+) -> nn.Module:
+    folder = found.folder
     try:
-        model, report = auto.from_pretrained(
-            **_place(folder),
-            dtype=dtype,
-            device_map=device_map,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told below, by name; transformers only says that there are some
-        )
+        with _place(config, folder) as place:
+            model, report = auto.from_pretrained(
+                **place,
+                dtype=dtype,
+                device_map=device_map,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, by name; transformers only says that there are some
+            )
     except Exception as error:  # any of a hundred architectures may object in its own way; the words are what helps
         if out_of_memory(error):
             raise NotEnoughMemory(f"{config.id}: memory ran out while the weights were read: {words(error)}") from error
@@ -127,24 +138,44 @@ def _from_pretrained(auto: Any, config: ModelConfig, folder: Path, dtype: torch.
             f"{config.id}: {tensor} has the shape {list(stored)} in the checkpoint, and {type(model).__name__} with "
             f"this configuration wants {list(wanted)} ({len(mismatched)} such tensors)."
         )
+    dropped = dropped_tensors(model, report["unexpected_keys"], found)
+    if dropped:  # transformers would go on without them
+        raise LoadError(
+            f"{config.id}: the checkpoint holds {dropped[0]}, for which {type(model).__name__} with this configuration "
+            f"has no place ({len(dropped)} such tensors): its replies would be wrong. Does config.json belong to it?"
+        )
     return model  # type: ignore[no-any-return]
 
 
-def _place(folder: Path) -> dict[str, Any]:
-    """Where transformers is to look: a folder, or a GGUF file in one."""
+def dropped_tensors(model: nn.Module, unexpected: Iterable[str], found: Checkpoint) -> list[str]:
+    """The tensors without which a model computes something else, among those that it had no place for.
+
+    From a GGUF file all of them. From a folder, the parameters of modules that are there and have others: a bias of a
+    linear layer without one. Modules that are not there may be left out for good reasons (what sees and hears, layers
+    that predict several tokens, heads of another task), as may buffers that are computed, and scales of another dtype.
+    """
+    if found.folder.is_file():
+        return sorted(set(unexpected) - {"rope_freqs.weight"})
+    modules = dict(model.named_modules())
+    dropped = []
+    for key in sorted(unexpected):
+        place, _, own = key.rpartition(".")
+        parent = modules.get(place)
+        if parent is None or next(parent.parameters(recurse=False), None) is None or _COMPUTED.search(own):
+            continue
+        if not ("quantization_config" in str(found.config) and _QUANTISED.search(own)):
+            dropped.append(key)
+    return dropped
+
+
+@contextmanager
+def _place(config: ModelConfig, folder: Path) -> Iterator[dict[str, Any]]:
+    """Where transformers is to look, as keywords: a folder, or a GGUF file with nothing beside it."""
     if folder.is_file():
-        return {"pretrained_model_name_or_path": folder.parent, "gguf_file": folder.name}
-    return {"pretrained_model_name_or_path": folder}
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; torch's allocator for the CPU raises a plain RuntimeError."""
-    told = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or "not enough memory" in told
-        or "can't allocate memory" in told
-    )
+        with gguf_file.alone(folder) as place:
+            yield place
+    else:
+        yield {"pretrained_model_name_or_path": folder, "trust_remote_code": config.trust_remote_code}
 
 
 # -- the parts that see and hear --------------------------------------------------------------------------------------
@@ -221,13 +252,8 @@ def load_tokenizer(config: ModelConfig, folder: Path, file: GGUFFile | None) -> 
     if file is None:
         _settings(config, folder)  # the tokenizer's class is chosen by it, and would be blamed for it
     try:
-        if file is None:
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=config.trust_remote_code
-            )
-        else:
-            with gguf_file.fast_reading():
-                tokenizer = AutoTokenizer.from_pretrained(**_place(folder), local_files_only=True)
+        with _place(config, folder) as place, gguf_file.fast_reading() if file else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(**place, local_files_only=True)
     except Exception as error:
         raise LoadError(f"{config.id}: cannot load the tokenizer of {folder}: {words(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
@@ -235,7 +261,7 @@ def load_tokenizer(config: ModelConfig, folder: Path, file: GGUFFile | None) -> 
             f"{config.id}: {type(tokenizer).__name__} has no tokenizer.json; only fast tokenizers are served."
         )
     if file is not None:
-        gguf_file.complete_tokenizer(file, tokenizer, config.id)
+        gguf_tokenizer.complete_tokenizer(file, tokenizer, config.id)
     else:
         _complete_templates(tokenizer, folder, config.id)
     return tokenizer

@@ -15,7 +15,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from engine import ConfigError, ModelConfig, SamplingParams, VerbatimError, parse_models, read_yaml, validate
+from engine import (
+    ConfigError,
+    ModelConfig,
+    SamplingParams,
+    VerbatimError,
+    entry_of,
+    parse_models,
+    read_yaml,
+    validate,
+)
 from server import books
 from server.settings import ServerSettings, read_settings
 
@@ -166,16 +175,7 @@ def _configuration(
     if model is not None:
         if config is not None:
             raise ConfigError("give either --config or --model, not both.")
-        path = Path(model).expanduser()
-        if path.is_dir() or path.is_file():
-            own = path.resolve().stem if path.suffix == ".gguf" else path.resolve().name
-            entry: dict[str, Any] = {"id": name or own, "path": path.resolve()}
-        elif model.count("/") == 1 and not model.startswith((".", "/", "~")) and path.suffix != ".gguf":
-            entry = {"id": name or model, "repo": model}
-        else:
-            raise ConfigError(
-                f"--model: there is no folder {model}, no such GGUF file, and it is not a hub id like Qwen/Qwen3-0.6B."
-            )
+        entry = entry_of(model, "--model", name)
         return (validate(ModelConfig, entry, "--model"),), ServerSettings()
     if name is not None:
         raise ConfigError("--name goes with --model; in a models.yaml each entry has its id.")

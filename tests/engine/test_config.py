@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine import ConfigError, ModelConfig, parse_models, read_yaml
+from engine import LLM, ConfigError, ModelConfig, entry_of, parse_models, read_yaml
 
 BAD: dict[str, tuple[Any, str]] = {
     "not a list": ({"id": "a"}, r"'models' must be a list"),
@@ -61,3 +61,15 @@ def test_a_file_that_is_no_mapping(text: str, tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         read_yaml(tmp_path / "none.yaml")
+
+
+def test_what_a_script_names_is_looked_for_as_on_the_command_line(tmp_path: Path) -> None:
+    """A typing error must not become a question to the hub; a link keeps its name (the hub's blobs have none)."""
+    with pytest.raises(ConfigError, match=r"LLM: there is no folder missing\.gguf, no such GGUF file"):
+        LLM("missing.gguf")
+    (tmp_path / "0123abcd").write_bytes(b"GGUF")
+    (tmp_path / "tiny.gguf").symlink_to("0123abcd")
+    link = tmp_path / "tiny.gguf"
+    assert entry_of(str(link), "x") == {"id": "tiny", "path": link}
+    [entry] = parse_models([{"id": "m", "path": "tiny.gguf"}], base=tmp_path, where="models.yaml")
+    assert entry.path == link

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -231,6 +233,41 @@ def _too_many_tokens(folder: Path) -> None:
     path.write_text(json.dumps(data))
 
 
+def _add_tensor(tensor: str, *shape: int) -> Callable[[Path], object]:
+    def add(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        save_file({**tensors, tensor: torch.ones(shape)}, folder / "model.safetensors", {"format": "pt"})
+
+    return add
+
+
+def _link(name: str, target: str) -> Callable[[Path], object]:
+    def link(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(target)
+
+    return link
+
+
+def _pipe(name: str) -> Callable[[Path], object]:
+    return lambda folder: ((folder / name).unlink(missing_ok=True), os.mkfifo(folder / name))
+
+
+def _index(file: str) -> Callable[[Path], object]:
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+        _edit(folder / "model.safetensors.index.json", weight_map={"model.norm.weight": file})
+
+    return write
+
+
+def _long_header(folder: Path) -> None:
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write((100_000_001).to_bytes(8, "little"))
+        file.truncate(100_000_100)
+
+
 def _header(table: object) -> Callable[[Path], object]:
     text = json.dumps(table).encode()
     return lambda folder: (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
@@ -285,6 +322,28 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: _edit(f / "config.json", quantization_config={"quant_method": "nope", "bits": "many"}),
         r"quantised \(nope\)",
     ),
+    "a bias that the model has not": (
+        _add_tensor("model.layers.1.self_attn.q_proj.bias", 64),
+        r"holds model\.layers\.1\.self_attn\.q_proj\.bias, for which Qwen3ForCausalLM with this configuration has no",
+    ),
+    "other weights in the configuration": (
+        lambda f: _edit(f / "config.json", transformers_weights="other.safetensors"),
+        r"config\.json names other weights in transformers_weights",
+    ),
+    "a part of a distributed checkpoint": (
+        lambda f: shutil.copy(f / "model.safetensors", f / "shard-00001-model-00001-of-00001.safetensors"),
+        r"a part of a distributed checkpoint",
+    ),
+    "a header without end": (_long_header, r"header has 100000001 bytes, more than 100000000 are not read"),
+    "weights in the folder above": (_index("../elsewhere.safetensors"), r"names '\.\./elsewhere\.safetensors'"),
+    "weights anywhere": (_index("/dev/zero"), r"names '/dev/zero', which is no name of a file beside it"),
+    "a template elsewhere": (_link("chat_template.jinja", "/etc/passwd"), r"is a link to /etc/passwd, outside"),
+    "a named template elsewhere": (
+        _link("additional_chat_templates/tool_use.jinja", "/etc/passwd"),
+        r"tool_use\.jinja is a link to /etc/passwd, outside",
+    ),
+    "a pipe for weights": (_pipe("model.safetensors"), r"model\.safetensors is no regular file"),
+    "a pipe for a tokenizer": (_pipe("tokenizer.json"), r"tokenizer\.json is no regular file"),
     "an index that names nothing": (
         lambda f: _edit(f / "model.safetensors.index.json", weight_map=["model.safetensors"]),
         r"names no weight files",
@@ -299,6 +358,23 @@ def test_whatever_is_damaged_is_told_in_one_sentence(damage: str, folder: Path) 
     break_it(folder)
     told = _refused(folder, message).message
     assert told.startswith("m: ")
+
+
+NOISE = "\x1b[31m\u202e" + "nope\n" * 4000
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda f: _edit(f / "config.json", model_type=NOISE),
+        lambda f: _edit(f / "config.json", quantization_config={"quant_method": NOISE}),
+        lambda f: ((f / "config.json").unlink(), _lora(f, NOISE)),
+    ],
+)
+def test_a_strangers_text_is_told_short_and_plain(write: Callable[[Path], object], folder: Path) -> None:
+    """An error goes to a terminal and into a log: it may colour neither, nor fill them."""
+    write(folder)
+    assert _refused(folder, "nope").message.isprintable()
 
 
 @pytest.mark.parametrize(

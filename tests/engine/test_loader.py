@@ -333,3 +333,17 @@ def test_fp8_weights_are_widened_on_a_cpu_and_served(folder: Path) -> None:
     name = "model.layers.0.mlp.up_proj"
     torch.testing.assert_close(model.get_submodule(name).weight, widened[f"{name}.weight"], rtol=0.01, atol=1e-4)
     assert llm.generate("Hello", max_tokens=4, seed=1)[0].usage.completion_tokens > 0
+
+
+def test_nothing_is_asked_on_standard_input(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server has nobody there, and a `y` that happens to wait would run a checkpoint's code."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
+    _edit(
+        folder / "config.json",
+        model_type="own",
+        auto_map={"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.Own"},
+        quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+    )
+    _edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "code.Own"]})
+    with pytest.raises(LoadError, match="contains custom code"):
+        load(ModelConfig(id="m", path=folder))

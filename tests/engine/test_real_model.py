@@ -1,6 +1,6 @@
 """A trained model instead of random weights: its answers make sense, and are the same whatever happens around them.
 
-Skipped, with the reason, where the package index is not reachable and `VERBATIM_SMOLLM2` names no file.
+Skipped, with the reason, where the package index is not reachable and `VERBATIM_SMOLLM2` is not set.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def test_it_is_what_its_file_says(llm: LLM) -> None:
     assert llm.info.law.holds, llm.info.law.reason
     [prompt] = [llm._model.template.render(_asked("Hi"))]
     assert prompt.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
-    assert llm._model.tokenizer.convert_ids_to_tokens(llm._model.end_ids) == ["<|im_end|>"]
+    assert llm._model.tokenizer.convert_ids_to_tokens(llm._model.end_ids) == ["<|endoftext|>", "<|im_end|>"]
     split = llm._model.tokenizer("in 1234", add_special_tokens=False)["input_ids"]
     assert llm._model.tokenizer.convert_ids_to_tokens(split) == ["in", "Ġ", "1", "2", "3", "4"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -223,6 +224,9 @@ def test_the_real_model_is_named_or_the_reason_is(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SystemExit, match=r"--model smollm2: VERBATIM_SMOLLM2: there is no file .*nowhere\.gguf"):
         real_model.model("smollm2")
     (tmp_path / "nowhere.gguf").write_bytes(b"GGUF")
+    with pytest.raises(real_model.WrongFile, match=r"nowhere\.gguf is not SmolLM2"):  # no reason to skip its tests
+        real_model.gguf()
+    monkeypatch.setattr(real_model, "_SHA256", hashlib.sha256(b"GGUF").hexdigest())
     assert real_model.gguf() == tmp_path / "nowhere.gguf"
     monkeypatch.delenv("VERBATIM_SMOLLM2")
     monkeypatch.setenv("PIP_NO_INDEX", "1")

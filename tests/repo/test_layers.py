@@ -49,6 +49,8 @@ LAYERS = (
     {
         "checkpoint",
         "gguf_file",
+        "gguf_model",
+        "gguf_tokenizer",
         "reading",
         "fingerprint",
         "quantized",
