@@ -424,14 +424,18 @@ def test_torch_kept_to_avx2_keeps_the_kernels_to_it(kernels: Kernels) -> None:
 # -- the compiler ----------------------------------------------------------------------------------------------------
 
 
+_QUICK = ("-O0",)
+"""Flags for tests of the compiler and its cache: a second instead of five."""
+
+
 def test_they_are_compiled_once(kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, told = tmp_path / "cache", list[str]()
-    Kernels.load(cache, progress=told.append)
+    Kernels.load(cache, _QUICK, progress=told.append)
     assert told == ["compiling kernels for this processor"]
     (built,) = cache.iterdir()
     assert stat.S_IMODE(cache.stat().st_mode) & 0o022 == 0
     monkeypatch.setattr(native, "_compile", None)
-    assert Kernels.load(cache, progress=told.append).target == kernels.target
+    assert Kernels.load(cache, _QUICK, progress=told.append).target == kernels.target
     assert list(cache.iterdir()) == [built]
     assert len(told) == 1
 
@@ -457,13 +461,13 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_a_library_that_does_not_load_is_told(kernels: Kernels, tmp_path: Path) -> None:
-    Kernels.load(tmp_path / "cache")
+    Kernels.load(tmp_path / "cache", _QUICK)
     (built,) = (tmp_path / "cache").iterdir()
     damaged = tmp_path / "damaged"  # under another path: the first stays mapped
     damaged.mkdir(mode=0o700)
     (damaged / built.name).write_bytes(b"not a library")
     with pytest.raises(Unavailable, match="do not load"):
-        Kernels.load(damaged)
+        Kernels.load(damaged, _QUICK)
 
 
 @pytest.mark.slow
@@ -476,7 +480,7 @@ def test_a_cache_that_cannot_be_trusted_is_not_used(kernels: Kernels, tmp_path: 
         cache.chmod(0o777)
     else:
         cache.write_text("")
-    assert Kernels.load(cache).target == kernels.target
+    assert Kernels.load(cache, _QUICK).target == kernels.target
     assert not cache.is_dir() or not list(cache.iterdir())
 
 
@@ -505,7 +509,7 @@ def test_without_a_home_they_are_compiled_for_this_process(
     monkeypatch.setattr(native.Path, "home", staticmethod(nobody))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
-    assert Kernels.load().target == kernels.target
+    assert Kernels.load(extra_flags=_QUICK).target == kernels.target
     assert list(tmp_path.iterdir()) == []
 
 
@@ -525,7 +529,7 @@ def test_clang_will_do(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_the_default_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
-        Kernels.load()
+        Kernels.load(extra_flags=_QUICK)
     except Unavailable as error:
         pytest.skip(str(error))
     assert [p.name.split("-")[0] for p in (tmp_path / "verbatim").iterdir()] == ["kernels"]

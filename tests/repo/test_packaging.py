@@ -131,7 +131,7 @@ def _run(*command: str, cwd: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module", params=["checkout", "sdist"])
+@pytest.fixture(scope="module", params=["checkout", pytest.param("sdist", marks=pytest.mark.sweep)])
 def wheel(request: pytest.FixtureRequest, tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of `pip install .`, and of a source distribution; no network."""
     out = tmp_path_factory.mktemp("wheel")
