@@ -10,29 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from odd_folders import edit as _edit
+from odd_folders import refused as _refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from engine import LLM, LoadError, ModelConfig, checkpoint, reading
+from engine import LLM, ModelConfig, checkpoint, reading
 from engine.loader import load
 
 
 @pytest.fixture
 def folder(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny("qwen3"), tmp_path / "model"))
-
-
-def _edit(path: Path, **fields: object) -> None:
-    data = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**data, **fields}))
-
-
-def _refused(path: Path, message: str) -> LoadError:
-    with pytest.raises(LoadError, match=message) as caught:
-        load(ModelConfig(id="m", path=path))
-    assert "\n" not in caught.value.message
-    assert len(caught.value.message) < 800
-    return caught.value
 
 
 KEPT = (

@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from odd_folders import edit as _edit
+from odd_folders import refused as _refused
 from safetensors.torch import load_file, save_file
 
 from engine import LLM, LoadError, ModelConfig, NotEnoughMemory, checkpoint, loader
@@ -27,19 +29,6 @@ from engine.types import ChatMessage, GenerationRequest, ToolCall
 @pytest.fixture
 def folder(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny("qwen3"), tmp_path / "model"))
-
-
-def _edit(path: Path, **fields: object) -> None:
-    data = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**data, **fields}))
-
-
-def _refused(path: Path, message: str) -> LoadError:
-    with pytest.raises(LoadError, match=message) as caught:
-        load(ModelConfig(id="m", path=path))
-    assert "\n" not in caught.value.message
-    assert len(caught.value.message) < 800
-    return caught.value
 
 
 # -- weights ---------------------------------------------------------------------------------------------------------
