@@ -32,10 +32,10 @@ class Contestant(Protocol):
 class Ours:
     """This engine: `EngineCore`, driven step by step in this thread, with the settings that a server would use."""
 
-    def __init__(self, model: Path, threads: int) -> None:
+    def __init__(self, model: Path, threads: int, device: str = "cpu") -> None:
         import engine.core  # noqa: F401  with torch and transformers
 
-        self._path, self._threads = model, threads
+        self._path, self._threads, self._device = model, threads, device
         self._numbers = itertools.count()
 
     def load(self) -> Answer:
@@ -47,7 +47,11 @@ class Ours:
         start, rss = time.perf_counter(), rss_bytes()
         trained = inspect(self._path, self._path.name).config.get("max_position_embeddings") or 4096
         config = ModelConfig(
-            id=self._path.name, path=self._path, device="cpu", threads=self._threads, context_length=min(trained, 4096)
+            id=self._path.name,
+            path=self._path,
+            device=self._device,
+            threads=self._threads,
+            context_length=min(trained, 4096),
         )
         model = load(config)
         self._core = EngineCore(model)
@@ -103,24 +107,28 @@ class Ours:
 
 
 class Transformers:
-    """Plain transformers: `from_pretrained` in float32 with eager attention, its own cache, its own `generate`."""
+    """Plain transformers: `from_pretrained`, its own cache, its own `generate`.
 
-    def __init__(self, model: Path, threads: int) -> None:
+    On a CPU in float32 with eager attention; on a GPU in the checkpoint's dtype, with the attention it picks itself.
+    """
+
+    def __init__(self, model: Path, threads: int, device: str = "cpu") -> None:
         import torch
         import transformers  # noqa: F401
 
         torch.set_num_threads(threads)
-        self._path = model
+        self._path, self._device = model, device
 
     def load(self) -> Answer:
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         start, rss = time.perf_counter(), rss_bytes()
+        how = {"dtype": torch.float32, "attn_implementation": "eager"} if self._device == "cpu" else {"dtype": "auto"}
         model: Any = AutoModelForCausalLM.from_pretrained(
-            self._path, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, local_files_only=True
+            self._path, use_safetensors=True, local_files_only=True, **how
         )
-        model.eval().requires_grad_(False)
+        model.eval().requires_grad_(False).to(self._device)
         # No end token: every run decodes exactly as many tokens as it was asked for.
         model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
         self._model = model
@@ -133,7 +141,7 @@ class Transformers:
         """The forward pass that `generate` begins with: cache kept, logits of the last row only."""
         import torch
 
-        tokens = torch.tensor([prompt])
+        tokens = torch.tensor([prompt], device=self._device)
         start = time.perf_counter()
         with torch.inference_mode():
             output = self._model(tokens, use_cache=True, logits_to_keep=1)
@@ -149,10 +157,12 @@ class Transformers:
 
         class Clock(StoppingCriteria):  # type: ignore[misc]
             def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+                if input_ids.is_cuda:
+                    torch.cuda.synchronize()
                 stamps.append(time.perf_counter())  # called once after every token
-                return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+                return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
-        tokens = torch.tensor(prompts)
+        tokens = torch.tensor(prompts, device=self._device)
         with torch.inference_mode():
             output = self._model.generate(
                 tokens,

@@ -58,6 +58,11 @@ def threads() -> Iterator[None]:
             "decode, repeating text",
         ),
         ("soak-kill", ["benchmarks/soak.py", "kill"], "settled rows"),
+        (
+            "gpu",
+            ["benchmarks/gpu.py", "--device", "cpu", "--model", "STAND-IN", "--threads", "1"],
+            "decode, 8 streams",
+        ),
         ("quality", ["benchmarks/quality.py", "--threads", "1"], "KL divergence from float32"),
         ("compare", ["benchmarks/compare.py", "--model", "STAND-IN", "--threads", "1"], "decode, 8 streams"),
     ],
