@@ -33,14 +33,15 @@ from tests.tiny_models import FAMILIES, write
 NEIGHBOURS = 6
 
 
-def law_of(folder: Path, device: str, dtype: str) -> dict[str, Any]:
-    """How one tiny model is served, and whether a reply has the same bits alone and beside others."""
+def law_of(folder: Path, device: str, dtype: str, times: int = 4, cache: str = "64MiB") -> dict[str, Any]:
+    """How one model is served, and whether a reply to a prompt (repeated `times`) has the same bits beside others."""
+    prompt = "The bits of a reply depend on the seed. " * times
     try:
-        llm = LLM(folder, device=device, dtype=dtype, context_length=1024, cache_size="64MiB")
-        alone = _bits(llm, "The bits of a reply depend on the seed. " * 4)
+        llm = LLM(folder, device=device, dtype=dtype, context_length=1024, cache_size=cache, prefix_cache=False)
+        alone = _bits(llm, prompt)
         for i in range(NEIGHBOURS):
             _bits(llm, f"neighbour {i} " * (1 + 9 * i), wait=False)
-        crowded = _bits(llm, "The bits of a reply depend on the seed. " * 4)
+        crowded = _bits(llm, prompt)
     except VerbatimError as error:
         return {"error": error.message[:300]}
     except Exception as error:  # a fault of this path on this card is what is looked for
@@ -89,6 +90,10 @@ def laws(report: Report, device: str, quick: bool) -> None:
 
 def speeds(report: Report, arguments: argparse.Namespace) -> None:
     """Prompt and decode speed of the checkpoint, both sides."""
+    found = law_of(arguments.model, arguments.device, "auto", times=4 if arguments.quick else 60, cache="2GiB")
+    _OPEN.clear()
+    report.add("law: the checkpoint", "", {"verbatim": summary([float(found.get("same bits in a crowd", False))])})
+    report.settings["law"] = found
     vocab = int(inspect(arguments.model, "model").config["vocab_size"])
     sides: dict[str, Contestant] = {
         "transformers": Transformers(arguments.model, arguments.threads, arguments.device),
