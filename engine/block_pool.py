@@ -4,7 +4,9 @@
             ├── cached  count 0, content known: the next request with the same tokens takes it back; oldest goes first
             └── blank   count 0, content meaningless
 
-A cached content is addressed by (uid of the content before it, its token ids). Uids are never used twice and the
+A cached content is addressed by (what it follows, its token ids): the uid of the content before it, or for a first
+block the share of the cache that it belongs to. So a request finds what its own share holds and nothing else: how much
+was found, and how soon a reply began, tell one key nothing of another key's prompts. Uids are never used twice and the
 tokens are compared as they are, so no hash collision can hand out somebody else's keys. A content may be shorter than
 a block (the tail that a finished sequence leaves behind): a tail is never shared, only copied.
 
@@ -18,8 +20,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-ROOT = 0
-"""The uid of the empty content that every first block follows."""
+Share = tuple[str, ...]
+"""Whose prompts may find each other in the cache; what a first block follows. Any value is one of its own."""
+SHARED: Share = ()
+"""The share of requests that belong to nobody in particular."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,7 @@ class Match:
 @dataclass(frozen=True, slots=True)
 class _Content:
     uid: int
-    parent: int
+    parent: int | Share
     tokens: tuple[int, ...]
 
 
@@ -60,9 +64,9 @@ class BlockPool:
         self._blank: dict[int, None] = dict.fromkeys(range(num_blocks))
         self._cached: dict[int, None] = {}  # oldest first
         self._contents: dict[int, _Content] = {}
-        self._index: dict[tuple[int, tuple[int, ...]], int] = {}
-        self._children: dict[int, dict[int, None]] = {}  # parent uid -> blocks
-        self._last_uid = ROOT
+        self._index: dict[tuple[int | Share, tuple[int, ...]], int] = {}
+        self._children: dict[int | Share, dict[int, None]] = {}  # parent -> blocks
+        self._last_uid = 0
         self._open = bytearray(b"\1" * num_blocks)  # 1: blank and kept for nobody; searched with bytes.find
         self._kept: dict[Hashable, range] = {}
 
@@ -133,8 +137,10 @@ class BlockPool:
 
     # -- contents -----------------------------------------------------------------------------------------------
 
-    def register(self, block: int, parent: int, tokens: tuple[int, ...]) -> int:
+    def register(self, block: int, parent: int | Share, tokens: tuple[int, ...]) -> int:
         """Say what a block holds; from now on `match` finds it. Returns the uid of that content.
+
+        `parent`: the uid of the content before it; of a first block, its share of the cache.
 
         If another block holds the same already, that one stays the one that is found, and its uid is returned.
         """
@@ -151,9 +157,10 @@ class BlockPool:
         self._children.setdefault(parent, {})[block] = None
         return self._last_uid
 
-    def match(self, tokens: Sequence[int], limit: int) -> Match:
-        """The longest cached prefix of `tokens`, of at most `limit` tokens. Takes nothing."""
-        size, parent = self.block_size, ROOT
+    def match(self, tokens: Sequence[int], limit: int, share: Share = SHARED) -> Match:
+        """The longest prefix of `tokens` that a share of the cache holds, of at most `limit` tokens. Takes nothing."""
+        size = self.block_size
+        parent: int | Share = share
         blocks: list[int] = []
         uids: list[int] = []
         limit = min(limit, len(tokens))

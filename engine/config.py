@@ -68,6 +68,9 @@ class ModelConfig(BaseModel):
     """The server's own cap on generated tokens."""
     prefix_cache: bool = True
     """Keep the keys and values of finished requests, as long as there is room, for prompts that begin alike."""
+    share_prefix_cache: bool = False
+    """Let the prompts of one key find those of another in that cache. What was found, and how soon a reply begins, then
+    tell a key how another key's prompts began. Default: each key finds its own."""
     speculation: Literal["off", "ngram"] = "off"
     """`ngram`: guess what came after the same tokens before. Replies are the same, sooner where text repeats itself.
     Left out where the self-test finds that bits depend on the rows of a step."""

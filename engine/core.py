@@ -163,7 +163,15 @@ class EngineCore:
         stops = StopStrings(params.stop)
         choices = [
             _Choice(
-                Sequence(request.request_id, i, request.prompt_token_ids, params, params.seed, group=request.group),
+                Sequence(
+                    request.request_id,
+                    i,
+                    request.prompt_token_ids,
+                    params,
+                    params.seed,
+                    group=request.group,
+                    share=request.cache_share,
+                ),
                 self._text(stops, request),
                 self._grammars.start(request.grammar) if request.grammar else None,
             )

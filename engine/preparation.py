@@ -87,6 +87,7 @@ class Preparer:
             opening=self._opening(text),
             ignored=ignored,
             group=request.group,
+            cache_share=("" if self._config.share_prefix_cache else request.group, request.cache_salt),
             tools=request.tools,
             parallel_tool_calls=request.parallel_tool_calls,
         )

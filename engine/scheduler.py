@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from engine.block_pool import ROOT, BlockPool
+from engine.block_pool import BlockPool
 from engine.sequence import Sequence, SequenceState
 
 
@@ -220,7 +220,7 @@ class Scheduler:
         At least the last token is computed anew: its logits are needed.
         """
         tokens = sequence.tokens(0, len(sequence))
-        match = self.pool.match(tokens, len(tokens) - 1)
+        match = self.pool.match(tokens, len(tokens) - 1, sequence.share)
         needed = self.pool.blocks_for(len(sequence)) - len(match.blocks)
         revived = sum(self.pool.references(b) == 0 for b in match.blocks)
         if needed + revived > self.pool.num_free:
@@ -299,7 +299,7 @@ class Scheduler:
             and not self.whole_prompts
             and full == len(sequence.block_uids) < len(sequence.block_table)
         ):
-            parent = sequence.block_uids[-1] if sequence.block_uids else ROOT
+            parent = sequence.block_uids[-1] if sequence.block_uids else sequence.share
             tokens = sequence.tokens(sequence.num_computed - tail, sequence.num_computed)
             self.pool.register(sequence.block_table[full], parent, tuple(tokens))
         self.pool.release(sequence.block_table, sequence)
@@ -313,7 +313,8 @@ class Scheduler:
         size, uids = self.pool.block_size, sequence.block_uids
         for number in range(len(uids), sequence.num_computed // size):
             tokens = tuple(sequence.tokens(number * size, (number + 1) * size))
-            uids.append(self.pool.register(sequence.block_table[number], uids[-1] if uids else ROOT, tokens))
+            parent = uids[-1] if uids else sequence.share
+            uids.append(self.pool.register(sequence.block_table[number], parent, tokens))
 
     def check(self, others: Iterable[Sequence] = ()) -> None:
         """Assert every invariant, the pool's included; called after each step of the random walks."""

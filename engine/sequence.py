@@ -33,6 +33,7 @@ class Sequence:
         num_cached: prompt tokens found in the prefix cache at admission.
         siblings: on choice 0 only, the choices that wait for its prompt to be computed.
         group: whose request it is; the scheduler lets groups take turns.
+        share: the share of the prefix cache that it reads and fills.
         turn: its place in that order, given by the scheduler.
         draft: tokens that are guessed to come next; not part of the sequence.
     """
@@ -51,6 +52,7 @@ class Sequence:
     num_cached: int = 0
     siblings: list[Sequence] = field(default_factory=list)
     group: str = ""
+    share: tuple[str, ...] = ()
     turn: int = 0
     draft: tuple[int, ...] = ()
     _length: int = field(init=False)

@@ -248,7 +248,10 @@ class GenerationRequest:
     tool_choice: str = "auto"
     """`auto`, `required`, or after a colon the name of the one that must be called: `:get_weather`."""
     group: str = ""
-    """Whose request it is. Where requests wait, groups take turns; a reply does not depend on it."""
+    """Whose request it is. Where requests wait, groups take turns; each has a prefix cache of its own, unless the
+    entry shares one. A reply does not depend on it."""
+    cache_salt: str = ""
+    """A share of the prefix cache of its own, within the group's: only requests with the same salt find each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,6 +281,8 @@ class PreparedRequest:
     ignored: tuple[str, ...] = ()
     """Fields that have no effect on this model."""
     group: str = ""
+    cache_share: tuple[str, ...] = ()
+    """Whose prompts may be found in the prefix cache, and may find this one there."""
     tools: tuple[Mapping[str, Any], ...] = ()
     parallel_tool_calls: bool = True
 

@@ -156,6 +156,12 @@ _FIELDS: Final[dict[str, dict[str, Any]]] = {
         "description": "Extension. The answer is one of these.",
     },
     "guided_grammar": {"type": "string", "minLength": 1, "description": "Extension. Lark, in llguidance's dialect."},
+    "cache_salt": {
+        "type": "string",
+        "minLength": 1,
+        "maxLength": 256,
+        "description": "Extension. Only requests with the same salt find each other's prompts in the prefix cache.",
+    },
     "user": {"type": "string", "description": "For the client's own books; without effect."},
     "metadata": {
         "type": "object",

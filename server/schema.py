@@ -55,7 +55,7 @@ HANDLED: Final = frozenset(
     {
         "model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options", "chat_template_kwargs",
         "user", "metadata", "response_format", "reasoning_effort", "guided_json", "guided_regex", "guided_choice",
-        "guided_grammar", "tools", "tool_choice", "parallel_tool_calls",
+        "guided_grammar", "tools", "tool_choice", "parallel_tool_calls", "cache_salt",
     }
 )  # fmt: skip
 
@@ -102,6 +102,7 @@ MAX_CALL_ID: Final = 256
 FORMAT_FIELDS: Final = ("name", "description", "schema", "strict")
 FORMAT_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_CHOICES: Final = 1024
+MAX_SALT: Final = 256
 PART_FIELDS: Final = frozenset({"type", "text"})
 STREAM_OPTIONS: Final = ("include_usage", "continuous_usage_stats", "include_obfuscation")
 
@@ -145,10 +146,20 @@ def parse(raw: bytes, request_id: str) -> ChatRequest:
         tools=tools,
         parallel_tool_calls=_optional(data, "parallel_tool_calls", FLAG) is not False,
         tool_choice=choice,
+        cache_salt=_cache_salt(data),
     )
     include_usage = _stream_options(data, stream, ignored)
     _annotations(data)
     return ChatRequest(model, generation, stream, include_usage, tuple(ignored))
+
+
+def _cache_salt(data: Mapping[str, Any]) -> str:
+    salt = _optional(data, "cache_salt", STRING)
+    if salt is not None and not 1 <= len(salt) <= MAX_SALT:
+        raise InvalidParameter(
+            f"cache_salt must have between 1 and {MAX_SALT} characters, not {len(salt)}.", param="cache_salt"
+        )
+    return salt or ""
 
 
 def _load(raw: bytes) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import pickle
 import threading
 import time
@@ -61,6 +62,43 @@ async def until(condition: Callable[[], bool]) -> None:
             return
         await asyncio.sleep(0.005)
     raise AssertionError("it did not happen")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_prefix_cache_tells_no_group_of_anothers_prompts(tiny: Callable[[str], Path], shared: bool) -> None:
+    """Whose request it is and its salt decide what is found; the reply has the same bits in every case."""
+    entry = ModelConfig(
+        id="tiny", path=tiny("qwen3"), cache_size="32MiB", context_length=512, share_prefix_cache=shared
+    )
+    engine = AsyncEngine(load(entry))
+    number = itertools.count()
+
+    async def ask(group: str, salt: str) -> tuple[int, Any]:
+        wanted = replace(
+            request(f"r{next(number)}", seed=5, max_tokens=6, logprobs=True),
+            messages=(ChatMessage("user", "what nobody else is to know " * 6),),
+            group=group,
+            cache_salt=salt,
+        )
+        outputs = await collect(engine, wanted)
+        usage = outputs[-1].usage
+        assert usage is not None
+        return usage.cached_tokens, [delta for output in outputs for delta in output.deltas]
+
+    async def main() -> None:
+        asked = [("ada", ""), ("bob", ""), ("ada", ""), ("ada", "s"), ("bob", ""), ("ada", "s"), ("", ""), ("bob", "s")]
+        found = [await ask(group, salt) for group, salt in asked]
+        seen: set[tuple[str, str]] = set()
+        for (group, salt), (cached, deltas) in zip(asked, found, strict=True):
+            share = ("" if shared else group, salt)
+            assert (cached > 0) == (share in seen), f"{group!r} with salt {salt!r} found {cached} tokens"
+            seen.add(share)
+            assert deltas == found[0][1], "the reply depends on what was found"
+
+    try:
+        run(main())
+    finally:
+        engine.close()
 
 
 def test_many_at_once_get_what_each_gets_alone(engine: AsyncEngine) -> None:

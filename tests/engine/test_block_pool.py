@@ -7,12 +7,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.block_pool import ROOT, BlockPool
+from engine.block_pool import SHARED, BlockPool, Share
 
 
-def _fill(pool: BlockPool, owner: str, *contents: tuple[int, ...]) -> list[int]:
+def _fill(pool: BlockPool, owner: str, *contents: tuple[int, ...], share: Share = SHARED) -> list[int]:
     table = pool.allocate(len(contents), owner)
-    parent = ROOT
+    parent: int | Share = share
     for block, tokens in zip(table, contents, strict=True):
         parent = pool.register(block, parent, tokens)
     return table
@@ -41,6 +41,16 @@ def test_the_same_tokens_after_another_prefix_are_another_content() -> None:
     pool.release(_fill(pool, "a", (1, 1), (7, 7)), "a")
     pool.release(_fill(pool, "b", (2, 2), (8, 8)), "b")
     assert len(pool.match([2, 2, 7, 7, 0], limit=4).blocks) == 1
+
+
+def test_each_share_finds_its_own_and_nothing_of_another() -> None:
+    pool = BlockPool(8, 2)
+    pool.release(_fill(pool, "a", (1, 2), (3,), share=("a",)), "a")
+    for other in (SHARED, ("b",), ("a", "")):
+        match = pool.match([1, 2, 3, 4], 3, other)
+        assert (match.blocks, match.tail_block, match.tail_tokens) == ((), None, 0)
+    assert len(pool.match([1, 2, 3, 4], 3, ("a",)).blocks) == 1
+    assert pool.match([1, 2, 3, 4], 3, ("a",)).tail_tokens == 1
 
 
 def test_blank_blocks_go_first_then_the_least_recently_used_and_of_one_prefix_the_deepest() -> None:
@@ -100,11 +110,15 @@ class PoolMachine(RuleBasedStateMachine):
         self.texts: dict[int, list[int]] = {}
         self.uids: dict[int, list[int]] = {}
         self.truth: dict[int, tuple[int, ...]] = {}  # cached block -> all tokens up to its end
+        self.owners: dict[int, Share] = {}  # cached block -> whose it is
+        self.shares: dict[int, Share] = {}
         self.names = 0
 
-    @rule(text=st.lists(st.integers(0, 1), min_size=1, max_size=12))
-    def admit(self, text: list[int]) -> None:
-        match = self.pool.match(text, len(text) - 1)
+    @rule(text=st.lists(st.integers(0, 1), min_size=1, max_size=12), share=st.sampled_from([SHARED, ("a",), ("b",)]))
+    def admit(self, text: list[int], share: Share) -> None:
+        match = self.pool.match(text, len(text) - 1, share)
+        assert all(self.owners[block] == share for block in match.blocks), "a hit in another share"
+        assert match.tail_block is None or self.owners[match.tail_block] == share
         found = [t for block in match.blocks for t in self.truth[block][-self.pool.block_size :]]
         assert found == text[: len(found)], "a hit returned other tokens"
         if match.tail_block is not None:
@@ -123,9 +137,11 @@ class PoolMachine(RuleBasedStateMachine):
         table = list(match.blocks)
         table += self.pool.allocate(needed, name, after=table[-1] if table else None, expected=needed + 2)
         uids = list(match.uids)
+        self.shares[name] = share
         for number in range(len(uids), len(text) // self.pool.block_size):
             tokens = tuple(text[number * self.pool.block_size : (number + 1) * self.pool.block_size])
-            uids.append(self.pool.register(table[number], uids[-1] if uids else ROOT, tokens))
+            uids.append(self.pool.register(table[number], uids[-1] if uids else share, tokens))
+            self.owners[table[number]] = share
             self.truth[table[number]] = tuple(text[: (number + 1) * self.pool.block_size])
         self.tables[name], self.texts[name], self.uids[name] = table, text, uids
 
@@ -136,7 +152,8 @@ class PoolMachine(RuleBasedStateMachine):
         table, text, uids = self.tables.pop(name), self.texts.pop(name), self.uids.pop(name)
         tail = len(text) % self.pool.block_size
         if keep and tail and self.pool.references(table[-1]) == 1:
-            self.pool.register(table[-1], uids[-1] if uids else ROOT, tuple(text[-tail:]))
+            self.pool.register(table[-1], uids[-1] if uids else self.shares[name], tuple(text[-tail:]))
+            self.owners[table[-1]] = self.shares[name]
             self.truth[table[-1]] = tuple(text)
         self.pool.release(table, name)
 
@@ -146,7 +163,7 @@ class PoolMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.tables)))
         child, self.names = self.names, self.names + 1
         self.tables[child] = self.pool.fork(self.tables[name])
-        self.texts[child], self.uids[child] = self.texts[name], self.uids[name]
+        self.texts[child], self.uids[child], self.shares[child] = self.texts[name], self.uids[name], self.shares[name]
 
     @rule()
     def clear(self) -> None:

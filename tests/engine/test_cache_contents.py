@@ -14,13 +14,16 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.block_pool import ROOT, BlockPool
+from engine.block_pool import BlockPool, Share
 from engine.scheduler import Chunk, Schedule, Scheduler
 from engine.sequence import Sequence, SequenceState
 from engine.types import SamplingParams
 
 Prefix = tuple[int, ...]
 """The tokens up to a position, its own included: what a key there depends on."""
+Key = tuple[Share, Prefix]
+"""Whose it is and what it depends on: no share of the cache may read another's."""
+SHARES: dict[str, Share] = {"a": ("a", ""), "b": ("b", ""), "c": ("a", "salt")}
 
 
 class Shadow:
@@ -28,8 +31,8 @@ class Shadow:
 
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
-        self.slots: list[Prefix | None] = [None] * (pool.num_blocks * pool.block_size)
-        self.named: dict[int, Prefix] = {ROOT: ()}  # uid → all tokens up to the content's end
+        self.slots: list[Key | None] = [None] * (pool.num_blocks * pool.block_size)
+        self.named: dict[int, Key] = {}  # uid → its share, all tokens up to the content's end
         self.copies = self.hits = 0
 
     def execute(self, schedule: Schedule, chunks: list[Chunk], copies: int, damaged: Chunk | None = None) -> None:
@@ -42,7 +45,7 @@ class Shadow:
             tokens = self._tokens(chunk)
             for position in range(chunk.start, chunk.start + chunk.count):
                 slot = self._slot(chunk.sequence, position)
-                self.slots[slot] = None if chunk is damaged else tokens[: position + 1]
+                self.slots[slot] = None if chunk is damaged else (chunk.sequence.share, tokens[: position + 1])
         if copies == len(schedule.copies) and damaged is None:
             for chunk in chunks:
                 self.check(chunk.sequence, self._tokens(chunk))
@@ -51,7 +54,7 @@ class Shadow:
         """Assert that a sequence's table leads to the keys of `tokens`."""
         for position in range(len(tokens)):
             found = self.slots[self._slot(sequence, position)]
-            assert found == tokens[: position + 1], (
+            assert found == (sequence.share, tokens[: position + 1]), (
                 f"{sequence.request_id}/{sequence.choice_index} reads the key of {found} "
                 f"at position {position} of {tokens}"
             )
@@ -60,12 +63,16 @@ class Shadow:
         """Assert that what can be found in the prefix cache is what it is found as."""
         size = self.pool.block_size
         for block, content in sorted(self.pool._contents.items(), key=lambda item: item[1].uid):
-            prefix = self.named[content.parent] + content.tokens
-            assert self.named.setdefault(content.uid, prefix) == prefix, "one name for two contents"
+            parent = content.parent
+            share, before = (parent, ()) if isinstance(parent, tuple) else self.named[parent]
+            prefix = before + content.tokens
+            assert self.named.setdefault(content.uid, (share, prefix)) == (share, prefix), "one name for two contents"
             for offset in range(len(content.tokens)):
                 found = self.slots[block * size + offset]
                 end = len(prefix) - len(content.tokens) + offset + 1
-                assert found == prefix[:end], f"block {block} is named after {prefix}, slot {offset} holds {found}"
+                assert found == (share, prefix[:end]), (
+                    f"block {block} is named after {prefix}, slot {offset} holds {found}"
+                )
 
     def _slot(self, sequence: Sequence, position: int) -> int:
         size = self.pool.block_size
@@ -100,8 +107,9 @@ class Walk:
         prompt = prompt[: capacity - 1]
         params = SamplingParams(max_tokens=self.draw.randrange(1, min(capacity - len(prompt), 12) + 1), n=1)
         name = f"r{number}"
+        group = self.draw.choice("abc")
         self.requests[name] = [
-            Sequence(name, i, tuple(prompt), params, seed=0, group=self.draw.choice("ab"))
+            Sequence(name, i, tuple(prompt), params, seed=0, group=group, share=SHARES[group])
             for i in range(self.draw.choice((1, 1, 2, 3)))
         ]
         self.past.append(tuple(prompt))
