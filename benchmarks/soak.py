@@ -1,9 +1,10 @@
-"""What a shared server must survive: being killed, and two minutes of clients of all kinds. Fails if a sum is wrong.
+"""What a shared server must survive: being killed, a crowd of all kinds of clients, attacks. Fails if a sum is wrong.
 
     python benchmarks/soak.py kill [--rounds 20]                    SIGKILL amid 64 requests, restart, the books add up
     python benchmarks/soak.py load [--clients 200] [--seconds 120]  good, bad, slow and vanishing clients at once
+    python benchmarks/soak.py hostile [--rounds 2]                  every attack of attacks.py beside honest clients
 
-Both start servers of their own on the tiny stand-in, with keys, in a folder that is removed afterwards.
+All start servers of their own on the tiny stand-in, with keys, in a folder that is removed afterwards.
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ import contextlib
 import json
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,104 +30,12 @@ if __package__ in (None, ""):  # run as a script: this very file would hide the 
 import httpx
 
 from benchmarks import machine
-from benchmarks.common import RESULTS, ROOT, child_environment, rss_bytes, summary
+from benchmarks.common import RESULTS, rss_bytes, summary
+from benchmarks.hostile import hostile
+from benchmarks.place import HELLO, KEYS, Place, Wrong, check_books, place, settled_books
 from benchmarks.report import Report
-from engine import ensure_standin
-from server.ledger import Ledger
 
-CREDIT = 10**9
-KEYS = 4
-_READY_SECONDS = 120.0
 _CONCURRENT = 64
-HELLO = [{"role": "user", "content": "Hello there."}]
-
-
-class Wrong(Exception):
-    """Something does not add up."""
-
-
-@dataclass(slots=True)
-class Place:
-    """A folder with a models.yaml and keys."""
-
-    folder: Path
-    keys: list[str] = field(default_factory=list)
-
-    @property
-    def database(self) -> Path:
-        return self.folder / "verbatim.db"
-
-    @contextlib.contextmanager
-    def books(self) -> Iterator[Ledger]:
-        ledger = Ledger(f"sqlite:///{self.database}", time.time)
-        try:
-            yield ledger
-        finally:
-            ledger.close()
-
-    @contextlib.contextmanager
-    def serve(self) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-        """A server that is ready, and its address."""
-        log = self.folder / "log"
-        with log.open("ab") as output:
-            begin = log.stat().st_size
-            process = subprocess.Popen(
-                [sys.executable, "-c", "from server.cli import main; main()", "serve", "--port", "0"],
-                cwd=self.folder,
-                env=child_environment(PYTHONPATH=str(ROOT)),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
-            try:
-                yield process, _ready(process, log, begin)
-            finally:
-                process.terminate()
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait(10)
-
-
-@contextlib.contextmanager
-def place(**server: Any) -> Iterator[Place]:
-    """A fresh one, with keys that have credit."""
-    with tempfile.TemporaryDirectory() as scratch:
-        made = Place(Path(scratch))
-        entry = {"id": "tiny", "path": str(ensure_standin()), "context_length": 512, "max_queue": 300, "threads": 1}
-        (made.folder / "models.yaml").write_text(json.dumps({"models": [entry], "server": server}))
-        with made.books() as ledger:
-            made.keys = [ledger.create_key(f"k{i}", balance=CREDIT).secret for i in range(KEYS)]
-        yield made
-
-
-def _ready(process: subprocess.Popen[bytes], log: Path, begin: int) -> str:
-    deadline = time.monotonic() + _READY_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        said = log.read_bytes()[begin:].decode()
-        if "http://127.0.0.1:" in said:
-            url = "http://127.0.0.1:" + said.split("http://127.0.0.1:")[1].split("/")[0]
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/health/ready", timeout=2).status_code == 200:
-                    return url
-        time.sleep(0.05)
-    raise Wrong(f"the server did not start: {log.read_text()[-2000:]}")
-
-
-def check_books(found: Place) -> dict[str, int]:
-    """Every balance is its credits minus its settled rows, and nothing is held. Costs by request."""
-    with found.books() as ledger:
-        problems = ledger.check()
-        problems += [f"{key.name} still holds {key.held}" for key in ledger.all_keys() if key.held]
-        spent = sum(CREDIT - (key.balance or 0) for key in ledger.all_keys())
-    with contextlib.closing(sqlite3.connect(found.database)) as database:
-        rows = dict(database.execute("SELECT request_id, cost FROM requests").fetchall())
-    if spent != sum(rows.values()):
-        problems.append(f"{spent} were spent, and the rows say {sum(rows.values())}")
-    if problems:
-        raise Wrong("; ".join(problems))
-    return rows
 
 
 # -- killed ------------------------------------------------------------------------------------------------------------
@@ -201,15 +108,7 @@ def load(report: Report, clients: int, seconds: float) -> None:
         before = rss_bytes(process.pid)
         crowd = Crowd()
         asyncio.run(_crowd(url, found, crowd, clients, seconds))
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                rows = check_books(found)
-                break
-            except Wrong:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.5)
+        rows = settled_books(found)
         after = rss_bytes(process.pid)
     faults = {
         name: count for name, count in crowd.statuses.items() if name.startswith("5") and not name.startswith("503")
@@ -321,13 +220,15 @@ _WEIGHTS = (4, 3, 2, 2, 1)
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kill", "load"))
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("what", choices=("kill", "load", "hostile"))
+    parser.add_argument("--rounds", type=int, help="default: 20 of killing, 2 of attacks")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--quick", action="store_true", help="toy settings; writes nothing unless --out is given")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
+    if arguments.rounds is None:
+        arguments.rounds = 2 if arguments.what == "hostile" else 20
     if arguments.quick:
         arguments.rounds, arguments.clients, arguments.seconds = 1, 20, 3.0
     settings = {name: getattr(arguments, name) for name in ("rounds", "clients", "seconds")}
@@ -342,6 +243,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     if arguments.what == "kill":
         kill(report, arguments.rounds)
+    elif arguments.what == "hostile":
+        hostile(report, arguments.rounds, arguments.quick)
     else:
         load(report, arguments.clients, arguments.seconds)
     report.show()
