@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine, RequestStream
+    from engine.checkpoint import address_space
     from engine.config import ModelConfig, entry_of, parse_models, read_yaml, validate
     from engine.errors import (
         ConfigError,
@@ -96,6 +97,7 @@ __all__ = [
     "Unsupported",
     "Usage",
     "VerbatimError",
+    "address_space",
     "clean_logprob",
     "ensure_standin",
     "entry_of",
@@ -106,6 +108,7 @@ __all__ = [
 
 _HOME = {
     "engine.async_engine": ("AsyncEngine", "RequestStream"),
+    "engine.checkpoint": ("address_space",),
     "engine.config": ("ModelConfig", "entry_of", "parse_models", "read_yaml", "validate"),
     "engine.errors": (
         "ConfigError",

@@ -29,6 +29,9 @@ from engine.types import EngineStats, GenerationRequest, ModelInfo, PreparedRequ
 
 log = logging.getLogger("verbatim.engine")
 
+LAST_STEP = 5.0
+"""Seconds that a step may take on when the engine is told to stop."""
+
 Command = Callable[[EngineCore], None]
 
 
@@ -113,6 +116,7 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._cause: BaseException | None = None
         self._closed = False
+        self._close_lock = threading.Lock()
         self._stats = self._core.stats()
         self._busy_since: float | None = None  # monotonic seconds at which the step under way began
         self._turns = Turns()
@@ -166,13 +170,23 @@ class AsyncEngine:
         stalled = since is not None and time.monotonic() - since > self._stall_timeout
         return replace(self._stats, alive=self._cause is None and not self._closed, stalled=stalled)
 
-    def close(self) -> None:
-        """Stop after the step under way; unfinished requests end with EngineDead. Safe to call twice."""
-        if not self._closed:
-            self._closed = True
-            self._commands.put(None)
-            self._thread.join()
-            self._worker.shutdown(cancel_futures=True)
+    def close(self) -> bool:
+        """Stop after the step under way; unfinished requests end with EngineDead. Safe to call twice.
+
+        A step that does not end (a kernel that hangs, a driver) is not waited for longer than `LAST_STEP` seconds: then
+        this is False, and the thread is left behind.
+        """
+        with self._close_lock:
+            if not self._closed:
+                self._closed = True
+                self._commands.put(None)
+                self._thread.join(LAST_STEP)
+                self._worker.shutdown(wait=not self._thread.is_alive(), cancel_futures=True)
+                if self._thread.is_alive():
+                    log.error("the engine of %s is left behind: its step does not end", self.info.id)
+                    self._cause = RuntimeError("its step does not end")
+                    self._post(self._fail_all, self._cause)
+            return not self._thread.is_alive()
 
     # -- on the engine thread -----------------------------------------------------------------------------------
 

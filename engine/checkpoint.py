@@ -259,8 +259,11 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def free_memory() -> int:
-    """Bytes this process may still take: what the system has available, or less in a container with a limit."""
+    """Bytes this process may still take: what the system has available, or less in a container or under `ulimit -v`."""
     free = int(psutil.virtual_memory().available)
+    space = address_space()
+    if space is not None:
+        free = min(free, max(space - int(psutil.Process().memory_info().vms), 0))
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     try:
         allowed = limit.read_text().strip()
@@ -269,6 +272,16 @@ def free_memory() -> int:
     except (OSError, ValueError):
         pass
     return free
+
+
+def address_space() -> int | None:
+    """Bytes of addresses that this process may use (`ulimit -v`); None where there is no limit."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def words(error: BaseException, most: int = 400) -> str:

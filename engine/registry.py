@@ -78,13 +78,13 @@ class Registry:
         """Return when every entry has been loaded or has failed."""
         self._thread.join()
 
-    def close(self) -> None:
-        """Stop loading and close every engine. Safe to call twice."""
+    def close(self) -> bool:
+        """Stop loading and close every engine. Safe to call twice. False if one did not end and was left behind."""
         with self._lock:
             self._closing = True
             engines = list(self._engines.values())
-        for engine in engines:
-            engine.close()
+        ended = [engine.close() for engine in engines]
+        return all(ended)
 
     def _status(self, model_id: str) -> ModelStatus:
         engine = self._engines.get(model_id)

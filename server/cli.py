@@ -20,6 +20,7 @@ from engine import (
     ModelConfig,
     SamplingParams,
     VerbatimError,
+    address_space,
     entry_of,
     parse_models,
     read_yaml,
@@ -46,6 +47,8 @@ out = Console()
 err = Console(stderr=True)
 
 DEFAULT_CONFIG = Path("models.yaml")
+LEAST_ADDRESS_SPACE = 1536 * 2**20
+"""Bytes. Measured with two cores: 1,200 MiB are enough for the demo model, with 1,024 threads cannot be started."""
 DEMO = ModelConfig(id="demo", builtin="demo", max_completion_tokens=512)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A models.yaml. Default: ./models.yaml.")]
@@ -61,6 +64,9 @@ def main() -> None:
         app()
     except VerbatimError as error:
         err.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except MemoryError:
+        err.print("[bold red]error:[/] there is not enough memory for this.", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -80,7 +86,7 @@ def serve(
     given = {key: value for key, value in flags if value is not None}
     settings = settings.model_copy(update=given)
     ledger = books.in_use(settings, config)  # before anything heavy: what is wrong with it is told at once
-    _offline(pull)
+    _before_anything_heavy(pull)
     from server.run import run
 
     run(entries, settings, ledger=ledger, pull=pull, console=err)
@@ -90,7 +96,7 @@ def serve(
 def check(config: ConfigOption = None, model: ModelOption = None, pull: PullOption = False) -> None:
     """Load every model, run the self-test on this machine and print what it found."""
     entries, _ = _configuration(config, model, None)
-    _offline(pull)
+    _before_anything_heavy(pull)
     failed = 0
     for entry in entries:
         with err.status(escape(f"{entry.id}: loading")) as status:
@@ -149,7 +155,7 @@ def generate(
     sampling = {key: value for key, value in given.items() if value is not None}
     SamplingParams.merged(sampling)  # a value out of range is told before a model is loaded, not after
     entries, _ = _configuration(config, model, None)
-    _offline(pull)
+    _before_anything_heavy(pull)
     with err.status(escape(f"{entries[0].id}: loading")) as status:
         llm = _open(entries[0], pull, lambda text: status.update(escape(f"{entries[0].id}: {text}")))
     from engine import ChatMessage
@@ -195,8 +201,18 @@ def _configuration(
     return parse_models(data.get("models"), base=file.resolve().parent, where=str(file)), settings
 
 
-def _offline(pull: bool) -> None:
-    """Before anything heavy is imported: the hub library reads this once."""
+def _before_anything_heavy(pull: bool) -> None:
+    """What has to be known before torch is imported: room for it, and whether the hub may be asked.
+
+    Raises:
+        ConfigError: the process may not address as much as the libraries take; they would end it with a signal.
+    """
+    limit = address_space()
+    if limit is not None and limit < LEAST_ADDRESS_SPACE:
+        raise ConfigError(
+            f"this process may address {limit >> 20} MiB (ulimit -v); torch and its threads alone take up to "
+            f"{LEAST_ADDRESS_SPACE >> 20} MiB. Raise the limit, or lift it with: ulimit -v unlimited."
+        )
     if not pull:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # The loader says what it does; a second bar in between would tear the display.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -26,7 +27,7 @@ from server.protocol import patient_protocol
 from server.settings import LOOPBACK, ServerSettings
 
 _OLDEST_HOLD = 6 * 3600.0  # seconds; a hold of a machine that nobody can ask is released then
-_LAST = 5.0  # seconds for events of an ordered end to reach their clients
+_LAST = 8.0  # seconds for a last step to end, and for events of an ordered end to reach their clients
 
 
 class Server(uvicorn.Server):
@@ -85,11 +86,14 @@ def run(
     except KeyboardInterrupt:
         pass
     finally:
-        registry.close()
+        ended = registry.close()
         if meter:
             meter.close()
         listener.close()
         console.print("stopped.", highlight=False)
+        if not ended:  # threads that compute on while the interpreter goes down would end it with a signal
+            logging.shutdown()
+            os._exit(0)
 
 
 def open_meter(url: str, settings: ServerSettings) -> Meter:
