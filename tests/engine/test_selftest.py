@@ -24,7 +24,7 @@ from engine.attention_trial import AttentionTrial
 from engine.checkpoint import prepare_environment
 from engine.errors import LoadError
 from engine.kv_cache import LayerShape
-from engine.selftest import Reference, SelfTest, self_test
+from engine.selftest import Reference, SelfTest, self_test, verdict
 
 VOCAB, LENGTH = 448, 2048
 
@@ -350,3 +350,21 @@ def test_large_float16_keys_are_finite() -> None:
     attend(context, 0, big * 0.001, big * 0.001, big, AttentionSettings(8, 0.1))
     assert context.finite is not None
     assert context.finite.all()
+
+
+@pytest.mark.parametrize(
+    ("checks", "device", "holds", "says"),
+    [
+        ({"packed": True, "threads": True}, "cpu", True, "the same bits"),
+        ({"packed": True, "threads": False}, "cpu", False, "bits differ: threads (M, bfloat16, cpu)"),
+        ({"packed": False, "threads": True}, "cuda:1", False, "bits differ: packed (M, bfloat16, cuda:1)"),
+        ({"packed": True, "threads": True}, "cuda:0", False, "depend on the number of rows (M, bfloat16, cuda:0)"),
+    ],
+)
+def test_what_no_trial_disproves_is_promised_only_where_it_is_known_why(
+    checks: dict[str, bool], device: str, holds: bool, says: str
+) -> None:
+    """On a GPU small models pass every trial, and real ones with the same kernels' names do not."""
+    found, reason = verdict(checks, "M", torch.bfloat16, torch.device(device))
+    assert found is holds
+    assert says in reason
