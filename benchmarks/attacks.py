@@ -316,7 +316,7 @@ PAGES = [
     headed("415", Content_Type="text/plain"),
     headed("415", Content_Type="application/x-www-form-urlencoded"),
     headed("415", Content_Type="multipart/form-data; boundary=x"),
-    headed("415", Content_Type="", Origin="http://evil.example"),
+    headed("403", Content_Type="", Origin="http://evil.example"),
     headed("403", Origin="http://evil.example"),
     headed("403", Origin="null"),
     headed("403", Sec_Fetch_Site="cross-site"),

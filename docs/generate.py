@@ -40,6 +40,10 @@ from server.settings import ServerSettings
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 _WHEN = {
+    "BadHost": "the request says not, twice or unreadably for which host it is",
+    "HostNotAllowed": "the request is for a name that is neither this machine's own nor in `hosts`",
+    "OriginNotAllowed": "a page has sent it whose origin is neither the server's own nor in `cors_origins`",
+    "UnsupportedMediaType": "the body is announced as something else than JSON",
     "BodyTooLarge": "the body is over `max_body_bytes`",
     "BodyTooSlow": "the body was not there within `body_seconds`",
     "Unauthorized": "keys are in use, and this one is missing, unknown, revoked or expired; before the body is read",

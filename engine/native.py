@@ -1,6 +1,6 @@
-"""Kernels compiled for the machine at hand. Knows compilers, arrays and pointers; nothing of models or layers.
+"""Kernels compiled for the machine at hand. Knows arrays and pointers; nothing of models or layers.
 
-`engine/kernels.c` is compiled once, by the C compiler that is there, and kept in the user's cache folder. Without a
+`engine/kernels.c` is compiled once, by the C compiler that is there, and kept (engine/kernel_file.py). Without a
 compiler, or on a processor without AVX2, there are no native kernels: `Kernels.load` says why and torch's own are used
 (engine/linear.py). What a kernel promises stands at the top of the C file.
 """
@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import mmap
 import os
 import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +20,25 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from engine import kernel_file
+from engine.kernel_calls import Calls, Layer, Matrix, Part
+from engine.kernel_file import Unavailable
+
+__all__ = [
+    "BLOCK_SIZE",
+    "KINDS",
+    "WIDEST_HEAD",
+    "AttentionPlan",
+    "Kernels",
+    "LayerKernel",
+    "LayerParts",
+    "NormParts",
+    "PackedWeight",
+    "Product",
+    "Unavailable",
+]
+
 _SOURCE: Final = Path(__file__).with_name("kernels.c")
-# Contraction off: where a product is fused with a sum is written down, not left to the compiler.
-_FLAGS: Final = ("-march=native", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC")
-_TIMEOUT: Final = 120.0  # seconds for the compiler
 
 KINDS: Final = {"float32": 0, "bfloat16": 1, "int8": 2}
 """How a packed weight is stored; the numbers of kernels.c."""
@@ -37,39 +48,6 @@ BLOCK_SIZE: Final = 16
 """Tokens in a block of the attention kernel's cache."""
 WIDEST_HEAD: Final = 256
 """Dimensions of a head that it takes at most."""
-
-
-class Unavailable(Exception):
-    """There are no native kernels here; the message says why and what would help."""
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("columns", ctypes.c_long))
-
-
-_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, _POINTER) for name in ("first_norm", "second_norm", "query_norm", "key_norm")),
-        *((name, _POINTER) for name in ("qkv", "o", "gate_up", "down", "sinks")),
-        *((name, _LONG) for name in ("dim", "inner", "heads", "kv_heads", "key_dim", "value_dim")),
-        *((name, _LONG) for name in ("rotary", "window", "chunk")),
-        *((name, _INT) for name in ("qkv_kind", "o_kind", "gate_up_kind", "down_kind")),
-        *((name, _FLOAT) for name in ("first_epsilon", "second_epsilon", "query_epsilon", "key_epsilon")),
-        *((name, _FLOAT) for name in ("scale", "softcap")),
-    )
-
-
-class _Part(ctypes.Structure):
-    _fields_ = (
-        ("row", ctypes.c_long),
-        ("count", ctypes.c_long),
-        ("start", ctypes.c_long),
-        ("table", ctypes.c_void_p),
-        ("first_item", ctypes.c_long),
-    )
 
 
 class AttentionPlan:
@@ -89,9 +67,9 @@ class AttentionPlan:
         self.tables = torch.tensor([block for part in parts for block in part[3]], dtype=torch.int32)
         address, records = self.tables.data_ptr(), []
         for row, count, start, table in parts:
-            records.append(_Part(row, count, start, address, 0))
+            records.append(Part(row, count, start, address, 0))
             address += 4 * len(table)
-        self.parts = (_Part * len(records))(*records)
+        self.parts = (Part * len(records))(*records)
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def scratch(self, size: int) -> Tensor:
@@ -120,25 +98,13 @@ class Kernels:
     """The compiled library. Holds no state but its handle."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-        self._linear = _function(library.verbatim_linear, [pointer] * 4 + [long] * 3 + [integer] * 2, None)
-        self._pack = _function(library.verbatim_pack, [pointer, pointer, long, long, integer, integer], integer)
-        self._packed_bytes = _function(library.verbatim_packed_bytes, [long, long, integer], long)
-        self._scratch = _function(library.verbatim_scratch, [long, integer], long)
-        self._attention = _function(
-            library.verbatim_attention,
-            [pointer] * 3 + [long] * 6 + [pointer] * 7 + [long] * 9 + [ctypes.c_float] * 2 + [integer],
-            None,
-        )
-        self._rms_norm = _function(
-            library.verbatim_rms_norm, [pointer] * 3 + [long] * 2 + [ctypes.c_float, integer], None
-        )
-        self._silu = _function(library.verbatim_silu, [pointer, pointer, long, integer], None)
-        self._layer_scratch = _function(library.verbatim_layer_scratch, [pointer], long)
-        self._layer = _function(library.verbatim_layer, [pointer] * 11 + [long] * 4 + [integer], None)
-        self.lanes = int(_function(library.verbatim_lanes, [], integer)())
+        calls = Calls(library)
+        self._linear, self._pack, self._attention = calls.linear, calls.pack, calls.attention
+        self._rms_norm, self._silu, self._layer = calls.rms_norm, calls.silu, calls.layer
+        self._packed_bytes, self._scratch, self._layer_scratch = calls.packed_bytes, calls.scratch, calls.layer_scratch
+        self.lanes = int(calls.lanes())
         """float32 numbers in a vector: 16 with AVX-512, else 8."""
-        self.target = str(_function(library.verbatim_target, [], ctypes.c_char_p)().decode())
+        self.target = str(calls.target().decode())
         """The instructions that they use, for people."""
 
     @classmethod
@@ -162,28 +128,9 @@ class Kernels:
         capability = torch.backends.cpu.get_cpu_capability()
         if not capability.startswith("AVX"):
             raise Unavailable("this processor lacks AVX2, or ATEN_CPU_CAPABILITY forbids it")
-        compiler = _find_compiler()
-        source = _SOURCE.read_bytes()
-        version = _version(compiler)
-        # clang takes 39 seconds for -O3, six for -O2, and gains nothing by it; gcc vectorises less at -O2.
         # No wider vectors than torch's own: ATEN_CPU_CAPABILITY=avx2 makes a processor an older one, for everything.
         narrow = () if capability == "AVX512" else ("-mno-avx512f",)
-        flags = ("-O2" if "clang" in version else "-O3", *_FLAGS, *narrow, *extra_flags)
-        # -march=native means another thing on another processor, and a home may be shared by several machines.
-        parts = (source, version.encode(), " ".join(flags).encode(), _processor())
-        name = f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
-        folder = _private_folder(cache or _default_cache())
-        if folder is not None and (folder / name).exists():
-            return cls(_open(folder / name))
-        if progress:
-            progress("compiling kernels for this processor")
-        try:
-            if folder is not None:
-                return cls(_open(_compile(compiler, flags, folder / name)))
-            with tempfile.TemporaryDirectory(prefix="verbatim-") as temporary:
-                return cls(_open(_compile(compiler, flags, Path(temporary) / name)))
-        except OSError as error:  # a full disk
-            raise Unavailable(f"they cannot be written: {error}") from error
+        return cls(kernel_file.load(_SOURCE, cache, (*narrow, *extra_flags), torch.__version__, progress))
 
     def pack(self, weight: Tensor, bias: Tensor | None, kind: str = "exact") -> PackedWeight:
         """`weight [columns, depth]` and `bias [columns]`, any float dtype → the kernels' layout.
@@ -336,8 +283,8 @@ class Product:
         self.depth, self.kind = first.depth, KINDS[first.kind]
         self._call = kernels._linear
         self._scratch = kernels._scratch(self.depth, self.kind)
-        self._table = (_Matrix * len(weights))(
-            *(_Matrix(w.data.data_ptr(), None if w.bias is None else w.bias.data_ptr(), w.columns) for w in weights)
+        self._table = (Matrix * len(weights))(
+            *(Matrix(w.data.data_ptr(), None if w.bias is None else w.bias.data_ptr(), w.columns) for w in weights)
         )
         self.address = ctypes.addressof(self._table)
 
@@ -433,7 +380,7 @@ class LayerKernel:
             "down": kernels.group([p.down]),
         }
         self._kept = (parts, products)  # the memory that the record points to
-        self._record = _Layer(
+        self._record = Layer(
             **{
                 name: None if norm is None else norm.weight.data_ptr()
                 for name, norm in (
@@ -512,84 +459,9 @@ def _checked(x: Tensor, last: int) -> Tensor:
     return x.contiguous()
 
 
-def _function(function: ctypes._CFuncPtr, arguments: list[type], result: type | None) -> ctypes._CFuncPtr:  # type: ignore[name-defined]
-    function.argtypes, function.restype = arguments, result
-    return function
-
-
 def _memory(size: int) -> Tensor:
     """`[size] uint8` of fresh memory in huge pages, where the system has them: weights are read from end to end."""
     memory = mmap.mmap(-1, size)
     with contextlib.suppress(OSError, AttributeError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def _find_compiler() -> str:
-    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        found = shutil.which(name) if name else None
-        if found:
-            return found
-    raise Unavailable("no C compiler was found; install one (gcc or clang) for about three times the speed")
-
-
-def _version(compiler: str) -> str:
-    try:
-        return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT).stdout
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{compiler} does not run: {error}") from error
-
-
-def _processor() -> bytes:
-    try:
-        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n")
-    except OSError:
-        return platform.processor().encode()
-    return b"".join(next((line for line in lines if line.startswith(key)), b"") for key in (b"model name", b"flags"))
-
-
-def _default_cache() -> Path | None:
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "verbatim"
-    except RuntimeError:  # nobody's home
-        return None
-
-
-def _private_folder(folder: Path | None) -> Path | None:
-    """The folder, made if need be; None if others could put a library there, or nobody can."""
-    if folder is None:
-        return None
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-    except OSError:
-        return None
-    mine = status.st_uid == os.geteuid() and not status.st_mode & 0o022
-    return folder if mine and os.access(folder, os.W_OK) else None
-
-
-def _compile(compiler: str, flags: Sequence[str], target: Path) -> Path:
-    """Compile beside the target and rename: whoever looks sees all of the file or none, however many start at once."""
-    handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        done = subprocess.run(
-            [compiler, *flags, "-o", str(partial), str(_SOURCE)], capture_output=True, text=True, timeout=_TIMEOUT
-        )
-        if done.returncode:
-            raise Unavailable(f"{compiler} cannot compile them: {(done.stderr.strip().splitlines() or ['?'])[0]}")
-        partial.replace(target)
-    except subprocess.TimeoutExpired as error:
-        raise Unavailable(f"{compiler} cannot compile them: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:  # also: torch's threads are not OpenMP's
-        raise Unavailable(f"they do not load: {error}") from error

@@ -6,6 +6,8 @@ Its text is noise; everything else is real.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -15,6 +17,9 @@ from engine.errors import LoadError
 
 VERSION = "3"
 """Part of the folder's name: raised when the recipe changes."""
+
+_SEAL = ".sha256"
+"""The file in it that says what the others are."""
 
 _TEXT = """the bits of a reply depend on the model, the prompt, the parameters and the seed, and on nothing else.
 every parameter is honoured exactly or refused by name. a seed chooses one reply among all that are possible; the same
@@ -47,23 +52,55 @@ def demo_model() -> Path:
 
 
 def ensure_standin(folder: Path | None = None) -> Path:
-    """The folder of the random checkpoint, written if it is not there yet; never half-written."""
+    """The folder of the random checkpoint, written if it is not there or not whole any more; never half-written."""
     parent = folder or cache_folder()
     target = parent / f"noise-{VERSION}"
-    if (target / "config.json").exists():
+    if _is_whole(target):
         return target
-    parent.mkdir(parents=True, exist_ok=True)
+    parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # compiled kernels are kept there, too
     scratch = Path(tempfile.mkdtemp(prefix=".noise-", dir=parent))
     try:
-        _write(scratch)
+        _write(scratch / "new")
+        _seal(scratch / "new")
+        if not _is_whole(target):  # another process may have been faster
+            with contextlib.suppress(OSError):
+                target.rename(scratch / "old")
         try:
-            scratch.rename(target)
+            (scratch / "new").rename(target)
         except OSError:
-            if not (target / "config.json").exists():  # else another process was faster
+            if not _is_whole(target):  # else another process was faster
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _seal(folder: Path) -> None:
+    """Bring all files down to the disk, then their digest: what a power cut leaves is whole, or is seen not to be."""
+    for path in folder.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    with (folder / _SEAL).open("w") as file:
+        file.write(_digest(folder))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder holds what was written, and this user or root owns it."""
+    try:
+        mine = not hasattr(os, "geteuid") or folder.lstat().st_uid in (os.geteuid(), 0)
+        return mine and not folder.is_symlink() and (folder / _SEAL).read_text() == _digest(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _digest(folder: Path) -> str:
+    total = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.name != _SEAL:
+            total.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 def _write(folder: Path) -> None:

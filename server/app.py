@@ -1,8 +1,8 @@
 """The application: routes, and the order in which a request is looked at. Knows no torch and no sampling rule.
 
-request id → key (401) → its minute and balance (429, 402) → body, while it is read (413, 408) → fields (400, 422) →
-model (404, 503) → prepare on the model's own worker (400, 422) → its prompt (429) → hold (402) → submit (503) → only
-now 200
+request id → host and origin (400, 403) → key (401) → type of the body (415) → its minute and balance (429, 402) → body,
+while it is read (413, 408) → fields (400, 422) → model (404, 503) → prepare on the model's own worker (400, 422) → its
+prompt (429) → hold (402) → submit (503) → only now 200
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ from server.errors import BodyTooLarge, BodyTooSlow, ClientGone, NoKeys, error_r
 from server.gate import OPEN, Gate, key_of
 from server.ledger import read_since
 from server.metering import Account, Meter
+from server.origin import JsonOnly, NoForeignPages
 from server.responses import Reply
 from server.settings import ServerSettings
 
 PREFIXES: Final = ("/api/v1", "/v1")
+_SILENT: Final = frozenset({"/health/live"})
+"""Without keys `/health/ready` names the models."""
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -66,12 +69,14 @@ def create_app(registry: Registry, settings: ServerSettings | None = None, meter
         app.include_router(api, prefix=prefix)
     app.include_router(_health(registry, told=meter is None))
     install(app, settings.retry_after_seconds)
+    app.add_middleware(JsonOnly)  # the last one that is added is the first one that sees a request
     if meter:
         app.add_middleware(Gate, meter=meter, retry_after=settings.retry_after_seconds)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
+    app.add_middleware(NoForeignPages, settings=settings, keys=meter is not None, silent=OPEN if meter else _SILENT)
     app.add_middleware(Envelope)
     if meter:
         app.openapi = lambda: openapi.with_keys(FastAPI.openapi(app), OPEN)  # type: ignore[method-assign]

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from engine import ConfigError, read_yaml
 from server.settings import LOOPBACK, ServerSettings, read_settings
+from server.terminal import Terminal
 
 if TYPE_CHECKING:
     from server.ledger import Key, Ledger, Limits
 
 keys = typer.Typer(help="Keys, their balances and their limits.", no_args_is_help=True)
-out = Console()
+out = Terminal()
 
 DEFAULT_FILE: Final = "verbatim.db"
 _DURATION: Final = re.compile(r"(\d{1,5})([hdw])")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -27,7 +26,9 @@ from engine import (
     validate,
 )
 from server import books
+from server.logs import printable
 from server.settings import ServerSettings, read_settings
+from server.terminal import Terminal
 
 if TYPE_CHECKING:
     from engine import LLM, ModelInfo
@@ -43,8 +44,8 @@ app.command("usage")(books.usage)
 models_app = typer.Typer(help="Look at the models of a configuration.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 
-out = Console()
-err = Console(stderr=True)
+out = Terminal()
+err = Terminal(stderr=True)
 
 DEFAULT_CONFIG = Path("models.yaml")
 LEAST_ADDRESS_SPACE = 1536 * 2**20
@@ -77,12 +78,16 @@ def serve(
     name: Annotated[str | None, typer.Option(help="With --model: the id that requests use.")] = None,
     host: Annotated[str | None, typer.Option(help="Default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default: 8000.")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Answer requests for this name, too; may be repeated. As `hosts`.")
+    ] = None,
     allow_anonymous: Annotated[bool, typer.Option(help="Serve everybody at an open address, without keys.")] = False,
     pull: PullOption = False,
 ) -> None:
     """Serve chat completions at http://HOST:PORT/v1 and /api/v1."""
     entries, settings = _configuration(config, model, name)
-    flags = (("host", host), ("port", port), ("allow_anonymous", allow_anonymous or None))
+    hosts = [*settings.hosts, *validate(ServerSettings, {"hosts": allow_host or []}, "--allow-host").hosts]
+    flags = (("host", host), ("port", port), ("hosts", hosts), ("allow_anonymous", allow_anonymous or None))
     given = {key: value for key, value in flags if value is not None}
     settings = settings.model_copy(update=given)
     ledger = books.in_use(settings, config)  # before anything heavy: what is wrong with it is told at once
@@ -163,7 +168,8 @@ def generate(
     turns = [ChatMessage("system", system)] if system else []
     messages = [*turns, ChatMessage("user", prompt)]
     for output in llm.stream(prompt if raw else messages, **sampling):
-        sys.stdout.write("".join(delta.text for delta in output.deltas))
+        text = "".join(delta.text for delta in output.deltas)
+        sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
         sys.stdout.flush()
     sys.stdout.write("\n")
 

@@ -40,6 +40,30 @@ class BodyTooSlow(VerbatimError):
     code = "body_too_slow"
 
 
+class BadHost(VerbatimError):
+    """A request that does not say whom it is for."""
+
+    code = "invalid_host"
+
+
+class HostNotAllowed(VerbatimError):
+    """A request for a name that is not this server's."""
+
+    code = "host_not_allowed"
+
+
+class OriginNotAllowed(VerbatimError):
+    """A request that a page of another origin has sent."""
+
+    code = "origin_not_allowed"
+
+
+class UnsupportedMediaType(VerbatimError):
+    """A body that is announced as something else than JSON."""
+
+    code = "unsupported_media_type"
+
+
 class Unauthorized(VerbatimError):
     """No key, or one that opens nothing."""
 
@@ -74,6 +98,10 @@ class ClientGone(Exception):
 
 TABLE: Final[tuple[tuple[type[VerbatimError], int, str], ...]] = (
     # error class, status, type; the first that fits
+    (BadHost, 400, "invalid_request_error"),
+    (HostNotAllowed, 403, "permission_error"),
+    (OriginNotAllowed, 403, "permission_error"),
+    (UnsupportedMediaType, 415, "invalid_request_error"),
     (Unauthorized, 401, "authentication_error"),
     (UnknownKey, 401, "authentication_error"),
     (NoBalance, 402, "insufficient_balance"),

@@ -31,6 +31,9 @@ class _PatientProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._go_on("head")
+        if self.url[:1] != b"/":  # `GET http://host/path`: uvicorn keeps the path alone, and whom it names matters
+            authority = self.url.partition(b"://")[2].partition(b"/")[0].partition(b"?")[0]
+            self.scope["state"]["target_authority"] = authority.decode("latin-1") if b"://" in self.url else None
         super().on_headers_complete()
 
     def pause_writing(self) -> None:

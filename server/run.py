@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -12,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 import uvicorn
@@ -62,6 +64,7 @@ def run(
         ConfigError: the address cannot be bound.
         LedgerFault: the keys cannot be read.
     """
+    no_core_dumps()
     meter = open_meter(ledger, settings) if ledger else None
     listener = bind(settings)
     port = listener.getsockname()[1]
@@ -94,6 +97,17 @@ def run(
         if not ended:  # threads that compute on while the interpreter goes down would end it with a signal
             logging.shutdown()
             os._exit(0)
+
+
+def no_core_dumps() -> None:
+    """Keep this process's memory, with what people said and their keys, out of files that a crash would leave."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    # A program that takes dumps (apport) is handed one whatever the limit says: of this process, one without memory.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/coredump_filter").write_text("0")
 
 
 def open_meter(url: str, settings: ServerSettings) -> Meter:

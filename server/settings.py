@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from engine import ConfigError, validate
+from server.hosts import parse_entry
 
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 
@@ -56,12 +57,22 @@ class ServerSettings(BaseModel):
     prices: dict[str, Price] = Field(default_factory=dict)
     """By model: micro-credits for a token of each kind. A token costs one where nothing is said, so that balances count
     tokens."""
+    hosts: list[str] = Field(default_factory=list)
+    """Names by which clients reach this server, beside this machine's own: `box.lan`, `host.docker.internal`, `*.lan`;
+    `*` is any. A request for another name is refused. Default: any name where keys are in use or others can reach the
+    address, else none."""
     cors_origins: list[str] = Field(default_factory=list)
-    """Pages of these origins may use the server from a browser; `*` is all. None by default."""
+    """Pages of these origins may use the server from a browser; `*` is all. Default: only pages that come from the
+    server's own address."""
     access_log: bool = False
     """One line for each request: when, what, whose, how it ended. Never what was said."""
     log_format: Literal["text", "json"] = "text"
     """`json`: each line of the log is an object."""
+
+    @field_validator("hosts")
+    @classmethod
+    def _names(cls, given: list[str]) -> list[str]:
+        return [parse_entry(name) for name in given]
 
 
 def read_settings(data: Mapping[str, Any], where: str) -> ServerSettings:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-import errno
 import math
 import os
 import random
 import shutil
-import stat
 import subprocess
 import sys
 from fractions import Fraction
@@ -21,8 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine import native
-from engine.native import BLOCK_SIZE, AttentionPlan, Kernels, Unavailable
+from engine.native import BLOCK_SIZE, AttentionPlan, Kernels
 
 _INSTRUCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     # name: (what the processor must have, how to compile for it)
@@ -421,96 +418,7 @@ def test_torch_kept_to_avx2_keeps_the_kernels_to_it(kernels: Kernels) -> None:
     assert done.stdout.startswith("AVX2")
 
 
-# -- the compiler ----------------------------------------------------------------------------------------------------
-
-
-_QUICK = ("-O0",)
-"""Flags for tests of the compiler and its cache: a second instead of five."""
-
-
-def test_they_are_compiled_once(kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, told = tmp_path / "cache", list[str]()
-    Kernels.load(cache, _QUICK, progress=told.append)
-    assert told == ["compiling kernels for this processor"]
-    (built,) = cache.iterdir()
-    assert stat.S_IMODE(cache.stat().st_mode) & 0o022 == 0
-    monkeypatch.setattr(native, "_compile", None)
-    assert Kernels.load(cache, _QUICK, progress=told.append).target == kernels.target
-    assert list(cache.iterdir()) == [built]
-    assert len(told) == 1
-
-
-def test_without_a_compiler_the_reason_and_the_way_out_are_told(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(Unavailable, match="no C compiler was found; install one"):
-        Kernels.load()
-
-
-def test_a_compiler_that_fails_is_named_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    broken = tmp_path / "broken-cc"
-    broken.write_text("#!/bin/sh\necho 'no such thing as -march=native' >&2; [ \"$1\" = --version ]\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CC", str(broken))
-    with pytest.raises(Unavailable, match="broken-cc cannot compile them: no such thing"):
-        Kernels.load(tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-@pytest.mark.slow
-def test_a_library_that_does_not_load_is_told(kernels: Kernels, tmp_path: Path) -> None:
-    Kernels.load(tmp_path / "cache", _QUICK)
-    (built,) = (tmp_path / "cache").iterdir()
-    damaged = tmp_path / "damaged"  # under another path: the first stays mapped
-    damaged.mkdir(mode=0o700)
-    (damaged / built.name).write_bytes(b"not a library")
-    with pytest.raises(Unavailable, match="do not load"):
-        Kernels.load(damaged, _QUICK)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", ["others may write", "a file in the way"])
-def test_a_cache_that_cannot_be_trusted_is_not_used(kernels: Kernels, tmp_path: Path, fault: str) -> None:
-    """Whoever can write there could have any code run. Then they are compiled for this process alone."""
-    cache = tmp_path / "cache"
-    if fault == "others may write":
-        cache.mkdir()
-        cache.chmod(0o777)
-    else:
-        cache.write_text("")
-    assert Kernels.load(cache, _QUICK).target == kernels.target
-    assert not cache.is_dir() or not list(cache.iterdir())
-
-
-@pytest.mark.parametrize("folder", ["the cache", "no cache"])
-def test_a_full_disk_is_told(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str) -> None:
-    """Then torch's own kernels are used: nobody is left without a server."""
-
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(native.tempfile, "mkstemp", full)
-    monkeypatch.setattr(native.tempfile, "mkdtemp", full)
-    if folder == "no cache":
-        (tmp_path / "cache").write_text("")
-    with pytest.raises(Unavailable, match=r"cannot be written: .*No space left on device"):
-        Kernels.load(tmp_path / "cache")
-
-
-@pytest.mark.slow
-def test_without_a_home_they_are_compiled_for_this_process(
-    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def nobody() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(native.Path, "home", staticmethod(nobody))
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
-    assert Kernels.load(extra_flags=_QUICK).target == kernels.target
-    assert list(tmp_path.iterdir()) == []
+# -- compilers and threads -------------------------------------------------------------------------------------------
 
 
 def test_clang_will_do(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -522,17 +430,6 @@ def test_clang_will_do(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_pa
     x, weight = _random(5, 300), _random(50, 300)
     for kind in ("exact", "int8"):
         assert torch.equal(_product(other, x, weight, None, kind), _product(kernels, x, weight, None, kind))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="needs permissions")
-def test_the_default_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    try:
-        Kernels.load(extra_flags=_QUICK)
-    except Unavailable as error:
-        pytest.skip(str(error))
-    assert [p.name.split("-")[0] for p in (tmp_path / "verbatim").iterdir()] == ["kernels"]
 
 
 def test_fewer_threads_than_asked_for_lose_no_work(kernels: Kernels) -> None:

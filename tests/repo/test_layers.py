@@ -30,6 +30,9 @@ LAYERS = (
         "tool_grammar",
         "stop_strings",
         "standin",
+        "kernel_calls",
+        "kernel_trial",
+        "kernel_file",
     },
     {
         "rng",

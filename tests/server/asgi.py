@@ -135,6 +135,8 @@ def begin(
     method: str | None = None,
     headers: Iterable[tuple[bytes, bytes]] = (),
     query: bytes = b"",
+    hosts: Iterable[bytes] = (b"127.0.0.1",),
+    http_version: str = "1.1",
 ) -> Exchange:
     """Start a request and return at once. A mapping is sent as JSON; an iterable of bytes, part by part."""
     if isinstance(body, dict):
@@ -144,14 +146,14 @@ def begin(
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
-        "http_version": "1.1",
+        "http_version": http_version,
         "method": method or ("GET" if body is None else "POST"),
         "scheme": "http",
         "path": path,
         "raw_path": path.encode(),
         "root_path": "",
         "query_string": query,
-        "headers": [(b"host", b"127.0.0.1"), *headers],
+        "headers": [*((b"host", host) for host in hosts), *headers],
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 8000),
     }

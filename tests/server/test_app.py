@@ -286,8 +286,10 @@ def test_the_document_is_openapi_and_refers_to_nothing_that_is_not_in_it() -> No
 
 @pytest.mark.parametrize("method", ["POST", "OPTIONS"])
 def test_no_web_page_is_let_in(method: str) -> None:
-    """A page in the user's browser can reach 127.0.0.1; without these headers it cannot read what comes back."""
+    """A page in the user's browser can reach 127.0.0.1. It is told nothing, and nothing runs for it."""
     origin = [(b"origin", b"https://elsewhere.example"), (b"access-control-request-method", b"POST")]
-    answer = call(make_app(), chat(), method=method, headers=origin)
-    assert answer.status == (200 if method == "POST" else 405)
+    engine = FakeEngine()
+    answer = call(make_app(engine), chat(), method=method, headers=origin)
+    assert (answer.status, answer.error["code"]) == (403, "origin_not_allowed")
+    assert not engine.requests
     assert not any(name.startswith("access-control-") for name in answer.headers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -331,3 +332,10 @@ def test_the_access_log_is_json_and_says_nothing_of_the_text(served: tuple[Serve
     assert lines[-1]["status"] == 401
     assert "SECRET" not in said
     assert key not in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_server_leaves_no_core_dump(served: tuple[Server, Path]) -> None:
+    process = Path("/proc") / str(served[0].process.pid)
+    assert re.search(r"Max core file size +0 ", (process / "limits").read_text())
+    assert int((process / "coredump_filter").read_text(), 16) == 0

@@ -29,6 +29,12 @@ def test_given_keys_are_taken() -> None:
         ({"server": {"port": "no"}}, "got 'no'"),
         ({"server": {"max_body_bytes": 1}}, "max_body_bytes"),
         ({"server": {"keepalive_seconds": 0}}, "keepalive_seconds"),
+        (
+            {"server": {"hosts": ["http://box.lan"]}},
+            "'http://box.lan' is no name of a host: write it without http:// and",
+        ),
+        ({"server": {"hosts": ["box.lan:8000"]}}, "without http:// and port"),
+        ({"server": {"hosts": "box.lan"}}, "hosts"),
         ({"server": [1]}, "must be a mapping"),
         ({"sever": {}}, "unknown key 'sever'"),
     ],
