@@ -46,8 +46,10 @@ class RequestStream(AsyncIterator[RequestOutput]):
         self._outputs: deque[RequestOutput] = deque()
         self._waiter: asyncio.Future[None] | None = None  # the reader, while it waits
         self._ended = False
+        self.leaving: asyncio.Future[None] | None = None
+        """Done when the engine has let go of a request that was aborted; None if it was not."""
         self.usage: Usage | None = None
-        """Of the last output that came, read or not; None before the first."""
+        """Of the last output that came, read or not, and of an aborted request what was computed; None before."""
         self.finish_reasons: list[str] = []
         """Of the choices that have ended."""
         self.error: VerbatimError | None = None
@@ -70,10 +72,19 @@ class RequestStream(AsyncIterator[RequestOutput]):
         self._outputs.clear()
         return outputs
 
-    def deliver(self, output: RequestOutput) -> None:
-        self._outputs.append(output)
+    async def let_go(self) -> None:
+        """Wait until the engine computes nothing more for this request; then `usage` is the last word."""
+        if self.leaving is not None:
+            await asyncio.shield(self.leaving)
+
+    def note(self, output: RequestOutput) -> None:
+        """Keep the sums of an output, whether it is read or not."""
         self.usage, self.error = output.usage, output.error
         self.finish_reasons += [delta.finish_reason for delta in output.deltas if delta.finish_reason]
+
+    def deliver(self, output: RequestOutput) -> None:
+        self._outputs.append(output)
+        self.note(output)
         self._ended = self._ended or output.finished
         self._wake()
 
@@ -112,6 +123,7 @@ class AsyncEngine:
         self._threads = model.config.threads
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}
+        self._leaving: dict[str, RequestStream] = {}  # aborted, and the engine does not know it yet
         self._groups: dict[str, str] = {}  # of unfinished requests
         self._loop: asyncio.AbstractEventLoop | None = None
         self._cause: BaseException | None = None
@@ -158,12 +170,18 @@ class AsyncEngine:
         return stream
 
     def abort(self, request_id: str) -> None:
-        """Free a request's place before the next step. Does nothing if it is gone."""
+        """Free a request's place before the next step. Does nothing if it is gone.
+
+        Its stream ends at once; what it has used is known when the step under way has ended (`RequestStream.let_go`).
+        """
         stream = self._streams.pop(request_id, None)
         if stream is not None:
             del self._groups[request_id]
+            assert self._loop is not None
+            stream.leaving = self._loop.create_future()
+            self._leaving[request_id] = stream
             stream.end()
-            self._commands.put(lambda core: core.abort(request_id))
+            self._commands.put(lambda core: self._post(self._left, (request_id, core.abort(request_id))))
 
     def stats(self) -> EngineStats:
         since = self._busy_since
@@ -252,12 +270,24 @@ class AsyncEngine:
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
             stream = self._streams.get(output.request_id)
+            if stream is None and output.request_id in self._leaving:
+                self._leaving[output.request_id].note(output)
             if stream is not None:
                 stream.deliver(output)
                 if output.finished:
                     del self._streams[output.request_id], self._groups[output.request_id]
 
+    def _left(self, request: tuple[str, Usage | None]) -> None:
+        """The engine has let go of an aborted request; it may have ended in the step that was under way."""
+        request_id, usage = request
+        stream = self._leaving.pop(request_id, None)
+        if stream is not None and stream.leaving is not None and not stream.leaving.done():
+            stream.usage = usage or stream.usage
+            stream.leaving.set_result(None)
+
     def _fail_all(self, cause: BaseException) -> None:
+        for request_id in list(self._leaving):
+            self._left((request_id, None))
         error = self._dead(cause)
         for request_id, stream in list(self._streams.items()):
             stream.deliver(RequestOutput(request_id, (), stream.usage or Usage(0, 0), True, error))

@@ -76,12 +76,16 @@ class _Running:
     choices: list[_Choice]
     unfinished: int
     completion_tokens: int = 0
+    prompt_tokens: int = 0
+    """Of the prompt, how far it was computed at most, what the cache held included."""
 
     def usage(self) -> Usage:
+        """What was computed; of a request that has drawn a token, the whole prompt."""
+        prompt = len(self.request.prompt_token_ids) if self.completion_tokens else self.prompt_tokens
         return Usage(
-            prompt_tokens=len(self.request.prompt_token_ids),
+            prompt_tokens=prompt,
             completion_tokens=self.completion_tokens,
-            cached_tokens=self.choices[0].sequence.num_cached,
+            cached_tokens=min(self.choices[0].sequence.num_cached, prompt),
             reasoning_tokens=sum(choice.thoughts for choice in self.choices),
         )
 
@@ -196,12 +200,17 @@ class EngineCore:
         )
         return TextStream(self._vocabulary, stops, parser, self._marks if request.tools else self._thought_marks)
 
-    def abort(self, request_id: str) -> None:
-        """Forget a request, wherever it is; its blocks are free at once. Does nothing if it is gone."""
+    def abort(self, request_id: str) -> Usage | None:
+        """Forget a request, wherever it is; its blocks are free at once.
+
+        Returns what it has used; None, and nothing is done, if it is gone.
+        """
         running = self._requests.pop(request_id, None)
-        if running is not None:
-            for choice in running.choices:
-                self._leave(choice.sequence)
+        if running is None:
+            return None
+        for choice in running.choices:
+            self._leave(choice.sequence)
+        return running.usage()
 
     def queued(self) -> list[str]:
         """The requests of which nothing has been computed yet."""
@@ -492,6 +501,10 @@ class EngineCore:
     def _count_prompt_tokens(self, schedule: Schedule) -> None:
         for chunk in schedule.chunks:
             sequence = chunk.sequence
+            running = self._requests.get(sequence.request_id)
+            if running is not None and not sequence.position:
+                computed = min(chunk.start + chunk.count, len(sequence.prompt_token_ids))
+                running.prompt_tokens = max(running.prompt_tokens, computed)
             if chunk.samples and sequence.position == 0 and sequence.choice_index == 0:
                 self._prompt_tokens += len(sequence.prompt_token_ids)
                 self._cached_tokens += sequence.num_cached

@@ -52,6 +52,7 @@ def create_app(registry: Registry, settings: ServerSettings | None = None, meter
         yield
         registry.close()
         if meter:
+            await meter.drain()
             meter.close()
 
     app = FastAPI(
@@ -67,7 +68,7 @@ def create_app(registry: Registry, settings: ServerSettings | None = None, meter
     api = _completions(registry, settings, meter)
     for prefix in PREFIXES:
         app.include_router(api, prefix=prefix)
-    app.include_router(_health(registry, told=meter is None))
+    app.include_router(_health(registry, meter))
     install(app, settings.retry_after_seconds)
     app.add_middleware(JsonOnly)  # the last one that is added is the first one that sees a request
     if meter:
@@ -163,8 +164,8 @@ def _one_of(value: str | None, allowed: tuple[str, ...], name: str) -> str | Non
     return value
 
 
-def _health(registry: Registry, *, told: bool) -> APIRouter:
-    """`told`: whether anybody may know the models and how they are."""
+def _health(registry: Registry, meter: Meter | None) -> APIRouter:
+    """Where there are keys, not everybody may know the models and how they are."""
     router = APIRouter(prefix="/health")
 
     @router.get("/live", summary="The process answers.")
@@ -175,7 +176,9 @@ def _health(registry: Registry, *, told: bool) -> APIRouter:
     async def ready() -> JSONResponse:
         states = {status.id: _state(registry, status) for status in registry.list()}
         good = all(state == "ready" for state in states.values())
-        body = {"status": "ready" if good else "not ready", **({"models": states} if told else {})}
+        kept, books = meter.health() if meter else (True, {"models": states})
+        good = good and kept
+        body = {"status": "ready" if good else "not ready", **books}
         return JSONResponse(body, status_code=200 if good else 503)
 
     return router

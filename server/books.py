@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from engine import ConfigError, read_yaml
+from server.money import LARGEST
 from server.settings import LOOPBACK, ServerSettings, read_settings
 from server.terminal import Terminal
 
@@ -33,13 +34,37 @@ DEFAULT_FILE: Final = "verbatim.db"
 _DURATION: Final = re.compile(r"(\d{1,5})([hdw])")
 _SECONDS: Final = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
+
+def _in_range(value: int | None, least: int) -> int | None:
+    """Refuse a number that no ledger holds, before one is opened or made."""
+    if value is not None and not least <= value <= LARGEST:
+        raise typer.BadParameter(f"{value} is not in the range {least} to {LARGEST}.")
+    return value
+
+
+def _natural(value: int | None) -> int | None:
+    return _in_range(value, 0)
+
+
+def _amount(value: int | None) -> int | None:
+    return _in_range(value, -LARGEST)
+
+
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A models.yaml. Default: ./models.yaml.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
 NameArgument = Annotated[str, typer.Argument(help="Its name or id.")]
-RpmOption = Annotated[int | None, typer.Option("--requests-per-minute", min=0, help="0 takes the limit away.")]
-TpmOption = Annotated[int | None, typer.Option("--tokens-per-minute", min=0, help="0 takes the limit away.")]
-ConcurrentOption = Annotated[int | None, typer.Option(min=0, help="Requests at once; 0 takes the limit away.")]
-ContextOption = Annotated[int | None, typer.Option(min=0, help="Prompt and answer, tokens; 0 takes the limit away.")]
+RpmOption = Annotated[
+    int | None, typer.Option("--requests-per-minute", callback=_natural, help="0 takes the limit away.")
+]
+TpmOption = Annotated[
+    int | None, typer.Option("--tokens-per-minute", callback=_natural, help="0 takes the limit away.")
+]
+ConcurrentOption = Annotated[
+    int | None, typer.Option(callback=_natural, help="Requests at once; 0 takes the limit away.")
+]
+ContextOption = Annotated[
+    int | None, typer.Option(callback=_natural, help="Prompt and answer, tokens; 0 takes the limit away.")
+]
 ModelsOption = Annotated[
     list[str] | None, typer.Option("--model", "-m", help="May use this one only; may be repeated. '*' is all.")
 ]
@@ -86,7 +111,9 @@ def in_use(settings: ServerSettings, config: Path | None) -> str | None:
 @keys.command("create")
 def create(
     name: Annotated[str, typer.Argument(help="Whose key it is; stands in reports and in the log.")],
-    balance: Annotated[int | None, typer.Option(min=0, help="What it may spend. Default: it is not metered.")] = None,
+    balance: Annotated[
+        int | None, typer.Option(callback=_natural, help="What it may spend. Default: it is not metered.")
+    ] = None,
     expires: Annotated[str | None, typer.Option(help="A date (2026-12-31, its end in UTC), or 12h, 30d, 8w.")] = None,
     models: ModelsOption = None,
     requests_per_minute: RpmOption = None,
@@ -138,7 +165,10 @@ def revoke(name: NameArgument, config: ConfigOption = None, as_json: JsonOption 
 @keys.command("credit", context_settings={"ignore_unknown_options": True})
 def credit(
     name: NameArgument,
-    amount: Annotated[int, typer.Argument(help="Tokens, or micro-credits as the prices say; negative takes away.")],
+    amount: Annotated[
+        int,
+        typer.Argument(callback=_amount, help="Tokens, or micro-credits as the prices say; negative takes away."),
+    ],
     note: Annotated[str, typer.Option(help="What for.")] = "",
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -163,6 +193,27 @@ def limit(
     with closing(_ledger(config)) as ledger:
         limits = _limits(requests_per_minute, tokens_per_minute, concurrent, context, ledger.key(name).limits)
         _show([ledger.limit(name, limits, None if models is None else _models(models))], as_json)
+
+
+@keys.command("check")
+def check(
+    seen: Annotated[bool, typer.Option("--seen", help="What was set aside is known: say it no more.")] = False,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say whether the books add up, and what could not be written into them. Exit code 1 if there is something."""
+    with closing(_ledger(config)) as ledger:
+        problems, aside = ledger.check(), ledger.aside(seen=seen)
+    if as_json:
+        print(json.dumps({"problems": problems, "set_aside": aside}))
+    else:
+        for problem in problems:
+            print(problem)
+        for row in aside:
+            print(f"set aside: {row['row']} (charged {row['charged']}; {row['reason']})")
+        if not problems and not aside:
+            print("The books add up.")
+    raise typer.Exit(1 if problems or aside else 0)
 
 
 def usage(
@@ -232,6 +283,9 @@ def _limits(
 
 
 def _models(given: list[str] | None) -> list[str]:
+    for model in given or []:
+        if not 1 <= len(model) <= 1000 or not model.isprintable():
+            raise ConfigError(f"a model's id has 1 to 1000 printable characters, unlike {model[:200]!r}.")
     return [model for model in given or [] if model != "*"]
 
 
@@ -244,9 +298,9 @@ def _until(text: str | None) -> float | None:
         return now + int(duration[1]) * _SECONDS[duration[2]]
     try:
         day = dt.datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=dt.UTC)
-    except ValueError:
+        return (day + dt.timedelta(days=1)).timestamp()
+    except (ValueError, OverflowError):  # the end of 9999-12-31 is no date
         raise ConfigError(f"--expires must be a date like 2026-12-31, or 12h, 30d, 8w, not {text[:100]!r}.") from None
-    return (day + dt.timedelta(days=1)).timestamp()
 
 
 def _show(found: Sequence[Key], as_json: bool, *, many: bool = False) -> None:

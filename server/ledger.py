@@ -2,7 +2,8 @@
 
     credit      adds to a key's balance
     hold        sets a request's worst case aside, or refuses: balance − held never falls below zero
-    settle      ends a hold with what was really used; one row for each settled request
+    settle      ends a hold with what was really used; one row for each settled request, once, hold or no hold
+    set_aside   the same for a row that the table refuses
     release     ends a hold with nothing
 
 Each is one transaction, and taking money is one conditional UPDATE: two requests cannot spend the same balance,
@@ -14,215 +15,47 @@ Times are Unix seconds from the `clock` that the ledger is given.
 
 from __future__ import annotations
 
-import contextlib
-import datetime as dt
 import hashlib
 import hmac
 import json
-import math
-import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, Final
 
-from sqlalchemy import (
-    BigInteger,
-    CheckConstraint,
-    Column,
-    ColumnElement,
-    Connection,
-    Engine,
-    Float,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    and_,
-    create_engine,
-    delete,
-    event,
-    func,
-    insert,
-    select,
-    update,
-)
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection, and_, case, delete, func, insert, literal, select, union, update
 
-from engine import InvalidParameter, Usage, VerbatimError
+from engine import VerbatimError
+from server.database import Database
+from server.money import (
+    LARGEST,
+    Key,
+    LedgerFault,
+    Limits,
+    NewKey,
+    NoBalance,
+    Prices,
+    Settled,
+    UnknownKey,
+    Unwritable,
+    cost_of,
+    read_since,
+)
+from server.reports import Reports, as_key
+from server.tables import CREDITS, HOLDS, KEYS, OWNERS, REQUESTS, SET_ASIDE
 
 __all__ = [
-    "Key", "Ledger", "LedgerFault", "Limits", "NewKey", "NoBalance", "Prices", "Settled", "UnknownKey", "cost_of",
-    "read_since",
+    "LARGEST", "Key", "Ledger", "LedgerFault", "Limits", "NewKey", "NoBalance", "Prices", "Settled", "UnknownKey",
+    "Unwritable", "cost_of", "read_since",
 ]  # fmt: skip
 
-BUSY_SECONDS: Final = 5.0
-"""How long a write waits for another process's."""
 _PREFIX: Final = "vk-"
+_NO_LIMITS: Final = Limits()
+_64_BITS: Final = 2**63 - 1
 
 
-class LedgerFault(VerbatimError):
-    """The database cannot be used: locked, full, damaged. Nothing was changed."""
-
-    code = "ledger_fault"
-
-
-class NoBalance(VerbatimError):
-    """The key's balance does not cover the request."""
-
-    code = "insufficient_balance"
-
-
-class UnknownKey(VerbatimError):
-    """No key has this id or name."""
-
-    code = "unknown_key"
-
-
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """Of one token, in micro-credits. At one each, a balance counts tokens."""
-
-    prompt: int = 1
-    cached_prompt: int = 1
-    completion: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Of one key; None is no limit of its own."""
-
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    concurrent: int | None = None
-    context: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """A key as it is stored: never the secret, which nobody can show again.
-
-    `balance`: None is not metered. `held`: of it, set aside for requests that run. `models`: empty is all of them.
-    """
-
-    id: str
-    name: str
-    shown: str
-    created: float
-    expires: float | None
-    revoked: float | None
-    models: tuple[str, ...]
-    balance: int | None
-    held: int
-    limits: Limits
-
-    def usable(self, now: float) -> bool:
-        """Neither revoked nor expired."""
-        return self.revoked is None and (self.expires is None or now < self.expires)
-
-
-@dataclass(frozen=True, slots=True)
-class NewKey:
-    """A key that was just made, with the secret that is shown this once."""
-
-    key: Key
-    secret: str
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """A request that has ended: what it used and cost, and what is needed to repeat it. Never its text."""
-
-    request_id: str
-    key_id: str
-    model: str
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    reasoning_tokens: int
-    cost: int
-    seed: int
-    fingerprint: str
-    finish_reason: str
-    started: float
-    ended: float
-
-
-_META: Final = MetaData()
-_MIGRATIONS: Final = Table("migrations", _META, Column("name", String(64), primary_key=True), Column("at", Float))
-_KEYS: Final = Table(
-    "keys",
-    _META,
-    Column("id", String(32), primary_key=True),
-    Column("name", String(200), nullable=False, unique=True),
-    Column("hash", String(64), nullable=False, unique=True),
-    Column("shown", String(16), nullable=False),
-    Column("created", Float, nullable=False),
-    Column("expires", Float),
-    Column("revoked", Float),
-    Column("models", Text, nullable=False, default="[]"),
-    Column("balance", BigInteger),
-    Column("held", BigInteger, nullable=False, default=0),
-    Column("requests_per_minute", Integer),
-    Column("tokens_per_minute", Integer),
-    Column("concurrent", Integer),
-    Column("context", Integer),
-    CheckConstraint("balance IS NULL OR balance >= 0", name="no_debt"),
-    CheckConstraint("held >= 0", name="no_negative_hold"),
-)
-_CREDITS: Final = Table(
-    "credits",
-    _META,
-    Column("id", Integer, primary_key=True),
-    Column("key_id", String(32), ForeignKey("keys.id"), nullable=False),
-    Column("amount", BigInteger, nullable=False),
-    Column("note", Text, nullable=False, default=""),
-    Column("at", Float, nullable=False),
-)
-_HOLDS: Final = Table(
-    "holds",
-    _META,
-    Column("request_id", String(64), primary_key=True),
-    Column("key_id", String(32), ForeignKey("keys.id"), nullable=False),
-    Column("amount", BigInteger, nullable=False),
-    Column("owner", String(64), nullable=False),
-    Column("at", Float, nullable=False),
-)
-_REQUESTS: Final = Table(
-    "requests",
-    _META,
-    Column("request_id", String(64), primary_key=True),
-    Column("key_id", String(32), ForeignKey("keys.id"), nullable=False),
-    Column("model", String(200), nullable=False),
-    Column("prompt_tokens", Integer, nullable=False),
-    Column("cached_tokens", Integer, nullable=False),
-    Column("completion_tokens", Integer, nullable=False),
-    Column("reasoning_tokens", Integer, nullable=False),
-    Column("cost", BigInteger, nullable=False),
-    Column("seed", String(24), nullable=False),  # 64 bits unsigned: more than a signed integer holds
-    Column("fingerprint", String(64), nullable=False),
-    Column("finish_reason", String(32), nullable=False),
-    Column("started", Float, nullable=False),
-    Column("ended", Float, nullable=False),
-    Index("requests_by_key", "key_id", "ended"),
-)
-
-
-def _first(connection: Connection) -> None:
-    """The tables as they were first."""
-    _META.create_all(connection)
-
-
-_STEPS: Final[tuple[tuple[str, Callable[[Connection], None]], ...]] = (("0001-first", _first),)
-"""Every change of the tables, in order; a name that was applied is never applied again."""
-
-
-class Ledger:
-    """The database behind keys and balances. Safe to use from several threads and processes.
+class Ledger(Reports):
+    """The books behind keys and balances. Safe to use from several threads and processes.
 
     Args:
         url: SQLAlchemy's; `sqlite:///FILE` or `postgresql+psycopg://…`.
@@ -236,14 +69,11 @@ class Ledger:
     def __init__(self, url: str, clock: Callable[[], float], owner: str = "") -> None:
         self._clock = clock
         self.owner = owner or secrets.token_hex(8)
-        with _faults():
-            self._engine = _open(url)
-            with self._write() as connection:
-                _migrate(connection, clock)
+        self._database = Database(url, clock)
 
     def close(self) -> None:
         """Give the connections back."""
-        self._engine.dispose()
+        self._database.close()
 
     # -- keys --------------------------------------------------------------------------------------------------------
 
@@ -254,15 +84,16 @@ class Ledger:
         balance: int | None = None,
         expires: float | None = None,
         models: Sequence[str] = (),
-        limits: Limits = Limits(),
+        limits: Limits = _NO_LIMITS,
     ) -> NewKey:
         """A key of 256 random bits. Only its hash is kept: nobody can read the secret from the database.
 
         Raises:
-            VerbatimError: the name is taken, or the balance is negative.
+            VerbatimError: the name is taken or no name, the balance is negative, or a number is too large.
         """
-        if balance is not None and balance < 0:
-            raise VerbatimError(f"a balance must not be negative, and {balance} is.")
+        if not name.strip() or len(name) > 200 or not name.isprintable():
+            raise VerbatimError(f"a name has 1 to 200 printable characters, unlike {name[:200]!r}.")
+        _bounded("a balance", balance)
         secret = _PREFIX + secrets.token_urlsafe(32)
         row: dict[str, Any] = {
             "id": f"key_{secrets.token_hex(8)}",
@@ -274,97 +105,104 @@ class Ledger:
             "models": json.dumps(list(models)),
             "balance": balance,
             "held": 0,
-            **asdict(limits),
+            **_columns(limits),
         }
-        with self._write() as connection:
-            if connection.execute(select(_KEYS.c.id).where(_KEYS.c.name == name)).first():
-                raise VerbatimError(f"there is a key named {name!r} already.")
-            connection.execute(insert(_KEYS).values(row))
+        with self._database.write() as connection:
+            if connection.execute(select(KEYS.c.id).where((KEYS.c.name == name) | (KEYS.c.id == name))).first():
+                raise VerbatimError(f"there is a key named {name!r} already, or with this id.")
+            connection.execute(insert(KEYS).values(row))
             if balance:
                 self._note_credit(connection, row["id"], balance, "at creation")
-            return NewKey(self._key(connection, row["id"]), secret)
+            return NewKey(_by_id(connection, row["id"]), secret)
 
     def authenticate(self, secret: str) -> Key | None:
         """The key that a secret opens, or None. Looked up by its hash, so that time says nothing of near misses."""
-        with self._read() as connection:
-            row = connection.execute(select(_KEYS).where(_KEYS.c.hash == _hash(secret))).first()
-        key = None if row is None or not hmac.compare_digest(row.hash, _hash(secret)) else _as_key(row)
+        with self._database.read() as connection:
+            row = connection.execute(select(KEYS).where(KEYS.c.hash == _hash(secret))).first()
+        key = None if row is None or not hmac.compare_digest(row.hash, _hash(secret)) else as_key(row)
         return key if key is not None and key.usable(self._clock()) else None
 
     def all_keys(self) -> list[Key]:
         """All of them, oldest first, revoked ones too."""
-        with self._read() as connection:
-            return [_as_key(row) for row in connection.execute(select(_KEYS).order_by(_KEYS.c.created, _KEYS.c.id))]
+        with self._database.read() as connection:
+            return [as_key(row) for row in connection.execute(select(KEYS).order_by(KEYS.c.created, KEYS.c.id))]
 
     def key(self, name: str) -> Key:
         """By id or name.
 
         Raises:
             UnknownKey: there is none.
+            VerbatimError: it is one key's id and another's name.
         """
-        with self._read() as connection:
-            return self._key(connection, name)
+        with self._database.read() as connection:
+            return _named(connection, name)
 
     def revoke(self, name: str) -> Key:
         """From now on the key opens nothing; running requests end as they would. Its history stays."""
-        with self._write() as connection:
-            key = self._key(connection, name)
+        with self._database.write() as connection:
+            key = _named(connection, name)
             if key.revoked is None:
-                connection.execute(update(_KEYS).where(_KEYS.c.id == key.id).values(revoked=self._clock()))
-            return self._key(connection, key.id)
+                connection.execute(update(KEYS).where(KEYS.c.id == key.id).values(revoked=self._clock()))
+            return _by_id(connection, key.id)
 
     def limit(self, name: str, limits: Limits, models: Sequence[str] | None = None) -> Key:
         """Replace a key's limits; `models`: also what it may use."""
-        with self._write() as connection:
-            key = self._key(connection, name)
-            values: dict[str, Any] = asdict(limits)
+        values = _columns(limits)
+        with self._database.write() as connection:
+            key = _named(connection, name)
             if models is not None:
                 values["models"] = json.dumps(list(models))
-            connection.execute(update(_KEYS).where(_KEYS.c.id == key.id).values(values))
-            return self._key(connection, key.id)
+            connection.execute(update(KEYS).where(KEYS.c.id == key.id).values(values))
+            return _by_id(connection, key.id)
 
     def credit(self, name: str, amount: int, note: str = "") -> Key:
         """Add to a balance; a negative amount takes away what is there and not held. Makes a free key a metered one.
 
         Raises:
             NoBalance: less is free than is to be taken away.
+            VerbatimError: the balance would be more than a balance can be.
         """
-        with self._write() as connection:
-            key = self._key(connection, name)
-            free = func.coalesce(_KEYS.c.balance, 0) - _KEYS.c.held
+        _bounded("an amount", abs(amount))
+        if len(note) > 1000 or not (note.isprintable() or not note):
+            raise VerbatimError(f"a note has at most 1000 printable characters, unlike {note[:200]!r}.")
+        with self._database.write() as connection:
+            key = _named(connection, name)
+            before = func.coalesce(KEYS.c.balance, 0)
             done = connection.execute(
-                update(_KEYS)
-                .where(and_(_KEYS.c.id == key.id, free + amount >= 0))
-                .values(balance=func.coalesce(_KEYS.c.balance, 0) + amount)
+                update(KEYS)
+                .where(KEYS.c.id == key.id, before - KEYS.c.held >= -amount, before <= LARGEST - max(amount, 0))
+                .values(balance=before + amount)
             )
             if done.rowcount != 1:
-                raise NoBalance(f"{key.name} has {(key.balance or 0) - key.held} to take away, not {-amount}.")
+                has = key.balance or 0
+                if amount > 0:
+                    raise VerbatimError(f"a balance is at most {LARGEST}; {key.name} has {has}, and {amount} is more.")
+                raise NoBalance(f"{key.name} has {has - key.held} to take away, not {-amount}.")
             self._note_credit(connection, key.id, amount, note)
-            return self._key(connection, key.id)
+            return _by_id(connection, key.id)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
-    def hold(self, key_id: str, request_id: str, amount: int) -> None:
-        """Set a request's worst case aside.
+    def hold(self, key_id: str, request_id: str, amount: int) -> int:
+        """Set a request's worst case aside; returns how much that was: nothing for a key that is not metered.
 
         Raises:
             NoBalance: the balance does not cover it.
             UnknownKey: there is no such key, or it was revoked in between.
         """
-        with self._write() as connection:
+        amount = min(amount, _64_BITS)  # more than any balance
+        with self._database.write() as connection:
             held = connection.execute(
-                update(_KEYS)
+                update(KEYS)
                 .where(
-                    and_(
-                        _KEYS.c.id == key_id,
-                        _KEYS.c.revoked.is_(None),
-                        (_KEYS.c.balance.is_(None)) | (_KEYS.c.balance - _KEYS.c.held >= amount),
-                    )
+                    KEYS.c.id == key_id,
+                    KEYS.c.revoked.is_(None),
+                    KEYS.c.balance.is_(None) | (KEYS.c.balance - KEYS.c.held >= amount),
                 )
-                .values(held=_KEYS.c.held + amount)
+                .values(held=KEYS.c.held + case((KEYS.c.balance.is_(None), 0), else_=amount))
             )
+            key = _by_id(connection, key_id)
             if held.rowcount != 1:
-                key = self._key(connection, key_id)
                 if key.revoked is not None:
                     raise UnknownKey(f"the key {key.name!r} was revoked.")
                 free = (key.balance or 0) - key.held
@@ -374,222 +212,185 @@ class Ledger:
                     available=free,
                     needed=amount,
                 )
+            amount = 0 if key.balance is None else amount
             connection.execute(
-                insert(_HOLDS).values(
+                insert(HOLDS).values(
                     request_id=request_id, key_id=key_id, amount=amount, owner=self.owner, at=self._clock()
                 )
             )
+            return amount
 
-    def settle(self, row: Settled) -> None:
-        """End a hold with what was used; `cost` is capped by the hold. A request that is settled stays as it is."""
-        with self._write() as connection:
-            amount = self._take_hold(connection, row.request_id)
-            if amount is None:
-                return
-            metered = connection.scalar(select(_KEYS.c.balance).where(_KEYS.c.id == row.key_id)) is not None
-            cost = min(row.cost, amount) if metered else 0
-            connection.execute(
-                update(_KEYS)
-                .where(_KEYS.c.id == row.key_id)
-                .values(held=_KEYS.c.held - amount, balance=_KEYS.c.balance - cost)  # null stays null
-            )
-            values = {name: getattr(row, name) for name in Settled.__slots__}
-            connection.execute(insert(_REQUESTS).values({**values, "cost": cost, "seed": str(row.seed)}))
+    def settle(self, row: Settled) -> int:
+        """End a hold with what was used, and record it. A request that is settled stays as it is.
+
+        The cost is capped by the hold. Where the hold is gone (its process was taken for dead) the cost is taken from
+        what is free, and what that does not cover is recorded as unpaid. Returns that rest.
+
+        Raises:
+            Unwritable: the row can never be written.
+        """
+        with self._database.write() as connection:
+            taken = self._charge(connection, row.key_id, row.request_id, row.cost)
+            if taken is None:
+                return 0
+            charged, unpaid = taken
+            values = {**asdict(row), "cost": charged, "seed": str(row.seed), "unpaid": unpaid}
+            connection.execute(insert(REQUESTS).values(values))
+            return unpaid
+
+    def set_aside(self, row: Settled, reason: str) -> None:
+        """Settle a row that the table of requests does not take: the same charge, and the row as text.
+
+        Raises:
+            Unwritable: not even that can be written.
+        """
+        request_id, key_id = _ascii(row.request_id), _ascii(row.key_id)
+        with self._database.write() as connection:
+            taken = self._charge(connection, key_id, request_id, row.cost)
+            if taken is not None:
+                connection.execute(
+                    insert(SET_ASIDE).values(
+                        request_id=request_id,
+                        key_id=key_id,
+                        charged=taken[0],
+                        row=json.dumps(asdict(row)),
+                        reason=_ascii(reason),
+                        at=self._clock(),
+                    )
+                )
 
     def release(self, request_id: str) -> None:
         """End a hold with nothing. Does nothing if there is none."""
-        with self._write() as connection:
-            key_id = connection.scalar(select(_HOLDS.c.key_id).where(_HOLDS.c.request_id == request_id))
-            amount = self._take_hold(connection, request_id)
-            if amount is not None:
-                connection.execute(update(_KEYS).where(_KEYS.c.id == key_id).values(held=_KEYS.c.held - amount))
+        with self._database.write() as connection:
+            key_id = connection.scalar(select(HOLDS.c.key_id).where(HOLDS.c.request_id == request_id))
+            if key_id is not None:
+                _lock(connection, key_id)
+                amount = _take_hold(connection, request_id) or 0
+                connection.execute(update(KEYS).where(KEYS.c.id == key_id).values(held=KEYS.c.held - amount))
 
-    def release_lost(self, alive: Callable[[str], bool] | None = None, older_than: float | None = None) -> int:
-        """Release the holds of processes that are gone, and those made before a time.
+    def _charge(self, connection: Connection, key_id: str, request_id: str, cost: int) -> tuple[int, int] | None:
+        """End a hold and take a request's cost, once: (charged, unpaid), or None if that was done before."""
+        balance, held = _lock(connection, key_id)
+        for table in (REQUESTS, SET_ASIDE):
+            if connection.execute(select(table.c.request_id).where(table.c.request_id == request_id)).first():
+                return None
+        amount = _take_hold(connection, request_id)
+        cost = 0 if balance is None else cost
+        charged = min(cost, max((balance or 0) - held, 0) if amount is None else amount)
+        connection.execute(
+            update(KEYS)
+            .where(KEYS.c.id == key_id)
+            .values(held=KEYS.c.held - (amount or 0), balance=KEYS.c.balance - charged)  # null stays null
+        )
+        return charged, min(cost - charged, _64_BITS) if amount is None else 0
 
-        Args:
-            alive: whether the process with this owner's name still runs. None: no other does.
+    # -- those who hold ----------------------------------------------------------------------------------------------
 
-        Returns how many there were.
+    def beat(self) -> dict[str, int | None]:
+        """Say that this process lives. Returns the others that hold or said so, with their counts."""
+        with self._database.write() as connection:
+            mine = update(OWNERS).where(OWNERS.c.id == self.owner).values(beats=OWNERS.c.beats + 1)
+            if connection.execute(mine).rowcount != 1:
+                connection.execute(insert(OWNERS).values(id=self.owner, beats=1))
+            known = union(select(HOLDS.c.owner.label("id")), select(OWNERS.c.id)).subquery()
+            query = select(known.c.id, OWNERS.c.beats).outerjoin(OWNERS, OWNERS.c.id == known.c.id)
+            return {row.id: row.beats for row in connection.execute(query) if row.id != self.owner}
+
+    def release_owner(self, owner: str, beats: int | None) -> int:
+        """Release what a process holds that is gone, unless it has said since `beats` that it lives.
+
+        Returns how many holds there were.
         """
-        with self._write() as connection:
-            owners = set(connection.scalars(select(_HOLDS.c.owner).distinct())) - {self.owner}
-            gone = [owner for owner in owners if alive is None or not alive(owner)]
-            lost: ColumnElement[bool] = _HOLDS.c.owner.in_(gone)
-            if older_than is not None:
-                lost = lost | (_HOLDS.c.at < older_than)
-            rows = connection.execute(select(_HOLDS.c.request_id, _HOLDS.c.key_id, _HOLDS.c.amount).where(lost)).all()
-            for request_id, key_id, amount in rows:
-                connection.execute(delete(_HOLDS).where(_HOLDS.c.request_id == request_id))
-                connection.execute(update(_KEYS).where(_KEYS.c.id == key_id).values(held=_KEYS.c.held - amount))
-            return len(rows)
+        with self._database.write() as connection:
+            now = connection.scalar(select(OWNERS.c.beats).where(OWNERS.c.id == owner).with_for_update())
+            if now != beats:
+                return 0
+            connection.execute(delete(OWNERS).where(OWNERS.c.id == owner))
+            requests = list(connection.scalars(select(HOLDS.c.request_id).where(HOLDS.c.owner == owner)))
+        for request_id in requests:
+            self.release(request_id)
+        return len(requests)
 
-    # -- reports -----------------------------------------------------------------------------------------------------
+    def leave(self) -> None:
+        """Say that this process is about to end, if it holds nothing."""
+        with self._database.write() as connection:
+            holds = select(literal(1)).select_from(HOLDS).where(HOLDS.c.owner == self.owner).exists()
+            connection.execute(delete(OWNERS).where(and_(OWNERS.c.id == self.owner, ~holds)))
 
-    def usage(
-        self, *, key: str | None = None, since: float | None = None, by: str | None = None
-    ) -> list[dict[str, Any]]:
-        """Sums over settled requests, one row for each key and, with `by`, each `day` (`2026-11-01`) or `model`."""
-        columns: list[Any] = [_KEYS.c.name.label("key")]
-        if by == "model":
-            columns.append(_REQUESTS.c.model.label("model"))
-        elif by == "day":
-            days = _REQUESTS.c.ended / 86400
-            whole = days if self._engine.dialect.name == "sqlite" else func.floor(days)  # whose cast rounds
-            columns.append(func.cast(whole, Integer).label("day"))
-        sums = [
-            func.count().label("requests"),
-            *(
-                func.sum(_REQUESTS.c[name]).label(name)
-                for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "cost")
-            ),
-        ]
-        query = select(*columns, *sums).join(_KEYS, _KEYS.c.id == _REQUESTS.c.key_id)
-        if key is not None:
-            query = query.where(_KEYS.c.id == self.key(key).id)
-        if since is not None:
-            query = query.where(_REQUESTS.c.ended >= since)
-        with self._read() as connection:
-            rows = [dict(row._mapping) for row in connection.execute(query.group_by(*columns).order_by(*columns))]
-        if by == "day":
-            for row in rows:
-                row["day"] = dt.datetime.fromtimestamp(row["day"] * 86400, dt.UTC).date().isoformat()
+    # -- what was set aside ------------------------------------------------------------------------------------------
+
+    def aside(self, *, seen: bool = False) -> list[dict[str, Any]]:
+        """Settlements that were set aside and that nobody has looked at. `seen`: from now on somebody has."""
+        with self._database.write() as connection:
+            query = select(SET_ASIDE).where(SET_ASIDE.c.seen.is_(None)).order_by(SET_ASIDE.c.at)
+            rows = [dict(row._mapping) for row in connection.execute(query)]
+            if seen:
+                connection.execute(update(SET_ASIDE).where(SET_ASIDE.c.seen.is_(None)).values(seen=self._clock()))
         return rows
 
-    def check(self) -> list[str]:
-        """What does not add up, in words; empty if all of it does: credits − costs = balance, holds = held."""
-        problems = []
-        with self._read() as connection:
-            for key in (_as_key(row) for row in connection.execute(select(_KEYS))):
-                credits, costs, held = (
-                    connection.scalar(select(func.sum(column)).where(column.table.c.key_id == key.id)) or 0
-                    for column in (_CREDITS.c.amount, _REQUESTS.c.cost, _HOLDS.c.amount)
-                )
-                if key.balance is not None and key.balance != credits - costs:
-                    problems.append(f"{key.name}: balance {key.balance}, but credits {credits} − costs {costs}")
-                if key.held != held:
-                    problems.append(f"{key.name}: held {key.held}, but holds of {held}")
-        return problems
-
-    # -- the parts ---------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _read(self) -> Iterator[Connection]:
-        with _faults(), self._engine.connect() as connection:
-            yield connection
-
-    @contextmanager
-    def _write(self) -> Iterator[Connection]:
-        """One transaction, a writer's from the start: two that read first and write then could wait for each other."""
-        with _faults(), self._engine.connect().execution_options(writes=True) as connection, connection.begin():
-            yield connection
-
-    def _key(self, connection: Connection, name: str) -> Key:
-        row = connection.execute(select(_KEYS).where((_KEYS.c.id == name) | (_KEYS.c.name == name))).first()
-        if row is None:
-            raise UnknownKey(f"there is no key {name[:200]!r}.")
-        return _as_key(row)
-
     def _note_credit(self, connection: Connection, key_id: str, amount: int, note: str) -> None:
-        connection.execute(insert(_CREDITS).values(key_id=key_id, amount=amount, note=note, at=self._clock()))
-
-    def _take_hold(self, connection: Connection, request_id: str) -> int | None:
-        """Remove a hold and say how much it was; None if there is none (any more)."""
-        amount: int | None = connection.scalar(select(_HOLDS.c.amount).where(_HOLDS.c.request_id == request_id))
-        if amount is None or connection.execute(delete(_HOLDS).where(_HOLDS.c.request_id == request_id)).rowcount != 1:
-            return None
-        return amount
+        connection.execute(insert(CREDITS).values(key_id=key_id, amount=amount, note=note, at=self._clock()))
 
 
-def _open(url: str) -> Engine:
-    engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
-    if engine.dialect.name == "sqlite":
-        file = engine.url.database
-        if file and not file.startswith("file:") and file != ":memory:":
-            with contextlib.suppress(OSError):  # what is wrong with it is said when it is opened
-                os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite's other files take the same mode
-
-        @event.listens_for(engine, "connect")
-        def prepare(connection: Any, _: Any) -> None:
-            connection.isolation_level = None  # the driver must not begin transactions of its own
-            for line in (
-                "PRAGMA journal_mode = WAL",
-                "PRAGMA synchronous = FULL",  # a settled request survives a power cut
-                "PRAGMA foreign_keys = ON",
-                f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}",
-            ):
-                connection.execute(line)
-
-        @event.listens_for(engine, "begin")
-        def begin(connection: Connection) -> None:
-            writes = connection.get_execution_options().get("writes")
-            connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-    return engine
+# -- the parts ---------------------------------------------------------------------------------------------------------
 
 
-def _migrate(connection: Connection, clock: Callable[[], float]) -> None:
-    _MIGRATIONS.create(connection, checkfirst=True)
-    applied = set(connection.scalars(select(_MIGRATIONS.c.name)))
-    unknown = applied - {name for name, _ in _STEPS}
-    if unknown:
-        names = ", ".join(sorted(unknown))
-        raise LedgerFault(f"the ledger is of a newer version: it has changes that this one does not know ({names}).")
-    for name, step in _STEPS:
-        if name not in applied:
-            step(connection)
-            connection.execute(insert(_MIGRATIONS).values(name=name, at=clock()))
+def _named(connection: Connection, name: str) -> Key:
+    """The key with an id or a name. A word that is both, of two keys, is refused: the wrong one might be revoked."""
+    found = []
+    if name.isprintable():  # else a database may refuse to look for it, and there is none
+        query = select(KEYS).where((KEYS.c.id == name) | (KEYS.c.name == name))
+        found = [as_key(row) for row in connection.execute(query)]
+    if not found:
+        raise UnknownKey(f"there is no key {name[:200]!r}.")
+    if len(found) > 1:
+        one, other = sorted(found, key=lambda key: key.id != name)
+        raise VerbatimError(
+            f"{name!r} is the id of the key named {one.name!r}, and the name of the key with the id {other.id}: call "
+            "the first by its name, the second by its id."
+        )
+    return found[0]
 
 
-@contextmanager
-def _faults() -> Iterator[None]:
-    """Whatever the database says, as one sentence without its statements, which hold hashes."""
-    try:
-        yield
-    except SQLAlchemyError as error:
-        cause = getattr(error, "orig", None) or error
-        raise LedgerFault(f"the ledger cannot be used: {str(cause).splitlines()[0][:200]}") from error
+def _by_id(connection: Connection, key_id: str) -> Key:
+    row = connection.execute(select(KEYS).where(KEYS.c.id == key_id)).first()
+    if row is None:
+        raise UnknownKey(f"there is no key with the id {key_id[:200]!r}.")
+    return as_key(row)
+
+
+def _lock(connection: Connection, key_id: str) -> tuple[int | None, int]:
+    """A key's balance and what is held of it; nobody else changes them before the transaction ends."""
+    row = connection.execute(select(KEYS.c.balance, KEYS.c.held).where(KEYS.c.id == key_id).with_for_update()).first()
+    return (None, 0) if row is None else (row.balance, row.held)
+
+
+def _take_hold(connection: Connection, request_id: str) -> int | None:
+    """Remove a hold and say how much it was; None if there is none (any more)."""
+    amount: int | None = connection.scalar(select(HOLDS.c.amount).where(HOLDS.c.request_id == request_id))
+    if amount is not None:
+        connection.execute(delete(HOLDS).where(HOLDS.c.request_id == request_id))
+    return amount
+
+
+def _bounded(what: str, number: int | None) -> None:
+    if number is not None and not 0 <= number <= LARGEST:
+        kind = "must not be negative, and" if number < 0 else f"is at most {LARGEST}, not"
+        raise VerbatimError(f"{what} {kind} {number}{' is' if number < 0 else ''}.")
+
+
+def _columns(limits: Limits) -> dict[str, Any]:
+    values = asdict(limits)
+    for name, number in values.items():
+        _bounded(f"the limit {name}", number)
+    return values
+
+
+def _ascii(text: str) -> str:
+    """Text that every database takes, whatever is in it."""
+    return json.dumps(text)[1:-1]
 
 
 def _hash(secret: str) -> str:
     """A random key of 256 bits needs no slow hash: there is nothing to guess."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _as_key(row: Any) -> Key:
-    return Key(
-        row.id,
-        row.name,
-        row.shown,
-        row.created,
-        row.expires,
-        row.revoked,
-        tuple(json.loads(row.models)),
-        row.balance,
-        row.held,
-        Limits(row.requests_per_minute, row.tokens_per_minute, row.concurrent, row.context),
-    )
-
-
-def read_since(text: str | None) -> float | None:
-    """A date (`2026-11-01`, from its first second UTC) or Unix seconds, as Unix seconds.
-
-    Raises:
-        InvalidParameter: it is neither.
-    """
-    if text is None:
-        return None
-    try:
-        return dt.datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=dt.UTC).timestamp()
-    except ValueError:
-        pass
-    with contextlib.suppress(ValueError):
-        if math.isfinite(seconds := float(text)):
-            return seconds
-    raise InvalidParameter(f"since must be a date like 2026-11-01 or Unix seconds, not {text[:100]!r}.", param="since")
-
-
-def cost_of(usage: Usage, prices: Prices) -> int:
-    """What a request costs; cached tokens of the prompt have a price of their own."""
-    cold, cached = usage.prompt_tokens - usage.cached_tokens, usage.cached_tokens
-    return cold * prices.prompt + cached * prices.cached_prompt + usage.completion_tokens * prices.completion

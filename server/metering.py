@@ -3,15 +3,17 @@
     authenticate ─▶ admit (429, 402) ─▶ admit its prompt (429) ─▶ hold its worst case (402) ─▶ it runs ─▶ settle
 
 The ledger is asked on a thread of its own: a disk that is slow must not hold the event loop. What was held is settled
-whatever the end is. If the database refuses that (a full disk), the row waits here and the hold stands, so that nothing
-is served for free; it is tried again before the next hold.
+whatever the end is, with what the engine has computed by then: a client that leaves is charged for it, once the engine
+has let go of its request. What cannot be written is `server/settling.py`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-import logging
+import functools
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +27,10 @@ from limits.strategies import MovingWindowRateLimiter
 
 from engine import ContextLengthExceeded, ModelNotFound, PreparedRequest, RequestStream
 from server.errors import RateLimited
-from server.ledger import Key, Ledger, LedgerFault, NoBalance, Prices, Settled, cost_of
+from server.ledger import Key, Ledger, NoBalance, Prices, Settled, cost_of
+from server.settling import Settler
 
 __all__ = ["Account", "Meter"]
-
-log = logging.getLogger("verbatim.server")
 
 _T = TypeVar("_T")
 
@@ -60,6 +61,18 @@ class Account:
             yield
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """What is known of a request when it ends, but for what the engine says."""
+
+    account: Account
+    prepared: PreparedRequest
+    prices: Prices
+    held: int
+    started: float
+    streamed: bool
+
+
 class Meter:
     """Keys and limits of one server. Used on one event loop.
 
@@ -67,27 +80,57 @@ class Meter:
         ledger: where keys and balances are.
         prices: by model; a token costs one where there is none.
         clock: Unix seconds.
+        beat_seconds: how often other servers are told that this one lives; None: there are no others.
     """
 
-    def __init__(self, ledger: Ledger, prices: Mapping[str, Prices], clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        prices: Mapping[str, Prices],
+        clock: Callable[[], float],
+        beat_seconds: float | None = None,
+    ) -> None:
         self._ledger = ledger
         self._prices = prices
         self._clock = clock
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="ledger")
+        self._reporter = ThreadPoolExecutor(1, thread_name_prefix="reports")  # whose sums may take long
         self._windows = MovingWindowRateLimiter(MemoryStorage())
         self._running: Counter[str] = Counter()
-        self._unsettled: list[Settled] = []
+        self._settler = Settler(ledger)
+        self._ends: set[asyncio.Task[None]] = set()  # of requests whose end is not with the ledger yet
+        self._closed = threading.Event()
+        if beat_seconds is not None:
+            self._settler.beat()
+            threading.Thread(target=self._beats, args=(beat_seconds,), name="beat", daemon=True).start()
+
+    async def drain(self) -> None:
+        """Wait until every request has handed in its end, at most five seconds: they are over, or were cancelled."""
+        for _ in range(500):
+            if not self._running and not self._ends:
+                return
+            await asyncio.sleep(0.01)
 
     def close(self) -> None:
         """Write what is still to be written, and give the database back. Safe to call twice."""
+        self._closed.set()
         try:
-            self._worker.submit(self._settle_waiting).result()
-        except LedgerFault as error:
-            log.error("%d settlements could not be written: %s", len(self._unsettled), error.message)
+            self._worker.submit(self._settler.close).result()
         except RuntimeError:  # closed before
             return
         self._worker.shutdown()
+        self._reporter.shutdown()
         self._ledger.close()
+
+    def health(self) -> tuple[bool, dict[str, Any]]:
+        """Whether the ledger could be used when it was last asked, and what of that anybody may know."""
+        settler = self._settler
+        told: dict[str, Any] = {"ledger": "ready" if settler.fault is None else "cannot be used; see the log"}
+        if settler.waiting:
+            told["settlements_waiting"] = settler.waiting
+        if settler.aside:
+            told["settlements_set_aside"] = settler.aside
+        return settler.fault is None, told
 
     async def authenticate(self, secret: str) -> Key | None:
         """The key that a secret opens.
@@ -95,11 +138,12 @@ class Meter:
         Raises:
             LedgerFault: the database cannot be read.
         """
-        return await self._ask(self._ledger.authenticate, secret)
+        return await self._ask(self._settler.ask, self._ledger.authenticate, secret)
 
     async def usage(self, key: Key, since: float | None, by: str | None) -> list[dict[str, Any]]:
         """The key's own sums."""
-        return await self._ask(lambda: self._ledger.usage(key=key.id, since=since, by=by))
+        work = functools.partial(self._ledger.usage, key_id=key.id, since=since, by=by)
+        return await asyncio.get_running_loop().run_in_executor(self._reporter, work)
 
     def admit(self, key: Key) -> None:
         """Count a request.
@@ -168,12 +212,16 @@ class Meter:
         started = self._clock()
         self._running[key.id] += 1
         try:
-            await self._held(key.id, prepared.request_id, worst)
+            held = await self._held(key.id, prepared.request_id, worst)
             try:
                 yield
             finally:
                 # Not given up with the request: a client that goes away must not leave its hold behind.
-                await asyncio.shield(self._ask(self._end, account, prepared, prices, started, streamed))
+                end = _End(account, prepared, prices, held, started, streamed)
+                task = asyncio.ensure_future(self._hand_in(end))
+                self._ends.add(task)
+                task.add_done_callback(self._ends.discard)
+                await asyncio.shield(task)
         finally:
             self._running[key.id] -= 1
             if not self._running[key.id]:
@@ -184,16 +232,30 @@ class Meter:
     async def _ask(self, function: Callable[..., _T], *arguments: Any) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
 
-    async def _held(self, key_id: str, request_id: str, amount: int) -> None:
+    async def _held(self, key_id: str, request_id: str, amount: int) -> int:
         """Hold, or, if this is given up while the database is written, release what was held."""
-        hold = asyncio.ensure_future(self._ask(self._hold, key_id, request_id, amount))
+        hold = asyncio.ensure_future(self._ask(self._settler.hold, key_id, request_id, amount))
         try:
-            await asyncio.shield(hold)
+            return await asyncio.shield(hold)
         except asyncio.CancelledError:
             await asyncio.wait({hold})
             if hold.exception() is None:
-                await self._ask(self._release, request_id)
+                await self._ask(self._settler.release, key_id, request_id)
             raise
+
+    async def _hand_in(self, end: _End) -> None:
+        """Wait until the engine has let go of a request, which says what it has computed, and settle it."""
+        try:
+            if end.account.outputs is not None:
+                await end.account.outputs.let_go()
+        finally:
+            await self._ask(self._end, end)
+
+    def _beats(self, seconds: float) -> None:
+        """On a thread of its own, which only tells the ledger's."""
+        while not self._closed.wait(seconds):
+            with contextlib.suppress(RuntimeError):  # closed a moment ago
+                self._worker.submit(self._settler.beat).result()
 
     def _count(self, key: Key, kind: str, limit: int | None, cost: int) -> None:
         if limit is None:
@@ -215,52 +277,39 @@ class Meter:
             retry_after=wait,
         )
 
-    def _hold(self, key_id: str, request_id: str, amount: int) -> None:
-        self._settle_waiting()
-        self._ledger.hold(key_id, request_id, amount)
-
-    def _release(self, request_id: str) -> None:
-        try:
-            self._ledger.release(request_id)
-        except LedgerFault as error:
-            log.error("a hold could not be released; it will be at the next start: %s", error.message)
-
-    def _end(self, account: Account, prepared: PreparedRequest, prices: Prices, started: float, streamed: bool) -> None:
-        outputs = account.outputs
+    def _end(self, end: _End) -> None:
+        key, prepared, outputs = end.account.key, end.prepared, end.account.outputs
         usage = outputs.usage if outputs is not None else None
-        if outputs is None or usage is None or (outputs.error is not None and not streamed):
-            self._release(prepared.request_id)
+        if outputs is None or usage is None or not usage.total_tokens:
+            self._settler.release(key.id, prepared.request_id)
             return
-        key, limit = account.key, account.key.limits.tokens_per_minute
+        if outputs.error is not None and not (end.streamed and usage.completion_tokens):
+            self._settler.release(key.id, prepared.request_id)  # nothing of it has reached the client
+            return
+        limit = key.limits.tokens_per_minute
         if limit is not None and usage.completion_tokens:
             item = RateLimitItemPerMinute(limit)
             left = self._windows.get_window_stats(item, key.id, "tokens").remaining
             if left > 0:
                 self._windows.hit(item, key.id, "tokens", cost=min(left, usage.completion_tokens))
+        reasons = [*outputs.finish_reasons]
+        if len(reasons) < prepared.params.n:
+            reasons.append("error" if outputs.error else "disconnected")
         assert prepared.params.seed is not None
-        self._unsettled.append(
+        self._settler.settle(
             Settled(
                 request_id=prepared.request_id,
                 key_id=key.id,
-                model=account.model,
+                model=end.account.model,
                 prompt_tokens=usage.prompt_tokens,
                 cached_tokens=usage.cached_tokens,
                 completion_tokens=usage.completion_tokens,
                 reasoning_tokens=usage.reasoning_tokens,
-                cost=cost_of(usage, prices),
+                cost=min(cost_of(usage, end.prices), end.held),
                 seed=prepared.params.seed,
-                fingerprint=account.fingerprint,
-                finish_reason="error" if outputs.error else ",".join(outputs.finish_reasons) or "disconnected",
-                started=started,
+                fingerprint=end.account.fingerprint,
+                finish_reason=",".join(reasons),
+                started=end.started,
                 ended=self._clock(),
             )
         )
-        try:
-            self._settle_waiting()
-        except LedgerFault as error:
-            log.error("a settlement waits, and its hold stands: %s", error.message)
-
-    def _settle_waiting(self) -> None:
-        while self._unsettled:
-            self._ledger.settle(self._unsettled[0])
-            self._unsettled.pop(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -15,7 +14,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 import uvicorn
 from rich.console import Console
 from rich.markup import escape
@@ -25,10 +23,11 @@ from server import logs
 from server.app import create_app
 from server.ledger import Ledger, Prices
 from server.metering import Meter
+from server.owners import name_of_this_process
 from server.protocol import patient_protocol
 from server.settings import LOOPBACK, ServerSettings
+from server.settling import BEAT_SECONDS
 
-_OLDEST_HOLD = 6 * 3600.0  # seconds; a hold of a machine that nobody can ask is released then
 _LAST = 8.0  # seconds for a last step to end, and for events of an ordered end to reach their clients
 
 
@@ -112,33 +111,11 @@ def no_core_dumps() -> None:
 
 def open_meter(url: str, settings: ServerSettings) -> Meter:
     """What asks a ledger. Holds of processes that are gone are released; another server on it keeps its own."""
-    ledger = Ledger(url, time.time, _owner())  # noqa: TID251  the books want the wall clock
-    ledger.release_lost(_alive, older_than=time.time() - _OLDEST_HOLD)  # noqa: TID251
+    ledger = Ledger(url, time.time, name_of_this_process())  # noqa: TID251  the books want the wall clock
     prices = {
         model: Prices(price.prompt, price.cached_prompt, price.completion) for model, price in settings.prices.items()
     }
-    return Meter(ledger, prices, time.time)  # noqa: TID251
-
-
-def _owner() -> str:
-    """This process, among all that may share a ledger: machine, id, and when it began."""
-    return f"{_machine()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
-
-
-def _alive(owner: str) -> bool:
-    """Whether a process still runs, as far as that can be known: one of another machine may."""
-    machine, _, rest = owner.partition(":")
-    if machine != _machine():
-        return True
-    pid, _, began = rest.partition(":")
-    try:
-        return f"{psutil.Process(int(pid)).create_time():.2f}" == began
-    except (psutil.NoSuchProcess, ValueError):
-        return False
-
-
-def _machine() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:16]
+    return Meter(ledger, prices, time.time, BEAT_SECONDS)  # noqa: TID251
 
 
 def bind(settings: ServerSettings) -> socket.socket:

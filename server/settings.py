@@ -13,16 +13,20 @@ from server.hosts import parse_entry
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 
 
+DEAREST: Final = 10**9
+"""Micro-credits for a token: a thousand credits. A request of 2³³ tokens at this price still fits into 64 bits."""
+
+
 class Price(BaseModel):
     """What a token costs, in micro-credits."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prompt: int = Field(default=1, ge=0)
+    prompt: int = Field(default=1, ge=0, le=DEAREST)
     """Of the prompt."""
-    cached_prompt: int = Field(default=1, ge=0)
+    cached_prompt: int = Field(default=1, ge=0, le=DEAREST)
     """Of the prompt, where its keys and values were there already."""
-    completion: int = Field(default=1, ge=0)
+    completion: int = Field(default=1, ge=0, le=DEAREST)
     """Generated."""
 
 

@@ -7,9 +7,48 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from books_for_tests import WITH_POSTGRES, Clock, empty_postgres
 from stepping import Steps
 
 from engine import AsyncEngine, ModelConfig, Registry
+from server.ledger import Ledger
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Where a ledger in a file is."""
+    return tmp_path / "ledger.sqlite3"
+
+
+@pytest.fixture
+def file_url(file: Path) -> str:
+    return f"sqlite:///{file}"
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=WITH_POSTGRES)])
+def url(request: pytest.FixtureRequest, file_url: str) -> str:
+    """Of an empty database: SQLite's, and PostgreSQL's where there is one."""
+    return file_url if request.param == "sqlite" else empty_postgres()
+
+
+@pytest.fixture
+def ledger(url: str, clock: Clock) -> Iterator[Ledger]:
+    made = Ledger(url, clock)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def file_ledger(file_url: str, clock: Clock) -> Iterator[Ledger]:
+    """One in a file, for what happens to files."""
+    made = Ledger(file_url, clock)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sqlite3
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from typer.testing import CliRunner
 
-from engine import ConfigError, Usage
-from server import cli
+from engine import ConfigError, Usage, VerbatimError
+from server import books, cli
 from server.ledger import Ledger, Limits, Prices, Settled, UnknownKey, cost_of
+from server.settings import read_settings
 
 
 @pytest.fixture
@@ -129,3 +131,110 @@ def test_limits_of_a_new_key_are_those_that_were_given(here: Path) -> None:
     ledger = Ledger(f"sqlite:///{here / 'verbatim.db'}", time.time)
     assert ledger.key("ada").limits == Limits(requests_per_minute=3)
     ledger.close()
+
+
+LARGEST = 2**53 - 1
+
+
+@pytest.mark.parametrize("number", [LARGEST + 1, 2**63, 2**64, 10**40, -(10**40)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("create", "bob", "--balance"), ("create", "bob", "--requests-per-minute"),
+        ("create", "bob", "--tokens-per-minute"), ("create", "bob", "--concurrent"), ("create", "bob", "--context"),
+        ("limit", "ada", "--requests-per-minute"), ("limit", "ada", "--tokens-per-minute"),
+        ("limit", "ada", "--concurrent"), ("limit", "ada", "--context"), ("credit", "ada"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_numbers_beyond_what_a_ledger_holds(here: Path, command: tuple[str, ...], number: int) -> None:
+    """One line that names the value and the limit, and nothing is changed."""
+    before = told("keys", "create", "ada", "--balance", "5")
+    arguments = ["keys", *command, str(number)]
+    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False, env={"COLUMNS": "300"})
+    assert result.exit_code == 2
+    assert str(number) in result.output
+    assert str(LARGEST) in result.output
+    assert told("keys", "list") == [{name: value for name, value in before.items() if name != "key"}]
+
+
+def test_every_number_of_the_keys_has_a_limit() -> None:
+    """Also those of options that are still to come."""
+    numbers = 0
+    for command in books.keys.registered_commands:
+        assert command.callback is not None
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            kind, *more = get_args(hint) or (hint,)
+            if int in (kind, *get_args(kind)) or float in (kind, *get_args(kind)):
+                numbers += 1
+                assert [one.callback for one in more] in ([books._natural], [books._amount]), (command.callback, name)
+    assert numbers == 10
+
+
+def test_a_balance_has_a_limit_too(here: Path) -> None:
+    said("keys", "create", "ada", "--balance", str(LARGEST))
+    with pytest.raises(VerbatimError, match=f"at most {LARGEST}; ada has {LARGEST}, and 1 is more"):
+        said("keys", "credit", "ada", "1")
+    assert told("keys", "credit", "ada", "-1")["balance"] == LARGEST - 1
+    assert told("keys", "credit", "ada", "1")["balance"] == LARGEST
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("keys", "create", "bob", "--expires", "9999-12-31"), "2026-12-31"),
+        (("keys", "create", "bob", "--expires", "100000w"), "2026-12-31"),
+        (("keys", "create", "bob\ud800"), "printable"),
+        (("keys", "create", "bob", "-m", "m\ud800"), "printable"),
+        (("keys", "credit", "ada", "1", "--note", "\udcff"), "printable"),
+        (("keys", "credit", "ada", "1", "--note", "x" * 1001), "at most 1000"),
+        (("keys", "revoke", "\udcff"), "no key"),
+        (("keys", "show", "x" * 10**6), "no key"),
+        (("usage", "--key", "\udcff"), "no key"),
+        (("usage", "--since", "1e999"), "since must be"),
+        (("usage", "--since", "9" * 5000), "since must be"),
+    ],
+)
+def test_texts_that_no_ledger_holds(here: Path, arguments: tuple[str, ...], message: str) -> None:
+    said("keys", "create", "ada")
+    with pytest.raises(VerbatimError, match=message):
+        said(*arguments)
+    assert [key["name"] for key in told("keys", "list")] == ["ada"]
+
+
+def test_a_word_that_is_one_key_s_id_and_another_s_name(here: Path) -> None:
+    """Neither is guessed: the wrong one might be revoked. No such name can be given any more; older ledgers have it."""
+    ada = told("keys", "create", "ada")
+    with pytest.raises(VerbatimError, match="with this id"):
+        said("keys", "create", ada["id"])
+    bob = told("keys", "create", "bob")
+    with sqlite3.connect(here / "verbatim.db") as connection:
+        connection.execute("UPDATE keys SET name = ? WHERE name = 'bob'", (ada["id"],))
+    for arguments in (("revoke", ada["id"]), ("credit", ada["id"], "1"), ("show", ada["id"]), ("limit", ada["id"])):
+        with pytest.raises(VerbatimError, match="'ada'") as refused:
+            said("keys", *arguments)
+        assert bob["id"] in refused.value.message
+    assert told("keys", "revoke", bob["id"])["name"] == ada["id"]
+    assert told("keys", "show", "ada")["state"] == "good"
+    ledger = Ledger(f"sqlite:///{here / 'verbatim.db'}", time.time)
+    assert ledger.usage(key_id=ada["id"]) == [], "the server asks by the id alone"
+    ledger.close()
+
+
+def test_what_was_set_aside_is_said_until_somebody_has_seen_it(here: Path) -> None:
+    said("keys", "create", "ada", "--balance", "100")
+    assert "add up" in said("keys", "check")
+    ledger = Ledger(f"sqlite:///{here / 'verbatim.db'}", time.time)
+    ledger.hold(ledger.key("ada").id, "r", 10)
+    row = Settled("r", ledger.key("ada").id, "demo", 2**70, 2, 7, 0, 9, 1, "vb-0", "stop", 1.0, 2.0)
+    ledger.set_aside(row, "too large")
+    ledger.close()
+    for arguments, code in ((("check",), 1), (("check", "--seen"), 1), (("check",), 0)):
+        result = CliRunner().invoke(cli.app, ["keys", *arguments], catch_exceptions=False)
+        assert (result.exit_code, str(2**70) in result.output) == (code, bool(code))
+    assert told("keys", "show", "ada")["balance"] == 91
+
+
+def test_a_price_has_a_limit() -> None:
+    with pytest.raises(ConfigError, match="1000000000"):
+        read_settings({"server": {"prices": {"m": {"prompt": 10**9 + 1}}}}, "models.yaml")

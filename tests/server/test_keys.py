@@ -5,30 +5,23 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from asgi import CHAT, Answer, begin, run
+from books_for_tests import Clock, query
 from fakes import HELLO, SILENT, FakeEngine, Script, chat, make_app, output, word_by_word
 
-from engine import ChoiceDelta, OutOfMemory, PreparedRequest, QueueFull, VerbatimError
+from engine import ChoiceDelta, OutOfMemory, PreparedRequest, QueueFull, QueueTimeout, VerbatimError
 from server.gate import OPEN
-from server.ledger import Key, Ledger, LedgerFault, Limits, NewKey, Prices
+from server.ledger import Key, Ledger, LedgerFault, Limits, NewKey, Prices, Unwritable
 from server.metering import Meter
+from server.settling import Settler
 
 WORST = 5 + 64  # the fake's prompt, and as many tokens as it can be asked for
-
-
-class Clock:
-    """Moves only when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Desk:
@@ -271,6 +264,19 @@ def test_an_error_costs_what_has_reached_the_client(desk: Desk, stream: bool, ch
     assert desk.books()[:2] == (500 - charged, 0)
 
 
+def test_a_fault_before_the_first_token_costs_nothing(desk: Desk) -> None:
+    """Streamed or not: it has waited for its turn and was refused, or its prompt was too much."""
+    desk.engine.script = partly(error=QueueTimeout("it has waited for 5 seconds."))
+    answer = desk.ask(desk.key(balance=500), chat(stream=True))
+    assert answer.status == 503
+    assert desk.books() == (500, 0, [])
+
+
+def test_every_choice_s_end_is_recorded(desk: Desk) -> None:
+    desk.ask(desk.key(balance=5000), chat(n=16))
+    assert query(desk.ledger, "SELECT finish_reason FROM requests") == [(",".join(["stop"] * 16),)]
+
+
 def test_a_refused_request_costs_nothing(desk: Desk) -> None:
     key = desk.key(balance=500)
     desk.engine.submit_error = QueueFull("full.")
@@ -294,16 +300,45 @@ def test_a_key_sees_its_own_usage(desk: Desk) -> None:
     assert (found["key"], found["balance"]) == ("ada", 100 - 9)
     assert [(row["key"], row["model"], row["requests"]) for row in found["data"]] == [("ada", "fake", 1)]
     assert desk.ask(ada, path="/v1/usage", query=b"since=1900000000").json["data"] == []
-    for query in (b"by=hour", b"since=yesterday", b"since=nan"):
-        answer = desk.ask(ada, path="/v1/usage", query=query)
-        assert (answer.status, answer.error["param"]) == (422, query.split(b"=")[0].decode())
+    for asked in (b"by=hour", b"since=yesterday", b"since=nan"):
+        answer = desk.ask(ada, path="/v1/usage", query=asked)
+        assert (answer.status, answer.error["param"]) == (422, asked.split(b"=")[0].decode())
+
+
+def test_a_long_report_holds_nobody_up(desk: Desk) -> None:
+    """One key's sums over many requests are not in the way of another's holds."""
+    ada, bob = desk.key(), desk.key("bob", balance=500)
+    go_on = threading.Event()
+    really = desk.ledger.usage
+
+    def slow(**given: Any) -> Any:
+        go_on.wait(5)
+        return really(**given)
+
+    desk.ledger.usage = slow  # type: ignore[method-assign]
+
+    async def both() -> tuple[int, int]:
+        report = desk.exchange(ada, None, path="/v1/usage").begin()
+        await asyncio.sleep(0.02)
+        try:
+            served = (await desk.exchange(bob, chat()).ended()).status
+        finally:
+            go_on.set()
+        return served, (await report.ended()).status
+
+    assert run(both()) == (200, 200)
+    del desk.ledger.usage  # type: ignore[method-assign]
 
 
 def test_what_a_crash_left_held_is_free_again(desk: Desk, tmp_path: Path) -> None:
+    """Nobody can ask for the other process here: that it has stopped counting is what shows."""
     key = desk.key(balance=100)
-    Ledger(f"sqlite:///{tmp_path / 'ledger.db'}", desk.clock).hold(key.key.id, "lost", 90)
+    Ledger(f"sqlite:///{tmp_path / 'ledger.db'}", desk.clock, "another:unknown:1:1").hold(key.key.id, "lost", 90)
+    settler = Settler(desk.ledger)
+    settler.beat()
     assert desk.ask(key, chat()).status == 402
-    assert desk.ledger.release_lost() == 1
+    for _ in range(6):
+        settler.beat()
     assert desk.ask(key, chat(max_tokens=4)).status == 200
 
 
@@ -418,6 +453,34 @@ def test_a_settlement_that_fails_waits_and_is_not_lost(desk: Desk, caplog: pytes
     mend()
     assert desk.ask(key, chat()).status == 200
     assert desk.books()[:2] == (2 * WORST - 2 * 9, 0)
+
+
+def test_what_is_set_aside_is_told_and_shuts_nobody_out(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    """One request's row that cannot be written: the log and /health/ready say it, and the server goes on."""
+    ada, bob = desk.key(balance=500), desk.key("bob", balance=500)
+
+    def refuse(*_: Any) -> None:
+        raise Unwritable("the ledger cannot hold a value: value too long for type character varying(32)")
+
+    desk.ledger.settle = refuse  # type: ignore[method-assign]
+    assert desk.ask(ada, chat()).status == 200
+    del desk.ledger.settle  # type: ignore[method-assign]
+    assert "varying(32)" in caplog.text
+    answer = desk.ask(None, path="/health/ready")
+    assert (answer.status, answer.json) == (200, {"status": "ready", "ledger": "ready", "settlements_set_aside": 1})
+    assert [desk.ask(key, chat()).status for key in (ada, bob)] == [200, 200]
+    assert desk.books()[:2] == (500 - 2 * 9, 0), "it was charged"
+
+
+def test_a_ledger_that_cannot_be_used_is_not_ready(desk: Desk) -> None:
+    key = desk.key(balance=500)
+    mend = failing(desk.ledger, "authenticate")
+    desk.ask(key, chat())
+    answer = desk.ask(None, path="/health/ready")
+    assert (answer.status, answer.json["ledger"]) == (503, "cannot be used; see the log")
+    mend()
+    desk.ask(key, chat())
+    assert desk.ask(None, path="/health/ready").status == 200
 
 
 def test_the_end_writes_what_waits(desk: Desk, tmp_path: Path) -> None:

@@ -8,86 +8,16 @@ import sqlite3
 import stat
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from books_for_tests import WITH_POSTGRES, Clock, empty_postgres, row
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
-from sqlalchemy import create_engine
 
 from engine import Usage, VerbatimError
-from server.ledger import Ledger, LedgerFault, Limits, NoBalance, Prices, Settled, UnknownKey, cost_of
-
-
-class Clock:
-    """Moves only when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-POSTGRES = os.environ.get("VERBATIM_TEST_POSTGRES", "")
-"""A database that tests may empty: postgresql+psycopg://…"""
-WITH_POSTGRES = pytest.mark.skipif(not POSTGRES, reason="VERBATIM_TEST_POSTGRES names no database")
-
-
-def empty_postgres() -> str:
-    engine = create_engine(POSTGRES)
-    with engine.begin() as connection:
-        connection.exec_driver_sql("DROP SCHEMA public CASCADE")
-        connection.exec_driver_sql("CREATE SCHEMA public")
-    engine.dispose()
-    return POSTGRES
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return tmp_path / "ledger.sqlite3"
-
-
-@pytest.fixture
-def file_url(file: Path) -> str:
-    return f"sqlite:///{file}"
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=WITH_POSTGRES)])
-def url(request: pytest.FixtureRequest, file_url: str) -> str:
-    return file_url if request.param == "sqlite" else empty_postgres()
-
-
-@pytest.fixture
-def ledger(url: str, clock: Clock) -> Iterator[Ledger]:
-    made = Ledger(url, clock)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def file_ledger(file_url: str, clock: Clock) -> Iterator[Ledger]:
-    """One in a file, for what happens to files."""
-    made = Ledger(file_url, clock)
-    yield made
-    made.close()
-
-
-def row(key_id: str, request_id: str, cost: int, **fields: object) -> Settled:
-    known: dict[str, object] = {
-        "request_id": request_id, "key_id": key_id, "model": "m", "prompt_tokens": 3, "cached_tokens": 1,
-        "completion_tokens": 4, "reasoning_tokens": 2, "cost": cost, "seed": 2**64 - 1, "fingerprint": "vb-0",
-        "finish_reason": "stop", "started": 1_800_000_000.0, "ended": 1_800_000_001.0,
-    }  # fmt: skip
-    return Settled(**{**known, **fields})  # type: ignore[arg-type]
-
+from server.ledger import Ledger, LedgerFault, Limits, NoBalance, Prices, UnknownKey, cost_of
 
 # -- keys -------------------------------------------------------------------------------------------------------------
 
@@ -201,30 +131,30 @@ def test_a_revoked_key_holds_nothing_more(ledger: Ledger) -> None:
     assert ledger.key("a").balance == 6
 
 
-def test_holds_of_a_process_that_is_gone_are_released(ledger: Ledger, url: str, clock: Clock) -> None:
+def test_the_holds_of_another_are_released_and_its_settlement_is_charged_all_the_same(
+    ledger: Ledger, url: str, clock: Clock
+) -> None:
     key = ledger.create_key("a", balance=10).key
+    ledger.beat()
     ledger.hold(key.id, "lost", 4)
     other = Ledger(url, clock)
     other.hold(key.id, "mine", 3)
-    assert other.release_lost() == 1
+    [(owner, beats)] = other.beat().items()
+    assert owner == ledger.owner
+    ledger.beat()
+    assert other.release_owner(owner, beats) == 0, "it has said since that it lives"
+    assert other.key("a").held == 7
+    assert other.release_owner(owner, other.beat()[owner]) == 1
     assert other.key("a").held == 3
-    clock.now += 100
-    assert other.release_lost(older_than=clock.now - 50) == 1
-    assert (other.key("a").held, other.check()) == (0, [])
-    ledger.settle(row(key.id, "lost", 4))  # it was not gone after all: nothing is charged that is not held
-    assert other.key("a").balance == 10
+    assert ledger.settle(row(key.id, "lost", 4)) == 0  # it was not gone after all
+    ledger.settle(row(key.id, "lost", 4))  # twice is once
+    assert (other.key("a").balance, other.key("a").held) == (6, 3)
+    assert [found["cost"] for found in other.usage()] == [4]
+    other.hold(key.id, "third", 3)
+    assert ledger.settle(row(key.id, "lost too", 5)) == 5, "what others hold is theirs: it is recorded as unpaid"
+    assert (other.key("a").balance, other.check()) == (6, [])
+    assert [found["requests"] for found in other.usage()] == [2]
     other.close()
-
-
-def test_holds_of_another_server_that_runs_are_its_own(ledger: Ledger, url: str, clock: Clock) -> None:
-    key = ledger.create_key("a", balance=10).key
-    one, two, three = (Ledger(url, clock, owner) for owner in ("one", "two", "three"))
-    one.hold(key.id, "r1", 1)
-    two.hold(key.id, "r2", 2)
-    assert three.release_lost(lambda owner: owner == "one") == 1
-    assert three.key("a").held == 1
-    for each in (one, two, three):
-        each.close()
 
 
 def test_usage_by_day_and_model(ledger: Ledger) -> None:
@@ -306,7 +236,7 @@ class Money(RuleBasedStateMachine):
         self.balance = 50
         self.key = self.ledger.create_key("k", balance=50).key
         self.holds: dict[str, int] = {}
-        self.spent = 0
+        self.settled: set[str] = set()
         self.number = 0
 
     @rule(target=requests, amount=st.integers(0, 60))
@@ -324,10 +254,11 @@ class Money(RuleBasedStateMachine):
     @rule(name=requests, cost=st.integers(0, 80))
     def settle(self, name: str, cost: int) -> None:
         self.ledger.settle(row(self.key.id, name, cost))
-        if name in self.holds:
-            used = min(cost, self.holds.pop(name))
+        if name not in self.settled:
+            self.settled.add(name)
+            free = self.balance - sum(self.holds.values())
+            used = min(cost, self.holds.pop(name, free))
             self.balance -= used
-            self.spent += used
 
     @rule(name=requests)
     def release(self, name: str) -> None:
@@ -349,7 +280,8 @@ class Money(RuleBasedStateMachine):
         fresh = Ledger(self.url, self.clock)
         self.ledger.close()
         self.ledger = fresh
-        assert self.ledger.release_lost() >= len(self.holds)
+        for owner, beats in self.ledger.beat().items():
+            self.ledger.release_owner(owner, beats)
         self.holds.clear()
 
     @invariant()
@@ -400,7 +332,7 @@ def test_a_newer_database_is_refused(file_ledger: Ledger, file: Path, file_url: 
 def test_a_locked_database_is_told_and_nothing_changes(
     file_ledger: Ledger, file: Path, file_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.ledger.BUSY_SECONDS", 0.2)
+    monkeypatch.setattr("server.database.BUSY_SECONDS", 0.2)
     impatient = Ledger(file_url, Clock())
     key = file_ledger.create_key("a", balance=10).key
     with sqlite3.connect(file, isolation_level=None) as other:
@@ -417,7 +349,7 @@ def test_a_full_disk_is_told_and_nothing_changes(file_ledger: Ledger, file_url: 
     key = file_ledger.create_key("a", balance=10**6).key
     file_ledger.close()
     small = Ledger(file_url, clock)
-    with small._engine.connect() as connection:
+    with small._database._engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
     held: list[int] = []

@@ -1,0 +1,52 @@
+"""What tests of the books share: a clock, an empty PostgreSQL, a settled request, and what a database may do wrong."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine
+
+from server.ledger import Ledger, Settled
+
+POSTGRES = os.environ.get("VERBATIM_TEST_POSTGRES", "")
+"""A database that tests may empty: postgresql+psycopg://…"""
+WITH_POSTGRES = pytest.mark.skipif(not POSTGRES, reason="VERBATIM_TEST_POSTGRES names no database")
+
+
+class Clock:
+    """Moves only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def empty_postgres() -> str:
+    """The URL of a PostgreSQL database in which nothing is left."""
+    engine = create_engine(POSTGRES)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP SCHEMA public CASCADE")
+        connection.exec_driver_sql("CREATE SCHEMA public")
+    engine.dispose()
+    return POSTGRES
+
+
+def row(key_id: str, request_id: str, cost: int, **fields: Any) -> Settled:
+    """A request that has ended."""
+    known: dict[str, Any] = {
+        "request_id": request_id, "key_id": key_id, "model": "m", "prompt_tokens": 3, "cached_tokens": 1,
+        "completion_tokens": 4, "reasoning_tokens": 2, "cost": cost, "seed": 2**64 - 1, "fingerprint": "vb-0",
+        "finish_reason": "stop", "started": 1_800_000_000.0, "ended": 1_800_000_001.0,
+    }  # fmt: skip
+    return Settled(**{**known, **fields})
+
+
+def query(ledger: Ledger, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+    """Rows of a ledger's database, as they stand in it."""
+    with ledger._database._engine.connect() as connection:
+        found = connection.exec_driver_sql(statement, parameters or None)
+        return [tuple(one) for one in found] if found.returns_rows else []
