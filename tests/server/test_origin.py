@@ -31,6 +31,9 @@ class NoMeter:
 
     def close(self) -> None: ...
 
+    def health(self) -> tuple[bool, dict[str, Any]]:
+        return True, {}
+
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"a key was looked at ({name}) before the request was known to be a client's")
 
