@@ -35,6 +35,7 @@ from server import openapi, schema
 from server.app import model_object
 from server.cli import app
 from server.errors import classify, headers_of
+from server.protocol import REFUSALS
 from server.settings import ServerSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +46,7 @@ _WHEN = {
     "OriginNotAllowed": "a page has sent it whose origin is neither the server's own nor in `cors_origins`",
     "UnsupportedMediaType": "the body is announced as something else than JSON",
     "BodyTooLarge": "the body is over `max_body_bytes`",
+    "BodiesFull": "bodies that are being read take `max_bodies_bytes`, or half of it for one key",
     "BodyTooSlow": "the body was not there within `body_seconds`",
     "Unauthorized": "keys are in use, and this one is missing, unknown, revoked or expired; before the body is read",
     "UnknownKey": "the key was revoked while its request was prepared",
@@ -199,6 +201,8 @@ def api() -> str:
             "## Errors\n",
             'Always `{"error": {"message", "type", "param", "code"}}`, some with numbers beside them.\n',
             table(("status", "code", "type", "raised as", "when"), list(_errors())),
+            "Before there is a request, and so before any key, with the same body; then the connection ends:\n",
+            table(("status", "code", "message"), [(str(s), f"`{code}`", text) for s, code, text in REFUSALS]),
             "A 503 and a 429 carry `Retry-After`; with `x-should-retry: false` trying again does not help. Further "
             "codes: "
             + ", ".join(f"`{code}`" for code in _other_codes())

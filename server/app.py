@@ -1,13 +1,12 @@
 """The application: routes, and the order in which a request is looked at. Knows no torch and no sampling rule.
 
-request id → host and origin (400, 403) → key (401) → type of the body (415) → its minute and balance (429, 402) → body,
-while it is read (413, 408) → fields (400, 422) → model (404, 503) → prepare on the model's own worker (400, 422) → its
-prompt (429) → hold (402) → submit (503) → only now 200
+request id → host and origin (400, 403) → key (401) → type of the body (415) → its minute and balance (429, 402) → room
+for the body (503) → body, while it is read (413, 408) → fields (400, 422) → model (404, 503) → prepare on the model's
+own worker (400, 422) → its prompt (429) → hold (402) → submit (503) → only now 200
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import re
 import secrets
@@ -25,8 +24,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine import InvalidParameter, ModelNotFound, ModelStatus, Registry, VerbatimError
 from server import logs, openapi, schema
+from server.bodies import Bodies
 from server.completions import CompletionResponse, unless_disconnected
-from server.errors import BodyTooLarge, BodyTooSlow, ClientGone, NoKeys, error_response, install
+from server.errors import ClientGone, NoKeys, error_response, install
 from server.gate import OPEN, Gate, key_of
 from server.ledger import read_since
 from server.metering import Account, Meter
@@ -46,10 +46,12 @@ def create_app(registry: Registry, settings: ServerSettings | None = None, meter
     With a `meter` every path but those of `gate.OPEN` needs a key; it is closed with the application, too.
     """
     settings = settings or ServerSettings()
+    bodies = Bodies(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
+        bodies.close()
         registry.close()
         if meter:
             await meter.drain()
@@ -65,7 +67,7 @@ def create_app(registry: Registry, settings: ServerSettings | None = None, meter
         # Whatever the environment says, nothing is sent anywhere. (Versions before 0.165 keep the word and ignore it.)
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
-    api = _completions(registry, settings, meter)
+    api = _completions(registry, settings, meter, bodies)
     for prefix in PREFIXES:
         app.include_router(api, prefix=prefix)
     app.include_router(_health(registry, meter))
@@ -84,7 +86,7 @@ def create_app(registry: Registry, settings: ServerSettings | None = None, meter
     return app
 
 
-def _completions(registry: Registry, settings: ServerSettings, meter: Meter | None) -> APIRouter:
+def _completions(registry: Registry, settings: ServerSettings, meter: Meter | None, bodies: Bodies) -> APIRouter:
     router = APIRouter()
 
     @router.post(
@@ -99,16 +101,17 @@ def _completions(registry: Registry, settings: ServerSettings, meter: Meter | No
         account = Account(meter, key) if meter and key else None
         if account:
             account.meter.admit(account.key)
-        raw = await read_body(request, settings.max_body_bytes, settings.body_seconds)
-        wanted = schema.parse(raw, f"chatcmpl-{secrets.token_hex(16)}")
-        headers = _ignored(wanted.ignored, settings)
-        if account:
-            account.meter.check_model(account.key, wanted.model)
-        engine = registry.get(wanted.model)
-        generation = dataclasses.replace(wanted.generation, group=account.key.id if account else "")
-        prepared = await unless_disconnected(engine.prepare(generation), request.receive)
-        if prepared is None:
-            raise ClientGone
+        group = account.key.id if account else ""
+        async with bodies.of(request, group) as checked:
+            wanted = await checked(f"chatcmpl-{secrets.token_hex(16)}")
+            headers = _ignored(wanted.ignored, settings)
+            if account:
+                account.meter.check_model(account.key, wanted.model)
+            engine = registry.get(wanted.model)
+            generation = dataclasses.replace(wanted.generation, group=group)
+            prepared = await unless_disconnected(engine.prepare(generation), request.receive)
+            if prepared is None:
+                raise ClientGone
         if prepared.ignored:
             headers = _ignored(wanted.ignored + prepared.ignored, settings)
         info = engine.info
@@ -223,42 +226,6 @@ def model_object(status: ModelStatus) -> dict[str, Any]:
         "tool_calls": {"form": info.tool_calls, "source": info.tool_calls_source},
         "reasoning": dict(zip(("open", "close"), info.reasoning, strict=True)) if info.reasoning else None,
     }
-
-
-async def read_body(request: Request, limit: int, seconds: float) -> bytes:
-    """The body, refused as soon as it is known to be too large, or takes too long.
-
-    Raises:
-        BodyTooLarge: by its announced length before it is read, else while it is.
-        BodyTooSlow: it was not there in time.
-        ClientGone: the connection closed before the body was complete.
-    """
-    announced = request.headers.get("content-length", "")
-    if announced.isascii() and announced.isdigit() and int(announced[:20]) > limit:
-        raise _too_large(f"{announced[:20]} bytes", limit)
-    try:
-        async with asyncio.timeout(seconds):
-            return await _read(request, limit)
-    except TimeoutError:
-        raise BodyTooSlow(f"The body was not there within {seconds:g} seconds.") from None
-
-
-async def _read(request: Request, limit: int) -> bytes:
-    parts, size = [], 0
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        size += len(message.get("body", b""))
-        if size > limit:
-            raise _too_large(f"more than {limit} bytes", limit)
-        parts.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
-def _too_large(size: str, limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"The body has {size}; this server takes {limit}.", limit=limit)
 
 
 def _ignored(names: tuple[str, ...], settings: ServerSettings) -> dict[str, str]:

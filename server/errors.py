@@ -40,6 +40,12 @@ class BodyTooSlow(VerbatimError):
     code = "body_too_slow"
 
 
+class BodiesFull(Unavailable):
+    """The bodies that are being read take all the memory there is for them."""
+
+    code = "bodies_full"
+
+
 class BadHost(VerbatimError):
     """A request that does not say whom it is for."""
 

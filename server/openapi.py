@@ -214,13 +214,15 @@ RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     404: _failure("Unknown model."),
     408: _failure("The body was not there in time."),
     413: _failure("Body over the limit."),
+    414: _failure("Path and query over the limit."),
     415: _failure("The body is announced as something else than JSON."),
     422: _failure("Invalid Parameters: out of range, an impossible combination, a field this build cannot honour."),
     429: _failure(
         "Rate Limit Reached: the key's requests or tokens of a minute, or its requests at once; see Retry-After."
     ),
+    431: _failure("Head or trailer over the limit."),
     500: _failure("Server Error: a bug; the message has an id that stands in the log."),
-    503: _failure("Server Overloaded: queue full, model loading, engine dead; see Retry-After."),
+    503: _failure("Server Overloaded: queue full, no room for the body, model loading, engine dead; see Retry-After."),
 }
 
 

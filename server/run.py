@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +19,16 @@ from pathlib import Path
 import uvicorn
 from rich.console import Console
 from rich.markup import escape
+from starlette.types import ASGIApp
 
 from engine import ConfigError, ModelConfig, Registry
 from server import logs
 from server.app import create_app
+from server.connections import Connections, room_for_connections
 from server.ledger import Ledger, Prices
 from server.metering import Meter
 from server.owners import name_of_this_process
-from server.protocol import patient_protocol
+from server.protocol import bounded_protocol
 from server.settings import LOOPBACK, ServerSettings
 from server.settling import BEAT_SECONDS
 
@@ -69,20 +73,19 @@ def run(
     port = listener.getsockname()[1]
     logs.configure(settings.log_format, access_log=settings.access_log)
     registry = Registry(entries, pull=pull, on_progress=lambda text: _tell(console, text))
-    config = uvicorn.Config(
-        create_app(registry, settings, meter),
-        http=patient_protocol(settings.body_seconds, settings.send_seconds),
-        log_level="warning",
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=int(settings.shutdown_seconds + _LAST),
-        server_header=False,
-    )
+    connections = Connections(room_for_connections(settings.max_connections))
+    if connections.limit < settings.max_connections:
+        console.print(
+            f"[yellow]This process may have {connections.limit} connections, not {settings.max_connections}: raise its "
+            "limit of open files (ulimit -n).[/]"
+        )
+    config = configured(create_app(registry, settings, meter), settings, connections)
     server = Server(config, registry, settings.shutdown_seconds)
     # uvicorn ends in order on SIGTERM and then raises it again: that is an ordinary end here, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _greet(console, settings, port, entries, keys=meter is not None)
     registry.start()
+    threading.Thread(target=_spare_the_collector, args=(registry,), name="collector", daemon=True).start()
     try:
         server.run(sockets=[listener])  # on uvloop where it is installed
     except KeyboardInterrupt:
@@ -96,6 +99,36 @@ def run(
         if not ended:  # threads that compute on while the interpreter goes down would end it with a signal
             logging.shutdown()
             os._exit(0)
+
+
+def _spare_the_collector(registry: Registry) -> None:
+    """Take what the models consist of out of the garbage collector's rounds, once they are loaded.
+
+    A full round over the 400,000 objects of the libraries alone stops the process for 0.3 s, and a body with many lists
+    brings on one. What is garbage by then is collected first.
+    """
+    registry.wait()
+    gc.collect()
+    gc.freeze()
+
+
+def configured(app: ASGIApp, settings: ServerSettings, connections: Connections) -> uvicorn.Config:
+    """uvicorn's configuration: our bounds, none of its own words, no protocol but HTTP/1.1."""
+    return uvicorn.Config(
+        app,
+        http=bounded_protocol(
+            connections,
+            head_seconds=settings.body_seconds,
+            send_seconds=settings.send_seconds,
+            retry_after=settings.retry_after_seconds,
+        ),
+        ws="none",
+        log_level="warning",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.shutdown_seconds + _LAST),
+        server_header=False,
+    )
 
 
 def no_core_dumps() -> None:

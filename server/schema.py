@@ -5,20 +5,33 @@ Types are checked here, all of them; ranges of sampling fields in `engine.Sampli
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from engine import ChatMessage, Constraint, GenerationRequest, InvalidFormat, InvalidParameter, ToolCall, Unsupported
+from engine import (
+    ChatMessage,
+    Constraint,
+    GenerationRequest,
+    InvalidFormat,
+    InvalidParameter,
+    ModelNotFound,
+    ToolCall,
+    Unsupported,
+)
+from server.json_text import kind_of, load_body, load_text, shown
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 MAX_NAME: Final = 256
 
-MAX_DEPTH: Final = 100
-"""Levels of objects and lists in a body: far above any use, far below what Python's own recursion bears."""
+MAX_MODEL: Final = 512
+"""Characters of the name of a model. A longer one is none of ours."""
+MAX_MESSAGES: Final = 10_000
+MAX_PARTS: Final = 10_000
+"""Of all messages together."""
+MAX_BIASES: Final = 16_384
+"""Entries of `logit_bias`. Who wants to forbid most of a vocabulary has grammars for it."""
 
 Kind = tuple[tuple[type, ...], str]
 FLAG: Final[Kind] = ((bool,), "true or false")
@@ -125,9 +138,11 @@ def parse(raw: bytes, request_id: str) -> ChatRequest:
         InvalidFormat: not JSON, not an object, a field missing or of the wrong type.
         InvalidParameter: right type, wrong value; Unsupported: a field this build cannot honour.
     """
-    data = _load(raw)
+    data = load_body(raw)
     ignored = [name for name in data if name not in KNOWN]
     model = _required(data, "model", STRING)
+    if len(model) > MAX_MODEL:
+        raise ModelNotFound(f"the model {model[:100]!r}… does not exist.", param="model")
     messages = _messages(data, ignored)
     tools, choice = _tools(data, ignored)
     for name, neutral in UNSUPPORTED.items():
@@ -162,78 +177,10 @@ def _cache_salt(data: Mapping[str, Any]) -> str:
     return salt or ""
 
 
-def _load(raw: bytes) -> dict[str, Any]:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidFormat(f"The body is not UTF-8: byte {error.start} is {raw[error.start]:#04x}.") from None
-    try:
-        data = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        raise InvalidFormat(f"The body is not JSON: {error}.") from None
-    except RecursionError:
-        raise _too_deep() from None
-    except ValueError:  # Python's own limit on the digits of an integer; its message is about Python
-        raise InvalidFormat("The body holds an integer of thousands of digits.") from None
-    if not isinstance(data, dict):
-        raise InvalidFormat(f"The body must be a JSON object, not {_kind(data)}.")
-    if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH:
-        _check_depth(data)
-    if re.search(rb"\\u[dD][89a-fA-F]", raw):
-        _check_surrogates(data)
-    return data
-
-
-def _no_constant(name: str) -> None:
-    raise InvalidFormat(f"The body is not JSON: {name} is not a JSON number.")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which no name stands twice: one of the two values would be ignored."""
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise InvalidFormat(f"The body holds the field {twice[:100]!r} twice in one object.", code="duplicate_field")
-    return data
-
-
-def _check_depth(data: dict[str, Any]) -> None:
-    level: list[Any] = [data]
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for node in level
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return
-    raise _too_deep()
-
-
-def _too_deep() -> InvalidFormat:
-    return InvalidFormat(f"The body is nested too deeply; {MAX_DEPTH} levels are allowed.")
-
-
-def _check_surrogates(data: dict[str, Any]) -> None:
-    """JSON can spell half of a surrogate pair; no text can hold it."""
-    try:
-        json.dumps(data, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InvalidFormat(f"The body holds half a surrogate pair: {error.object[error.start]!a}.") from None
-
-
-def _kind(value: Any) -> str:
-    """What JSON calls a value's type."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(value), "null")
-
-
 def _typed(value: Any, name: str, kind: Kind) -> Any:
     types, words = kind
     if type(value) not in types:  # exactly: True is an int to isinstance
-        shown = "" if value is None or isinstance(value, dict | list) else f", {json.dumps(value)[:100]}"
-        raise InvalidFormat(f"{name} must be {words}, not {_kind(value)}{shown}.", param=name)
+        raise InvalidFormat(f"{name} must be {words}, not {kind_of(value)}{shown(value)}.", param=name)
     return value
 
 
@@ -250,10 +197,19 @@ def _optional(data: Mapping[str, Any], name: str, kind: Kind, at: str = "") -> A
     return None if value is None else _typed(value, f"{at}{name}", kind)
 
 
+def _at_most(limit: int, count: int, name: str, things: str) -> None:
+    if count > limit:
+        raise InvalidParameter(f"{name} may hold at most {limit} {things}, not {count}.", param=name)
+
+
 def _messages(data: Mapping[str, Any], ignored: list[str]) -> tuple[ChatMessage, ...]:
     messages = _required(data, "messages", LIST)
     if not messages:
         raise InvalidParameter("messages must hold at least one message, not 0.", param="messages")
+    _at_most(MAX_MESSAGES, len(messages), "messages", "messages")
+    contents = (message.get("content") for message in messages if isinstance(message, dict))
+    parts = sum(len(content) for content in contents if isinstance(content, list))
+    _at_most(MAX_PARTS, parts, "messages", "parts")
     turns = tuple(_message(message, f"messages.{i}", ignored) for i, message in enumerate(messages))
     called: set[str] = set()
     for i, turn in enumerate(turns):
@@ -306,8 +262,8 @@ def _calls(message: Mapping[str, Any], at: str, role: str, ignored: list[str]) -
         function = _required(call, "function", OBJECT, here)
         arguments = _required(function, "arguments", STRING, f"{here}function.")
         try:
-            whole = isinstance(json.loads(arguments or "{}"), dict)
-        except (ValueError, RecursionError):
+            whole = isinstance(load_text(arguments or "{}"), dict)
+        except ValueError:
             whole = False
         if not whole:
             raise InvalidParameter(
@@ -350,8 +306,7 @@ def _name(function: Mapping[str, Any], at: str) -> str:
 def _tools(data: Mapping[str, Any], ignored: list[str]) -> tuple[tuple[dict[str, Any], ...], str]:
     """The definitions that the model may call, none with `tool_choice: none`; and which of them it must."""
     given = _optional(data, "tools", LIST) or []
-    if len(given) > MAX_TOOLS:
-        raise InvalidParameter(f"tools may hold at most {MAX_TOOLS} definitions, not {len(given)}.", param="tools")
+    _at_most(MAX_TOOLS, len(given), "tools", "definitions")
     tools = [_tool(tool, f"tools.{i}.", ignored) for i, tool in enumerate(given)]
     names = [tool["function"]["name"] for tool in tools]
     for i, name in enumerate(names):
@@ -445,6 +400,7 @@ def _part(part: Any, at: str, ignored: list[str]) -> str:
 def _sampling(data: Mapping[str, Any]) -> dict[str, Any]:
     """The sampling fields that were given; `max_completion_tokens` wins over `max_tokens`."""
     given = {name: _typed(data[name], name, kind) for name, kind in SAMPLING.items() if data.get(name) is not None}
+    _at_most(MAX_BIASES, len(given.get("logit_bias", ())), "logit_bias", "entries")
     for name in ("max_tokens", "max_completion_tokens"):
         value = _optional(data, name, INTEGER)
         if value is not None:
@@ -468,8 +424,8 @@ def _constraints(data: Mapping[str, Any], ignored: list[str]) -> Iterator[tuple[
     schema = _optional(data, "guided_json", ((dict, str), "an object, or its text"))
     if isinstance(schema, str):
         try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError) as error:
+            schema = load_text(schema)
+        except ValueError as error:
             raise InvalidParameter(f"guided_json is not JSON: {error}.", param="guided_json") from None
         _typed(schema, "guided_json", OBJECT)
     if schema is not None:

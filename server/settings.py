@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from engine import ConfigError, validate
 from server.hosts import parse_entry
@@ -41,6 +41,12 @@ class ServerSettings(BaseModel):
     """0 takes a free one; the first line of output says which."""
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
     """A larger request body is refused while it is read."""
+    max_bodies_bytes: int | None = Field(default=None, ge=4096)
+    """Memory for all bodies that are being read or checked; a request that finds no room is refused with `Retry-After`.
+    A key may take half of it. At least twice `max_body_bytes`; default: eight times."""
+    max_connections: int = Field(default=1024, ge=8)
+    """Connections that may be open at once, or fewer where the system allows the process fewer files. One more, and the
+    one that has been waiting for its client the longest is closed."""
     strict_params: bool = False
     """Refuse fields that are not known at all, instead of naming them in a response header."""
     keepalive_seconds: float = Field(default=15.0, gt=0)
@@ -77,6 +83,15 @@ class ServerSettings(BaseModel):
     @classmethod
     def _names(cls, given: list[str]) -> list[str]:
         return [parse_entry(name) for name in given]
+
+    @model_validator(mode="after")
+    def _a_body_fits(self) -> ServerSettings:
+        if self.max_bodies_bytes is not None and self.max_bodies_bytes < 2 * self.max_body_bytes:
+            raise ValueError(
+                f"max_bodies_bytes must be at least twice max_body_bytes, {2 * self.max_body_bytes}, not "
+                f"{self.max_bodies_bytes}"
+            )
+        return self
 
 
 def read_settings(data: Mapping[str, Any], where: str) -> ServerSettings:
