@@ -32,6 +32,9 @@ log = logging.getLogger("verbatim.engine")
 LAST_STEP = 5.0
 """Seconds that a step may take on when the engine is told to stop."""
 
+PREPARING = 3
+"""Requests of one model that are prepared at once: two heavy ones of a key, and one of anybody else."""
+
 Command = Callable[[EngineCore], None]
 
 
@@ -131,21 +134,34 @@ class AsyncEngine:
         self._close_lock = threading.Lock()
         self._stats = self._core.stats()
         self._busy_since: float | None = None  # monotonic seconds at which the step under way began
-        self._turns = Turns()
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"prepare-{self.info.id}")
-        self._worker.submit(model.grammars.warm)
+        self._turns = Turns(PREPARING)
+        self._workers = ThreadPoolExecutor(max_workers=PREPARING, thread_name_prefix=f"prepare-{self.info.id}")
+        self._workers.submit(model.grammars.warm)
         self._thread = threading.Thread(target=self._run, name=f"engine-{self.info.id}", daemon=True)
         self._thread.start()
 
     async def prepare(self, request: GenerationRequest) -> PreparedRequest:
-        """Template, tokens, limits, on the model's own worker thread; groups take turns for it.
+        """Template, tokens, limits, on one of the model's own worker threads; groups take turns for them.
+
+        Given up while it waits for one, it never gets one. Given up later, it keeps its place until the thread is done.
 
         Raises: what `Preparer.prepare` raises, and EngineDead.
         """
         self._raise_if_dead()
-        async with self._turns.turn(request.group):
+        await self._turns.take(request.group)
+        try:
             self._raise_if_dead()
-            return await asyncio.get_running_loop().run_in_executor(self._worker, self._preparer.prepare, request)
+            work = asyncio.get_running_loop().run_in_executor(self._workers, self._preparer.prepare, request)
+        except BaseException:
+            self._turns.give_back(request.group)
+            raise
+        work.add_done_callback(lambda done: self._prepared(done, request.group))
+        return await asyncio.shield(work)
+
+    def _prepared(self, work: asyncio.Future[PreparedRequest], group: str) -> None:
+        self._turns.give_back(group)
+        if not work.cancelled():
+            work.exception()  # looked at, whoever is left to hear of it
 
     def submit(self, request: PreparedRequest) -> RequestStream:
         """Queue a request. A group of which none is unfinished may still queue one where there is no room.
@@ -199,7 +215,7 @@ class AsyncEngine:
                 self._closed = True
                 self._commands.put(None)
                 self._thread.join(LAST_STEP)
-                self._worker.shutdown(wait=not self._thread.is_alive(), cancel_futures=True)
+                self._workers.shutdown(wait=not self._thread.is_alive(), cancel_futures=True)
                 if self._thread.is_alive():
                     log.error("the engine of %s is left behind: its step does not end", self.info.id)
                     self._cause = RuntimeError("its step does not end")

@@ -81,6 +81,9 @@ class ModelConfig(BaseModel):
     response_template: Path | None = None
     """A JSON file that says how replies are to be taken apart, in place of the tokenizer's own and of what is derived
     from the chat template. The format is transformers'."""
+    content_special_tokens: Literal["split", "parse"] = "split"
+    """What becomes of messages that spell control tokens (`<|im_end|>`): `split` reads them as the text that they are,
+    `parse` as the tokens, as if the template had written them (docs/decisions/0021)."""
     template_clock: dt.datetime | None = None
     """What `strftime_now` sees in templates that print today's date. Default: the real clock."""
     sampling: dict[str, Any] = Field(default_factory=dict)

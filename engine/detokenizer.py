@@ -45,7 +45,7 @@ def _byte_level_table() -> dict[int, int]:
     return table
 
 
-_BYTE_LEVEL: Final = _byte_level_table()
+BYTE_LEVEL: Final = _byte_level_table()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class _Plan:
         """The bytes that `token` adds to a text; `first`: at its beginning."""
         if self.byte_level:
             try:
-                return token.translate(_BYTE_LEVEL).encode("latin-1")
+                return token.translate(BYTE_LEVEL).encode("latin-1")
             except UnicodeEncodeError:
                 return token.encode()  # an added token, written as it is
         if self.byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):

@@ -201,6 +201,7 @@ def _assemble(
         "defaults": _default_sampling(config, found.folder),
         "end_ids": end_ids,
         "template_clock": config.template_clock,
+        "content": config.content_special_tokens,
         "threads": None if test.report.holds else torch.get_num_threads(),
         **fingerprint.hardware(device),
     }

@@ -6,25 +6,45 @@ computes nothing with the model.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
+from engine.chat_prompt import ChatPrompts, control_words
 from engine.chat_template import ChatTemplate
 from engine.config import ModelConfig
+from engine.content_guard import ControlWords
 from engine.detokenizer import Vocabulary
 from engine.dialect import Dialect
-from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, TemplateRefused, Unsupported
+from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported
 from engine.grammar import GrammarCompiler
+from engine.linear import give_back_memory
+from engine.prompt_encoder import CHARACTERS_PER_TOKEN, PromptEncoder
 from engine.reasoning import ReasoningFormat, template_variables
-from engine.tool_format import CALL_ID, generic_messages, one_call_a_turn, with_written_calls
 from engine.tool_grammar import ToolGrammar, tool_grammar
-from engine.types import ChatMessage, GenerationRequest, ModelInfo, PreparedRequest, SamplingParams
+from engine.types import GenerationRequest, ModelInfo, PreparedRequest, SamplingParams
 
 _DRAWN_SEED_BITS = 53
 """A seed that the engine draws survives a client whose numbers are doubles."""
+
+_SHORT: Final = 1 << 17
+"""Characters of a prompt whose tokens are counted even if there must be too many: the exact number helps a client."""
+
+_LONG: Final = 1 << 20
+"""Characters of a prompt whose reading takes so much memory that it is given back at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A request's tokens, their text if it has messages (with marks, see `Encoded`), and which fields were ignored."""
+
+    tokens: tuple[int, ...]
+    text: str | None
+    mark: str
+    ignored: tuple[str, ...]
 
 
 class Preparer:
@@ -46,6 +66,10 @@ class Preparer:
         self._template = template
         self._grammars = grammars
         self._dialect = dialect
+        words, kept = control_words(tokenizer, template, dialect)
+        self._encoder = PromptEncoder(tokenizer, words)
+        split = config.content_special_tokens == "split"
+        self._chat = ChatPrompts(template, dialect, self._encoder, ControlWords(words, kept) if split else None)
         self._reasoning = dialect.reasoning
         invalid = set(vocabulary.invalid_ids(info.vocab_size))
         self._token_ids = frozenset(range(info.vocab_size)) - invalid
@@ -63,9 +87,8 @@ class Preparer:
         self._check_ids(params)
         if params.thinking_budget is not None and self._reasoning is None:
             raise Unsupported("thinking_budget: this model does not think.", param="thinking_budget")
-        variables, ignored = self._variables(request)
-        text = self._text(request, variables)
-        tokens = self._tokens(request, text)
+        prompt = self._prompt(request)
+        tokens, text = prompt.tokens, prompt.text
         found = self._reasoning
         thinks = found is not None and text is not None and text.rstrip().endswith(found.open)
         may_think = found if request.messages is not None else None
@@ -84,8 +107,8 @@ class Preparer:
             calls_first=bool(request.tools and request.constraint and request.tool_choice == "auto"),
             chat=request.messages is not None,
             thinks=thinks,
-            opening=self._opening(text),
-            ignored=ignored,
+            opening=self._opening(prompt),
+            ignored=prompt.ignored,
             group=request.group,
             cache_share=("" if self._config.share_prefix_cache else request.group, request.cache_salt),
             tools=request.tools,
@@ -151,73 +174,79 @@ class Preparer:
                 param=param,
             )
 
-    def _text(self, request: GenerationRequest, variables: dict[str, Any]) -> str | None:
-        """The rendered prompt, if there are messages."""
-        if request.messages is None:
-            return None
-        if not request.messages:
-            raise InvalidParameter("messages must hold at least one message.", param="messages")
-        messages: Sequence[ChatMessage] = request.messages
-        tools = [_as_shown(tool) for tool in request.tools]
-        # A template of its own for tools leaves the other one to conversations that know of none.
-        if self._dialect.shows_tools and (request.tools or self._template.tool_use is None):
-            form = self._dialect.template_format
-            if form is not None and CALL_ID in form.close:
-                messages = [_with_short_ids(message) for message in messages]
-            if form is not None and form.between is None:
-                messages = one_call_a_turn(messages)
-            if form is not None and not self._dialect.writes_calls:
-                messages = with_written_calls(messages, form)
-            return self._template.render(messages, variables, tools=tools)
-        if not request.tools and not any(m.tool_calls or m.role == "tool" for m in messages):
-            return self._template.render(messages, variables)
-        try:
-            return self._template.render(generic_messages(messages, tools, system=True), variables)
-        except TemplateRefused:  # it may know no system turn
-            return self._template.render(generic_messages(messages, tools, system=False), variables)
-
-    def _opening(self, text: str | None) -> str:
-        read_by = self._dialect.response_template
-        return read_by.opening(text) if read_by is not None and text is not None else ""
-
-    def _tokens(self, request: GenerationRequest, text: str | None) -> tuple[int, ...]:
+    def _prompt(self, request: GenerationRequest) -> _Prompt:
         given = [n for n in ("messages", "prompt", "prompt_token_ids") if getattr(request, n) is not None]
         if len(given) != 1:
             raise InvalidFormat(f"give exactly one of messages, prompt and prompt_token_ids, not {given or 'none'}.")
-        if request.prompt_token_ids is not None:
-            for token in request.prompt_token_ids:
-                self._check_id(token, "prompt_token_ids", "prompt_token_ids")
-            tokens = tuple(request.prompt_token_ids)
+        variables, ignored = self._variables(request)
+        text, mark = None, ""
+        if request.messages is not None:
+            if not request.messages:
+                raise InvalidParameter("messages must hold at least one message.", param="messages")
+            conversation = self._chat.conversation(request, variables)
+            rendered = self._chat.render(conversation)
+            with self._reading(rendered, "messages"):
+                encoded = self._chat.encode(conversation, rendered)
+            tokens, text, mark = tuple(encoded.ids), encoded.shown, encoded.mark
         elif request.prompt is not None:
-            tokens = self._encode(request.prompt, special=True, param="prompt")
+            with self._reading(request.prompt, "prompt"):
+                tokens = tuple(self._encoder.encode(request.prompt, special=True))
         else:
-            assert text is not None
-            tokens = self._encode(text, special=False, param="messages")
+            tokens = tuple(request.prompt_token_ids or ())
+            for token in tokens:
+                self._check_id(token, "prompt_token_ids", "prompt_token_ids")
+        self._check_tokens(tokens, given[0])
+        return _Prompt(tokens, text, mark, ignored)
+
+    @contextlib.contextmanager
+    def _reading(self, text: str, param: str) -> Iterator[None]:
+        """Refuse a text that is too long before it is read, and give back what reading a long one took."""
         limit = self._info.context_length
-        if not tokens:
-            raise InvalidParameter("the prompt holds no token.", param=given[0])
-        if len(tokens) >= limit:
+        least = self._encoder.at_least(text) if len(text) > _SHORT else 0
+        if least is not None and least >= limit:
             raise ContextLengthExceeded(
-                f"the prompt has {len(tokens)} tokens; this model's context holds {limit}, one of them for the answer.",
-                param=given[0],
-                prompt_tokens=len(tokens),
+                f"the prompt has at least {least} tokens; this model's context holds {limit}, one of them for the "
+                "answer.",
+                param=param,
+                prompt_tokens=least,
                 context_length=limit,
             )
-        return tokens
-
-    def _encode(self, text: str, *, special: bool, param: str) -> tuple[int, ...]:
+        if least is None and len(text) > (most := limit * CHARACTERS_PER_TOKEN):
+            raise ContextLengthExceeded(
+                f"the prompt has {len(text)} characters; this model's context holds {limit} tokens, and at most "
+                f"{most} characters are read for it.",
+                param=param,
+                context_length=limit,
+            )
         try:
-            # A rendered template writes its own special tokens; a bare prompt gets what the tokenizer adds.
-            ids = self._tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
+            yield
         except (UnicodeEncodeError, TypeError):
             raise InvalidFormat(f"{param} holds text that is not valid Unicode.", param=param) from None
-        found: tuple[int, ...] = tuple(ids["input_ids"])
-        if max(found, default=0) >= self._info.vocab_size:
-            token = self._tokenizer.convert_ids_to_tokens(max(found))
+        finally:
+            if len(text) > _LONG:
+                give_back_memory()
+
+    def _check_tokens(self, tokens: Sequence[int], param: str) -> None:
+        limit = self._info.context_length
+        if not tokens:
+            raise InvalidParameter("the prompt holds no token.", param=param)
+        if max(tokens) >= self._info.vocab_size:
+            token = self._tokenizer.convert_ids_to_tokens(max(tokens))
             raise InvalidParameter(
                 f"{param} holds {token!r}, a token that this model does not read as text.", param=param
             )
-        return found
+        if len(tokens) >= limit:
+            raise ContextLengthExceeded(
+                f"the prompt has {len(tokens)} tokens; this model's context holds {limit}, one of them for the answer.",
+                param=param,
+                prompt_tokens=len(tokens),
+                context_length=limit,
+            )
+
+    def _opening(self, prompt: _Prompt) -> str:
+        read_by = self._dialect.response_template
+        found = read_by.opening(prompt.text) if read_by is not None and prompt.text is not None else ""
+        return found.replace(prompt.mark, "") if prompt.mark else found
 
     def _complete(self, params: SamplingParams, prompt_tokens: int) -> SamplingParams:
         """Fill in what the request left open: how long, and from which seed."""
@@ -228,22 +257,3 @@ class Preparer:
         return dataclasses.replace(
             params, max_tokens=max_tokens, min_tokens=min(params.min_tokens, max_tokens), seed=seed
         )
-
-
-def _as_shown(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A definition as the model sees it: how strictly it is held to it is no concern of its."""
-    return {**tool, "function": {key: value for key, value in tool["function"].items() if key != "strict"}}
-
-
-def _with_short_ids(message: ChatMessage) -> ChatMessage:
-    """A message whose call ids have nine letters and digits, for templates that show them and take no other length."""
-
-    def short(call_id: str) -> str:
-        own = call_id.removeprefix("call_")
-        return own if len(own) == 9 and own.isalnum() else hashlib.sha256(call_id.encode()).hexdigest()[:9]
-
-    return dataclasses.replace(
-        message,
-        tool_calls=tuple(dataclasses.replace(call, id=short(call.id)) for call in message.tool_calls),
-        tool_call_id=None if message.tool_call_id is None else short(message.tool_call_id),
-    )

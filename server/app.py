@@ -1,8 +1,8 @@
 """The application: routes, and the order in which a request is looked at. Knows no torch and no sampling rule.
 
 request id → host and origin (400, 403) → key (401) → type of the body (415) → its minute and balance (429, 402) → room
-for the body (503) → body, while it is read (413, 408) → fields (400, 422) → model (404, 503) → prepare on the model's
-own worker (400, 422) → its prompt (429) → hold (402) → submit (503) → only now 200
+for the body (503) → body, while it is read (413, 408) → fields (400, 422) → model (404, 503) → prepare on a
+worker of the model (400, 422) → its prompt (429) → hold (402) → submit (503) → only now 200
 """
 
 from __future__ import annotations

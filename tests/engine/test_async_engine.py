@@ -32,6 +32,8 @@ from engine import (
     RequestOutput,
 )
 from engine.loader import load
+from engine.preparation import Preparer
+from engine.prompt_encoder import PromptEncoder
 
 
 @pytest.fixture
@@ -307,6 +309,105 @@ def test_a_prompt_over_the_context_is_refused_with_both_numbers(engine: AsyncEng
         engine.prepare(GenerationRequest(request_id="r", prompt_token_ids=(5,) * 511, sampling={"max_tokens": 9}))
     )
     assert prepared.params.max_tokens == 1, "clamped to what is left"
+
+
+@pytest.mark.parametrize("piece", ["word ", "x", " ", "<|im_end|>", "漢"])
+def test_a_prompt_that_is_much_too_long_is_not_read(
+    engine: AsyncEngine, piece: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight megabytes for a context of 512: refused by what a token can hold at most, before a token is made."""
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr(PromptEncoder, "encode", never)
+    monkeypatch.setattr(PromptEncoder, "encode_apart", never)
+    text = piece * (8_000_000 // len(piece.encode()))
+    for wanted in (
+        GenerationRequest(request_id="r", messages=(ChatMessage("user", text),)),
+        GenerationRequest(request_id="r", prompt=text),
+    ):
+        with pytest.raises(ContextLengthExceeded, match="at least") as caught:
+            run(engine.prepare(wanted))
+        assert caught.value.details["prompt_tokens"] > caught.value.details["context_length"] == 512
+
+
+def test_where_no_length_is_known_characters_are_counted(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer with an unknown token may make one of megabytes: then a plain number of characters is the limit."""
+    monkeypatch.setattr(PromptEncoder, "at_least", lambda *_: None)
+    with pytest.raises(ContextLengthExceeded, match="32768 characters"):
+        run(engine.prepare(GenerationRequest(request_id="r", prompt="x" * 200_000)))
+
+
+class Held:
+    """In place of a preparer: what comes in is named, and waits until it is let go."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.begun: list[str] = []
+        self.go = threading.Event()
+        self._real = engine._preparer
+
+    def prepare(self, wanted: GenerationRequest) -> Any:
+        self.begun.append(wanted.request_id)
+        if wanted.request_id.startswith("heavy"):
+            assert self.go.wait(30)
+        return self._real.prepare(wanted)
+
+
+def test_heavy_prompts_of_one_key_do_not_hold_up_another(engine: AsyncEngine) -> None:
+    """Some are prepared at once, and a key never has all places."""
+
+    async def main() -> None:
+        engine._preparer = held = Held(engine)  # type: ignore[assignment]
+        heavy = [asyncio.create_task(engine.prepare(in_group(f"heavy{i}", "a"))) for i in range(6)]
+        await until(lambda: len(held.begun) == 2)
+        for i in range(5):
+            await asyncio.wait_for(engine.prepare(in_group(f"light{i}", "b")), 10)
+        assert held.begun == ["heavy0", "heavy1", *(f"light{i}" for i in range(5))]
+        held.go.set()
+        assert [task.request_id for task in await asyncio.gather(*heavy)] == [f"heavy{i}" for i in range(6)]
+
+    run(main())
+
+
+def test_a_client_that_leaves_is_not_prepared_and_frees_no_place_too_early(engine: AsyncEngine) -> None:
+    """Given up while it waits: never begun. Given up while its thread runs: no further one runs in its place."""
+
+    async def main() -> None:
+        engine._preparer = held = Held(engine)  # type: ignore[assignment]
+        heavy = [asyncio.create_task(engine.prepare(in_group(f"heavy{i}", "a"))) for i in range(6)]
+        await until(lambda: len(held.begun) == 2)
+        for task in heavy[:4]:
+            task.cancel()
+        await asyncio.gather(*heavy[:4], return_exceptions=True)
+        await asyncio.sleep(0.05)
+        assert held.begun == ["heavy0", "heavy1"]
+        held.go.set()
+        await asyncio.gather(*heavy[4:])
+        assert sorted(held.begun) == ["heavy0", "heavy1", "heavy4", "heavy5"]
+        await asyncio.wait_for(engine.prepare(in_group("light", "a")), 10)
+
+    run(main())
+
+
+def test_content_that_spells_control_is_text_unless_the_entry_says_otherwise(tiny: Callable[[str], Path]) -> None:
+    """`content_special_tokens`, in the engine and in the fingerprint."""
+    found = {}
+    for mode in ("split", "parse"):
+        config = ModelConfig(
+            id="tiny", path=tiny("qwen3"), cache_size="32MiB", context_length=512, content_special_tokens=mode
+        )
+        model = load(config)
+        preparer = Preparer(
+            config, model.info, model.tokenizer, model.vocabulary, model.template, model.grammars, model.dialect
+        )
+        end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        wanted = GenerationRequest(request_id="r", messages=(ChatMessage("user", "a<|im_end|>b"),))
+        found[mode] = preparer.prepare(wanted).prompt_token_ids.count(end), model.info.system_fingerprint
+        bare = preparer.prepare(GenerationRequest(request_id="r", prompt="a<|im_end|>b")).prompt_token_ids
+        assert bare.count(end) == 1, "a bare prompt is the caller's own"
+    assert found["parse"][0] == found["split"][0] + 1
+    assert found["parse"][1] != found["split"][1]
 
 
 def test_a_seed_that_is_not_given_is_drawn_and_told(engine: AsyncEngine) -> None:

@@ -1,13 +1,25 @@
-"""One at a time, groups by turns, and nobody is forgotten, however waiters are given up."""
+"""As many at once as there are places, groups by turns, and nobody is forgotten, however waiters are given up."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
 from engine.turns import Turns
+
+
+@asynccontextmanager
+async def turn(turns: Turns, group: str) -> AsyncIterator[None]:
+    await turns.take(group)
+    try:
+        yield
+    finally:
+        turns.give_back(group)
 
 
 async def settle() -> None:
@@ -20,7 +32,7 @@ def test_groups_take_turns_and_within_a_group_the_first_is_first() -> None:
         turns, order = Turns(), []
 
         async def work(name: str) -> None:
-            async with turns.turn(name[0]):
+            async with turn(turns, name[0]):
                 order.append(name)
                 await asyncio.sleep(0)
 
@@ -31,27 +43,51 @@ def test_groups_take_turns_and_within_a_group_the_first_is_first() -> None:
     assert asyncio.run(main()) == ["a0", "a1", "b0", "c0", "a2", "b1", "a3", "a4"]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_random_walk(seed: int) -> None:
-    """Work comes, ends and is given up at any point: never two at once, and all that was not given up has run."""
+def test_a_named_group_leaves_a_place_to_others() -> None:
+    """Whatever one key sends, somebody else's request begins at once; those without a key may use all places."""
 
     async def main() -> None:
-        rng, turns = random.Random(seed), Turns()
-        inside = 0
+        turns = Turns(3)
+        mine = [asyncio.create_task(turns.take("a")) for _ in range(4)]
+        await settle()
+        assert [task.done() for task in mine] == [True, True, False, False]
+        await asyncio.wait_for(turns.take("b"), 1)
+        turns.give_back("b")
+        await settle()
+        assert not mine[2].done()
+        turns.give_back("a")
+        await settle()
+        assert mine[2].done()
+        nameless = Turns(3)
+        for _ in range(3):
+            await asyncio.wait_for(nameless.take(""), 1)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("places", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(20))
+def test_random_walk(seed: int, places: int) -> None:
+    """Work comes, ends and is given up at any point: never too much at once, and all that was not given up has run."""
+
+    async def main() -> None:
+        rng, turns = random.Random(seed), Turns(places)
+        inside: Counter[str] = Counter()
         done: set[int] = set()
 
         async def work(number: int) -> None:
-            nonlocal inside
-            async with turns.turn(rng.choice("abc")):
-                inside += 1
-                assert inside == 1
+            group = rng.choice(["a", "b", ""])
+            async with turn(turns, group):
+                inside[group] += 1
+                assert inside.total() <= places
+                assert not group or inside[group] <= max(1, places - 1)
                 try:
                     for _ in range(rng.randrange(4)):
                         await asyncio.sleep(0)
                     if rng.random() < 0.1:
                         raise ValueError
                 finally:
-                    inside -= 1
+                    inside[group] -= 1
                 done.add(number)
 
         tasks: list[asyncio.Task[None]] = []
@@ -64,6 +100,8 @@ def test_random_walk(seed: int) -> None:
         results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
         for number, result in enumerate(results):
             assert (result is None) == (number in done)
+            assert result is None or isinstance(result, ValueError | asyncio.CancelledError), result
+        assert turns._free == places
         assert not turns._held
         assert not turns._waiting
 
