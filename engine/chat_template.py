@@ -20,16 +20,22 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from engine.errors import InvalidFormat, InvalidParameter, LoadError, TemplateRefused
+from engine.template_budget import Budget, OverBudget, current
+from engine.template_sandbox import BoundedEnvironment
 from engine.types import ChatMessage, ToolCall
 
 __all__ = ["ChatTemplate", "choose_template"]
 
 MAX_PROMPT_CHARACTERS: Final = 1 << 26
 """A template that writes more than this is refused: no context is that long, and memory is not endless."""
+
+_LONGEST_TEMPLATE: Final = 1 << 20
+"""Characters. The longest of a published model has some 40,000."""
+_LONGEST_FORMAT: Final = 1000
+_LONGEST_WORDS: Final = 2000  # of a refusal
 
 RESERVED: Final = frozenset(
     {
@@ -71,12 +77,23 @@ class ChatTemplate:
         self._in_parts = False
         if source is None:
             return
+        if len(source) > _LONGEST_TEMPLATE:
+            raise LoadError(
+                f"The chat template has {len(source)} characters; more than {_LONGEST_TEMPLATE} are not read."
+            )
+        if any("\ud800" <= character <= "\udfff" for character in source):
+            raise LoadError("The chat template holds half a character (a lone surrogate), which no tokenizer encodes.")
         environment = _environment(clock or datetime.now)
         try:
             self.variables = _inputs(environment.parse(source))
-            self._template = environment.from_string(source)
+            self._template = environment.bounded(source)
         except TemplateSyntaxError as error:
-            raise LoadError(f"The chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
+            raise LoadError(
+                f"The chat template is not valid Jinja: line {error.lineno}: {_cut(error.message)}"
+            ) from None
+        except (SyntaxError, RecursionError, MemoryError, ValueError, OverflowError) as error:
+            # What Jinja made of it is more than Python compiles: twenty loops inside each other, thousands of brackets.
+            raise LoadError(f"The chat template cannot be compiled: {_cut(error)}") from None
         self._in_parts = self._drops_text()
 
     @classmethod
@@ -84,11 +101,17 @@ class ChatTemplate:
         cls, tokenizer: Any, *, source: str | None = None, clock: Callable[[], datetime] | None = None
     ) -> ChatTemplate:
         """The template of a transformers tokenizer, or `source` in its place, with the tokenizer's special tokens."""
-        tool_use = None
-        if source is None:
-            own = getattr(tokenizer, "chat_template", None)
-            source, tool_use = choose_template(own), choose_template(own, "tool_use")
-        return cls(source, tokenizer.special_tokens_map, clock, tool_use if tool_use != source else None)
+        source, tool_use = cls.sources(tokenizer, source)
+        return cls(source, tokenizer.special_tokens_map, clock, tool_use)
+
+    @staticmethod
+    def sources(tokenizer: Any, source: str | None = None) -> tuple[str | None, str | None]:
+        """The source of the template that `from_tokenizer` makes, and of the one for tools if that is another."""
+        if source is not None:
+            return source, None
+        own = getattr(tokenizer, "chat_template", None)
+        source, tool_use = choose_template(own), choose_template(own, "tool_use")
+        return source, tool_use if tool_use != source else None
 
     def serving(self, tools: Sequence[Any]) -> ChatTemplate:
         """The template that renders a request with these tools."""
@@ -143,21 +166,22 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": again,
         }
-        return _render(self._template, context)
+        size = sum(len(m.content or "") + len(m.reasoning_content or "") for m in messages)
+        return _render(self._template, context, Budget(len(messages) + len(tools), size))
 
     def _drops_text(self) -> bool:
         """Whether a message's text has to come as a list of parts, as many templates of models with images want it."""
         message = ChatMessage("user", "Frage")
-        try:
-            if "Frage" in self.render([message]):
-                return False
-        except TemplateRefused:
-            pass
-        self._in_parts = True
-        try:
-            return "Frage" in self.render([message])
-        except TemplateRefused:
-            return False
+        for self._in_parts in (False, True):
+            try:
+                if "Frage" in self.render([message]):
+                    return self._in_parts
+            except TemplateRefused as refused:
+                if isinstance(refused.__cause__, OverBudget):
+                    raise LoadError(
+                        f"The chat template {refused.__cause__.message}, in a prompt of one word."
+                    ) from None
+        return False
 
     def _check(self, variables: Mapping[str, Any]) -> None:
         for name in variables:
@@ -249,35 +273,47 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
-def _render(template: jinja2.Template, context: Mapping[str, Any]) -> str:
+def _render(template: jinja2.Template, context: Mapping[str, Any], budget: Budget) -> str:
     pieces, length = [], 0
+    token = current.set(budget)
     try:
         for piece in template.generate(**context):
             pieces.append(piece)
             length += len(piece)
             if length > MAX_PROMPT_CHARACTERS:
                 raise TemplateError(f"The prompt grew beyond {MAX_PROMPT_CHARACTERS} characters.")
+    except OverBudget as error:
+        raise TemplateRefused(f"The chat template {error.message}.", param="messages") from error
     except SecurityError as error:
-        raise TemplateRefused(f"The chat template did what it must not: {error}", param="messages") from error
+        raise TemplateRefused(f"The chat template did what it must not: {_cut(error)}", param="messages") from error
     except TemplateError as error:
-        raise TemplateRefused(f"The chat template refused: {error.message or error}", param="messages") from error
+        raise TemplateRefused(f"The chat template refused: {_cut(error.message or error)}", param="messages") from error
     except Exception as error:
         # All that runs in here is the template, on data: whatever it raises (None + str, a missing index, recursion)
         # says that it was not written for these messages.
-        words = f"{type(error).__name__}: {error}"
+        words = f"{type(error).__name__}: {_cut(error)}"
         raise TemplateRefused(f"The chat template failed on these messages: {words}", param="messages") from error
+    finally:
+        current.reset(token)
     return "".join(pieces)
 
 
-def _environment(clock: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _cut(words: object) -> str:
+    """A template's own words, as far as anybody reads them: they may be as long as a prompt."""
+    text = str(words)
+    return text if len(text) <= _LONGEST_WORDS else f"{text[:_LONGEST_WORDS]} …"
+
+
+def _environment(clock: Callable[[], datetime]) -> BoundedEnvironment:
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
 
     def strftime_now(format: str) -> str:
+        if len(format) > _LONGEST_FORMAT:
+            raise OverBudget(f"asks for a date of more than {_LONGEST_FORMAT} characters")
         return clock().strftime(format)
 
-    environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = strftime_now
     environment.globals["dict"] = _Dict()
@@ -325,6 +361,9 @@ class _Namespace(Namespace):
         _check_name(name)
         super().__setitem__(name, value)
 
+    def __repr__(self) -> str:  # it may hold itself, forty times over, and change: its text has no length beforehand
+        raise SecurityError("A namespace has no text.")
+
 
 def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
@@ -333,14 +372,3 @@ def _check_name(name: object) -> None:
 
 def _raise_exception(message: str) -> None:
     raise TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML, which no model was trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -5,8 +5,6 @@ Everything that can be wrong with a folder is said here, in one sentence and wit
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -17,12 +15,18 @@ import psutil
 
 from engine.config import ModelConfig
 from engine.errors import LoadError
+from engine.json_files import check_file, read_json
+from engine.safetensors_file import read_header
 from engine.standin import demo_model, ensure_standin
 
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-_LONGEST_HEADER = 100_000_000  # safetensors' own limit
+_PARSED_BY_LIBRARIES = ("tokenizer.json", "vocab.json", "tekken.json")
+_READ_BY_LIBRARIES = (
+    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.json", "processor_config.json", "preprocessor_config.json"),
+)
+_HIGHEST_ID = 1 << 24  # the largest vocabularies have 1.3 million
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -41,6 +45,7 @@ class Checkpoint:
         tied: whether the output layer is the input embedding.
         created: Unix seconds of the newest file.
         end_ids: tokens that end an answer, as far as a GGUF file names them.
+        tensors, values, longest: how many tensors there are, and numbers in them; the longest axis of one.
     """
 
     folder: Path
@@ -53,6 +58,9 @@ class Checkpoint:
     tied: bool
     created: int
     end_ids: tuple[int, ...] = ()
+    tensors: int = 0
+    values: int = 0
+    longest: int = 0
 
     def float32_bytes(self) -> int:
         """Memory for the model in packed float32: a tied embedding is held in its own dtype and packed once."""
@@ -108,21 +116,49 @@ def inspect(folder: Path, name: str) -> Checkpoint:
     if not any((folder / file).exists() for file in _TOKENIZER_FILES):
         # transformers would make an empty tokenizer of the right class and say nothing
         raise LoadError(f"{name}: {folder} holds no tokenizer.json.")
+    _check_files(folder, name)
     counts: dict[str, int] = {}
-    stored = embedding = 0
+    stored = embedding = tensors = values = longest = 0
     head = False
     for file in files:
-        for tensor, entry in _header(file, name).items():
-            numel = math.prod(entry["shape"])
-            stored += numel * _BITS.get(entry["dtype"], 8) // 8
-            if entry["dtype"] in _FLOATS:
-                counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + numel
-            if tensor.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")):
-                embedding = numel
-            head = head or tensor.endswith(("lm_head.weight", "embed_out.weight"))
-    common = max(counts, key=lambda k: counts[k], default="F32")
-    newest = max(int(p.stat().st_mtime) for p in (folder / "config.json", *files))
-    return Checkpoint(folder, files, config, sum(counts.values()), stored, _NAMES[common], embedding, not head, newest)
+        for key, tensor in read_header(file, name).items():
+            stored += tensor.size
+            tensors, values, longest = tensors + 1, values + tensor.numel, max(longest, *tensor.shape, 0)
+            if tensor.dtype in _FLOATS:
+                counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel
+            if key.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")):
+                embedding = tensor.numel
+            head = head or key.endswith(("lm_head.weight", "embed_out.weight"))
+    return Checkpoint(
+        folder=folder,
+        files=files,
+        config=config,
+        parameters=sum(counts.values()),
+        stored_bytes=stored,
+        dtype=_NAMES[max(counts, key=lambda k: counts[k], default="F32")],
+        embedding_parameters=embedding,
+        tied=not head,
+        created=max(int(p.stat().st_mtime) for p in (folder / "config.json", *files)),
+        tensors=tensors,
+        values=values,
+        longest=longest,
+    )
+
+
+def _check_files(folder: Path, name: str) -> None:
+    """Refuse files beyond our bounds before a library reads them: most parse whatever comes, whole and by recursion."""
+    for file in _PARSED_BY_LIBRARIES:
+        check_file(folder / file, name)
+    for file in _READ_BY_LIBRARIES:
+        if not (folder / file).exists():
+            continue
+        data = read_json(folder / file, name)
+        ids: list[Any] = [*data.values()] if file == "added_tokens.json" else []
+        if isinstance(added := data.get("added_tokens_decoder"), dict):
+            ids += [int(i) for i in added if i.isdecimal()]
+        highest = max((i for i in ids if isinstance(i, int)), default=0)
+        if highest > _HIGHEST_ID:  # transformers fills the gap before it, token by token
+            raise LoadError(f"{name}: {file} names a token {highest}; ids beyond {_HIGHEST_ID} are not read.")
 
 
 def _check_places(folder: Path, name: str) -> None:
@@ -220,42 +256,6 @@ def _shards(index: Path, name: str) -> tuple[Path, ...]:
             f"{name}: {index.parent} lacks {len(missing)} of {len(needed)} weight files: {', '.join(missing[:3])}."
         )
     return tuple(sorted(needed))
-
-
-def _header(file: Path, name: str) -> dict[str, Any]:
-    """The tensor table of a safetensors file: 8 bytes length, then JSON (https://github.com/huggingface/safetensors)."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise ValueError("the header is longer than the file")
-            if length > _LONGEST_HEADER:
-                raise ValueError(f"the header has {length} bytes, more than {_LONGEST_HEADER} are not read")
-            table: dict[str, Any] = json.loads(handle.read(length))
-        table.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in table.values()), default=0)
-        for entry in table.values():
-            if not isinstance(entry["dtype"], str) or not all(type(size) is int for size in entry["shape"]):
-                raise ValueError("the table of tensors is not one")
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise LoadError(f"{name}: {file.name} is not a readable safetensors file ({error}).") from None
-    if 8 + length + end > size:
-        raise LoadError(f"{name}: {file.name} is cut short: {size} bytes of {8 + length + end}. Copy it again.")
-    return table
-
-
-def read_json(path: Path, name: str) -> dict[str, Any]:
-    """A JSON object from a file; LoadError if it is missing, broken or something else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LoadError(f"{name}: {path.parent} holds no {path.name}: it is not a checkpoint folder.") from None
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{name}: cannot read {path}: {error}") from None
-    if not isinstance(data, dict):
-        raise LoadError(f"{name}: {path} is not a JSON object.")
-    return data
 
 
 def free_memory() -> int:

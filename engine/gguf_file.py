@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from engine.checkpoint import Checkpoint, words
+from engine.claims import check_gguf
 from engine.errors import LoadError
 
 __all__ = ["GGUFFile", "alone", "fast_reading", "inspect", "open_file", "reader_class"]
@@ -100,6 +101,9 @@ def inspect(file: GGUFFile) -> Checkpoint:
         tied="output.weight" not in file.sizes,
         created=int(file.path.stat().st_mtime),
         end_ids=file.end_ids,
+        tensors=len(file.sizes),
+        values=sum(file.sizes.values()),
+        longest=max(file.sizes.values(), default=0),
     )
 
 
@@ -136,10 +140,12 @@ def open_file(path: Path, name: str) -> GGUFFile:
             f"{name}: {path.name} is one of {parts} parts, which transformers does not read; join them with "
             "llama.cpp's `llama-gguf-split --merge`."
         )
+    sizes = {t.name: int(t.n_elements) for t in reader.tensors}
+    check_gguf(metadata, sizes, f"{name}: {path.name}")
     return GGUFFile(
         path,
         metadata,
-        {t.name: int(t.n_elements) for t in reader.tensors},
+        sizes,
         {t.name: t.tensor_type.name for t in reader.tensors},
         sum(int(t.n_bytes) for t in reader.tensors),
     )

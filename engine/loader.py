@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import checkpoint, fingerprint, gguf_file, quantized, rotary, versions
+from engine import checkpoint, claims, fingerprint, gguf_file, quantized, rotary, template_trial, versions
 from engine.block_pool import BlockPool
 from engine.chat_template import ChatTemplate
 from engine.checkpoint import Checkpoint, human, words
@@ -29,6 +29,7 @@ from engine.dialect import Dialect
 from engine.dialect import find as find_dialect
 from engine.errors import LoadError, NotEnoughMemory, VerbatimError, out_of_memory
 from engine.grammar import GrammarCompiler
+from engine.json_files import read_json
 from engine.kv_cache import SPAN, KVCache, LayerShape
 from engine.linear import (
     Make,
@@ -92,7 +93,9 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
             error.message, error.args = told, (told,)
             raise
         raise LoadError(f"{config.id}: {told}") from error
-    except Exception as error:  # a checkpoint is a stranger's data, read by libraries that trust it
+    except BaseException as error:  # a checkpoint is a stranger's data, read by libraries that trust it
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of libraries in Rust
+            raise
         if out_of_memory(error):
             raise NotEnoughMemory(f"{config.id}: memory ran out while the model was loaded: {words(error)}") from error
         raise LoadError(f"{config.id}: cannot be loaded: {type(error).__name__}: {words(error)}") from error
@@ -104,6 +107,7 @@ def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
     folder = checkpoint.locate(config, pull=pull)
     file = gguf_file.open_file(folder, config.id) if folder.is_file() else None
     found = gguf_file.inspect(file) if file else checkpoint.inspect(folder, config.id)
+    claims.check_config(found, config.id)
     device, device_map = _resolve_device(config)
     dtype = _resolve_dtype(config, found, device)
     if config.quantization and (device.type != "cpu" or dtype != torch.float32):
@@ -113,10 +117,15 @@ def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
     _check_memory(config, found, device, dtype, quantized.check(config, found, device_map, dtype))
     if config.threads:
         torch.set_num_threads(config.threads)
-    with ThreadPoolExecutor(max_workers=1) as pool:  # hashing the files runs beside reading them
+    source = _read_template(config) if config.chat_template else None
+    with ThreadPoolExecutor(
+        max_workers=2
+    ) as pool:  # hashing the files and the template's trial run beside reading them
         digest = pool.submit(fingerprint.weights_digest, found.files)
         say(f"reading {human(found.stored_bytes)} of weights")
         tokenizer = load_tokenizer(config, folder, file)
+        sources = ChatTemplate.sources(tokenizer, source)
+        trial = pool.submit(template_trial.check, *sources, tokenizer.special_tokens_map)
         model = load_model(config, found, dtype, device_map, file)
         check_vocabulary(config, tokenizer, model)
         vocab_size, length = _vocab_size(model), _context_length(config, model)
@@ -143,9 +152,10 @@ def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
             rounded=config.quantization is not None,
         )
         weights = digest.result()
+        trial.result()
     give_back_memory()
     return _assemble(
-        config, found, model, tokenizer, test, vocab_size, device, dtype, weights, kernel, native, longrope
+        config, found, model, tokenizer, test, vocab_size, device, dtype, weights, kernel, native, longrope, source
     )
 
 
@@ -162,6 +172,7 @@ def _assemble(
     kernel: str,
     native: Kernels | None,
     longrope: str | None,
+    source: str | None,
 ) -> LoadedModel:
     context, blocks = _size_cache(config, _context_length(config, model), test.layers, device)
     runner: Runner
@@ -184,7 +195,6 @@ def _assemble(
     )
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     clock = config.template_clock
-    source = _read_template(config) if config.chat_template else None
     template = ChatTemplate.from_tokenizer(tokenizer, source=source, clock=(lambda: clock) if clock else None)
     end_ids = _end_ids(found, model, tokenizer, vocab_size)
     parts = {
@@ -409,7 +419,7 @@ def _read_template(config: ModelConfig) -> str:
 def _find_dialect(config: ModelConfig, template: ChatTemplate, tokenizer: Any) -> Dialect:
     given = None
     if config.response_template is not None:
-        given = checkpoint.read_json(config.response_template, config.id)
+        given = read_json(config.response_template, config.id)
     shipped = getattr(tokenizer, "response_template", None)
     try:
         return find_dialect(template, given=given, shipped=shipped if isinstance(shipped, dict) else None)
@@ -439,7 +449,7 @@ def _end_ids(found: Checkpoint, model: nn.Module, tokenizer: Any, vocab_size: in
 def _default_sampling(config: ModelConfig, folder: Path) -> dict[str, Any]:
     """Defaults for fields that a request leaves out: the checkpoint's generation config, then the entry's own."""
     path = folder / "generation_config.json"
-    given = checkpoint.read_json(path, config.id) if path.exists() else {}
+    given = read_json(path, config.id) if path.exists() else {}
     if given.get("do_sample") is False:
         given = {}
     defaults = {name: given[name] for name in _GENERATION_FIELDS if given.get(name) is not None}

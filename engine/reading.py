@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import checkpoint, gguf_file, gguf_model, gguf_tokenizer
+from engine import claims, gguf_file, gguf_model, gguf_tokenizer
 from engine.checkpoint import Checkpoint, words
 from engine.config import ModelConfig
 from engine.errors import LoadError, NotEnoughMemory, out_of_memory
 from engine.gguf_file import GGUFFile
+from engine.json_files import read_json
 
 __all__ = ["check_vocabulary", "dropped_tensors", "load_model", "load_tokenizer"]
 
@@ -111,6 +112,8 @@ def _from_pretrained(
     auto: Any, config: ModelConfig, found: Checkpoint, dtype: torch.dtype, device_map: Any
 ) -> nn.Module:
     folder = found.folder
+    if folder.is_dir():
+        _check_size(auto, config, found)
     try:
         with _place(config, folder) as place:
             model, report = auto.from_pretrained(
@@ -145,6 +148,22 @@ def _from_pretrained(
             f"has no place ({len(dropped)} such tensors): its replies would be wrong. Does config.json belong to it?"
         )
     return model  # type: ignore[no-any-return]
+
+
+def _check_size(auto: Any, config: ModelConfig, found: Checkpoint) -> None:
+    """Refuse a configuration of a far larger model, before transformers allocates what the files do not hold."""
+    if config.trust_remote_code:  # its code may do what it likes anyway
+        return
+    settings = _settings(config, found.folder)
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(settings, trust_remote_code=False)
+    except Exception:  # it will be told when the weights are read
+        return
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    claims.check_size(parameters, sum(b.numel() * b.itemsize for b in model.buffers()), found, config.id)
 
 
 def dropped_tensors(model: nn.Module, unexpected: Iterable[str], found: Checkpoint) -> list[str]:
@@ -273,7 +292,7 @@ def _complete_templates(tokenizer: Any, folder: Path, name: str) -> None:
     if given is None:
         tokenizer.chat_template = _processor_templates(folder, name)
     elif isinstance(given, dict) and "default" not in given:
-        own = checkpoint.read_json(folder / "tokenizer_config.json", name).get("chat_template")
+        own = read_json(folder / "tokenizer_config.json", name).get("chat_template")
         default = own if isinstance(own, str) else _processor_templates(folder, name)
         if isinstance(default, str):
             tokenizer.chat_template = {**given, "default": default}
@@ -284,7 +303,7 @@ def _processor_templates(folder: Path, name: str) -> str | dict[str, str] | None
     path = folder / "chat_template.json"
     if not path.exists():
         return None
-    given = checkpoint.read_json(path, name).get("chat_template")
+    given = read_json(path, name).get("chat_template")
     if isinstance(given, list) and all(isinstance(item, dict) for item in given):
         given = {item.get("name"): item.get("template") for item in given}
     texts = given.values() if isinstance(given, dict) else [given]
@@ -308,3 +327,5 @@ def check_vocabulary(config: ModelConfig, tokenizer: Any, model: nn.Module) -> N
         )
     if not vocabulary:
         raise LoadError(f"{config.id}: the tokenizer knows no tokens.")
+    if len(set(vocabulary.values())) < len(vocabulary):  # one of the two would be written as the other
+        raise LoadError(f"{config.id}: the tokenizer gives one id to several of its {len(vocabulary)} tokens.")

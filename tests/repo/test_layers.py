@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
-    {"errors", "types", "config", "versions"},
+    {"errors", "types", "config", "versions", "confined"},
     {
         "sequence",
         "speculation",
@@ -21,6 +21,9 @@ LAYERS = (
         "chat_template",
         "content_guard",
         "prompt_encoder",
+        "template_budget",
+        "template_sandbox",
+        "template_trial",
         "detokenizer",
         "dialect",
         "grammar",
@@ -54,6 +57,9 @@ LAYERS = (
     },
     {
         "checkpoint",
+        "claims",
+        "json_files",
+        "safetensors_file",
         "gguf_file",
         "gguf_model",
         "gguf_tokenizer",
@@ -71,6 +77,8 @@ LAYERS = (
 )
 NO_TORCH = LAYERS[0] | LAYERS[1]
 FREE_OF_TIME_AND_THREADS = LAYERS[0] | LAYERS[1] | LAYERS[2] | {"core", "attention_trial", "selftest", "preparation"}
+# A process, a clock and who waits for it are what these are.
+FREE_OF_TIME_AND_THREADS -= {"confined"}
 ENGINE = sorted((ROOT / "engine").glob("*.py"))
 SERVER = sorted((ROOT / "server").glob("*.py"))
 
