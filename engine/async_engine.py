@@ -136,7 +136,7 @@ class AsyncEngine:
         self._busy_since: float | None = None  # monotonic seconds at which the step under way began
         self._turns = Turns(PREPARING)
         self._workers = ThreadPoolExecutor(max_workers=PREPARING, thread_name_prefix=f"prepare-{self.info.id}")
-        self._workers.submit(model.grammars.warm)
+        self._workers.submit(self._preparer.warm)
         self._thread = threading.Thread(target=self._run, name=f"engine-{self.info.id}", daemon=True)
         self._thread.start()
 
@@ -215,6 +215,7 @@ class AsyncEngine:
                 self._closed = True
                 self._commands.put(None)
                 self._thread.join(LAST_STEP)
+                self._preparer.close()  # first, or a grammar that is tried would be waited for
                 self._workers.shutdown(wait=not self._thread.is_alive(), cancel_futures=True)
                 if self._thread.is_alive():
                     log.error("the engine of %s is left behind: its step does not end", self.info.id)

@@ -412,7 +412,7 @@ def _answer(function: str, arguments: tuple[Any, ...]) -> bytes:
             return _json({"value": _function(function)(*arguments)})
         except MemoryError:
             return b""
-        except Exception as error:
+        except BaseException as error:  # a panic of compiled code is no Exception
             return _json({"error": [type(error).__name__, str(error)]})
     except MemoryError:
         return b""

@@ -15,6 +15,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -25,11 +26,12 @@ from numpy.typing import NDArray
 
 from engine.detokenizer import Vocabulary
 from engine.errors import InvalidParameter
+from engine.grammar_paths import check_rules, check_schema_path
 from engine.json_schema import at, check_depth, check_schema, parts
 from engine.reasoning import ReasoningFormat
 from engine.types import Constraint
 
-__all__ = ["GrammarCompiler", "GrammarState", "json_rule", "literal", "quoted"]
+__all__ = ["GrammarCompiler", "GrammarState", "TokenTable", "check_bounds", "json_rule", "literal", "quoted"]
 
 WHITE_SPACE: Final = r"(\x20|\n\x20{0,32}|\n\t{0,8})?"
 """Between the tokens of a JSON text: nothing, a space, or a new line and its indentation. Without a bound a model that
@@ -37,7 +39,12 @@ is sure of nothing writes blanks until its limit."""
 
 MAX_BYTES: Final = 256 * 1024
 """Of a schema, an expression or a grammar as JSON."""
-_CACHED: Final = 128  # compiled grammars
+MAX_CHOICES: Final = 1_900
+"""Texts to choose from: as many items are in a row of the parser, which holds 2,000."""
+_LARGE: Final = 32 * 1024
+"""Characters of a grammar from which it is large: compiled, it takes some 220 bytes a character."""
+_SMALL_KEPT: Final = 128  # compiled grammars, of 4 to 10 MiB
+_LARGE_KEPT: Final = 8
 _BLAMED: Final = 400  # parts of a schema that are compiled alone to find the one at fault
 _RELAXED: Final = 64  # keywords that are left out of a schema one by one
 _COMPILED: Final = 20_000_000  # characters of schemas that are compiled to find the fault in one
@@ -47,7 +54,15 @@ _SLICES: Final = (
     r'[^"\\\x00-\x1F\x7F]{1,10}', r'[^"\\\x00-\x1F\x7F]{1,30}', r'[^"\\\x00-\x1F\x7F]+',
 )  # fmt: skip
 """Kinds of tokens that a mask takes or leaves as one: llguidance's own, and those of text that cannot begin a tag."""
-_LIMITS: Final = LLParserLimits(verbose_errors=False)
+STEP_FUEL: Final = 50_000
+"""Expressions that one token may make the lexer construct, or thereabouts."""
+_LIMITS: Final = LLParserLimits(
+    step_lexer_fuel=STEP_FUEL, max_lexer_states=100_000, step_max_items=100_000, verbose_errors=False
+)
+"""Counts, not clocks: a reply that goes beyond one ends there, on every machine. Honest expressions take 20,000 of
+a step's fuel; a Unicode class counted to 500 takes 50,000 states in 300 tokens. llguidance's own limits (200,000 and
+250,000) allow masks of two seconds and half a gigabyte for one reply. Its 50,000 items a step end an object of 200
+optional properties in mid-reply; 480, which is as many as fit a row, take fewer than 100,000."""
 
 _KEYWORD_OF: Final = (
     # what a complaint of llguidance begins with, the keyword that it is about
@@ -129,11 +144,33 @@ class GrammarCompiler:
         end_ids: Sequence[int],
         encode: Callable[[str], list[int]],
     ) -> None:
+        self._set_up({vocabulary.token_text(i): i for i in vocabulary.special_ids if vocabulary.token_text(i)}, end_ids)
         self.vocab_size = vocab_size
-        self._ends = list(end_ids)
-        self._special = {vocabulary.token_text(i): i for i in vocabulary.special_ids if vocabulary.token_text(i)}
-        self._make: Callable[[], LLTokenizer] = lambda: _tokenizer(vocabulary, vocab_size, end_ids, encode)
-        self._matcher = functools.lru_cache(_CACHED)(self._compile)
+        self.table: Callable[[], TokenTable] = lambda: _table(vocabulary, vocab_size, self._special, end_ids)
+        self._encode = encode
+
+    @classmethod
+    def from_table(cls, table: TokenTable) -> GrammarCompiler:
+        """A compiler without a tokenizer: it spells forced text greedily, and is the same in all else."""
+        made = cls.__new__(cls)
+        made._set_up(table.names, table.ends)
+        made.vocab_size = len(table.tokens)
+        made.table = lambda: table
+        # llguidance asks for a first spelling while the tokenizer is being made.
+        made._encode = lambda text: made._tokens.greedy_tokenize(text) if "_tokens" in made.__dict__ else []
+        return made
+
+    def fresh(self) -> GrammarCompiler:
+        """The same compiler with nothing compiled yet."""
+        made = GrammarCompiler.from_table(self.table())
+        made._tokens = self._tokens
+        return made
+
+    def _set_up(self, names: Mapping[str, int], ends: Sequence[int]) -> None:
+        self._ends = list(ends)
+        self._special = dict(names)
+        self._small = functools.lru_cache(_SMALL_KEPT)(self._compile)
+        self._large = functools.lru_cache(_LARGE_KEPT)(self._compile)
 
     def warm(self) -> None:
         """Make the tokenizer ready now, not with the first grammar: a good part of a second for a large vocabulary."""
@@ -196,6 +233,7 @@ class GrammarCompiler:
                 where.
         """
         if constraint.kind == "grammar":
+            check_bounds(constraint)
             self._check(str(constraint.value), constraint.param)
             if thoughts is None or not opened:
                 return str(constraint.value), ()
@@ -216,12 +254,7 @@ class GrammarCompiler:
         `without`: what an expression may not match and a choice not hold, or it would be read as something else.
         """
         value = constraint.value
-        check_depth(value, constraint.param)
-        size = len(value if isinstance(value, str) else json.dumps(value))
-        if size > MAX_BYTES:
-            raise InvalidParameter(
-                f"{constraint.param} has {size} characters; at most {MAX_BYTES} are allowed.", param=constraint.param
-            )
+        check_bounds(constraint)
         start = f"{self.mark(thoughts.answer_open)} " if thoughts is not None and thoughts.answer_open else ""
         unenforced: tuple[str, ...] = ()
         match constraint.kind:
@@ -234,6 +267,11 @@ class GrammarCompiler:
                 if without:
                     return [f"text: {start}FORM", f"FORM: {rule} & ~/(.|\\n)*{literal(without)}(.|\\n)*/"], ()
             case "choice":
+                if len(value) > MAX_CHOICES:
+                    raise InvalidParameter(
+                        f"{constraint.param} has {len(value):,} choices; at most {MAX_CHOICES:,} are allowed.",
+                        param=constraint.param,
+                    )
                 if without and any(without in choice for choice in value):
                     raise InvalidParameter(
                         f"{constraint.param}: a choice holds {without!r}, which would be read as a call of a tool.",
@@ -412,12 +450,17 @@ class GrammarCompiler:
         if matcher.is_error():
             raise InvalidParameter(f"{param} is not valid: {_first_line(matcher.get_error())}", param=param)
 
+    def _matcher(self, grammar: str) -> LLMatcher:
+        """A grammar's compiled form, kept by content."""
+        return (self._large if len(grammar) > _LARGE else self._small)(grammar)
+
     def _compile(self, grammar: str) -> LLMatcher:
+        """A grammar, compiled; whoever did not write it has tried it in a child first (`engine.grammar_trial`)."""
         return LLMatcher(self._tokens, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=_LIMITS)
 
     @functools.cached_property
     def _tokens(self) -> LLTokenizer:
-        return self._make()
+        return _tokenizer(self.table(), self._encode)
 
     @functools.cached_property
     def _threads(self) -> LLExecutor:
@@ -439,9 +482,48 @@ class _Tokens:
         return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
 
 
-def _tokenizer(
-    vocabulary: Vocabulary, vocab_size: int, end_ids: Sequence[int], encode: Callable[[str], list[int]]
-) -> LLTokenizer:
+def check_bounds(constraint: Constraint) -> None:
+    """Raise `InvalidParameter` for what is too deep, too large or too long a chain to be looked at any further."""
+    value, param = constraint.value, constraint.param
+    check_depth(value, param)
+    size = len(value if isinstance(value, str) else json.dumps(value))
+    if size > MAX_BYTES:
+        raise InvalidParameter(f"{param} has {size} characters; at most {MAX_BYTES} are allowed.", param=param)
+    if constraint.kind == "json":
+        check_schema_path(value, param)
+    elif constraint.kind == "grammar":
+        check_rules(str(value), param)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTable:
+    """A vocabulary as llguidance sees it: bytes of each token, ids that are no text, names of special ones, ends."""
+
+    tokens: list[bytes]
+    special: list[int]
+    names: dict[str, int]
+    ends: list[int]
+
+    def as_json(self) -> dict[str, Any]:
+        """Two long strings instead of as many as there are tokens: it is parsed in a hundredth of a second."""
+        return {
+            "bytes": b"".join(self.tokens).decode("latin-1"),
+            "lengths": [*map(len, self.tokens)],
+            "special": self.special,
+            "names": self.names,
+            "ends": self.ends,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TokenTable:
+        data, tokens, start = value["bytes"].encode("latin-1"), [], 0
+        for length in value["lengths"]:
+            tokens.append(data[start : start + length])
+            start += length
+        return cls(tokens, value["special"], value["names"], value["ends"])
+
+
+def _table(vocabulary: Vocabulary, vocab_size: int, names: Mapping[str, int], ends: Sequence[int]) -> TokenTable:
     tokens, special = [], []
     for i in range(vocab_size):
         if i < vocabulary.size and vocabulary.is_text(i):
@@ -451,9 +533,12 @@ def _tokenizer(
             name = vocabulary.token_text(i) if i in vocabulary.special_ids else f"<|no token {i}|>"
             tokens.append(b"\xff" + name.encode())
             special.append(i)
-    ends = list(end_ids)
-    wrapper = _Wrapper(_Tokens(tokens, special, ends[0], encode))
-    return LLTokenizer(wrapper, n_vocab=vocab_size, eos_token=ends, slices=list(_SLICES))
+    return TokenTable(tokens, special, dict(names), list(ends))
+
+
+def _tokenizer(table: TokenTable, encode: Callable[[str], list[int]]) -> LLTokenizer:
+    wrapper = _Wrapper(_Tokens(table.tokens, table.special, table.ends[0], encode))
+    return LLTokenizer(wrapper, n_vocab=len(table.tokens), eos_token=table.ends, slices=list(_SLICES))
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:

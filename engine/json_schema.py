@@ -27,7 +27,8 @@ from engine.errors import InvalidParameter
 
 __all__ = [
     "ANNOTATIONS", "MAX_DEPTH", "TYPES", "alternatives", "at", "bundled", "check_depth", "check_schema", "choices_of",
-    "moved", "object_of", "parts", "properties_of", "read_value", "resolved", "types_of", "unenforced_errors",
+    "inner", "moved", "object_of", "parts", "properties_of", "read_value", "resolved", "target_of", "types_of",
+    "unenforced_errors",
 ]  # fmt: skip
 
 TYPES: Final = frozenset({"string", "number", "integer", "boolean", "object", "array", "null"})
@@ -68,6 +69,19 @@ def parts(schema: Any, pointer: str = "") -> Iterator[tuple[str, Any]]:
             for name, part in schema[key].items():
                 escaped = str(name).replace("~", "~0").replace("/", "~1")
                 yield from parts(part, f"{pointer}/{key}/{escaped}")
+
+
+def inner(part: Mapping[str, Any]) -> list[Any]:
+    """The schemas directly inside one that say something of its values: not those that only wait to be referred to."""
+    found = [part[key] for key in _SINGLES if key in part]
+    for key in _LISTS:
+        found += part[key] if isinstance(part.get(key), list) else []
+    for key in _MAPS:
+        if key not in ("$defs", "definitions") and isinstance(part.get(key), Mapping):
+            found += part[key].values()
+    if isinstance(part.get("items"), list):  # of an older draft
+        found += part["items"]
+    return found
 
 
 def at(schema: Any, pointer: str) -> Any:
@@ -115,7 +129,7 @@ def _children(node: dict[str, Any] | list[Any]) -> list[Any]:
 # -- references -------------------------------------------------------------------------------------------------------
 
 
-def _target(reference: str, root: Any) -> Any:
+def target_of(reference: str, root: Any) -> Any:
     """What a reference inside a document refers to; None if it leads nowhere or elsewhere."""
     if reference != "#" and not reference.startswith("#/"):
         return None
@@ -131,7 +145,7 @@ def resolved(schema: Any, root: Any) -> Any:
     for _ in range(_FOLLOWED):
         said = set(found) - ANNOTATIONS if isinstance(found, Mapping) else set()
         if said == {"$ref"} and isinstance(found["$ref"], str):
-            found = _target(found["$ref"], root)
+            found = target_of(found["$ref"], root)
             if found is None:
                 return schema
         elif said == {"allOf"} and isinstance(found["allOf"], list) and len(found["allOf"]) == 1:
@@ -162,7 +176,7 @@ def bundled(part: Any, root: Any) -> Any:
         for _, inner in parts(schema):
             if not isinstance(inner, dict) or not isinstance(inner.get("$ref"), str):
                 continue
-            target = _target(inner["$ref"], root)
+            target = target_of(inner["$ref"], root)
             if target is None:
                 continue  # whoever compiles it says what is wrong
             if inner["$ref"] not in names:
@@ -199,7 +213,7 @@ def _types(schema: Any, root: Any, left: list[int]) -> frozenset[str]:
         return TYPES
     found = TYPES
     if isinstance(schema.get("$ref"), str):
-        found &= _types(_target(schema["$ref"], root), root, left)
+        found &= _types(target_of(schema["$ref"], root), root, left)
     named = schema.get("type")
     if isinstance(named, str):
         named = [named]

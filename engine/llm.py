@@ -167,7 +167,8 @@ class LLM:
         return [_collect(list(self._outputs(request_id)), seed) for request_id, seed in added]
 
     def close(self) -> None:
-        """Nothing is left running; here so that scripts can be written as they are for the server."""
+        """End the process in which grammars are tried; without this it ends with the object."""
+        self._preparer.close()
 
     def _outputs(self, request_id: str) -> Iterator[RequestOutput]:
         """Step until a request has ended; what steps do for other requests waits in their own boxes."""

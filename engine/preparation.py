@@ -21,10 +21,12 @@ from engine.detokenizer import Vocabulary
 from engine.dialect import Dialect
 from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported
 from engine.grammar import GrammarCompiler
+from engine.grammar_trial import GrammarTrial
 from engine.linear import give_back_memory
 from engine.prompt_encoder import CHARACTERS_PER_TOKEN, PromptEncoder
 from engine.reasoning import ReasoningFormat, template_variables
-from engine.tool_grammar import ToolGrammar, tool_grammar
+from engine.reply_form import ReplyForm
+from engine.tool_grammar import ToolGrammar
 from engine.types import GenerationRequest, ModelInfo, PreparedRequest, SamplingParams
 
 _DRAWN_SEED_BITS = 53
@@ -64,7 +66,7 @@ class Preparer:
         self._info = info
         self._tokenizer = tokenizer
         self._template = template
-        self._grammars = grammars
+        self._trial = GrammarTrial(grammars)
         self._dialect = dialect
         words, kept = control_words(tokenizer, template, dialect)
         self._encoder = PromptEncoder(tokenizer, words)
@@ -73,6 +75,14 @@ class Preparer:
         self._reasoning = dialect.reasoning
         invalid = set(vocabulary.invalid_ids(info.vocab_size))
         self._token_ids = frozenset(range(info.vocab_size)) - invalid
+
+    def warm(self) -> None:
+        """Make ready what the first request with a grammar needs."""
+        self._trial.warm()
+
+    def close(self) -> None:
+        """End the process in which grammars are tried."""
+        self._trial.close()
 
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Check, render, tokenise.
@@ -118,37 +128,22 @@ class Preparer:
     def _grammar(
         self, request: GenerationRequest, thoughts: ReasoningFormat | None, opened: bool
     ) -> ToolGrammar | None:
-        """What the reply is held to.
-
-        With tools: calls, if some are asked for; calls or the form that is asked for; strict calls, once they begin.
-        """
-        choice, tools, form = request.tool_choice, request.tools, request.constraint
-        if not tools:
-            return ToolGrammar(*self._grammars.grammar_of(form, thoughts, opened)) if form else None
-        if choice == "auto" and form is None and not any(tool["function"].get("strict") for tool in tools):
+        """What the reply is held to, if it is held to anything."""
+        choice, tools, form, written = request.tool_choice, request.tools, request.constraint, None
+        if tools and choice == "auto" and form is None and not any(tool["function"].get("strict") for tool in tools):
             return None
-        written = self._dialect.tool_format
-        if written is None:
-            raise Unsupported(
-                "tool_choice: how this model writes calls is known from its response template alone, which can be read "
-                "but not written; only none, and auto without strict functions or a form, can be honoured.",
-                param="tool_choice",
-            )
-        if form is not None and choice != "auto":
-            self._grammars.grammar_of(form)  # it can never come to it, but what is wrong is said
-        grammar = tool_grammar(
-            self._grammars,
-            written,
-            tools,
-            thoughts,
-            opened,
-            free=choice == "auto" and form is None,
-            several=request.parallel_tool_calls and not choice.startswith(":"),
-            only=choice[1:] if choice.startswith(":") else None,
-            otherwise=form if choice == "auto" else None,
-        )
-        self._grammars.check(grammar.text, "tools")
-        return grammar
+        if not tools and form is None:
+            return None
+        if tools:
+            written = self._dialect.tool_format
+            if written is None:
+                raise Unsupported(
+                    "tool_choice: how this model writes calls is known from its response template alone, which can be "
+                    "read but not written; only none, and auto without strict functions or a form, can be honoured.",
+                    param="tool_choice",
+                )
+        several = request.parallel_tool_calls
+        return self._trial.grammar(ReplyForm(form, tools, written, choice, several, thoughts, opened))
 
     def _variables(self, request: GenerationRequest) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The template's variables, and whether an effort was asked for that they cannot express."""

@@ -16,12 +16,11 @@ from typing import Any, Final
 from llguidance import regex_to_lark
 
 from engine.errors import InvalidParameter
-from engine.grammar import MAX_BYTES, GrammarCompiler, json_rule, literal, quoted
+from engine.grammar import GrammarCompiler, check_bounds, json_rule, literal, quoted
 from engine.json_schema import (
     ANNOTATIONS,
     alternatives,
     bundled,
-    check_depth,
     choices_of,
     moved,
     object_of,
@@ -125,6 +124,7 @@ def _as_json(
             loose.add(function["name"])
         members = {name: {"const": function["name"]}, arguments: moved(schema, f"/anyOf/{i}/properties/{arguments}")}
         listed.append({"type": "object", "properties": members, "required": [*members], "additionalProperties": False})
+    check_bounds(otherwise)
     form, unenforced = compiler.enforceable(otherwise)
     listed.append(moved(form, f"/anyOf/{len(listed)}"))
     return json_rule({"anyOf": listed}), unenforced, frozenset(loose)
@@ -191,9 +191,7 @@ class _Rules:
     def add(self, number: int, function: Mapping[str, Any]) -> None:
         param, strict = f"tools.{number}.function.parameters", bool(function.get("strict"))
         schema = function.get("parameters") or {}
-        if (size := len(json.dumps(schema))) > MAX_BYTES:
-            raise InvalidParameter(f"{param} has {size} characters; at most {MAX_BYTES} are allowed.", param=param)
-        check_depth(schema, param)
+        check_bounds(Constraint("json", schema, strict, param))
         if "object" not in types_of(schema, schema):
             raise InvalidParameter(f"{param} must describe an object.", param=param)
         whole = {**schema, "type": "object"}

@@ -27,8 +27,11 @@ LAYERS = (
         "detokenizer",
         "dialect",
         "grammar",
+        "grammar_paths",
+        "grammar_trial",
         "json_schema",
         "reasoning",
+        "reply_form",
         "reply_parser",
         "response_template",
         "tool_calls",
@@ -78,7 +81,7 @@ LAYERS = (
 NO_TORCH = LAYERS[0] | LAYERS[1]
 FREE_OF_TIME_AND_THREADS = LAYERS[0] | LAYERS[1] | LAYERS[2] | {"core", "attention_trial", "selftest", "preparation"}
 # A process, a clock and who waits for it are what these are.
-FREE_OF_TIME_AND_THREADS -= {"confined"}
+FREE_OF_TIME_AND_THREADS -= {"confined", "grammar_trial"}
 ENGINE = sorted((ROOT / "engine").glob("*.py"))
 SERVER = sorted((ROOT / "server").glob("*.py"))
 

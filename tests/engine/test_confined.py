@@ -1,0 +1,306 @@
+"""What strangers sent is tried in a child: whatever it does there, one call is told and nobody else notices."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from engine.confined import Confined, ConfinedError, ConfinedFault
+
+HERE = "tests.engine.test_confined"
+
+
+# -- what the child runs ----------------------------------------------------------------------------------------------
+
+
+def echo(value: Any) -> Any:
+    return value
+
+
+def spin(_: Any) -> None:
+    while True:
+        pass
+
+
+def wait(seconds: float) -> str:
+    time.sleep(seconds)
+    return "awake"
+
+
+def grow(_: Any) -> int:
+    return len(bytearray(1 << 40))
+
+
+def allocate_as_compiled_code_does(_: Any) -> None:
+    os.write(2, b"memory allocation of 8589934592 bytes failed\n")
+    os.abort()
+
+
+def crash(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(10)
+
+
+def read_nowhere(_: Any) -> None:
+    ctypes.string_at(1)
+
+
+def leave(status: int) -> None:
+    os._exit(status)
+
+
+def stack(_: Any) -> int:
+    return threading.stack_size()
+
+
+def much(count: int) -> str:
+    return "x" * count
+
+
+def talk(_: Any) -> str:
+    print("{}" * 100)
+    sys.stderr.write("!" * 1_000_000)
+    return "said"
+
+
+def missing(key: str) -> None:
+    raise KeyError(key)
+
+
+def made(argument: Any) -> list[Any]:
+    return [argument, 0]
+
+
+def look(argument: Any, kept: list[Any]) -> list[Any]:
+    kept[1] += 1
+    return [argument, *kept, os.getpid()]
+
+
+def limits(_: Any) -> dict[str, Any]:
+    return {"core": resource.getrlimit(resource.RLIMIT_CORE), "environment": sorted(os.environ)}
+
+
+def loaded(_: Any) -> list[str]:
+    return sorted({"torch", "transformers", "multiprocessing"} & set(sys.modules))
+
+
+# -- tests ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def confined() -> Iterator[Confined]:
+    child = Confined("tests", seconds=0.5, memory_bytes=256 << 20, stack_bytes=64 << 20, at_once=3)
+    yield child
+    child.close()
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "fault"),
+    [
+        ("spin", None, "took longer than 0.5 seconds"),
+        ("wait", 60, "took longer than 2 seconds"),
+        ("grow", None, "needed more than 256 MiB of memory"),
+        ("allocate_as_compiled_code_does", None, "needed more than 256 MiB of memory"),
+        ("crash", signal.SIGSEGV, "ended by SIGSEGV"),
+        ("crash", signal.SIGKILL, "ended by SIGKILL"),
+        ("read_nowhere", None, "ended by SIGSEGV"),
+        ("leave", 3, "ended with status 3"),
+        ("leave", 0, "ended without an answer"),
+        ("much", 65 << 20, "had an answer of more than 64 MiB"),
+    ],
+)
+def test_a_fault_is_told_and_the_next_call_is_answered(
+    confined: Confined, function: str, argument: Any, fault: str
+) -> None:
+    with pytest.raises(ConfinedFault) as told:
+        confined.call(f"{HERE}:{function}", argument)
+    assert str(told.value) == fault
+    assert confined.call(f"{HERE}:echo", [function, None]) == [function, None]
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "kind", "message"),
+    [
+        ("missing", "é", "KeyError", "'é'"),
+        ("made_up", None, "AttributeError", "made_up"),
+        ("look", 1, "TypeError", "kept"),
+    ],
+)
+def test_what_the_function_raises_is_named(
+    confined: Confined, function: str, argument: Any, kind: str, message: str
+) -> None:
+    with pytest.raises(ConfinedError, match=message) as told:
+        confined.call(f"{HERE}:{function}", argument)
+    assert told.value.kind == kind
+
+
+def test_any_json_goes_both_ways_whatever_its_size(confined: Confined) -> None:
+    values: list[Any] = ["\ud800", "é\0", 2**70, None, {"": [1.5, True]}, "y" * 3_000_000]
+    for value in values:
+        assert confined.call(f"{HERE}:echo", value) == value
+    assert len(confined.call(f"{HERE}:much", 20_000_000)) == 20_000_000
+    assert confined.call(f"{HERE}:talk", None) == "said"
+
+
+def test_the_stack_is_as_large_as_asked_for(confined: Confined) -> None:
+    """What it is there for is shown with grammars, whose compiler needs it."""
+    assert confined.call(f"{HERE}:stack", None) == 64 << 20
+
+
+def test_callers_do_not_wait_for_each_other_and_a_fault_is_one_callers_own(confined: Confined) -> None:
+    def call(job: tuple[str, Any]) -> Any:
+        try:
+            return confined.call(f"{HERE}:{job[0]}", job[1])
+        except ConfinedFault as fault:
+            return str(fault)
+
+    jobs: list[tuple[str, Any]] = [("wait", 0.3), ("crash", 11), ("spin", None), *(("echo", i) for i in range(20))]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        answers = list(pool.map(call, jobs))
+    assert answers == ["awake", "ended by SIGSEGV", "took longer than 0.5 seconds", *range(20)]
+
+
+def test_what_is_kept_is_made_once_and_no_call_changes_it_for_the_next() -> None:
+    child = Confined("kept", kept=(f"{HERE}:made", lambda: {"a": 1}))
+    try:
+        first, second = (child.call(f"{HERE}:look", n) for n in (1, 2))
+        assert first[:3] == [1, {"a": 1}, 1]
+        assert second[:3] == [2, {"a": 1}, 1]
+        assert first[3] != second[3]
+        [warm] = _children("kept")
+        warm.kill()
+        assert child.call(f"{HERE}:look", 3)[:3] == [3, {"a": 1}, 1], "a child that was ended is started again"
+    finally:
+        child.close()
+
+
+def test_a_child_that_is_ended_while_a_call_runs_is_replaced() -> None:
+    child = Confined("ended")
+    try:
+        child.call(f"{HERE}:echo", 0)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(child.call, f"{HERE}:wait", 0.3)
+            time.sleep(0.1)
+            _children("ended")[0].kill()
+            assert waiting.result(30) == "awake"
+    finally:
+        child.close()
+
+
+def test_closing_ends_what_runs() -> None:
+    child = Confined("closed", seconds=60)
+    child.call(f"{HERE}:echo", 0)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(child.call, f"{HERE}:wait", 200)
+        _until(lambda: len(_children("closed")) == 2)
+        everybody = _children("closed")
+        child.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            waiting.result(10)
+    with pytest.raises(RuntimeError, match="closed"):
+        child.call(f"{HERE}:echo", 0)
+    _until(lambda: not any(map(_runs, everybody)))
+
+
+def test_one_that_nobody_closes_ends_with_the_object() -> None:
+    child = Confined("forgotten")
+    child.call(f"{HERE}:echo", 0)
+    [process] = _children("forgotten")
+    del child
+    _until(lambda: not _runs(process))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_outlives_the_process_that_started_it(number: signal.Signals, tmp_path: Path) -> None:
+    code = (
+        "import threading, time; from engine.confined import Confined; c = Confined('orphan', seconds=60)\n"
+        f"threading.Thread(target=c.call, args=('{HERE}:wait', 200), daemon=True).start()\n"
+        f"threading.Thread(target=c.call, args=('{HERE}:spin', None), daemon=True).start()\n"
+        "time.sleep(200)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
+    try:
+        watched = psutil.Process(parent.pid)
+        _until(lambda: len(watched.children(recursive=True)) == 3)
+        everybody = watched.children(recursive=True)
+        parent.send_signal(number)
+        parent.wait(20)
+        _until(lambda: not any(map(_runs, everybody)))
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+def test_the_child_has_no_core_no_secrets_and_no_torch(confined: Confined, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_PASSWORD", "hunter2")
+    child = Confined("bare")
+    try:
+        found = child.call(f"{HERE}:limits", None)
+        assert found["core"] == [0, 0]
+        assert "DATABASE_PASSWORD" not in found["environment"]
+    finally:
+        child.close()
+    code = "import sys, engine.confined; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+
+
+def test_a_child_that_cannot_start_is_no_callers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    child = Confined("broken")
+    with pytest.raises(RuntimeError, match="broken"):
+        child.call(f"{HERE}:echo", 0)
+    child.close()
+
+
+def _children(name: str) -> list[psutil.Process]:
+    """The warm child of this name and its trials."""
+    return [
+        child for child in psutil.Process().children(recursive=True) if f'"{name}"' in " ".join(child.cmdline()[:5])
+    ]
+
+
+def _runs(process: psutil.Process) -> bool:
+    with_status: Callable[[], str] = process.status
+    try:
+        return process.is_running() and with_status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_many_threads_start_one_child() -> None:
+    child = Confined("once")
+    barrier = threading.Barrier(8)
+
+    def call(i: int) -> Any:
+        barrier.wait(10)
+        return child.call(f"{HERE}:echo", i)
+
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(call, range(8))) == list(range(8))
+        assert len(_children("once")) == 1
+    finally:
+        child.close()
