@@ -141,12 +141,14 @@ GRAMMARS = [
         ),
     ),
     Attack(
-        "the same as a tool's parameters", REFUSED, asking(tools=[tool(reference_chain(4_000))], tool_choice="required")
+        "the same as a tool's parameters",
+        REFUSED | {"400"},
+        asking(tools=[tool(reference_chain(4_000))], tool_choice="required"),
     ),
     Attack("a chain of rules", REFUSED, asking(guided_grammar=rule_chain(8_000))),
     Attack("an expression of parentheses", REFUSED, asking(guided_regex="(" * 20_000 + "a" + ")" * 20_000)),
     Attack("an expression that explodes", REFUSED, asking(guided_regex="(a|b)?" * 40_000)),
-    Attack("counted repetitions in each other", REFUSED, asking(guided_regex="((a{1,999}){1,999}){1,999}")),
+    Attack("counted repetitions in each other", SERVED_OR_REFUSED, asking(guided_regex="((a{1,999}){1,999}){1,999}")),
     Attack("an object of 6,000 properties", SERVED_OR_REFUSED, asking(guided_json=wide_object(6_000), max_tokens=32)),
     Attack(
         "a choice of many long texts",

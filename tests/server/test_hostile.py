@@ -163,12 +163,14 @@ def test_an_engine_thread_that_is_stopped_is_said(
     entry["models"][0]["stall_timeout"] = 0.5
     (tmp_path / "models.yaml").write_text(json.dumps(entry))
     stuck = (
-        "import threading, engine.core as c\n"
-        "step = c.EngineCore.step\n"
-        "def stop(self):\n"
-        "    threading.Event().wait(120) if self.has_work and b'STOP' in open('stop', 'rb').read() else None\n"
-        "    return step(self)\n"
-        "c.EngineCore.step = stop\n"
+        "import sys, threading\n"
+        "if 'serve' in sys.orig_argv:\n"
+        "    import engine.core as c\n"
+        "    step = c.EngineCore.step\n"
+        "    def stop(self):\n"
+        "        threading.Event().wait(120) if self.has_work and b'STOP' in open('stop', 'rb').read() else None\n"
+        "        return step(self)\n"
+        "    c.EngineCore.step = stop\n"
     )
     (tmp_path / "stop").write_text("")
     (tmp_path / "sitecustomize.py").write_text(stuck)
