@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 MIB = 2**20
@@ -32,6 +32,8 @@ class Target:
     port: int
     key: str = ""
     model: str = "tiny"
+    number: int = 0
+    """Makes the same attack another one, so that nothing is known of it from the last time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,68 +94,80 @@ def request(target: Target, **fields: Any) -> bytes:
 
 
 def asking(**fields: Any) -> Callable[[Target], list[str]]:
-    return lambda target: post(target, request(target, **fields))
+    """A request with these fields; one that is a function makes its value from the attack's number."""
+
+    def made(target: Target) -> dict[str, Any]:
+        return {name: value(target.number) if callable(value) else value for name, value in fields.items()}
+
+    return lambda target: post(target, request(target, **made(target)))
 
 
 # -- grammars ----------------------------------------------------------------------------------------------------------
 
 
-def reference_chain(links: int) -> dict[str, Any]:
-    return {
-        "$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(links)} | {f"d{links}": {"type": "null"}},
-        "$ref": "#/$defs/d0",
-    }
+def reference_chain(links: int, number: int) -> dict[str, Any]:
+    defs = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(links)}
+    return {"title": f"{number}", "$defs": defs | {f"d{links}": {"const": number}}, "$ref": "#/$defs/d0"}
 
 
-def property_chain(links: int) -> dict[str, Any]:
+def property_chain(links: int, number: int) -> dict[str, Any]:
     """As definitions, so that the text itself is not deep."""
     part = {f"d{i}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(links)}
-    return {"$defs": part | {f"d{links}": {"type": "null"}}, "$ref": "#/$defs/d0"}
+    return {"$defs": part | {f"d{links}": {"const": number}}, "$ref": "#/$defs/d0"}
 
 
-def rule_chain(links: int) -> str:
+def rule_chain(links: int, number: int) -> str:
     rules = [f'r{i}: "a" r{i + 1} | r{i + 1}' for i in range(links)]
-    return "start: r0\n" + "\n".join(rules) + f'\nr{links}: "b"\n'
+    return "start: r0\n" + "\n".join(rules) + f'\nr{links}: "b{number}"\n'
 
 
-def wide_object(count: int) -> dict[str, Any]:
-    return {"type": "object", "properties": {f"name{i}": {"type": "integer"} for i in range(count)}}
+def wide_object(count: int, number: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"name{number}x{i}": {"type": "integer"} for i in range(count)}}
 
 
 def tool(parameters: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}
 
 
+def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+
+
 REFUSED = frozenset({"422"})
 SERVED_OR_REFUSED = frozenset({"200", "422"})
 
 GRAMMARS = [
-    Attack("a chain of references", REFUSED, asking(guided_json=reference_chain(4_000))),
-    Attack("a chain of properties", REFUSED, asking(guided_json=property_chain(3_000))),
+    Attack("a chain of references", REFUSED, asking(guided_json=lambda n: reference_chain(4_000, n))),
+    Attack("a chain of properties", REFUSED, asking(guided_json=lambda n: property_chain(3_000, n))),
     Attack(
         "the same as a response format",
         REFUSED,
-        asking(
-            response_format={
-                "type": "json_schema",
-                "json_schema": {"name": "x", "schema": reference_chain(4_000), "strict": True},
-            }
-        ),
+        asking(response_format=lambda n: schema_format(reference_chain(4_000, n))),
     ),
     Attack(
         "the same as a tool's parameters",
         REFUSED | {"400"},
-        asking(tools=[tool(reference_chain(4_000))], tool_choice="required"),
+        asking(tools=lambda n: [tool(reference_chain(4_000, n))], tool_choice="required"),
     ),
-    Attack("a chain of rules", REFUSED, asking(guided_grammar=rule_chain(8_000))),
-    Attack("an expression of parentheses", REFUSED, asking(guided_regex="(" * 20_000 + "a" + ")" * 20_000)),
-    Attack("an expression that explodes", REFUSED, asking(guided_regex="(a|b)?" * 40_000)),
-    Attack("counted repetitions in each other", SERVED_OR_REFUSED, asking(guided_regex="((a{1,999}){1,999}){1,999}")),
-    Attack("an object of 6,000 properties", SERVED_OR_REFUSED, asking(guided_json=wide_object(6_000), max_tokens=32)),
+    Attack("a chain of rules", REFUSED, asking(guided_grammar=lambda n: rule_chain(8_000, n))),
+    Attack(
+        "an expression of parentheses", REFUSED, asking(guided_regex=lambda n: "(" * 20_000 + f"a{n}" + ")" * 20_000)
+    ),
+    Attack("an expression that explodes", REFUSED, asking(guided_regex=lambda n: "(a|b)?" * 40_000 + f"{n}")),
+    Attack(
+        "counted repetitions in each other",
+        SERVED_OR_REFUSED,
+        asking(guided_regex=lambda n: f"((a{{1,999}}){{1,999}}){{1,{900 + n % 99}}}"),
+    ),
+    Attack(
+        "an object of 6,000 properties",
+        SERVED_OR_REFUSED,
+        asking(guided_json=lambda n: wide_object(6_000, n), max_tokens=32),
+    ),
     Attack(
         "a choice of many long texts",
         SERVED_OR_REFUSED,
-        asking(guided_choice=[f"{i:04d}" + "x" * 200 for i in range(1_000)]),
+        asking(guided_choice=lambda n: [f"{i:04d}{n}" + "x" * 200 for i in range(1_000)]),
     ),
 ]
 
@@ -184,7 +198,11 @@ BODIES = [
     Attack("many parts of a message", BAD, saying([{"type": "text", "text": "a"}] * 150_000)),
     Attack("many unknown fields", BAD, with_field("x", b"0, " + b", ".join(b'"y%d":0' % i for i in range(500_000)))),
     Attack("a number of a million digits", BAD, with_field("seed", b"1" * 1_000_000)),
-    Attack("a prompt of 7 MiB", TOO_LONG, saying("word and " * 800_000)),
+    Attack(
+        "a prompt of 7 MiB",
+        TOO_LONG,
+        asking(messages=lambda n: [{"role": "user", "content": f"{n} " + "word and " * 800_000}]),
+    ),
     Attack("a prompt of one long word", TOO_LONG, saying("a" * 7_000_000)),
     Attack("a name of 7 MiB", BAD | {"404"}, asking(model="m" * 7_000_000)),
     Attack("a template variable of 7 MiB", BAD, asking(chat_template_kwargs={"x" * 1_000_000: "y" * 6_000_000})),
@@ -331,11 +349,11 @@ ATTACKS = [*GRAMMARS, *BODIES, *HEADS, *PAGES]
 
 def run(target: Target, attacks: list[Attack], rounds: int = 1) -> Iterator[dict[str, Any]]:
     """Carry attacks out, one after the other."""
-    for _ in range(rounds):
+    for number in range(rounds):
         for attack in attacks:
             began = time.monotonic()
             try:
-                got = attack.send(target)
+                got = attack.send(replace(target, number=target.number + number))
             except OSError as error:
                 got = [f"{type(error).__name__}: {error}"]
             right = set(got) <= attack.right
@@ -347,8 +365,9 @@ def main() -> None:
     parser.add_argument("port", type=int)
     parser.add_argument("key", nargs="?", default="")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--number", type=int, default=0, help="of the first round: the same attacks, made anew")
     arguments = parser.parse_args()
-    target = Target(arguments.port, arguments.key)
+    target = Target(arguments.port, arguments.key, number=arguments.number)
     for found in run(target, ATTACKS if target.key else [*ATTACKS, *REBINDING], arguments.rounds):
         print(json.dumps(found), flush=True)
         sys.stdout.flush()
