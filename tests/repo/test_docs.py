@@ -93,6 +93,9 @@ def test_links_resolve(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=_name)
 def test_files_and_tests_that_are_named_exist(path: Path) -> None:
+    tests = {file.name for file in ROOT.glob("tests/**/test_*.py")}
+    for name in re.findall(r"`(test_\w+\.py)`", _text(path)):
+        assert name in tests, f"{_name(path)} names {name}"
     for name, test in re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|md|yaml))(?:::(\w+))?`", _text(path)):
         file = ROOT / name
         assert file.exists(), f"{_name(path)} names {name}"
