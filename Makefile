@@ -16,6 +16,7 @@ ifeq ($(filter $(TORCH),$(BUILDS)),)
 $(error TORCH=$(TORCH) is not a build of torch; write one of: $(BUILDS))
 endif
 STAMP := $(VENV)/.installed-$(TORCH)
+JOBS ?= 2
 LOCK := requirements/torch-$(TORCH).txt requirements/dev.txt
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Nothing but wheels, each with one of the hashes in the lock; nothing beside what the lock names.
@@ -52,11 +53,11 @@ $(STAMP): $(LOCK) pyproject.toml setup.py
 serve: $(STAMP)  ## serve models.yaml on http://127.0.0.1:8000 (ARGS="--port 9000")
 	$(BIN)/verbatim serve $(ARGS)
 
-test: $(STAMP)  ## run the whole suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## run the whole suite, in two processes (JOBS=1: in one)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 quick: $(STAMP)  ## run the suite without the tests marked slow
-	$(BIN)/python -m pytest -m "not slow and not sweep" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not sweep" $(ARGS)
 
 newest:  ## run the suite with the newest releases that pyproject.toml allows, in .venv-newest
 	$(PYTHON) -m venv --clear .venv-newest

@@ -194,9 +194,11 @@ def test_a_token_that_stands_for_an_image_is_refused_where_the_model_has_no_row_
     tokenizer = _standin()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
     tokenizer.save_pretrained(folder)
-    llm = LLM(folder)
+    llm = LLM(folder, content_special_tokens="parse")
     with pytest.raises(
         InvalidParameter, match=r"messages holds '<image_soft_token>', a token that this model does not"
     ):
         llm.generate([ChatMessage("user", "look: <image_soft_token>")], max_tokens=2)
     assert llm.generate([ChatMessage("user", "look:")], max_tokens=2, seed=1)[0].usage.completion_tokens == 2
+    as_text = LLM(folder).generate([ChatMessage("user", "look: <image_soft_token>")], max_tokens=2, seed=1)
+    assert as_text[0].usage.completion_tokens == 2, "where content stays text, it is no such token"

@@ -6,12 +6,28 @@ import os
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, make_url
 
 from server.ledger import Ledger, Settled
 
-POSTGRES = os.environ.get("VERBATIM_TEST_POSTGRES", "")
-"""A database that tests may empty: postgresql+psycopg://…"""
+
+
+def _database() -> str:
+    """The URL of a database that tests may empty; where several processes run tests, one of this process's own."""
+    url, worker = os.environ.get("VERBATIM_TEST_POSTGRES", ""), os.environ.get("PYTEST_XDIST_WORKER", "")
+    if not url or not worker:
+        return url
+    name = f"verbatim_{worker}"
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        if not connection.exec_driver_sql(f"SELECT 1 FROM pg_database WHERE datname = '{name}'").first():
+            connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    engine.dispose()
+    return make_url(url).set(database=name).render_as_string(hide_password=False)
+
+
+POSTGRES = _database()
+"""postgresql+psycopg://…, or nothing."""
 WITH_POSTGRES = pytest.mark.skipif(not POSTGRES, reason="VERBATIM_TEST_POSTGRES names no database")
 
 
