@@ -56,6 +56,7 @@ _WHEN = {
     "NoKeys": "usage was asked for, and there are no keys",
     "LedgerFault": "keys and balances cannot be read or written; nothing is served meanwhile",
     "Unwritable": "the database of keys works, and cannot hold a value of this request",
+    "Locked": "the database of keys works, and somebody else keeps this key's row locked",
     "ModelNotFound": "no entry has this id",
     "ModelLoading": "the model is not ready yet",
     "QueueFull": "`max_sequences` + `max_queue` requests are unfinished",

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from engine.llm import LLM, Completion
     from engine.registry import ModelStatus, Registry
     from engine.standin import ensure_standin
+    from engine.turns import Turns
     from engine.types import (
         ChatMessage,
         ChoiceDelta,
@@ -93,6 +94,7 @@ __all__ = [
     "TokenLogprob",
     "ToolCall",
     "TopLogprob",
+    "Turns",
     "Unavailable",
     "Unsupported",
     "Usage",
@@ -134,6 +136,7 @@ _HOME = {
     "engine.llm": ("LLM", "Completion"),
     "engine.registry": ("ModelStatus", "Registry"),
     "engine.standin": ("ensure_standin",),
+    "engine.turns": ("Turns",),
     "engine.types": (
         "ChatMessage",
         "ChoiceDelta",

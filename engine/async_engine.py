@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -21,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from engine.core import EngineCore
-from engine.errors import EngineDead, QueueFull, QueueTimeout, VerbatimError
+from engine.errors import EngineDead, QueueFull, QueueTimeout, ReplyFault, VerbatimError
 from engine.loader import LoadedModel
 from engine.preparation import Preparer
 from engine.turns import Turns
@@ -248,7 +249,17 @@ class AsyncEngine:
         self._post(self._fail_all, cause)
 
     def _add(self, core: EngineCore, request: PreparedRequest) -> None:
-        core.add(request)
+        """Hand a request to the core; what is wrong with it ends it, and not the engine."""
+        try:
+            core.add(request)
+        except Exception as error:
+            if not isinstance(error, VerbatimError):
+                log.exception("%s: a fault in taking it up", request.request_id)
+                error = ReplyFault(
+                    f"this request could not be taken up: {type(error).__name__}; the log has the details."
+                )
+            self._post(self._deliver, [RequestOutput(request.request_id, (), Usage(0, 0), True, error)])
+            return
         if self._queue_seconds is not None:
             self._arrived[request.request_id] = time.monotonic()
 
@@ -312,10 +323,22 @@ class AsyncEngine:
         self._groups.clear()
 
     def _dead(self, cause: BaseException) -> VerbatimError:
-        return EngineDead(f"the engine of {self.info.id} has stopped: {cause}")
+        return EngineDead(f"the engine of {self.info.id} has stopped: {_words(cause)}")
 
     def _raise_if_dead(self) -> None:
         if self._cause is not None:
             raise self._dead(self._cause)
         if self._closed:
             raise EngineDead(f"the engine of {self.info.id} has stopped: the server is shutting down")
+
+
+def _words(cause: BaseException) -> str:
+    """What every client may be told of a death: words of the system, in one line. Others may quote a request."""
+    name = type(cause).__name__
+    if isinstance(cause, OSError):
+        words = os.strerror(cause.errno) if cause.errno is not None else ""
+    elif type(cause) in (RuntimeError, MemoryError) or type(cause).__module__.partition(".")[0] == "torch":
+        words = (str(cause).splitlines() or [""])[0][:200]
+    else:
+        words = ""
+    return words if type(cause) is RuntimeError and words else f"{name}: {words}" if words else f"{name}; see the log"

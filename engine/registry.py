@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -83,8 +84,8 @@ class Registry:
         with self._lock:
             self._closing = True
             engines = list(self._engines.values())
-        ended = [engine.close() for engine in engines]
-        return all(ended)
+        with ThreadPoolExecutor(max(1, len(engines))) as closers:  # side by side: one may take long to give up on
+            return all(closers.map(lambda engine: engine.close(), engines))
 
     def _status(self, model_id: str) -> ModelStatus:
         engine = self._engines.get(model_id)

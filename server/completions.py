@@ -27,11 +27,11 @@ T = TypeVar("T")
 
 @asynccontextmanager
 async def lease(
-    engine: AsyncEngine, prepared: PreparedRequest, account: Account | None = None, *, streamed: bool = False
+    engine: AsyncEngine, prepared: PreparedRequest, account: Account | None = None
 ) -> AsyncIterator[RequestStream]:
     """A place in the engine, held and settled with an account. Abort is harmless once a request has finished, so there
     is only one way out."""
-    async with account.charged(prepared, streamed=streamed) if account else contextlib.nullcontext():
+    async with account.charged(prepared) if account else contextlib.nullcontext():
         stream = engine.submit(prepared)
         if account:
             account.outputs = stream
@@ -67,7 +67,7 @@ class CompletionResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with lease(self.engine, self.prepared, self.account, streamed=self.stream) as outputs:
+            async with lease(self.engine, self.prepared, self.account) as outputs:
                 answer = self._streamed(outputs, send) if self.stream else self._whole(outputs)
                 response = await unless_disconnected(answer, receive)
         except VerbatimError as error:  # nothing has been sent yet
@@ -99,6 +99,8 @@ class CompletionResponse(Response):
             await sender.send(event(describe(error)[1]), more=False)
         finally:
             beat.cancel()
+            if self.account:
+                self.account.told = sender.started
 
     async def _events(self, outputs: RequestStream, sender: _EventSender) -> None:
         """All events of a request that succeeds. Raises what ended one that does not."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, select
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, text
 
 from server.money import LedgerFault
 from server.tables import KEYS, faults, migrate
@@ -24,6 +24,8 @@ __all__ = ["BUSY_SECONDS", "Database"]
 
 BUSY_SECONDS: Final = 5.0
 """How long a write waits for another process's."""
+_LOCK_SECONDS: Final = 1.0
+"""How long a row of PostgreSQL's is waited for, by every key's requests: other servers lock one for milliseconds."""
 _PLACE = tuple[tuple[int, int], ...]
 
 
@@ -66,6 +68,17 @@ class Database:
         """One transaction that reads."""
         self._stay()
         with faults(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def report(self) -> Iterator[Connection]:
+        """One transaction that reads a lot: all of it as of one moment, for as long as it takes."""
+        if self.kind == "sqlite":  # whose reading is always so
+            with self.read() as connection:
+                yield connection
+            return
+        with faults(), self._engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+            connection.execute(text("SET LOCAL statement_timeout = 0"))
             yield connection
 
     @contextmanager
@@ -165,13 +178,16 @@ def _open(url: str, file: str | None) -> Engine:
 
 
 def _patience(url: str) -> dict[str, Any]:
-    """An end to waiting for PostgreSQL, where the URL does not say another: a lock that somebody else keeps must not
-    hold every key's requests."""
-    wait = int(BUSY_SECONDS * 1000)
+    """An end to waiting for PostgreSQL, where the URL does not say another: a lock that somebody else keeps, or a host
+    that is gone, must not hold every key's requests. Nor may a server of ours that is stopped amid a transaction hold
+    the others': the database ends that."""
+    wait = 2 * int(BUSY_SECONDS * 1000)
+    ends = {"lock": int(_LOCK_SECONDS * 1000), "statement": wait, "idle_in_transaction_session": wait}
     wanted = {
         "connect_timeout": int(BUSY_SECONDS),
-        "tcp_user_timeout": 2 * wait,
-        "options": f"-c lock_timeout={wait} -c statement_timeout={2 * wait}",
+        "tcp_user_timeout": wait,
+        "keepalives_idle": int(BUSY_SECONDS),
+        "options": " ".join(f"-c {name}_timeout={end}" for name, end in ends.items()),
     }
     given = make_url(url).query
     return {name: value for name, value in wanted.items() if name not in given}

@@ -147,6 +147,9 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
     """Status and body for anything that was raised. Logs what is a bug."""
     if isinstance(error, VerbatimError):
         status, kind = classify(error)
+        if isinstance(error, LedgerFault):  # its words name hosts, users, files: for the log alone
+            message = "the server's keys and balances cannot be used at the moment; its log says why."
+            return status, error_body(message, kind, None, error.code)
         return status, error_body(error.message, kind, error.param, error.code, **error.details)
     reference = secrets.token_hex(8)
     log.error("internal error %s", reference, exc_info=error)

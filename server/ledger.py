@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
-from sqlalchemy import Connection, and_, case, delete, func, insert, literal, select, union, update
+from sqlalchemy import Connection, and_, delete, func, insert, literal, select, union, update
 
 from engine import VerbatimError
 from server.database import Database
@@ -32,6 +32,7 @@ from server.money import (
     Key,
     LedgerFault,
     Limits,
+    Locked,
     NewKey,
     NoBalance,
     Prices,
@@ -42,11 +43,23 @@ from server.money import (
     read_since,
 )
 from server.reports import Reports, as_key
-from server.tables import CREDITS, HOLDS, KEYS, OWNERS, REQUESTS, SET_ASIDE
+from server.statements import (
+    CHARGE,
+    DROP_HOLD,
+    HOLD,
+    KEY_OF_HASH,
+    KEY_OF_ID,
+    LOCK,
+    NOTE_HOLD,
+    NOTE_REQUEST,
+    STATE,
+    TAKE,
+)
+from server.tables import CREDITS, HOLDS, KEYS, OWNERS, SET_ASIDE
 
 __all__ = [
-    "LARGEST", "Key", "Ledger", "LedgerFault", "Limits", "NewKey", "NoBalance", "Prices", "Settled", "UnknownKey",
-    "Unwritable", "cost_of", "read_since",
+    "LARGEST", "Key", "Ledger", "LedgerFault", "Limits", "Locked", "NewKey", "NoBalance", "Prices", "Settled",
+    "UnknownKey", "Unwritable", "cost_of", "read_since",
 ]  # fmt: skip
 
 _PREFIX: Final = "vk-"
@@ -118,7 +131,7 @@ class Ledger(Reports):
     def authenticate(self, secret: str) -> Key | None:
         """The key that a secret opens, or None. Looked up by its hash, so that time says nothing of near misses."""
         with self._database.read() as connection:
-            row = connection.execute(select(KEYS).where(KEYS.c.hash == _hash(secret))).first()
+            row = connection.execute(KEY_OF_HASH, {"hashed": _hash(secret)}).first()
         key = None if row is None or not hmac.compare_digest(row.hash, _hash(secret)) else as_key(row)
         return key if key is not None and key.usable(self._clock()) else None
 
@@ -192,15 +205,7 @@ class Ledger(Reports):
         """
         amount = min(amount, _64_BITS)  # more than any balance
         with self._database.write() as connection:
-            held = connection.execute(
-                update(KEYS)
-                .where(
-                    KEYS.c.id == key_id,
-                    KEYS.c.revoked.is_(None),
-                    KEYS.c.balance.is_(None) | (KEYS.c.balance - KEYS.c.held >= amount),
-                )
-                .values(held=KEYS.c.held + case((KEYS.c.balance.is_(None), 0), else_=amount))
-            )
+            held = connection.execute(TAKE, {"key": key_id, "amount": amount})
             key = _by_id(connection, key_id)
             if held.rowcount != 1:
                 if key.revoked is not None:
@@ -213,11 +218,8 @@ class Ledger(Reports):
                     needed=amount,
                 )
             amount = 0 if key.balance is None else amount
-            connection.execute(
-                insert(HOLDS).values(
-                    request_id=request_id, key_id=key_id, amount=amount, owner=self.owner, at=self._clock()
-                )
-            )
+            values = {"request_id": request_id, "key_id": key_id, "amount": amount, "owner": self.owner}
+            connection.execute(NOTE_HOLD, {**values, "at": self._clock()})
             return amount
 
     def settle(self, row: Settled) -> int:
@@ -235,7 +237,7 @@ class Ledger(Reports):
                 return 0
             charged, unpaid = taken
             values = {**asdict(row), "cost": charged, "seed": str(row.seed), "unpaid": unpaid}
-            connection.execute(insert(REQUESTS).values(values))
+            connection.execute(NOTE_REQUEST, values)
             return unpaid
 
     def set_aside(self, row: Settled, reason: str) -> None:
@@ -264,37 +266,41 @@ class Ledger(Reports):
         with self._database.write() as connection:
             key_id = connection.scalar(select(HOLDS.c.key_id).where(HOLDS.c.request_id == request_id))
             if key_id is not None:
-                _lock(connection, key_id)
-                amount = _take_hold(connection, request_id) or 0
-                connection.execute(update(KEYS).where(KEYS.c.id == key_id).values(held=KEYS.c.held - amount))
+                connection.execute(LOCK, {"key": key_id})
+                amount = connection.scalar(HOLD, {"request": request_id}) or 0
+                connection.execute(DROP_HOLD, {"request": request_id})
+                connection.execute(CHARGE, {"key": key_id, "freed": amount, "charged": 0})
 
     def _charge(self, connection: Connection, key_id: str, request_id: str, cost: int) -> tuple[int, int] | None:
         """End a hold and take a request's cost, once: (charged, unpaid), or None if that was done before."""
-        balance, held = _lock(connection, key_id)
-        for table in (REQUESTS, SET_ASIDE):
-            if connection.execute(select(table.c.request_id).where(table.c.request_id == request_id)).first():
-                return None
-        amount = _take_hold(connection, request_id)
+        balance, held = connection.execute(LOCK, {"key": key_id}).first() or (None, 0)
+        amount, settled = connection.execute(STATE, {"request": request_id}).one()
+        if settled:
+            return None
         cost = 0 if balance is None else cost
         charged = min(cost, max((balance or 0) - held, 0) if amount is None else amount)
-        connection.execute(
-            update(KEYS)
-            .where(KEYS.c.id == key_id)
-            .values(held=KEYS.c.held - (amount or 0), balance=KEYS.c.balance - charged)  # null stays null
-        )
+        if amount is not None:
+            connection.execute(DROP_HOLD, {"request": request_id})
+        connection.execute(CHARGE, {"key": key_id, "freed": amount or 0, "charged": charged})
         return charged, min(cost - charged, _64_BITS) if amount is None else 0
 
     # -- those who hold ----------------------------------------------------------------------------------------------
 
-    def beat(self) -> dict[str, int | None]:
-        """Say that this process lives. Returns the others that hold or said so, with their counts."""
+    def beat(self) -> tuple[dict[str, int | None], int]:
+        """Say that this process lives.
+
+        Returns the others that hold or said so, with their counts; and how many settlements that were set aside nobody
+        has looked at.
+        """
         with self._database.write() as connection:
             mine = update(OWNERS).where(OWNERS.c.id == self.owner).values(beats=OWNERS.c.beats + 1)
             if connection.execute(mine).rowcount != 1:
                 connection.execute(insert(OWNERS).values(id=self.owner, beats=1))
             known = union(select(HOLDS.c.owner.label("id")), select(OWNERS.c.id)).subquery()
             query = select(known.c.id, OWNERS.c.beats).outerjoin(OWNERS, OWNERS.c.id == known.c.id)
-            return {row.id: row.beats for row in connection.execute(query) if row.id != self.owner}
+            others = {row.id: row.beats for row in connection.execute(query) if row.id != self.owner}
+            aside = select(func.count()).select_from(SET_ASIDE).where(SET_ASIDE.c.seen.is_(None))
+            return others, connection.scalar(aside) or 0
 
     def release_owner(self, owner: str, beats: int | None) -> int:
         """Release what a process holds that is gone, unless it has said since `beats` that it lives.
@@ -353,24 +359,10 @@ def _named(connection: Connection, name: str) -> Key:
 
 
 def _by_id(connection: Connection, key_id: str) -> Key:
-    row = connection.execute(select(KEYS).where(KEYS.c.id == key_id)).first()
+    row = connection.execute(KEY_OF_ID, {"key": key_id}).first()
     if row is None:
         raise UnknownKey(f"there is no key with the id {key_id[:200]!r}.")
     return as_key(row)
-
-
-def _lock(connection: Connection, key_id: str) -> tuple[int | None, int]:
-    """A key's balance and what is held of it; nobody else changes them before the transaction ends."""
-    row = connection.execute(select(KEYS.c.balance, KEYS.c.held).where(KEYS.c.id == key_id).with_for_update()).first()
-    return (None, 0) if row is None else (row.balance, row.held)
-
-
-def _take_hold(connection: Connection, request_id: str) -> int | None:
-    """Remove a hold and say how much it was; None if there is none (any more)."""
-    amount: int | None = connection.scalar(select(HOLDS.c.amount).where(HOLDS.c.request_id == request_id))
-    if amount is not None:
-        connection.execute(delete(HOLDS).where(HOLDS.c.request_id == request_id))
-    return amount
 
 
 def _bounded(what: str, number: int | None) -> None:

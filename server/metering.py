@@ -10,54 +10,63 @@ has let go of its request. What cannot be written is `server/settling.py`'s.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
+import logging
 import threading
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
-from engine import ContextLengthExceeded, ModelNotFound, PreparedRequest, RequestStream
-from server.errors import RateLimited
-from server.ledger import Key, Ledger, NoBalance, Prices, Settled, cost_of
+from engine import ContextLengthExceeded, ModelNotFound, PreparedRequest, RequestError, RequestStream, Turns
+from server.errors import ClientGone, RateLimited
+from server.ledger import Key, Ledger, LedgerFault, NoBalance, Prices, Settled, cost_of
 from server.settling import Settler
 
 __all__ = ["Account", "Meter"]
 
+log = logging.getLogger("verbatim.server")
+
 _T = TypeVar("_T")
+
+_PATIENCE: Final = 15.0
+"""Seconds in which the ledger has to answer before a request runs: more than it waits for locks and connections itself.
+A disk or a host that hangs has no end of its own."""
 
 
 @dataclass(slots=True)
 class Account:
-    """Whose request it is. `outputs` is set once it runs."""
+    """Whose request it is. `outputs` is set once it runs, `told` once something of the reply has been sent."""
 
     meter: Meter
     key: Key
     model: str = ""
     fingerprint: str = ""
     outputs: RequestStream | None = None
+    told: bool = False
 
     @asynccontextmanager
-    async def charged(self, prepared: PreparedRequest, *, streamed: bool) -> AsyncIterator[None]:
-        """Hold a request's worst case while it runs, and settle what it has used.
+    async def charged(self, prepared: PreparedRequest) -> AsyncIterator[None]:
+        """Hold a request's worst case while it runs, and settle what was computed for it.
 
-        Args:
-            streamed: what was generated before a fault has reached the client, and is charged; else it is not.
+        A fault of the server costs nothing, unless what was generated before it has been sent. What ends a request by
+        its own fault (a `RequestError`: its grammar cannot be followed) costs what was computed, or whoever makes
+        requests that fail at the last token has the engine for nothing.
 
         Raises:
             NoBalance: the balance does not cover it.
             RateLimited: the key runs as many requests as it may.
             LedgerFault: the database cannot be written.
         """
-        async with self.meter.charge(self, prepared, streamed=streamed):
+        async with self.meter.charge(self, prepared):
             yield
 
 
@@ -70,7 +79,8 @@ class _End:
     prices: Prices
     held: int
     started: float
-    streamed: bool
+    failed: Exception | None
+    """What its answer failed with, if it was not the client's leaving."""
 
 
 class Meter:
@@ -95,10 +105,13 @@ class Meter:
         self._clock = clock
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._reporter = ThreadPoolExecutor(1, thread_name_prefix="reports")  # whose sums may take long
+        self._reports = Turns()  # of keys: one that asks for many has others' between its own
         self._windows = MovingWindowRateLimiter(MemoryStorage())
+        self._epoch = time.time() - time.monotonic()  # noqa: TID251  the windows go by the wall clock
         self._running: Counter[str] = Counter()
         self._settler = Settler(ledger)
         self._ends: set[asyncio.Task[None]] = set()  # of requests whose end is not with the ledger yet
+        self._hangs = False  # whether the ledger was last seen not to answer
         self._closed = threading.Event()
         if beat_seconds is not None:
             self._settler.beat()
@@ -125,12 +138,13 @@ class Meter:
     def health(self) -> tuple[bool, dict[str, Any]]:
         """Whether the ledger could be used when it was last asked, and what of that anybody may know."""
         settler = self._settler
-        told: dict[str, Any] = {"ledger": "ready" if settler.fault is None else "cannot be used; see the log"}
+        good = settler.fault is None and not self._hangs
+        told: dict[str, Any] = {"ledger": "ready" if good else "cannot be used; see the log"}
         if settler.waiting:
             told["settlements_waiting"] = settler.waiting
         if settler.aside:
             told["settlements_set_aside"] = settler.aside
-        return settler.fault is None, told
+        return good, told
 
     async def authenticate(self, secret: str) -> Key | None:
         """The key that a secret opens.
@@ -138,12 +152,22 @@ class Meter:
         Raises:
             LedgerFault: the database cannot be read.
         """
-        return await self._ask(self._settler.ask, self._ledger.authenticate, secret)
+        try:
+            return await asyncio.wait_for(self._ask(self._settler.ask, self._ledger.authenticate, secret), _PATIENCE)
+        except TimeoutError:
+            raise self._hung() from None
 
     async def usage(self, key: Key, since: float | None, by: str | None) -> list[dict[str, Any]]:
         """The key's own sums."""
         work = functools.partial(self._ledger.usage, key_id=key.id, since=since, by=by)
-        return await asyncio.get_running_loop().run_in_executor(self._reporter, work)
+        await self._reports.take(key.id)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._reporter, work)
+        except LedgerFault as error:
+            log.error("a report of usage could not be made: %s", error.message)
+            raise
+        finally:
+            self._reports.give_back(key.id)
 
     def admit(self, key: Key) -> None:
         """Count a request.
@@ -198,7 +222,7 @@ class Meter:
         return found
 
     @asynccontextmanager
-    async def charge(self, account: Account, prepared: PreparedRequest, *, streamed: bool) -> AsyncIterator[None]:
+    async def charge(self, account: Account, prepared: PreparedRequest) -> AsyncIterator[None]:
         """See `Account.charged`."""
         key = account.key
         limit = key.limits.concurrent
@@ -213,15 +237,15 @@ class Meter:
         self._running[key.id] += 1
         try:
             held = await self._held(key.id, prepared.request_id, worst)
+            failed: Exception | None = None
             try:
                 yield
+            except Exception as error:
+                failed = error
+                raise
             finally:
-                # Not given up with the request: a client that goes away must not leave its hold behind.
-                end = _End(account, prepared, prices, held, started, streamed)
-                task = asyncio.ensure_future(self._hand_in(end))
-                self._ends.add(task)
-                task.add_done_callback(self._ends.discard)
-                await asyncio.shield(task)
+                end = _End(account, prepared, prices, held, started, failed)
+                await asyncio.shield(self._keep(self._hand_in(end)))
         finally:
             self._running[key.id] -= 1
             if not self._running[key.id]:
@@ -230,18 +254,40 @@ class Meter:
     # -- the parts; those that ask the ledger run on its thread --------------------------------------------------------
 
     async def _ask(self, function: Callable[..., _T], *arguments: Any) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
+        finally:
+            self._hangs = False  # whatever it said; one that is given up on is marked after this
 
     async def _held(self, key_id: str, request_id: str, amount: int) -> int:
         """Hold, or, if this is given up while the database is written, release what was held."""
         hold = asyncio.ensure_future(self._ask(self._settler.hold, key_id, request_id, amount))
         try:
-            return await asyncio.shield(hold)
+            return await asyncio.wait_for(asyncio.shield(hold), _PATIENCE)
+        except TimeoutError:
+            self._keep(self._take_back(hold, key_id, request_id))
+            raise self._hung() from None
         except asyncio.CancelledError:
-            await asyncio.wait({hold})
-            if hold.exception() is None:
-                await self._ask(self._settler.release, key_id, request_id)
+            await asyncio.shield(self._keep(self._take_back(hold, key_id, request_id)))
             raise
+
+    def _hung(self) -> LedgerFault:
+        if not self._hangs:
+            log.critical("the ledger has not answered for %g seconds; requests are refused until it does", _PATIENCE)
+        self._hangs = True
+        return LedgerFault("the ledger does not answer.")
+
+    async def _take_back(self, hold: asyncio.Future[int], key_id: str, request_id: str) -> None:
+        await asyncio.wait({hold})
+        if hold.exception() is None:
+            await self._ask(self._settler.release, key_id, request_id)
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Work that is not given up with its request: a client that goes away must not leave its hold behind."""
+        task = asyncio.ensure_future(work)
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
+        return task
 
     async def _hand_in(self, end: _End) -> None:
         """Wait until the engine has let go of a request, which says what it has computed, and settle it."""
@@ -254,12 +300,19 @@ class Meter:
     def _beats(self, seconds: float) -> None:
         """On a thread of its own, which only tells the ledger's."""
         while not self._closed.wait(seconds):
-            with contextlib.suppress(RuntimeError):  # closed a moment ago
+            try:
                 self._worker.submit(self._settler.beat).result()
+            except Exception:  # a server that beats no more is taken for dead
+                if not self._closed.is_set():
+                    log.exception("a beat failed; there is another")
 
     def _count(self, key: Key, kind: str, limit: int | None, cost: int) -> None:
         if limit is None:
             return
+        epoch = time.time() - time.monotonic()  # noqa: TID251
+        if epoch < self._epoch - 1:  # the clock was set back: what came before it would stay for as long
+            self._windows.storage.reset()
+        self._epoch = epoch
         item = RateLimitItemPerMinute(limit)
         if self._windows.hit(item, key.id, kind, cost=cost):
             return
@@ -283,8 +336,10 @@ class Meter:
         if outputs is None or usage is None or not usage.total_tokens:
             self._settler.release(key.id, prepared.request_id)
             return
-        if outputs.error is not None and not (end.streamed and usage.completion_tokens):
-            self._settler.release(key.id, prepared.request_id)  # nothing of it has reached the client
+        fault = outputs.error or end.failed
+        served = end.account.told and usage.completion_tokens
+        if fault is not None and not isinstance(fault, RequestError | ClientGone) and not served:
+            self._settler.release(key.id, prepared.request_id)
             return
         limit = key.limits.tokens_per_minute
         if limit is not None and usage.completion_tokens:
@@ -294,7 +349,7 @@ class Meter:
                 self._windows.hit(item, key.id, "tokens", cost=min(left, usage.completion_tokens))
         reasons = [*outputs.finish_reasons]
         if len(reasons) < prepared.params.n:
-            reasons.append("error" if outputs.error else "disconnected")
+            reasons.append("error" if fault and not isinstance(fault, ClientGone) else "disconnected")
         assert prepared.params.seed is not None
         self._settler.settle(
             Settled(

@@ -11,8 +11,8 @@ from typing import Final
 from engine import InvalidParameter, Usage, VerbatimError
 
 __all__ = [
-    "LARGEST", "Key", "LedgerFault", "Limits", "NewKey", "NoBalance", "Prices", "Settled", "UnknownKey", "Unwritable",
-    "cost_of", "read_since",
+    "LARGEST", "Key", "LedgerFault", "Limits", "Locked", "NewKey", "NoBalance", "Prices", "Settled",
+    "UnknownKey", "Unwritable", "cost_of", "read_since",
 ]  # fmt: skip
 
 LARGEST: Final = 2**53 - 1
@@ -23,6 +23,10 @@ class LedgerFault(VerbatimError):
     """The database cannot be used: locked, full, damaged, gone. Nothing was changed."""
 
     code = "ledger_fault"
+
+
+class Locked(LedgerFault):
+    """The database works, and somebody else keeps a lock on what was to be written."""
 
 
 class Unwritable(LedgerFault):

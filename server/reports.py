@@ -53,7 +53,7 @@ class Reports:
             query = query.where(KEYS.c.id == key_id)
         if since is not None:
             query = query.where(REQUESTS.c.ended >= since)
-        with self._database.read() as connection:
+        with self._database.report() as connection:
             rows = [dict(row._mapping) for row in connection.execute(query.group_by(*columns).order_by(*columns))]
         for row in rows:
             row.update({name: int(row[name]) for name in _SUMS})  # PostgreSQL's sums are decimals
@@ -64,7 +64,7 @@ class Reports:
     def check(self) -> list[str]:
         """What does not add up, in words; empty if all of it does: credits − costs = balance, holds = held."""
         problems = []
-        with self._database.read() as connection:
+        with self._database.report() as connection:
             for key in (as_key(row) for row in connection.execute(select(KEYS))):
                 credits, costs, aside, held = (
                     int(connection.scalar(select(func.sum(column)).where(column.table.c.key_id == key.id)) or 0)

@@ -6,8 +6,9 @@
                                                     at every beat, and at the end
 
 A key whose settlement waits holds nothing new, so that nothing is served for free; other keys are not asked to wait for
-it. Used on one thread, the ledger's. Knows no request but by its id, and no clock: that a process lives is a count that
-goes on, looked at in every beat of this one's.
+it: a lock that somebody keeps on its row (PostgreSQL) is waited for once in a beat. Used on one thread, the ledger's.
+Knows no request but by its id, and no clock: that a process lives is a count that goes on, looked at in every beat of
+this one's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Final, TypeVar
 
 from engine import VerbatimError
 from server.ledger import Ledger
-from server.money import LedgerFault, Settled, Unwritable
+from server.money import LedgerFault, Locked, Settled, Unwritable
 from server.owners import surely_gone
 
 __all__ = ["BEAT_SECONDS", "Settler"]
@@ -47,6 +48,7 @@ class Settler:
         self._ledger = ledger
         self._gone = gone
         self._waiting: dict[str, tuple[str, Settled | None]] = {}  # by request: its key, its row; None: a release
+        self._locked: set[str] = set()  # keys that were found locked in this beat
         self._silent: dict[str, tuple[int | None, int]] = {}  # others: their count, for how many beats it stood still
         self.fault: str | None = None
         """Why the ledger could not be used when it last was asked; None if it could."""
@@ -62,7 +64,7 @@ class Settler:
         """Ask the ledger something, and note whether it could be asked."""
         try:
             answer = function(*arguments)
-        except Unwritable:
+        except (Unwritable, Locked):
             raise
         except LedgerFault as error:
             if self.fault is None:
@@ -81,10 +83,14 @@ class Settler:
         Raises:
             LedgerFault: the ledger cannot be used, or could not when an earlier request of this key ended.
         """
+        if key_id in self._locked:
+            raise Locked("somebody keeps this key's row in the ledger locked; it is tried again within seconds.")
         self._write([name for name, (key, _) in self._waiting.items() if key == key_id])
         try:
             return self.ask(self._ledger.hold, key_id, request_id, amount)
-        except LedgerFault:
+        except LedgerFault as error:
+            if isinstance(error, Locked):
+                self._locked.add(key_id)
             self._waiting[request_id] = (key_id, None)  # it may have been written all the same
             raise
 
@@ -101,19 +107,21 @@ class Settler:
     def beat(self) -> None:
         """Say that this process lives, write what waits, release what processes hold that are gone."""
         try:
-            others = self.ask(self._ledger.beat)
+            others, self.aside = self.ask(self._ledger.beat)
+            self._locked.clear()
             for request_id in list(self._waiting):  # one that cannot be written yet is not in the others' way
                 self._end(request_id, again=True)
             for owner, beats in others.items():
                 self._look_at(owner, beats)
             self._silent = {owner: seen for owner, seen in self._silent.items() if owner in others}
-            self.aside = len(self.ask(self._ledger.aside))
         except LedgerFault:
             pass  # noted, and there is another beat
 
     def close(self) -> None:
         """Write what waits, and leave."""
         try:
+            self._ledger.beat()  # or each that waits would wait for a database that is gone
+            self._locked.clear()
             for request_id in list(self._waiting):
                 self._end(request_id)
             self._ledger.leave()
@@ -139,7 +147,9 @@ class Settler:
     def _write(self, requests: list[str]) -> None:
         """Write these ends. Raises LedgerFault at the first for which the ledger cannot be used."""
         for request_id in requests:
-            _, row = self._waiting[request_id]
+            key_id, row = self._waiting[request_id]
+            if key_id in self._locked:
+                raise Locked("the row of its key is locked.")
             try:
                 if row is None:
                     self._ledger.release(request_id)
@@ -147,6 +157,9 @@ class Settler:
                     log.error("%s had lost its hold, and %d of its cost are unpaid", request_id, unpaid)
             except Unwritable as error:
                 self._set_aside(request_id, row, error)
+            except Locked:
+                self._locked.add(key_id)
+                raise
             del self._waiting[request_id]
 
     def _set_aside(self, request_id: str, row: Settled | None, error: Unwritable) -> None:

@@ -26,9 +26,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
-from server.money import LedgerFault, Unwritable
+from server.money import LedgerFault, Locked, Unwritable
 
 __all__ = ["CREDITS", "HOLDS", "KEYS", "OWNERS", "REQUESTS", "SET_ASIDE", "faults", "migrate"]
+
+_LOCK_NOT_AVAILABLE: Final = "55P03"  # PostgreSQL's word for a lock that was waited for too long
 
 _META: Final = MetaData()
 _MIGRATIONS: Final = Table("migrations", _META, Column("name", Text, primary_key=True), Column("at", Float))
@@ -172,6 +174,7 @@ def faults() -> Iterator[None]:
 
     Raises:
         Unwritable: it is about the values: too large, of a text that it cannot hold, against a rule of the tables.
+        Locked: it is about one row that somebody else keeps locked. (SQLite locks the whole: that is any fault.)
         LedgerFault: anything else.
     """
     try:
@@ -182,6 +185,8 @@ def faults() -> Iterator[None]:
         cause = getattr(error, "orig", None) or error
         if isinstance(error, DataError | IntegrityError) or isinstance(cause, OverflowError | UnicodeError):
             raise Unwritable(f"the ledger cannot hold a value: {_one_line(cause)}") from error
+        if getattr(cause, "sqlstate", None) == _LOCK_NOT_AVAILABLE:
+            raise Locked(f"the ledger cannot be written yet: {_one_line(cause)}") from error
         raise LedgerFault(f"the ledger cannot be used: {_one_line(cause)}") from error
 
 

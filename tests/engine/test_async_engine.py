@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine import (
     AsyncEngine,
@@ -28,6 +29,7 @@ from engine import (
     QueueFull,
     QueueTimeout,
     Registry,
+    ReplyFault,
     RequestError,
     RequestOutput,
 )
@@ -233,6 +235,63 @@ def test_a_dying_engine_tells_everybody_why(engine: AsyncEngine, monkeypatch: py
     run(main())
 
 
+@pytest.mark.parametrize("fault", [InvalidParameter("the grammar is larger than the limits."), MemoryError("SECRET")])
+def test_a_request_that_cannot_be_taken_up_is_alone_in_that(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    """Its grammar is begun on the engine's thread: a fault there would else be the end of everybody's model."""
+
+    def broken(_: str) -> Any:
+        raise fault
+
+    async def main() -> None:
+        mine = engine.submit(await engine.prepare(request("other", max_tokens=30, ignore_eos=True)))
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._core._grammars, "start", broken)
+            prepared = await engine.prepare(request("r", max_tokens=5))
+            outputs = [o async for o in engine.submit(replace(prepared, grammar="start: /a/"))]
+        assert isinstance(outputs[-1].error, type(fault) if isinstance(fault, InvalidParameter) else ReplyFault)
+        assert "SECRET" not in outputs[-1].error.message
+        assert [o async for o in mine][-1].error is None
+        assert engine.stats().alive
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [
+        (RuntimeError("the card fell off the bus\nat line 7"), "has stopped: the card fell off the bus"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "has stopped: OutOfMemoryError: CUDA out of memory."),
+        (OSError(28, "no room for 'SECRET'", "/home/SECRET"), "has stopped: OSError: No space left on device"),
+        (KeyError("SECRET"), "has stopped: KeyError; see the log"),
+        (
+            UnicodeEncodeError("utf-8", "SECRET\ud800", 6, 7, "surrogates"),
+            "has stopped: UnicodeEncodeError; see the log",
+        ),
+    ],
+)
+def test_a_death_is_told_without_words_that_may_quote_a_request(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, cause: Exception, told: str
+) -> None:
+    """The cause goes to everybody: to those, too, whose request it was not."""
+
+    def broken() -> None:
+        raise cause
+
+    async def main() -> None:
+        stream = engine.submit(await engine.prepare(request("r", max_tokens=2)))
+        outputs = [o async for o in stream]
+        assert outputs[-1].error
+        assert outputs[-1].error.message.endswith(told)
+        with pytest.raises(EngineDead) as caught:
+            await engine.prepare(request("late"))
+        assert caught.value.message.endswith(told)
+
+    monkeypatch.setattr(engine._core, "step", broken)
+    run(main())
+
+
 def test_a_stuck_step_is_reported(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     step = engine._core.step
@@ -353,6 +412,9 @@ class Held:
             assert self.go.wait(30)
         return self._real.prepare(wanted)
 
+    def close(self) -> None:
+        self._real.close()
+
 
 def test_heavy_prompts_of_one_key_do_not_hold_up_another(engine: AsyncEngine) -> None:
     """Some are prepared at once, and a key never has all places."""
@@ -472,3 +534,19 @@ def test_no_thread_survives_close(tiny: Callable[[str], Path]) -> None:
     while any("leaving" in t.name for t in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_engines_are_closed_side_by_side() -> None:
+    """Steps that do not end are given up on together: a supervisor waits for one such time, not for one each."""
+    both = threading.Barrier(2, timeout=5)
+
+    class Stuck(AsyncEngine):
+        def __init__(self) -> None: ...
+
+        def close(self) -> bool:
+            both.wait()
+            return False
+
+    registry = Registry([])
+    registry._engines = {"a": Stuck(), "b": Stuck()}
+    assert registry.close() is False

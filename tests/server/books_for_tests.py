@@ -11,7 +11,6 @@ from sqlalchemy import create_engine, make_url
 from server.ledger import Ledger, Settled
 
 
-
 def _database() -> str:
     """The URL of a database that tests may empty; where several processes run tests, one of this process's own."""
     url, worker = os.environ.get("VERBATIM_TEST_POSTGRES", ""), os.environ.get("PYTEST_XDIST_WORKER", "")

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,20 @@ from asgi import CHAT, Answer, begin, run
 from books_for_tests import Clock, query
 from fakes import HELLO, SILENT, FakeEngine, Script, chat, make_app, output, word_by_word
 
-from engine import ChoiceDelta, OutOfMemory, PreparedRequest, QueueFull, QueueTimeout, VerbatimError
+from engine import (
+    ChoiceDelta,
+    InvalidParameter,
+    OutOfMemory,
+    PreparedRequest,
+    QueueFull,
+    QueueTimeout,
+    VerbatimError,
+)
+from server import metering
 from server.gate import OPEN
 from server.ledger import Key, Ledger, LedgerFault, Limits, NewKey, Prices, Unwritable
 from server.metering import Meter
+from server.responses import Collector
 from server.settling import Settler
 
 WORST = 5 + 64  # the fake's prompt, and as many tokens as it can be asked for
@@ -264,6 +275,40 @@ def test_an_error_costs_what_has_reached_the_client(desk: Desk, stream: bool, ch
     assert desk.books()[:2] == (500 - charged, 0)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_fails_by_its_own_fault_pays_what_was_computed(desk: Desk, stream: bool) -> None:
+    """A grammar that fails at its last token would else be the engine for nothing."""
+    own = InvalidParameter("The grammar cannot be followed any further.", code="grammar_failed")
+    desk.engine.script = partly("a", "b", error=own)
+    answer = desk.ask(desk.key(balance=500), chat(stream=stream))
+    assert answer.status == (200 if stream else 422)
+    balance, held, [row] = desk.books()
+    assert (balance, held, row["completion_tokens"]) == (500 - 7, 0, 2)
+    assert query(desk.ledger, "SELECT finish_reason FROM requests") == [("error",)]
+
+
+def test_an_answer_that_cannot_be_written_costs_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it was computed, and a fault of the server kept it from the client."""
+
+    def broken(_: Collector) -> Any:
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(Collector, "body", broken)
+    assert desk.ask(desk.key(balance=500), chat()).status == 500
+    assert desk.books() == (500, 0, [])
+
+
+def test_an_error_that_reaches_a_stream_s_client_before_any_word_costs_nothing(desk: Desk) -> None:
+    """The engine was faster than the events: words and error came at once, and the answer is a status."""
+
+    def script(request: PreparedRequest) -> Any:
+        yield output(request, [ChoiceDelta(0, "a", (0,))], 1, finished=True, error=OutOfMemory("too large."))
+
+    desk.engine.script = script
+    assert desk.ask(desk.key(balance=500), chat(stream=True)).status == 503
+    assert desk.books() == (500, 0, [])
+
+
 def test_a_fault_before_the_first_token_costs_nothing(desk: Desk) -> None:
     """Streamed or not: it has waited for its turn and was refused, or its prompt was too much."""
     desk.engine.script = partly(error=QueueTimeout("it has waited for 5 seconds."))
@@ -330,6 +375,33 @@ def test_a_long_report_holds_nobody_up(desk: Desk) -> None:
     del desk.ledger.usage  # type: ignore[method-assign]
 
 
+def test_reports_are_made_in_turns(desk: Desk) -> None:
+    """A key that asks for many at once has others' between its own."""
+    ada, bob = desk.key(), desk.key("bob")
+    go_on, order = threading.Event(), []
+    really = desk.ledger.usage
+
+    def slow(**given: Any) -> Any:
+        go_on.wait(5)
+        order.append(given["key_id"])
+        return really(**given)
+
+    desk.ledger.usage = slow  # type: ignore[method-assign]
+
+    async def storm() -> None:
+        many = [desk.exchange(ada, None, path="/v1/usage").begin() for _ in range(5)]
+        await many[0].until(lambda: desk.meter._reports._free == 0)
+        one = desk.exchange(bob, None, path="/v1/usage").begin()
+        await one.until(lambda: bob.key.id in desk.meter._reports._waiting)
+        go_on.set()
+        for exchange in (*many, one):
+            assert (await exchange.ended()).status == 200
+
+    run(storm())
+    del desk.ledger.usage  # type: ignore[method-assign]
+    assert (len(order), order.index(bob.key.id) <= 2) == (6, True), order
+
+
 def test_what_a_crash_left_held_is_free_again(desk: Desk, tmp_path: Path) -> None:
     """Nobody can ask for the other process here: that it has stopped counting is what shows."""
     key = desk.key(balance=100)
@@ -357,6 +429,17 @@ def test_requests_per_minute(desk: Desk) -> None:
     assert len(desk.engine.requests) == 2
     assert desk.ask(desk.key("bob"), chat()).status == 200, "another key has its own minute"
     assert desk.ask(key, path="/v1/models").status == 200, "looking at the models is no request"
+
+
+def test_a_clock_that_is_set_back_shuts_no_key_out(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was counted in a future that is no more would count until it has come again."""
+    key = desk.key(limits=Limits(requests_per_minute=1))
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 7200)
+    desk.meter._epoch += 7200
+    assert [desk.ask(key, chat()).status for _ in range(2)] == [200, 429]
+    monkeypatch.undo()
+    assert [desk.ask(key, chat()).status for _ in range(2)] == [200, 429]
 
 
 def test_tokens_per_minute(desk: Desk) -> None:
@@ -430,16 +513,71 @@ def failing(ledger: Ledger, name: str) -> Callable[[], None]:
     return lambda: delattr(ledger, name)
 
 
+def test_a_hold_that_is_given_up_twice_is_released(desk: Desk) -> None:
+    """A server that ends gives up its requests, and again those that take their time."""
+    key, go_on = desk.key(balance=500), threading.Event()
+    really = desk.ledger.hold
+
+    def slow(*given: Any) -> int:
+        go_on.wait(5)
+        return really(*given)
+
+    desk.ledger.hold = slow  # type: ignore[method-assign]
+
+    async def give_up() -> None:
+        exchange = desk.exchange(key, chat()).begin()
+        await exchange.until(lambda: bool(desk.meter._running))
+        for _ in range(2):
+            await asyncio.sleep(0.02)
+            exchange.task.cancel()
+        await asyncio.gather(exchange.task, return_exceptions=True)
+        go_on.set()
+        await desk.meter.drain()
+
+    run(give_up())
+    assert desk.books() == (500, 0, [])
+
+
 @pytest.mark.parametrize("name", ["authenticate", "hold"])
-def test_a_database_that_fails_is_a_503_and_no_free_service(desk: Desk, name: str) -> None:
+def test_a_database_that_fails_is_a_503_and_no_free_service(
+    desk: Desk, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     key = desk.key(balance=500)
     mend = failing(desk.ledger, name)
     answer = desk.ask(key, chat())
     assert (answer.status, answer.error["code"]) == (503, "ledger_fault")
+    assert "disk is full" not in answer.error["message"], "hosts, users and files are not for who may have no key"
+    assert "disk is full" in caplog.text
     assert answer.headers["retry-after"]
     assert desk.engine.requests == [] or desk.engine.streams == {}
     mend()
     assert desk.ask(key, chat()).status == 200
+
+
+@pytest.mark.parametrize("name", ["authenticate", "hold"])
+def test_a_database_that_hangs_is_a_503(desk: Desk, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk or a host that is gone has no end of its own: clients are told, and a hold that comes late is released."""
+    monkeypatch.setattr(metering, "_PATIENCE", 0.05)
+    key, go_on, really = desk.key(balance=500), threading.Event(), getattr(desk.ledger, name)
+
+    def hangs(*given: Any) -> Any:
+        go_on.wait(5)
+        return really(*given)
+
+    setattr(desk.ledger, name, hangs)
+
+    async def ask() -> None:
+        answer = await desk.exchange(key, chat()).ended()
+        assert (answer.status, answer.error["code"]) == (503, "ledger_fault")
+        assert (await desk.exchange(None, None, path="/health/ready").ended()).status == 503
+        go_on.set()
+        await desk.meter.drain()
+
+    run(ask())
+    delattr(desk.ledger, name)
+    assert desk.ask(key, chat()).status == 200
+    assert desk.ask(None, path="/health/ready").status == 200
+    assert desk.books()[:2] == (500 - 9, 0)
 
 
 def test_a_settlement_that_fails_waits_and_is_not_lost(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
@@ -481,6 +619,27 @@ def test_a_ledger_that_cannot_be_used_is_not_ready(desk: Desk) -> None:
     mend()
     desk.ask(key, chat())
     assert desk.ask(None, path="/health/ready").status == 200
+
+
+def test_a_beat_that_fails_is_not_the_last(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A server that beats no more is taken for dead by others, and its holds are released while it runs."""
+    ledger, really, beats = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}", Clock()), Ledger.beat, []
+
+    def beat() -> Any:
+        beats.append(1)
+        if len(beats) == 2:
+            raise RuntimeError("a fault that nobody thought of")
+        return really(ledger)
+
+    ledger.beat = beat  # type: ignore[method-assign]
+    meter = Meter(ledger, {}, Clock(), beat_seconds=0.01)
+    for _ in range(500):
+        if len(beats) > 3:
+            break
+        time.sleep(0.01)
+    meter.close()
+    assert len(beats) > 3
+    assert "a beat failed" in caplog.text
 
 
 def test_the_end_writes_what_waits(desk: Desk, tmp_path: Path) -> None:

@@ -147,6 +147,67 @@ def test_a_key_whose_end_waits_is_alone_in_waiting(ledger: Ledger, monkeypatch: 
     assert (ledger.key("ada").held, ledger.key("ada").balance) == (0, 93)
 
 
+@WITH_POSTGRES
+def test_a_locked_row_is_waited_for_once_in_a_beat(clock: Clock) -> None:
+    """Each wait is everybody's: a hundred ends of one key are not a hundred waits, nor a fault of all."""
+    ledger = Ledger(empty_postgres(), clock)
+    desk = settler(ledger)
+    ada, bob = (ledger.create_key(name, balance=1000).key for name in ("ada", "bob"))
+    for i in range(5):
+        desk.hold(ada.id, f"r{i}", 10)
+    asked: list[str] = []
+    really = ledger.settle
+
+    def counted(given: Settled) -> int:
+        asked.append(given.request_id)
+        return really(given)
+
+    ledger.settle = counted  # type: ignore[method-assign]
+    with ledger._database._engine.connect() as other, other.begin():
+        other.exec_driver_sql("SELECT id FROM keys WHERE name = 'ada' FOR UPDATE")
+        for i in range(5):
+            desk.settle(row(ada.id, f"r{i}", 7))
+        with pytest.raises(LedgerFault):
+            desk.hold(ada.id, "s", 10)
+        assert (asked, desk.waiting, desk.fault) == (["r0"], 5, None)
+        desk.hold(bob.id, "t", 10)
+        desk.beat()
+        assert (len(asked), desk.waiting) == (2, 5)
+    desk.beat()
+    assert (desk.waiting, ledger.key("ada").balance, ledger.key("ada").held) == (0, 1000 - 5 * 7, 0)
+    ledger.close()
+
+
+@WITH_POSTGRES
+def test_a_server_that_is_stopped_amid_a_transaction_loses_its_locks(clock: Clock) -> None:
+    ledger = Ledger(empty_postgres(), clock)
+    [(ends,)] = query(ledger, "SHOW idle_in_transaction_session_timeout")
+    ledger.close()
+    assert ends == "10s"
+
+
+def test_a_server_that_ends_without_its_database_tries_once(ledger: Ledger, caplog: pytest.LogCaptureFixture) -> None:
+    """Each try may take seconds, and there may be as many as requests ran."""
+    desk = settler(ledger)
+    key = ledger.create_key("ada", balance=1000).key
+    for i in range(5):
+        desk.hold(key.id, f"r{i}", 10)
+    tried: list[str] = []
+
+    def gone(*_: Any) -> Any:
+        tried.append("")
+        raise LedgerFault("the ledger cannot be used: connection refused")
+
+    for verb in ("beat", "leave", "settle", "release"):
+        setattr(ledger, verb, gone)
+    for i in range(5):
+        desk.settle(row(key.id, f"r{i}", 7))
+    tried.clear()
+    desk.close()
+    assert len(tried) == 1
+    assert caplog.text.count("not written: {") == 5, "the log has them"
+
+
 # -- servers that are taken for dead ----------------------------------------------------------------------------------
 
 
@@ -169,7 +230,7 @@ def test_a_server_that_stands_still_loses_its_holds_and_not_its_money(ledger: Le
     stopped.settle(row(key.id, "r", 7))
     assert (ledger.key("ada").balance, ledger.usage()[0]["requests"], ledger.check()) == (3, 1, [])
     stopped.beat()
-    assert len(other._ledger.beat()) == 1, "it is known again"
+    assert len(other._ledger.beat()[0]) == 1, "it is known again"
     other._ledger.close()
 
 
