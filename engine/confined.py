@@ -18,7 +18,6 @@ import importlib
 import itertools
 import json
 import os
-import resource
 import select
 import signal
 import subprocess
@@ -30,6 +29,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
+
+try:
+    import resource
+except ImportError:  # no POSIX system: importing works, a call says what is missing
+    resource = None  # type: ignore[assignment]
 
 __all__ = ["Confined", "ConfinedError", "ConfinedFault", "serve"]
 
@@ -50,7 +54,14 @@ _START: Final = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from e
 
 
 class ConfinedFault(Exception):
-    """A trial that went beyond its limits or crashed: `took longer than 5 seconds`, `ended by SIGSEGV`."""
+    """A trial that went beyond its limits or crashed: `took longer than 5 seconds`, `ended by SIGSEGV`.
+
+    `passing`: the machine may be to blame (a real clock, a SIGKILL from outside): the same call may do well later.
+    """
+
+    def __init__(self, message: str, *, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 class ConfinedError(Exception):
@@ -124,7 +135,13 @@ class Confined:
                 raise RuntimeError(f"the process {self._limits['name']} is closed")
             if self._child is None or self._child.gone:
                 self._end()
-                self._child = _Child(self._limits, self._kept)
+                try:
+                    self._child = _Child(self._limits, self._kept)
+                except (
+                    OSError,
+                    TypeError,
+                ) as error:  # no process or descriptor is left, or Python's own file is unknown
+                    raise RuntimeError(f"the process {self._limits['name']} cannot be started: {error}") from error
                 self._end = weakref.finalize(self, self._child.end)
             return self._child
 
@@ -137,12 +154,16 @@ class _Child:
     """One warm child, as the process that started it sees it."""
 
     def __init__(self, limits: dict[str, Any], kept: tuple[str, Callable[[], Any]] | None) -> None:
+        if resource is None:
+            raise RuntimeError("what strangers send is tried in a process with limits, which this system does not have")
         environment = {k: v for k, v in os.environ.items() if k in _PASSED_ON or k.startswith(("LC_", "PYTHON"))}
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, json.dumps(limits), json.dumps(sys.path)],
+            [sys.executable, "-P", "-c", _START, json.dumps(limits), json.dumps([*map(str, sys.path)])],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env={**environment, **_ENVIRONMENT},
         )  # fmt: skip
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
         self.gone = False
         self._numbers = itertools.count()
         self._waiting: dict[int, Future[bytes]] = {}
@@ -150,11 +171,10 @@ class _Child:
         self._writing = threading.Lock()
         self._reader = threading.Thread(target=self._read, name=f"confined-{limits['name']}", daemon=True)
         self._reader.start()
-        self._keeper: threading.Thread | None = None
         if kept is not None:
             self._writing.acquire()  # until it is sent: calls come after it
-            self._keeper = threading.Thread(target=self._keep, args=kept, daemon=True)
-            self._keeper.start()
+            keeper = threading.Thread(target=self._keep, args=kept, daemon=True)
+            keeper.start()
 
     def call(self, function: str, argument: Any, seconds: float) -> Any:
         number = next(self._numbers)
@@ -168,16 +188,17 @@ class _Child:
             with self._writing:
                 self._write(data)
             found = json.loads(answer.result(seconds + START_SECONDS))
-        except TimeoutError:
-            self._process.kill()
-            raise ConfinedFault(f"took longer than {seconds + START_SECONDS:g} seconds") from None
+        except TimeoutError:  # the warm child ends every trial before that: it is the one that hangs
+            self._abandon()
         except (ValueError, RecursionError):
             raise ConfinedFault("ended without an answer") from None
         finally:
             with self._lock:
                 self._waiting.pop(number, None)
         if "fault" in found:
-            raise ConfinedFault(found["fault"])
+            raise ConfinedFault(found["fault"], passing=found["passing"])
+        if "unable" in found:
+            raise RuntimeError(found["unable"])
         if "error" in found:
             raise ConfinedError(*found["error"])
         return found["value"]
@@ -185,11 +206,12 @@ class _Child:
     def end(self) -> None:
         """Close the pipes, which ends the child, and wait for it."""
         assert self._process.stdin is not None
-        if self._keeper is not None and self._keeper.is_alive():
-            self._process.kill()  # it may be writing: nothing could be closed
-            self._keeper.join()
+        if not self._writing.acquire(blocking=False):
+            self._process.kill()  # whoever is writing notices: nothing could be closed under it
+            self._writing.acquire()
         with contextlib.suppress(OSError):
             self._process.stdin.close()
+        self._writing.release()
         try:
             self._process.wait(_FAREWELL)
         except subprocess.TimeoutExpired:
@@ -197,6 +219,13 @@ class _Child:
             self._process.wait()
         if self._reader is not threading.current_thread():
             self._reader.join()
+
+    def _abandon(self) -> NoReturn:
+        """End a child that does not answer; the next call starts another."""
+        self._process.kill()
+        with self._lock:
+            self.gone = True
+        raise _GoneError from None
 
     def _keep(self, function: str, argument: Callable[[], Any]) -> None:
         try:
@@ -210,10 +239,17 @@ class _Child:
             self._writing.release()
 
     def _write(self, data: bytes) -> None:
+        """Send a message; a child that does not read (somebody has stopped it) is ended."""
         assert self._process.stdin is not None
+        rest, late = memoryview(data), time.monotonic() + START_SECONDS
         try:
-            self._process.stdin.write(data)
-            self._process.stdin.flush()
+            poll = select.poll()
+            poll.register(self._process.stdin, select.POLLOUT)
+            while rest:
+                if not poll.poll(max(0.0, late - time.monotonic()) * 1000):
+                    self._abandon()
+                with contextlib.suppress(BlockingIOError):
+                    rest = rest[os.write(self._process.stdin.fileno(), rest) :]
         except (OSError, ValueError):  # its end of the pipe is gone, or ours is closed
             raise _GoneError from None
 
@@ -261,6 +297,8 @@ class _Trial:
     answer: bytearray = field(default_factory=bytearray)
     fault: str = ""
     """Why it was killed."""
+    late: bool = False
+    """It was killed because of the clock."""
 
 
 def serve() -> None:
@@ -268,6 +306,9 @@ def serve() -> None:
     limits = json.loads(sys.argv[1])
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to us, too; whoever started us decides
         signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGCHLD, signal.SIGPROF):  # what our caller ignores or blocks, we inherit
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     out = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # a print of some library is no answer
@@ -314,6 +355,7 @@ class _Warm:
     def _end_late(self) -> None:
         for trial in self._trials.values():
             if not trial.fault and trial.deadline <= time.monotonic():
+                trial.late = True
                 self._kill(trial, f"took longer than {WALL * self._limits['seconds']:g} seconds")
 
     def _kill(self, trial: _Trial, fault: str) -> None:
@@ -328,11 +370,19 @@ class _Warm:
             _function(message["function"])  # imported here, once; what is wrong with it is said in the trial
         gc.collect()
         gc.freeze()  # pages that a trial's garbage collector does not touch stay shared
-        answer, to_answer = os.pipe()
-        complaints, to_complaints = os.pipe()
-        os.set_blocking(to_complaints, False)
-        warm = os.getpid()
-        pid = os.fork()
+        pipes: list[int] = []
+        try:
+            pipes += os.pipe()
+            pipes += os.pipe()
+            answer, to_answer, complaints, to_complaints = pipes
+            os.set_blocking(to_complaints, False)
+            warm = os.getpid()
+            pid = os.fork()
+        except OSError as error:  # a bound on processes, descriptors or memory: the next one may do better
+            for descriptor in pipes:
+                os.close(descriptor)
+            self._reply(message["number"], _json({"unable": f"no process can be started to try it in: {error}"}))
+            return
         if pid == 0:
             job = message["function"], (message["argument"], *self._kept)
             _try(job, self._limits, to_answer, to_complaints, warm)
@@ -360,8 +410,11 @@ class _Warm:
         os.close(descriptor)
         os.close(trial.complaints)
         fault = trial.fault or self._fault(status, complaints)
-        answer = _json({"fault": fault}) if fault else trial.answer
-        _write_all(self._out, _framed(trial.number.to_bytes(_NUMBER) + answer))
+        passing = trial.late or (not trial.fault and status == signal.SIGKILL)  # the system's, for want of memory
+        self._reply(trial.number, _json({"fault": fault, "passing": passing}) if fault else trial.answer)
+
+    def _reply(self, number: int, answer: bytes | bytearray) -> None:
+        _write_all(self._out, _framed(number.to_bytes(_NUMBER) + answer))
 
     def _fault(self, status: int, complaints: bytes) -> str:
         """Why a trial ended without an answer; empty: it did not."""

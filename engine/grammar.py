@@ -54,15 +54,16 @@ _SLICES: Final = (
     r'[^"\\\x00-\x1F\x7F]{1,10}', r'[^"\\\x00-\x1F\x7F]{1,30}', r'[^"\\\x00-\x1F\x7F]+',
 )  # fmt: skip
 """Kinds of tokens that a mask takes or leaves as one: llguidance's own, and those of text that cannot begin a tag."""
-STEP_FUEL: Final = 50_000
+STEP_FUEL: Final = 200_000
 """Expressions that one token may make the lexer construct, or thereabouts."""
 _LIMITS: Final = LLParserLimits(
     step_lexer_fuel=STEP_FUEL, max_lexer_states=100_000, step_max_items=100_000, verbose_errors=False
 )
-"""Counts, not clocks: a reply that goes beyond one ends there, on every machine. Honest expressions take 20,000 of
-a step's fuel; a Unicode class counted to 500 takes 50,000 states in 300 tokens. llguidance's own limits (200,000 and
-250,000) allow masks of two seconds and half a gigabyte for one reply. Its 50,000 items a step end an object of 200
-optional properties in mid-reply; 480, which is as many as fit a row, take fewer than 100,000."""
+"""Counts, not clocks: a reply that goes beyond one ends there, on every machine. Two Unicode classes in one expression
+(`https?://[\\w.-]+(/[\\w./-]*)?`) or six words in any order take up to 100,000 of a step's fuel, which is 10 ms. A
+class counted to 500 takes 50,000 states in 300 tokens, and 100,000 states are 100 MiB for one reply: llguidance's own
+250,000 would be a quarter of a gigabyte. Its 50,000 items a step end an object of 200 optional properties in mid-reply;
+480, which is as many as fit a row, take fewer than 100,000."""
 
 _KEYWORD_OF: Final = (
     # what a complaint of llguidance begins with, the keyword that it is about

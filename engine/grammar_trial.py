@@ -32,21 +32,24 @@ from engine.tool_grammar import ToolGrammar
 
 __all__ = ["GrammarTrial"]
 
-SECONDS: Final = 3.0
+SECONDS: Final = 5.0
 """Processor time for one request's grammar, all schemas and the search for a fault in them: a schema of 300 properties
-takes 0.05, one of 60 kilobytes with 60 faults 0.8."""
+takes 0.1, 128 tools of ten parameters 0.9. A clock must be far from what is honest (here five times), or
+the same request would be refused on a busy machine and served on another."""
 MEMORY: Final = 512 << 20  # bytes for one request's grammar; 6,000 properties take 65 MiB
 STACK: Final = 3 << 19
 """Bytes of stack on which the child compiles and follows a grammar: less than any thread of the server has (2 MiB:
 llguidance's own, and all under `ulimit -s unlimited`), more than `MAX_PATH` steps take."""
-_COMPILE_SECONDS: Final = 1.0
-"""Processor time for the whole grammar: the engine's thread may have to compile it again, while everybody waits."""
+_COMPILE_SECONDS: Final = 2.0
+"""Processor time for the whole grammar: the engine's thread may have to compile it again, while everybody waits.
+128 tools take 0.22, a constant of 250,000 characters 0.38."""
 _STEP_SECONDS: Final = 0.25  # for one token of the walk: the mask and what follows from it
 _STEPS: Final = 16  # tokens of one walk
 _WALK_SECONDS: Final = 0.4  # for all of them; 300 optional properties take 0.03
 _WALKS: Final = 2
-_FORCED: Final = 500  # forced tokens in a row, after which a walk ends
+_FORCED: Final = 100_000  # forced tokens in a row, after which a walk ends: more than a schema can hold
 _KEPT: Final = 32 << 20  # characters of outcomes
+_POINTERS: Final = 16  # of keywords that are not enforced; that there are some is what counts
 _MOST: Final = 1_000_000  # characters of a request's tools and constraint together
 
 
@@ -63,7 +66,8 @@ class GrammarTrial:
             kept=(f"{__name__}:keep", lambda: compiler.table().as_json()),
         )
         self._lock = threading.Lock()  # of `_outcomes`
-        self._outcomes: OrderedDict[bytes, dict[str, Any]] = OrderedDict()
+        self._outcomes: OrderedDict[bytes, tuple[dict[str, Any], int]] = OrderedDict()  # with their sizes
+        self._size = 0
 
     def warm(self) -> None:
         """Start the child and make the tokenizer ready, before the first request needs them."""
@@ -84,16 +88,11 @@ class GrammarTrial:
             return grammar_of(self._compiler, form)  # any JSON object: no part of it is the request's
         told = _written(form)
         key = hashlib.sha256(told.encode("utf-8", "surrogatepass")).digest()
-        with self._lock:
-            outcome = self._outcomes.get(key)
-            if outcome is not None:
-                self._outcomes.move_to_end(key)
+        outcome = self._known(key)
         if outcome is None:
-            outcome = self._try(form, told)
-            with self._lock:
-                self._outcomes[key] = outcome
-                while len(self._outcomes) > 1 and sum(map(_weight, self._outcomes.values())) > _KEPT:
-                    self._outcomes.popitem(last=False)
+            outcome, passing = self._try(form, told)
+            if not passing:
+                self._keep(key, outcome)
         if "text" not in outcome:
             kind = Unsupported if outcome["kind"] == "Unsupported" else InvalidParameter
             raise kind(outcome["message"], param=outcome["param"], code=outcome["code"], **outcome["details"])
@@ -101,7 +100,23 @@ class GrammarTrial:
         self._compiler.check(made.text, form.param)
         return made
 
-    def _try(self, form: ReplyForm, told: str) -> dict[str, Any]:
+    def _known(self, key: bytes) -> dict[str, Any] | None:
+        with self._lock:
+            if key not in self._outcomes:
+                return None
+            self._outcomes.move_to_end(key)
+            return self._outcomes[key][0]
+
+    def _keep(self, key: bytes, outcome: dict[str, Any]) -> None:
+        size = 1000 + len(json.dumps(outcome))
+        with self._lock:
+            self._size += size - self._outcomes.pop(key, ({}, 0))[1]
+            self._outcomes[key] = outcome, size
+            while self._size > _KEPT:
+                self._size -= self._outcomes.popitem(last=False)[1][1]
+
+    def _try(self, form: ReplyForm, told: str) -> tuple[dict[str, Any], bool]:
+        """The outcome, and whether the same form may have another one at another time."""
         try:
             found: dict[str, Any] = self._child.call(f"{__name__}:made", told)
         except RuntimeError as error:
@@ -109,21 +124,18 @@ class GrammarTrial:
         except ConfinedFault as fault:
             what = str(fault)
             if "SIGSEGV" in what or "SIGBUS" in what:
-                what = (
-                    f"is nested or chained too deeply for the compiler: {STACK / (1 << 20):g} MiB of stack are allowed"
-                )
-            return _refused(
-                InvalidParameter(f"{form.param}: its grammar {what}.", param=form.param, code="grammar_too_costly")
+                what = f"is nested too deeply, or too large, to compile: {STACK / (1 << 20):g} MiB of stack are allowed"
+            refused = InvalidParameter(
+                f"{form.param}: its grammar {what}.", param=form.param, code="grammar_too_costly"
             )
+            return _refused(refused), fault.passing
         except ConfinedError as error:
             if error.kind != "PanicException":
                 raise RuntimeError(f"a grammar's trial raised {error.kind}: {error}") from None
-            return _refused(InvalidParameter(f"{form.param}: its compiler gave up: {error}"[:300], param=form.param))
-        return found
-
-
-def _weight(outcome: dict[str, Any]) -> int:
-    return 1000 + len(outcome.get("text", ""))
+            return _refused(
+                InvalidParameter(f"{form.param}: its compiler gave up: {error}"[:300], param=form.param)
+            ), False
+        return found, False
 
 
 class _CostlyError(Exception):
@@ -193,7 +205,8 @@ def made(told: str, kept: _Kept) -> dict[str, Any]:
         return _refused(
             InvalidParameter(f"{form.param}: its grammar {error}.", param=form.param, code="grammar_too_costly")
         )
-    return {"text": grammar.text, "unenforced": grammar.unenforced, "loose": sorted(grammar.loose)}
+    left_out = [pointer[:200] for pointer in grammar.unenforced[:_POINTERS]]  # thousands, each a long one, may be
+    return {"text": grammar.text, "unenforced": left_out, "loose": sorted(grammar.loose)}
 
 
 def _on_a_small_stack(function: Any) -> None:
@@ -234,12 +247,9 @@ def _walk(kept: _Kept, text: str) -> None:
     if (took := time.thread_time() - began) > _COMPILE_SECONDS:
         raise _CostlyError(f"takes {took:.1f} seconds to compile; at most {_COMPILE_SECONDS:g} are allowed")
     for walk in range(_WALKS):
-        began, steps = time.thread_time(), 0
-        state, spent = compiler.start(text), 0.0
-        while steps < _STEPS and (taken := _step(kept, compiler, state, walk, steps)):
-            now = time.thread_time()
-            cost = (now - began) / taken
-            began, spent, steps = now, spent + cost, steps + 1
+        state, spent, steps = compiler.start(text), 0.0, 0
+        while steps < _STEPS and (cost := _step(kept, compiler, state, walk, steps)) is not None:
+            spent, steps = spent + cost, steps + 1
             if cost > _STEP_SECONDS:
                 raise _CostlyError(f"takes {cost:.2f} seconds for one token; at most {_STEP_SECONDS:g} are allowed")
             if spent > _WALK_SECONDS:
@@ -248,21 +258,22 @@ def _walk(kept: _Kept, text: str) -> None:
                 )
 
 
-def _step(kept: _Kept, compiler: GrammarCompiler, state: GrammarState, walk: int, step: int) -> int:
-    """Take the forced tokens and one more, any or a short one; how many these were, none if the grammar has ended."""
-    taken = 1
+def _step(kept: _Kept, compiler: GrammarCompiler, state: GrammarState, walk: int, step: int) -> float | None:
+    """Take the forced tokens and one more, any or a short one; that one's seconds, or None if the grammar has ended."""
+    taken = 0
     while state.forced is not None and not state.stopped and taken < _FORCED:
         state.consume(state.forced)
         taken += 1
     if state.stopped or state.forced is not None:
-        return 0
+        return None
+    began = time.thread_time()
     allowed = compiler.masks([state], [None])[0]
     state.check()
     inside = np.flatnonzero(allowed & ~kept.closing)
     choices = inside if len(inside) else np.flatnonzero(allowed & ~kept.ends)
     if not len(choices):
-        return 0
+        return None
     if walk:
         choices = choices[kept.lengths[choices] == kept.lengths[choices].min()]
     state.consume(int(choices[(7919 * (step + 1)) % len(choices)]))
-    return taken
+    return time.thread_time() - began

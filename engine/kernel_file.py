@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Unavailable", "load"]
+__all__ = ["Unavailable", "load", "make_private"]
 
 # Contraction off: where a product is fused with a sum is written down, not left to the compiler.
 _FLAGS: Final = ("-march=native", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC")
@@ -231,7 +231,7 @@ def _folder(folder: Path | None) -> tuple[Path | None, str]:
     if folder is None:
         return None, "there is no home to keep them in"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(folder)
         real = folder.resolve(strict=True)
         link, status = folder.lstat(), real.stat()
         fault = _writable_by_others(status) if stat.S_ISDIR(status.st_mode) else "is no folder"
@@ -244,6 +244,17 @@ def _folder(folder: Path | None) -> tuple[Path | None, str]:
     except OSError as error:
         return None, f"{folder}: {error.strerror}"
     return (None, f"{folder} {fault}") if fault else (real, "")
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder and those above it that are missing, all for this user alone, also where the umask is 000.
+
+    `mkdir(parents=True)` would let everybody write those above, and what lies in one of these is not trusted later.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)  # it is there; whatever else is there is no folder
 
 
 def _default_cache() -> Path | None:

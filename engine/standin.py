@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from engine.errors import LoadError
+from engine.kernel_file import make_private
 
 VERSION = "3"
 """Part of the folder's name: raised when the recipe changes."""
@@ -57,7 +58,7 @@ def ensure_standin(folder: Path | None = None) -> Path:
     target = parent / f"noise-{VERSION}"
     if _is_whole(target):
         return target
-    parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # compiled kernels are kept there, too
+    make_private(parent)  # compiled kernels are kept there, too
     scratch = Path(tempfile.mkdtemp(prefix=".noise-", dir=parent))
     try:
         _write(scratch / "new")

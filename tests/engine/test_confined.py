@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from engine import confined as confined_module
 from engine.confined import Confined, ConfinedError, ConfinedFault
 
 HERE = "tests.engine.test_confined"
@@ -304,3 +305,65 @@ def test_many_threads_start_one_child() -> None:
         assert len(_children("once")) == 1
     finally:
         child.close()
+
+
+def test_a_child_that_somebody_has_stopped_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither with a message that fits its pipe, nor with one that does not, nor at the end."""
+    monkeypatch.setattr(confined_module, "START_SECONDS", 1.5)
+    child = Confined("stopped", seconds=0.1)
+    try:
+        for size in (1, 1_000_000):
+            child.call(f"{HERE}:echo", 0)
+            _children("stopped")[0].suspend()
+            assert child.call(f"{HERE}:echo", "x" * size) == "x" * size
+        _children("stopped")[0].suspend()
+    finally:
+        child.close()
+    assert not _children("stopped")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system sets the limits of a process that runs")
+def test_no_process_left_is_no_callers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = Confined("full")
+    try:
+        child.call(f"{HERE}:echo", 0)
+        [warm] = _children("full")
+        files = resource.prlimit(warm.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(warm.pid, resource.RLIMIT_NOFILE, (3, files[1]))
+        with pytest.raises(RuntimeError, match="no process can be started"):
+            child.call(f"{HERE}:echo", 1)
+        resource.prlimit(warm.pid, resource.RLIMIT_NOFILE, files)
+        assert child.call(f"{HERE}:echo", 2) == 2
+        assert _children("full") == [warm]
+    finally:
+        child.close()
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(RuntimeError, match=r"cannot be started: .*/nowhere"):
+        Confined("nowhere").call(f"{HERE}:echo", 0)
+
+
+@pytest.mark.parametrize(("function", "passing"), [("wait", True), ("spin", False), ("read_nowhere", False)])
+def test_a_fault_says_whether_the_machine_may_be_to_blame(confined: Confined, function: str, passing: bool) -> None:
+    with pytest.raises(ConfinedFault) as raised:
+        confined.call(f"{HERE}:{function}", 60)
+    assert raised.value.passing is passing
+
+
+def test_a_system_without_limits_can_import_it() -> None:
+    code = (
+        "import sys; sys.modules['resource'] = None; from engine.confined import Confined; Confined('x').call('a:b', 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip().splitlines()[-1].startswith("RuntimeError: what strangers send is tried in a process")
+
+
+def test_signals_that_the_caller_ignores_or_blocks_are_ours_all_the_same() -> None:
+    code = (
+        "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); signal.signal(signal.SIGPROF, signal.SIG_IGN)\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF, signal.SIGCHLD])\n"
+        "from engine.confined import Confined; c = Confined('signals', seconds=0.5)\n"
+        f"assert c.call('{HERE}:echo', 1) == 1\nc.call('{HERE}:spin', 0)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stderr.strip().splitlines()[-1].endswith("ConfinedFault: took longer than 0.5 seconds")

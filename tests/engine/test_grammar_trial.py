@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 from test_grammar_paths import LINKS, chain
 
 from engine import LLM, Constraint, GenerationRequest, InvalidParameter, grammar_trial
-from engine.confined import Confined
+from engine.confined import Confined, ConfinedFault
 from engine.errors import Unavailable
 from engine.grammar import MAX_CHOICES, GrammarCompiler, TokenTable
 from engine.grammar_paths import MAX_PATH, schema_path
@@ -88,9 +89,9 @@ ATTACKS = {
     "expression that takes gigabytes": (
         regex("(a|b)?" * 40_000), "grammar_too_costly", "guided_regex", "than 512 MiB|longer than",
     ),
-    "expression that is many": (regex("(a|b)?" * 500), "grammar_too_costly", "guided_regex", "max is 50,000"),
+    "expression that is many": (regex("(a|b)?" * 500), "grammar_too_costly", "guided_regex", "max is 200,000"),
     "counts of counts": (
-        regex("(((a{1,1000}){1,1000}){1,1000}){1,1000}"), "grammar_too_costly", "guided_regex", "max is 50,000",
+        regex("(((a{1,1000}){1,1000}){1,1000}){1,1000}"), "grammar_too_costly", "guided_regex", "max is 200,000",
     ),
     "intersection": (
         lark("start: T\nT: " + " & ".join(f"/((.|\\n){{{p}}})*/" for p in (7, 11, 13, 17, 19, 23))),
@@ -99,12 +100,12 @@ ATTACKS = {
     "overlapping terminals": (
         lark("start: (" + " | ".join(f"T{i}" for i in range(1500)) + ")*\n"
              + "\n".join(f"T{i}: /a[^{'bcdefg'[i % 6]}]*{i}/" for i in range(1500))),
-        "grammar_too_costly", "guided_grammar", "max is 50,000",
+        "grammar_too_costly", "guided_grammar", "max is 200,000",
     ),
     "many optional rules": (
         lark("start: " + "a? " * 2000 + '\na: "x" | "y"'), "grammar_too_costly", "guided_grammar", "max is 2000",
     ),
-    "many properties": (json_form(properties(6000)), "grammar_too_costly", "guided_json", "longer than|items"),
+    "many properties": (json_form(properties(6000)), "grammar_too_costly", "guided_json", "longer than|to compile"),
     "too many properties": (json_form(properties(700)), "grammar_too_costly", "guided_json", "row .* max is 2000"),
     "many choices": (choice(MAX_CHOICES + 1), "invalid_parameter", "guided_choice", "1,901 choices; at most 1,900"),
     "tools of a megabyte": (tools(properties(3000), 12), "invalid_parameter", "tools", "at most 1,000,000"),
@@ -184,6 +185,66 @@ def test_the_longest_chain_of_rules_that_is_allowed_fits_the_stack(trial: Gramma
     for name in ("r", "T"):
         rules = "\n".join(f'{name}{i}: "a" {name}{i + 1} | {name}{i + 1}' for i in range(MAX_PATH - 1))
         trial.grammar(lark(f'start: {name}0\n{rules}\n{name}{MAX_PATH - 1}: "b"'))
+
+
+@pytest.fixture(scope="module")
+def many_scripts() -> Any:
+    """What a trial needs, for a vocabulary with the letters of all scripts: steps need more fuel, as with real ones."""
+    letters = [chr(i).encode() for i in (*range(0x80, 0xD800), *range(0xE000, 0xFFFF))]
+    words = [bytes(word) for word in itertools.product(b"abcdeilnorstuw ./:", repeat=3)]
+    tokens = [*(bytes([i]) for i in range(256)), *letters, *words, b"\xff<|end|>"]
+    end = len(tokens) - 1
+    return grammar_trial.keep(TokenTable(tokens, [end], {"<|end|>": end}, [end]).as_json())
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"https?://[\w.-]+(:\d{1,5})?(/[\w./?%&=#~-]*)?", r"[\p{Lu}][\p{L}'-]+( [\p{Lu}][\p{L}'-]+){0,3}"]
+)
+def test_expressions_with_unicode_classes_are_served(many_scripts: Any, pattern: str) -> None:
+    assert "text" in grammar_trial.made(json.dumps(regex(pattern).as_json()), many_scripts)
+
+
+def test_what_comes_after_a_long_constant_is_tried_too(many_scripts: Any) -> None:
+    """Forced tokens are skipped, not counted: they neither end the walk nor make what follows look cheap."""
+    bomb = f"start: {json.dumps('w ' * 2000)} T\nT: /((a{{1,1000}}){{1,1000}}){{1,1000}}/"
+    outcome = grammar_trial.made(json.dumps(lark(bomb).as_json()), many_scripts)
+    assert outcome["code"] == "grammar_too_costly"
+    assert "goes beyond the limits of a step" in outcome["message"]
+
+
+def test_an_outcome_is_kept_within_bounds(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pointers of keywords that are not enforced may be a thousand times longer than their schema."""
+    schema: Any = {"properties": {f"p{i}": {"type": "array", "uniqueItems": True} for i in range(800)}}
+    for _ in range(10):
+        schema = {"type": "object", "properties": {"k" * 1000: schema}}
+    made = GrammarTrial(compiler)
+    monkeypatch.setattr(grammar_trial, "_KEPT", 300_000)
+    try:
+        for i in range(5):
+            found = made.grammar(json_form({**schema, "title": f"{i}"}, strict=False))
+            assert found.unenforced
+            assert len(json.dumps(found.unenforced)) < 10_000
+        assert 0 < made._size <= 300_000
+        assert made._size == sum(size for _, size in made._outcomes.values())
+    finally:
+        made.close()
+
+
+def test_what_the_machine_may_be_to_blame_for_is_not_kept(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Any] = [ConfinedFault("took longer than 20 seconds", passing=True), ConfinedFault("ended by SIGSEGV")]
+
+    def call(*_: Any) -> None:
+        raise answers[0]
+
+    monkeypatch.setattr(Confined, "call", call)
+    made = GrammarTrial(compiler)
+    for said in ("20 seconds", "too deeply", "too deeply"):
+        with pytest.raises(InvalidParameter, match=said):
+            made.grammar(regex("a"))
+        if len(answers) > 1:
+            answers.pop(0)
 
 
 def test_nobody_waits_for_another_ones_grammar(trial: GrammarTrial) -> None:

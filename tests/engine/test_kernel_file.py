@@ -354,6 +354,19 @@ def test_the_default_cache_is_the_users(compiler: Compiler, monkeypatch: pytest.
     assert [p.name.split("-")[0] for p in (tmp_path / "verbatim").iterdir()] == ["kernels"]
 
 
+def test_folders_that_are_made_are_trusted_at_the_next_start_whatever_the_umask(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new" / "cache"))
+    before = os.umask(0)
+    try:
+        Kernels.load()
+        Kernels.load()
+    finally:
+        os.umask(before)
+    assert compiler.calls == 1
+
+
 # -- the compiler and its work -----------------------------------------------------------------------------------------
 
 
