@@ -8,6 +8,7 @@ worker of the model (400, 422) → its prompt (429) → hold (402) → submit (5
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import secrets
 import time
@@ -76,8 +77,15 @@ def create_app(registry: Registry, settings: ServerSettings | None = None, meter
     if meter:
         app.add_middleware(Gate, meter=meter, retry_after=settings.retry_after_seconds)
     if settings.cors_origins:
+        # A page of the internet asks for a private address by name, and starlette that knows the question would say no.
+        named = inspect.signature(CORSMiddleware).parameters
+        private: dict[str, Any] = {"allow_private_network": True} if "allow_private_network" in named else {}
         app.add_middleware(
-            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            **private,
         )
     app.add_middleware(NoForeignPages, settings=settings, keys=meter is not None, silent=OPEN if meter else _SILENT)
     app.add_middleware(Envelope)

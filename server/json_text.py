@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, Final
 
 from engine import InvalidFormat, InvalidParameter
 
-__all__ = ["MAX_DEPTH", "MAX_NAMES", "MAX_VALUES", "kind_of", "load_body", "load_text", "shown"]
+__all__ = ["MAX_DEPTH", "MAX_NAMES", "MAX_VALUES", "excess_of", "kind_of", "load_body", "load_text", "shown"]
 
 MAX_DEPTH: Final = 100
 """Levels of objects and lists in a body: far above any use, far below what Python's own recursion bears."""
@@ -53,8 +54,8 @@ def load_body(raw: bytes) -> dict[str, Any]:
         raise InvalidFormat("The body holds an integer of thousands of digits.") from None
     if not isinstance(data, dict):
         raise InvalidFormat(f"The body must be a JSON object, not {kind_of(data)}.")
-    if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH:
-        _check_depth(data)
+    if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH and _is_deep(data):
+        raise _too_deep()
     if re.search(rb"\\u[dD][89a-fA-F]", raw):
         _check_surrogates(data)
     return data
@@ -69,9 +70,20 @@ def load_text(text: str) -> Any:
     if excess := _excess(text.encode()):
         raise ValueError(f"more than {excess}")
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if text.count("{") + text.count("[") > MAX_DEPTH and _is_deep(value):
+        raise ValueError("nested too deeply")
+    return value
+
+
+def excess_of(texts: Iterable[str]) -> str:
+    """What several texts of a body together hold more of than one may; empty if nothing, whatever each holds.
+
+    Right up to the first text that is not JSON.
+    """
+    return _excess(",".join(texts).encode())
 
 
 def _excess(raw: bytes) -> str:
@@ -118,8 +130,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
-def _check_depth(data: dict[str, Any]) -> None:
-    level: list[Any] = [data]
+def _is_deep(value: Any) -> bool:
+    """Whether objects and lists have more levels than are allowed. Without recursion: at any depth, on any thread."""
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
         level = [
             child
@@ -128,8 +141,8 @@ def _check_depth(data: dict[str, Any]) -> None:
             if isinstance(child, dict | list)
         ]
         if not level:
-            return
-    raise _too_deep()
+            return False
+    return True
 
 
 def _too_deep() -> InvalidFormat:

@@ -33,11 +33,15 @@ _OUTER: Final = "    "
 
 
 def configure(form: Literal["text", "json"], *, access_log: bool) -> None:
-    """Set up the process's log, to standard error. Exceptions that nobody catches go there, too."""
+    """Set up the process's log, to standard error. Exceptions that nobody catches go there, too, and what libraries
+    say: it may quote a file of a checkpoint, which is from outside."""
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonFormatter() if form == "json" else _TextFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     _ACCESS.setLevel(logging.INFO if access_log else logging.WARNING)
+    logging.captureWarnings(True)
+    for name in list(logging.root.manager.loggerDict):
+        _take_over(logging.getLogger(name))
     threading.excepthook = lambda given: _uncaught("a thread has ended", given.exc_value)
     sys.unraisablehook = lambda given: _uncaught("a fault that nobody could be told of", given.exc_value)
 
@@ -53,6 +57,14 @@ def printable(text: str, keep: str = "") -> str:
     """Text with its control characters, and all that a terminal would obey, written out."""
     table = {code: shown for code, shown in _CONTROL.items() if chr(code) not in keep} if keep else _CONTROL
     return text.translate(table)
+
+
+def _take_over(library: logging.Logger) -> None:
+    """Have a library that writes to the terminal in its own form write to the log."""
+    for handler in library.handlers[:]:
+        if type(handler) is logging.StreamHandler:  # not into a file that somebody asked for
+            library.removeHandler(handler)
+            library.propagate = True
 
 
 def _uncaught(what: str, error: BaseException | None) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import deque
 from http import HTTPStatus
 from typing import Any, Final
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server import logs
 from server.connections import Connections
@@ -30,10 +31,13 @@ MAX_FIELDS: Final = 100
 """Fields of a head, or of a trailer."""
 MAX_PIPELINED: Final = 16
 """Requests that a client may send ahead of an answer."""
-MAX_PIECES: Final = 256
-"""Pieces of a body, beside one for each 128 bytes: each costs the event loop as much, however small it is."""
+MAX_PIECES: Final = 4096
+"""Pieces of a body, beside one for each 128 bytes: each costs the event loop as much, however small it is. This many
+take some 4 ms; there are clients that send a body as their encoder writes it, a word at a time."""
 _SLICE: Final = 16 * 2**10
 """Bytes that are parsed before anybody looks whether they are too many."""
+_PART: Final = 10
+"""One of so many parts of what waits to be read must be taken within each `send_seconds`."""
 _LINGER: Final = 2.0
 """Seconds that a client has to read why it was refused, while what it goes on sending is thrown away."""
 
@@ -98,7 +102,7 @@ class _BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._unanswered = 0  # requests whose head is complete
+        self._unanswered: deque[RequestResponseCycle] = deque()  # requests whose head is complete, the first one first
         self._deaf = False  # what comes is thrown away
         self._refusal: _Refused | None = None
         self._still = 0  # bytes since anything moved a request on
@@ -119,6 +123,9 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._deaf = True
         self.room.drop(self)
         super().connection_lost(exc)
+        for cycle in self._unanswered:  # uvicorn tells the last one alone, and another may be at work
+            cycle.disconnected = True
+            cycle.message_event.set()
         self._unset_keepalive_if_required()
         for what in list(self._timers):
             self._go_on(what)
@@ -129,11 +136,11 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def closing(self) -> None:
         """The transport was told to close: it must, even if its client reads nothing more."""
-        self._give_up_in(self.send_seconds, "close")
+        self._expect_reading("close")
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._give_up_in(self.send_seconds, "unread")
+        self._expect_reading("unread")
 
     def resume_writing(self) -> None:
         self._go_on("unread")
@@ -165,7 +172,10 @@ class _BoundedProtocol(HttpToolsProtocol):
         """Parse the head of a request again, without its wish for another protocol, which a server may ignore. The
         parser would take the body for that protocol; Java's client and `curl --http2` send one all the same."""
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        wishes = [value.lower() for name, value in self.headers if name == b"connection"]
         lines += [name + b": " + value for name, value in self.headers if name not in (b"upgrade", b"connection")]
+        if b"close" in [token.strip() for wish in wishes for token in wish.split(b",")]:
+            lines.append(b"connection: close")
         self.parser = httptools.HttpRequestParser(self)
         self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
 
@@ -174,7 +184,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._in_head = True
         self._still = self._head = self._fields = self._pieces = self._body = 0
-        if "head" not in self._timers:
+        if "head" not in self._timers and not self._unanswered:  # reading may stand still until all are answered
             self._give_up_in(self.head_seconds, "head")
 
     def on_url(self, url: bytes) -> None:
@@ -199,7 +209,7 @@ class _BoundedProtocol(HttpToolsProtocol):
             raise _Refused(*_NOT_HTTP)
         if self.parser.should_upgrade():
             return  # comes again, without
-        if self._unanswered > MAX_PIPELINED:
+        if len(self._unanswered) > MAX_PIPELINED:
             raise _Refused(*_MANY_REQUESTS)
         if self.url[:1] != b"/":  # `GET http://host/path`: uvicorn keeps the path alone, and whom it names matters
             authority = self.url.partition(b"://")[2].partition(b"/")[0].partition(b"?")[0]
@@ -207,7 +217,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self._unset_keepalive_if_required()
         self._go_on("head")
-        self._unanswered += 1
+        self._unanswered.append(self.cycle)
         self._in_head = False
         self._still = self._head = self._fields = 0
         self._note()
@@ -226,19 +236,30 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._still = 0
         super().on_message_complete()
         self._note()
+        if "rest" in self._timers:
+            self._go_on("rest")
+            self._wait_for_the_next()
 
     def on_response_complete(self) -> None:
-        self._unanswered -= 1
+        self._unanswered.popleft()
         super().on_response_complete()
         self._note()
         if self._deaf and not self._unanswered:
             self._end()
+        elif self.timeout_keep_alive_task is not None and (self.cycle.more_body or self._in_head):
+            # More is on its way: the rest of a body that was refused, whose client may read no answer before all is
+            # sent, or of the next head.
+            self._unset_keepalive_if_required()
+            self._give_up_in(self.head_seconds, "rest" if self.cycle.more_body else "head")
+
+    def _wait_for_the_next(self) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def _note(self) -> None:
         """Tell what this connection waits for."""
         if not self._unanswered:
             self.room.note(self, "idle")
-        elif self._unanswered == 1 and self.cycle.more_body:
+        elif len(self._unanswered) == 1 and self.cycle.more_body:
             self.room.note(self, "body")
         else:
             self.room.note(self, "no")
@@ -258,7 +279,7 @@ class _BoundedProtocol(HttpToolsProtocol):
                 return
             cycle.disconnected = True
             cycle.message_event.set()
-            self._unanswered -= 1
+            self._unanswered.pop()
             if self.pipeline and self.pipeline[0][0] is cycle:
                 self.pipeline.popleft()
         if not self._unanswered:
@@ -273,6 +294,22 @@ class _BoundedProtocol(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._give_up_in(_LINGER, "linger")
+
+    def _expect_reading(self, what: str) -> None:
+        """Give up a client that leaves unread what waits for it; a slow one that goes on reading has its time."""
+        waits = self.transport.get_write_buffer_size()
+        self._look_later(what, waits, waits // _PART + 1)
+
+    def _look_later(self, what: str, waits: int, least: int) -> None:
+        self._go_on(what)
+        self._timers[what] = self.loop.call_later(self.send_seconds, self._look, what, waits, least)
+
+    def _look(self, what: str, waited: int, least: int) -> None:
+        waits = self.transport.get_write_buffer_size()
+        if waited - waits < least:
+            self.give_up()
+        else:
+            self._look_later(what, waits, least)
 
     def _give_up_in(self, seconds: float, what: str) -> None:
         self._go_on(what)

@@ -32,6 +32,8 @@ from server.protocol import bounded_protocol
 from server.settings import LOOPBACK, ServerSettings
 from server.settling import BEAT_SECONDS
 
+_BACKLOG = 2048  # connections that the system keeps until they are accepted
+_AT_A_TIME = 32  # connections that are accepted before anybody sees that they are too many
 _LAST = 8.0  # seconds for a last step to end, and for events of an ordered end to reach their clients
 
 
@@ -42,6 +44,13 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._registry = registry
         self._grace = grace
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen. asyncio takes the number of connections that may wait for how many it accepts in one go, too: with
+        few descriptors, a flood would take all of them before the first one is counted."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_BACKLOG)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         async def end_the_rest() -> None:
@@ -123,6 +132,9 @@ def configured(app: ASGIApp, settings: ServerSettings, connections: Connections)
             retry_after=settings.retry_after_seconds,
         ),
         ws="none",
+        backlog=_AT_A_TIME,
+        workers=1,  # else WEB_CONCURRENCY of the environment is read
+        proxy_headers=False,  # nothing here asks where a request is from
         log_level="warning",
         log_config=None,
         access_log=False,
@@ -161,7 +173,7 @@ def bind(settings: ServerSettings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-        listener.listen(2048)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise ConfigError(

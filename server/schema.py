@@ -20,7 +20,7 @@ from engine import (
     ToolCall,
     Unsupported,
 )
-from server.json_text import kind_of, load_body, load_text, shown
+from server.json_text import excess_of, kind_of, load_body, load_text, shown
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 MAX_NAME: Final = 256
@@ -219,7 +219,25 @@ def _messages(data: Mapping[str, Any], ignored: list[str]) -> tuple[ChatMessage,
                 param=f"messages.{i}.tool_call_id",
             )
         called.update(call.id for call in turn.tool_calls)
+    _check_arguments(turns)
     return turns
+
+
+def _check_arguments(turns: tuple[ChatMessage, ...]) -> None:
+    """The arguments of all calls are JSON objects. Their values are counted together: each is a text of its own."""
+    if excess := excess_of(call.arguments for turn in turns for call in turn.tool_calls):
+        raise InvalidParameter(
+            f"The arguments in messages hold more than {excess}; at most that many are allowed.", param="messages"
+        )
+    for i, turn in enumerate(turns):
+        for j, call in enumerate(turn.tool_calls):
+            try:
+                whole = isinstance(load_text(call.arguments), dict)
+            except ValueError:
+                whole = False
+            if not whole:
+                at = f"messages.{i}.tool_calls.{j}.function.arguments"
+                raise InvalidParameter(f"{at} must be a JSON object as text, not {call.arguments[:100]!r}.", param=at)
 
 
 def _message(message: Any, at: str, ignored: list[str]) -> ChatMessage:
@@ -261,15 +279,6 @@ def _calls(message: Mapping[str, Any], at: str, role: str, ignored: list[str]) -
             raise InvalidParameter(f"{here}type must be function, not {kind!r:.100}.", param=f"{here}type")
         function = _required(call, "function", OBJECT, here)
         arguments = _required(function, "arguments", STRING, f"{here}function.")
-        try:
-            whole = isinstance(load_text(arguments or "{}"), dict)
-        except ValueError:
-            whole = False
-        if not whole:
-            raise InvalidParameter(
-                f"{here}function.arguments must be a JSON object as text, not {arguments[:100]!r}.",
-                param=f"{here}function.arguments",
-            )
         ignored += [f"{here}{key}" for key in call if key not in ("id", "type", "function", "index")]
         found = ToolCall(_call_id(call, "id", here), _name(function, f"{here}function."), arguments or "{}")
         calls.append(found)

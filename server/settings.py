@@ -58,7 +58,7 @@ class ServerSettings(BaseModel):
     body_seconds: float = Field(default=60.0, gt=0)
     """How long a client may take to send the head of a request, and how long its body."""
     send_seconds: float = Field(default=60.0, gt=0)
-    """How long a client may leave unread what was sent to it; then its request ends."""
+    """How long a client may leave unread what waits for it, or read less than a tenth; then its request ends."""
     ledger: str | None = None
     """Keys, balances and usage: a file, or a database's URL (`postgresql+psycopg://…`). Default: `verbatim.db` beside
     this file, once `verbatim keys create` has made it. With keys, every request needs one."""

@@ -34,6 +34,10 @@ def many(name: str, unit: str, count: int) -> bytes:
     return (json.dumps(fields)[:-1] + f', "{name}": {opening}{units}{closing}}}').encode()
 
 
+def called(arguments: str) -> dict[str, Any]:
+    return {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
 TOO_MANY: list[tuple[str, bytes, str | None, str]] = [
     # name, body, param, words
     ("lists", filled("[]"), None, "more than 200000 values"),
@@ -58,6 +62,14 @@ TOO_MANY: list[tuple[str, bytes, str | None, str]] = [
     ("stop ids", many("stop_token_ids", "1", 100_000), "stop_token_ids", "at most 256 ids, not 100000"),
     ("tools", many("tools", "{}", 50_000), "tools", "at most 128 definitions, not 50000"),
     ("choices", many("guided_choice", '"a"', 100_000), "guided_choice", "1 to 1024 texts, not 100000"),
+    (
+        "inside many texts",
+        json.dumps(
+            chat(messages=[{"role": "assistant", "tool_calls": [called('{"a": [' + "[]," * 60_000 + "1]}")] * 4}])
+        ).encode(),
+        "messages",
+        "more than 200000 values",
+    ),
     (
         "inside a text",
         json.dumps(chat(guided_json='{"enum": [' + "[]," * 200_000 + "1]}")).encode(),
@@ -117,6 +129,15 @@ def test_a_refusal_quotes_little(fields: dict[str, Any]) -> None:
     answer = call(make_app(), json.dumps(chat(**fields)).encode())
     assert answer.status in (400, 404, 422)
     assert len(answer.body) < 3000
+
+
+@pytest.mark.parametrize("padding", [0, 10**5], ids=["on the loop", "on a thread"])
+@pytest.mark.parametrize(("depth", "status"), [(100, 200), (101, 422), (950, 422)])
+def test_arguments_are_as_deep_as_bodies_may_be(depth: int, status: int, padding: int) -> None:
+    """Wherever they are read: what reads them later has less of Python's stack left."""
+    arguments = '{"a":' * depth + "1" + "}" * depth
+    messages = [{"role": "assistant", "tool_calls": [called(arguments)]}, {"role": "user", "content": ""}]
+    assert call(make_app(), chat(messages=messages, user="u" * padding)).status == status
 
 
 def test_a_model_with_an_endless_name_is_not_here() -> None:

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,7 @@ def written() -> Iterator[Callable[[Form], io.StringIO]]:
     """`written(form)`: what the log writes from now on, as the server sets it up."""
     root = logging.getLogger()
     before = root.handlers[:], root.level, threading.excepthook, sys.unraisablehook
+    show = warnings.showwarning
 
     def configure(form: Form) -> io.StringIO:
         logs.configure(form, access_log=True)
@@ -46,6 +48,8 @@ def written() -> Iterator[Callable[[Form], io.StringIO]]:
         return out
 
     yield configure
+    logging.captureWarnings(False)
+    warnings.showwarning = show
     root.handlers[:], level, threading.excepthook, sys.unraisablehook = before
     root.setLevel(level)
 
@@ -250,3 +254,21 @@ def test_a_crash_leaves_no_dump(tmp_path: Path) -> None:
     assert done.stdout.split() == ["0", "00000000"], done.stderr
     assert done.returncode < 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_libraries_say_is_in_the_log_and_forges_nothing(
+    written: Callable[[Form], io.StringIO], form: Form, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers has a handler of its own, and warnings go past every logger: lines of either may quote a file."""
+    library = logging.getLogger(f"a_library_{form}")
+    library.propagate = False
+    library.addHandler(logging.StreamHandler(sys.stderr))
+    out = written(form)
+    library.warning("said\n2026-01-01 INFO verbatim.access: request status=200")
+    warnings.showwarning("warned\nof nothing", UserWarning, "file.py", 1)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 2
+    assert "said" in lines[0]
+    assert "warned" in lines[1]
+    assert not capsys.readouterr().err

@@ -233,6 +233,18 @@ def test_what_cors_names_goes_on_working(allowed: str) -> None:
         assert call(app, chat(), headers=[*headers(origin="https://evil.example"), *JSON]).status == 403
 
 
+def test_a_page_of_the_internet_that_cors_names_may_ask_for_a_private_address() -> None:
+    """Chrome asks for that in the preflight, too, and a status that is not 200 ends it."""
+    app = make_app(cors_origins=["https://app.example"])
+    asked = headers(access_control_request_method="POST", access_control_request_private_network="true")
+    page = headers(origin="https://app.example", sec_fetch_site="cross-site")
+    preflight = call(app, method="OPTIONS", path=CHAT, headers=[*page, *asked])
+    assert preflight.status == 200
+    assert preflight.headers.get("access-control-allow-private-network", "true") == "true"
+    other = headers(origin="https://evil.example", sec_fetch_site="cross-site")
+    assert call(app, method="OPTIONS", path=CHAT, headers=[*other, *asked]).status == 403
+
+
 def test_no_key_is_looked_at_for_a_page_of_another_origin() -> None:
     meter: Any = NoMeter()
     assert call(make_app(meter=meter), chat(), headers=headers(origin="https://evil.example")).status == 403

@@ -11,19 +11,17 @@ import contextlib
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from fakes import make_app
 from openai import OpenAI
-from wire import LIVE, PATIENCE, Wire, good, post, serving
+from wire import LIVE, PATIENCE, Wire, good, post, serving, until
 
 from server import protocol
-from server.connections import Connections
 
 HEAD = b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n"
 FIELD = b"x-a: " + b"a" * 1000 + b"\r\n"
@@ -51,13 +49,6 @@ def unharmed(request: pytest.FixtureRequest) -> Iterator[None]:
         until(lambda: len(wire.connections) == 0)
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 # -- heads -----------------------------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[str, bytes, int, str]] = [
@@ -81,6 +72,7 @@ REFUSED: list[tuple[str, bytes, int, str]] = [
     ("101 trailers", CHUNKED + b"2\r\n{}\r\n0\r\n" + b"x-a: 1\r\n" * 102, 431, "head_too_large"),
     ("an extension of a chunk without end", CHUNKED + b"2;" + b"a" * 10**6, 431, "head_too_large"),
     ("a body in single bytes", CHUNKED + b"1\r\n \r\n" * 5000, 400, "pieces_too_small"),
+    ("a word at a time, without end", CHUNKED + b"5\r\nhello\r\n" * 10_000, 400, "pieces_too_small"),
     ("CONNECT", b"CONNECT a:80 HTTP/1.1\r\nhost: a\r\n\r\n", 400, "invalid_http"),
 ]
 
@@ -104,6 +96,7 @@ TAKEN: list[tuple[str, bytes, int]] = [
     ("a path to the limit", b"GET /" + b"a" * 8191 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n", 404),
     ("an upgrade", HEAD + b"connection: upgrade\r\nupgrade: websocket\r\n\r\n", 200),
     ("an upgrade and a body", post(good(), "connection: upgrade, http2-settings", "upgrade: h2c"), 200),
+    ("a word at a time", CHUNKED + b"1\r\n \r\n" * 4000 + b"%x\r\n" % len(good()) + good() + b"\r\n0\r\n\r\n", 200),
     ("a trailer", CHUNKED + b"%x\r\n" % len(good()) + good() + b"\r\n0\r\nx-request-id: of-the-trailer\r\n\r\n", 200),
 ]
 
@@ -116,6 +109,15 @@ def test_what_is_within_the_limits_is_answered(wire: Wire, data: bytes, status: 
         assert reply
         assert reply.status == status
         assert reply.headers["x-request-id"] != "of-the-trailer"
+
+
+def test_a_wish_to_close_beside_one_for_another_protocol_is_kept(wire: Wire) -> None:
+    with wire.client() as client:
+        client.send(post(good(), "connection: Close, Upgrade", "upgrade: h2c") + LIVE)
+        reply = client.reply()
+        assert reply
+        assert (reply.status, reply.headers["connection"]) == (200, "close")
+        assert client.reply() is None
 
 
 def test_a_field_of_a_trailer_joins_no_head(wire: Wire) -> None:
@@ -190,6 +192,23 @@ def test_a_body_that_goes_wrong_ends_its_request(wire: Wire) -> None:
         until(lambda: len(running.connections) == 0)
 
 
+def test_who_leaves_ends_what_runs_for_it_though_more_was_asked_for_meanwhile() -> None:
+    """Else a model would go on for nobody."""
+    begun, told = threading.Event(), threading.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        begun.set()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        told.set()
+
+    with serving(app) as running:
+        with running.client() as client:
+            client.send(LIVE + LIVE)
+            assert begun.wait(PATIENCE)
+        assert told.wait(PATIENCE)
+
+
 # -- connections that go nowhere -------------------------------------------------------------------------------------
 
 PARKED: list[tuple[str, bytes, int | None]] = [
@@ -251,89 +270,58 @@ def test_an_answer_that_nobody_reads_is_given_up(loop: str, length: int) -> None
         until(lambda: len(running.connections) == 0)
 
 
-# -- more connections than there may be ------------------------------------------------------------------------------
-
-
-def test_who_waits_longest_makes_way_and_requests_are_served() -> None:
-    """A client opens ten times as many connections as there may be: nobody else notices."""
-    with serving(make_app(), connections=10, body_seconds=1000) as running, contextlib.ExitStack() as stack:
-        for number in range(100):
-            parked = stack.enter_context(running.client())
-            parked.send((b"", HEAD, post(b"{", "content-length: 100"))[number % 3])
-            if number % 10 == 9:
-                with running.client() as client:
-                    client.send(LIVE)
-                    assert client.reply().status == 200  # type: ignore[union-attr]
-            assert len(running.connections) <= 10
-
-
-def test_with_all_at_work_one_more_is_refused_with_a_status() -> None:
-    going = threading.Event()
+@pytest.mark.parametrize("closing", [False, True], ids=["kept", "closed"])
+@pytest.mark.parametrize("loop", ["auto", "asyncio"])
+def test_a_client_that_reads_slowly_has_all_of_it(loop: str, closing: bool) -> None:
+    """It takes much longer than `send_seconds`, and never leaves anything unread for that long."""
+    length = 12 * 10**6
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await asyncio.to_thread(going.wait, PATIENCE)
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
-        await send({"type": "http.response.body", "body": b""})
+        fields = [(b"content-length", b"%d" % length), *([(b"connection", b"close")] if closing else [])]
+        await send({"type": "http.response.start", "status": 200, "headers": fields})
+        await send({"type": "http.response.body", "body": b"x" * length})
 
-    with serving(app, connections=8) as running, contextlib.ExitStack() as stack:
-        working = [stack.enter_context(running.client()) for _ in range(8)]
-        for client in working:
-            client.send(LIVE)
-        until(lambda: all(waits == "no" for waits in running.connections._all.values()))
-        with running.client() as client:
-            reply = client.reply()
-            assert reply
-            assert (reply.status, reply.code) == (503, "connections_full")
-            assert int(reply.headers["retry-after"]) > 0
-        going.set()
-        assert [client.reply().status for client in working] == [200] * 8  # type: ignore[union-attr]
+    with serving(app, loop=loop, send_seconds=0.5) as running, running.client() as client:
+        client.send(LIVE)
+        taken = 0
+        while taken < length and (data := client.socket.recv(2**18)):
+            taken += len(data)
+            time.sleep(0.03)
+    assert taken >= length
 
 
-def test_the_account_of_connections_keeps_its_order() -> None:
-    class One:
-        gone = False
+@pytest.mark.parametrize("early", [b"GET /v", b"\r\n", HEAD], ids=["a line", "a line end", "a head"])
+def test_what_comes_before_an_answer_has_ended_does_not_cut_it(early: bytes) -> None:
+    """The patience for the next head begins once there is nothing to answer."""
 
-        def give_up(self) -> None:
-            self.gone = True
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        fields = [(b"content-length", b"10")]
+        await send({"type": "http.response.start", "status": 200, "headers": fields})
+        for left in range(9, -1, -1):
+            await asyncio.sleep(0.1)
+            await send({"type": "http.response.body", "body": b"x", "more_body": left > 0})
 
-    room, ones = Connections(4), [One() for _ in range(7)]
-    for one in ones[:4]:
-        assert room.admit(one)
-    room.note(ones[0], "no")
-    room.note(ones[1], "body")
-    room.note(ones[2], "no")
-    room.note(ones[2], "idle")  # waits again, since now
-    assert room.admit(ones[4])
-    assert room.admit(ones[5])
-    assert [one.gone for one in ones] == [False, False, True, True, False, False, False]
-    for one in ones[4:6]:
-        room.note(one, "no")
-    assert room.admit(ones[6])
-    assert ones[1].gone, "half a body is closed before a request that is at work"
-    room.note(ones[6], "no")
-    assert not room.admit(One())
-    room.drop(ones[6])
-    room.drop(ones[6])
-    assert room.admit(One())
+    with serving(app, body_seconds=0.4) as running, running.client() as client:
+        client.send(LIVE + early)
+        assert client.reply().body == b"x" * 10  # type: ignore[union-attr]
+        began = time.monotonic()
+        assert client.closed()
+        assert time.monotonic() - began < PATIENCE / 2
 
 
-LIMIT = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (SOFT, HARD))
-from server.connections import room_for_connections
-print(room_for_connections(1024), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-"""
-
-
-@pytest.mark.parametrize(
-    ("soft", "hard", "room", "after"),
-    [(256, 512, 256, 512), (256, 4096, 1024, 4096), (100, 100, 50, 100), (1024, 1024, 768, 1024)],
-)
-def test_there_is_room_for_fewer_connections_than_descriptors(soft: int, hard: int, room: int, after: int) -> None:
-    """What the process may have is raised first; a part is kept for files, keys and the log."""
-    script = LIMIT.replace("SOFT", str(soft)).replace("HARD", str(hard))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.split() == [str(room), str(after)]
+def test_who_sends_a_body_before_it_reads_finds_its_refusal(wire: Wire) -> None:
+    """Over a slow line a body arrives for longer than a connection may idle."""
+    with serving(make_app(max_body_bytes=2000)) as running, running.client() as client:
+        client.send(post(b"", "content-length: 2300"))
+        for _ in range(23):
+            time.sleep(0.1)
+            client.socket.sendall(b" " * 100)
+        assert client.reply().status == 413  # type: ignore[union-attr]
+        client.send(LIVE)
+        assert client.reply().status == 200  # type: ignore[union-attr]
+        began = time.monotonic()
+        assert client.closed()
+        assert time.monotonic() - began < PATIENCE / 2
 
 
 # -- clients that mean well ------------------------------------------------------------------------------------------

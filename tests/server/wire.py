@@ -7,15 +7,15 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
 from fakes import chat
 
+from engine import Registry
 from server.connections import Connections
-from server.run import configured
+from server.run import Server, configured
 from server.settings import ServerSettings
 
 PATIENCE = 20.0
@@ -48,7 +48,7 @@ def serving(
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     if send_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    server = uvicorn.Server(config)
+    server = Server(config, Registry([]), 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -143,3 +143,10 @@ def post(body: bytes, *fields: str, path: str = "/v1/chat/completions") -> bytes
 
 def good(**fields: Any) -> bytes:
     return json.dumps(chat(**fields)).encode()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
