@@ -21,8 +21,8 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from engine.core import EngineCore
-from engine.errors import EngineDead, QueueFull, QueueTimeout, ReplyFault, VerbatimError
+from engine.core import EngineCore, reply_fault
+from engine.errors import EngineDead, QueueFull, QueueTimeout, VerbatimError, panicked
 from engine.loader import LoadedModel
 from engine.preparation import Preparer
 from engine.turns import Turns
@@ -249,16 +249,13 @@ class AsyncEngine:
         self._post(self._fail_all, cause)
 
     def _add(self, core: EngineCore, request: PreparedRequest) -> None:
-        """Hand a request to the core; what is wrong with it ends it, and not the engine."""
         try:
             core.add(request)
-        except Exception as error:
-            if not isinstance(error, VerbatimError):
-                log.exception("%s: a fault in taking it up", request.request_id)
-                error = ReplyFault(
-                    f"this request could not be taken up: {type(error).__name__}; the log has the details."
-                )
-            self._post(self._deliver, [RequestOutput(request.request_id, (), Usage(0, 0), True, error)])
+        except BaseException as error:  # its grammar does not start; the others' replies go on
+            if not isinstance(error, Exception) and not panicked(error):
+                raise
+            fault = reply_fault(request.request_id, error)
+            self._post(self._deliver, [RequestOutput(request.request_id, (), Usage(0, 0), True, fault)])
             return
         if self._queue_seconds is not None:
             self._arrived[request.request_id] = time.monotonic()

@@ -35,8 +35,10 @@ try:
 except ImportError:  # no POSIX system: importing works, a call says what is missing
     resource = None  # type: ignore[assignment]
 
-__all__ = ["Confined", "ConfinedError", "ConfinedFault", "serve"]
+__all__ = ["AVAILABLE", "Confined", "ConfinedError", "ConfinedFault", "serve"]
 
+AVAILABLE: Final = hasattr(os, "fork") and resource is not None
+"""Whether there are such processes on this system: not on Windows."""
 WALL: Final = 4
 """A trial may last this many times its processor time: it shares the machine with the engine, and may just wait."""
 START_SECONDS: Final = 60.0
@@ -106,7 +108,8 @@ class Confined:
 
     def start(self) -> None:
         """Start the warm child if none runs; does not wait for it."""
-        self._running()
+        if AVAILABLE:
+            self._running()
 
     def call(self, function: str, argument: Any) -> Any:
         """What `function` (`module:function`) returns for an argument; both are JSON.
@@ -114,8 +117,12 @@ class Confined:
         Raises:
             ConfinedFault: it went beyond a limit, or ended its process.
             ConfinedError: it raised.
-            RuntimeError: the warm child does not start, or is closed.
+            RuntimeError: the warm child does not start, or is closed, or this system has none.
         """
+        if not AVAILABLE:
+            raise RuntimeError(
+                "what strangers send is tried in a process of its own, and this system cannot confine one (os.fork)"
+            )
         with self._places:
             for _ in range(2):  # the warm child may have been ended from outside: once more with another
                 child = self._running()
@@ -154,8 +161,6 @@ class _Child:
     """One warm child, as the process that started it sees it."""
 
     def __init__(self, limits: dict[str, Any], kept: tuple[str, Callable[[], Any]] | None) -> None:
-        if resource is None:
-            raise RuntimeError("what strangers send is tried in a process with limits, which this system does not have")
         environment = {k: v for k, v in os.environ.items() if k in _PASSED_ON or k.startswith(("LC_", "PYTHON"))}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _START, json.dumps(limits), json.dumps([*map(str, sys.path)])],
@@ -430,6 +435,8 @@ class _Warm:
 
 def _try(job: tuple[str, tuple[Any, ...]], limits: dict[str, Any], out: int, errors: int, warm: int) -> NoReturn:
     """Be a trial: run a function within the limits, write its answer, end."""
+    import resource
+
     status = 1
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -475,7 +482,7 @@ def _addresses() -> int:
     """Bytes of addresses that this process has mapped, where the system says so."""
     try:
         with open("/proc/self/statm") as file:
-            return int(file.read().split()[0]) * resource.getpagesize()
+            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.detokenizer import TextDelta, TextStream, Vocabulary
 from engine.dialect import Dialect
-from engine.errors import NumericalFault, OutOfMemory, ReplyFault, VerbatimError, out_of_memory
+from engine.errors import NumericalFault, OutOfMemory, ReplyFault, VerbatimError, out_of_memory, panicked
 from engine.grammar import GrammarCompiler, GrammarState
 from engine.json_schema import unenforced_errors
 from engine.loader import LoadedModel
@@ -232,7 +232,9 @@ class EngineCore:
         try:
             result = self._forward(schedule)
             sampled = self._sample(schedule, drawers, result)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except BaseException as error:
+            if panicked(error):
+                return self._drop_grammars(schedule, error)
             if not out_of_memory(error):
                 raise
             return self._drop_largest(schedule, error)
@@ -343,15 +345,12 @@ class EngineCore:
                 continue
             try:
                 deltas.setdefault(request_id, []).extend(self._advance_all(sequence, found, draft))
-            except Exception as error:  # its grammar cannot go on; anything else is a fault that stays this request's
-                if not isinstance(error, VerbatimError):
-                    log.exception("%s: a fault in reading its reply", request_id)
-                    error = ReplyFault(
-                        f"this reply could not be read: {type(error).__name__}; the log has the details."
-                    )
-                faults[request_id] = error
+            except BaseException as error:  # its grammar cannot go on; other faults stay this request's, too
+                if not isinstance(error, Exception) and not panicked(error):
+                    raise
+                faults[request_id] = fault = reply_fault(request_id, error)
                 deltas.pop(request_id, None)
-                outputs.append(self._fail(request_id, error))
+                outputs.append(self._fail(request_id, fault))
         return outputs + [self._output(request_id, parts) for request_id, parts in deltas.items()]
 
     def _advance_all(
@@ -486,9 +485,7 @@ class EngineCore:
 
     def _drop_largest(self, schedule: Schedule, error: BaseException) -> list[RequestOutput]:
         """A step did not fit in memory: end the request that asked for most of it, recompute the others."""
-        self._scheduler.rollback(schedule)
-        for chunk in schedule.chunks:
-            self._runner.forget(chunk.sequence)
+        self._undo(schedule)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         largest = max(schedule.chunks, key=lambda c: (c.count, c.start))
@@ -497,6 +494,24 @@ class EngineCore:
             f"{largest.start}; a lower max_batch_tokens or context_length needs less. ({_first_line(error)})"
         )
         return [self._fail(largest.sequence.request_id, reason)]
+
+    def _drop_grammars(self, schedule: Schedule, error: BaseException) -> list[RequestOutput]:
+        """The grammars' library panicked and does not say at which: end all requests in this step that have one."""
+        guilty = {
+            sequence.request_id: None
+            for chunk in schedule.chunks
+            for sequence in (chunk.sequence, *chunk.forks)
+            if self._choice(sequence).grammar is not None
+        }
+        if not guilty:
+            raise error
+        self._undo(schedule)
+        return [self._fail(request_id, reply_fault(request_id, error)) for request_id in guilty]
+
+    def _undo(self, schedule: Schedule) -> None:
+        self._scheduler.rollback(schedule)
+        for chunk in schedule.chunks:
+            self._runner.forget(chunk.sequence)
 
     def _count_prompt_tokens(self, schedule: Schedule) -> None:
         for chunk in schedule.chunks:
@@ -508,6 +523,14 @@ class EngineCore:
             if chunk.samples and sequence.position == 0 and sequence.choice_index == 0:
                 self._prompt_tokens += len(sequence.prompt_token_ids)
                 self._cached_tokens += sequence.num_cached
+
+
+def reply_fault(request_id: str, error: BaseException) -> VerbatimError:
+    """What a request ends with because of an error; logs what nobody expected."""
+    if isinstance(error, VerbatimError):
+        return error
+    log.error("%s: a fault in reading its reply", request_id, exc_info=error)
+    return ReplyFault(f"this reply could not be read: {type(error).__name__}; the log has the details.")
 
 
 def _may_speculate(model: LoadedModel) -> bool:

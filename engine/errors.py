@@ -150,6 +150,11 @@ class NumericalFault(Unavailable):
     code = "numerical_fault"
 
 
+def panicked(error: BaseException) -> bool:
+    """Whether an error is a panic of a library in Rust (tokenizers, llguidance), which is no `Exception`."""
+    return type(error).__name__ == "PanicException"
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out; torch's allocator for the CPU raises a plain RuntimeError."""
     said = str(error)

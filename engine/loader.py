@@ -18,7 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import checkpoint, claims, fingerprint, gguf_file, quantized, rotary, template_trial, versions
+from engine import (
+    checkpoint,
+    claims,
+    expression_trial,
+    fingerprint,
+    gguf_file,
+    quantized,
+    rotary,
+    template_trial,
+    versions,
+)
 from engine.block_pool import BlockPool
 from engine.chat_template import ChatTemplate
 from engine.checkpoint import Checkpoint, human, words
@@ -27,7 +37,7 @@ from engine.decoder_layer import fuse_layers
 from engine.detokenizer import Vocabulary
 from engine.dialect import Dialect
 from engine.dialect import find as find_dialect
-from engine.errors import LoadError, NotEnoughMemory, VerbatimError, out_of_memory
+from engine.errors import LoadError, NotEnoughMemory, VerbatimError, out_of_memory, panicked
 from engine.grammar import GrammarCompiler
 from engine.json_files import read_json
 from engine.kv_cache import SPAN, KVCache, LayerShape
@@ -94,7 +104,7 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
             raise
         raise LoadError(f"{config.id}: {told}") from error
     except BaseException as error:  # a checkpoint is a stranger's data, read by libraries that trust it
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of libraries in Rust
+        if not isinstance(error, Exception) and not panicked(error):
             raise
         if out_of_memory(error):
             raise NotEnoughMemory(f"{config.id}: memory ran out while the model was loaded: {words(error)}") from error
@@ -126,6 +136,8 @@ def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
         tokenizer = load_tokenizer(config, folder, file)
         sources = ChatTemplate.sources(tokenizer, source)
         trial = pool.submit(template_trial.check, *sources, tokenizer.special_tokens_map)
+        own = _response_templates(config, tokenizer)
+        search = pool.submit(expression_trial.check, own[0] if own[0] is not None else own[1])
         model = load_model(config, found, dtype, device_map, file)
         check_vocabulary(config, tokenizer, model)
         vocab_size, length = _vocab_size(model), _context_length(config, model)
@@ -153,6 +165,7 @@ def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
         )
         weights = digest.result()
         trial.result()
+        search.result()
     give_back_memory()
     return _assemble(
         config, found, model, tokenizer, test, vocab_size, device, dtype, weights, kernel, native, longrope, source
@@ -416,13 +429,17 @@ def _read_template(config: ModelConfig) -> str:
         raise LoadError(f"{config.id}: cannot read the chat template {config.chat_template}: {error}") from None
 
 
-def _find_dialect(config: ModelConfig, template: ChatTemplate, tokenizer: Any) -> Dialect:
-    given = None
-    if config.response_template is not None:
-        given = read_json(config.response_template, config.id)
+def _response_templates(config: ModelConfig, tokenizer: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The one that the entry names, and the one that the tokenizer brings along."""
+    given = read_json(config.response_template, config.id) if config.response_template is not None else None
     shipped = getattr(tokenizer, "response_template", None)
+    return given, shipped if isinstance(shipped, dict) else None
+
+
+def _find_dialect(config: ModelConfig, template: ChatTemplate, tokenizer: Any) -> Dialect:
+    given, shipped = _response_templates(config, tokenizer)
     try:
-        return find_dialect(template, given=given, shipped=shipped if isinstance(shipped, dict) else None)
+        return find_dialect(template, given=given, shipped=shipped)
     except ValueError as error:
         raise LoadError(f"{config.id}: {config.response_template} is no response template: {error}") from None
 

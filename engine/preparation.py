@@ -19,7 +19,7 @@ from engine.config import ModelConfig
 from engine.content_guard import ControlWords
 from engine.detokenizer import Vocabulary
 from engine.dialect import Dialect
-from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported
+from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported, panicked
 from engine.grammar import GrammarCompiler
 from engine.grammar_trial import GrammarTrial
 from engine.linear import give_back_memory
@@ -90,7 +90,16 @@ class Preparer:
         Raises:
             InvalidFormat, TemplateRefused, ContextLengthExceeded: see their codes.
             InvalidParameter: a sampling field out of range, `n` over the cap, an id outside the vocabulary.
+            RuntimeError: a library in Rust panicked.
         """
+        try:
+            return self._prepare(request)
+        except BaseException as error:
+            if panicked(error):  # it is no Exception, and whoever waits for this expects one
+                raise RuntimeError(f"a library panicked: {error}"[:300]) from error
+            raise
+
+    def _prepare(self, request: GenerationRequest) -> PreparedRequest:
         params = SamplingParams.merged(self._info.default_sampling, request.sampling)
         if params.n > self._config.max_choices:
             raise InvalidParameter(f"n must be at most {self._config.max_choices} here, not {params.n}.", param="n")
@@ -217,6 +226,9 @@ class Preparer:
             yield
         except (UnicodeEncodeError, TypeError):
             raise InvalidFormat(f"{param} holds text that is not valid Unicode.", param=param) from None
+        except InvalidFormat as error:
+            error.param = error.param or param
+            raise
         finally:
             if len(text) > _LONG:
                 give_back_memory()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, models
 
 from engine.detokenizer import BYTE_LEVEL
+from engine.errors import InvalidFormat, panicked
 
 __all__ = ["PromptEncoder", "find_control_words"]
 
@@ -80,6 +81,7 @@ class PromptEncoder:
 
         Raises:
             TypeError, UnicodeEncodeError: it is not valid Unicode.
+            InvalidFormat: the tokenizer gives up on it.
         """
         return self._plain.encode(text, special=special)
 
@@ -126,7 +128,12 @@ class _Copy:
         self._original_ids = {here: there for here, there in numbers.items() if here != there}
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        ids: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
+        try:
+            ids: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
+        except BaseException as error:
+            if panicked(error):  # after a number of steps that one of its expressions may take, for example
+                raise InvalidFormat(f"the tokenizer of this model gives up on this text: {error}"[:300]) from None
+            raise
         return [self._original_ids.get(i, i) for i in ids] if self._original_ids else ids
 
 

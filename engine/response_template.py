@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import regex  # type: ignore[import-untyped]
 
+from engine.errors import InvalidFormat, ReplyFault
 from engine.json_schema import properties_of, read_value
 from engine.reply_parser import Parsed
 from engine.tool_calls import ends_in_a_text
@@ -29,7 +30,9 @@ _SEARCHED: Final = 20_000_000
 """Characters of a reply that are searched, those that wait for more again and again; the rest of it is plain text."""
 _CHECKS: Final = 256  # of whether a mark stands in a text of a call's JSON, for one reply
 _PATIENCE: Final = 1.0
-"""Seconds for one search; an expression that takes longer never ends, and the rest of the reply is plain text."""
+"""Seconds of processor time for one search, which keeps all other threads waiting. An expression that takes longer
+ends the request with an error, never with another text: a reply must be the same on a slow machine. Loading refuses
+the expressions that would on texts of their own letters (`engine/expression_trial.py`)."""
 
 
 class ResponseTemplate:
@@ -55,13 +58,21 @@ class ResponseTemplate:
         """For each mark that is an expression: one that only ever matches in part, at the end of a text."""
 
     def opening(self, prompt: str) -> str:
-        """What the prompt has written of the reply already: all that follows the last start of a turn, or nothing."""
+        """What the prompt has written of the reply already: all that follows the last start of a turn, or nothing.
+
+        Raises:
+            InvalidFormat: to find that takes too long.
+        """
         end = None
         try:
             for match in self._spec.start_anchor_re.finditer(prompt, timeout=_PATIENCE):
                 end = match.end()
         except TimeoutError:
-            return ""
+            raise InvalidFormat(
+                "this model's response template finds no start of the reply in this prompt within "
+                f"{_PATIENCE:g} second; another response_template in models.yaml may.",
+                param="messages",
+            ) from None
         return "" if end is None else prompt[end:]
 
     def mentions(self, token: str) -> bool:
@@ -201,8 +212,7 @@ class TemplateParser:
                 if match is not None and not match.partial and not end and literals is None:
                     tail = self._tails[pattern].search(self._buffer, self._at, partial=True, timeout=_PATIENCE)
             except TimeoutError:
-                self._give_up()
-                return None, None, size
+                raise _too_slow(field.name) from None
             if match is None:
                 continue
             grows = match.end() == size and (match.start() == match.end() or literals is None or longer)
@@ -269,7 +279,11 @@ class TemplateParser:
         return self._checks < _CHECKS and ends_in_a_text(self._buffer[self._body : match.start()])
 
     def _calls(self, region: Any, body: str) -> list[tuple[str, str]]:
-        """The calls of a region; none if it cannot be read or names a tool that is not there."""
+        """The calls of a region; none if it cannot be read or names a tool that is not there.
+
+        Raises:
+            ReplyFault: to read it takes too long.
+        """
         from transformers.utils.chat_parsing.content_parsers import process_field
 
         if self._count and not self._parallel:
@@ -280,9 +294,13 @@ class TemplateParser:
             if raw:
                 body = json.dumps(_tags(body, region.content_args))
                 region = dataclasses.replace(region, content="json", content_args={})
+            elif region.content == "xml-inline":
+                _check_tags(body, region.content_args)
             value = process_field(body, region, captures)
             calls = [self._call(item, raw) for item in (value if isinstance(value, list) else [value])]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, TimeoutError):
+        except TimeoutError:
+            raise _too_slow(region.name) from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, regex.error):
             return []  # whatever the model wrote, it is no call
         return calls if self._parallel else calls[:1]
 
@@ -320,6 +338,25 @@ def _is_plain(value_parser: Any) -> bool:
         return True
     given = value_parser.get("args") or {}
     return value_parser.get("name", "text") == "json" and set(given) <= {"allow_non_json"}
+
+
+def _check_tags(body: str, given: Mapping[str, Any]) -> None:
+    """Look through tags, and those inside them, as transformers does it without a limit of time.
+
+    Raises:
+        TimeoutError: it takes too long.
+    """
+    inner = given.get("value_parser") or {}
+    for match in regex.finditer(given["tag_pattern"], body, flags=regex.DOTALL, timeout=_PATIENCE):
+        if inner.get("name") == "xml-inline":
+            _check_tags(match.groupdict().get("value") or "", inner.get("args") or {})
+
+
+def _too_slow(field: str) -> ReplyFault:
+    return ReplyFault(
+        f"this reply could not be read: the response template's {field} takes longer than {_PATIENCE:g} second on it; "
+        "another response_template in models.yaml may not."
+    )
 
 
 def _tags(body: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A template belongs to a checkpoint and is a stranger's. Each rendering has a budget (`engine/template_budget.py`), which
 refuses it by count; the child has a clock and a memory limit, for what nobody has counted. What has gone well there is
-done again here.
+done again here. Where a system has no such processes (Windows), the budget alone holds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from engine import reasoning, tool_format
 from engine.chat_template import ChatTemplate
-from engine.confined import Confined, ConfinedError, ConfinedFault
+from engine.confined import AVAILABLE, Confined, ConfinedError, ConfinedFault
 from engine.errors import LoadError
 
 __all__ = ["check", "render"]
@@ -28,7 +28,7 @@ def check(source: str | None, tool_use: str | None, special_tokens: Mapping[str,
     Raises:
         LoadError: the template is none, or went beyond the limits.
     """
-    if source is None:
+    if source is None or not AVAILABLE:
         return
     confined = Confined("templates", seconds=SECONDS, memory_bytes=MEMORY, at_once=1)
     given = {"source": source, "tool_use": tool_use, "special_tokens": dict(special_tokens)}

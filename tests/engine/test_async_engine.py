@@ -18,6 +18,7 @@ import torch
 from engine import (
     AsyncEngine,
     ChatMessage,
+    Constraint,
     ContextLengthExceeded,
     EngineDead,
     GenerationRequest,
@@ -289,6 +290,30 @@ def test_a_death_is_told_without_words_that_may_quote_a_request(
         assert caught.value.message.endswith(told)
 
     monkeypatch.setattr(engine._core, "step", broken)
+    run(main())
+
+
+def test_a_request_that_cannot_begin_ends_alone(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A panic of a library in Rust is no `Exception`."""
+    panic = type("PanicException", (BaseException,), {})
+
+    def panics(*_: object) -> None:
+        raise panic("index out of bounds")
+
+    async def main() -> None:
+        held = replace(request("held", max_tokens=4), constraint=Constraint("regex", "a*b"))
+        other = engine.submit(await engine.prepare(request("other", max_tokens=400, ignore_eos=True)))
+        await anext(other)
+        monkeypatch.setattr(engine._core._grammars, "start", panics)
+        stream = engine.submit(await engine.prepare(held))
+        assert [type(output.error) async for output in stream] == [ReplyFault]
+        assert [output.error async for output in other][-1] is None
+        monkeypatch.setattr(engine._preparer, "_prompt", panics)
+        with pytest.raises(RuntimeError, match="index out of bounds"):
+            await engine.prepare(request("late"))
+        monkeypatch.undo()
+        assert (await collect(engine, replace(held, request_id="again")))[-1].error is None
+
     run(main())
 
 

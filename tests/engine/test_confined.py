@@ -367,3 +367,25 @@ def test_signals_that_the_caller_ignores_or_blocks_are_ours_all_the_same() -> No
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stderr.strip().splitlines()[-1].endswith("ConfinedFault: took longer than 0.5 seconds")
+
+
+def test_a_system_without_such_processes_still_loads_templates() -> None:
+    """Windows has no `resource` and no `os.fork`: the template's budget holds there, and grammars are refused."""
+    code = """
+import os, sys
+sys.modules["resource"] = None
+del os.fork
+from engine import expression_trial, template_trial
+from engine.confined import Confined
+template_trial.check("{{ messages[0].content }}", None, {})
+expression_trial.check({"open_pattern": "(?:a|b|ab)*c"})
+confined = Confined("none")
+confined.start()
+try:
+    confined.call("json:loads", "1")
+except RuntimeError as error:
+    print(error)
+confined.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "os.fork" in done.stdout

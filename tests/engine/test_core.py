@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine import LLM, InvalidParameter, NumericalFault, OutOfMemory, ReplyFault, RequestOutput
+from engine import LLM, Constraint, InvalidParameter, NumericalFault, OutOfMemory, ReplyFault, RequestOutput
+from engine.grammar import GrammarCompiler, GrammarState
 from engine.llm import _How
 
 PROMPT = "every parameter is honoured"
@@ -131,6 +132,31 @@ def test_a_fault_in_reading_one_reply_spares_the_neighbour(
     with pytest.raises(ReplyFault, match="AttributeError"):
         list(llm._outputs(bad))
     assert "Traceback" in caplog.text
+    _nothing_is_left(llm)
+
+
+class PanicException(BaseException):
+    """As libraries in Rust raise it: no `Exception`."""
+
+
+def test_a_panic_of_the_grammars_library_ends_those_who_have_one(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(tiny("qwen3"), cache_size="32MiB", context_length=256)
+    [clean] = llm.generate(PROMPT, max_tokens=6, seed=3)
+
+    def panics(*_: object) -> None:
+        raise PanicException("index out of bounds")
+
+    for where in ("masks", "consume"):
+        bad, _ = llm._add("another prompt", _How(constraint=Constraint("regex", "a*b")), {"max_tokens": 4, "n": 2})
+        good, _ = llm._add(PROMPT, _How(), {"max_tokens": 6, "seed": 3})
+        monkeypatch.setattr(GrammarCompiler if where == "masks" else GrammarState, where, panics)
+        outputs = list(llm._outputs(good))
+        assert tuple(t for o in outputs for d in o.deltas for t in d.token_ids) == clean.token_ids
+        with pytest.raises(ReplyFault, match="PanicException"):
+            list(llm._outputs(bad))
+        monkeypatch.undo()
     _nothing_is_left(llm)
 
 

@@ -19,6 +19,7 @@ from transformers.utils.chat_parsing import parse_response
 from engine import LLM, Constraint, InvalidParameter, LoadError
 from engine.chat_template import ChatTemplate
 from engine.dialect import Dialect, find
+from engine.errors import InvalidFormat, ReplyFault
 from engine.response_template import ResponseTemplate, TemplateParser
 from engine.tool_format import CALL_ID, one_call_a_turn
 from engine.types import ChatMessage, ToolCall
@@ -410,6 +411,42 @@ def test_searching_a_reply_is_bounded() -> None:
     parts = [parser.push(text[i : i + 2]) for i in range(0, len(text), 2)]
     assert sum(bool(part.text) for part in parts) > 10, "given up before the end"
     assert "".join(part.text for part in [*parts, parser.finish()]) == text
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ({"open_pattern": "(?:a|b|ab)*c", "close": "</t>"}, "ab" * 40 + "dc"),
+        ({"open": "<t>", "close_pattern": "(?:a|b|ab)*c"}, "<t>" + "ab" * 40 + "dc"),
+        (
+            {
+                "open": "<t>",
+                "close": "</t>",
+                "content": "xml-inline",
+                "content_args": {
+                    "tag_pattern": "(?P<key>(?:a|b|ab)*)c(?P<value>)",
+                    "value_parser": {"name": "int"},
+                },
+            },
+            "<t>" + "ab" * 40 + "dc</t>",
+        ),
+    ],
+)
+def test_a_search_without_an_end_ends_the_reply_and_makes_no_other_text_of_it(
+    field: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a reply says must not depend on how fast the machine is."""
+    monkeypatch.setattr("engine.response_template._PATIENCE", 0.05)
+    parser = TemplateParser(ResponseTemplate({"start_anchor": "A:", "fields": {"tool_calls": field}}), TOOLS)
+    with pytest.raises(ReplyFault, match="tool_calls"):
+        parser.push(text)
+
+
+def test_a_prompt_whose_opening_is_not_found_in_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.response_template._PATIENCE", 0.05)
+    template = ResponseTemplate({"start_anchor_pattern": "(?:a|b|ab)*c", "fields": {"content": {}}})
+    with pytest.raises(InvalidFormat, match="start of the reply"):
+        template.opening("ab" * 40 + "dc")
 
 
 def test_the_history_is_written_as_the_chat_template_takes_it(shared: Path) -> None:

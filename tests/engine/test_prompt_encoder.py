@@ -11,9 +11,10 @@ import pytest
 import tokenizers_for_tests
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
+from engine.errors import InvalidFormat
 from engine.prompt_encoder import PromptEncoder, find_control_words
 
 SHAPES = ["qwen3-0.6b", "phi-3"]
@@ -109,3 +110,14 @@ def test_the_words_of_a_tokenizer_that_lists_them() -> None:
     assert "<tool_call>" in find_control_words(listed, ["{{ '<tool_call>' }}"])
     listed.chat_control_tokens = ["<tool_call>"]
     assert set(find_control_words(listed, [])) == {"<|im_end|>", "<tool_call>"}
+
+
+def test_a_tokenizer_that_panics_refuses_the_text() -> None:
+    """Its expressions give up after a number of steps, with a panic, which is no `Exception`."""
+    found = tokenizers_for_tests.byte_level()
+    found.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+c"), "isolated")
+    hangs = PromptEncoder(found, find_control_words(found, []))
+    assert hangs.encode("aac", special=False)
+    with pytest.raises(InvalidFormat, match="retry-limit"):
+        hangs.encode("a" * 2000 + "b", special=False)
+    assert hangs.encode("aac", special=False)
