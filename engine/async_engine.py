@@ -216,6 +216,7 @@ class AsyncEngine:
                 self._closed = True
                 self._commands.put(None)
                 self._thread.join(LAST_STEP)
+                self._core.close()
                 self._preparer.close()  # first, or a grammar that is tried would be waited for
                 self._workers.shutdown(wait=not self._thread.is_alive(), cancel_futures=True)
                 if self._thread.is_alive():

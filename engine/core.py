@@ -19,6 +19,7 @@ from engine.errors import NumericalFault, OutOfMemory, ReplyFault, VerbatimError
 from engine.grammar import GrammarCompiler, GrammarState
 from engine.json_schema import unenforced_errors
 from engine.loader import LoadedModel
+from engine.mask_worker import MaskWorker
 from engine.model_runner import ForwardResult
 from engine.sampler import Sampled, Sampler
 from engine.scheduler import Chunk, Schedule
@@ -134,6 +135,7 @@ class EngineCore:
         self._runner = model.runner
         self._vocabulary: Vocabulary = model.vocabulary
         self._grammars: GrammarCompiler = model.grammars
+        self._masks = MaskWorker(model.grammars)
         self._dialect = model.dialect
         self._thought_marks = _marks(self._vocabulary, self._dialect, calls=False)
         self._marks = _marks(self._vocabulary, self._dialect, calls=True)
@@ -227,7 +229,10 @@ class EngineCore:
     def step(self) -> list[RequestOutput]:
         """Compute one step; one output for each request that it advanced or ended."""
         self._propose()
-        schedule = self._scheduler.schedule()
+        held = self._held()
+        schedule = self._scheduler.schedule(held)
+        if held and not schedule.chunks:
+            self._masks.rest(held.values())
         drawers = [_drawers(chunk) for chunk in schedule.chunks]
         try:
             result = self._forward(schedule)
@@ -239,6 +244,10 @@ class EngineCore:
                 raise
             return self._drop_largest(schedule, error)
         return self._commit(schedule, drawers, result, sampled)
+
+    def close(self) -> None:
+        """Begin nothing further beside the steps."""
+        self._masks.close()
 
     def stats(self) -> EngineStats:
         pool = self._scheduler.pool
@@ -264,6 +273,14 @@ class EngineCore:
         if not schedule.chunks:
             return ForwardResult(torch.empty(0, self._runner.vocab_size), ())
         return self._runner.forward(schedule)
+
+    def _held(self) -> dict[Sequence, GrammarState]:
+        """Sequences that are left out of this step, for their grammars are at work."""
+        return {
+            sequence: grammar
+            for sequence in self._scheduler.running
+            if (grammar := self._choice(sequence).grammar) is not None and self._masks.waits(grammar)
+        }
 
     def _propose(self) -> None:
         """Let sequences that decode guess their next tokens."""
@@ -308,7 +325,7 @@ class EngineCore:
         choices = [self._choice(sequence) for sequence in rows]
         if not any(choice.grammar or choice.closing for choice in choices):
             return None
-        masks = self._grammars.masks([c.grammar for c in choices], [c.forced for c in choices])
+        masks = self._masks.masks([c.grammar for c in choices], [c.forced for c in choices])
         return torch.from_numpy(masks).to(self._sampler.device)
 
     def _commit(
@@ -388,6 +405,8 @@ class EngineCore:
             tokens.append(forced)
             more, finish = self._append(running, choice, forced)
             delta = _together(delta, more)
+        if choice.grammar is not None and not finish and choice.forced is None:
+            self._masks.look_ahead(choice.grammar)
         if finish:
             rest = text.finish()
             delta = _together(delta, rest)

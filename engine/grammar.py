@@ -73,12 +73,17 @@ _KEYWORD_OF: Final = (
 
 
 class GrammarState:
-    """How far one choice has come in its grammar. Used by one thread at a time."""
+    """How far one choice has come in its grammar. Used by one thread at a time.
 
-    __slots__ = ("_matcher", "_pending")
+    `slow` and `ahead` belong to `engine/mask_worker.py`: whether its masks take long, and the next one, being computed.
+    """
+
+    __slots__ = ("_matcher", "_pending", "ahead", "slow")
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
+        self.slow = False
+        self.ahead: Any = None
         self._pending: deque[int] = deque(matcher.compute_ff_tokens())
 
     @property
@@ -202,15 +207,30 @@ class GrammarCompiler:
         allowed[self._ends] = False
         return state.stopped or not allowed.any()
 
-    def masks(self, states: Sequence[GrammarState | None], forced: Sequence[int | None]) -> NDArray[np.bool_]:
+    def bits(self, state: GrammarState) -> NDArray[np.int32]:
+        """Which tokens may come next, a bit each, int32 `[ceil(vocab_size / 32)]`. Releases Python's lock meanwhile."""
+        bits = np.full((1, (self.vocab_size + 31) // 32), -1, np.int32)
+        fill_next_token_bitmask(state._matcher, bits, 0)
+        row: NDArray[np.int32] = bits[0]
+        return row
+
+    def masks(
+        self,
+        states: Sequence[GrammarState | None],
+        forced: Sequence[int | None],
+        known: Mapping[int, NDArray[np.int32]] | None = None,
+    ) -> NDArray[np.bool_]:
         """Which tokens may come next, bool `[len(states), vocab_size]`; all of them where there is no state.
 
-        Where a token is forced it is the only one.
+        Where a token is forced it is the only one. `known`: by row, bits that have been computed before.
 
         Raises nothing: a state that hit a limit says so in `check`.
         """
+        known = known or {}
         bits = np.full((len(states), (self.vocab_size + 31) // 32), -1, np.int32)
-        free = [(s._matcher, i) for i, s in enumerate(states) if s is not None and forced[i] is None]
+        for i, row in known.items():
+            bits[i] = row
+        free = [(s._matcher, i) for i, s in enumerate(states) if s is not None and forced[i] is None and i not in known]
         if len(free) == 1:  # no other thread has to be woken
             fill_next_token_bitmask(free[0][0], bits, free[0][1])
         elif free:

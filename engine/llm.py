@@ -169,6 +169,7 @@ class LLM:
     def close(self) -> None:
         """End the process in which grammars are tried; without this it ends with the object."""
         self._preparer.close()
+        self._core.close()
 
     def _outputs(self, request_id: str) -> Iterator[RequestOutput]:
         """Step until a request has ended; what steps do for other requests waits in their own boxes."""

@@ -15,7 +15,7 @@ each of the others' ones, and who comes new does not wait for all of them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from engine.block_pool import BlockPool
@@ -115,15 +115,15 @@ class Scheduler:
 
     # -- one step -----------------------------------------------------------------------------------------------
 
-    def schedule(self) -> Schedule:
-        """Choose the next step's chunks and take the blocks they write to."""
+    def schedule(self, held: Container[Sequence] = ()) -> Schedule:
+        """Choose the next step's chunks and take the blocks they write to. `held`: those that take no part in it."""
         schedule = Schedule()
         decoding = sum(s.num_uncomputed == 1 for s in self.running)
         budget = max(self.max_batch_tokens - decoding, 1)
         preemptions = self.num_preemptions
         for sequence in list(self.running):
-            if sequence.state is not SequenceState.RUNNING:
-                continue  # preempted by an older one, a moment ago
+            if sequence in held or sequence.state is not SequenceState.RUNNING:
+                continue  # or preempted by an older one, a moment ago
             count = sequence.num_uncomputed
             is_prompt = count > 1
             if is_prompt and not self.whole_prompts:

@@ -30,6 +30,7 @@ LAYERS = (
         "detokenizer",
         "dialect",
         "grammar",
+        "mask_worker",
         "grammar_paths",
         "grammar_trial",
         "json_schema",
@@ -84,7 +85,7 @@ LAYERS = (
 NO_TORCH = LAYERS[0] | LAYERS[1]
 FREE_OF_TIME_AND_THREADS = LAYERS[0] | LAYERS[1] | LAYERS[2] | {"core", "attention_trial", "selftest", "preparation"}
 # A process, a clock and who waits for it are what these are.
-FREE_OF_TIME_AND_THREADS -= {"confined", "grammar_trial"}
+FREE_OF_TIME_AND_THREADS -= {"confined", "grammar_trial", "mask_worker"}
 ENGINE = sorted((ROOT / "engine").glob("*.py"))
 SERVER = sorted((ROOT / "server").glob("*.py"))
 
