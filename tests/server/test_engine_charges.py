@@ -23,8 +23,11 @@ CHUNK = 32  # tokens of a step of the fixture's engine
 
 
 def at_the_door(engine: AsyncEngine) -> bool:
-    """Whether the engine waits for a permit, and so hears no command."""
-    return engine._busy_since is not None
+    """Whether the engine waits for a permit with something to compute, and so hears no command.
+
+    A step may still be under way from before, without anything: it does not hold what is asked now.
+    """
+    return engine._busy_since is not None and engine._core.has_work
 
 
 class Shop:
