@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -36,9 +37,9 @@ class Seen:
     answered: dict[str, int] = field(default_factory=dict)
 
 
-def hostile(report: Report, rounds: int, quick: bool) -> None:
+def hostile(report: Report, rounds: int, quick: bool, model: Path | None = None) -> None:
     """Attacks, one after the other, beside four clients that mean well: none of those may notice."""
-    with place() as found, found.serve() as (process, url):
+    with place(model) as found, found.serve() as (process, url):
         port = int(url.rsplit(":", 1)[1])
         seen = Seen()
         asyncio.run(_honestly(url, found, seen, 2.0))  # warm

@@ -76,11 +76,17 @@ class Place:
 
 
 @contextlib.contextmanager
-def place(**server: Any) -> Iterator[Place]:
-    """A fresh one, with keys that have credit."""
+def place(model: Path | None = None, **server: Any) -> Iterator[Place]:
+    """A fresh one, with keys that have credit. `model`: a checkpoint's folder in place of the tiny stand-in."""
     with tempfile.TemporaryDirectory() as scratch:
         made = Place(Path(scratch))
-        entry = {"id": "tiny", "path": str(ensure_standin()), "context_length": 512, "max_queue": 300, "threads": 1}
+        entry = {
+            "id": "tiny",
+            "path": str(model or ensure_standin()),
+            "context_length": 512,
+            "max_queue": 300,
+            "threads": 1,
+        }
         (made.folder / "models.yaml").write_text(json.dumps({"models": [entry], "server": server}))
         with made.books() as ledger:
             made.keys = [ledger.create_key(f"k{i}", balance=CREDIT).secret for i in range(KEYS)]

@@ -224,6 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, help="default: 20 of killing, 2 of attacks")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--model", type=Path, help="hostile: a folder with a checkpoint; default: the tiny stand-in")
     parser.add_argument("--quick", action="store_true", help="toy settings; writes nothing unless --out is given")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
@@ -234,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: getattr(arguments, name) for name in ("rounds", "clients", "seconds")}
     report = Report(
         f"soak-{arguments.what}",
-        "stand-in",
+        arguments.model.resolve().name if arguments.model else "stand-in",
         machine.utc_now(),
         *machine.commit(),
         machine.describe(1),
@@ -244,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.what == "kill":
         kill(report, arguments.rounds)
     elif arguments.what == "hostile":
-        hostile(report, arguments.rounds, arguments.quick)
+        hostile(report, arguments.rounds, arguments.quick, arguments.model)
     else:
         load(report, arguments.clients, arguments.seconds)
     report.show()
