@@ -177,7 +177,10 @@ class AsyncEngine:
                 f"{len(self._streams)} requests are running or waiting; {self.info.id} takes {self._limit}.",
                 limit=self._limit,
             )
-        self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:  # what left on another loop, which has ended, hears no more
+            self._leaving.clear()
+        self._loop = loop
         if request.request_id in self._streams:
             raise ValueError(f"the request id {request.request_id!r} is in use")
         stream = RequestStream(request.request_id)

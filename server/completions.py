@@ -74,7 +74,10 @@ class CompletionResponse(Response):
             response = error_response(error, self.settings.retry_after_seconds)
             response.headers.update(self.extra_headers)
         if response is not None:
-            await response(scope, receive, send)
+            try:
+                await response(scope, receive, send)
+            except OSError:  # some servers say so where others report a disconnect
+                raise ClientGone from None
 
     async def _whole(self, outputs: RequestStream) -> Response:
         collector = Collector(self.reply)
