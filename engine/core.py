@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -275,10 +276,11 @@ class EngineCore:
         return self._runner.forward(schedule)
 
     def _held(self) -> dict[Sequence, GrammarState]:
-        """Sequences that are left out of this step, for their grammars are at work."""
+        """Sequences that are left out of this step, for their grammars are at work; preempted ones stand in front."""
+        preempted = takewhile(lambda sequence: sequence.position, self._scheduler.waiting)
         return {
             sequence: grammar
-            for sequence in self._scheduler.running
+            for sequence in (*self._scheduler.running, *preempted)
             if (grammar := self._choice(sequence).grammar) is not None and self._masks.waits(grammar)
         }
 

@@ -135,7 +135,7 @@ class Scheduler:
                 self._add_chunk(sequence, count, schedule, draft)
             sequence.draft = ()
         if self.num_preemptions == preemptions:
-            self._admit(budget, schedule)
+            self._admit(budget, schedule, held)
         return schedule
 
     def commit(self, schedule: Schedule) -> None:
@@ -195,9 +195,11 @@ class Scheduler:
         self.waiting.extendleft(reversed(rest))
         return tuple(forks)
 
-    def _admit(self, budget: int, schedule: Schedule) -> None:
+    def _admit(self, budget: int, schedule: Schedule, held: Container[Sequence]) -> None:
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
+            if sequence in held:
+                return
             if self.whole_prompts:
                 if not self._reserve_worst_case(sequence):
                     return

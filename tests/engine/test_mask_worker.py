@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from engine import LLM, Constraint
 from engine.grammar import GrammarCompiler, GrammarState
+from engine.scheduler import Scheduler
+from engine.sequence import SequenceState
 
 FORM = Constraint("regex", "[a-f ]{4,60}")
 WANTED: dict[str, Any] = {"max_tokens": 12, "seed": 3, "temperature": 1.0, "logprobs": True, "top_logprobs": 3}
@@ -104,6 +106,29 @@ def test_a_state_that_is_quick_again_is_no_longer_watched(llm: LLM) -> None:
     worker.look_ahead(state)
     assert state.ahead is None, "a quick one is computed within the step"
     assert ahead.dtype == np.int32
+
+
+def test_one_that_is_preempted_meanwhile_comes_back_with_the_same_bits(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, slow: list[str]
+) -> None:
+    """It may not be admitted before its mask is there: the step would wait for it."""
+    usual = entries(llm)
+    waited: list[bool] = []
+    schedule = Scheduler.schedule
+
+    def preempting(self: Scheduler, held: Any = ()) -> Any:
+        for sequence in list(held):
+            if sequence.state is SequenceState.RUNNING and len(waited) < 5:
+                waited.append(True)
+                self._preempt(sequence)
+        made = schedule(self, held)
+        assert not any(chunk.sequence in held for chunk in made.chunks)
+        self.check()
+        return made
+
+    monkeypatch.setattr(Scheduler, "schedule", preempting)
+    assert entries(llm) == usual
+    assert waited
 
 
 def test_who_leaves_meanwhile_leaves_nothing_behind(llm: LLM, slow: list[str]) -> None:
