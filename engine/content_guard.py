@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -156,14 +157,16 @@ class ContentGuard:
         )
 
 
-class _Walk:
+class _Walk(ABC):
     """One way through all texts of a conversation; what `text` and `arguments` return takes their places."""
 
+    @abstractmethod
     def text(self, text: str, *, assistant: bool = False, apart: bool = True) -> str:
-        raise NotImplementedError
+        """One text of the request. `assistant`: the model may have said it. `apart`: it is kept apart from control."""
 
+    @abstractmethod
     def arguments(self, text: str) -> str:
-        raise NotImplementedError
+        """The arguments of a call, as JSON text."""
 
     def conversation(self, given: Conversation) -> Conversation:
         return Conversation(

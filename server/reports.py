@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+from abc import ABC, abstractmethod
 from typing import Any, Final
 
 from sqlalchemy import Integer, func, select
@@ -17,14 +18,14 @@ __all__ = ["Reports", "as_key"]
 _SUMS: Final = ("prompt_tokens", "cached_tokens", "completion_tokens", "cost")
 
 
-class Reports:
-    """The reading half of a ledger."""
+class Reports(ABC):
+    """The reading half of a ledger; the other half knows where it is, and finds keys."""
 
     _database: Database
 
+    @abstractmethod
     def key(self, name: str) -> Key:
         """By id or name."""
-        raise NotImplementedError
 
     def usage(
         self,
