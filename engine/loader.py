@@ -128,16 +128,14 @@ def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
     if config.threads:
         torch.set_num_threads(config.threads)
     source = _read_template(config) if config.chat_template else None
-    with ThreadPoolExecutor(
-        max_workers=2
-    ) as pool:  # hashing the files and the template's trial run beside reading them
+    with ThreadPoolExecutor(max_workers=2) as pool:  # the files are hashed, and templates tried, while others are read
         digest = pool.submit(fingerprint.weights_digest, found.files)
         say(f"reading {human(found.stored_bytes)} of weights")
         tokenizer = load_tokenizer(config, folder, file)
         sources = ChatTemplate.sources(tokenizer, source)
         trial = pool.submit(template_trial.check, *sources, tokenizer.special_tokens_map)
-        own = _response_templates(config, tokenizer)
-        search = pool.submit(expression_trial.check, own[0] if own[0] is not None else own[1])
+        given, shipped = _response_templates(config, tokenizer)
+        search = pool.submit(expression_trial.check, given if given is not None else shipped)
         model = load_model(config, found, dtype, device_map, file)
         check_vocabulary(config, tokenizer, model)
         vocab_size, length = _vocab_size(model), _context_length(config, model)
