@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
-    {"errors", "types", "config", "versions", "confined"},
+    {"errors", "types", "config", "versions", "confined", "confined_child"},
     {
         "sequence",
         "speculation",
@@ -85,7 +85,7 @@ LAYERS = (
 NO_TORCH = LAYERS[0] | LAYERS[1]
 FREE_OF_TIME_AND_THREADS = LAYERS[0] | LAYERS[1] | LAYERS[2] | {"core", "attention_trial", "selftest", "preparation"}
 # A process, a clock and who waits for it are what these are.
-FREE_OF_TIME_AND_THREADS -= {"confined", "grammar_trial", "mask_worker"}
+FREE_OF_TIME_AND_THREADS -= {"confined", "confined_child", "grammar_trial", "mask_worker"}
 ENGINE = sorted((ROOT / "engine").glob("*.py"))
 SERVER = sorted((ROOT / "server").glob("*.py"))
 
