@@ -240,8 +240,8 @@ class _Child:
                     self._abandon()
                 with contextlib.suppress(BlockingIOError):
                     rest = rest[os.write(self._process.stdin.fileno(), rest) :]
-        except (OSError, ValueError):  # its end of the pipe is gone, or ours is closed
-            raise _GoneError from None
+        except (OSError, ValueError):  # its end of the pipe is gone, or ours is closed: the reader may not know it yet
+            self._abandon()
 
     def _read(self) -> None:
         stream = self._process.stdout

@@ -189,6 +189,19 @@ def test_what_is_kept_is_made_once_and_no_call_changes_it_for_the_next() -> None
         child.close()
 
 
+def test_a_child_whose_end_shows_in_a_write_first_is_replaced() -> None:
+    """The pipe to it may break before anybody has read that it has ended."""
+    child = Confined("broken")
+    try:
+        child.call(f"{HERE}:echo", 0)
+        assert child._child is not None
+        assert child._child._process.stdin is not None
+        child._child._process.stdin.close()
+        assert child.call(f"{HERE}:echo", 1) == 1
+    finally:
+        child.close()
+
+
 def test_a_child_that_is_ended_while_a_call_runs_is_replaced() -> None:
     child = Confined("ended")
     try:
