@@ -18,7 +18,7 @@ from server.ledger import Ledger, Limits, NewKey
 from server.metering import Meter
 
 BALANCE = 10_000
-BOUND = 5.0
+BOUND = 20.0
 CHUNK = 32  # tokens of a step of the fixture's engine
 
 

@@ -14,7 +14,7 @@ from stepping import Steps
 from engine import AsyncEngine, ModelConfig, Registry
 from server.app import create_app
 
-BOUND = 5.0
+BOUND = 20.0
 HELLO = [{"role": "user", "content": "Hi"}]
 
 
