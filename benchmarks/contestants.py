@@ -39,10 +39,10 @@ class Ours:
         self._numbers = itertools.count()
 
     def load(self) -> Answer:
-        from engine.checkpoint import inspect
+        from engine.checkpoints.checkpoint import inspect
         from engine.config import ModelConfig
         from engine.core import EngineCore
-        from engine.loader import load
+        from engine.loading.loader import load
 
         start, rss = time.perf_counter(), rss_bytes()
         trained = inspect(self._path, self._path.name).config.get("max_position_embeddings") or 4096
@@ -85,7 +85,8 @@ class Ours:
         return {"seconds": seconds, "ids": [tokens[: steps + 1] for tokens in ids.values()]}
 
     def _add(self, prompt: list[int], max_tokens: int, sampling: dict[str, Any]) -> str:
-        from engine.types import PreparedRequest, SamplingParams
+        from engine.types.requests import PreparedRequest
+        from engine.types.sampling_params import SamplingParams
 
         name = f"bench-{next(self._numbers)}"
         params = SamplingParams(**{"seed": 1, "ignore_eos": True, **sampling, "max_tokens": max_tokens})

@@ -22,7 +22,7 @@ from benchmarks import machine, real_model
 from benchmarks.common import RESULTS, Summary, alternate, fixed_prompt, ratios, summary
 from benchmarks.report import Report
 from benchmarks.worker import Worker
-from engine.checkpoint import Checkpoint, inspect
+from engine.checkpoints.checkpoint import Checkpoint, inspect
 
 OURS, PEER = "verbatim", "transformers"
 SAMPLED = {"temperature": 0.8, "top_p": 0.95}

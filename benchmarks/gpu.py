@@ -27,7 +27,7 @@ from benchmarks.common import RESULTS, alternate, fixed_prompt, ratios, summary
 from benchmarks.contestants import Contestant, Ours, Transformers
 from benchmarks.report import Report
 from engine import LLM, VerbatimError
-from engine.checkpoint import inspect
+from engine.checkpoints.checkpoint import inspect
 from tests.tiny_models import FAMILIES, write
 
 NEIGHBOURS = 6

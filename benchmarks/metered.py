@@ -31,7 +31,7 @@ def read(path: Path) -> tuple[float, int]:
 
 def install(path: Path) -> None:
     """Measure every forward pass of this process. One engine thread, one kernel thread: else the time is too small."""
-    from engine.model_runner import FallbackRunner, PackedRunner
+    from engine.compute.model_runner import FallbackRunner, PackedRunner
 
     with path.open("r+b") as file:
         shared = mmap.mmap(file.fileno(), _LAYOUT.size)

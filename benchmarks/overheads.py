@@ -26,11 +26,11 @@ from benchmarks import loopback, machine, metered, real_model, served, step_cost
 from benchmarks.common import RESULTS, alternate, summary, thread_cpu_seconds
 from benchmarks.report import Report
 from engine import LLM, Constraint
-from engine.checkpoint import prepare_environment
-from engine.detokenizer import Vocabulary
-from engine.grammar import GrammarCompiler
+from engine.checkpoints.checkpoint import prepare_environment
+from engine.checkpoints.noise_checkpoint import ensure_noise_checkpoint
+from engine.grammar.compiler import GrammarCompiler
 from engine.llm import _How
-from engine.standin import ensure_standin
+from engine.text.vocabulary import Vocabulary
 
 UNIT = "µs CPU/token"
 GOAL = 100.0
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.quick:
         arguments.streams, arguments.tokens, arguments.repeat = 4, 16, 1
     prepare_environment(pull=False)
-    model = arguments.model or ensure_standin()
+    model = arguments.model or ensure_noise_checkpoint()
     settings = {"streams": arguments.streams, "tokens": arguments.tokens, "repeat": arguments.repeat}
     label = arguments.label or ("stand-in" if arguments.model is None else model.resolve().name)
     commit, dirty = machine.commit()

@@ -18,8 +18,8 @@ import httpx
 import psutil
 
 from benchmarks.common import ROOT, child_environment
-from engine import ensure_standin
-from server.ledger import Ledger
+from engine import ensure_noise_checkpoint
+from server.ledger.store import Ledger
 
 CREDIT = 10**9
 KEYS = 4
@@ -82,7 +82,7 @@ def place(model: Path | None = None, **server: Any) -> Iterator[Place]:
         made = Place(Path(scratch))
         entry = {
             "id": "tiny",
-            "path": str(model or ensure_standin()),
+            "path": str(model or ensure_noise_checkpoint()),
             "context_length": 512,
             "max_queue": 300,
             "threads": 1,

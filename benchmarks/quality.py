@@ -25,10 +25,10 @@ from benchmarks import machine, real_model
 from benchmarks.common import RESULTS, ROOT, Summary, summary
 from benchmarks.report import Report
 from engine.config import ModelConfig
-from engine.loader import LoadedModel, load
-from engine.scheduler import Chunk, Schedule
-from engine.sequence import Sequence
-from engine.types import SamplingParams
+from engine.loading.loader import LoadedModel, load
+from engine.scheduling.scheduler import Chunk, Schedule
+from engine.scheduling.sequence import Sequence
+from engine.types.sampling_params import SamplingParams
 
 DEMO = ROOT / "demo" / "model"
 _PART = 64

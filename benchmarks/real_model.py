@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from engine.standin import cache_folder
+from engine.cache_folder import cache_folder
 
 NAME = "smollm2"
 """What `--model` of the benchmarks takes it by."""
@@ -85,7 +85,8 @@ def folder() -> Path:
     """
     import torch
 
-    from engine import ModelConfig, gguf_file, reading
+    from engine import ModelConfig
+    from engine.checkpoints import gguf_file, reading
 
     target = cache_folder() / "SmolLM2-135M-Instruct"
     if (target / "config.json").exists():

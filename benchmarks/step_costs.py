@@ -16,15 +16,17 @@ from typing import Any
 import torch
 
 from benchmarks.common import fixed_prompt
-from engine.block_pool import BlockPool
 from engine.config import ModelConfig
 from engine.core import EngineCore
-from engine.detokenizer import TextStream, Vocabulary
-from engine.loader import BLOCK_SIZE, LoadedModel, load
-from engine.sampler import Sampler
-from engine.scheduler import Schedule, Scheduler
-from engine.sequence import Sequence
-from engine.types import PreparedRequest, SamplingParams
+from engine.loading.loader import BLOCK_SIZE, LoadedModel, load
+from engine.replies.reply_stream import TextStream
+from engine.sampling.sampler import Sampler
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.scheduler import Schedule, Scheduler
+from engine.scheduling.sequence import Sequence
+from engine.text.vocabulary import Vocabulary
+from engine.types.requests import PreparedRequest
+from engine.types.sampling_params import SamplingParams
 
 Measure = Callable[[], float]
 

@@ -28,15 +28,16 @@ from pydantic.fields import FieldInfo
 
 import engine.errors
 from engine import LawReport, ModelConfig, ModelInfo, ModelStatus, VerbatimError
-from engine.chat_template import ChatTemplate
-from engine.dialect import find as find_dialect
-from engine.reasoning import EFFORTS, ReasoningFormat, template_variables
-from server import openapi, schema
+from engine.replies.chat_format import find as find_dialect
+from engine.replies.reasoning import EFFORTS, ReasoningFormat, template_variables
+from engine.templates.chat_template import ChatTemplate
+from server.api import chat_request as schema
+from server.api import openapi
 from server.app import model_object
 from server.cli import app
 from server.errors import classify, headers_of
-from server.protocol import REFUSALS
 from server.settings import ServerSettings
+from server.wire.protocol import REFUSALS
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
@@ -308,7 +309,7 @@ def _subclasses(cls: type[VerbatimError]) -> Iterator[type[VerbatimError]]:
 def _other_codes() -> list[str]:
     """Codes that are given where an error is made, not by its class."""
     found = set()
-    for path in (*ROOT.glob("engine/*.py"), *ROOT.glob("server/*.py")):
+    for path in (*ROOT.glob("engine/**/*.py"), *ROOT.glob("server/**/*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.keyword) and node.arg == "code" and isinstance(node.value, ast.Constant):
                 found.add(str(node.value.value))
@@ -376,9 +377,9 @@ def families(folder: Path) -> str:
             model's name; other templates are treated alike. `verbatim models check` says the same of your models.
 
             *Calls from*: `chat template`: read off it. `table`: the template does not write what the model writes, so a
-            small table in `engine/dialect.py` says it. `generic`: the template knows no tools; they are explained in a
-            system turn, and calls are expected in the form that is shown there. A response template in models.yaml or
-            in the tokenizer wins over all of these. `⏎` is the end of a line.
+            small table in `engine/replies/chat_format.py` says it. `generic`: the template knows no tools; they are
+            explained in a system turn, and calls are expected in the form that is shown there. A response template in
+            models.yaml or in the tokenizer wins over all of these. `⏎` is the end of a line.
             """
         )
         + "\n\n"

@@ -23,10 +23,12 @@ from dataclasses import replace
 
 from engine.core import EngineCore, reply_fault
 from engine.errors import EngineDead, QueueFull, QueueTimeout, VerbatimError, panicked
-from engine.loader import LoadedModel
+from engine.fair_lock import FairLock
+from engine.loading.loader import LoadedModel
 from engine.preparation import Preparer
-from engine.turns import Turns
-from engine.types import EngineStats, GenerationRequest, ModelInfo, PreparedRequest, RequestOutput, Usage
+from engine.types.model_info import EngineStats, ModelInfo
+from engine.types.outputs import RequestOutput, Usage
+from engine.types.requests import GenerationRequest, PreparedRequest
 
 log = logging.getLogger("verbatim.engine")
 
@@ -135,7 +137,7 @@ class AsyncEngine:
         self._close_lock = threading.Lock()
         self._stats = self._core.stats()
         self._busy_since: float | None = None  # monotonic seconds at which the step under way began
-        self._turns = Turns(PREPARING)
+        self._turns = FairLock(PREPARING)
         self._workers = ThreadPoolExecutor(max_workers=PREPARING, thread_name_prefix=f"prepare-{self.info.id}")
         self._workers.submit(self._preparer.warm)
         self._thread = threading.Thread(target=self._run, name=f"engine-{self.info.id}", daemon=True)

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from engine.errors import ConfigError, VerbatimError
-from engine.types import SamplingParams
+from engine.types.sampling_params import SamplingParams
 
 M = TypeVar("M", bound=BaseModel)
 

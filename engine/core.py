@@ -14,32 +14,26 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from engine.detokenizer import TextDelta, TextStream, Vocabulary
-from engine.dialect import Dialect
+from engine.compute.model_runner import ForwardResult
 from engine.errors import NumericalFault, OutOfMemory, ReplyFault, VerbatimError, out_of_memory, panicked
-from engine.grammar import GrammarCompiler, GrammarState
-from engine.json_schema import unenforced_errors
-from engine.loader import LoadedModel
-from engine.mask_worker import MaskWorker
-from engine.model_runner import ForwardResult
-from engine.sampler import Sampled, Sampler
-from engine.scheduler import Chunk, Schedule
-from engine.sequence import Sequence, SequenceState
-from engine.speculation import Drafter
-from engine.stop_strings import StopStrings
-from engine.tool_calls import call_id
-from engine.types import (
-    ChoiceDelta,
-    EngineStats,
-    FinishReason,
-    PreparedRequest,
-    RequestOutput,
-    SamplingParams,
-    TokenLogprob,
-    ToolCall,
-    TopLogprob,
-    Usage,
-)
+from engine.grammar.compiler import GrammarCompiler, GrammarState
+from engine.grammar.mask_worker import MaskWorker
+from engine.loading.loader import LoadedModel
+from engine.replies.chat_format import Dialect
+from engine.replies.reply_stream import TextDelta, TextStream
+from engine.replies.tool_calls import call_id
+from engine.sampling.sampler import Sampled, Sampler
+from engine.scheduling.drafts import Drafter
+from engine.scheduling.scheduler import Chunk, Schedule
+from engine.scheduling.sequence import Sequence, SequenceState
+from engine.text.json_schema import unenforced_errors
+from engine.text.stop_strings import StopStrings
+from engine.text.vocabulary import Vocabulary
+from engine.types.messages import ToolCall
+from engine.types.model_info import EngineStats
+from engine.types.outputs import ChoiceDelta, FinishReason, RequestOutput, TokenLogprob, TopLogprob, Usage
+from engine.types.requests import PreparedRequest
+from engine.types.sampling_params import SamplingParams
 
 log = logging.getLogger("verbatim.engine")
 

@@ -11,19 +11,12 @@ from typing import Any
 
 from engine.config import ModelConfig, entry_of, validate
 from engine.core import EngineCore
-from engine.loader import load
+from engine.loading.loader import load
 from engine.preparation import Preparer
-from engine.types import (
-    ChatMessage,
-    Constraint,
-    FinishReason,
-    GenerationRequest,
-    ModelInfo,
-    RequestOutput,
-    TokenLogprob,
-    ToolCall,
-    Usage,
-)
+from engine.types.messages import ChatMessage, ToolCall
+from engine.types.model_info import ModelInfo
+from engine.types.outputs import FinishReason, RequestOutput, TokenLogprob, Usage
+from engine.types.requests import Constraint, GenerationRequest
 
 Prompt = str | Sequence[ChatMessage]
 

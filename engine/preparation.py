@@ -13,21 +13,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from engine.chat_prompt import ChatPrompts, control_words
-from engine.chat_template import ChatTemplate
+from engine.compute.linear import give_back_memory
 from engine.config import ModelConfig
-from engine.content_guard import ControlWords
-from engine.detokenizer import Vocabulary
-from engine.dialect import Dialect
 from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported, panicked
-from engine.grammar import GrammarCompiler
-from engine.grammar_trial import GrammarTrial
-from engine.linear import give_back_memory
-from engine.prompt_encoder import CHARACTERS_PER_TOKEN, PromptEncoder
-from engine.reasoning import ReasoningFormat, template_variables
-from engine.reply_form import ReplyForm
-from engine.tool_grammar import ToolGrammar
-from engine.types import GenerationRequest, ModelInfo, PreparedRequest, SamplingParams
+from engine.grammar.compiler import GrammarCompiler
+from engine.grammar.reply_form import ReplyForm
+from engine.grammar.tools import ToolGrammar
+from engine.grammar.trial import GrammarTrial
+from engine.prompts.chat_prompt import ChatPrompts, control_words
+from engine.prompts.content_guard import ControlWords
+from engine.prompts.prompt_encoder import CHARACTERS_PER_TOKEN, PromptEncoder
+from engine.replies.chat_format import Dialect
+from engine.replies.reasoning import ReasoningFormat, template_variables
+from engine.templates.chat_template import ChatTemplate
+from engine.text.vocabulary import Vocabulary
+from engine.types.model_info import ModelInfo
+from engine.types.requests import GenerationRequest, PreparedRequest
+from engine.types.sampling_params import SamplingParams
 
 _DRAWN_SEED_BITS = 53
 """A seed that the engine draws survives a client whose numbers are doubles."""

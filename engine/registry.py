@@ -13,8 +13,8 @@ from typing import Literal
 from engine.async_engine import AsyncEngine
 from engine.config import ModelConfig
 from engine.errors import EngineDead, ModelLoading, ModelNotFound, VerbatimError
-from engine.loader import load
-from engine.types import ModelInfo
+from engine.loading.loader import load
+from engine.types.model_info import ModelInfo
 
 log = logging.getLogger("verbatim.engine")
 

@@ -5,9 +5,9 @@ FOLDER holds a checkpoint with safetensors; without it, the tiny random model (i
 
 import sys
 
-from engine import LLM, ChatMessage, ensure_standin
+from engine import LLM, ChatMessage, ensure_noise_checkpoint
 
-llm = LLM(sys.argv[1] if len(sys.argv) > 1 else ensure_standin(), max_sequences=8)
+llm = LLM(sys.argv[1] if len(sys.argv) > 1 else ensure_noise_checkpoint(), max_sequences=8)
 print("the law holds here:", llm.info.law.holds, f"({llm.info.law.reason})")
 
 [answer] = llm.generate([ChatMessage("user", "Hello")], seed=205, max_tokens=12)

@@ -1,4 +1,4 @@
-"""Write the lock: uv.lock from pyproject.toml, the hashed requirements that pip takes, and engine/tried.json.
+"""Write the lock: uv.lock from pyproject.toml, the hashed requirements that pip takes, and engine/loading/tried.json.
 
     python requirements/lock.py [UV] [ARGUMENT …]    # arguments go to `uv lock`: --upgrade, --upgrade-package NAME
 
@@ -53,11 +53,11 @@ def main(uv: str, *arguments: str) -> None:
         text = _NOTE + _export(uv, extras, left_out)
         (HERE / file).write_text(text, encoding="utf-8")
     (HERE / "torch-cpu.txt").write_text(cpu_build(packages), encoding="utf-8")
-    (ROOT / "engine" / "tried.json").write_text(tried(packages), encoding="utf-8")
+    (ROOT / "engine" / "loading" / "tried.json").write_text(tried(packages), encoding="utf-8")
 
 
 def tried(packages: list[dict[str, Any]]) -> str:
-    """engine/tried.json: the locked releases of what replies depend on, a line each."""
+    """engine/loading/tried.json: the locked releases of what replies depend on, a line each."""
     releases = {name: sorted(p["version"] for p in packages if p["name"] == name) for name in TRIED}
     return (
         "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(found)}" for name, found in releases.items()) + "\n}\n"

@@ -24,16 +24,19 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine import InvalidParameter, ModelNotFound, ModelStatus, Registry, VerbatimError
-from server import logs, openapi, schema
-from server.bodies import Bodies
-from server.completions import CompletionResponse, unless_disconnected
+from server import logs
+from server.accounts.authentication import OPEN, Gate, key_of
+from server.accounts.charging import Account, Meter
+from server.api import chat_request as schema
+from server.api import openapi
+from server.api.chat_reply import Reply
+from server.api.chat_request import parse
+from server.api.generation import CompletionResponse, unless_disconnected
 from server.errors import ClientGone, NoKeys, error_response, install
-from server.gate import OPEN, Gate, key_of
-from server.ledger import read_since
-from server.metering import Account, Meter
-from server.origin import JsonOnly, NoForeignPages
-from server.responses import Reply
+from server.ledger.store import read_since
 from server.settings import ServerSettings
+from server.wire.bodies import Bodies
+from server.wire.origin import JsonOnly, NoForeignPages
 
 PREFIXES: Final = ("/api/v1", "/v1")
 _SILENT: Final = frozenset({"/health/live"})
@@ -110,7 +113,7 @@ def _completions(registry: Registry, settings: ServerSettings, meter: Meter | No
         if account:
             account.meter.admit(account.key)
         group = account.key.id if account else ""
-        async with bodies.of(request, group) as checked:
+        async with bodies.of(request, group, parse) as checked:
             wanted = await checked(f"chatcmpl-{secrets.token_hex(16)}")
             headers = _ignored(wanted.ignored, settings)
             if account:

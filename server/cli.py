@@ -25,7 +25,7 @@ from engine import (
     read_yaml,
     validate,
 )
-from server import books
+from server.accounts import commands as books
 from server.logs import printable
 from server.settings import ServerSettings, read_settings
 from server.terminal import Terminal

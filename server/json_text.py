@@ -1,7 +1,7 @@
-"""JSON from outside, from bytes to Python values. Bounds how many values there are before it makes any of them.
+"""JSON, both ways. Counts the values of a text from outside before any of them is made; writes one line.
 
-Knows no field. Whatever it refuses, it refuses once, with the limit. Why this is the standard library's parser, and
-what others would have done: docs/decisions/0019.
+Knows no field of the API. Whatever it refuses, it refuses once, with the limit. Why this is the standard
+library's parser, and what others would have done: docs/decisions/0019.
 """
 
 from __future__ import annotations
@@ -14,7 +14,22 @@ from typing import Any, Final
 
 from engine import InvalidFormat, InvalidParameter
 
-__all__ = ["MAX_DEPTH", "MAX_NAMES", "MAX_VALUES", "excess_of", "kind_of", "load_body", "load_text", "shown"]
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_NAMES",
+    "MAX_VALUES",
+    "excess_of",
+    "kind_of",
+    "load_body",
+    "load_text",
+    "one_line",
+    "shown",
+    "to_json",
+]
+
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_BREAKS: Final = (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
+"""Line ends to many a client's line splitter, though not to the event stream standard; JSON can spell them out."""
 
 MAX_DEPTH: Final = 100
 """Levels of objects and lists in a body: far above any use, far below what Python's own recursion bears."""
@@ -168,3 +183,16 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, dict | list):
         return ""
     return f", {json.dumps(value[:_SHOWN] if isinstance(value, str) else value)[:_SHOWN]}"
+
+
+def to_json(data: Any) -> str:
+    """Compact JSON on one line, whatever the reader takes for the end of a line."""
+    return one_line(_ENCODER.encode(data))
+
+
+def one_line(text: str) -> str:
+    """JSON text without any character that some reader takes for the end of a line."""
+    if not text.isascii():
+        for character, escape in _BREAKS:  # stands only inside strings, so a plain replacement is right
+            text = text.replace(character, escape)
+    return text

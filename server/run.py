@@ -23,14 +23,14 @@ from starlette.types import ASGIApp
 
 from engine import ConfigError, ModelConfig, Registry
 from server import logs
+from server.accounts.charging import Meter
+from server.accounts.owners import name_of_this_process
+from server.accounts.settling import BEAT_SECONDS
 from server.app import create_app
-from server.connections import Connections, room_for_connections
-from server.ledger import Ledger, Prices
-from server.metering import Meter
-from server.owners import name_of_this_process
-from server.protocol import bounded_protocol
+from server.ledger.store import Ledger, Prices
 from server.settings import LOOPBACK, ServerSettings
-from server.settling import BEAT_SECONDS
+from server.wire.connections import Connections, room_for_connections
+from server.wire.protocol import bounded_protocol
 
 _BACKLOG = 2048  # connections that the system keeps until they are accepted
 _AT_A_TIME = 32  # connections that are accepted before anybody sees that they are too many

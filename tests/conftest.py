@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
-from engine.checkpoint import prepare_environment
+from engine.checkpoints.checkpoint import prepare_environment
 
 if TYPE_CHECKING:
-    from engine.native import Kernels
+    from engine.compute.cpu.kernels import Kernels
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Tiny models: a second thread only waits for the first. The law's tests ask for one and two themselves.
@@ -45,7 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-d
 @pytest.fixture(scope="session")
 def kernels() -> Kernels:
     """The compiled kernels; tests of them are skipped where there are none."""
-    from engine.native import Kernels, Unavailable
+    from engine.compute.cpu.kernels import Kernels, Unavailable
 
     try:
         return Kernels.load()

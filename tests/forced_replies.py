@@ -7,7 +7,7 @@ from typing import Any
 
 from engine import LLM, ChatMessage, Completion, Constraint
 from engine.llm import _collect
-from engine.types import GenerationRequest
+from engine.types.requests import GenerationRequest
 
 
 def forced_reply(llm: LLM, text: str, tools: list[dict[str, Any]], **sampling: Any) -> Completion:

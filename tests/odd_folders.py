@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine import LoadError, ModelConfig
-from engine.loader import load
+from engine.loading.loader import load
 
 
 def edit(path: Path, **fields: object) -> None:

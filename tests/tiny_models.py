@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from engine import ensure_standin
+from engine import ensure_noise_checkpoint
 
 COMMON = {
     "vocab_size": 448,  # a few rows more than the tokenizer has tokens
@@ -62,5 +62,5 @@ def write(folder: Path, family: str, *, dtype: torch.dtype = torch.bfloat16, sca
             if parameter.dim() > 1:
                 parameter.normal_(0.0, scale, generator=generator)
     model.to(dtype).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(ensure_standin()).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ensure_noise_checkpoint()).save_pretrained(folder)
     return folder

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from engine.tool_calls import CallReader
-from engine.tool_format import CALL_ID, GENERIC, ToolFormat
+from engine.replies.tool_calls import CallReader
+from engine.replies.tool_format import CALL_ID, GENERIC, ToolFormat
 
 HERMES = GENERIC
 LISTED = ToolFormat("json", "[TOOL_CALLS][", '{"name": "', '", "arguments": ', f', "id": "{CALL_ID}"}}', ", ", "]")

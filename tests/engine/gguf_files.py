@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 from safetensors.torch import load_file
 
-from engine import gguf_file
+from engine.checkpoints import gguf_file
 
 _NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",

@@ -34,9 +34,9 @@ from engine import (
     RequestError,
     RequestOutput,
 )
-from engine.loader import load
+from engine.loading.loader import load
 from engine.preparation import Preparer
-from engine.prompt_encoder import PromptEncoder
+from engine.prompts.prompt_encoder import PromptEncoder
 
 
 @pytest.fixture

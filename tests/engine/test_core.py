@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine import LLM, Constraint, InvalidParameter, NumericalFault, OutOfMemory, ReplyFault, RequestOutput
-from engine.grammar import GrammarCompiler, GrammarState
+from engine.grammar.compiler import GrammarCompiler, GrammarState
 from engine.llm import _How
 
 PROMPT = "every parameter is honoured"

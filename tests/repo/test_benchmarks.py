@@ -17,7 +17,7 @@ from benchmarks import overheads, real_model, server
 from benchmarks.common import ROOT, alternate, fixed_prompt, ratios, summary
 from benchmarks.load import parse
 from benchmarks.report import newest, newest_comparison, read, readme_table, with_table
-from engine import ensure_standin
+from engine import ensure_noise_checkpoint
 
 
 def checked(script: str, folder: Path, output: str) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def threads() -> Iterator[None]:
     ],
 )
 def test_runners_as_scripts(tmp_path: Path, name: str, command: list[str], row: str) -> None:
-    command = [str(ensure_standin()) if part == "STAND-IN" else part for part in command]
+    command = [str(ensure_noise_checkpoint()) if part == "STAND-IN" else part for part in command]
     done = subprocess.run(
         [sys.executable, *command, "--quick", "--out", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
@@ -84,7 +84,7 @@ def test_engine_as_a_script(tmp_path: Path) -> None:
 
     As a script, since benchmarks/engine.py must then not hide the package `engine`.
     """
-    command = ["benchmarks/engine.py", "--model", str(ensure_standin()), "--threads", "1", "--quick", "--out"]
+    command = ["benchmarks/engine.py", "--model", str(ensure_noise_checkpoint()), "--threads", "1", "--quick", "--out"]
     done = subprocess.run(
         [sys.executable, *command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
@@ -123,7 +123,7 @@ def test_overheads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("threads")
 def test_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A server is started, asked by the client process, and stopped; every token is counted."""
-    server.main(["--model", str(ensure_standin()), "--threads", "1", "--quick", "--out", str(tmp_path)])
+    server.main(["--model", str(ensure_noise_checkpoint()), "--threads", "1", "--quick", "--out", str(tmp_path)])
     report = checked("server", tmp_path, capsys.readouterr().out)
     assert named(report, "throughput, 4 streams")["note"].startswith("4 answers, 48 tokens")
     assert named(report, "time to first text, 1 stream")["values"]["bench"]["median"] > 0

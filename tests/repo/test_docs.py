@@ -24,7 +24,7 @@ PYTHON = "\n".join(
     for folder in ("engine", "server", "tests", "examples", "benchmarks", "docs", "requirements")
     for path in sorted(ROOT.glob(f"{folder}/**/*.py"))
 )
-CODE = "\n".join(p.read_text(encoding="utf-8") for p in (*ROOT.glob("engine/*.py"), *ROOT.glob("server/*.py")))
+CODE = "\n".join(p.read_text(encoding="utf-8") for p in (*ROOT.glob("engine/**/*.py"), *ROOT.glob("server/**/*.py")))
 ELSEWHERE = {"HF_HOME", "PYTHON", "ARGS", "TORCH", "PIP_FIND_LINKS"}
 """Variables of other programs, or of make."""
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -107,8 +107,8 @@ def test_files_and_tests_that_are_named_exist(path: Path) -> None:
 
 def test_architecture_names_every_file() -> None:
     text = _text(ROOT / "ARCHITECTURE.md")
-    files = [_name(p) for folder in ("engine", "server") for p in ROOT.glob(f"{folder}/*.py")]
-    missing = [name for name in files if f"`{name}`" not in text and name != "server/__init__.py"]
+    files = [_name(p) for folder in ("engine", "server") for p in ROOT.glob(f"{folder}/**/*.py")]
+    missing = [name for name in files if f"`{name}`" not in text and not name.endswith("__init__.py")]
     assert not missing
 
 

@@ -92,7 +92,7 @@ def test_the_exports_are_of_this_lock(lock: ModuleType) -> None:
     assert dev == _locked(lock, cuda=False), RERUN
     assert _pinned("torch-cu130.txt") == _locked(lock, cuda=True), RERUN
     assert (LOCKS / "torch-cpu.txt").read_text(encoding="utf-8") == lock.cpu_build(PACKAGES), RERUN
-    assert (ROOT / "engine" / "tried.json").read_text(encoding="utf-8") == lock.tried(PACKAGES), RERUN
+    assert (ROOT / "engine" / "loading" / "tried.json").read_text(encoding="utf-8") == lock.tried(PACKAGES), RERUN
     runtime = _pinned("runtime.txt")
     assert runtime.items() <= dev.items()
     assert {name for name, _ in dev} - {name for name, _ in runtime} >= {"pytest", "mypy", "ruff"}

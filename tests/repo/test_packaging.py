@@ -18,7 +18,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from engine import ModelConfig
-from engine.checkpoint import locate
+from engine.checkpoints.checkpoint import locate
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests" / "server"))
@@ -75,7 +75,9 @@ def _fault_of_package(word: str) -> str | None:
 
 def _sources() -> list[Path]:
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("demo/*.md"), *ROOT.glob("benchmarks/*.md")]
-    code = [p for folder in ("engine", "server", "demo", "examples", "benchmarks") for p in ROOT.glob(f"{folder}/*.py")]
+    code = [
+        p for folder in ("engine", "server", "demo", "examples", "benchmarks") for p in ROOT.glob(f"{folder}/**/*.py")
+    ]
     return sorted([*pages, *code, *ROOT.glob("docs/*.py"), ROOT / "models.yaml"])
 
 
@@ -86,7 +88,9 @@ def test_every_install_line_fetches_what_is_meant() -> None:
         for line in _install_lines(path.read_text(encoding="utf-8")):
             seen.append((path.relative_to(ROOT).as_posix(), line))
             assert _fault(line) is None, f"{path.relative_to(ROOT)}: pip install {line}: {_fault(line)}"
-    assert {"engine/gguf_file.py", "docs/guides/sharing.md", "docs/guides/air-gap.md"} <= {name for name, _ in seen}
+    assert {"engine/checkpoints/gguf_file.py", "docs/guides/sharing.md", "docs/guides/air-gap.md"} <= {
+        name for name, _ in seen
+    }
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,8 @@ def test_the_wheel_holds_what_serves_and_nothing_else(wheel: Path) -> None:
     packages = {
         p.relative_to(ROOT).as_posix() for folder in ("engine", "server") for p in ROOT.glob(f"{folder}/**/*.py")
     }
-    data = {"engine/kernels.c", "engine/tried.json", "engine/py.typed", "server/py.typed"}
+    data = {"engine/compute/cpu/kernels.c", "engine/loading/tried.json"}
+    data |= {"engine/__init__.pyi", "engine/py.typed", "server/py.typed"}
     assert model == {f"engine/demo_model/{path.name}" for path in (ROOT / "demo" / "model").iterdir()}
     assert {name for name in names if not name.startswith(info)} == packages | data | model
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= names
@@ -182,7 +187,7 @@ def test_the_wheel_serves_the_demo_model_from_anywhere(
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    where = "import engine.standin as s; print(s.demo_model())"
+    where = "import engine.checkpoints.noise_checkpoint as s; print(s.demo_model())"
     done = subprocess.run(
         [sys.executable, "-c", where], cwd="/", capture_output=True, text=True, check=True, timeout=60
     )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, make_url
 
-from server.ledger import Ledger, Settled
+from server.ledger.store import Ledger, Settled
 
 
 def _database() -> str:

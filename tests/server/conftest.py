@@ -11,7 +11,7 @@ from books_for_tests import WITH_POSTGRES, Clock, empty_postgres
 from stepping import Steps
 
 from engine import AsyncEngine, ModelConfig, Registry
-from server.ledger import Ledger
+from server.ledger.store import Ledger
 
 
 @pytest.fixture

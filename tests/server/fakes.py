@@ -29,8 +29,8 @@ from engine import (
     Usage,
     VerbatimError,
 )
+from server.accounts.charging import Meter
 from server.app import create_app
-from server.metering import Meter
 from server.settings import ServerSettings
 
 VOCABULARY = 1000

@@ -24,7 +24,7 @@ import pytest
 from live_server import Server, start
 from openai import OpenAI
 
-from server.ledger import Ledger
+from server.ledger.store import Ledger
 
 pytestmark = pytest.mark.slow
 HELLO: Any = [{"role": "user", "content": "Hello there."}]

@@ -24,7 +24,7 @@ import pytest
 from live_server import Server, start
 
 from benchmarks.attacks import ATTACKS, PAGES, REBINDING, Attack, Target, answer_of, get, post, request
-from server.ledger import Ledger
+from server.ledger.store import Ledger
 
 pytestmark = pytest.mark.slow
 CREDIT = 10**9

@@ -31,12 +31,13 @@ from transformers.utils import logging
 from zoo import tiny
 from zoo.overrides import REFERENCE
 
-from engine import LLM, GenerationRequest, ModelConfig, VerbatimError, loader
-from engine.block_pool import BlockPool
-from engine.checkpoint import prepare_environment
+from engine import LLM, GenerationRequest, ModelConfig, VerbatimError
+from engine.checkpoints.checkpoint import prepare_environment
+from engine.compute.cpu.kernels import Kernels, Unavailable
 from engine.core import EngineCore
-from engine.native import Kernels, Unavailable
-from engine.scheduler import Scheduler
+from engine.loading import loader
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.scheduler import Scheduler
 
 prepare_environment(pull=False)  # MKL's strict mode must be set before this process's first product
 

@@ -1,0 +1,1 @@
+"""A checkpoint's files: found, checked, and read into transformers' model and tokenizer."""

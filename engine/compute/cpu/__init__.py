@@ -1,0 +1,1 @@
+"""Our own kernels for CPUs, and the modules that run on them."""

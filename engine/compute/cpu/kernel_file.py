@@ -1,0 +1,272 @@
+"""The kernels' compiled file: made by the machine's C compiler, tried, kept, and checked before it is loaded again.
+
+A shared library runs with all that this process may do, from the moment it is loaded, and one that is damaged ends the
+process with a signal. So a file is loaded only if it is whole (it ends with a checksum of itself, written once every
+function had been called in a child process) and nobody else can have written it. Anything else is compiled anew.
+Knows compilers and files; nothing of torch, tensors or what the kernels compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from engine.cache_folder import cache_folder, make_private
+
+__all__ = ["Unavailable", "load"]
+
+# Contraction off: where a product is fused with a sum is written down, not left to the compiler.
+_FLAGS: Final = ("-march=native", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC")
+_TIMEOUT: Final = 120.0  # seconds for the compiler
+_TRIAL_SECONDS: Final = 60.0  # it takes a quarter of one
+_LARGEST: Final = 64 << 20  # bytes; the file has a tenth of one MiB
+_MARK: Final = b"\nverbatim "
+_SEAL: Final = len(_MARK) + 64  # bytes: the mark, then the SHA-256 of all before it
+
+
+class Unavailable(Exception):
+    """There are no native kernels here; the message says why and what would help."""
+
+
+class _Distrusted(Exception):
+    """A file or a folder that somebody else may have written, or that is not whole."""
+
+
+def load(
+    source: Path,
+    cache: Path | None,
+    flags: Sequence[str],
+    circumstances: str,
+    progress: Callable[[str], None] | None,
+) -> ctypes.CDLL:
+    """The library, from the file that was kept or compiled (six seconds).
+
+    Args:
+        cache: the folder for compiled files; default `$XDG_CACHE_HOME/verbatim` or `~/.cache/verbatim`.
+        circumstances: whatever else the file was tried with, such as torch's version: it is tried anew with others.
+        progress: told when it has to be compiled, and why again.
+
+    Raises:
+        Unavailable: no compiler, one that fails, or one whose work fails when it is tried.
+    """
+    say = progress or (lambda text: None)
+    compiler = _find_compiler()
+    version = _version(compiler)
+    # clang takes 39 seconds for -O3, six for -O2, and gains nothing by it; gcc vectorises less at -O2.
+    flags = ("-O2" if "clang" in version else "-O3", *_FLAGS, *flags)
+    # -march=native means another thing on another processor, and a home may be shared by several machines.
+    parts = (source.read_bytes(), version.encode(), " ".join(flags).encode(), _processor(), circumstances.encode())
+    name = f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
+    folder, why = _folder(cache or cache_folder())
+    if folder is not None and os.path.lexists(folder / name):
+        try:
+            return _open(folder / name)
+        except _Distrusted as error:
+            why = f"the kept file {error}"
+    say(f"compiling kernels for this processor{f': {why}' if why else ''}")
+    return _compiled([compiler, *flags, str(source)], folder, name, say)
+
+
+def _compiled(command: Sequence[str], folder: Path | None, name: str, say: Callable[[str], None]) -> ctypes.CDLL:
+    """Compile, try, keep and load. What fails is done once more, elsewhere: a disk may be full, a file unlucky."""
+    fault: Unavailable | None = None
+    for base in (folder, None):
+        try:
+            with tempfile.TemporaryDirectory(prefix=".kernels-", dir=base) as work:
+                made = _compile(command, Path(work) / name)
+                if folder is not None:
+                    try:
+                        return _open(_keep(made, folder / name))
+                    except OSError as error:
+                        say(f"the kernels are compiled for this process alone: {folder}: {error.strerror}")
+                return _open(made)
+        except Unavailable as error:
+            fault = error
+        except _Distrusted as error:
+            fault = Unavailable(f"the compiled file {error}")
+        except OSError as error:  # a full disk
+            fault = Unavailable(f"they cannot be written: {error}")
+    assert fault is not None
+    raise fault
+
+
+def _compile(command: Sequence[str], target: Path) -> Path:
+    """The compiler's work, once it has been tried, with its checksum at its end."""
+    try:
+        done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True, timeout=_TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]} cannot compile them: {error}") from error
+    if done.returncode:
+        first = (done.stderr.strip().splitlines() or ["?"])[0]
+        raise Unavailable(f"{command[0]} cannot compile them: {first}")
+    content = target.read_bytes()
+    if fault := _fault(target):
+        raise Unavailable(f"{command[0]} compiles them, but they fail when they are tried: {fault}")
+    _write(target, content + _MARK + hashlib.sha256(content).hexdigest().encode())
+    return target
+
+
+def _fault(library: Path) -> str | None:
+    """What goes wrong when every function of a compiled file is called in a process of its own; None if nothing."""
+    trial = "from engine.compute.cpu.kernel_trial import main; main(*sys.argv[2:])"
+    code = f"import sys; sys.path.insert(0, sys.argv[1]); {trial}"
+    root = Path(__file__).resolve().parents[3]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", code, str(root), str(library), _openmp()],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TRIAL_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end after {_TRIAL_SECONDS:g} seconds"
+    except OSError as error:
+        return str(error)
+    if done.returncode < 0:
+        return f"ended by {signal.Signals(-done.returncode).name}"
+    return (done.stderr.strip().splitlines() or ["?"])[-1] if done.returncode else None
+
+
+def _openmp() -> str:
+    """The file of the OpenMP runtime that this process has loaded, and the kernels will use; empty if there is none."""
+
+    class Info(ctypes.Structure):
+        _fields_ = (
+            ("file", ctypes.c_char_p),
+            ("base", ctypes.c_void_p),
+            ("symbol", ctypes.c_char_p),
+            ("address", ctypes.c_void_p),
+        )
+
+    process, info = ctypes.CDLL(None), Info()
+    try:
+        found = process.dladdr(ctypes.cast(process.GOMP_parallel, ctypes.c_void_p), ctypes.byref(info))
+    except AttributeError:
+        return ""
+    return os.fsdecode(info.file) if found and info.file else ""
+
+
+def _keep(made: Path, target: Path) -> Path:
+    """Copy beside the target, down to the disk, then rename: whoever looks sees all of a file or none of it, however
+    many start at once and whenever the power goes."""
+    handle, name = tempfile.mkstemp(prefix=".kernels-", dir=target.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        _write(partial, made.read_bytes())
+        partial.replace(target)
+        descriptor = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        os.chmod(file.fileno(), 0o600)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """Load a file that `_compile` has sealed.
+
+    Raises:
+        _Distrusted: it is not that, or not any more.
+    """
+    _check(path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # also: torch's threads are not OpenMP's
+        raise _Distrusted(f"does not load: {error}") from error
+
+
+def _check(path: Path) -> None:
+    try:
+        # A link is not followed, and a pipe not waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST:
+                raise _Distrusted("is no file of ours")
+            if fault := _writable_by_others(status):
+                raise _Distrusted(fault)
+            with open(descriptor, "rb", closefd=False) as file:
+                content = file.read()
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise _Distrusted("is a link" if path.is_symlink() else f"cannot be read: {error.strerror}") from error
+    body, seal = content[:-_SEAL], content[-_SEAL:]
+    if seal != _MARK + hashlib.sha256(body).hexdigest().encode():
+        raise _Distrusted("is not whole: its checksum is another, or missing")
+
+
+def _writable_by_others(status: os.stat_result) -> str | None:
+    """Who but this user and root may have written there."""
+    if status.st_uid not in (os.geteuid(), 0):
+        return "belongs to another user"
+    if status.st_mode & 0o022:
+        return "can be written by other users"
+    return None
+
+
+def _folder(folder: Path | None) -> tuple[Path | None, str]:
+    """The folder, made if need be, or None if others could put a library there, or nobody can; and why."""
+    if folder is None:
+        return None, "there is no home to keep them in"
+    try:
+        make_private(folder)
+        real = folder.resolve(strict=True)
+        link, status = folder.lstat(), real.stat()
+        fault = _writable_by_others(status) if stat.S_ISDIR(status.st_mode) else "is no folder"
+        if not fault and stat.S_ISLNK(link.st_mode) and link.st_uid not in (os.geteuid(), 0):
+            fault = "is another user's link"
+        for above in (*folder.absolute().parents, *real.parents):
+            mode = above.stat().st_mode
+            if mode & 0o002 and not mode & stat.S_ISVTX:  # anybody could put another folder in this one's place
+                fault = fault or f"lies in {above}, which anybody can write"
+    except OSError as error:
+        return None, f"{folder}: {error.strerror}"
+    return (None, f"{folder} {fault}") if fault else (real, "")
+
+
+def _find_compiler() -> str:
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise Unavailable("no C compiler was found; install one (gcc or clang) for about three times the speed")
+
+
+def _version(compiler: str) -> str:
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{compiler} does not run: {error}") from error
+
+
+def _processor() -> bytes:
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n")
+    except OSError:
+        return platform.processor().encode()
+    return b"".join(next((line for line in lines if line.startswith(key)), b"") for key in (b"model name", b"flags"))

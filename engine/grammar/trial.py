@@ -1,0 +1,280 @@
+"""Grammars that requests bring, tried in a child before the server compiles them. No torch, no HTTP.
+
+    ReplyForm ──▶ GrammarTrial.grammar ══ child: grammar_of, compile on a small stack, walk ══▶ ToolGrammar, or refused
+
+What an expression or a schema costs cannot be told by looking at it: some overflow the compiler's stack, some take
+gigabytes, some are slow at each token. The child (`engine.confined.process`) finds out: it does all that the server
+would do, within a bound on processor time and memory and on a stack smaller than any in the server; then it takes a
+few dozen tokens and measures the masks. Only then is the grammar's text compiled in the server, within the same
+counts. These clocks refuse, and only before a reply has begun. Every outcome is kept by content, so that sending
+something again is free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.confined.process import Confined, ConfinedError, ConfinedFault
+from engine.errors import InvalidParameter, Unavailable, Unsupported
+from engine.grammar.compiler import STEP_FUEL, GrammarCompiler, GrammarState, TokenTable
+from engine.grammar.reply_form import ReplyForm, grammar_of
+from engine.grammar.tools import ToolGrammar
+from engine.text.json_schema import check_depth
+
+__all__ = ["GrammarTrial"]
+
+SECONDS: Final = 5.0
+"""Processor time for one request's grammar, all schemas and the search for a fault in them: a schema of 300 properties
+takes 0.1, 128 tools of ten parameters 0.9. A clock must be far from what is honest (here five times), or
+the same request would be refused on a busy machine and served on another."""
+MEMORY: Final = 512 << 20  # bytes for one request's grammar; 6,000 properties take 65 MiB
+STACK: Final = 3 << 19
+"""Bytes of stack on which the child compiles and follows a grammar: less than any thread of the server has (2 MiB:
+llguidance's own, and all under `ulimit -s unlimited`), more than `MAX_PATH` steps take."""
+_COMPILE_SECONDS: Final = 2.0
+"""Processor time for the whole grammar: the engine's thread may have to compile it again, while everybody waits.
+128 tools take 0.22, a constant of 250,000 characters 0.38."""
+_STEP_SECONDS: Final = 0.25  # for one token of the walk: the mask and what follows from it
+_STEPS: Final = 16  # tokens of one walk
+_WALK_SECONDS: Final = 0.4  # for all of them; 300 optional properties take 0.03
+_WALKS: Final = 2
+_FORCED: Final = 100_000  # forced tokens in a row, after which a walk ends: more than a schema can hold
+_KEPT: Final = 32 << 20  # characters of outcomes
+_POINTERS: Final = 16  # of keywords that are not enforced; that there are some is what counts
+_MOST: Final = 1_000_000  # characters of a request's tools and constraint together
+
+
+class GrammarTrial:
+    """Makes the grammars of one model's requests, from any thread; the child starts with the first that needs it."""
+
+    def __init__(self, compiler: GrammarCompiler) -> None:
+        self._compiler = compiler
+        self._child = Confined(
+            "grammars",
+            seconds=SECONDS,
+            memory_bytes=MEMORY,
+            stack_bytes=64 << 20,
+            kept=(f"{__name__}:keep", lambda: compiler.table().as_json()),
+        )
+        self._lock = threading.Lock()  # of `_outcomes`
+        self._outcomes: OrderedDict[bytes, tuple[dict[str, Any], int]] = OrderedDict()  # with their sizes
+        self._size = 0
+
+    def warm(self) -> None:
+        """Start the child and make the tokenizer ready, before the first request needs them."""
+        self._child.start()
+        self._compiler.warm()
+
+    def close(self) -> None:
+        """End the child."""
+        self._child.close()
+
+    def grammar(self, form: ReplyForm) -> ToolGrammar:
+        """What a reply is held to.
+
+        Raises:
+            InvalidParameter: it cannot be compiled or enforced, or costs more than a grammar may.
+        """
+        if not form.tools and form.constraint is not None and form.constraint.value is True:
+            return grammar_of(self._compiler, form)  # any JSON object: no part of it is the request's
+        told = _written(form)
+        key = hashlib.sha256(told.encode("utf-8", "surrogatepass")).digest()
+        outcome = self._known(key)
+        if outcome is None:
+            outcome, passing = self._try(form, told)
+            if not passing:
+                self._keep(key, outcome)
+        if "text" not in outcome:
+            kind = Unsupported if outcome["kind"] == "Unsupported" else InvalidParameter
+            raise kind(outcome["message"], param=outcome["param"], code=outcome["code"], **outcome["details"])
+        made = ToolGrammar(outcome["text"], tuple(outcome["unenforced"]), frozenset(outcome["loose"]))
+        self._compiler.check(made.text, form.param)
+        return made
+
+    def _known(self, key: bytes) -> dict[str, Any] | None:
+        with self._lock:
+            if key not in self._outcomes:
+                return None
+            self._outcomes.move_to_end(key)
+            return self._outcomes[key][0]
+
+    def _keep(self, key: bytes, outcome: dict[str, Any]) -> None:
+        size = 1000 + len(json.dumps(outcome))
+        with self._lock:
+            self._size += size - self._outcomes.pop(key, ({}, 0))[1]
+            self._outcomes[key] = outcome, size
+            while self._size > _KEPT:
+                self._size -= self._outcomes.popitem(last=False)[1][1]
+
+    def _try(self, form: ReplyForm, told: str) -> tuple[dict[str, Any], bool]:
+        """The outcome, and whether the same form may have another one at another time."""
+        try:
+            found: dict[str, Any] = self._child.call(f"{__name__}:made", told)
+        except RuntimeError as error:
+            raise Unavailable(str(error)) from None
+        except ConfinedFault as fault:
+            what = str(fault)
+            if "SIGSEGV" in what or "SIGBUS" in what:
+                what = f"is nested too deeply, or too large, to compile: {STACK / (1 << 20):g} MiB of stack are allowed"
+            refused = InvalidParameter(
+                f"{form.param}: its grammar {what}.", param=form.param, code="grammar_too_costly"
+            )
+            return _refused(refused), fault.passing
+        except ConfinedError as error:
+            if error.kind != "PanicException":
+                raise RuntimeError(f"a grammar's trial raised {error.kind}: {error}") from None
+            return _refused(
+                InvalidParameter(f"{form.param}: its compiler gave up: {error}"[:300], param=form.param)
+            ), False
+        return found, False
+
+
+class _CostlyError(Exception):
+    """What a grammar exceeds, and the limit: the rest of a sentence."""
+
+
+def _refused(error: InvalidParameter) -> dict[str, Any]:
+    return {
+        "kind": type(error).__name__,
+        "message": error.message,
+        "param": error.param,
+        "code": error.code,
+        "details": error.details,
+    }
+
+
+def _written(form: ReplyForm) -> str:
+    """A form as JSON: what crosses, and by what its outcome is kept."""
+    for i, tool in enumerate(form.tools):
+        check_depth(tool["function"].get("parameters"), f"tools.{i}.function.parameters")
+    if form.constraint is not None:
+        check_depth(form.constraint.value, form.constraint.param)
+    try:
+        text = json.dumps(form.as_json(), separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidParameter(f"{form.param} is not JSON: {error}", param=form.param) from None
+    if len(text) > _MOST:
+        raise InvalidParameter(f"{form.param}: {len(text):,} characters of schemas; at most {_MOST:,} are allowed.",
+                               param=form.param)  # fmt: skip
+    return text
+
+
+# -- in the child -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    compiler: GrammarCompiler
+    lengths: NDArray[np.int64]
+    """Bytes of each token."""
+    closing: NDArray[np.bool_]
+    """Tokens that may end something; a walk that stays inside sees more."""
+    ends: NDArray[np.bool_]
+
+
+def keep(table: dict[str, Any]) -> _Kept:
+    """What every trial of a model needs."""
+    found = TokenTable.from_json(table)
+    compiler = GrammarCompiler.from_table(found)
+    compiler.start("start: /a/")
+    lengths = np.array([len(token) for token in found.tokens])
+    closing = np.array([any(letter in token for letter in b'"}])>') for token in found.tokens])
+    ends = np.zeros_like(closing)
+    ends[found.ends] = True
+    return _Kept(compiler, lengths, closing | ends, ends)
+
+
+def made(told: str, kept: _Kept) -> dict[str, Any]:
+    """A form's grammar, tried; or why it is refused."""
+    form = ReplyForm.from_json(json.loads(told))
+    try:
+        grammar = grammar_of(kept.compiler, form)
+        _on_a_small_stack(lambda: _followed(kept, grammar.text))
+    except InvalidParameter as error:
+        return _refused(error)
+    except _CostlyError as error:
+        return _refused(
+            InvalidParameter(f"{form.param}: its grammar {error}.", param=form.param, code="grammar_too_costly")
+        )
+    left_out = [pointer[:200] for pointer in grammar.unenforced[:_POINTERS]]  # thousands, each a long one, may be
+    return {"text": grammar.text, "unenforced": left_out, "loose": sorted(grammar.loose)}
+
+
+def _on_a_small_stack(function: Any) -> None:
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:
+            failed.append(error)
+
+    threading.stack_size(STACK)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+def _followed(kept: _Kept, text: str) -> None:
+    try:
+        _walk(kept, text)
+    except InvalidParameter as error:  # in a reply's words, which there is none of yet
+        said = re.split("; (?:consider|try) | <", error.message.partition(": ")[2])[0]
+        said = said.replace("constructed", f"constructed; max is {STEP_FUEL:,}")
+        raise _CostlyError(f"goes beyond the limits of a step: {said}") from None
+
+
+def _walk(kept: _Kept, text: str) -> None:
+    """Compile a grammar anew and follow it for some tokens.
+
+    Raises:
+        _CostlyError: that takes too long, or more than the counts that bound a reply.
+    """
+    compiler = kept.compiler.fresh()
+    began = time.thread_time()
+    compiler.start(text)
+    if (took := time.thread_time() - began) > _COMPILE_SECONDS:
+        raise _CostlyError(f"takes {took:.1f} seconds to compile; at most {_COMPILE_SECONDS:g} are allowed")
+    for walk in range(_WALKS):
+        state, spent, steps = compiler.start(text), 0.0, 0
+        while steps < _STEPS and (cost := _step(kept, compiler, state, walk, steps)) is not None:
+            spent, steps = spent + cost, steps + 1
+            if cost > _STEP_SECONDS:
+                raise _CostlyError(f"takes {cost:.2f} seconds for one token; at most {_STEP_SECONDS:g} are allowed")
+            if spent > _WALK_SECONDS:
+                raise _CostlyError(
+                    f"takes {spent:.2f} seconds for {steps} tokens; at most {_WALK_SECONDS:g} for {_STEPS} are allowed"
+                )
+
+
+def _step(kept: _Kept, compiler: GrammarCompiler, state: GrammarState, walk: int, step: int) -> float | None:
+    """Take the forced tokens and one more, any or a short one; that one's seconds, or None if the grammar has ended."""
+    taken = 0
+    while state.forced is not None and not state.stopped and taken < _FORCED:
+        state.consume(state.forced)
+        taken += 1
+    if state.stopped or state.forced is not None:
+        return None
+    began = time.thread_time()
+    allowed = compiler.masks([state], [None])[0]
+    state.check()
+    inside = np.flatnonzero(allowed & ~kept.closing)
+    choices = inside if len(inside) else np.flatnonzero(allowed & ~kept.ends)
+    if not len(choices):
+        return None
+    if walk:
+        choices = choices[kept.lengths[choices] == kept.lengths[choices].min()]
+    state.consume(int(choices[(7919 * (step + 1)) % len(choices)]))
+    return time.thread_time() - began

@@ -1,0 +1,134 @@
+"""Try attention alone, over more keys than a self-test's prompts could have. Knows tensors; nothing of models.
+
+Windows and chunks of thousands of tokens, soft-capped scores and sinks are held against float64, around every border;
+and rows must have the same bits whatever the number of rows they are computed with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from engine.compute.attention import AttentionSettings, ForwardContext, Span, attend, forward_context
+from engine.compute.attention_mask import KeyRange
+from engine.compute.cpu.kernels import Kernels
+from engine.compute.kv_cache import SPAN, KVCache, LayerShape
+
+_BLOCK = 16
+_FARTHEST = 8192
+"""A longer window or chunk is tried at a thousand tokens: for the kernels it is a number like any other."""
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Allowed difference to float64, as a share of the largest result."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTrial:
+    """One way of attending that a model has.
+
+    Attributes:
+        shape, settings: of a layer; kernels: our own, if they may serve it.
+    """
+
+    shape: LayerShape
+    settings: AttentionSettings
+    kernels: Kernels | None
+
+    def describe(self) -> str:
+        """For people: which keys are seen, and what is special about the scores."""
+        special = [("soft-capped scores", self.settings.softcap), ("sinks", self.settings.sinks is not None)]
+        return ", ".join([self.shape.seen.describe(), *(name for name, there in special if there)])
+
+    @torch.inference_mode()
+    def is_right(self) -> bool:
+        """Whether attention is what float64 says, at both sides of each border and far behind."""
+        seen = self.shape.seen
+        size = seen.window or seen.chunk or 0
+        if size > _FARTHEST:
+            size, seen = 1000, KeyRange(1000 if seen.window else None, 1000 if seen.chunk else None)
+        length = max(2 * SPAN, size + size // 2) + 40
+        groups = self.settings.heads // self.shape.heads
+        one = replace(self.shape, heads=1, seen=seen)
+        sinks = None if self.settings.sinks is None else self.settings.sinks[:groups]
+        tried = _Tried(one, replace(self.settings, heads=groups, sinks=sinks), length, self.kernels)
+        tried.store()
+        starts = {0, 5, SPAN - 2, size - 3, size, 2 * size - 2, length - 17}
+        cases = [(start, min(5, length - start)) for start in starts if 0 <= start < length]
+        return all(tried.is_right(start, count) for start, count in cases)
+
+    @torch.inference_mode()
+    def rows_agree(self) -> bool:
+        """Whether rows in crowds of 1, 3, 33 and 200 have the same bits, across two borders of the key span."""
+        length = 2 * SPAN + 40
+        tried = _Tried(self.shape, self.settings, length, self.kernels)
+        whole = tried.attend(0, length)
+        cases = (
+            (0, 1),
+            (SPAN - 1, 1),
+            (SPAN, 1),
+            (SPAN - 2, 3),
+            (2 * SPAN - 17, 33),
+            (SPAN - 100, 200),
+            (length - 1, 1),
+        )
+        return all(torch.equal(tried.attend(start, count), whole[start : start + count]) for start, count in cases)
+
+
+class _Tried:
+    """A sequence of numbers of every size and sign, and a cache for it."""
+
+    def __init__(self, shape: LayerShape, settings: AttentionSettings, length: int, kernels: Kernels | None) -> None:
+        self._shape, self._settings, self._length = shape, settings, length
+        self._table = tuple(range(-(-length // _BLOCK)))
+        self._cache = KVCache([shape], len(self._table), _BLOCK, kernels)
+        self._query = self._numbers(settings.heads, shape.key_dim, 1)
+        self._key = self._numbers(shape.heads, shape.key_dim, 2)
+        self._value = self._numbers(shape.heads, shape.value_dim, 3)
+
+    def _numbers(self, count: int, dim: int, shift: int) -> Tensor:
+        """`[count, length, dim]`, quasi-random: a sum of equal terms would hide another order of summation."""
+        index = torch.arange(count * self._length * dim, dtype=torch.float64) * (2 * shift + 1) + shift
+        data = index.mul_(0.618033988749).frac_().sub_(0.5).view(count, self._length, dim)
+        return data.to(device=self._shape.device, dtype=self._shape.dtype)
+
+    def store(self) -> None:
+        """Write all keys and values, at little cost: with our kernels each token looks at itself only."""
+        if not self._cache.native[0]:
+            self._cache.write(0, torch.arange(self._length, device=self._shape.device), self._key, self._value)
+            return
+        self._cache.layers = (replace(self._shape, seen=KeyRange(window=1)),)
+        self.attend(0, self._length)
+        self._cache.layers = (self._shape,)
+
+    def attend(self, start: int, count: int) -> Tensor:
+        """`[count, heads, value_dim]`: tokens `start … start + count - 1`, over what is stored of those before."""
+        slots = torch.arange(start, start + count)
+        span = Span(0, count, start, self._table[: -(-(start + count) // _BLOCK)])
+        part = slice(start, start + count)
+        context = ForwardContext((span,), slots, count, self._cache)
+        with forward_context(context):
+            return attend(context, 0, self._query[:, part], self._key[:, part], self._value[:, part], self._settings)
+
+    def is_right(self, start: int, count: int) -> bool:
+        mine = self.attend(start, count).double()
+        right = self._exact(start, count)
+        bound = _TOLERANCE[self._shape.dtype] * max(float(right.abs().max()), 1e-3)
+        return bool((mine - right).abs().max() <= bound)
+
+    def _exact(self, start: int, count: int) -> Tensor:
+        """The same in float64, written down as the formula says."""
+        settings, repeat = self._settings, self._settings.heads // self._shape.heads
+        rows = torch.arange(start, start + count)[:, None]
+        keys = torch.arange(start + count)[None]
+        query, key, value = (t.double().cpu() for t in (self._query, self._key, self._value))
+        key, value = (t[:, : start + count].repeat_interleave(repeat, 0) for t in (key, value))
+        scores = query[:, start : start + count] @ key.transpose(1, 2) * settings.scale
+        if settings.softcap:
+            scores = settings.softcap * torch.tanh(scores / settings.softcap)
+        scores = scores.masked_fill((keys > rows) | (keys < self._shape.seen.first(rows)), float("-inf"))
+        if settings.sinks is not None:
+            sinks = settings.sinks.double().cpu()[:, None, None].expand(-1, count, 1)
+            scores = torch.cat([scores, sinks], -1)
+        weights = scores.softmax(-1)[..., : start + count]
+        return (weights @ value).transpose(0, 1).to(self._shape.device)

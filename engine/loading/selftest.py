@@ -1,0 +1,394 @@
+"""Try a loaded model on this machine: is it computed rightly, and do its bits depend on the request alone?
+
+`Reference` is one plain pass of transformers, without a cache, over fixed prompts and what follows them; it is taken
+before the model is prepared for serving. `self_test` then generates the same tokens through the runner that will serve:
+
+    packed, if it agrees with the reference  →  fallback, if it agrees  →  refused, with the numbers
+
+and, for the packed runner, compares bits: alone = among others, beside a far position = in chunks = on one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from engine.compute import rotary
+from engine.compute.attention import IMPLEMENTATION, ForwardContext
+from engine.compute.cpu.kernels import Kernels
+from engine.compute.kv_cache import KVCache, LayerShape, runs_of
+from engine.compute.model_runner import FallbackRunner, PackedRunner, Runner, discover, input_device, register_attention
+from engine.compute.row_safe import RowSafeFunctions
+from engine.errors import LoadError, out_of_memory
+from engine.loading.attention_trial import AttentionTrial
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sequence import Sequence
+from engine.types.model_info import LawReport
+from engine.types.sampling_params import SamplingParams
+
+_BLOCK = 16
+_SHORT = (21, 9, 5, 3)
+_LONG = 200
+"""Lengths of prompts. The long one leaves every tile of a kernel, and makes steps of hundreds of rows."""
+_DECODED = 3
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Allowed difference to plain transformers, as a share of the largest logit."""
+_ROUNDED_TOLERANCE = 2e-1
+"""The same where weights and inputs are rounded to bytes, which the reference knows nothing of."""
+_TIE = 1e-1
+"""Allowed for one row of all: the last bit of a sum can decide which expert a router chooses."""
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """`layers` is None when the model needs the fallback runner; `report.reason` says why.
+
+    `single_rows`: a token that is computed alone needs no padding to keep its bits (packed runner).
+    `row_safe`: the model calls functions of torch that need `RowSafeFunctions` (packed runner).
+    `positions`: the model must be told positions (fallback runner).
+    """
+
+    layers: tuple[LayerShape, ...] | None
+    report: LawReport
+    single_rows: bool = False
+    row_safe: bool = False
+    positions: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A prompt, and the tokens that are taken to follow it, whatever the model would choose."""
+
+    prompt: tuple[int, ...]
+    rest: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a runner gave for one text.
+
+    Attributes:
+        logits: `[_DECODED, vocab] float32`: of the prompt's last token and of those that follow.
+        stored: keys and values of the text's full blocks, of all layers; None in the fallback runner.
+    """
+
+    logits: Tensor
+    stored: tuple[Tensor, ...] | None = None
+
+    def equals(self, other: _Run) -> bool:
+        """Whether all bits are the same."""
+        if not torch.equal(self.logits, other.logits):
+            return False
+        pairs = zip(self.stored or (), other.stored or (), strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What plain transformers says: for each text `[_DECODED, vocab] float32` logits."""
+
+    texts: tuple[_Text, ...]
+    logits: tuple[Tensor, ...]
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, model: nn.Module, vocab_size: int, length: int) -> Reference:
+        """Compute it: one pass for each text, without a cache.
+
+        Args:
+            length: how many tokens a sequence may have.
+
+        Raises:
+            LoadError: the model cannot be called.
+        """
+        lengths = [n for n in (*_SHORT, _LONG) if n + _DECODED <= length] or [1]
+        ids = _usable_ids(model, vocab_size)
+        texts = tuple(_Text(_pick(ids, n), _pick(ids, _DECODED, 5 * n)) for n in lengths)
+        logits = []
+        try:
+            for text in texts:
+                rotary.reset(model)
+                tokens = torch.tensor([[*text.prompt, *text.rest[:-1]]], device=input_device(model))
+                rows = model(tokens, use_cache=False).logits[0, len(text.prompt) - 1 :]
+                logits.append(rows.to(torch.float32).cpu())
+        except Exception as error:  # whatever an unknown architecture does
+            if out_of_memory(error):
+                raise
+            raise LoadError(f"{type(model).__name__} cannot be served: {first_line(error)}.") from error
+        return cls(texts, tuple(logits))
+
+    def difference(self, runs: Seq[_Run], tolerance: float) -> str | None:
+        """How the runs differ from plain transformers, in words; None if they agree up to rounding.
+
+        Numbers that a model masks out (infinite, or as good as) must be masked out in both.
+        """
+        scale = max(max(float(plain[_is_said(plain)].abs().max()) for plain in self.logits), 1e-6)
+        rows = [
+            _distance(mine, right) / scale
+            for run, plain in zip(runs, self.logits, strict=True)
+            for mine, right in zip(run.logits, plain, strict=True)
+        ]
+        worst = sorted((float("inf") if row != row else row for row in rows), reverse=True)
+        if worst[0] <= tolerance or (worst[0] <= _TIE and worst[1] <= tolerance):
+            return None
+        off = sum(row > tolerance for row in worst)
+        return (
+            f"differs from plain transformers by {worst[0] * scale:.2g} in {off} of {len(rows)} places "
+            f"(largest logit {scale:.2g})"
+        )
+
+
+def _is_said(logits: Tensor) -> Tensor:
+    """Where a logit is a number and not a mask."""
+    return ~(logits.abs() > 1e30)
+
+
+def _distance(mine: Tensor, right: Tensor) -> float:
+    """The largest difference of two rows, infinite if they do not mask out the same."""
+    said = _is_said(right)
+    if not torch.equal(said, _is_said(mine)) or not torch.equal(mine[~said], right[~said]):
+        return float("inf")
+    return float((mine[said] - right[said]).abs().max())
+
+
+def self_test(
+    model: nn.Module,
+    reference: Reference,
+    vocab_size: int,
+    dtype: torch.dtype,
+    length: int,
+    *,
+    kernels: Kernels | None = None,
+    rounded: bool = False,
+) -> SelfTest:
+    """Choose the runner that serves the model, and try the law. Leaves the model with that runner's attention.
+
+    Args:
+        length: how many tokens a sequence may have.
+        kernels: our own, for attention.
+        rounded: weights and inputs of linear layers are rounded to bytes.
+
+    Raises:
+        LoadError: no runner agrees with plain transformers.
+    """
+    own = getattr(model.config, "_attn_implementation", None) or "eager"
+    tolerance = _ROUNDED_TOLERANCE if rounded else _TOLERANCE[dtype]
+    fallback = partial(_fallback, model, reference, vocab_size, tolerance, own)
+    register_attention()
+    try:
+        if rotary.dynamic(model):
+            return fallback("its rotary scaling is dynamic")
+        model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+        with RowSafeFunctions() as functions:
+            context = discover(model, length)
+        layers = tuple(context.layers[i] for i in range(len(context.layers)))
+        packed = _Packed(model, layers, vocab_size, length, kernels, functions.used)
+        alone = [packed.run([text])[0] for text in reference.texts]
+        crowd = packed.run(reference.texts, far=True)
+    except LoadError:
+        raise
+    except Exception as error:  # whatever an unknown architecture does when it is called in a way it does not expect
+        if out_of_memory(error):
+            raise
+        return fallback(first_line(error))
+    for runs, where in ((alone, "the packed pass"), (crowd, "the packed pass of several sequences")):
+        difference = reference.difference(runs, tolerance)
+        if difference:
+            return fallback(f"{where} {difference}")
+    trials = _attention_trials(context, kernels)
+    for trial in trials:
+        if not trial.is_right():
+            return fallback(f"attention is wrong over {trial.describe()}")
+    return _law(model, reference, packed, alone, crowd, trials, dtype)
+
+
+def _attention_trials(context: ForwardContext, kernels: Kernels | None) -> list[AttentionTrial]:
+    """One for each way of attending that the model's layers have."""
+    ways = {(shape, context.settings[i].kind): i for i, shape in context.layers.items()}
+    return [AttentionTrial(context.layers[i], context.settings[i], kernels) for i in ways.values()]
+
+
+def _law(
+    model: nn.Module,
+    reference: Reference,
+    packed: _Packed,
+    alone: list[_Run],
+    crowd: list[_Run],
+    trials: list[AttentionTrial],
+    dtype: torch.dtype,
+) -> SelfTest:
+    """Compare bits: what is the same, whatever the circumstances."""
+    short = [i for i, text in enumerate(reference.texts) if len(text.prompt) < _LONG]
+    few, long = [reference.texts[i] for i in short], [t for t in reference.texts if len(t.prompt) >= _LONG]
+    few_alone, long_alone = [alone[i] for i in short], [a for i, a in enumerate(alone) if i not in short]
+    # The long prompt in pieces and on one thread at once: they are told apart only if bits differ.
+    threads = _on_one_thread(lambda: _equal(few_alone + long_alone, packed.run([*few, *long], budget=66, far=True)))
+    checks = {
+        "packed": _equal(alone, crowd),
+        "chunked": _equal(few_alone, packed.run(few, budget=5))
+        and (threads or _equal(long_alone, packed.run(long, budget=66))),
+        "threads": threads,
+        "key spans": all(trial.rows_agree() for trial in trials),
+    }
+    holds, reason = verdict(checks, type(model).__name__, dtype, packed.layers[0].device)
+    single = holds and _equal(few_alone[:2], [packed.run([text], single_rows=True)[0] for text in few[:2]])
+    return SelfTest(packed.layers, LawReport(holds, reason, tuple(checks.items())), single, packed.row_safe)
+
+
+def verdict(checks: Mapping[str, bool], model: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    """Whether the law holds, and why, from what was tried.
+
+    Trials find faults; what makes the promise is that every operation is known to treat each row by itself. On a GPU
+    products are the vendor's library's, which picks a kernel by the number of rows: small models pass every trial (seen
+    on an H100 in bfloat16) and real ones do not, so it is not promised there, whatever the trials say.
+    """
+    where = f"({model}, {dtype}, {device})".replace("torch.", "")
+    if wrong := [name for name, right in checks.items() if not right]:
+        return False, f"bits differ: {', '.join(wrong)} {where}"
+    if device.type != "cpu":
+        return False, f"no trial found other bits, but products on a GPU depend on the number of rows {where}"
+    return True, "the same bits alone, packed, chunked and on one thread"
+
+
+def _fallback(
+    model: nn.Module, reference: Reference, vocab_size: int, tolerance: float, own: str, reason: str
+) -> SelfTest:
+    """The fallback runner, if it computes what plain transformers does.
+
+    Raises:
+        LoadError: it does not either; with both reasons.
+    """
+    name = type(model).__name__
+    objections: list[str] = []
+    try:
+        model.set_attn_implementation(own)  # type: ignore[operator]
+    except Exception as error:
+        raise LoadError(f"{name} cannot be served: not packed ({reason}); {first_line(error)}.") from error
+    for positions in (True, False):  # some count their own, from another number than 0
+        try:
+            difference = reference.difference(_alone(model, reference.texts, vocab_size, positions), tolerance)
+        except Exception as error:  # whatever an unknown architecture does
+            if out_of_memory(error):
+                raise
+            difference = f"fails: {first_line(error)}"
+        if difference is None:
+            law = LawReport(False, f"each sequence runs alone in the fallback runner ({name}: {reason})")
+            return SelfTest(None, law, positions=positions)
+        objections.append(difference)
+    raise LoadError(f"{name} cannot be served: not packed ({reason}), and each sequence alone {objections[0]}.")
+
+
+def _alone(model: nn.Module, texts: Seq[_Text], vocab_size: int, positions: bool) -> list[_Run]:
+    """Through the fallback runner, all at once: what one leaves behind must not reach another."""
+    blocks = sum(-(-(len(text.prompt) + _DECODED) // _BLOCK) for text in texts)
+    scheduler = Scheduler(
+        BlockPool(blocks, _BLOCK, caching=False), max_sequences=len(texts), max_batch_tokens=512, whole_prompts=True
+    )
+    return _generate(FallbackRunner(model, vocab_size, positions=positions), scheduler, texts)
+
+
+class _Packed:
+    """Generates texts with the packed runner, each time with an empty cache."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: tuple[LayerShape, ...],
+        vocab_size: int,
+        length: int,
+        kernels: Kernels | None,
+        row_safe: bool,
+    ) -> None:
+        self.layers, self.row_safe = layers, row_safe
+        self._model, self._vocab_size, self._length, self._kernels = model, vocab_size, length, kernels
+
+    def run(self, texts: Seq[_Text], *, budget: int = 512, far: bool = False, single_rows: bool = False) -> list[_Run]:
+        """Through the real scheduler: `budget` tokens a step; `far`: rows at far positions are computed beside."""
+        if not texts:
+            return []
+        blocks = sum(-(-(len(t.prompt) + _DECODED) // _BLOCK) for t in texts)
+        cache = KVCache(self.layers, blocks, _BLOCK, self._kernels)
+        last = self._length - 1
+        runner = PackedRunner(
+            self._model,
+            cache,
+            self._vocab_size,
+            single_rows=single_rows,
+            row_safe=self.row_safe,
+            bystanders=(last, last // 2, 0) if far else (),
+        )
+        pool = BlockPool(blocks, _BLOCK, caching=False)
+        scheduler = Scheduler(pool, max_sequences=len(texts), max_batch_tokens=budget)
+        return _generate(runner, scheduler, texts, cache)
+
+
+def _generate(runner: Runner, scheduler: Scheduler, texts: Seq[_Text], cache: KVCache | None = None) -> list[_Run]:
+    """Let a runner compute the texts, all at once. `cache`: the runner's, if what is stored there is to be compared."""
+    params = SamplingParams(max_tokens=_DECODED)
+    sequences = [Sequence(str(i), 0, text.prompt, params, 0) for i, text in enumerate(texts)]
+    rest = {sequence: text.rest for sequence, text in zip(sequences, texts, strict=True)}
+    seen: dict[Sequence, list[Tensor]] = {sequence: [] for sequence in sequences}
+    stored: dict[Sequence, tuple[Tensor, ...] | None] = {}
+    for sequence in sequences:
+        scheduler.add([sequence])
+    while scheduler.has_work:
+        schedule = scheduler.schedule()
+        result = runner.forward(schedule)
+        for fault in result.errors.values():
+            raise fault
+        logits = iter(result.logits.cpu())
+        scheduler.commit(schedule)
+        for sequence in [chunk.sequence for chunk in schedule.chunks if chunk.samples]:
+            seen[sequence].append(next(logits))
+            sequence.append(rest[sequence][sequence.position])
+            if sequence.position == _DECODED:
+                stored[sequence] = None if cache is None else _stored(cache, sequence.block_table)
+                scheduler.finish(sequence)
+                runner.forget(sequence)
+    return [_Run(torch.stack(seen[sequence]), stored[sequence]) for sequence in sequences]
+
+
+def _stored(cache: KVCache, table: Seq[int]) -> tuple[Tensor, ...]:
+    """Copies of a sequence's full blocks, of all layers: they show what the logits of a few rows may hide."""
+    if len(table) < 2:
+        return ()
+    runs = runs_of(table, _BLOCK, (len(table) - 1) * _BLOCK)
+    tensors = (*cache.keys, *cache.values)
+    return tuple(torch.cat([t[:, run.start : run.start + run.length] for run in runs], 1) for t in tensors)
+
+
+def _equal(a: Seq[_Run], b: Seq[_Run]) -> bool:
+    return all(one.equals(two) for one, two in zip(a, b, strict=True))
+
+
+def _on_one_thread(test: Callable[[], bool]) -> bool:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return test()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a sentence."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+
+
+def _usable_ids(model: nn.Module, vocab_size: int) -> range:
+    """Token ids to try; padding is no text, and some models do not count it."""
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)  # type: ignore[operator,union-attr]
+    if not isinstance(padding, int) or not 0 <= padding < vocab_size:
+        return range(vocab_size)
+    below, above = range(padding), range(padding + 1, vocab_size)
+    return max(below, above, key=len)
+
+
+def _pick(ids: range, count: int, shift: int = 0) -> tuple[int, ...]:
+    return tuple(ids[(7919 * (i + count + shift) + 13) % len(ids)] for i in range(count))

@@ -1,0 +1,49 @@
+"""A chat template's first renderings, in a child process that may die of it. Knows no tokens, no model, no HTTP.
+
+A template belongs to a checkpoint and is a stranger's. Each rendering has a budget (`engine.templates.budget`), which
+refuses it by count; the child has a clock and a memory limit, for what nobody has counted. What has gone well there is
+done again here. Where a system has no such processes (Windows), the budget alone holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from engine.confined.process import AVAILABLE, Confined, ConfinedError, ConfinedFault
+from engine.errors import LoadError
+from engine.replies import reasoning, tool_format
+from engine.templates.chat_template import ChatTemplate
+
+__all__ = ["check", "render"]
+
+SECONDS: Final = 20.0
+"""Of processor time, for the dozen renderings below. Those of published templates take 5 milliseconds together."""
+MEMORY: Final = 1 << 30
+
+
+def check(source: str | None, tool_use: str | None, special_tokens: Mapping[str, str]) -> None:
+    """Render what loading renders, in a child.
+
+    Raises:
+        LoadError: the template is none, or went beyond the limits.
+    """
+    if source is None or not AVAILABLE:
+        return
+    confined = Confined("templates", seconds=SECONDS, memory_bytes=MEMORY, at_once=1)
+    given = {"source": source, "tool_use": tool_use, "special_tokens": dict(special_tokens)}
+    try:
+        confined.call("engine.loading.template_trial:render", given)
+    except ConfinedFault as fault:
+        raise LoadError(f"The chat template was tried in a process of its own, which {fault}.") from None
+    except ConfinedError as error:
+        raise LoadError(f"{error}" if error.kind == "LoadError" else f"The chat template: {error}") from None
+    finally:
+        confined.close()
+
+
+def render(given: Mapping[str, Any]) -> None:
+    """All that loading renders: whether texts come in parts, how thoughts and calls are written."""
+    template = ChatTemplate(given["source"], given["special_tokens"], tool_use=given["tool_use"])
+    reasoning.find(template)
+    tool_format.find(template)

@@ -1,0 +1,190 @@
+"""Messages and tools → the prompt of a model: its text by the model's template, its tokens with content kept apart.
+
+Knows templates, dialects and control words; no limits, no parameters of sampling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import InvalidFormat, TemplateRefused
+from engine.prompts.content_guard import ContentGuard, ControlWords, Conversation, Marked
+from engine.prompts.prompt_encoder import CLOSE, OPEN, PromptEncoder, find_control_words
+from engine.replies.chat_format import Dialect
+from engine.replies.tool_format import (
+    CALL_ID,
+    GENERIC,
+    ToolFormat,
+    generic_messages,
+    one_call_a_turn,
+    with_written_calls,
+)
+from engine.templates.chat_template import ChatTemplate
+from engine.types.messages import ChatMessage
+from engine.types.requests import GenerationRequest
+
+__all__ = ["ChatPrompts", "Encoded", "control_words"]
+
+_RESULTS = "<tool_response></tool_response>"
+"""What `generic_messages` writes around results."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt's tokens. `shown`: its text, in which a control word of the request has the mark in it."""
+
+    ids: list[int]
+    shown: str
+    mark: str = ""
+
+
+def control_words(tokenizer: Any, template: ChatTemplate, dialect: Dialect) -> tuple[dict[str, int], frozenset[str]]:
+    """A model's control words by spelling, and which of them an assistant's text may hold as such.
+
+    The latter are the marks of thoughts, and those of calls that are no special tokens: they part what clients send
+    back.
+    """
+    forms = [_written(form) for form in (dialect.tool_format, dialect.template_format, GENERIC) if form is not None]
+    own = template.source, template.tool_use.source if template.tool_use else None
+    words = find_control_words(tokenizer, [*(text or "" for text in own), *forms, _RESULTS])
+    special = {t.content for t in tokenizer.backend_tokenizer.get_added_tokens_decoder().values() if t.special}
+    kept = {word for word in words if word not in special and dialect.mentions(word, calls=True)}
+    if dialect.reasoning is not None:
+        kept |= {dialect.reasoning.open, dialect.reasoning.close} & words.keys()
+    return words, frozenset(kept)
+
+
+class ChatPrompts:
+    """Renders and encodes conversations for one model. Holds no state; may be shared by threads."""
+
+    def __init__(
+        self, template: ChatTemplate, dialect: Dialect, encoder: PromptEncoder, words: ControlWords | None
+    ) -> None:
+        """`words`: what content must not become; None to let it."""
+        self._template = template
+        self._dialect = dialect
+        self._encoder = encoder
+        self._words = words
+        self._guard = ContentGuard(words) if words is not None else None
+
+    def conversation(self, request: GenerationRequest, variables: Mapping[str, Any]) -> Conversation:
+        """What the template is to render of a request with messages."""
+        messages: Sequence[ChatMessage] = request.messages or ()
+        form = self._dialect.template_format
+        if self._by_template(request.tools) and form is not None and CALL_ID in form.close:
+            messages = [_with_short_ids(message) for message in messages]
+        return Conversation(tuple(messages), tuple(_as_shown(tool) for tool in request.tools), variables)
+
+    def render(self, conversation: Conversation) -> str:
+        """The prompt's text.
+
+        Raises: what `ChatTemplate.render` raises.
+        """
+        messages: Sequence[ChatMessage] = conversation.messages
+        tools, variables = list(conversation.tools), conversation.variables
+        if self._by_template(tools):
+            form = self._dialect.template_format
+            if form is not None and form.between is None:
+                messages = one_call_a_turn(messages)
+            if form is not None and not self._dialect.writes_calls:
+                messages = with_written_calls(messages, form)
+            return self._template.render(messages, variables, tools=tools)
+        if not tools and not any(m.tool_calls or m.role == "tool" for m in messages):
+            return self._template.render(messages, variables)
+        try:
+            return self._template.render(generic_messages(messages, tools, system=True), variables)
+        except TemplateRefused:  # it may know no system turn
+            return self._template.render(generic_messages(messages, tools, system=False), variables)
+
+    def encode(self, conversation: Conversation, text: str) -> Encoded:
+        """The tokens of a rendered conversation; what it spells of control words is text in them.
+
+        Where nothing of the request takes part in a control word, these are the tokens of `text` as it is.
+
+        Raises:
+            InvalidFormat: the tokenizer or the template does not let content be told from control.
+            TypeError, UnicodeEncodeError: see `PromptEncoder.encode`.
+        """
+        marked = self._guard.mark(conversation, text) if self._guard is not None else None
+        if marked is None or self._words is None:
+            return Encoded(self._encoder.encode(text, special=False), text)
+        own, shown = self._words.find(text), self._shown(marked, text)
+        told = self._words.find(shown) if shown is not None else []
+        if shown is None:
+            as_it_is = not marked.spelled
+        elif shown.replace(marked.mark, "") == text:
+            as_it_is = _in_plain(told, shown, marked.mark) == own
+        else:  # the template chose by what the marks changed: it may, if there was nothing to hide
+            as_it_is = not marked.spelled and [word for _, word in told] == [word for _, word in own]
+        if as_it_is:
+            ids = self._encoder.encode(text, special=False)
+            if self._encoder.has_just(ids, own):
+                return Encoded(ids, text)
+        if shown is None or OPEN in shown or CLOSE in shown:
+            raise self._refusal("beside a noncharacter, or in a template that changes or refuses it")
+        ids = self._encoder.encode_apart(shown, told, marked.mark)
+        if not self._encoder.has_just(ids, told):
+            raise self._refusal("which its tokenizer cannot read as text")
+        return Encoded(ids, shown, marked.mark)
+
+    def _by_template(self, tools: Sequence[Any]) -> bool:
+        # A template of its own for tools leaves the other one to conversations that know of none.
+        return self._dialect.shows_tools and (bool(tools) or self._template.tool_use is None)
+
+    def _shown(self, marked: Marked, text: str) -> str | None:
+        """The prompt with marks; None if the template refuses them or writes one as something else."""
+        try:
+            shown = self.render(marked.conversation)
+        except TemplateRefused:
+            return None
+        code = f"{ord(marked.mark):x}"
+        if f"\\u{code}" not in text:
+            shown = shown.replace(f"\\u{code}", marked.mark)  # JSON in ASCII
+        written = (code, str(ord(marked.mark)), "".join(f"%{byte:02x}" for byte in marked.mark.encode()))
+        lowered = shown.lower()
+        return None if any(form in lowered and form not in text.lower() for form in written) else shown
+
+    def _refusal(self, why: str) -> InvalidFormat:
+        return InvalidFormat(
+            f"messages hold the spelling of a control token of this model, {why}; leave it out "
+            "(content_special_tokens: parse in models.yaml takes such text as control tokens).",
+            param="messages",
+        )
+
+
+def _in_plain(found: Sequence[tuple[int, str]], text: str, mark: str) -> list[tuple[int, str]]:
+    """Places in a text with marks as places in the text without."""
+    places, at, marks = [], 0, 0
+    for position, word in found:
+        marks += text.count(mark, at, position)
+        at = position
+        places.append((position - marks, word))
+    return places
+
+
+def _written(form: ToolFormat) -> str:
+    parts = (form.begin, form.open, form.middle, form.close, form.between or "", form.end)
+    return "\0".join((*parts, form.key_open, form.value_open, form.value_close))
+
+
+def _as_shown(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A definition as the model sees it: how strictly it is held to it is no concern of its."""
+    return {**tool, "function": {key: value for key, value in tool["function"].items() if key != "strict"}}
+
+
+def _with_short_ids(message: ChatMessage) -> ChatMessage:
+    """A message whose call ids have nine letters and digits, for templates that show them and take no other length."""
+
+    def short(call_id: str) -> str:
+        own = call_id.removeprefix("call_")
+        return own if len(own) == 9 and own.isalnum() else hashlib.sha256(call_id.encode()).hexdigest()[:9]
+
+    return dataclasses.replace(
+        message,
+        tool_calls=tuple(dataclasses.replace(call, id=short(call.id)) for call in message.tool_calls),
+        tool_call_id=None if message.tool_call_id is None else short(message.tool_call_id),
+    )

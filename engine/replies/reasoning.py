@@ -1,0 +1,198 @@
+"""Where a model's thinking begins and ends: read from its chat template, found in its text. No tokens, no torch.
+
+find        chat template → `ReasoningFormat`, by rendering a turn with marked thoughts, or by the marks in its source
+Splitter    text in, thoughts and answer out. One per choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from engine.errors import InvalidParameter, TemplateRefused
+from engine.templates.chat_template import ChatTemplate
+from engine.types.messages import ChatMessage
+
+__all__ = ["EFFORTS", "ReasoningFormat", "Splitter", "find", "template_variables"]
+
+EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh")
+
+_MARKS: Final = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+)
+"""For templates that do not render thoughts. Both marks must stand in the source."""
+
+_SWITCHES: Final = ("enable_thinking", "thinking")
+_LEVELS: Final[Mapping[str, str]] = {
+    "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high",
+}  # fmt: skip
+"""reasoning_effort → what templates with a variable of that name know."""
+
+_THOUGHT: Final = "Zweifel"  # no template writes this word
+_REPLY: Final = "Antwort"
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningFormat:
+    """`open` and `close` stand around the thoughts, without the white space that the template puts beside them.
+
+    `closing`: all that the template writes between the last thought and the answer. `answer_open`: what it writes
+    before an answer without thoughts; often nothing. `resume`: what comes between the end of the thoughts and an
+    answer or a call; nothing but for models whose thoughts are a turn of their own. `asides`: what opens other turns
+    that such a model may write before its answer, closed as thoughts are.
+    """
+
+    open: str
+    close: str
+    closing: str
+    answer_open: str = ""
+    resume: str = ""
+    asides: tuple[str, ...] = ()
+
+
+def find(template: ChatTemplate) -> ReasoningFormat | None:
+    """What a template says about thoughts; None if it knows of none."""
+    if template.source is None:
+        return None
+    found = _probe(template)
+    if found is not None:
+        return found
+    for open_, close in _MARKS:
+        if close in template.source and open_ in template.source:
+            return ReasoningFormat(open_, close, f"\n{close}\n\n")
+    return None
+
+
+def _probe(template: ChatTemplate) -> ReasoningFormat | None:
+    """Render an answer with thoughts and one without; what differs are the marks."""
+    user = ChatMessage("user", "Frage")
+    try:
+        prompt = template.render([user])
+        thoughtful = template.render([user, ChatMessage("assistant", _REPLY, reasoning_content=_THOUGHT)], again=False)
+        plain = template.render([user, ChatMessage("assistant", _REPLY)], again=False)
+    except TemplateRefused:
+        return None
+    begin, end = thoughtful.find(_THOUGHT), thoughtful.rfind(_REPLY)
+    if begin < 0 or end < begin or thoughtful.count(_THOUGHT) != 1:
+        return None
+    # The prompt may open thoughts, and a template may write empty ones before an answer without them; not both.
+    shared = min(_shared(thoughtful[:begin], prompt), _shared(thoughtful[:begin], plain))
+    open_ = thoughtful[shared:begin].strip()
+    closing = thoughtful[begin + len(_THOUGHT) : end]
+    if not open_ or not closing.strip():
+        return None
+    answer = plain[min(shared, _shared(plain, prompt)) : plain.rfind(_REPLY)].strip()
+    close = closing.strip()
+    return ReasoningFormat(open_, close, closing, "" if open_ in answer or close in answer else answer)
+
+
+def _shared(text: str, other: str) -> int:
+    """The length of what two texts begin with alike."""
+    count = 0
+    for a, b in zip(text, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def template_variables(template: ChatTemplate, found: ReasoningFormat | None, effort: str) -> dict[str, Any] | None:
+    """What `reasoning_effort` sets in a template; None if it can set nothing, which for `none` may be an error.
+
+    Raises:
+        InvalidParameter: not an effort; or `none` for a model that always thinks.
+    """
+    if effort not in EFFORTS:
+        raise InvalidParameter(
+            f"reasoning_effort must be one of {', '.join(EFFORTS)}, not {effort[:100]!r}.", param="reasoning_effort"
+        )
+    known = template.variables
+    chosen: dict[str, Any] = {name: effort not in ("none", "minimal") for name in _SWITCHES if name in known}
+    if "reasoning_effort" in known and effort in _LEVELS:
+        chosen["reasoning_effort"] = _LEVELS[effort]
+    if not chosen and effort == "none" and found is not None:
+        raise InvalidParameter(
+            "reasoning_effort: this model always thinks; its template has no switch for none.", param="reasoning_effort"
+        )
+    return chosen or None
+
+
+class Splitter:
+    """Text in, (thoughts, answer) out. Only what stands before the answer can be thoughts.
+
+    White space beside the marks belongs to neither. Joined deltas are the same however the text was cut.
+
+    Args:
+        opened: the prompt has opened the thoughts already.
+    """
+
+    __slots__ = ("_format", "_held", "_state", "inside")
+
+    def __init__(self, found: ReasoningFormat, *, opened: bool) -> None:
+        self._format = found
+        self._held = ""
+        self._state = "open" if opened else "start"
+        self.inside = opened
+        """Whether the text so far ends among the thoughts."""
+
+    def push(self, text: str) -> tuple[str, str]:
+        """Take a piece of text."""
+        if self._state == "answer":
+            return "", text
+        self._held += text
+        thoughts = ""
+        if self._state == "start":
+            self._begin()
+        if self._state == "open":  # nothing but white space so far
+            self._held = self._held.lstrip()
+            if self._held:
+                self._state = "thoughts"
+        if self._state == "thoughts":
+            thoughts = self._think()
+        if self._state == "closed":
+            self._held = self._held.lstrip()
+            if self._held:
+                self._state = "answer"
+        if self._state == "answer":
+            answer, self._held = self._held, ""
+            return thoughts, answer
+        return thoughts, ""
+
+    def finish(self) -> tuple[str, str]:
+        """The end: what was held back."""
+        held, self._held = self._held, ""
+        if self._state == "thoughts":
+            return held.rstrip(), ""
+        return "", held if self._state == "start" else ""
+
+    def _begin(self) -> None:
+        """Decide what the text begins with, if it can be decided yet."""
+        text = self._held.lstrip()
+        for mark, state in ((self._format.open, "open"), (self._format.answer_open, "closed")):
+            if mark and text.startswith(mark):
+                self._held, self._state = text[len(mark) :], state
+                self.inside = state == "open"
+                return
+        if not any(mark.startswith(text) for mark in (self._format.open, self._format.answer_open) if mark):
+            self._state = "answer"
+
+    def _think(self) -> str:
+        close = self._format.close
+        end = self._held.find(close)
+        if end >= 0:
+            thoughts, self._held = self._held[:end].rstrip(), self._held[end + len(close) :]
+            self._state, self.inside = "closed", False
+            return thoughts
+        # Held back: the beginning of the mark, and the white space before it or at the end.
+        keep = len(self._held)
+        for size in range(min(len(close) - 1, keep), 0, -1):
+            if close.startswith(self._held[keep - size :]):
+                keep -= size
+                break
+        thoughts = self._held[:keep].rstrip()
+        self._held = self._held[len(thoughts) :]
+        return thoughts

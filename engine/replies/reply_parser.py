@@ -1,0 +1,70 @@
+"""A reply's text, taken apart while it is written: thoughts, answer, tool calls. No tokens, no torch, no HTTP.
+
+`ReplyParser` is what a running choice uses. Two kinds: `MarkParser`, by marks that were read off a chat template, and
+`response_template.TemplateParser`, by the response template that a tokenizer ships.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from engine.replies.reasoning import Splitter
+from engine.replies.tool_calls import CallReader
+
+__all__ = ["MarkParser", "Parsed", "ReplyParser"]
+
+
+class Parsed(NamedTuple):
+    """What a piece of text adds: to the thoughts, to the answer, and the calls (name, arguments) that it completes."""
+
+    reasoning: str = ""
+    text: str = ""
+    calls: tuple[tuple[str, str], ...] = ()
+
+
+class ReplyParser(Protocol):
+    """Text in, its parts out. Joined parts are the same however the text was cut, and nothing of it is lost."""
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the text so far ends among the thoughts."""
+
+    def push(self, text: str) -> Parsed:
+        """Take a piece of text: what may be shown of it now."""
+
+    def finish(self) -> Parsed:
+        """The end of the reply: what was held back."""
+
+
+class MarkParser:
+    """Thoughts first, if there is a `splitter`; in the rest tool calls, if there is a `reader`."""
+
+    __slots__ = ("_reader", "_splitter")
+
+    def __init__(self, splitter: Splitter | None, reader: CallReader | None) -> None:
+        self._splitter = splitter
+        self._reader = reader
+
+    @property
+    def thinking(self) -> bool:
+        return self._splitter is not None and self._splitter.inside
+
+    def push(self, text: str) -> Parsed:
+        reasoning = ""
+        calls: list[tuple[str, str]] = []
+        if self._splitter is not None:
+            reasoning, text = self._splitter.push(text)
+        if self._reader is not None:
+            text, calls = self._reader.push(text)
+        return Parsed(reasoning, text, tuple(calls))
+
+    def finish(self) -> Parsed:
+        reasoning, text = "", ""
+        calls: list[tuple[str, str]] = []
+        if self._splitter is not None:
+            reasoning, text = self._splitter.finish()
+        if self._reader is not None:
+            text, calls = self._reader.push(text)
+            rest, more = self._reader.finish()
+            text, calls = text + rest, calls + more
+        return Parsed(reasoning, text, tuple(calls))

@@ -1,0 +1,1 @@
+"""From logits to tokens: edits, filters, a stateless draw, log-probabilities."""

@@ -1,0 +1,386 @@
+"""Chooses the next token of every row: logits in, token ids and log-probabilities out.
+
+Knows nothing of text, of stopping or of the model. Holds no randomness: a draw is the Gumbel-max trick with the
+stateless bits of `engine.sampling.rng`, so it depends on the row's logits, parameters, seed, choice and position alone.
+
+    token = argmax over kept ids i of  (logit_i - largest) / T + gumbel(seed, choice, position, i)    lowest id on ties
+
+(float64; the shift by the largest logit is shared by all tokens and changes no draw.) The Gumbel value is computed for
+a handful of tokens only, those that can still win: see `_contenders`.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.errors import InvalidParameter, NumericalFault, VerbatimError
+from engine.sampling.logits import (
+    MAX_VOCABULARY,
+    Cut,
+    Cuts,
+    Edits,
+    Kept,
+    keep_all,
+    keep_first,
+    largest,
+    log_mass,
+    masses,
+    order_keys,
+    scaled,
+)
+from engine.sampling.rng import GAP_UNIT, gaps, gumbel, stream_key, token_steps
+from engine.types.sampling_params import SamplingParams
+
+__all__ = ["Sampled", "Sampler", "SamplingRow"]
+
+_CHUNK_CPU: Final = 2**18  # logits looked at together: the temporaries of one such chunk stay in the cache
+_CHUNK_DEVICE: Final = 2**24
+_SLACK: Final = 1.0 + 2.0**-14
+_CACHED_PROMPTS: Final = 64
+
+
+class SamplingRow(Protocol):
+    """What is asked of one row. `engine.scheduling.sequence.Sequence` is one."""
+
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def choice_index(self) -> int: ...
+    @property
+    def position(self) -> int: ...
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def output_counts(self) -> Counter[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One chosen token.
+
+    Attributes:
+        logprob: None unless `params.logprobs`. At most 0; finite.
+        top: the `params.top_logprobs` likeliest (id, logprob), downward, equals by lowest id. Holds only ids that the
+            tokenizer knows and whose probability is not zero, so it may be shorter than asked.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Samples batches for one model. Not for two threads at once.
+
+    Args:
+        vocab_size: columns of the model's logits, padding rows included.
+        invalid_ids: columns that are no token of the tokenizer; never produced, never listed.
+        end_ids: tokens that end a reply; banned, with `stop_token_ids`, before `min_tokens`.
+        device: where the logits will be.
+
+    Raises:
+        ValueError: a vocabulary that is too large, or in which no id is valid.
+    """
+
+    def __init__(
+        self, vocab_size: int, invalid_ids: Sequence[int], end_ids: Sequence[int], device: torch.device | str = "cpu"
+    ) -> None:
+        if vocab_size > MAX_VOCABULARY:
+            raise ValueError(f"a vocabulary may have at most {MAX_VOCABULARY} tokens, not {vocab_size}")
+        self.vocab_size = vocab_size
+        self.end_ids = tuple(end_ids)
+        self.device = torch.device(device)
+        invalid = {i for i in invalid_ids if 0 <= i < vocab_size}
+        if len(invalid) == vocab_size:
+            raise ValueError(f"none of the {vocab_size} token ids is valid")
+        # Padding rows stand at the end: columns from `width` on are never looked at, which needs no mask.
+        self._width = 1 + max(i for i in range(vocab_size) if i not in invalid)
+        self._holes = torch.tensor(sorted(i for i in invalid if i < self._width), dtype=torch.int64, device=self.device)
+        self._steps = token_steps(self._width, self.device)
+        self._chunk = max(1, (_CHUNK_CPU if self.device.type == "cpu" else _CHUNK_DEVICE) // vocab_size)
+        self._prompts: OrderedDict[int, tuple[tuple[int, ...], Tensor]] = OrderedDict()
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        logits: Tensor,
+        rows: Sequence[SamplingRow],
+        logit_rows: Sequence[int] | None = None,
+        allowed: Tensor | None = None,
+    ) -> list[Sampled | VerbatimError]:
+        """Choose one token for every row.
+
+        `logprobs_mode` raw: of the untouched logits over the whole model vocabulary. processed: of the distribution
+        that is drawn from, after temperature and filters; for temperature 0, of the edited and masked logits. Both in
+        float64, from an integer sum of masses: the same bits in any batch (see `engine.sampling.logits`).
+
+        Args:
+            logits: float32 `[logit rows, vocab_size]`; remains the caller's, never written to.
+            rows: what to choose, in the order of the answer.
+            logit_rows: which row of `logits` each of `rows` draws from; several may share one. None: the same order.
+            allowed: bool `[rows, vocab_size]`, False where a grammar forbids the token. Applied last.
+
+        Returns:
+            One result a row. A row that cannot be answered holds an error, the others are unaffected: `NumericalFault`
+            where the logits hold NaN or +inf, or nothing but -inf; `InvalidParameter` (code `no_token_left`) where
+            biases, `min_tokens` and the grammar together forbid every token.
+        """
+        if not rows:
+            return []
+        assert logits.dtype == torch.float32, logits.dtype
+        assert logits.shape[1] == self.vocab_size, logits.shape
+        # Rows that take the same way stand together from here on, so that each group is one slice of the batch.
+        ways = [self._way(row.params) for row in rows]
+        order = sorted(range(len(rows)), key=ways.__getitem__)
+        ranked = [rows[i] for i in order]
+        sources = order if logit_rows is None else [logit_rows[i] for i in order]
+        work = self._edited(logits, ranked, sources, None if allowed is None else allowed[order])
+        raw_peaks, peaks = logits.amax(-1), work.amax(-1)  # NaN wins a maximum
+        faults = _faults(ranked, sources, raw_peaks.tolist(), peaks.tolist())
+        if faults:
+            return self._sample_others(logits, rows, logit_rows, allowed, {order[i]: e for i, e in faults.items()})
+        answers = _Answers(ranked)
+        self._choose(answers, work, peaks.double().unsqueeze(1), [ways[i] for i in order])
+        self._describe_raw(answers, logits, raw_peaks.double().unsqueeze(1), sources)
+        place = {i: rank for rank, i in enumerate(order)}
+        return [answers.results[place[i]] for i in range(len(rows))]
+
+    def _sample_others(
+        self,
+        logits: Tensor,
+        rows: Sequence[SamplingRow],
+        logit_rows: Sequence[int] | None,
+        allowed: Tensor | None,
+        faults: dict[int, VerbatimError],
+    ) -> list[Sampled | VerbatimError]:
+        """Rare: begin again without the rows that cannot be answered."""
+        others = [i for i in range(len(rows)) if i not in faults]
+        sources = others if logit_rows is None else [logit_rows[i] for i in others]
+        found = self.sample(logits, [rows[i] for i in others], sources, None if allowed is None else allowed[others])
+        results = dict(zip(others, found, strict=True))
+        return [faults[i] if i in faults else results[i] for i in range(len(rows))]
+
+    def _way(self, params: SamplingParams) -> int:
+        """Which rows are computed together: 0 greedy, 1 nothing to sort, else by how many tokens are to be sorted.
+
+        Like with like: who asks for the first 100,000 tokens must not make the others wait for theirs.
+        """
+        if params.temperature == 0.0:
+            return 0
+        cut = self._cut(params)
+        return 1 + (max(64, cut.top_k) - 1).bit_length() if cut.sorts else 1
+
+    def _cut(self, params: SamplingParams) -> Cut:
+        top_k = params.top_k if params.top_k < self._width else 0
+        return Cut(params.temperature, top_k, params.top_p, params.min_p)
+
+    # Edits
+
+    def _edited(
+        self, logits: Tensor, rows: Sequence[SamplingRow], sources: list[int], allowed: Tensor | None
+    ) -> Tensor:
+        """The logits to choose from, `[rows, width]`: a view of the caller's if nothing is to be changed, else ours."""
+        edits = Edits(self._width)
+        for i, row in enumerate(rows):
+            p = row.params
+            if p.logit_bias:
+                edits.bias(i, p.logit_bias)
+            if p.repetition_penalty != 1.0:
+                prompt = self._prompt_ids(row.prompt_token_ids)
+                edits.repetition(i, prompt, list(row.output_counts), p.repetition_penalty)
+            if p.frequency_penalty or p.presence_penalty:
+                edits.penalties(i, row.output_counts, p.frequency_penalty, p.presence_penalty)
+            if row.position < p.min_tokens:
+                edits.ban(i, self.end_ids + p.stop_token_ids)
+        tokens = logits[:, : self._width]
+        untouched = not edits and allowed is None and not self._holes.numel()
+        if untouched and sources == list(range(len(rows))):
+            return tokens[: len(rows)]
+        work = tokens.index_select(0, torch.tensor(sources, device=self.device))
+        edits.apply(work)
+        if self._holes.numel():
+            work.index_fill_(1, self._holes, -math.inf)
+        if allowed is not None:
+            work.masked_fill_(~allowed[:, : self._width], -math.inf)
+        return work
+
+    def _prompt_ids(self, prompt: tuple[int, ...]) -> Tensor:
+        """The distinct ids of a prompt; kept, for the prompt is the same in every step of a reply."""
+        name = id(prompt)  # stays its own as long as the entry holds the tuple
+        if name not in self._prompts:
+            ids = sorted({i for i in prompt if i < self._width})
+            self._prompts[name] = (prompt, torch.tensor(ids, dtype=torch.int64, device=self.device))
+            if len(self._prompts) > _CACHED_PROMPTS:
+                self._prompts.popitem(last=False)
+        self._prompts.move_to_end(name)
+        return self._prompts[name][1]
+
+    # Choosing
+
+    def _choose(self, answers: _Answers, work: Tensor, peaks: Tensor, ways: list[int]) -> None:
+        """Choose for all rows of `work` `[n, width]`, whose `ways` ascend; `peaks` float64 `[n, 1]`."""
+        greedy = bisect_right(ways, 0)
+        for start, end in self._parts(0, greedy):
+            best = work[start:end].argmax(-1, keepdim=True)  # the first of equals: the lowest id
+            rows = range(start, end)
+            answers.choose(rows, best.flatten().tolist())
+            if wanted := [i for i in rows if _wants(answers.rows[i], "processed")]:
+                some = _take(work, wanted)
+                scores = scaled(some, _take(peaks, wanted))
+                answers.describe(wanted, scores, _take(best, [i - start for i in wanted]), None, some)
+        if greedy < len(ways):
+            self._choose_by_draw(answers, work, peaks, ways, greedy)
+
+    def _choose_by_draw(self, answers: _Answers, work: Tensor, peaks: Tensor, ways: list[int], first: int) -> None:
+        drawing = answers.rows[first:]
+        cuts = Cuts.of([self._cut(r.params) for r in drawing], self.device)
+        keys = [stream_key(r.seed, r.choice_index, r.position) for r in drawing]
+        key = torch.tensor(keys, dtype=torch.int64, device=self.device).unsqueeze(1)
+        start = first
+        while start < len(ways):
+            after = bisect_right(ways, ways[start])
+            for i, j in self._parts(start, after):
+                group = list(range(i, j)), work[i:j], peaks[i:j], cuts.span(i - first, j - first)
+                for kept in [keep_all(*group)] if ways[start] == 1 else keep_first(*group):
+                    self._draw(answers, kept, _take(key, [row - first for row in kept.rows]), work)
+            start = after
+
+    def _draw(self, answers: _Answers, kept: Kept, keys: Tensor, work: Tensor) -> None:
+        steps = self._steps if kept.ids is None else self._steps[kept.ids]
+        winners = _race(kept, gaps(keys, steps))
+        answers.choose(kept.rows, [token for _, token in winners])
+        if wanted := [j for j, i in enumerate(kept.rows) if _wants(answers.rows[i], "processed")]:
+            names = [kept.rows[j] for j in wanted]
+            chosen = torch.tensor([[winners[j][0]] for j in wanted], device=self.device)
+            ids = None if kept.ids is None else _take(kept.ids, wanted)
+            answers.describe(names, _take(kept.scores, wanted), chosen, ids, _take(work, names))
+
+    def _describe_raw(self, answers: _Answers, logits: Tensor, peaks: Tensor, sources: list[int]) -> None:
+        wanted = [i for i, row in enumerate(answers.rows) if _wants(row, "raw")]
+        for start, end in self._parts(0, len(wanted)):
+            names = wanted[start:end]
+            at = [sources[i] for i in names]
+            some = _take(logits, at)
+            tokens = some[:, : self._width]
+            if self._holes.numel():
+                tokens = tokens.index_fill(1, self._holes, -math.inf)
+            chosen = torch.tensor([[answers.results[i].token_id] for i in names], device=self.device)
+            answers.describe(names, scaled(some, _take(peaks, at)), chosen, None, tokens)
+
+    def _parts(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """A few rows at a time, so that what is made on the way stays small."""
+        return ((i, min(i + self._chunk, end)) for i in range(start, end, self._chunk))
+
+
+class _Answers:
+    """What is known so far about each row of one batch."""
+
+    def __init__(self, rows: Sequence[SamplingRow]) -> None:
+        self.rows = rows
+        self.results: dict[int, Sampled] = {}
+
+    def choose(self, rows: Sequence[int], tokens: list[int]) -> None:
+        self.results.update((i, Sampled(token)) for i, token in zip(rows, tokens, strict=True))
+
+    def describe(self, rows: list[int], scores: Tensor, chosen: Tensor, ids: Tensor | None, logits: Tensor) -> None:
+        """Add log-probabilities.
+
+        Args:
+            scores: float64 `[n, m]`, the logarithms of unnormalised probabilities, the largest 0.
+            chosen: int64 `[n, 1]`, the column of the chosen token.
+            ids: int64 `[n, m]`, if the columns are tokens in order; else None, and column `i` is token `i`.
+            logits: float32 `[n, width]`, by which to find the likeliest if `ids` is None.
+        """
+        wanted = [self.rows[i].params.top_logprobs for i in rows]
+        count = min(max(wanted), scores.shape[-1] if ids is not None else logits.shape[-1])
+        columns = [scores.gather(1, chosen), masses(scores).sum(-1, keepdim=True)]
+        if count and ids is None:
+            ids = largest(order_keys(logits), count)
+            columns += [scores.gather(1, ids), ids]
+        elif count and ids is not None:
+            columns += [scores[:, :count], ids[:, :count]]
+        # One transfer; ids and masses are rounded to float64, ids exactly.
+        for i, limit, values in zip(rows, wanted, torch.cat(columns, dim=1).tolist(), strict=True):
+            shift = log_mass(values[1])
+            top = zip(values[2 + count :][:limit], values[2 : 2 + count], strict=False)
+            listed = tuple((int(token), score - shift) for token, score in top if score > -math.inf)
+            self.results[i] = Sampled(self.results[i].token_id, values[0] - shift, listed)
+
+
+def _wants(row: SamplingRow, mode: str) -> bool:
+    return row.params.logprobs and row.params.logprobs_mode == mode
+
+
+def _take(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a tensor, which must not be written to: a view if they stand together."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return tensor[rows[0] : rows[0] + len(rows)]
+    return tensor.index_select(0, torch.tensor(rows, device=tensor.device))
+
+
+def _faults(
+    rows: Sequence[SamplingRow], sources: list[int], raw_peaks: list[float], peaks: list[float]
+) -> dict[int, VerbatimError]:
+    """The rows that cannot be answered, and why, from the largest logit of each before and after the edits."""
+    found: dict[int, VerbatimError] = {}
+    for i, row in enumerate(rows):
+        if not math.isfinite(raw_peaks[sources[i]]) or math.isnan(peaks[i]) or peaks[i] == math.inf:
+            found[i] = NumericalFault(f"The model produced logits that are not finite for token {row.position}.")
+        elif peaks[i] == -math.inf:
+            found[i] = InvalidParameter(
+                f"logit_bias, min_tokens and the grammar together forbid every token at position {row.position}.",
+                param="logit_bias",
+                code="no_token_left",
+            )
+    return found
+
+
+def _race(kept: Kept, token_gaps: Tensor) -> list[tuple[int, int]]:
+    """The winner of each row: its column and its token id.
+
+    Args:
+        token_gaps: int64, shaped as `kept.scores`.
+    """
+    width = kept.scores.shape[-1]
+    at = _contenders(kept.scores, token_gaps)
+    columns = [at, token_gaps.view(-1)[at], kept.scores.view(-1)[at]]
+    if kept.ids is not None:
+        columns.append(kept.ids.view(-1)[at])
+    best = [(-math.inf, 0, 0)] * len(kept.rows)
+    # One transfer; every integer here is below 2**53, so float64 holds it exactly.
+    for place, gap, score, *ids in torch.stack(columns, dim=1).tolist():
+        row, column = divmod(int(place), width)
+        token = int(ids[0]) if ids else column
+        best[row] = max(best[row], (score + gumbel(int(gap)), -token, column))
+    return [(column, -token) for _, token, column in best]
+
+
+def _contenders(scores: Tensor, token_gaps: Tensor) -> Tensor:
+    """The few tokens among which the winner must be: flat indices, int64 `[about 2 a row]`.
+
+    Maximising `score + gumbel` is minimising `e / w`, where `w = exp(score)` and `e = -log(u)`, `u = 1 - v`. As
+    `v <= e`, every token has `v / w <= e / w`: cheap to compute and a lower bound. Let `b` be the least `v / w` of a
+    row, had by token j. No weight exceeds 1, so `v_j <= b`, and since `-log(1 - v) / v` grows with v,
+
+        e_j / w_j  =  v_j / w_j * (-log(1 - v_j) / v_j)  <=  -log(1 - b).
+
+    The winner is at least as good as j, hence its `v / w`, too, is at most `-log(1 - b)`. Neither is it worse than the
+    likeliest token, for which `e / w` is at most `-log(2**-53) < 37`. This is computed in float32 with both bounds
+    widened by 6e-5, twenty times what rounding can amount to: a score that can still win is above -41, so its float32
+    neighbour is off by 2e-6 at most, its exponential by 3e-6 of itself.
+    """
+    weight = scores.float().clamp_(min=-80.0).exp_()  # e**-80 cannot win either, and is no denormal, which are slow
+    race = token_gaps.float().div_(weight)
+    least = race.amin(-1, keepdim=True).mul_(GAP_UNIT * _SLACK).clamp_(max=1.0)
+    bound = least.neg_().log1p_().mul_(-_SLACK).clamp_(max=40.0).div_(GAP_UNIT)
+    return (race <= bound).view(-1).nonzero().view(-1)

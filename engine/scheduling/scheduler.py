@@ -1,0 +1,333 @@
+"""Who computes what in the next step. Pure: no tensor, no clock, no thread; it never sees a token's probability.
+
+    waiting ──schedule──▶ running ──finish / abort──▶ gone
+       ▲                     │
+       └──────preempt────────┘        (by recomputation: the blocks go, the tokens stay)
+
+Every running sequence with one uncomputed token decodes in every step; what is left of the token budget goes to
+prompts, in order of turn, cut into chunks. By the engine's law none of these choices changes a bit of any reply.
+
+Groups (keys) take turns: start-time fair queueing by requests. A request's turn is that of the group's last one plus
+one, but not before the turn that is being served: who has many requests waiting is served in order of arrival, one for
+each of the others' ones, and who comes new does not wait for all of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field
+
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.sequence import Sequence, SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Compute tokens `start … start + count - 1` of a sequence.
+
+    `samples`: the last of them is the last token there is, so its logits choose the next one.
+    `forks`: choices that share this prompt and draw their first token from the same logits.
+    `draft`: the last of the tokens are guesses, computed behind those that are there: each row from the last real token
+    on chooses a token.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+    forks: tuple[Sequence, ...] = ()
+    draft: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens to compute."""
+        real = self.sequence.tokens(self.start, self.start + self.count - len(self.draft))
+        return [*real, *self.draft]
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One step. `copies` are (from block, to block), to be carried out in order before anything is written."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Scheduler:
+    """Admission, token budget, chunked prefill, preemption.
+
+    Args:
+        pool: where blocks come from; this object owns every sequence's table.
+        max_sequences: sequences that run at once.
+        max_batch_tokens: prompt and decode tokens of one step; decodes are never cut, a prompt always gets one token.
+        whole_prompts: for a runner with private caches: a prompt is computed in one piece, nothing is shared or
+            preempted, and a sequence is admitted when its worst case fits.
+    """
+
+    def __init__(
+        self, pool: BlockPool, *, max_sequences: int, max_batch_tokens: int, whole_prompts: bool = False
+    ) -> None:
+        self.pool = pool
+        self.max_sequences = max_sequences
+        self.max_batch_tokens = max_batch_tokens
+        self.whole_prompts = whole_prompts
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of admission: the last is the first to be preempted
+        self.num_preemptions = 0
+        self._turn = 0  # that is being served
+        self._turns: dict[str, int] = {}  # the last of each group
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """Queue all choices of one request: the first computes the prompt, the others wait to fork from it."""
+        leader, *siblings = sequences
+        turn = max(self._turn, self._turns.get(leader.group, self._turn - 1) + 1)
+        self._turns = {group: last for group, last in self._turns.items() if last > self._turn}
+        self._turns[leader.group] = turn
+        for sequence in sequences:
+            sequence.turn = turn
+        if not self.whole_prompts:
+            leader.siblings = siblings
+            sequences = [leader]
+        at = len(self.waiting)
+        while at and self.waiting[at - 1].turn > turn:
+            at -= 1
+        for sequence in reversed(sequences):
+            self.waiting.insert(at, sequence)
+
+    def finish(self, sequence: Sequence, *, reusable: bool = True) -> None:
+        """Take a sequence out, wherever it is, and give back its blocks. Does nothing if it is out already.
+
+        `reusable`: its last, partly filled block may serve later prompts.
+        """
+        if sequence.state is SequenceState.FINISHED:
+            return
+        if sequence.state is SequenceState.RUNNING:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        sequence.state = SequenceState.FINISHED
+        self._release(sequence, keep_tail=reusable)
+
+    # -- one step -----------------------------------------------------------------------------------------------
+
+    def schedule(self, held: Container[Sequence] = ()) -> Schedule:
+        """Choose the next step's chunks and take the blocks they write to. `held`: those that take no part in it."""
+        schedule = Schedule()
+        decoding = sum(s.num_uncomputed == 1 for s in self.running)
+        budget = max(self.max_batch_tokens - decoding, 1)
+        preemptions = self.num_preemptions
+        for sequence in list(self.running):
+            if sequence in held or sequence.state is not SequenceState.RUNNING:
+                continue  # or preempted by an older one, a moment ago
+            count = sequence.num_uncomputed
+            is_prompt = count > 1
+            if is_prompt and not self.whole_prompts:
+                count = min(count, budget)
+            if count and self._make_room(sequence, sequence.num_computed + count, schedule):
+                budget -= count if is_prompt else 0
+                draft = () if is_prompt else self._drafted(sequence, budget)
+                budget -= len(draft)
+                self._add_chunk(sequence, count, schedule, draft)
+            sequence.draft = ()
+        if self.num_preemptions == preemptions:
+            self._admit(budget, schedule, held)
+        return schedule
+
+    def commit(self, schedule: Schedule) -> None:
+        """Note that a step's keys and values stand in the cache; full blocks become reusable."""
+        for chunk in schedule.chunks:
+            for sequence in (chunk.sequence, *chunk.forks):
+                if sequence.state is SequenceState.RUNNING:
+                    sequence.num_computed = chunk.start + chunk.count - len(chunk.draft)
+                    self._register_full_blocks(sequence)
+
+    def accept(self, sequence: Sequence) -> None:
+        """Note that the next guessed token of the last step was right: its keys and values stand in the cache."""
+        if sequence.state is SequenceState.RUNNING:
+            sequence.num_computed += 1
+
+    def rollback(self, schedule: Schedule) -> None:
+        """Undo a step that was not carried out: its sequences wait again, to be recomputed.
+
+        Their blocks may have been waiting for copies that never happened, so nothing of this step is kept.
+        """
+        for chunk in reversed(schedule.chunks):
+            for sequence in reversed((chunk.sequence, *chunk.forks)):
+                if sequence.state is SequenceState.RUNNING:
+                    self._preempt(sequence)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _drafted(self, sequence: Sequence, budget: int) -> tuple[int, ...]:
+        """As much of a sequence's guesses as there is room for; nobody is preempted for a guess."""
+        draft = sequence.draft[:budget]
+        wanted = sequence.num_computed + 1 + len(draft)
+        left = self.pool.num_free - len(self.running)  # others may need one each in this very step
+        if not draft or self.pool.blocks_for(wanted) - len(sequence.block_table) > max(left, 0):
+            return ()
+        self._grow(sequence, wanted)
+        return draft
+
+    def _add_chunk(self, sequence: Sequence, count: int, schedule: Schedule, draft: tuple[int, ...] = ()) -> None:
+        start = sequence.num_computed
+        samples = start + count == len(sequence)
+        forks: tuple[Sequence, ...] = ()
+        if samples and sequence.siblings:
+            forks = self._fork_siblings(sequence)
+        schedule.chunks.append(Chunk(sequence, start, count + len(draft), samples, forks, draft))
+
+    def _fork_siblings(self, leader: Sequence) -> tuple[Sequence, ...]:
+        """Let as many siblings run as there is room for; the rest queue in front and find the prompt in the cache."""
+        room = self.max_sequences - len(self.running)
+        forks, rest = leader.siblings[:room], leader.siblings[room:]
+        leader.siblings = []
+        for sequence in forks:
+            sequence.block_table = self.pool.fork(leader.block_table)
+            sequence.block_uids = list(leader.block_uids)
+            sequence.num_computed = leader.num_computed
+            sequence.state = SequenceState.RUNNING
+            self.running.append(sequence)
+        self.waiting.extendleft(reversed(rest))
+        return tuple(forks)
+
+    def _admit(self, budget: int, schedule: Schedule, held: Container[Sequence]) -> None:
+        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
+            sequence = self.waiting[0]
+            if sequence in held:
+                return
+            if self.whole_prompts:
+                if not self._reserve_worst_case(sequence):
+                    return
+                count = sequence.num_uncomputed
+            else:
+                if not self._attach_cached_prefix(sequence, schedule):
+                    return
+                count = min(sequence.num_uncomputed, budget)
+                self._grow(sequence, sequence.num_computed + count)
+            self.waiting.popleft()
+            self._turn = max(self._turn, sequence.turn)
+            sequence.state = SequenceState.RUNNING
+            self.running.append(sequence)
+            budget -= count
+            self._add_chunk(sequence, count, schedule)
+
+    def _attach_cached_prefix(self, sequence: Sequence, schedule: Schedule) -> bool:
+        """Give a waiting sequence what the cache holds of it; False, and nothing taken, if the rest would not fit.
+
+        At least the last token is computed anew: its logits are needed.
+        """
+        tokens = sequence.tokens(0, len(sequence))
+        match = self.pool.match(tokens, len(tokens) - 1, sequence.share)
+        needed = self.pool.blocks_for(len(sequence)) - len(match.blocks)
+        revived = sum(self.pool.references(b) == 0 for b in match.blocks)
+        if needed + revived > self.pool.num_free:
+            return False
+        for block in match.blocks:
+            self.pool.share(block)
+        sequence.block_table = list(match.blocks)
+        sequence.block_uids = list(match.uids)
+        sequence.num_computed = len(match.blocks) * self.pool.block_size
+        if match.tail_block is not None:
+            self._grow(sequence, sequence.num_computed + 1)
+            schedule.copies.append((match.tail_block, sequence.block_table[-1]))
+            sequence.num_computed += match.tail_tokens
+        if not sequence.output_token_ids:
+            sequence.num_cached = sequence.num_computed
+        return True
+
+    def _reserve_worst_case(self, sequence: Sequence) -> bool:
+        worst = self.pool.blocks_for(len(sequence.prompt_token_ids) + (sequence.params.max_tokens or 1))
+        if worst > self.pool.num_free:
+            return False
+        sequence.block_table = self.pool.allocate(worst, sequence, expected=worst)
+        return True
+
+    def _make_room(self, sequence: Sequence, length: int, schedule: Schedule) -> bool:
+        """See that a running sequence owns blocks for `length` tokens, alone where it will write.
+
+        Preempts the youngest while blocks are short. False if that was this sequence itself.
+        """
+        if self.whole_prompts:
+            return True
+        size, table = self.pool.block_size, sequence.block_table
+        first = sequence.num_computed // size  # the block that is written first
+        shared = first < len(table) and self.pool.references(table[first]) > 1
+        needed = self.pool.blocks_for(length) - len(table) + shared
+        if needed <= 0:
+            return True  # nearly every decode
+        while needed > self.pool.num_free:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+            shared = first < len(table) and self.pool.references(table[first]) > 1
+            needed = self.pool.blocks_for(length) - len(table) + shared
+        if shared:
+            assert first == len(table) - 1, "only the block after a prompt is shared and written"
+            old = table.pop()
+            self._grow(sequence, (first + 1) * size)
+            schedule.copies.append((old, table[first]))
+            self.pool.release([old], None)
+        self._grow(sequence, length)
+        return True
+
+    def _grow(self, sequence: Sequence, length: int) -> None:
+        table = sequence.block_table
+        count = self.pool.blocks_for(length) - len(table)
+        if count > 0:
+            most = len(sequence.prompt_token_ids) + (sequence.params.max_tokens or 1)
+            table += self.pool.allocate(
+                count, sequence, after=table[-1] if table else None, expected=self.pool.blocks_for(most) - len(table)
+            )
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence, keep_tail=False)
+        sequence.state = SequenceState.WAITING
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence, *, keep_tail: bool) -> None:
+        tail = sequence.num_computed % self.pool.block_size
+        full = sequence.num_computed // self.pool.block_size
+        if (
+            keep_tail
+            and tail
+            and not self.whole_prompts
+            and full == len(sequence.block_uids) < len(sequence.block_table)
+        ):
+            parent = sequence.block_uids[-1] if sequence.block_uids else sequence.share
+            tokens = sequence.tokens(sequence.num_computed - tail, sequence.num_computed)
+            self.pool.register(sequence.block_table[full], parent, tuple(tokens))
+        self.pool.release(sequence.block_table, sequence)
+        sequence.block_table = []
+        sequence.block_uids = []
+        sequence.num_computed = 0
+
+    def _register_full_blocks(self, sequence: Sequence) -> None:
+        if self.whole_prompts:
+            return
+        size, uids = self.pool.block_size, sequence.block_uids
+        for number in range(len(uids), sequence.num_computed // size):
+            tokens = tuple(sequence.tokens(number * size, (number + 1) * size))
+            parent = uids[-1] if uids else sequence.share
+            uids.append(self.pool.register(sequence.block_table[number], parent, tokens))
+
+    def check(self, others: Iterable[Sequence] = ()) -> None:
+        """Assert every invariant, the pool's included; called after each step of the random walks."""
+        self.pool.check()
+        assert len(self.running) <= self.max_sequences
+        references = [0] * self.pool.num_blocks
+        for sequence in (*self.running, *self.waiting, *others):
+            for block in sequence.block_table:
+                references[block] += 1
+            assert sequence.num_computed < len(sequence), "nothing is left to compute: it would wait for ever"
+            assert len(sequence.block_table) >= self.pool.blocks_for(sequence.num_computed)
+        assert references == [self.pool.references(b) for b in range(self.pool.num_blocks)], "references are lost"
+        assert all(s.state is SequenceState.RUNNING for s in self.running)
+        assert all(s.state is SequenceState.WAITING and not s.block_table for s in self.waiting)

@@ -1,0 +1,90 @@
+"""A running choice: its tokens, its blocks, how far it is computed. Pure data; decides nothing.
+
+A request with n choices is n sequences over the same prompt. Only `prompt + output` and `num_computed` matter to a
+forward pass: a preempted sequence is one whose `num_computed` went back to zero, nothing else about it changes.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from dataclasses import dataclass, field
+
+from engine.types.sampling_params import SamplingParams
+
+
+class SequenceState(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of one request.
+
+    Attributes:
+        prompt_token_ids: shared by all choices of the request, never changed.
+        output_token_ids: what has been generated so far, the end token included.
+        output_counts: how often each id stands in `output_token_ids`; kept by `append`.
+        block_table: ids of the blocks that hold its keys and values, in order. Owned by the block pool.
+        block_uids: the pool's names for the contents of its full, computed blocks, in order.
+        num_computed: tokens of `prompt + output` whose keys and values stand in those blocks.
+        num_cached: prompt tokens found in the prefix cache at admission.
+        siblings: on choice 0 only, the choices that wait for its prompt to be computed.
+        group: whose request it is; the scheduler lets groups take turns.
+        share: the share of the prefix cache that it reads and fills.
+        turn: its place in that order, given by the scheduler.
+        draft: tokens that are guessed to come next; not part of the sequence.
+    """
+
+    request_id: str
+    choice_index: int
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    state: SequenceState = SequenceState.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    output_counts: Counter[int] = field(default_factory=Counter)
+    block_table: list[int] = field(default_factory=list)
+    block_uids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int = 0
+    siblings: list[Sequence] = field(default_factory=list)
+    group: str = ""
+    share: tuple[str, ...] = ()
+    turn: int = 0
+    draft: tuple[int, ...] = ()
+    _length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._length = len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def position(self) -> int:
+        """Index of the next generated token: what the draw depends on, beside seed and choice."""
+        return len(self.output_token_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return self._length - self.num_computed
+
+    def token(self, index: int) -> int:
+        split = len(self.prompt_token_ids)
+        return self.prompt_token_ids[index] if index < split else self.output_token_ids[index - split]
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Token ids of positions `start … end - 1` of prompt and output together."""
+        split = len(self.prompt_token_ids)
+        return [
+            *self.prompt_token_ids[start:end],
+            *self.output_token_ids[max(start - split, 0) : max(end - split, 0)],
+        ]
+
+    def append(self, token_id: int) -> None:
+        self.output_token_ids.append(token_id)
+        self._length += 1
+        self.output_counts[token_id] += 1

@@ -1,0 +1,1 @@
+"""Text and tokens: vocabulary, detokenizer, stop strings, JSON schemas. No torch."""

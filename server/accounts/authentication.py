@@ -1,0 +1,70 @@
+"""The door: which paths anybody may ask for, and whose key opens the others. Before any body is read."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engine import VerbatimError
+from server.accounts.charging import Meter
+from server.errors import Unauthorized, error_response
+from server.ledger.store import Key
+
+__all__ = ["OPEN", "Gate", "key_of"]
+
+OPEN: Final = frozenset({"/health/live", "/health/ready"})
+"""All else needs a key, where keys are in use: also what does not exist, so that nothing is learnt from trying."""
+
+
+class Gate:
+    """Pure ASGI: nothing of a request is read before its key is known.
+
+    Args:
+        meter: asked for keys.
+        retry_after: seconds, for when it cannot be asked.
+    """
+
+    def __init__(self, app: ASGIApp, meter: Meter, retry_after: int) -> None:
+        self._app = app
+        self._meter = meter
+        self._retry_after = retry_after
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN:
+            await self._app(scope, receive, send)
+            return
+        try:
+            key = await self._key(scope)
+        except VerbatimError as error:
+            await error_response(error, self._retry_after)(scope, receive, send)
+            return
+        scope.setdefault("state", {})["key"] = key
+
+        async def send_with_limits(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in self._meter.headers(key).items():
+                    headers[name] = value
+            await send(message)
+
+        await self._app(scope, receive, send_with_limits)
+
+    async def _key(self, scope: Scope) -> Key:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        if not given:
+            raise Unauthorized("this server needs a key: send the header Authorization: Bearer KEY.")
+        kind, _, secret = given[0].decode("latin-1").partition(" ")
+        if kind.lower() != "bearer" or not secret.strip() or len(given) > 1:
+            raise Unauthorized("the Authorization header must be Bearer, a space and the key.")
+        key = await self._meter.authenticate(secret.strip())
+        if key is None:
+            raise Unauthorized("this key is not known here, was revoked, or has expired.")
+        return key
+
+
+def key_of(scope: Scope) -> Key | None:
+    """The key that opened the door; None where no keys are in use."""
+    key: Key | None = scope.get("state", {}).get("key")
+    return key

@@ -1,0 +1,184 @@
+"""Holds and their ends: what is to be written stays here until it is, and stands in nobody else's way.
+
+    hold ──▶ end ──▶ waiting ──▶ written            the database works
+                        │  └───▶ set aside          it will never take this row: loud, out of the way
+                        └── stays, its hold too     it cannot be used: tried again before the key's next hold,
+                                                    at every beat, and at the end
+
+A key whose settlement waits holds nothing new, so that nothing is served for free; other keys are not asked to wait for
+it: a lock that somebody keeps on its row (PostgreSQL) is waited for once in a beat. Used on one thread, the ledger's.
+Knows no request but by its id, and no clock: that a process lives is a count that goes on, looked at in every beat of
+this one's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Final, TypeVar
+
+from engine import VerbatimError
+from server.accounts.owners import surely_gone
+from server.ledger.money import LedgerFault, Locked, Settled, Unwritable
+from server.ledger.store import Ledger
+
+__all__ = ["BEAT_SECONDS", "Settler"]
+
+log = logging.getLogger("verbatim.server")
+
+BEAT_SECONDS: Final = 15.0
+"""Between two beats."""
+_SILENT: Final = 6
+"""Beats of this process in which another's count stands still before that one is taken for dead: a minute and a half,
+in which a slow disk or a database's restart may pass."""
+
+_T = TypeVar("_T")
+
+
+class Settler:
+    """What a server owes its books.
+
+    Args:
+        gone: whether the process with an owner's name has surely ended.
+    """
+
+    def __init__(self, ledger: Ledger, gone: Callable[[str], bool] = surely_gone) -> None:
+        self._ledger = ledger
+        self._gone = gone
+        self._waiting: dict[str, tuple[str, Settled | None]] = {}  # by request: its key, its row; None: a release
+        self._locked: set[str] = set()  # keys that were found locked in this beat
+        self._silent: dict[str, tuple[int | None, int]] = {}  # others: their count, for how many beats it stood still
+        self.fault: str | None = None
+        """Why the ledger could not be used when it last was asked; None if it could."""
+        self.aside = 0
+        """Settlements that were set aside and that nobody has looked at."""
+
+    @property
+    def waiting(self) -> int:
+        """Ends of requests that are not written yet."""
+        return len(self._waiting)
+
+    def ask(self, function: Callable[..., _T], *arguments: object) -> _T:
+        """Ask the ledger something, and note whether it could be asked."""
+        try:
+            answer = function(*arguments)
+        except (Unwritable, Locked):
+            raise
+        except LedgerFault as error:
+            if self.fault is None:
+                log.critical("requests are refused until the ledger can be used again: %s", error.message)
+            self.fault = error.message
+            raise
+        except VerbatimError:  # it works, and refuses
+            self._works()
+            raise
+        self._works()
+        return answer
+
+    def hold(self, key_id: str, request_id: str, amount: int) -> int:
+        """Set a worst case aside; returns how much that was.
+
+        Raises:
+            LedgerFault: the ledger cannot be used, or could not when an earlier request of this key ended.
+        """
+        if key_id in self._locked:
+            raise Locked("somebody keeps this key's row in the ledger locked; it is tried again within seconds.")
+        self._write([name for name, (key, _) in self._waiting.items() if key == key_id])
+        try:
+            return self.ask(self._ledger.hold, key_id, request_id, amount)
+        except LedgerFault as error:
+            if isinstance(error, Locked):
+                self._locked.add(key_id)
+            self._waiting[request_id] = (key_id, None)  # it may have been written all the same
+            raise
+
+    def settle(self, row: Settled) -> None:
+        """End a hold with what was used, now or as soon as it can be written."""
+        self._waiting[row.request_id] = (row.key_id, row)
+        self._end(row.request_id)
+
+    def release(self, key_id: str, request_id: str) -> None:
+        """End a hold with nothing, now or as soon as it can be written."""
+        self._waiting[request_id] = (key_id, None)
+        self._end(request_id)
+
+    def beat(self) -> None:
+        """Say that this process lives, write what waits, release what processes hold that are gone."""
+        try:
+            others, self.aside = self.ask(self._ledger.beat)
+            self._locked.clear()
+            for request_id in list(self._waiting):  # one that cannot be written yet is not in the others' way
+                self._end(request_id, again=True)
+            for owner, beats in others.items():
+                self._look_at(owner, beats)
+            self._silent = {owner: seen for owner, seen in self._silent.items() if owner in others}
+        except LedgerFault:
+            pass  # noted, and there is another beat
+
+    def close(self) -> None:
+        """Write what waits, and leave."""
+        try:
+            self._ledger.beat()  # or each that waits would wait for a database that is gone
+            self._locked.clear()
+            for request_id in list(self._waiting):
+                self._end(request_id)
+            self._ledger.leave()
+        except LedgerFault as error:
+            log.error("the ledger does not know that this server ends: %s", error.message)
+        for key_id, row in self._waiting.values():
+            log.critical("not written: %s", json.dumps(asdict(row) if row else {"release of": key_id}))
+
+    # -- the parts ---------------------------------------------------------------------------------------------------
+
+    def _works(self) -> None:
+        if self.fault is not None:
+            log.warning("the ledger can be used again")
+        self.fault = None
+
+    def _end(self, request_id: str, *, again: bool = False) -> None:
+        try:
+            self._write([request_id])
+        except LedgerFault as error:
+            level = logging.DEBUG if again else logging.ERROR
+            log.log(level, "the end of %s waits to be written, and its hold stands: %s", request_id, error.message)
+
+    def _write(self, requests: list[str]) -> None:
+        """Write these ends. Raises LedgerFault at the first for which the ledger cannot be used."""
+        for request_id in requests:
+            key_id, row = self._waiting[request_id]
+            if key_id in self._locked:
+                raise Locked("the row of its key is locked.")
+            try:
+                if row is None:
+                    self._ledger.release(request_id)
+                elif unpaid := self._ledger.settle(row):
+                    log.error("%s had lost its hold, and %d of its cost are unpaid", request_id, unpaid)
+            except Unwritable as error:
+                self._set_aside(request_id, row, error)
+            except Locked:
+                self._locked.add(key_id)
+                raise
+            del self._waiting[request_id]
+
+    def _set_aside(self, request_id: str, row: Settled | None, error: Unwritable) -> None:
+        text = json.dumps(asdict(row) if row else {"request_id": request_id})
+        try:
+            if row is None:
+                raise error
+            self._ledger.set_aside(row, error.message)
+            log.critical("set aside, see `verbatim keys check`: %s (%s)", text, error.message)
+        except Unwritable as again:
+            log.critical("cannot be written, and its hold stands: %s (%s)", text, again.message)
+        self.aside += 1
+
+    def _look_at(self, owner: str, beats: int | None) -> None:
+        """Release another's holds if it has surely ended, or has not counted on for long."""
+        last, silent = self._silent.get(owner, (beats, -1))
+        silent = silent + 1 if last == beats else 0
+        self._silent[owner] = (beats, silent)
+        if silent >= _SILENT or self._gone(owner):
+            count = self.ask(self._ledger.release_owner, owner, beats)
+            if count:
+                log.warning("%d holds of a server that is gone are released (%s)", count, owner.partition(":")[0])

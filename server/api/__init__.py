@@ -1,0 +1,1 @@
+"""The endpoint: bodies in, replies out, and the description of both."""

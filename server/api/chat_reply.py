@@ -1,0 +1,204 @@
+"""Engine outputs → the bytes of an answer. Pure: the JSON answer and the stream are built from the same deltas.
+
+A chunk's constant parts are encoded once per request; what is left per token is one text and, if asked for, its
+logprobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from json.encoder import encode_basestring
+from typing import Any
+
+from engine import (
+    ChoiceDelta,
+    FinishReason,
+    PreparedRequest,
+    RequestOutput,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+    clean_logprob,
+)
+from server.json_text import one_line, to_json
+
+DONE = b"data: [DONE]\n\n"
+KEEPALIVE = b": keep-alive\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What is the same in every part of one answer."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    prepared: PreparedRequest
+
+    def head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+            "seed": self.prepared.params.seed,
+        }
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
+
+
+def logprob_object(entry: TokenLogprob) -> dict[str, Any]:
+    return {
+        "token": entry.token,
+        "logprob": clean_logprob(entry.logprob),
+        "bytes": list(entry.bytes),
+        "top_logprobs": [
+            {"token": t.token, "logprob": clean_logprob(t.logprob), "bytes": list(t.bytes)} for t in entry.top
+        ],
+    }
+
+
+def call_object(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _logprobs(entries: Iterable[TokenLogprob] | None) -> dict[str, Any] | None:
+    return None if entries is None else {"content": [logprob_object(e) for e in entries], "refusal": None}
+
+
+@dataclass(slots=True)
+class _Choice:
+    text: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    schema_error: str | None = None
+
+
+class Collector:
+    """The JSON answer: takes outputs, gives the whole body at the end."""
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+        self._choices = [_Choice() for _ in range(reply.prepared.params.n)]
+        self._usage = Usage(0, 0)
+
+    @property
+    def complete(self) -> bool:
+        """Has every choice ended?"""
+        return all(choice.finish_reason for choice in self._choices)
+
+    def add(self, output: RequestOutput) -> None:
+        self._usage = output.usage
+        for delta in output.deltas:
+            choice = self._choices[delta.index]
+            choice.text.append(delta.text)
+            choice.reasoning.append(delta.reasoning)
+            choice.calls += delta.tool_calls
+            choice.token_ids += delta.token_ids
+            choice.logprobs += delta.logprobs or ()
+            choice.finish_reason = delta.finish_reason or choice.finish_reason
+            choice.schema_error = delta.schema_error
+
+    def body(self) -> dict[str, Any]:
+        return {
+            **self._reply.head("chat.completion"),
+            "choices": [self._choice(i, choice) for i, choice in enumerate(self._choices)],
+            "usage": usage_object(self._usage),
+        }
+
+    def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
+        params = self._reply.prepared.params
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
+        if reasoning := "".join(choice.reasoning):
+            message["reasoning_content"] = reasoning
+        if choice.calls:
+            message["tool_calls"] = [call_object(call) for call in choice.calls]
+            message["content"] = message["content"] or None
+        result = {
+            "index": index,
+            "message": message,
+            "logprobs": _logprobs(choice.logprobs if params.logprobs else None),
+            "finish_reason": choice.finish_reason,
+        }
+        if choice.schema_error is not None:
+            result["schema_error"] = choice.schema_error or None
+        if params.return_token_ids:
+            result["token_ids"] = choice.token_ids
+        return result
+
+
+class ChunkWriter:
+    """The stream: takes outputs, gives server-sent events."""
+
+    def __init__(self, reply: Reply, *, include_usage: bool) -> None:
+        self._reply = reply
+        self._include_usage = include_usage
+        head = to_json(reply.head("chat.completion.chunk"))
+        self._prefix = f"data: {head[:-1]}," + '"choices":['
+        self._suffix = ("]" + (',"usage":null' if include_usage else "") + "}\n\n").encode()
+        self._token_ids = reply.prepared.params.return_token_ids
+        self._calls = [0] * reply.prepared.params.n
+
+    def start(self) -> bytes:
+        """One chunk per choice: the role, and an empty text."""
+        return b"".join(
+            self._chunk(i, '{"role":"assistant","content":"","refusal":null}')
+            for i in range(self._reply.prepared.params.n)
+        )
+
+    def add(self, output: RequestOutput) -> bytes:
+        """The events of one step: what each choice gained, and the end of those that ended."""
+        return b"".join([self._delta(delta) for delta in output.deltas])
+
+    def end(self, usage: Usage) -> bytes:
+        """The usage, if it was asked for, and the end mark."""
+        if not self._include_usage:
+            return DONE
+        body = self._reply.head("chat.completion.chunk")
+        return event({**body, "choices": [], "usage": usage_object(usage)}) + DONE
+
+    def _delta(self, delta: ChoiceDelta) -> bytes:
+        events = b""
+        if delta.text or delta.reasoning or delta.logprobs or self._token_ids:
+            text = '{"content":' + one_line(encode_basestring(delta.text)) + "}"
+            if delta.reasoning:
+                thought = '{"reasoning_content":' + one_line(encode_basestring(delta.reasoning))
+                text = thought + "," + text[1:] if delta.text else thought + "}"
+            logprobs = "null" if delta.logprobs is None else to_json(_logprobs(delta.logprobs))
+            extra = f',"token_ids":{list(delta.token_ids)}' if self._token_ids else ""
+            events = self._chunk(delta.index, text, logprobs, extra=extra)
+        for call in delta.tool_calls:
+            number, self._calls[delta.index] = self._calls[delta.index], self._calls[delta.index] + 1
+            whole = call_object(call)
+            named = {**whole, "function": {"name": call.name, "arguments": ""}}
+            written = {"function": {"arguments": call.arguments}}
+            for part in (named, written):
+                events += self._chunk(delta.index, to_json({"tool_calls": [{"index": number, **part}]}))
+        if delta.finish_reason:
+            checked = delta.schema_error is not None
+            extra = f',"schema_error":{to_json(delta.schema_error or None)}' if checked else ""
+            events += self._chunk(delta.index, "{}", finish=f'"{delta.finish_reason}"', extra=extra)
+        return events
+
+    def _chunk(self, index: int, delta: str, logprobs: str = "null", finish: str = "null", extra: str = "") -> bytes:
+        choice = f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}{extra}}}'
+        return (self._prefix + choice).encode() + self._suffix
+
+
+def event(data: Any) -> bytes:
+    """One server-sent event. JSON escapes line ends, so nothing inside can break out of it."""
+    return f"data: {to_json(data)}\n\n".encode()

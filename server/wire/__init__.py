@@ -1,0 +1,1 @@
+"""HTTP itself: connections, bodies, hosts and origins. Knows nothing of models."""

@@ -1,0 +1,144 @@
+"""Bodies, from the connection to a checked request: bounded in size and time, and in memory all together.
+
+A body's bytes are counted before they are read and given back once the request is prepared; what cannot be counted is
+refused. Parsing of all but small bodies happens on a thread of its own, one after the other, so that the event loop
+goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Final, TypeVar
+
+from fastapi import Request
+
+from server.errors import BodiesFull, BodyTooLarge, BodyTooSlow, ClientGone
+from server.settings import ServerSettings
+
+__all__ = ["Bodies", "Room"]
+
+T = TypeVar("T")
+Parse = Callable[[bytes, str], T]
+"""A body and the request's id → a checked request."""
+
+SMALL: Final = 64 * 2**10
+"""Bytes up to which a body may take the last eighth of the room, so that large ones never keep small ones out."""
+INLINE: Final = 32 * 2**10
+"""Bytes that are parsed at once: some 2 ms at the worst, less than another thread may take to hand over."""
+
+
+class Room:
+    """Counts the memory that bodies take, in bytes.
+
+    Args:
+        size: of all bodies together. A group that has a name may take half of it.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.taken: Counter[str] = Counter()
+
+    def take(self, amount: int, group: str, *, small: bool) -> None:
+        """Count more bytes for a group; who takes must give back.
+
+        Raises:
+            BodiesFull: there is not that much left for this group, or for a body that is not small.
+        """
+        limit = self.size if small else self.size - self.size // 8
+        if self.taken.total() + amount > limit:
+            raise BodiesFull(f"Bodies that are being read take {limit} bytes, all there is for them; try again later.")
+        if group and self.taken[group] + amount > self.size // 2:
+            raise BodiesFull(
+                f"Bodies of this key that are being read take {self.size // 2} bytes, all there is for one key; try "
+                "again later."
+            )
+        self.taken[group] += amount
+
+    def give(self, amount: int, group: str) -> None:
+        self.taken[group] -= amount
+        if not self.taken[group]:
+            del self.taken[group]
+
+
+class _Share:
+    """What one body takes of the room. It grows, and is given back as a whole."""
+
+    def __init__(self, room: Room, group: str) -> None:
+        self._room = room
+        self._group = group
+        self._size = 0
+
+    def grow(self, size: int) -> None:
+        if size > self._size:
+            self._room.take(size - self._size, self._group, small=size <= SMALL)
+            self._size = size
+
+    def close(self) -> None:
+        self._room.give(self._size, self._group)
+
+
+class Bodies:
+    """Reads and checks the bodies of an application's requests. Owns the thread on which large ones are parsed."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._limit = settings.max_body_bytes
+        self._seconds = settings.body_seconds
+        self.room = Room(settings.max_bodies_bytes or 8 * settings.max_body_bytes)
+        self._parser = ThreadPoolExecutor(1, "bodies")
+
+    def close(self) -> None:
+        self._parser.shutdown(wait=False, cancel_futures=True)
+
+    @asynccontextmanager
+    async def of(self, request: Request, group: str, parse: Parse[T]) -> AsyncIterator[Callable[[str], Awaitable[T]]]:
+        """Read the body of a request and parse it, under the id that is given. Its room is held until the block ends.
+
+        Raises:
+            BodyTooLarge: by its announced length before it is read, else while it is.
+            BodyTooSlow: it was not there in time.
+            BodiesFull: there is no room for it now.
+            ClientGone: the connection closed before the body was complete.
+            InvalidFormat, InvalidParameter: as `parse`.
+        """
+        with contextlib.closing(_Share(self.room, group)) as share:
+
+            async def checked(request_id: str) -> T:
+                try:
+                    async with asyncio.timeout(self._seconds):
+                        raw = await self._read(request, share)
+                except TimeoutError:
+                    raise BodyTooSlow(f"The body was not there within {self._seconds:g} seconds.") from None
+                if len(raw) <= INLINE:
+                    return parse(raw, request_id)
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self._parser, parse, raw, request_id)
+
+            yield checked
+
+    async def _read(self, request: Request, share: _Share) -> bytes:
+        announced = request.headers.get("content-length", "")
+        if announced.isascii() and announced.isdigit():
+            if int(announced[:20]) > self._limit:
+                raise _too_large(f"{announced[:20]} bytes", self._limit)
+            share.grow(int(announced[:20]))
+        data = io.BytesIO()
+        while True:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            data.write(message.get("body", b""))
+            if data.tell() > self._limit:
+                raise _too_large(f"more than {self._limit} bytes", self._limit)
+            share.grow(data.tell())
+            if not message.get("more_body", False):
+                return data.getvalue()
+
+
+def _too_large(size: str, limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The body has {size}; this server takes {limit}.", limit=limit)

@@ -1,0 +1,353 @@
+"""uvicorn's HTTP protocol, with bounds: on a head, on what is sent before an answer, on patience, on connections.
+
+Knows no path and no key: everything here holds before a request is understood. Parsing is httptools', on every system;
+uvicorn's other protocol (h11) is not used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import deque
+from http import HTTPStatus
+from typing import Any, Final
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from server import logs
+from server.errors import error_body
+from server.json_text import to_json
+from server.wire.connections import Connections
+
+__all__ = ["REFUSALS", "bounded_protocol"]
+
+MAX_TARGET: Final = 8 * 2**10
+"""Bytes of a path with its query."""
+MAX_HEAD: Final = 64 * 2**10
+"""Bytes of a head: request line and fields. Also of anything else that moves a request no further: a trailer, line
+ends before a request."""
+MAX_FIELDS: Final = 100
+"""Fields of a head, or of a trailer."""
+MAX_PIPELINED: Final = 16
+"""Requests that a client may send ahead of an answer."""
+MAX_PIECES: Final = 4096
+"""Pieces of a body, beside one for each 128 bytes: each costs the event loop as much, however small it is. This many
+take some 4 ms; there are clients that send a body as their encoder writes it, a word at a time."""
+_SLICE: Final = 16 * 2**10
+"""Bytes that are parsed before anybody looks whether they are too many."""
+_PART: Final = 10
+"""One of so many parts of what waits to be read must be taken within each `send_seconds`."""
+_LINGER: Final = 2.0
+"""Seconds that a client has to read why it was refused, while what it goes on sending is thrown away."""
+
+
+class _Refused(Exception):
+    """What a client has sent is over a limit, or not HTTP; nothing more is read from it."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+
+
+_NOT_HTTP: Final = (400, "invalid_http", "What was sent is not a HTTP/1.1 request.")
+_LONG_HEAD: Final = (431, "head_too_large", f"The head of a request, or its trailer, may have {MAX_HEAD} bytes.")
+_MANY_FIELDS: Final = (431, "head_too_large", f"The head of a request, or its trailer, may have {MAX_FIELDS} fields.")
+_LONG_TARGET: Final = (414, "target_too_long", f"A path with its query may have at most {MAX_TARGET} bytes.")
+_MANY_REQUESTS: Final = (
+    400,
+    "too_many_pipelined",
+    f"At most {MAX_PIPELINED} requests may be sent on a connection ahead of the answer to the one before.",
+)
+_SMALL_PIECES: Final = (400, "pieces_too_small", "The body comes in pieces of a few bytes; send larger ones.")
+_FULL: Final = (503, "connections_full", "The server has as many connections as it may have, all at work; try later.")
+
+REFUSALS: Final = (_NOT_HTTP, _MANY_REQUESTS, _SMALL_PIECES, _LONG_TARGET, _LONG_HEAD, _MANY_FIELDS, _FULL)
+"""Status, code and message of all that is refused before it is a request."""
+
+
+class _Transport:
+    """A transport whose `close` is told of: what it still has to send may never be taken."""
+
+    def __init__(self, transport: asyncio.Transport, protocol: _BoundedProtocol) -> None:
+        self._transport = transport
+        self._protocol: _BoundedProtocol | None = protocol
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        self._transport.close()
+        if self._protocol:
+            self._protocol.closing()
+
+    def lost(self) -> None:
+        """Let go of the protocol, so that neither waits for the garbage collector."""
+        self._protocol = None
+
+
+class _BoundedProtocol(HttpToolsProtocol):
+    """Refuses what is over a limit, and gives up a connection that goes nowhere. What runs for it sees a disconnect.
+
+    A refusal is answered after the requests before it; then the connection ends.
+    """
+
+    head_seconds: float
+    send_seconds: float
+    retry_after: int
+    room: Connections
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._unanswered: deque[RequestResponseCycle] = deque()  # requests whose head is complete, the first one first
+        self._deaf = False  # what comes is thrown away
+        self._refusal: _Refused | None = None
+        self._still = 0  # bytes since anything moved a request on
+        self._head = self._fields = self._pieces = self._body = 0
+        self._in_head = True
+
+    # -- the connection ----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
+        self._give_up_in(self.head_seconds, "head")
+        if not self.room.admit(self):
+            self._deaf = True
+            self.transport.write(_answer(_Refused(*_FULL), self.retry_after))
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deaf = True
+        self.room.drop(self)
+        super().connection_lost(exc)
+        for cycle in self._unanswered:  # uvicorn tells the last one alone, and another may be at work
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self._unset_keepalive_if_required()
+        for what in list(self._timers):
+            self._go_on(what)
+        self.transport.lost()  # type: ignore[attr-defined]
+
+    def give_up(self) -> None:
+        self.transport.abort()
+
+    def closing(self) -> None:
+        """The transport was told to close: it must, even if its client reads nothing more."""
+        self._expect_reading("close")
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reading("unread")
+
+    def resume_writing(self) -> None:
+        self._go_on("unread")
+        super().resume_writing()
+
+    # -- what arrives ------------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """Unlike uvicorn's: bytes alone do not stop the clock of an idle connection, a request does."""
+        for start in range(0, len(data), _SLICE):
+            if self._deaf:
+                return
+            piece = data[start : start + _SLICE]
+            self._still += len(piece)
+            try:
+                try:
+                    self.parser.feed_data(piece)
+                except httptools.HttpParserUpgrade as upgrade:
+                    self._stay()
+                    self.parser.feed_data(piece[upgrade.args[0] :])
+            except httptools.HttpParserError as error:
+                cause = error.__context__
+                self._refuse(cause if isinstance(cause, _Refused) else _Refused(*_NOT_HTTP))
+            else:
+                if self._still > MAX_HEAD:
+                    self._refuse(_Refused(*_LONG_HEAD))
+
+    def _stay(self) -> None:
+        """Parse the head of a request again, without its wish for another protocol, which a server may ignore. The
+        parser would take the body for that protocol; Java's client and `curl --http2` send one all the same."""
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        wishes = [value.lower() for name, value in self.headers if name == b"connection"]
+        lines += [name + b": " + value for name, value in self.headers if name not in (b"upgrade", b"connection")]
+        if b"close" in [token.strip() for wish in wishes for token in wish.split(b",")]:
+            lines.append(b"connection: close")
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._unset_keepalive_if_required()
+        self._in_head = True
+        self._still = self._head = self._fields = self._pieces = self._body = 0
+        if "head" not in self._timers and not self._unanswered:  # reading may stand still until all are answered
+            self._give_up_in(self.head_seconds, "head")
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        if len(self.url) > MAX_TARGET:
+            raise _Refused(*_LONG_TARGET)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._fields += 1
+        if self._fields > MAX_FIELDS:
+            raise _Refused(*_MANY_FIELDS)
+        self._head += len(name) + len(value) + 4
+        if self._head > MAX_HEAD:
+            raise _Refused(*_LONG_HEAD)
+        if self._in_head:  # a field of a trailer means nothing here, and must not join those that were checked
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self._head + len(self.url) > MAX_HEAD:
+            raise _Refused(*_LONG_HEAD)
+        if self.parser.get_method() == b"CONNECT" or any(b"\n" in value for _, value in self.headers):
+            raise _Refused(*_NOT_HTTP)
+        if self.parser.should_upgrade():
+            return  # comes again, without
+        if len(self._unanswered) > MAX_PIPELINED:
+            raise _Refused(*_MANY_REQUESTS)
+        if self.url[:1] != b"/":  # `GET http://host/path`: uvicorn keeps the path alone, and whom it names matters
+            authority = self.url.partition(b"://")[2].partition(b"/")[0].partition(b"?")[0]
+            self.scope["state"]["target_authority"] = authority.decode("latin-1") if b"://" in self.url else None
+        super().on_headers_complete()
+        self._unset_keepalive_if_required()
+        self._go_on("head")
+        self._unanswered.append(self.cycle)
+        self._in_head = False
+        self._still = self._head = self._fields = 0
+        self._note()
+
+    def on_body(self, body: bytes) -> None:
+        self._still = 0
+        self._pieces += 1
+        self._body += len(body)
+        if self._pieces > MAX_PIECES + self._body // 128:
+            raise _Refused(*_SMALL_PIECES)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        self._still = 0
+        super().on_message_complete()
+        self._note()
+        if "rest" in self._timers:
+            self._go_on("rest")
+            self._wait_for_the_next()
+
+    def on_response_complete(self) -> None:
+        self._unanswered.popleft()
+        super().on_response_complete()
+        self._note()
+        if self._deaf and not self._unanswered:
+            self._end()
+        elif self.timeout_keep_alive_task is not None and (self.cycle.more_body or self._in_head):
+            # More is on its way: the rest of a body that was refused, whose client may read no answer before all is
+            # sent, or of the next head.
+            self._unset_keepalive_if_required()
+            self._give_up_in(self.head_seconds, "rest" if self.cycle.more_body else "head")
+
+    def _wait_for_the_next(self) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def _note(self) -> None:
+        """Tell what this connection waits for."""
+        if not self._unanswered:
+            self.room.note(self, "idle")
+        elif len(self._unanswered) == 1 and self.cycle.more_body:
+            self.room.note(self, "body")
+        else:
+            self.room.note(self, "no")
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _refuse(self, refused: _Refused) -> None:
+        """Answer this after the requests before it. One whose body went wrong is over: what runs for it is told."""
+        self._deaf = True
+        self._refusal = refused
+        self._go_on("head")
+        self.flow.resume_reading()  # an end of the connection must still be seen
+        cycle = self.cycle
+        if cycle is not None and cycle.more_body and not cycle.response_complete:
+            if cycle.response_started:
+                self.transport.abort()
+                return
+            cycle.disconnected = True
+            cycle.message_event.set()
+            self._unanswered.pop()
+            if self.pipeline and self.pipeline[0][0] is cycle:
+                self.pipeline.popleft()
+        if not self._unanswered:
+            self._end()
+
+    def _end(self) -> None:
+        if self.transport.is_closing():
+            return
+        assert self._refusal
+        self._unset_keepalive_if_required()
+        self.transport.write(_answer(self._refusal, self.retry_after))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._give_up_in(_LINGER, "linger")
+
+    def _expect_reading(self, what: str) -> None:
+        """Give up a client that leaves unread what waits for it; a slow one that goes on reading has its time."""
+        waits = self.transport.get_write_buffer_size()
+        self._look_later(what, waits, waits // _PART + 1)
+
+    def _look_later(self, what: str, waits: int, least: int) -> None:
+        self._go_on(what)
+        self._timers[what] = self.loop.call_later(self.send_seconds, self._look, what, waits, least)
+
+    def _look(self, what: str, waited: int, least: int) -> None:
+        waits = self.transport.get_write_buffer_size()
+        if waited - waits < least:
+            self.give_up()
+        else:
+            self._look_later(what, waits, least)
+
+    def _give_up_in(self, seconds: float, what: str) -> None:
+        self._go_on(what)
+        self._timers[what] = self.loop.call_later(seconds, self.give_up)
+
+    def _go_on(self, what: str) -> None:
+        timer = self._timers.pop(what, None)
+        if timer is not None:
+            timer.cancel()
+
+
+def _answer(refused: _Refused, retry_after: int) -> bytes:
+    """The bytes of an answer to what never became a request, and its line in the log."""
+    request_id = f"req-{secrets.token_hex(12)}"
+    kind = "server_overloaded" if refused.status == 503 else "invalid_request_error"
+    body = to_json(error_body(refused.message, kind, None, refused.code)).encode()
+    fields = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+        "x-request-id": request_id,
+        "x-content-type-options": "nosniff",
+        **({"retry-after": str(retry_after)} if refused.status == 503 else {}),
+    }
+    logs.access(request_id=request_id, status=refused.status, refused=refused.code)
+    lines = [f"HTTP/1.1 {refused.status} {HTTPStatus(refused.status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in fields.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def bounded_protocol(
+    connections: Connections, *, head_seconds: float, send_seconds: float, retry_after: int
+) -> type[HttpToolsProtocol]:
+    """The protocol with these limits, as uvicorn takes it."""
+    limits = {
+        "room": connections,
+        "head_seconds": head_seconds,
+        "send_seconds": send_seconds,
+        "retry_after": retry_after,
+    }
+    return type("BoundedProtocol", (_BoundedProtocol,), limits)

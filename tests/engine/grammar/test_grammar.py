@@ -1,0 +1,327 @@
+"""Constrained replies: whatever the schema and the draws, what comes out is what was asked for, or it was refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+from engine import LLM, Constraint, InvalidParameter
+from engine.grammar.compiler import MAX_BYTES
+from engine.text.json_schema import unenforced_errors
+
+PROMPT = "say something"
+POINT: dict[str, Any] = {
+    "type": "object",
+    "properties": {"x": {"type": "integer", "minimum": -9, "maximum": 99}, "name": {"enum": ["left", "right"]}},
+    "required": ["x", "name"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: Callable[[str], Path]) -> LLM:
+    return LLM(tiny("qwen3"), cache_size="32MiB", context_length=512)
+
+
+def _leaves() -> st.SearchStrategy[dict[str, Any]]:
+    bounds = st.tuples(st.integers(-50, 50), st.integers(0, 200)).map(lambda t: (t[0], t[0] + t[1]))
+    return st.one_of(
+        st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"const": "a b"}, {"enum": [1, "é", None, [2]]}]),
+        bounds.map(lambda b: {"type": "integer", "minimum": b[0], "maximum": b[1]}),
+        bounds.map(lambda b: {"type": "number", "exclusiveMinimum": b[0], "maximum": b[1] + 1}),
+        st.integers(0, 6).map(lambda n: {"type": "string", "minLength": n // 2, "maxLength": n}),
+        st.sampled_from([r"^[a-c]{2,4}$", r"^\d{3}-x$", r"^(yes|no)$"]).map(lambda p: {"type": "string", "pattern": p}),
+        st.sampled_from(["date", "time", "ipv4", "uuid"]).map(lambda f: {"type": "string", "format": f}),
+    )
+
+
+def _nested(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    names = st.lists(st.sampled_from(["a", "b", 'q"', "née"]), unique=True, max_size=3)
+    objects = names.flatmap(
+        lambda keys: st.tuples(
+            st.tuples(*(inner for _ in keys)), st.sets(st.sampled_from(keys)) if keys else st.just(())
+        ).map(
+            lambda drawn: {
+                "type": "object",
+                "properties": dict(zip(keys, drawn[0], strict=True)),
+                "required": sorted(drawn[1]),
+                "additionalProperties": False,
+            }
+        )
+    )
+    arrays = st.tuples(inner, st.integers(0, 2)).map(
+        lambda t: {"type": "array", "items": t[0], "minItems": t[1], "maxItems": t[1] + 1}
+    )
+    return st.one_of(objects, arrays, st.lists(inner, min_size=1, max_size=2).map(lambda parts: {"anyOf": parts}))
+
+
+SCHEMAS = st.recursive(_leaves(), _nested, max_leaves=5)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(schema=SCHEMAS, seed=st.integers(0, 2**31))
+def test_every_finished_reply_satisfies_its_schema(llm: LLM, schema: dict[str, Any], seed: int) -> None:
+    answers = llm.generate(PROMPT, constraint=Constraint("json", schema), seed=seed, n=3, max_tokens=160)
+    for answer in answers:
+        if answer.finish_reason == "stop":
+            value = json.loads(answer.text)
+            assert Draft202012Validator(schema).is_valid(value), (schema, answer.text)
+
+
+def test_recursion_and_references(llm: LLM) -> None:
+    leaf = {
+        "type": "object",
+        "properties": {"v": {"type": "boolean"}},
+        "required": ["v"],
+        "additionalProperties": False,
+    }
+    tree = {"$defs": {"t": {"anyOf": [leaf, {"type": "array", "items": {"$ref": "#/$defs/t"}, "maxItems": 2}]}}}
+    schema = {**tree, "$ref": "#/$defs/t"}
+    answers = llm.generate(PROMPT, constraint=Constraint("json", schema), seed=1, n=8, max_tokens=300)
+    whole = [a for a in answers if a.finish_reason == "stop"]
+    assert whole
+    for answer in whole:
+        Draft202012Validator(schema).validate(json.loads(answer.text))
+
+
+def test_a_reply_that_the_limit_cuts_is_the_beginning_of_the_whole_one(llm: LLM) -> None:
+    constraint = Constraint("json", POINT)
+    [whole] = llm.generate(PROMPT, constraint=constraint, seed=3, max_tokens=200)
+    assert whole.finish_reason == "stop"
+    for limit in {*range(1, len(whole.token_ids), 5), len(whole.token_ids) - 1}:
+        [cut] = llm.generate(PROMPT, constraint=constraint, seed=3, max_tokens=limit)
+        assert (cut.finish_reason, cut.token_ids) == ("length", whole.token_ids[:limit])
+        assert whole.text.startswith(cut.text)
+
+
+def test_skipping_ahead_changes_nothing(llm: LLM) -> None:
+    """Forced tokens are appended without a step; with logprobs each has its own step, and the reply is the same."""
+    constraint = Constraint("json", POINT)
+    for seed in range(6):
+        [fast] = llm.generate(PROMPT, constraint=constraint, seed=seed)
+        [slow] = llm.generate(PROMPT, constraint=constraint, seed=seed, logprobs=True, top_logprobs=2)
+        assert fast.token_ids == slow.token_ids
+        assert [entry.token_id for entry in slow.logprobs or ()] == list(slow.token_ids)
+    outputs = list(llm.stream(PROMPT, constraint=constraint, seed=0))
+    steps = [len(d.token_ids) for o in outputs for d in o.deltas]
+    assert max(steps) > 1, "nothing was skipped"
+    assert len(steps) < sum(steps)
+
+
+def test_neighbours_and_choices_change_nothing(llm: LLM) -> None:
+    constraint = Constraint("json", POINT)
+    [alone] = llm.generate(PROMPT, constraint=constraint, seed=5)
+    [free] = llm.generate(PROMPT, seed=5, max_tokens=30)
+    several = llm.generate(PROMPT, constraint=constraint, seed=5, n=4)
+    assert several[0].token_ids == alone.token_ids
+    assert len({c.text for c in several}) > 1
+    first = llm.stream(PROMPT, constraint=constraint, seed=5)
+    opening = next(first)
+    [beside] = llm.generate(PROMPT, seed=5, max_tokens=30)
+    rest = list(first)
+    assert beside.token_ids == free.token_ids
+    tokens = [t for o in [opening, *rest] for d in o.deltas for t in d.token_ids]
+    assert tuple(tokens) == alone.token_ids
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"ignore_eos": True}, {"min_tokens": 500}, {"top_k": 1}])
+def test_a_grammar_that_allows_only_the_end_ends_with_stop(llm: LLM, sampling: dict[str, Any]) -> None:
+    [answer] = llm.generate(PROMPT, constraint=Constraint("choice", ["red apple", "rot"]), seed=2, **sampling)
+    assert answer.finish_reason == "stop"
+    assert answer.text in ("red apple", "rot")
+
+
+def test_white_space_is_bounded(llm: LLM) -> None:
+    blanks = {i: 50.0 for i in range(len(llm._model.tokenizer)) if not llm._model.vocabulary.token_bytes(i).strip()}
+    [answer] = llm.generate(PROMPT, constraint=Constraint("json", POINT), logit_bias=blanks, seed=1, max_tokens=300)
+    assert answer.finish_reason == "stop"
+    assert len(answer.text) < 200
+    Draft202012Validator(POINT).validate(json.loads(answer.text))
+
+
+def test_a_bias_that_leaves_nothing_is_named(llm: LLM) -> None:
+    bias = dict.fromkeys(range(len(llm._model.tokenizer)), -100)
+    with pytest.raises(InvalidParameter) as raised:
+        llm.generate(PROMPT, constraint=Constraint("choice", ["a"]), logit_bias=bias)
+    assert raised.value.code == "no_token_left"
+
+
+@pytest.mark.parametrize("pattern", [r"[a-f]{4}", r"\d+(\.\d{2})?", r"(ab|cd)*x"])
+def test_expressions(llm: LLM, pattern: str) -> None:
+    for answer in llm.generate(PROMPT, constraint=Constraint("regex", pattern), seed=1, n=3, max_tokens=60):
+        assert answer.finish_reason == "length" or re.fullmatch(pattern, answer.text)
+
+
+def test_a_lark_grammar(llm: LLM) -> None:
+    grammar = 'start: sum\nsum: NUMBER ("+" NUMBER){1,3}\nNUMBER: /[0-9]{1,3}/'
+    [answer] = llm.generate(PROMPT, constraint=Constraint("grammar", grammar), seed=1)
+    assert re.fullmatch(r"\d{1,3}(\+\d{1,3}){1,3}", answer.text)
+
+
+def _deep(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "null"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "pointer"),
+    [
+        ({"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}, "/properties/a/uniqueItems"),
+        ({"$defs": {"u": {"not": {}}}, "type": "array", "items": {"$ref": "#/$defs/u"}}, "/$defs/u/not"),
+        ({"properties": {"a/b~": {"type": "nothing"}}}, "/properties/a~1b~0/type"),
+        ({"anyOf": [{"type": "string"}, {"type": "string", "format": "colour"}]}, "/anyOf/1/format"),
+        ({"properties": {"p": {"type": "string", "pattern": "(a"}}}, "/properties/p/pattern"),
+        ({"properties": {"p": {"type": "string", "pattern": "a(?=b)"}}}, "/properties/p/pattern"),
+        ({"properties": {"p": {"$ref": "#/$defs/gone"}}}, "/properties/p/$ref"),
+        ({"$ref": "http://example.com/schema"}, "/$ref"),
+        (
+            {"type": "object", "properties": {"n": {"type": "integer", "minimum": 5, "maximum": 3}}, "required": ["n"]},
+            "/properties/n",
+        ),
+        ({"properties": {"s": {"type": "string", "minLength": -1}}}, "/properties/s/minLength"),
+    ],
+)
+def test_strict_refuses_what_it_cannot_enforce_and_says_where(llm: LLM, schema: dict[str, Any], pointer: str) -> None:
+    with pytest.raises(InvalidParameter) as raised:
+        llm.generate(PROMPT, constraint=Constraint("json", schema, param="here"))
+    assert raised.value.details["pointer"] == pointer
+    assert raised.value.param == "here"
+    assert pointer in raised.value.message
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        _deep(10_000),
+        {"enum": ["x" * (MAX_BYTES + 1)]},
+        {"properties": {f"p{i}": {"type": "string"} for i in range(40_000)}},
+        {"type": "string", "pattern": "(" * 5000 + "a" + ")" * 5000},
+        False,
+        [1],
+    ],
+    ids=["deep", "long", "wide", "nested groups", "nothing", "list"],
+)
+def test_monstrous_schemas_are_refused_soon(llm: LLM, schema: Any) -> None:
+    started = time.monotonic()
+    with pytest.raises(InvalidParameter) as raised:
+        llm.generate(PROMPT, constraint=Constraint("json", schema), max_tokens=4)
+    assert len(raised.value.message) < 1000
+    assert time.monotonic() - started < 20  # not a benchmark: it must not hang
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"not": 5}, {"dependentRequired": {"a": 5}}, {"uniqueItems": True, "minItems": "a"}, {"if": [1]}],
+)
+def test_what_is_no_schema_is_refused_without_strict_too(llm: LLM, schema: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParameter):
+        llm.generate(PROMPT, constraint=Constraint("json", schema, strict=False), max_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", "(a|a)*b", "^(.*a){12}$", "(x+x+)+y", "^(([a-z]{1,500}){1,500}){1,500}$"]
+)
+def test_catastrophic_expressions_are_harmless(llm: LLM, pattern: str) -> None:
+    schema = {"type": "object", "properties": {"s": {"type": "string", "pattern": pattern}}, "required": ["s"]}
+    try:
+        [answer] = llm.generate(PROMPT, constraint=Constraint("json", schema), seed=1, max_tokens=40)
+    except InvalidParameter:
+        return
+    assert answer.finish_reason in ("stop", "length")
+
+
+def test_without_strict_the_rest_is_checked_afterwards(llm: LLM) -> None:
+    items = {"type": "array", "items": {"enum": [1, 2]}, "minItems": 3, "maxItems": 3, "uniqueItems": True}
+    with pytest.raises(InvalidParameter):
+        llm.generate(PROMPT, constraint=Constraint("json", items))
+    *_, last = llm.stream(PROMPT, constraint=Constraint("json", items, strict=False), seed=1)
+    assert "unique" in (last.deltas[0].schema_error or "")
+    possible = {**items, "items": {"enum": list(range(50))}}
+    outcomes = set()
+    for seed in range(12):
+        *parts, last = llm.stream(PROMPT, constraint=Constraint("json", possible, strict=False), seed=seed)
+        text = "".join(d.text for o in [*parts, last] for d in o.deltas)
+        values = json.loads(text)
+        assert len(values) == 3, "what can be enforced is"
+        assert (last.deltas[0].schema_error == "") == (len(set(values)) == 3)
+        outcomes.add(last.deltas[0].schema_error == "")
+    assert outcomes == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "valid"),
+    [
+        ("[1, 1]", {"uniqueItems": True}, False),
+        ("[1, 2]", {"uniqueItems": True}, True),
+        ("[1", {"uniqueItems": True}, False),
+        ('"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab"', {"pattern": "^(a+)+$", "not": {"type": "null"}}, True),
+        ("1", {"not": {"type": "integer"}}, False),
+        ("1", {"$ref": "http://example.com/schema"}, False),
+        ("1", {"not": 5}, False),  # never reached by a request; still no fault of the engine
+        ("[1, 1.0]", {"uniqueItems": True}, False),
+        ('[1, true, "1", [1], [true], {"a": 1}]', {"uniqueItems": True}, True),
+        ("1", {"$ref": "#"}, False),  # for ever
+        ('{"b": 1}', {"patternProperties": {"(a+)+$": {}}, "additionalProperties": False, "minProperties": 1}, True),
+    ],
+)
+def test_the_check_afterwards(text: str, schema: dict[str, Any], valid: bool) -> None:
+    assert (unenforced_errors(text, schema) is None) == valid
+
+
+def test_the_check_afterwards_is_bounded() -> None:
+    """Nested references double with each level; whoever asks for that is told, and nobody waits."""
+
+    def doubling(levels: int) -> dict[str, Any]:
+        names = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(levels)}
+        return {"$defs": {**names, f"d{levels}": {}}, "$ref": "#/$defs/d0"}
+
+    assert unenforced_errors("{}", doubling(4)) is None
+    assert "more than 20,000 keywords" in (unenforced_errors("{}", doubling(60)) or "")
+    many = json.dumps([{"a": [i]} for i in range(10_000)])
+    assert unenforced_errors(many, {"uniqueItems": True}) is None
+    assert "keywords" in (unenforced_errors(many, {"allOf": [{"uniqueItems": True}] * 500}) or "")
+    assert "keywords" in (unenforced_errors(json.dumps([999] * 3000), {"items": {"enum": [*range(1000)]}}) or "")
+
+
+@pytest.mark.parametrize(
+    ("constraint", "text"),
+    [
+        (Constraint("choice", ["x<|im_end|>y"]), "x<|im_end|>y"),
+        (Constraint("choice", ["<|im_end|>"]), "<|im_end|>"),
+        (Constraint("json", {"const": "a<|im_end|>b"}), '"a<|im_end|>b"'),
+        (Constraint("regex", r"a<\|im_start\|>b"), "a<|im_start|>b"),
+    ],
+)
+def test_the_name_of_a_special_token_is_text(llm: LLM, constraint: Constraint, text: str) -> None:
+    """Forced text that spells an end token is neither that token nor the end."""
+    for logprobs in (False, True):
+        [answer] = llm.generate(PROMPT, constraint=constraint, seed=1, logprobs=logprobs, max_tokens=60)
+        assert (answer.text, answer.finish_reason) == (text, "stop")
+        assert not set(answer.token_ids) & set(llm._model.end_ids)
+
+
+def test_finding_a_fault_is_bounded(llm: LLM) -> None:
+    parts: dict[str, Any] = {f"p{i}": {"type": "string", "format": "fo-o"} for i in range(60)}
+    parts |= {f"q{i}": {"enum": [f"{'v' * 25}{j}" for j in range(20)]} for i in range(200)}
+    schema = {"type": "object", "properties": parts}
+    with pytest.raises(InvalidParameter, match="format") as raised:
+        llm._model.grammars.grammar_of(Constraint("json", schema, strict=True))
+    assert raised.value.details["pointer"] == "/properties/p0/format"
+    _, dropped = llm._model.grammars.grammar_of(Constraint("json", schema, strict=False))
+    assert dropped == tuple(f"/properties/p{i}/format" for i in range(60))
+    for i in range(70):
+        parts[f"p{i}"] = {"type": "string", "pattern": f"(?={i})"}
+    with pytest.raises(InvalidParameter, match="look-around"):
+        llm._model.grammars.grammar_of(Constraint("json", schema, strict=False))

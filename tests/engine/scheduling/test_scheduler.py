@@ -1,0 +1,254 @@
+"""Everybody is served, nothing is lost, the budget holds; all of it without a model."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.scheduler import Schedule, Scheduler
+from engine.scheduling.sequence import Sequence, SequenceState
+from engine.types.sampling_params import SamplingParams
+
+
+def _request(name: str, prompt: list[int], max_tokens: int = 4, n: int = 1, group: str = "") -> list[Sequence]:
+    params = SamplingParams(max_tokens=max_tokens, n=n)
+    return [Sequence(name, i, tuple(prompt), params, seed=0, group=group) for i in range(n)]
+
+
+def _scheduler(
+    blocks: int = 64, size: int = 4, *, running: int = 8, budget: int = 32, whole: bool = False
+) -> Scheduler:
+    pool = BlockPool(blocks, size, caching=not whole)
+    return Scheduler(pool, max_sequences=running, max_batch_tokens=budget, whole_prompts=whole)
+
+
+def _sample(scheduler: Scheduler, schedule: Schedule, draw: random.Random) -> None:
+    """Play the engine: note the step, append a token to whoever samples, let the finished go."""
+    scheduler.commit(schedule)
+    for chunk in schedule.chunks:
+        for sequence in (chunk.sequence, *chunk.forks):
+            if chunk.samples and sequence.state is SequenceState.RUNNING:
+                for number in range(draw.randrange(len(chunk.draft) + 1) + 1):
+                    if number:
+                        scheduler.accept(sequence)
+                    sequence.append(draw.randrange(3))
+                    if sequence.position == sequence.params.max_tokens:
+                        scheduler.finish(sequence)
+                        break
+
+
+def test_a_long_prompt_is_cut_and_does_not_stop_the_others_from_decoding() -> None:
+    scheduler = _scheduler(budget=10)
+    scheduler.add(_request("short", [1, 2], max_tokens=50))
+    _sample(scheduler, scheduler.schedule(), random.Random(0))
+    scheduler.add(_request("long", list(range(25))))
+    counts = []
+    for _ in range(3):
+        schedule = scheduler.schedule()
+        counts.append([(c.sequence.request_id, c.start, c.count, c.samples) for c in schedule.chunks])
+        _sample(scheduler, schedule, random.Random(0))
+    assert counts == [
+        [("short", 2, 1, True), ("long", 0, 9, False)],
+        [("short", 3, 1, True), ("long", 9, 9, False)],
+        [("short", 4, 1, True), ("long", 18, 7, True)],
+    ]
+
+
+@pytest.mark.parametrize("budget", [1, 3, 1000])
+def test_a_budget_smaller_than_the_crowd_still_serves_everybody(budget: int) -> None:
+    scheduler = _scheduler(budget=budget)
+    for i in range(12):
+        scheduler.add(_request(f"r{i}", [i] * 9))
+    steps = 0
+    while scheduler.has_work:
+        _sample(scheduler, scheduler.schedule(), random.Random(1))
+        scheduler.check()
+        steps += 1
+        assert steps < 2000
+    assert scheduler.pool.num_free == scheduler.pool.num_blocks
+
+
+def test_the_second_request_with_a_prefix_computes_only_the_rest() -> None:
+    scheduler = _scheduler()
+    prompt = list(range(11))
+    for name in ("first", "second"):
+        scheduler.add(_request(name, prompt, max_tokens=1))
+        schedule = scheduler.schedule()
+        [chunk] = schedule.chunks
+        _sample(scheduler, schedule, random.Random(0))
+    # two full blocks of four by reference, two tokens of the tail by copy, the last one computed for its logits
+    assert (chunk.start, chunk.count) == (10, 1)
+    assert len(schedule.copies) == 1
+    assert chunk.sequence.num_cached == 10
+
+
+def test_a_follow_up_turn_reuses_what_was_generated() -> None:
+    scheduler = _scheduler()
+    [sequence] = _request("turn 1", [9, 8, 7], max_tokens=6)
+    scheduler.add([sequence])
+    while scheduler.has_work:
+        _sample(scheduler, scheduler.schedule(), random.Random(3))
+    follow_up = [9, 8, 7, *sequence.output_token_ids, 5, 5]
+    scheduler.add(_request("turn 2", follow_up))
+    [chunk] = scheduler.schedule().chunks
+    assert chunk.start == 3 + 6 - 1  # all that has been computed: the last token of an answer never is
+
+
+def test_choices_share_the_prompt_and_copy_its_last_block_when_they_write() -> None:
+    scheduler = _scheduler()
+    scheduler.add(_request("n", list(range(6)), n=3, max_tokens=3))
+    schedule = scheduler.schedule()
+    [chunk] = schedule.chunks
+    assert [s.choice_index for s in chunk.forks] == [1, 2]
+    tables = [s.block_table for s in (chunk.sequence, *chunk.forks)]
+    assert tables[0] == tables[1] == tables[2]
+    _sample(scheduler, schedule, random.Random(0))
+    copies = scheduler.schedule().copies
+    assert len(copies) == 2, "the last of three may write in place"
+    tails = [s.block_table[1] for s in (chunk.sequence, *chunk.forks)]
+    assert len(set(tails)) == 3
+    scheduler.check()
+
+
+def test_more_choices_than_places_wait_for_their_turn() -> None:
+    scheduler = _scheduler(running=2)
+    scheduler.add(_request("n", list(range(6)), n=5, max_tokens=2))
+    done = 0
+    while scheduler.has_work:
+        schedule = scheduler.schedule()
+        assert len(scheduler.running) <= 2
+        _sample(scheduler, schedule, random.Random(0))
+        scheduler.check()
+        done += 1
+        assert done < 100
+
+
+def test_the_youngest_is_preempted_and_comes_back_first() -> None:
+    scheduler = _scheduler(blocks=6, size=2, budget=64)
+    scheduler.add(_request("old", [1, 2, 3], max_tokens=8))
+    scheduler.add(_request("young", [4, 5, 6], max_tokens=8))
+    scheduler.add(_request("waiting", [7], max_tokens=2))
+    while scheduler.num_preemptions == 0:
+        _sample(scheduler, scheduler.schedule(), random.Random(0))
+        scheduler.check()
+    assert scheduler.waiting[0].request_id == "young"
+    assert scheduler.waiting[0].output_token_ids, "its tokens stay, only the keys go"
+    while scheduler.has_work:
+        _sample(scheduler, scheduler.schedule(), random.Random(0))
+        scheduler.check()
+
+
+def test_an_undone_step_is_recomputed_from_the_start() -> None:
+    scheduler = _scheduler()
+    scheduler.add(_request("a", list(range(9)), n=2))
+    schedule = scheduler.schedule()
+    scheduler.rollback(schedule)
+    scheduler.check()
+    assert [s.choice_index for s in scheduler.waiting] == [0, 1]
+    assert scheduler.pool.num_free == scheduler.pool.num_blocks
+    while scheduler.has_work:
+        _sample(scheduler, scheduler.schedule(), random.Random(0))
+
+
+def test_whole_prompts_are_never_cut_and_admitted_only_with_room_for_their_worst_case() -> None:
+    scheduler = _scheduler(blocks=8, size=2, budget=3, whole=True)
+    scheduler.add(_request("a", list(range(7)), max_tokens=3))
+    scheduler.add(_request("b", list(range(7)), max_tokens=3))
+    schedule = scheduler.schedule()
+    assert [(c.start, c.count) for c in schedule.chunks] == [(0, 7)]  # b's worst case does not fit beside a's
+    seen = []
+    while scheduler.has_work:
+        _sample(scheduler, schedule, random.Random(0))
+        schedule = scheduler.schedule()
+        seen += [(c.sequence.request_id, c.count) for c in schedule.chunks]
+    assert ("b", 7) in seen
+    assert scheduler.num_preemptions == 0
+
+
+def _admissions(scheduler: Scheduler, steps: int, later: dict[int, list[list[Sequence]]] | None = None) -> list[str]:
+    """The order in which requests begin to be computed; `later`: what comes at which step."""
+    order: list[str] = []
+    for step in range(steps):
+        for request in (later or {}).get(step, ()):
+            scheduler.add(request)
+        schedule = scheduler.schedule()
+        order += [c.sequence.request_id for c in schedule.chunks if c.start == 0 and c.sequence.request_id not in order]
+        _sample(scheduler, schedule, random.Random(0))
+    return order
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_two_hundred_requests_of_one_group_do_not_keep_another_waiting(whole: bool) -> None:
+    scheduler = _scheduler(blocks=800, running=2, budget=1000, whole=whole)
+    for number in range(200):
+        scheduler.add(_request(f"a{number}", [number], group="a"))
+    order = _admissions(scheduler, 420, {20: [_request("b0", [7], group="b")], 24: [_request("b1", [8], group="b")]})
+    mine = [name for name in order if name.startswith("a")]
+    assert mine == [f"a{number}" for number in range(200)], "within a group: in order of arrival"
+    before = order.index("b0")
+    assert order.index("b1") - before <= 5
+    assert before <= 2 * 20 / 4 + 3, "after what was running when it came"
+
+
+def test_groups_take_turns() -> None:
+    scheduler = _scheduler(blocks=800, running=1, budget=1000)
+    for group in "abc":
+        for number in range(5):
+            scheduler.add(_request(f"{group}{number}", [number], max_tokens=1, group=group))
+    assert _admissions(scheduler, 40) == [f"{group}{number}" for number in range(5) for group in "abc"]
+
+
+def test_who_was_away_has_saved_no_turns() -> None:
+    scheduler = _scheduler(blocks=800, running=1, budget=1000)
+    for number in range(6):
+        scheduler.add(_request(f"a{number}", [number], max_tokens=1, group="a"))
+    late = [_request(f"b{number}", [number], max_tokens=1, group="b") for number in range(3)]
+    assert _admissions(scheduler, 20, {3: late}) == ["a0", "a1", "a2", "b0", "a3", "b1", "a4", "b2", "a5"]
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(4, 24), st.integers(1, 5), st.integers(1, 6), st.integers(1, 20))
+def test_random_walk(draw: random.Random, blocks: int, size: int, running: int, budget: int) -> None:
+    """Requests come, are aborted, finish, are preempted and undone; every invariant holds after every step."""
+    scheduler = _scheduler(blocks, size, running=running, budget=budget)
+    capacity = blocks * size
+    alive: list[list[Sequence]] = []
+    for number in range(60):
+        if draw.random() < 0.4:
+            length = draw.randrange(1, capacity)
+            prompt = [draw.randrange(2) for _ in range(length)]
+            request = _request(
+                f"r{number}", prompt, draw.randrange(1, min(capacity - length, 9) + 1), draw.randrange(1, 4),
+                group=draw.choice("abc"),
+            )  # fmt: skip
+            scheduler.add(request)
+            alive.append(request)
+        if alive and draw.random() < 0.1:
+            for sequence in alive.pop(draw.randrange(len(alive))):
+                scheduler.finish(sequence)
+        for sequence in scheduler.running:
+            if sequence.num_uncomputed == 1 and sequence.position and draw.random() < 0.5:
+                most = (sequence.params.max_tokens or 0) - sequence.position - 1
+                sequence.draft = tuple(draw.randrange(3) for _ in range(min(most, draw.randrange(5))))
+        schedule = scheduler.schedule()
+        sizes = [c.count - len(c.draft) for c in schedule.chunks if c.count - len(c.draft) > 1]
+        assert sum(sizes) <= max(budget, 1)
+        assert len({id(c.sequence) for c in schedule.chunks}) == len(schedule.chunks)
+        if draw.random() < 0.05:
+            scheduler.rollback(schedule)
+        else:
+            _sample(scheduler, schedule, draw)
+        scheduler.check()
+    steps = 0
+    while scheduler.has_work:
+        _sample(scheduler, scheduler.schedule(), draw)
+        scheduler.check()
+        steps += 1
+        assert steps < 5000, "somebody waits for ever"
+    assert all(s.state is SequenceState.FINISHED for r in alive for s in r)
+    assert scheduler.pool.num_free == blocks

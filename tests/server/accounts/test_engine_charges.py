@@ -1,0 +1,162 @@
+"""What a client pays that leaves, on a real engine: what was computed for it, the step under way included, no more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asgi import Exchange, begin
+from books_for_tests import Clock
+from stepping import Steps
+
+from engine import AsyncEngine, Registry
+from server.accounts.charging import Meter
+from server.app import create_app
+from server.ledger.store import Ledger, Limits, NewKey
+
+BALANCE = 10_000
+BOUND = 20.0
+CHUNK = 32  # tokens of a step of the fixture's engine
+
+
+def at_the_door(engine: AsyncEngine) -> bool:
+    """Whether the engine waits for a permit with something to compute, and so hears no command.
+
+    A step may still be under way from before, without anything: it does not hold what is asked now.
+    """
+    return engine._busy_since is not None and engine._core.has_work
+
+
+class Shop:
+    """An application with one key, and what it has paid."""
+
+    def __init__(self, registry: Registry, folder: Path) -> None:
+        self.ledger = Ledger(f"sqlite:///{folder / 'ledger.db'}", Clock())
+        self.meter = Meter(self.ledger, {}, Clock())
+        self.app = create_app(registry, meter=self.meter)
+        self.key: NewKey = self.ledger.create_key("ada", balance=BALANCE, limits=Limits())
+
+    def ask(self, letter: str, length: int, **fields: Any) -> Exchange:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": letter * length}], "seed": 1, **fields}
+        headers = [(b"authorization", f"Bearer {self.key.secret}".encode())]
+        return begin(self.app, {"ignore_eos": True, **body}, headers=headers)
+
+    def paid(self) -> tuple[int, list[tuple[int, int, int]]]:
+        """What is gone from the balance, and sums of (prompt, cached, completion) if anything is recorded."""
+        assert self.ledger.check() == []
+        key = self.ledger.key("ada")
+        assert (key.held, key.balance is not None) == (0, True)
+        names = ("prompt_tokens", "cached_tokens", "completion_tokens")
+        rows = self.ledger.usage()
+        return BALANCE - (key.balance or 0), [(row[names[0]], row[names[1]], row[names[2]]) for row in rows]
+
+
+@pytest.fixture
+def shop(registry: Registry, engine: AsyncEngine, tmp_path: Path) -> Iterator[Shop]:
+    made = Shop(registry, tmp_path)
+    yield made
+    made.meter.close()
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("taken", [1, 2])
+def test_a_prompt_is_paid_as_far_as_it_was_computed(
+    shop: Shop, engine: AsyncEngine, steps: Steps, taken: int, stream: bool, cancelled: bool
+) -> None:
+    """Whoever leaves before the first token, again and again, would else have the engine for nothing."""
+
+    async def main() -> None:
+        before = engine.stats().steps
+        exchange = shop.ask("klmnopqr"[taken - 1 + 2 * stream + 4 * cancelled], 100, stream=stream)
+        steps.grant(taken)
+        await exchange.until(lambda: engine.stats().steps == before + taken, BOUND)
+        await exchange.until(lambda: at_the_door(engine), BOUND)
+        assert exchange.task
+        if cancelled:
+            exchange.task.cancel()
+        else:
+            exchange.disconnect()
+        await asyncio.sleep(0.02)
+        assert shop.ledger.key("ada").held > 0, "the step under way is not known yet"
+        steps.grant(1)
+        await exchange.until(lambda: shop.ledger.key("ada").held == 0, BOUND)
+        await asyncio.gather(exchange.task, return_exceptions=True)
+
+    asyncio.run(main())
+    paid, [(prompt, cached, completion)] = shop.paid()
+    assert (paid, prompt - cached, completion) == (prompt, (taken + 1) * CHUNK, 0)
+
+
+def test_who_leaves_in_the_queue_pays_nothing(shop: Shop, engine: AsyncEngine, steps: Steps) -> None:
+    async def main() -> None:
+        first = shop.ask("s", 100)
+        await first.until(lambda: len(engine._streams) == 1, BOUND)
+        await first.until(lambda: at_the_door(engine), BOUND)
+        waiting = shop.ask("t", 50)
+        await first.until(lambda: len(engine._streams) == 2, BOUND)
+        for one in (waiting, first):
+            one.disconnect()
+        await first.until(lambda: len(engine._leaving) == 2, BOUND)
+        steps.release()
+        for one in (waiting, first):
+            assert one.task
+            await asyncio.wait_for(one.task, BOUND)
+
+    asyncio.run(main())
+    _, rows = shop.paid()
+    assert [prompt - cached for prompt, cached, _ in rows] == [CHUNK], "the first, for the step that had begun"
+
+
+def test_the_token_of_the_step_under_way_is_paid(shop: Shop, engine: AsyncEngine, steps: Steps) -> None:
+    async def main() -> None:
+        exchange = shop.ask("u", 3, stream=True)
+        steps.grant(3)
+        await exchange.until(lambda: steps.taken == 3 and at_the_door(engine), BOUND)
+        exchange.disconnect()
+        await asyncio.sleep(0.02)
+        steps.grant(1)
+        assert exchange.task
+        await asyncio.wait_for(exchange.task, BOUND)
+
+    asyncio.run(main())
+    paid, [(prompt, _, completion)] = shop.paid()
+    assert (paid, completion) == (prompt + completion, steps.taken - (prompt + CHUNK - 1) // CHUNK + 1)
+
+
+def test_a_request_that_ends_while_its_client_leaves_is_paid_once(
+    shop: Shop, engine: AsyncEngine, steps: Steps
+) -> None:
+    async def main() -> None:
+        exchange = shop.ask("v", 3, max_tokens=1)
+        await exchange.until(lambda: at_the_door(engine), BOUND)
+        exchange.disconnect()
+        await asyncio.sleep(0.02)
+        steps.release()
+        assert exchange.task
+        await asyncio.wait_for(exchange.task, BOUND)
+
+    asyncio.run(main())
+    paid, rows = shop.paid()
+    assert len(rows) == 1
+    assert paid == rows[0][0] + rows[0][2]
+
+
+def test_an_engine_that_dies_lets_go(shop: Shop, engine: AsyncEngine, steps: Steps) -> None:
+    """Nobody waits for a step that will never end."""
+
+    async def main() -> None:
+        exchange = shop.ask("w", 100)
+        await exchange.until(lambda: at_the_door(engine), BOUND)
+        exchange.disconnect()
+        await exchange.until(lambda: bool(engine._leaving), BOUND)
+        engine._fail_all(RuntimeError("the engine died"))
+        assert exchange.task
+        await asyncio.wait_for(exchange.task, BOUND)
+        steps.release()
+
+    asyncio.run(main())
+    assert shop.paid() == (0, [])

@@ -1,0 +1,210 @@
+"""What a good body becomes: given fields only, nothing renamed, nothing dropped without a word."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from fakes import chat
+
+from engine import InvalidFormat, InvalidParameter, SamplingParams, VerbatimError
+from engine.types.sampling_params import SAMPLING_FIELDS
+from server.api import chat_request as schema
+from server.api import json_text, openapi
+
+
+def parse(body: dict[str, Any] | str) -> schema.ChatRequest:
+    return schema.parse((body if isinstance(body, str) else json.dumps(body)).encode(), "chatcmpl-1")
+
+
+def test_a_field_that_was_not_given_leaves_the_models_default() -> None:
+    """Null is what clients send for "not set": it must not reach the engine as a value."""
+    nulls = dict.fromkeys([*schema.SAMPLING, "max_tokens", "max_completion_tokens", "stream", "stream_options"])
+    request = parse(chat(**nulls, **dict.fromkeys(schema.UNSUPPORTED), user=None, metadata=None))
+    assert request.generation.sampling == {}
+    assert not request.stream
+    assert not request.include_usage
+    assert request.ignored == ()
+
+
+GIVEN = [
+    # body fields, what the engine is given
+    ({"temperature": 0}, {"temperature": 0}),
+    ({"max_tokens": 5}, {"max_tokens": 5}),
+    ({"max_completion_tokens": 6}, {"max_tokens": 6}),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, {"max_tokens": 6}),
+    ({"max_tokens": 5, "max_completion_tokens": None}, {"max_tokens": 5}),
+    ({"stop": "x"}, {"stop": "x"}),
+    ({"stop": ["x", "y"]}, {"stop": ["x", "y"]}),
+    ({"logit_bias": {"5": -100}}, {"logit_bias": {"5": -100}}),
+    ({"seed": -(2**63)}, {"seed": -(2**63)}),
+    ({"logprobs": True, "top_logprobs": 3}, {"logprobs": True, "top_logprobs": 3}),
+    ({"top_k": 4, "min_p": 0.1}, {"top_k": 4, "min_p": 0.1}),
+    ({"ignore_eos": False}, {"ignore_eos": False}),
+    ({"user": "u", "metadata": {"a": "b"}}, {}),
+]
+
+
+@pytest.mark.parametrize(("fields", "given"), GIVEN, ids=lambda v: json.dumps(v)[:40])
+def test_given_fields_reach_the_engine_unchanged(fields: dict[str, Any], given: dict[str, Any]) -> None:
+    request = parse(chat(**fields))
+    assert request.generation.sampling == given
+    SamplingParams.merged(request.generation.sampling)
+
+
+def test_every_sampling_field_of_the_engine_can_be_asked_for() -> None:
+    """A control that the engine has and the endpoint does not know would be ignored with a header."""
+    assert set(schema.SAMPLING) | {"max_tokens"} == SAMPLING_FIELDS
+
+
+CONTENTS = [
+    ("plain", "plain"),
+    ("", ""),
+    ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab"),
+    ([{"type": "text", "text": " a\n"}, {"type": "text", "text": " b"}], " a\n b"),
+    ("\U0001f600 \u2028 é", "\U0001f600 \u2028 é"),
+]
+
+
+@pytest.mark.parametrize(("content", "text"), CONTENTS)
+@pytest.mark.parametrize("role", schema.ROLES)
+def test_messages_keep_their_text(role: str, content: Any, text: str) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    before = [{"role": "assistant", "content": None, "tool_calls": [call]}] if role == "tool" else []
+    answers = {"tool_call_id": "call_1"} if role == "tool" else {}
+    request = parse(chat(messages=[*before, {"role": role, "content": content, "name": "N", **answers}]))
+    assert request.generation.messages
+    *_, message = request.generation.messages
+    assert (message.role, message.content, message.name) == (role, text, "N")
+
+
+def test_an_emoji_spelled_as_two_escapes_is_one_character() -> None:
+    body = json.dumps(chat()).replace('"Hi"', '"\\ud83d\\ude00"')
+    messages = parse(body).generation.messages
+    assert messages
+    assert messages[0].content == "\U0001f600"
+
+
+def test_an_answer_can_be_sent_back_as_it_came() -> None:
+    """SDKs dump the reply's message with all its empty fields; a conversation must go on from that."""
+    reply = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "function_call": None}
+    assert parse(chat(messages=[{"role": "user", "content": "a"}, {**reply, "audio": None}])).ignored == ()
+
+
+NEUTRAL = [
+    {"tools": []},
+    {"tool_choice": "none"},
+    {"response_format": {"type": "text"}},
+    {"modalities": ["text"]},
+    {"store": False},
+    {"functions": []},
+    {"best_of": 1},
+    {"stream": True, "stream_options": {"include_obfuscation": False, "continuous_usage_stats": False}},
+]
+
+
+@pytest.mark.parametrize("fields", NEUTRAL, ids=lambda v: next(iter(v)))
+def test_values_that_mean_the_default_are_taken(fields: dict[str, Any]) -> None:
+    """Client libraries write them out; they ask for nothing that does not happen anyway."""
+    assert parse(chat(**fields)).ignored == ()
+
+
+IGNORED = [
+    (chat(foo=1, bar=None), ("foo", "bar")),
+    (chat(messages=[{"role": "user", "content": "a", "mood": 1}]), ("messages.0.mood",)),
+    (
+        chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}]}]),
+        ("messages.0.content.0.cache_control",),
+    ),
+    (chat(stream=True, stream_options={"x": 1}), ("stream_options.x",)),
+    (chat(chat_template_kwargs={"anything": 1}, metadata={"k": "v"}), ()),
+]
+
+
+@pytest.mark.parametrize(("body", "names"), IGNORED, ids=lambda v: "-".join(v) if isinstance(v, tuple) else "")
+def test_unknown_fields_are_named_wherever_they_stand(body: dict[str, Any], names: tuple[str, ...]) -> None:
+    assert parse(body).ignored == names
+
+
+@pytest.mark.parametrize("options", [None, {}, {"include_usage": False}, {"include_usage": None}])
+def test_usage_comes_only_when_asked_for(options: Any) -> None:
+    assert not parse(chat(stream=True, stream_options=options)).include_usage
+    assert parse(chat(stream=True, stream_options={"include_usage": True})).include_usage
+
+
+def test_a_hundred_levels_pass_and_one_more_does_not() -> None:
+    def nested(levels: int) -> str:
+        return json.dumps(chat())[:-1] + ', "chat_template_kwargs": ' + '{"a":' * levels + "1" + "}" * levels + "}"
+
+    assert parse(nested(json_text.MAX_DEPTH - 1))
+    with pytest.raises(InvalidFormat, match="nested too deeply; 100 levels"):
+        parse(nested(json_text.MAX_DEPTH))
+
+
+def test_width_is_not_depth() -> None:
+    assert parse(chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}] * 50}] * 50))
+
+
+# -- the document ----------------------------------------------------------------------------------------------------
+
+DESCRIBED = openapi.REQUEST_BODY["content"]["application/json"]["schema"]["properties"]
+
+
+def test_the_document_lists_what_is_honoured_and_nothing_else() -> None:
+    assert openapi.field_names() == schema.SAMPLING.keys() | schema.HANDLED
+
+
+BOUNDS = [
+    (name, limit, field[limit], field["type"])
+    for name, field in DESCRIBED.items()
+    for limit in ("minimum", "maximum")
+    if limit in field
+]
+
+
+@pytest.mark.parametrize(("name", "limit", "value", "kind"), BOUNDS, ids=lambda v: str(v))
+def test_the_documents_limits_are_the_engines(name: str, limit: str, value: float, kind: str) -> None:
+    """Ranges are checked in the engine and described in the document: two places that must not drift apart."""
+
+    def check(number: float) -> None:
+        fields = {name: int(number) if kind == "integer" else number}
+        SamplingParams.merged(parse(chat(**fields, logprobs=True)).generation.sampling)
+
+    check(value)
+    step = 1 if kind == "integer" else 1e-6
+    with pytest.raises(InvalidParameter) as caught:
+        check(value + (step if limit == "maximum" else -step))
+    assert caught.value.param == name
+
+
+def test_the_documents_defaults_are_the_engines() -> None:
+    for name, field in DESCRIBED.items():
+        if name in SAMPLING_FIELDS and "default" in field:
+            assert getattr(SamplingParams(), name) == field["default"], name
+
+
+@pytest.mark.parametrize(
+    ("names", "value"),
+    [
+        (("a", "b.c"), "a, b.c"),
+        (("a\r\nset-cookie: x",), "a??set-cookie:?x"),
+        (("é\u2028\x00", "a,b"), "???, a?b"),
+        (("x" * 1000,), "x" * 64),
+    ],
+)
+def test_a_hostile_name_cannot_leave_its_header(names: tuple[str, ...], value: str) -> None:
+    assert schema.header_value(names) == value
+
+
+def test_the_header_is_bounded() -> None:
+    value = schema.header_value(tuple("n" * 100 for _ in range(10_000)))
+    assert len(value) < 2500
+    assert value.endswith(", ...")
+
+
+def test_a_duplicate_in_a_large_object_is_found_in_linear_time() -> None:
+    """A quadratic search over 90,000 names would hold up every stream of the server for minutes."""
+    names = ",".join(f'"k{i}":1' for i in range(90_000))
+    with pytest.raises(VerbatimError, match="'k5' twice"):
+        parse("{" + names + ',"k5":1}')
