@@ -27,8 +27,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import engine.errors
-from engine import LawReport, ModelConfig, ModelInfo, ModelStatus, VerbatimError
-from engine.replies.chat_format import find as find_dialect
+from engine import ModelConfig, ModelInfo, ModelStatus, ReproducibilityReport, VerbatimError
+from engine.replies.chat_format import find_chat_format
 from engine.replies.reasoning import EFFORTS, ReasoningFormat, template_variables
 from engine.templates.chat_template import ChatTemplate
 from server.api import chat_request as schema
@@ -270,7 +270,7 @@ def _model_keys() -> list[str]:
         max_sequences=0,
         vocab_size=0,
         system_fingerprint="",
-        law=LawReport(True, ""),
+        law=ReproducibilityReport(True, ""),
         default_sampling={},
         weight_bytes=0,
     )
@@ -357,13 +357,13 @@ def families(folder: Path) -> str:
     rows = []
     for path in sorted(folder.glob("*.jinja"), key=lambda p: p.name.lower()):
         template = ChatTemplate(path.read_text(encoding="utf-8"), {"bos_token": "<s>", "eos_token": "</s>"})
-        dialect = find_dialect(template)
-        found = dialect.reasoning
+        chat_format = find_chat_format(template)
+        found = chat_format.reasoning
         rows.append(
             (
                 path.stem,
-                dialect.source,
-                _code(dialect.describe()),
+                chat_format.source,
+                _code(chat_format.describe()),
                 f"`{found.open}` … `{found.close}`" if found else "none",
                 _efforts(template, found),
             )

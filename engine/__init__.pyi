@@ -103,10 +103,10 @@ from engine.types.model_info import (
     EngineStats as EngineStats,
 )
 from engine.types.model_info import (
-    LawReport as LawReport,
+    ModelInfo as ModelInfo,
 )
 from engine.types.model_info import (
-    ModelInfo as ModelInfo,
+    ReproducibilityReport as ReproducibilityReport,
 )
 from engine.types.outputs import (
     ChoiceDelta as ChoiceDelta,

@@ -120,7 +120,7 @@ class AsyncEngine:
             model.vocabulary,
             model.template,
             model.grammars,
-            model.dialect,
+            model.chat_format,
         )
         self._limit = model.config.max_sequences + model.config.max_queue
         self._queue_seconds = model.config.max_queue_seconds

@@ -19,7 +19,7 @@ from engine.errors import NumericalFault, OutOfMemory, ReplyFault, VerbatimError
 from engine.grammar.compiler import GrammarCompiler, GrammarState
 from engine.grammar.mask_worker import MaskWorker
 from engine.loading.loader import LoadedModel
-from engine.replies.chat_format import Dialect
+from engine.replies.chat_format import ChatFormat
 from engine.replies.reply_stream import TextDelta, TextStream
 from engine.replies.tool_calls import call_id
 from engine.sampling.sampler import Sampled, Sampler
@@ -131,9 +131,9 @@ class EngineCore:
         self._vocabulary: Vocabulary = model.vocabulary
         self._grammars: GrammarCompiler = model.grammars
         self._masks = MaskWorker(model.grammars)
-        self._dialect = model.dialect
-        self._thought_marks = _marks(self._vocabulary, self._dialect, calls=False)
-        self._marks = _marks(self._vocabulary, self._dialect, calls=True)
+        self._chat_format = model.chat_format
+        self._thought_marks = _marks(self._vocabulary, self._chat_format, calls=False)
+        self._marks = _marks(self._vocabulary, self._chat_format, calls=True)
         self._closing_ids = model.closing_ids
         self._end_ids = frozenset(model.end_ids)
         self._sampler = Sampler(
@@ -186,7 +186,7 @@ class EngineCore:
         self._scheduler.add([choice.sequence for choice in choices])
 
     def _text(self, stops: StopStrings, request: PreparedRequest) -> TextStream:
-        parser = self._dialect.parser(
+        parser = self._chat_format.parser(
             {tool["function"]["name"]: tool["function"] for tool in request.tools},
             parallel=request.parallel_tool_calls,
             exact=request.grammar is not None,
@@ -570,10 +570,10 @@ def _drawers(chunk: Chunk) -> list[Sequence]:
     return [s for s in (chunk.sequence, *chunk.forks) if s.state is SequenceState.RUNNING]
 
 
-def _marks(vocabulary: Vocabulary, dialect: Dialect, *, calls: bool) -> dict[int, str]:
-    """The special tokens that a dialect is written with: they add nothing to a text, but have to be seen."""
+def _marks(vocabulary: Vocabulary, chat_format: ChatFormat, *, calls: bool) -> dict[int, str]:
+    """The special tokens that a chat_format is written with: they add nothing to a text, but have to be seen."""
     names = {i: vocabulary.token_text(i) for i in vocabulary.special_ids}
-    return {i: name for i, name in names.items() if name and dialect.mentions(name, calls=calls)}
+    return {i: name for i, name in names.items() if name and chat_format.mentions(name, calls=calls)}
 
 
 def _together(a: TextDelta, b: TextDelta) -> TextDelta:

@@ -96,7 +96,7 @@ class LLM:
             self._model.vocabulary,
             self._model.template,
             self._model.grammars,
-            self._model.dialect,
+            self._model.chat_format,
         )
         self._ids = itertools.count()
         self._boxes: dict[str, deque[RequestOutput]] = {}  # outputs of open requests that nobody has read yet

@@ -23,7 +23,7 @@ from engine.grammar.trial import GrammarTrial
 from engine.prompts.chat_prompt import ChatPrompts, control_words
 from engine.prompts.content_guard import ControlWords
 from engine.prompts.prompt_encoder import CHARACTERS_PER_TOKEN, PromptEncoder
-from engine.replies.chat_format import Dialect
+from engine.replies.chat_format import ChatFormat
 from engine.replies.reasoning import ReasoningFormat, template_variables
 from engine.templates.chat_template import ChatTemplate
 from engine.text.vocabulary import Vocabulary
@@ -62,19 +62,19 @@ class Preparer:
         vocabulary: Vocabulary,
         template: ChatTemplate,
         grammars: GrammarCompiler,
-        dialect: Dialect,
+        chat_format: ChatFormat,
     ) -> None:
         self._config = config
         self._info = info
         self._tokenizer = tokenizer
         self._template = template
         self._trial = GrammarTrial(grammars)
-        self._dialect = dialect
-        words, kept = control_words(tokenizer, template, dialect)
+        self._chat_format = chat_format
+        words, kept = control_words(tokenizer, template, chat_format)
         self._encoder = PromptEncoder(tokenizer, words)
         split = config.content_special_tokens == "split"
-        self._chat = ChatPrompts(template, dialect, self._encoder, ControlWords(words, kept) if split else None)
-        self._reasoning = dialect.reasoning
+        self._chat = ChatPrompts(template, chat_format, self._encoder, ControlWords(words, kept) if split else None)
+        self._reasoning = chat_format.reasoning
         invalid = set(vocabulary.invalid_ids(info.vocab_size))
         self._token_ids = frozenset(range(info.vocab_size)) - invalid
 
@@ -146,7 +146,7 @@ class Preparer:
         if not tools and form is None:
             return None
         if tools:
-            written = self._dialect.tool_format
+            written = self._chat_format.tool_format
             if written is None:
                 raise Unsupported(
                     "tool_choice: how this model writes calls is known from its response template alone, which can be "
@@ -253,7 +253,7 @@ class Preparer:
             )
 
     def _opening(self, prompt: _Prompt) -> str:
-        read_by = self._dialect.response_template
+        read_by = self._chat_format.response_template
         found = read_by.opening(prompt.text) if read_by is not None and prompt.text is not None else ""
         return found.replace(prompt.mark, "") if prompt.mark else found
 

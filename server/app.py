@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine import InvalidParameter, ModelNotFound, ModelStatus, Registry, VerbatimError
 from server import logs
-from server.accounts.authentication import OPEN, Gate, key_of
+from server.accounts.authentication import OPEN, Authentication, key_of
 from server.accounts.charging import Account, Meter
 from server.api import chat_request as schema
 from server.api import openapi
@@ -47,7 +47,7 @@ _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 def create_app(registry: Registry, settings: ServerSettings | None = None, meter: Meter | None = None) -> FastAPI:
     """The ASGI application over a registry. The registry's owner starts it; the application closes it at its end.
 
-    With a `meter` every path but those of `gate.OPEN` needs a key; it is closed with the application, too.
+    With a `meter` every path but those of `authentication.OPEN` needs a key; it is closed with the application, too.
     """
     settings = settings or ServerSettings()
     bodies = Bodies(settings)
@@ -78,7 +78,7 @@ def create_app(registry: Registry, settings: ServerSettings | None = None, meter
     install(app, settings.retry_after_seconds)
     app.add_middleware(JsonOnly)  # the last one that is added is the first one that sees a request
     if meter:
-        app.add_middleware(Gate, meter=meter, retry_after=settings.retry_after_seconds)
+        app.add_middleware(Authentication, meter=meter, retry_after=settings.retry_after_seconds)
     if settings.cors_origins:
         # A page of the internet asks for a private address by name, and starlette that knows the question would say no.
         named = inspect.signature(CORSMiddleware).parameters

@@ -5,7 +5,7 @@ it reaches this file through a context variable, because many models drop keywor
 sequence attends alone, over its own keys, so no neighbour can change its bits. Two more rules make a row's bits
 independent of how its prompt was cut (measured, docs/decisions/0002):
 
-* the key span is a multiple of `SPAN`, and what does not count is masked, never cut off;
+* the key span is a multiple of `KEY_BLOCK`, and what does not count is masked, never cut off;
 * the query rows are a multiple of `ROWS`: with one to three rows the matrix product takes another path.
 
 With compiled kernels (`engine.compute.cpu.kernels`) a CPU has one of our own, which needs neither and reads no more
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from engine.compute.attention_mask import KeyRange, NotUnderstood, read_mask
 from engine.compute.cpu.kernels import AttentionPlan
-from engine.compute.kv_cache import SPAN, KVCache, LayerShape, Run, runs_of
+from engine.compute.kv_cache import KEY_BLOCK, KVCache, LayerShape, Run, runs_of
 
 IMPLEMENTATION = "verbatim"
 """The name under which transformers finds `attention_forward`."""
@@ -66,7 +66,7 @@ class Span:
 
     @property
     def padded(self) -> int:
-        return -(-(self.start + self.count) // SPAN) * SPAN
+        return -(-(self.start + self.count) // KEY_BLOCK) * KEY_BLOCK
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -352,7 +352,7 @@ def _blockwise(
 ) -> Tensor:
     """`[heads, count, dim]` for what the fused kernel lacks: soft-capped scores (Gemma 2) and sinks (gpt-oss).
 
-    Online softmax over key blocks of `SPAN`, one block after the other, so that every product has the same inner
+    Online softmax over key blocks of `KEY_BLOCK`, one block after the other, so that every product has the same inner
     shape however long the sequence is; in float32, whatever the inputs' dtype. A sink is a score that takes part in
     the normalisation and has no value.
     """
@@ -368,17 +368,17 @@ def _blockwise(
         peak = F.pad(per_row, (0, rows.shape[1] - per_row.shape[1]))
         total = torch.ones_like(peak)
     result = rows.new_zeros(kv_heads, rows.shape[1], values.shape[-1])
-    for start in range(0, span.padded, SPAN):
-        scores = torch.matmul(rows, keys[:, start : start + SPAN].float().transpose(1, 2)) * scale
+    for start in range(0, span.padded, KEY_BLOCK):
+        scores = torch.matmul(rows, keys[:, start : start + KEY_BLOCK].float().transpose(1, 2)) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores + mask[:, start : start + SPAN]
+        scores = scores + mask[:, start : start + KEY_BLOCK]
         new_peak = torch.maximum(peak, scores.amax(-1))
         base = torch.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = torch.exp(scores - base[..., None])
         keep = torch.exp(peak - base)
         total = total * keep + weights.sum(-1)
-        result = result * keep[..., None] + torch.matmul(weights, values[:, start : start + SPAN].float())
+        result = result * keep[..., None] + torch.matmul(weights, values[:, start : start + KEY_BLOCK].float())
         peak = new_peak
     result = result / total[..., None]
     return result[:, : groups * count].reshape(heads, count, -1).to(query.dtype)

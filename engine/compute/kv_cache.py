@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.compute.attention_mask import ALL_BEFORE, KeyRange
 from engine.compute.cpu.kernels import BLOCK_SIZE, Kernels
 
-SPAN = 512
+KEY_BLOCK = 512
 """Attention reads keys in spans of a multiple of this many slots.
 
 The key block of torch's CPU attention kernel: with it, a row's bits do not depend on how many keys lie behind its own.
@@ -72,8 +72,8 @@ class KVCache:
     """Keys and values of every layer.
 
     Attributes:
-        keys: per layer `[heads, slots + SPAN, key_dim]`.
-        values: per layer `[heads, slots + SPAN, value_dim]`.
+        keys: per layer `[heads, slots + KEY_BLOCK, key_dim]`.
+        values: per layer `[heads, slots + KEY_BLOCK, value_dim]`.
         kernels: what serves the layers of which `native` is True; for the others there are `write` and `read`.
     """
 
@@ -84,7 +84,7 @@ class KVCache:
         self.block_size = block_size
         self.num_blocks = num_blocks
         # A padded view may run past the last block by up to one span.
-        slots = num_blocks * block_size + SPAN
+        slots = num_blocks * block_size + KEY_BLOCK
         self.kernels = kernels
         self.native = tuple(kernels is not None and _is_native(s, block_size, kernels) for s in layers)
         self.keys = [_zeros((s.heads, slots, s.key_dim), s) for s in layers]

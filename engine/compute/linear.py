@@ -105,7 +105,7 @@ class SharedInput:
 
 
 @torch.inference_mode()
-def share_inputs(model: nn.Module) -> int:
+def merge_shared_projections(model: nn.Module) -> int:
     """Find layers with the same input and let them be computed together. Returns how many groups there are.
 
     Found by watching a pass over two tokens, and undone if a second pass then gives other bits (a model that changes an

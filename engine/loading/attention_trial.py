@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.compute.attention import AttentionSettings, ForwardContext, Span, attend, forward_context
 from engine.compute.attention_mask import KeyRange
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.kv_cache import SPAN, KVCache, LayerShape
+from engine.compute.kv_cache import KEY_BLOCK, KVCache, LayerShape
 
 _BLOCK = 16
 _FARTHEST = 8192
@@ -47,29 +47,29 @@ class AttentionTrial:
         size = seen.window or seen.chunk or 0
         if size > _FARTHEST:
             size, seen = 1000, KeyRange(1000 if seen.window else None, 1000 if seen.chunk else None)
-        length = max(2 * SPAN, size + size // 2) + 40
+        length = max(2 * KEY_BLOCK, size + size // 2) + 40
         groups = self.settings.heads // self.shape.heads
         one = replace(self.shape, heads=1, seen=seen)
         sinks = None if self.settings.sinks is None else self.settings.sinks[:groups]
         tried = _Tried(one, replace(self.settings, heads=groups, sinks=sinks), length, self.kernels)
         tried.store()
-        starts = {0, 5, SPAN - 2, size - 3, size, 2 * size - 2, length - 17}
+        starts = {0, 5, KEY_BLOCK - 2, size - 3, size, 2 * size - 2, length - 17}
         cases = [(start, min(5, length - start)) for start in starts if 0 <= start < length]
         return all(tried.is_right(start, count) for start, count in cases)
 
     @torch.inference_mode()
     def rows_agree(self) -> bool:
         """Whether rows in crowds of 1, 3, 33 and 200 have the same bits, across two borders of the key span."""
-        length = 2 * SPAN + 40
+        length = 2 * KEY_BLOCK + 40
         tried = _Tried(self.shape, self.settings, length, self.kernels)
         whole = tried.attend(0, length)
         cases = (
             (0, 1),
-            (SPAN - 1, 1),
-            (SPAN, 1),
-            (SPAN - 2, 3),
-            (2 * SPAN - 17, 33),
-            (SPAN - 100, 200),
+            (KEY_BLOCK - 1, 1),
+            (KEY_BLOCK, 1),
+            (KEY_BLOCK - 2, 3),
+            (2 * KEY_BLOCK - 17, 33),
+            (KEY_BLOCK - 100, 200),
             (length - 1, 1),
         )
         return all(torch.equal(tried.attend(start, count), whole[start : start + count]) for start, count in cases)

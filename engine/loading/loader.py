@@ -24,17 +24,17 @@ from engine.checkpoints.json_files import read_json
 from engine.checkpoints.reading import check_vocabulary, load_model, load_tokenizer
 from engine.compute import rotary
 from engine.compute.cpu.decoder_layer import fuse_layers
-from engine.compute.cpu.kernels import Kernels, Unavailable
+from engine.compute.cpu.kernels import Kernels, KernelsUnavailable
 from engine.compute.cpu.pointwise import replace_pointwise
-from engine.compute.kv_cache import SPAN, KVCache, LayerShape
+from engine.compute.kv_cache import KEY_BLOCK, KVCache, LayerShape
 from engine.compute.linear import (
     Make,
     NativeLinear,
     choose_kernel,
     give_back_memory,
     is_sound,
+    merge_shared_projections,
     pack_model,
-    share_inputs,
 )
 from engine.compute.model_runner import FallbackRunner, PackedRunner, Runner
 from engine.config import ModelConfig
@@ -43,8 +43,7 @@ from engine.grammar.compiler import GrammarCompiler
 from engine.loading import fingerprint, template_trial, versions
 from engine.loading.selftest import Reference, SelfTest, self_test
 from engine.replies import expression_trial
-from engine.replies.chat_format import Dialect
-from engine.replies.chat_format import find as find_dialect
+from engine.replies.chat_format import ChatFormat, find_chat_format
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.scheduler import Scheduler
 from engine.templates.chat_template import ChatTemplate
@@ -75,7 +74,7 @@ class LoadedModel:
     template: ChatTemplate
     end_ids: tuple[int, ...]
     grammars: GrammarCompiler
-    dialect: Dialect
+    chat_format: ChatFormat
     closing_ids: tuple[int, ...]
     """What ends thoughts by force."""
     runner: Runner
@@ -142,7 +141,7 @@ def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
             pack_model(model, _DTYPES.get(found.dtype, torch.float32), make, _packing_progress(say))
             if native is not None:
                 replace_pointwise(model, native)
-                share_inputs(model)
+                merge_shared_projections(model)
                 fused = fuse_layers(model, native, length)
                 say(f"{fused} layers run as one kernel each ({native.target})")
         say("self-test")
@@ -220,8 +219,8 @@ def _assemble(
         "threads": None if test.report.holds else torch.get_num_threads(),
         **fingerprint.hardware(device),
     }
-    dialect = _find_dialect(config, template, tokenizer)
-    reasoning = dialect.reasoning
+    chat_format = _find_chat_format(config, template, tokenizer)
+    reasoning = chat_format.reasoning
     info = ModelInfo(
         id=config.id,
         created=found.created,
@@ -239,8 +238,8 @@ def _assemble(
         weight_bytes=found.stored_bytes,
         linear=kernel,
         reasoning=(reasoning.open, reasoning.close) if reasoning else None,
-        tool_calls=dialect.describe(),
-        tool_calls_source=dialect.source,
+        tool_calls=chat_format.describe(),
+        tool_calls_source=chat_format.source,
     )
 
     grammars = GrammarCompiler(vocabulary, vocab_size, end_ids, _plain_encoder(tokenizer))
@@ -252,7 +251,7 @@ def _assemble(
         template=template,
         end_ids=end_ids,
         grammars=grammars,
-        dialect=dialect,
+        chat_format=chat_format,
         closing_ids=tuple(tokenizer(reasoning.closing, add_special_tokens=False)["input_ids"]) if reasoning else (),
         runner=runner,
         scheduler=scheduler,
@@ -297,7 +296,7 @@ def _choose_kernel(config: ModelConfig, model: nn.Module, say: Progress) -> tupl
     native, why = None, ""
     try:
         native = Kernels.load(progress=say)
-    except Unavailable as error:
+    except KernelsUnavailable as error:
         why = str(error)
     if config.quantization:
         if native is None:
@@ -368,7 +367,7 @@ def _size_cache(
         room = checkpoint.free_memory() // 4
     else:
         room = int(torch.cuda.mem_get_info(device)[0] * 0.8)
-    spare = sum(layer.bytes_per_token for layer in layers) * SPAN
+    spare = sum(layer.bytes_per_token for layer in layers) * KEY_BLOCK
     blocks = min(max(room - spare, 0) // per_block, most)
     least = -(-(config.context_length or 2) // BLOCK_SIZE)
     if blocks < least:
@@ -428,10 +427,10 @@ def _response_templates(config: ModelConfig, tokenizer: Any) -> tuple[dict[str, 
     return given, shipped if isinstance(shipped, dict) else None
 
 
-def _find_dialect(config: ModelConfig, template: ChatTemplate, tokenizer: Any) -> Dialect:
+def _find_chat_format(config: ModelConfig, template: ChatTemplate, tokenizer: Any) -> ChatFormat:
     given, shipped = _response_templates(config, tokenizer)
     try:
-        return find_dialect(template, given=given, shipped=shipped)
+        return find_chat_format(template, given=given, shipped=shipped)
     except ValueError as error:
         raise LoadError(f"{config.id}: {config.response_template} is no response template: {error}") from None
 

@@ -29,7 +29,7 @@ from engine.loading.attention_trial import AttentionTrial
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
-from engine.types.model_info import LawReport
+from engine.types.model_info import ReproducibilityReport
 from engine.types.sampling_params import SamplingParams
 
 _BLOCK = 16
@@ -55,7 +55,7 @@ class SelfTest:
     """
 
     layers: tuple[LayerShape, ...] | None
-    report: LawReport
+    report: ReproducibilityReport
     single_rows: bool = False
     row_safe: bool = False
     positions: bool = True
@@ -238,7 +238,7 @@ def _law(
     }
     holds, reason = verdict(checks, type(model).__name__, dtype, packed.layers[0].device)
     single = holds and _equal(few_alone[:2], [packed.run([text], single_rows=True)[0] for text in few[:2]])
-    return SelfTest(packed.layers, LawReport(holds, reason, tuple(checks.items())), single, packed.row_safe)
+    return SelfTest(packed.layers, ReproducibilityReport(holds, reason, tuple(checks.items())), single, packed.row_safe)
 
 
 def verdict(checks: Mapping[str, bool], model: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
@@ -278,7 +278,7 @@ def _fallback(
                 raise
             difference = f"fails: {first_line(error)}"
         if difference is None:
-            law = LawReport(False, f"each sequence runs alone in the fallback runner ({name}: {reason})")
+            law = ReproducibilityReport(False, f"each sequence runs alone in the fallback runner ({name}: {reason})")
             return SelfTest(None, law, positions=positions)
         objections.append(difference)
     raise LoadError(f"{name} cannot be served: not packed ({reason}), and each sequence alone {objections[0]}.")

@@ -45,5 +45,5 @@ def check(source: str | None, tool_use: str | None, special_tokens: Mapping[str,
 def render(given: Mapping[str, Any]) -> None:
     """All that loading renders: whether texts come in parts, how thoughts and calls are written."""
     template = ChatTemplate(given["source"], given["special_tokens"], tool_use=given["tool_use"])
-    reasoning.find(template)
-    tool_format.find(template)
+    reasoning.find_reasoning_format(template)
+    tool_format.find_tool_format(template)

@@ -1,6 +1,6 @@
 """Messages and tools → the prompt of a model: its text by the model's template, its tokens with content kept apart.
 
-Knows templates, dialects and control words; no limits, no parameters of sampling.
+Knows templates, chat formats and control words; no limits, no parameters of sampling.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from engine.errors import InvalidFormat, TemplateRefused
 from engine.prompts.content_guard import ContentGuard, ControlWords, Conversation, Marked
 from engine.prompts.prompt_encoder import CLOSE, OPEN, PromptEncoder, find_control_words
-from engine.replies.chat_format import Dialect
+from engine.replies.chat_format import ChatFormat
 from engine.replies.tool_format import (
     CALL_ID,
     GENERIC,
@@ -42,19 +42,23 @@ class Encoded:
     mark: str = ""
 
 
-def control_words(tokenizer: Any, template: ChatTemplate, dialect: Dialect) -> tuple[dict[str, int], frozenset[str]]:
+def control_words(
+    tokenizer: Any, template: ChatTemplate, chat_format: ChatFormat
+) -> tuple[dict[str, int], frozenset[str]]:
     """A model's control words by spelling, and which of them an assistant's text may hold as such.
 
     The latter are the marks of thoughts, and those of calls that are no special tokens: they part what clients send
     back.
     """
-    forms = [_written(form) for form in (dialect.tool_format, dialect.template_format, GENERIC) if form is not None]
+    forms = [
+        _written(form) for form in (chat_format.tool_format, chat_format.template_format, GENERIC) if form is not None
+    ]
     own = template.source, template.tool_use.source if template.tool_use else None
     words = find_control_words(tokenizer, [*(text or "" for text in own), *forms, _RESULTS])
     special = {t.content for t in tokenizer.backend_tokenizer.get_added_tokens_decoder().values() if t.special}
-    kept = {word for word in words if word not in special and dialect.mentions(word, calls=True)}
-    if dialect.reasoning is not None:
-        kept |= {dialect.reasoning.open, dialect.reasoning.close} & words.keys()
+    kept = {word for word in words if word not in special and chat_format.mentions(word, calls=True)}
+    if chat_format.reasoning is not None:
+        kept |= {chat_format.reasoning.open, chat_format.reasoning.close} & words.keys()
     return words, frozenset(kept)
 
 
@@ -62,11 +66,11 @@ class ChatPrompts:
     """Renders and encodes conversations for one model. Holds no state; may be shared by threads."""
 
     def __init__(
-        self, template: ChatTemplate, dialect: Dialect, encoder: PromptEncoder, words: ControlWords | None
+        self, template: ChatTemplate, chat_format: ChatFormat, encoder: PromptEncoder, words: ControlWords | None
     ) -> None:
         """`words`: what content must not become; None to let it."""
         self._template = template
-        self._dialect = dialect
+        self._chat_format = chat_format
         self._encoder = encoder
         self._words = words
         self._guard = ContentGuard(words) if words is not None else None
@@ -74,7 +78,7 @@ class ChatPrompts:
     def conversation(self, request: GenerationRequest, variables: Mapping[str, Any]) -> Conversation:
         """What the template is to render of a request with messages."""
         messages: Sequence[ChatMessage] = request.messages or ()
-        form = self._dialect.template_format
+        form = self._chat_format.template_format
         if self._by_template(request.tools) and form is not None and CALL_ID in form.close:
             messages = [_with_short_ids(message) for message in messages]
         return Conversation(tuple(messages), tuple(_as_shown(tool) for tool in request.tools), variables)
@@ -87,10 +91,10 @@ class ChatPrompts:
         messages: Sequence[ChatMessage] = conversation.messages
         tools, variables = list(conversation.tools), conversation.variables
         if self._by_template(tools):
-            form = self._dialect.template_format
+            form = self._chat_format.template_format
             if form is not None and form.between is None:
                 messages = one_call_a_turn(messages)
-            if form is not None and not self._dialect.writes_calls:
+            if form is not None and not self._chat_format.writes_calls:
                 messages = with_written_calls(messages, form)
             return self._template.render(messages, variables, tools=tools)
         if not tools and not any(m.tool_calls or m.role == "tool" for m in messages):
@@ -133,7 +137,7 @@ class ChatPrompts:
 
     def _by_template(self, tools: Sequence[Any]) -> bool:
         # A template of its own for tools leaves the other one to conversations that know of none.
-        return self._dialect.shows_tools and (bool(tools) or self._template.tool_use is None)
+        return self._chat_format.shows_tools and (bool(tools) or self._template.tool_use is None)
 
     def _shown(self, marked: Marked, text: str) -> str | None:
         """The prompt with marks; None if the template refuses them or writes one as something else."""

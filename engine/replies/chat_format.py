@@ -12,16 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from engine.replies import reasoning as thoughts
-from engine.replies import tool_format as forms
-from engine.replies.reasoning import ReasoningFormat, Splitter
+from engine.replies.reasoning import ReasoningFormat, Splitter, find_reasoning_format
 from engine.replies.reply_parser import MarkParser, ReplyParser
 from engine.replies.response_template import ResponseTemplate, TemplateParser
 from engine.replies.tool_calls import CallReader
-from engine.replies.tool_format import GENERIC, ToolFormat
+from engine.replies.tool_format import CALL_ID, GENERIC, ToolFormat, find_tool_format
 from engine.templates.chat_template import ChatTemplate
 
-__all__ = ["Dialect", "find"]
+__all__ = ["ChatFormat", "find_chat_format"]
 
 log = logging.getLogger("verbatim.engine")
 
@@ -104,7 +102,7 @@ _FAMILIES: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Dialect:
+class ChatFormat:
     """What is known of a model's speech.
 
     `reasoning`: the marks of its thoughts, to begin, end and count them; None if it has none. `tool_format`: how its
@@ -175,9 +173,9 @@ class Dialect:
         return self.response_template.describe()
 
 
-def find(
+def find_chat_format(
     template: ChatTemplate, *, given: Mapping[str, Any] | None = None, shipped: Mapping[str, Any] | None = None
-) -> Dialect:
+) -> ChatFormat:
     """What is to be known of a model.
 
     Args:
@@ -187,7 +185,7 @@ def find(
     Raises:
         ValueError: `given` is no response template.
     """
-    reasoning, form = thoughts.find(template), forms.find(template)
+    reasoning, form = find_reasoning_format(template), find_tool_format(template)
     source = template.serving((True,)).source or ""
     family = next((f for f in _FAMILIES if all(mark in source for mark in f.marks)), None)
     read_by: ResponseTemplate | None = None
@@ -206,10 +204,10 @@ def find(
         if read_by is None:
             read_by, source = ResponseTemplate(family.response_template), f"table ({family.name})"
     if read_by is None:
-        return Dialect(reasoning, form or GENERIC, None, form, shows, writes, source)
+        return ChatFormat(reasoning, form or GENERIC, None, form, shows, writes, source)
     # What is written by a form has to be read by the template, or calls cannot be asked for.
     usable = next((f for f in (form, GENERIC) if f is not None and _reads(read_by, f)), None)
-    return Dialect(reasoning, usable, read_by, form, shows, writes, source)
+    return ChatFormat(reasoning, usable, read_by, form, shows, writes, source)
 
 
 _PROBE: Final[Mapping[str, Mapping[str, Any]]] = {"probe": {"parameters": {"properties": {"a": {"type": "string"}}}}}
@@ -218,7 +216,7 @@ _PROBE: Final[Mapping[str, Mapping[str, Any]]] = {"probe": {"parameters": {"prop
 def _reads(template: ResponseTemplate, form: ToolFormat) -> bool:
     parser = TemplateParser(template, _PROBE)
     written = '{"a": "b"}' if form.style == "json" else f"{form.key_open}a{form.value_open}b{form.value_close}"
-    close = form.close.replace(forms.CALL_ID, "abcdef001")
+    close = form.close.replace(CALL_ID, "abcdef001")
     parts = [parser.push(f"{form.begin}{form.open}probe{form.middle}{written}{close}{form.end}"), parser.finish()]
     calls: Sequence[tuple[str, str]] = [call for part in parts for call in part.calls]
     return calls == [("probe", '{"a": "b"}')] and not any(part.text.strip() for part in parts)

@@ -14,7 +14,7 @@ from engine.errors import InvalidParameter, TemplateRefused
 from engine.templates.chat_template import ChatTemplate
 from engine.types.messages import ChatMessage
 
-__all__ = ["EFFORTS", "ReasoningFormat", "Splitter", "find", "template_variables"]
+__all__ = ["EFFORTS", "ReasoningFormat", "Splitter", "find_reasoning_format", "template_variables"]
 
 EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh")
 
@@ -54,7 +54,7 @@ class ReasoningFormat:
     asides: tuple[str, ...] = ()
 
 
-def find(template: ChatTemplate) -> ReasoningFormat | None:
+def find_reasoning_format(template: ChatTemplate) -> ReasoningFormat | None:
     """What a template says about thoughts; None if it knows of none."""
     if template.source is None:
         return None

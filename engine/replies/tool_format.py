@@ -21,7 +21,7 @@ from engine.templates.chat_template import ChatTemplate
 from engine.types.messages import ChatMessage, ToolCall
 
 __all__ = [
-    "CALL_ID", "GENERIC", "ToolFormat", "find", "generic_messages", "one_call_a_turn", "with_written_calls",
+    "CALL_ID", "GENERIC", "ToolFormat", "find_tool_format", "generic_messages", "one_call_a_turn", "with_written_calls",
 ]  # fmt: skip
 
 CALL_ID: Final = "\x00"
@@ -87,7 +87,7 @@ GENERIC: Final = ToolFormat("json", "", '<tool_call>\n{"name": "', '", "argument
 """For templates that know nothing of tools: the form that most models have seen."""
 
 
-def find(template: ChatTemplate) -> ToolFormat | None:
+def find_tool_format(template: ChatTemplate) -> ToolFormat | None:
     """The format of a template; None if it does not render calls."""
     user = ChatMessage("user", "Frage")
     calls = [ToolCall(i, name, _ARGUMENTS) for i, name in zip(_IDS, _NAMES, strict=True)]

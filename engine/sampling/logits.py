@@ -21,9 +21,9 @@ from torch import Tensor
 
 __all__ = [
     "MAX_VOCABULARY",
-    "Cut",
-    "Cuts",
     "Edits",
+    "Filter",
+    "Filters",
     "Kept",
     "keep_all",
     "keep_first",
@@ -43,7 +43,7 @@ _RANGES: Final = 4096  # of scores between 0 and that, 0.01 wide each
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Filter:
     """How one row is narrowed. `top_k` 0 keeps all; a temperature of 0 has no place here: it draws nothing."""
 
     temperature: float = 1.0
@@ -57,11 +57,11 @@ class Cut:
         return self.top_k > 0 or self.top_p < 1.0
 
 
-class Cuts:
-    """The cuts of `n` rows, as numbers here and as one table, float64 `[n, 4]`, on the device of the logits."""
+class Filters:
+    """The filters of `n` rows, as numbers here and as one table, float64 `[n, 4]`, on the device of the logits."""
 
-    def __init__(self, cuts: list[Cut], table: Tensor) -> None:
-        self._cuts = cuts
+    def __init__(self, filters: list[Filter], table: Tensor) -> None:
+        self._filters = filters
         self._table = table
 
     @property
@@ -78,27 +78,27 @@ class Cuts:
         return self._table[:, 2:3]
 
     @classmethod
-    def of(cls, cuts: list[Cut], device: torch.device) -> Cuts:
+    def of(cls, filters: list[Filter], device: torch.device) -> Filters:
         values: list[float] = []
-        for c in cuts:
+        for c in filters:
             floor = math.log(c.min_p) if c.min_p > 0.0 else -math.inf
             values += (c.temperature, c.top_p, c.top_k or math.inf, floor)
-        return cls(cuts, torch.tensor(values, dtype=torch.float64, device=device).view(-1, 4))
+        return cls(filters, torch.tensor(values, dtype=torch.float64, device=device).view(-1, 4))
 
     def __len__(self) -> int:
-        return len(self._cuts)
+        return len(self._filters)
 
-    def __iter__(self) -> Iterator[Cut]:
-        return iter(self._cuts)
+    def __iter__(self) -> Iterator[Filter]:
+        return iter(self._filters)
 
-    def span(self, start: int, end: int) -> Cuts:
-        return self if end - start == len(self) else Cuts(self._cuts[start:end], self._table[start:end])
+    def span(self, start: int, end: int) -> Filters:
+        return self if end - start == len(self) else Filters(self._filters[start:end], self._table[start:end])
 
-    def pick(self, rows: list[int]) -> Cuts:
-        return Cuts([self._cuts[i] for i in rows], self._table[torch.tensor(rows, device=self._table.device)])
+    def pick(self, rows: list[int]) -> Filters:
+        return Filters([self._filters[i] for i in rows], self._table[torch.tensor(rows, device=self._table.device)])
 
     def apply_min_p(self, scores: Tensor) -> None:
-        if any(c.min_p > 0.0 for c in self._cuts):
+        if any(c.min_p > 0.0 for c in self._filters):
             scores.masked_fill_(scores < self._table[:, 3:4], -math.inf)
 
 
@@ -239,7 +239,7 @@ def log_mass(total: int) -> float:
     return math.log(total * MASS_UNIT)
 
 
-def keep_all(rows: list[int], logits: Tensor, peaks: Tensor, cuts: Cuts) -> Kept:
+def keep_all(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters) -> Kept:
     """Temperature and min_p, which look at each token alone: nothing is sorted.
 
     min_p keeps `p >= min_p * p_max`, taken as `score >= ln(min_p)`.
@@ -248,14 +248,14 @@ def keep_all(rows: list[int], logits: Tensor, peaks: Tensor, cuts: Cuts) -> Kept
         rows: names of the rows, passed on.
         logits: float32 `[n, width]`, left as it is.
         peaks: float64 `[n, 1]`, the largest logit of each row.
-        cuts: of the same rows.
+        filters: of the same rows.
     """
-    scores = scaled(logits, peaks, cuts.temperatures)
-    cuts.apply_min_p(scores)
+    scores = scaled(logits, peaks, filters.temperatures)
+    filters.apply_min_p(scores)
     return Kept(rows, scores, None)
 
 
-def keep_first(rows: list[int], logits: Tensor, peaks: Tensor, cuts: Cuts, span: int | None = None) -> list[Kept]:
+def keep_first(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters, span: int | None = None) -> list[Kept]:
     """top_k, then top_p, then min_p, on tokens in order: likeliest first, equals by lowest id.
 
     top_k keeps exactly k. top_p keeps the shortest run whose mass is at least top_p of what top_k left, and at least
@@ -268,69 +268,69 @@ def keep_first(rows: list[int], logits: Tensor, peaks: Tensor, cuts: Cuts, span:
     Returns:
         One or two parts, which together hold all rows.
     """
-    assert all(c.sorts for c in cuts)
+    assert all(c.sorts for c in filters)
     width = logits.shape[-1]
     if span is None:
         span = width if logits.numel() <= _SMALL else _SPAN
-    span = min(width, max(span, *(c.top_k for c in cuts)))
-    totals = _totals(logits, peaks, cuts)
+    span = min(width, max(span, *(c.top_k for c in filters)))
+    totals = _totals(logits, peaks, filters)
     ids = largest(order_keys(logits), span)
-    scores = scaled(logits.gather(1, ids), peaks, cuts.temperatures)
-    reached = _cut(scores, totals, cuts)
+    scores = scaled(logits.gather(1, ids), peaks, filters.temperatures)
+    reached = _cut(scores, totals, filters)
     if span == width or all(reached):
-        cuts.apply_min_p(scores)
+        filters.apply_min_p(scores)
         return [Kept(rows, scores, ids)]
     parts = []
     if settled := [j for j, enough in enumerate(reached) if enough]:
         at = torch.tensor(settled, device=logits.device)
         scores, ids = scores[at], ids[at]
-        cuts.pick(settled).apply_min_p(scores)
+        filters.pick(settled).apply_min_p(scores)
         parts.append(Kept([rows[j] for j in settled], scores, ids))
     flat = [j for j, enough in enumerate(reached) if not enough]
     at = torch.tensor(flat, device=logits.device)
-    parts.append(_keep_mass([rows[j] for j in flat], logits[at], peaks[at], cuts.pick(flat), totals[at]))
+    parts.append(_keep_mass([rows[j] for j in flat], logits[at], peaks[at], filters.pick(flat), totals[at]))
     return parts
 
 
-def _totals(logits: Tensor, peaks: Tensor, cuts: Cuts) -> Tensor:
+def _totals(logits: Tensor, peaks: Tensor, filters: Filters) -> Tensor:
     """The mass of each whole row, int64 `[n, 1]`; of rows with top_k, where nobody needs it, 0."""
-    whole = [i for i, c in enumerate(cuts) if not c.top_k]
-    if len(whole) == len(cuts):
-        return masses(scaled(logits, peaks, cuts.temperatures)).sum(-1, keepdim=True)
+    whole = [i for i, c in enumerate(filters) if not c.top_k]
+    if len(whole) == len(filters):
+        return masses(scaled(logits, peaks, filters.temperatures)).sum(-1, keepdim=True)
     totals = torch.zeros(peaks.shape, dtype=torch.int64, device=peaks.device)
     if whole:
         at = torch.tensor(whole, device=logits.device)
-        totals[at] = masses(scaled(logits[at], peaks[at], cuts.temperatures[at])).sum(-1, keepdim=True)
+        totals[at] = masses(scaled(logits[at], peaks[at], filters.temperatures[at])).sum(-1, keepdim=True)
     return totals
 
 
-def _cut(scores: Tensor, totals: Tensor, cuts: Cuts) -> list[bool]:
+def _cut(scores: Tensor, totals: Tensor, filters: Filters) -> list[bool]:
     """Ban what top_k and top_p leave out of sorted `scores` `[n, span]`, in place; say which rows needed no more."""
     mass = None
-    if any(c.top_k for c in cuts):
-        outside = torch.arange(scores.shape[-1], device=scores.device) >= cuts.firsts
+    if any(c.top_k for c in filters):
+        outside = torch.arange(scores.shape[-1], device=scores.device) >= filters.firsts
         scores.masked_fill_(outside, -math.inf)
         mass = masses(scores)
-        totals = torch.where(cuts.firsts < math.inf, mass.sum(-1, keepdim=True), totals)
-    if all(c.top_p >= 1.0 for c in cuts):
-        return [True] * len(cuts)
+        totals = torch.where(filters.firsts < math.inf, mass.sum(-1, keepdim=True), totals)
+    if all(c.top_p >= 1.0 for c in filters):
+        return [True] * len(filters)
     mass = masses(scores) if mass is None else mass
     upto = mass.cumsum(-1)
-    limits = _limits(totals, cuts)
+    limits = _limits(totals, filters)
     scores.masked_fill_(upto - mass >= limits, -math.inf)
     reached = (upto[:, -1:] >= limits).flatten().tolist()
-    return [enough or c.top_k > 0 for enough, c in zip(reached, cuts, strict=True)]
+    return [enough or c.top_k > 0 for enough, c in zip(reached, filters, strict=True)]
 
 
-def _keep_mass(rows: list[int], logits: Tensor, peaks: Tensor, cuts: Cuts, totals: Tensor) -> Kept:
+def _keep_mass(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters, totals: Tensor) -> Kept:
     """top_p and min_p without an order: a histogram finds the narrow range of scores where the mass is reached.
 
     All above that range is kept, all below is not, and only the tokens inside are sorted. Exact, since every sum is of
     integers and the range of a token is a monotone function of its logit.
     """
-    scores = scaled(logits, peaks, cuts.temperatures)
+    scores = scaled(logits, peaks, filters.temperatures)
     mass = masses(scores)
-    limits = _limits(totals, cuts)
+    limits = _limits(totals, filters)
     place = (scores * (_RANGES / _NEGLIGIBLE)).clamp_(max=_RANGES - 1).long()
     histogram = torch.zeros(len(rows), _RANGES, dtype=torch.int64, device=scores.device).scatter_add_(1, place, mass)
     upto = histogram.cumsum(-1)
@@ -348,12 +348,12 @@ def _keep_mass(rows: list[int], logits: Tensor, peaks: Tensor, cuts: Cuts, total
     before = (upto.gather(1, edge) - within - earlier_rows)[row, 0] + inside.cumsum(0) - inside
     beyond = before >= limits[row, 0]
     scores[row[beyond], column[beyond]] = -math.inf
-    cuts.apply_min_p(scores)
+    filters.apply_min_p(scores)
     return Kept(rows, scores, None)
 
 
-def _limits(totals: Tensor, cuts: Cuts) -> Tensor:
+def _limits(totals: Tensor, filters: Filters) -> Tensor:
     """The mass that must stand before a token for top_p to leave it out: int64 `[n, 1]`, at least one quantum."""
     # 0 for top_p = 0 would leave out even the first token; 1 leaves out all but it. Nothing is left out at top_p = 1.
-    shares = (totals.double() * cuts.top_ps).ceil_().clamp_(min=1.0).long()
-    return torch.where(cuts.top_ps < 1.0, torch.minimum(shares, totals), 2**62)
+    shares = (totals.double() * filters.top_ps).ceil_().clamp_(min=1.0).long()
+    return torch.where(filters.top_ps < 1.0, torch.minimum(shares, totals), 2**62)

@@ -24,9 +24,9 @@ from torch import Tensor
 from engine.errors import InvalidParameter, NumericalFault, VerbatimError
 from engine.sampling.logits import (
     MAX_VOCABULARY,
-    Cut,
-    Cuts,
     Edits,
+    Filter,
+    Filters,
     Kept,
     keep_all,
     keep_first,
@@ -177,12 +177,12 @@ class Sampler:
         """
         if params.temperature == 0.0:
             return 0
-        cut = self._cut(params)
+        cut = self._filter(params)
         return 1 + (max(64, cut.top_k) - 1).bit_length() if cut.sorts else 1
 
-    def _cut(self, params: SamplingParams) -> Cut:
+    def _filter(self, params: SamplingParams) -> Filter:
         top_k = params.top_k if params.top_k < self._width else 0
-        return Cut(params.temperature, top_k, params.top_p, params.min_p)
+        return Filter(params.temperature, top_k, params.top_p, params.min_p)
 
     # Edits
 
@@ -243,21 +243,21 @@ class Sampler:
 
     def _choose_by_draw(self, answers: _Answers, work: Tensor, peaks: Tensor, ways: list[int], first: int) -> None:
         drawing = answers.rows[first:]
-        cuts = Cuts.of([self._cut(r.params) for r in drawing], self.device)
+        filters = Filters.of([self._filter(r.params) for r in drawing], self.device)
         keys = [stream_key(r.seed, r.choice_index, r.position) for r in drawing]
         key = torch.tensor(keys, dtype=torch.int64, device=self.device).unsqueeze(1)
         start = first
         while start < len(ways):
             after = bisect_right(ways, ways[start])
             for i, j in self._parts(start, after):
-                group = list(range(i, j)), work[i:j], peaks[i:j], cuts.span(i - first, j - first)
+                group = list(range(i, j)), work[i:j], peaks[i:j], filters.span(i - first, j - first)
                 for kept in [keep_all(*group)] if ways[start] == 1 else keep_first(*group):
                     self._draw(answers, kept, _take(key, [row - first for row in kept.rows]), work)
             start = after
 
     def _draw(self, answers: _Answers, kept: Kept, keys: Tensor, work: Tensor) -> None:
         steps = self._steps if kept.ids is None else self._steps[kept.ids]
-        winners = _race(kept, gaps(keys, steps))
+        winners = _gumbel_argmax(kept, gaps(keys, steps))
         answers.choose(kept.rows, [token for _, token in winners])
         if wanted := [j for j, i in enumerate(kept.rows) if _wants(answers.rows[i], "processed")]:
             names = [kept.rows[j] for j in wanted]
@@ -345,7 +345,7 @@ def _faults(
     return found
 
 
-def _race(kept: Kept, token_gaps: Tensor) -> list[tuple[int, int]]:
+def _gumbel_argmax(kept: Kept, token_gaps: Tensor) -> list[tuple[int, int]]:
     """The winner of each row: its column and its token id.
 
     Args:

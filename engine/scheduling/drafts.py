@@ -13,7 +13,7 @@ from engine.scheduling.sequence import Sequence
 
 __all__ = ["Drafter"]
 
-SPAN: Final = 3
+NGRAM: Final = 3
 """Tokens that must have come before in the same order."""
 MOST: Final = 8
 """Tokens of one guess. More rows than this no longer cost little."""
@@ -29,7 +29,7 @@ class Drafter:
     __slots__ = ("_follows", "_indexed", "_misses", "_pause", "limit")
 
     def __init__(self) -> None:
-        self._follows: dict[tuple[int, ...], int] = {}  # `SPAN` tokens → where the last ones like it went on
+        self._follows: dict[tuple[int, ...], int] = {}  # `NGRAM` tokens → where the last ones like it went on
         self._indexed = 0  # tokens whose continuation is known
         self._misses = 0
         self._pause = 0
@@ -41,12 +41,12 @@ class Drafter:
         if self._pause:
             self._pause -= 1
             return ()
-        tokens = sequence.tokens(max(self._indexed - SPAN, 0), length)
-        first = max(self._indexed - SPAN, 0)
-        for at in range(max(self._indexed, SPAN), length):
-            self._follows[tuple(tokens[at - SPAN - first : at - first])] = at
+        tokens = sequence.tokens(max(self._indexed - NGRAM, 0), length)
+        first = max(self._indexed - NGRAM, 0)
+        for at in range(max(self._indexed, NGRAM), length):
+            self._follows[tuple(tokens[at - NGRAM - first : at - first])] = at
         self._indexed = length
-        place = self._follows.get(tuple(tokens[-SPAN:])) if length >= SPAN else None
+        place = self._follows.get(tuple(tokens[-NGRAM:])) if length >= NGRAM else None
         if place is None or room <= 0:
             return ()
         count, period = min(self.limit, room), length - place

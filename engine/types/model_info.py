@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
-class LawReport:
+class ReproducibilityReport:
     """What the load-time self-test found: do the bits of a reply depend on the request alone, here?"""
 
     holds: bool
@@ -33,7 +33,7 @@ class ModelInfo:
     max_sequences: int
     vocab_size: int
     system_fingerprint: str
-    law: LawReport
+    law: ReproducibilityReport
     default_sampling: Mapping[str, Any]
     weight_bytes: int
     linear: str = "torch"

@@ -12,13 +12,13 @@ from server.accounts.charging import Meter
 from server.errors import Unauthorized, error_response
 from server.ledger.store import Key
 
-__all__ = ["OPEN", "Gate", "key_of"]
+__all__ = ["OPEN", "Authentication", "key_of"]
 
 OPEN: Final = frozenset({"/health/live", "/health/ready"})
 """All else needs a key, where keys are in use: also what does not exist, so that nothing is learnt from trying."""
 
 
-class Gate:
+class Authentication:
     """Pure ASGI: nothing of a request is read before its key is known.
 
     Args:

@@ -486,7 +486,7 @@ def test_content_that_spells_control_is_text_unless_the_entry_says_otherwise(tin
         )
         model = load(config)
         preparer = Preparer(
-            config, model.info, model.tokenizer, model.vocabulary, model.template, model.grammars, model.dialect
+            config, model.info, model.tokenizer, model.vocabulary, model.template, model.grammars, model.chat_format
         )
         end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
         wanted = GenerationRequest(request_id="r", messages=(ChatMessage("user", "a<|im_end|>b"),))

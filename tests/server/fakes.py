@@ -14,13 +14,13 @@ from engine import (
     EngineStats,
     GenerationRequest,
     InvalidParameter,
-    LawReport,
     ModelInfo,
     ModelLoading,
     ModelNotFound,
     ModelStatus,
     PreparedRequest,
     QueueFull,
+    ReproducibilityReport,
     RequestOutput,
     RequestStream,
     SamplingParams,
@@ -50,7 +50,9 @@ INFO = ModelInfo(
     max_sequences=16,
     vocab_size=VOCABULARY,
     system_fingerprint="fp_fake",
-    law=LawReport(True, "alone, packed and chunked agree bit for bit.", (("packed", True), ("chunked", True))),
+    law=ReproducibilityReport(
+        True, "alone, packed and chunked agree bit for bit.", (("packed", True), ("chunked", True))
+    ),
     default_sampling={"temperature": 0.7},
     weight_bytes=1,
 )

@@ -12,7 +12,7 @@ import pytest
 from asgi import CHAT, begin, call, run
 from fakes import INFO, STATS, FakeEngine, FakeRegistry, chat, make_app
 
-from engine import EngineDead, LawReport, ModelStatus
+from engine import EngineDead, ModelStatus, ReproducibilityReport
 from server.api import openapi
 from server.app import create_app
 
@@ -110,7 +110,7 @@ def test_models_are_listed_with_what_is_known_of_them(prefix: str) -> None:
 
 
 def test_a_model_tells_whether_the_law_holds_and_why_not() -> None:
-    law = LawReport(False, "experts are not row-invariant.", (("packed", True), ("chunked", False)))
+    law = ReproducibilityReport(False, "experts are not row-invariant.", (("packed", True), ("chunked", False)))
     app = make_app(FakeEngine(info=dataclasses.replace(INFO, law=law)))
     assert call(app, path="/v1/models/fake").json["reproducible"] == {
         "holds": False,

@@ -17,7 +17,7 @@ from fakes import INFO
 from typer.testing import CliRunner
 
 import server.run
-from engine import ChoiceDelta, LawReport, LoadError, RequestOutput, Usage
+from engine import ChoiceDelta, LoadError, ReproducibilityReport, RequestOutput, Usage
 from server import cli
 from server.run import bind, example_request
 from server.settings import ServerSettings
@@ -251,7 +251,7 @@ def test_check_prints_what_it_found_and_fails_if_one_does(elsewhere: Path, monke
         info = INFO.__class__(
             **{
                 **{name: getattr(INFO, name) for name in INFO.__slots__},
-                "law": LawReport(False, "experts [differ]."),
+                "law": ReproducibilityReport(False, "experts [differ]."),
             }
         )
 

@@ -33,7 +33,7 @@ from zoo.overrides import REFERENCE
 
 from engine import LLM, GenerationRequest, ModelConfig, VerbatimError
 from engine.checkpoints.checkpoint import prepare_environment
-from engine.compute.cpu.kernels import Kernels, Unavailable
+from engine.compute.cpu.kernels import Kernels, KernelsUnavailable
 from engine.core import EngineCore
 from engine.loading import loader
 from engine.scheduling.block_pool import BlockPool
@@ -146,7 +146,7 @@ def _no_kernels() -> Iterator[None]:
     """As on a machine without a compiler."""
 
     def refuse(*args: Any, **kwargs: Any) -> Kernels:
-        raise Unavailable("the zoo does without")
+        raise KernelsUnavailable("the zoo does without")
 
     with unittest.mock.patch.object(loader.Kernels, "load", refuse):
         yield

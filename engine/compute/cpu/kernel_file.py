@@ -24,7 +24,7 @@ from typing import Final
 
 from engine.cache_folder import cache_folder, make_private
 
-__all__ = ["Unavailable", "load"]
+__all__ = ["KernelsUnavailable", "load"]
 
 # Contraction off: where a product is fused with a sum is written down, not left to the compiler.
 _FLAGS: Final = ("-march=native", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC")
@@ -35,7 +35,7 @@ _MARK: Final = b"\nverbatim "
 _SEAL: Final = len(_MARK) + 64  # bytes: the mark, then the SHA-256 of all before it
 
 
-class Unavailable(Exception):
+class KernelsUnavailable(Exception):
     """There are no native kernels here; the message says why and what would help."""
 
 
@@ -58,7 +58,7 @@ def load(
         progress: told when it has to be compiled, and why again.
 
     Raises:
-        Unavailable: no compiler, one that fails, or one whose work fails when it is tried.
+        KernelsUnavailable: no compiler, one that fails, or one whose work fails when it is tried.
     """
     say = progress or (lambda text: None)
     compiler = _find_compiler()
@@ -80,7 +80,7 @@ def load(
 
 def _compiled(command: Sequence[str], folder: Path | None, name: str, say: Callable[[str], None]) -> ctypes.CDLL:
     """Compile, try, keep and load. What fails is done once more, elsewhere: a disk may be full, a file unlucky."""
-    fault: Unavailable | None = None
+    fault: KernelsUnavailable | None = None
     for base in (folder, None):
         try:
             with tempfile.TemporaryDirectory(prefix=".kernels-", dir=base) as work:
@@ -91,12 +91,12 @@ def _compiled(command: Sequence[str], folder: Path | None, name: str, say: Calla
                     except OSError as error:
                         say(f"the kernels are compiled for this process alone: {folder}: {error.strerror}")
                 return _open(made)
-        except Unavailable as error:
+        except KernelsUnavailable as error:
             fault = error
         except _Distrusted as error:
-            fault = Unavailable(f"the compiled file {error}")
+            fault = KernelsUnavailable(f"the compiled file {error}")
         except OSError as error:  # a full disk
-            fault = Unavailable(f"they cannot be written: {error}")
+            fault = KernelsUnavailable(f"they cannot be written: {error}")
     assert fault is not None
     raise fault
 
@@ -106,13 +106,13 @@ def _compile(command: Sequence[str], target: Path) -> Path:
     try:
         done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True, timeout=_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{command[0]} cannot compile them: {error}") from error
+        raise KernelsUnavailable(f"{command[0]} cannot compile them: {error}") from error
     if done.returncode:
         first = (done.stderr.strip().splitlines() or ["?"])[0]
-        raise Unavailable(f"{command[0]} cannot compile them: {first}")
+        raise KernelsUnavailable(f"{command[0]} cannot compile them: {first}")
     content = target.read_bytes()
     if fault := _fault(target):
-        raise Unavailable(f"{command[0]} compiles them, but they fail when they are tried: {fault}")
+        raise KernelsUnavailable(f"{command[0]} compiles them, but they fail when they are tried: {fault}")
     _write(target, content + _MARK + hashlib.sha256(content).hexdigest().encode())
     return target
 
@@ -254,14 +254,14 @@ def _find_compiler() -> str:
         found = shutil.which(name) if name else None
         if found:
             return found
-    raise Unavailable("no C compiler was found; install one (gcc or clang) for about three times the speed")
+    raise KernelsUnavailable("no C compiler was found; install one (gcc or clang) for about three times the speed")
 
 
 def _version(compiler: str) -> str:
     try:
         return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{compiler} does not run: {error}") from error
+        raise KernelsUnavailable(f"{compiler} does not run: {error}") from error
 
 
 def _processor() -> bytes:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.compute.cpu import kernel_file
 from engine.compute.cpu.kernel_calls import Calls, Layer, Matrix, Part
-from engine.compute.cpu.kernel_file import Unavailable
+from engine.compute.cpu.kernel_file import KernelsUnavailable
 
 __all__ = [
     "BLOCK_SIZE",
@@ -30,12 +30,12 @@ __all__ = [
     "WIDEST_HEAD",
     "AttentionPlan",
     "Kernels",
+    "KernelsUnavailable",
     "LayerKernel",
     "LayerParts",
     "NormParts",
     "PackedWeight",
     "Product",
-    "Unavailable",
 ]
 
 _SOURCE: Final = Path(__file__).with_name("kernels.c")
@@ -121,13 +121,13 @@ class Kernels:
             progress: told when they have to be compiled.
 
         Raises:
-            Unavailable: no compiler, one that fails, or a processor that is not supported.
+            KernelsUnavailable: no compiler, one that fails, or a processor that is not supported.
         """
         if os.name != "posix" or platform.machine() != "x86_64":
-            raise Unavailable(f"there are none for {platform.system()} on {platform.machine()} processors yet")
+            raise KernelsUnavailable(f"there are none for {platform.system()} on {platform.machine()} processors yet")
         capability = torch.backends.cpu.get_cpu_capability()
         if not capability.startswith("AVX"):
-            raise Unavailable("this processor lacks AVX2, or ATEN_CPU_CAPABILITY forbids it")
+            raise KernelsUnavailable("this processor lacks AVX2, or ATEN_CPU_CAPABILITY forbids it")
         # No wider vectors than torch's own: ATEN_CPU_CAPABILITY=avx2 makes a processor an older one, for everything.
         narrow = () if capability == "AVX512" else ("-mno-avx512f",)
         return cls(kernel_file.load(_SOURCE, cache, (*narrow, *extra_flags), torch.__version__, progress))

@@ -23,7 +23,7 @@ from engine.checkpoints import checkpoint
 from engine.errors import InvalidParameter
 from engine.loading import loader
 from engine.loading.loader import load
-from engine.replies.chat_format import find
+from engine.replies.chat_format import find_chat_format
 from engine.templates.chat_template import ChatTemplate
 from engine.types.messages import ChatMessage, ToolCall
 from engine.types.requests import GenerationRequest
@@ -174,10 +174,10 @@ def test_the_form_of_calls_is_read_off_the_template_for_tools() -> None:
         '<call>{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}</call>'
         "{% endfor %}{% endfor %}"
     )
-    dialect = find(ChatTemplate(PLAIN, tool_use=calls))
-    assert dialect.shows_tools
-    assert dialect.tool_format is not None
-    assert dialect.tool_format.open.startswith("<call>")
+    chat_format = find_chat_format(ChatTemplate(PLAIN, tool_use=calls))
+    assert chat_format.shows_tools
+    assert chat_format.tool_format is not None
+    assert chat_format.tool_format.open.startswith("<call>")
 
 
 def test_a_conversation_with_calls_but_without_tools_keeps_what_was_said(folder: Path) -> None:

@@ -19,7 +19,7 @@ from engine.compute.cpu.decoder_layer import NativeLayer, fuse_layers
 from engine.compute.cpu.kernels import AttentionPlan, Kernels, LayerParts, NormParts, PackedWeight
 from engine.compute.cpu.pointwise import replace_pointwise
 from engine.compute.kv_cache import KVCache
-from engine.compute.linear import NativeLinear, pack_model, share_inputs
+from engine.compute.linear import NativeLinear, merge_shared_projections, pack_model
 from engine.compute.model_runner import discover, register_attention
 
 
@@ -230,7 +230,7 @@ def _model(kernels: Kernels, family: str, kind: str = "exact", **config: Any) ->
             parameter.copy_((torch.randn(parameter.shape) * 0.2).bfloat16())
     pack_model(model, make=partial(NativeLinear, kernels, kind))
     replace_pointwise(model, kernels)
-    share_inputs(model)
+    merge_shared_projections(model)
     return model
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from engine.compute.cpu.kernels import Kernels, Unavailable
+from engine.compute.cpu.kernels import Kernels, KernelsUnavailable
 from engine.compute.cpu.pointwise import replace_pointwise
 from engine.compute.linear import (
     NativeLinear,
@@ -17,9 +17,9 @@ from engine.compute.linear import (
     choose_kernel,
     is_sound,
     kernels_here,
+    merge_shared_projections,
     pack_model,
     quasi_random,
-    share_inputs,
 )
 
 
@@ -27,7 +27,7 @@ from engine.compute.linear import (
 def native() -> Kernels | None:
     try:
         return Kernels.load()
-    except Unavailable:
+    except KernelsUnavailable:
         return None
 
 
@@ -151,7 +151,7 @@ def test_layers_with_one_input_are_computed_together(native: Kernels | None) -> 
     pack_model(model, make=make)
     ids = torch.tensor([[1, 2, 3], [3, 4, 5]])
     alone = model(ids).logits
-    assert share_inputs(model) == 1
+    assert merge_shared_projections(model) == 1
     group = {layer.shared[0] for layer in (model.q, model.k, model.v)}
     assert len(group) == 1
     assert model.o.shared is None
@@ -168,7 +168,7 @@ def test_an_input_that_changes_in_between_is_not_shared(native: Kernels | None) 
     pack_model(model, make=make)
     ids = torch.tensor([[1, 2, 3]])
     alone = model(ids).logits
-    assert share_inputs(model) == 0
+    assert merge_shared_projections(model) == 0
     assert torch.equal(model(ids).logits, alone)
     assert all(layer.shared is None for layer in model.modules() if isinstance(layer, NativeLinear))
 

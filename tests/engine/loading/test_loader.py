@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from engine import LLM, ConfigError, LoadError, ModelConfig, NotEnoughMemory
 from engine.checkpoints import checkpoint
-from engine.compute.cpu.kernels import Kernels, Product, Unavailable
+from engine.compute.cpu.kernels import Kernels, KernelsUnavailable, Product
 from engine.llm import Completion
 from engine.loading import loader
 from engine.loading.loader import _context_length, load
@@ -201,7 +201,7 @@ def test_gpu_free_paths_do_not_touch_cuda() -> None:
 def _compiled() -> bool:
     try:
         Kernels.load()
-    except Unavailable:
+    except KernelsUnavailable:
         return False
     return True
 

@@ -25,7 +25,7 @@ from engine.errors import InvalidFormat, TemplateRefused
 from engine.prompts.chat_prompt import ChatPrompts, Encoded, control_words
 from engine.prompts.content_guard import ControlWords
 from engine.prompts.prompt_encoder import PromptEncoder
-from engine.replies import chat_format as dialect
+from engine.replies import chat_format
 from engine.templates.chat_template import ChatTemplate
 from engine.types.messages import ChatMessage, ToolCall
 from engine.types.requests import GenerationRequest
@@ -45,7 +45,7 @@ class Model:
     def __init__(self, tokenizer: Any, source: str | None) -> None:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(source, tokenizer.special_tokens_map)
-        found = dialect.find(self.template)
+        found = chat_format.find_chat_format(self.template)
         self.words, kept = control_words(tokenizer, self.template, found)
         encoder = PromptEncoder(tokenizer, self.words)
         self.split = ChatPrompts(self.template, found, encoder, ControlWords(self.words, kept))

@@ -18,7 +18,7 @@ from transformers.utils.chat_parsing import parse_response
 
 from engine import LLM, Constraint, InvalidParameter, LoadError
 from engine.errors import InvalidFormat, ReplyFault
-from engine.replies.chat_format import Dialect, find
+from engine.replies.chat_format import ChatFormat, find_chat_format
 from engine.replies.response_template import ResponseTemplate, TemplateParser
 from engine.replies.tool_format import CALL_ID, one_call_a_turn
 from engine.templates.chat_template import ChatTemplate
@@ -70,14 +70,14 @@ OPENED = {  # thoughts begin with the reply, whether or not a mark says so
 }
 PLAIN = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
 GRANITE, GPT_OSS = (
-    find(ChatTemplate(marks + "{{ messages }}"))
+    find_chat_format(ChatTemplate(marks + "{{ messages }}"))
     for marks in ("{# <|tool_call|><|start_of_role|> #}", "{# <|channel|>analysis<|message|> functions. #}")
 )
 
 
-def template_of(dialect: Dialect) -> dict[str, Any]:
-    assert dialect.response_template is not None
-    return dict(dialect.response_template.source)
+def template_of(chat_format: ChatFormat) -> dict[str, Any]:
+    assert chat_format.response_template is not None
+    return dict(chat_format.response_template.source)
 
 
 TEMPLATES = {
@@ -273,29 +273,29 @@ def test_long_thoughts_do_not_pile_up_and_a_long_call_is_read_once() -> None:
 
 
 def test_the_order_of_sources() -> None:
-    assert find(PLAIN).source == "generic"
-    assert find(PLAIN, shipped=MARKED).source == "tokenizer"
-    assert find(PLAIN, shipped=MARKED, given=PARAMETERS).source == "models.yaml"
+    assert find_chat_format(PLAIN).source == "generic"
+    assert find_chat_format(PLAIN, shipped=MARKED).source == "tokenizer"
+    assert find_chat_format(PLAIN, shipped=MARKED, given=PARAMETERS).source == "models.yaml"
     assert (GRANITE.source, GPT_OSS.source) == ("table (granite)", "table (gpt-oss)")
     calls = (
         "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}<args>{{ c.function.arguments | tojson }}</call>"
     )
     source = f"{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ m.content }}}}{calls}{{% endfor %}}</turn>{{% endfor %}}"
-    assert find(ChatTemplate(source)).source == "chat template"
+    assert find_chat_format(ChatTemplate(source)).source == "chat template"
 
 
 def test_calls_are_enforced_only_in_a_form_that_is_read() -> None:
-    assert find(PLAIN, shipped=MARKED).tool_format is not None, "the generic form is read by this template"
-    assert find(PLAIN, shipped=PARAMETERS).tool_format is None
+    assert find_chat_format(PLAIN, shipped=MARKED).tool_format is not None, "the generic form is read by this template"
+    assert find_chat_format(PLAIN, shipped=PARAMETERS).tool_format is None
 
 
 def test_a_shipped_template_that_is_none_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     for broken in ({}, {"fields": {"content": 3}}, {"fields": {"content": {}}}, {"start_anchor": "a", "fields": [1]}):
-        found = find(PLAIN, shipped=broken)
+        found = find_chat_format(PLAIN, shipped=broken)
         assert (found.source, found.response_template) == ("generic", None)
         assert "response_template" in caplog.text
         with pytest.raises(ValueError, match=r"\w"):
-            find(PLAIN, given=broken)
+            find_chat_format(PLAIN, given=broken)
 
 
 TABLE = {
@@ -318,7 +318,7 @@ TABLE = {
 def test_families_that_people_run(shared: Path, family: str) -> None:
     [file] = (shared / "chat_templates").glob(f"*{family}*")
     template = ChatTemplate(file.read_text(encoding="utf-8"), {"bos_token": "<s>", "eos_token": "</s>"})
-    assert find(template).source == TABLE[family]
+    assert find_chat_format(template).source == TABLE[family]
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -326,8 +326,10 @@ def test_families_that_people_run(shared: Path, family: str) -> None:
 def test_families_are_read_alike_in_any_cut(shared: Path, family: str, exact: bool) -> None:
     """Thoughts, text and calls as the family writes them, cut two hundred ways: always the whole reply's parts."""
     [file] = (shared / "chat_templates").glob(f"*{family}*")
-    dialect = find(ChatTemplate(file.read_text(encoding="utf-8"), {"bos_token": "<s>", "eos_token": "</s>"}))
-    form, marks = dialect.tool_format, dialect.reasoning
+    chat_format = find_chat_format(
+        ChatTemplate(file.read_text(encoding="utf-8"), {"bos_token": "<s>", "eos_token": "</s>"})
+    )
+    form, marks = chat_format.tool_format, chat_format.reasoning
     assert form is not None
 
     def arguments(given: dict[str, Any]) -> str:
@@ -350,7 +352,7 @@ def test_families_are_read_alike_in_any_cut(shared: Path, family: str, exact: bo
         text = said + text
 
     def parts(pieces: list[str]) -> tuple[str, str, list[tuple[str, Any]]]:
-        parser = dialect.parser(TOOLS, parallel=True, exact=exact, first=False, chat=True, opened=False, opening="")
+        parser = chat_format.parser(TOOLS, parallel=True, exact=exact, first=False, chat=True, opened=False, opening="")
         assert parser is not None
         found = [*(parser.push(piece) for piece in pieces), parser.finish()]
         read_calls = [(name, json.loads(written)) for part in found for name, written in part.calls]
@@ -454,7 +456,7 @@ def test_the_history_is_written_as_the_chat_template_takes_it(shared: Path) -> N
     for family, between in (("meta-llama", None), ("Mistral", ", ")):
         [file] = (shared / "chat_templates").glob(f"*{family}*")
         template = ChatTemplate(file.read_text(encoding="utf-8"), {"bos_token": "<s>", "eos_token": "</s>"})
-        own, read_by = find(template), find(template, given=MARKED)
+        own, read_by = find_chat_format(template), find_chat_format(template, given=MARKED)
         assert own.template_format == read_by.template_format == own.tool_format
         assert read_by.template_format is not None
         assert read_by.template_format.between == between

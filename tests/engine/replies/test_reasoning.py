@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import LLM, ChatMessage, Constraint, InvalidParameter, Unsupported
-from engine.replies.reasoning import ReasoningFormat, Splitter, find, template_variables
+from engine.replies.reasoning import ReasoningFormat, Splitter, find_reasoning_format, template_variables
 from engine.templates.chat_template import ChatTemplate
 
 THINK = ReasoningFormat("<think>", "</think>", "\n</think>\n\n")
@@ -96,7 +96,7 @@ def test_nothing_but_marks_and_white_space_is_lost(thoughts: str, answer: str) -
     ],
 )
 def test_the_marks_are_read_off_the_template(source: str, found: ReasoningFormat | None) -> None:
-    assert find(ChatTemplate(source)) == found
+    assert find_reasoning_format(ChatTemplate(source)) == found
 
 
 FAMILIES = {
@@ -119,7 +119,7 @@ FAMILIES = {
 def test_families_that_people_run(shared: Path, family: str) -> None:
     [file] = (shared / "chat_templates").glob(f"*{family}*")
     template = ChatTemplate(file.read_text(encoding="utf-8"), {"bos_token": "<s>", "eos_token": "</s>"})
-    found, expected = find(template), FAMILIES[family]
+    found, expected = find_reasoning_format(template), FAMILIES[family]
     assert (found is None) == (expected is None)
     if found and expected:
         assert (found.open, found.close) == expected[:2]
@@ -218,7 +218,7 @@ def test_earlier_thoughts_reach_the_template(folder: Path, tmp_path: Path) -> No
 
 def test_a_model_that_does_not_think(folder: Path) -> None:
     llm = LLM(folder, cache_size="32MiB", context_length=256)
-    if llm._model.dialect.reasoning is not None:
+    if llm._model.chat_format.reasoning is not None:
         pytest.fail("the stand-in's template must know of no thoughts")
     with pytest.raises(Unsupported, match="does not think"):
         llm.generate(HELLO, thinking_budget=3)

@@ -17,7 +17,7 @@ from tool_forms import read as read_calls
 
 from engine import LLM, ChatMessage, Constraint, ToolCall
 from engine.replies.tool_calls import CallReader, call_id
-from engine.replies.tool_format import GENERIC, ToolFormat, find, generic_messages
+from engine.replies.tool_format import GENERIC, ToolFormat, find_tool_format, generic_messages
 from engine.templates.chat_template import ChatTemplate
 
 TOOLS: dict[str, Any] = {
@@ -301,7 +301,7 @@ FAMILIES: dict[str, str | None] = {
 def test_families_that_people_run(shared: Path, family: str) -> None:
     [file] = (shared / "chat_templates").glob(f"*{family}*")
     template = ChatTemplate(file.read_text(encoding="utf-8"), {"bos_token": "<s>", "eos_token": "</s>"})
-    found = find(template)
+    found = find_tool_format(template)
     assert (found and found.describe()) == FAMILIES[family]
     if found:
         calls = [OSLO] if found.between is None else [OSLO, PING]

@@ -13,9 +13,9 @@ from hypothesis import assume, given, settings
 from torch import Tensor
 
 from engine.sampling.logits import (
-    Cut,
-    Cuts,
     Edits,
+    Filter,
+    Filters,
     Kept,
     keep_all,
     keep_first,
@@ -34,7 +34,7 @@ logit = st.one_of(
     st.floats(-60, 60, width=32),
 )
 cut = st.builds(
-    Cut,
+    Filter,
     temperature=st.sampled_from([1e-300, 0.01, 0.5, 0.7, 1.0, 1.3, 2.0]),
     top_k=st.sampled_from([0, 0, 1, 2, 3, 7, 50]),
     top_p=st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9, 0.999, 1.0, 1.0]),
@@ -61,7 +61,7 @@ def in_order(values: list[float]) -> list[int]:
     return sorted(range(len(values)), key=lambda i: (-values[i], i))
 
 
-def reference_kept(values: list[float], c: Cut) -> set[int]:
+def reference_kept(values: list[float], c: Filter) -> set[int]:
     """The filters as the documentation words them, in exact fractions, one row at a time."""
     peak = max(values)
     order = [i for i in in_order(values) if values[i] > -INF][: c.top_k or None]
@@ -101,7 +101,7 @@ def test_order_is_total(values: list[float], data: st.DataObject) -> None:
 @pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(st.lists(logit, min_size=70, max_size=70), cut), min_size=1, max_size=4))
-def test_kept_sets_equal_the_definition(batch: list[tuple[list[float], Cut]]) -> None:
+def test_kept_sets_equal_the_definition(batch: list[tuple[list[float], Filter]]) -> None:
     """Whether a few tokens were brought into order, or all, or the mass was searched: the kept set is the formula's."""
     before = torch.tensor([v for v, _ in batch], dtype=torch.float32)
     for sorts in (False, True):
@@ -112,46 +112,46 @@ def test_kept_sets_equal_the_definition(batch: list[tuple[list[float], Cut]]) ->
         expected = {i: reference_kept(v, c) for i, (v, c) in enumerate(part)}
         assert all(expected.values())
         logits = torch.tensor([v for v, _ in part])
-        cuts = Cuts.of([c for _, c in part], logits.device)
+        filters = Filters.of([c for _, c in part], logits.device)
         for span in (1, 3, 64, 70) if sorts else ():
-            assert kept_sets(keep_first(list(expected), logits, peaks_of(logits), cuts, span=span)) == expected
+            assert kept_sets(keep_first(list(expected), logits, peaks_of(logits), filters, span=span)) == expected
         if not sorts:
-            assert kept_sets([keep_all(list(expected), logits, peaks_of(logits), cuts)]) == expected
+            assert kept_sets([keep_all(list(expected), logits, peaks_of(logits), filters)]) == expected
         assert logits.tolist() == [v for v, _ in part]
 
 
 @pytest.mark.parametrize(
     ("values", "cut", "kept"),
     [
-        ([1.0, 3.0, 2.0], Cut(top_k=2), {1, 2}),
-        ([2.0, 2.0, 2.0, 2.0], Cut(top_k=2), {0, 1}),
-        ([2.0, 2.0, 2.0, 2.0], Cut(top_p=0.5), {0, 1}),
-        ([2.0, 2.0, 2.0, 2.0], Cut(top_p=0.51), {0, 1, 2}),
-        ([0.0] * 10, Cut(top_p=0.1), {0}),
-        ([0.0] * 10, Cut(top_p=0.3), {0, 1, 2}),
-        ([0.0, 5.0, 5.0], Cut(top_p=0.0), {1}),
+        ([1.0, 3.0, 2.0], Filter(top_k=2), {1, 2}),
+        ([2.0, 2.0, 2.0, 2.0], Filter(top_k=2), {0, 1}),
+        ([2.0, 2.0, 2.0, 2.0], Filter(top_p=0.5), {0, 1}),
+        ([2.0, 2.0, 2.0, 2.0], Filter(top_p=0.51), {0, 1, 2}),
+        ([0.0] * 10, Filter(top_p=0.1), {0}),
+        ([0.0] * 10, Filter(top_p=0.3), {0, 1, 2}),
+        ([0.0, 5.0, 5.0], Filter(top_p=0.0), {1}),
         # One of two equals is not half of everything if there is anything else, however little.
-        ([88.0, 88.0, 59.0], Cut(top_p=0.5), {0, 1}),
-        ([88.0, 88.0, 48.0], Cut(top_p=0.5), {0}),
-        ([0.0, -200.0, -300.0], Cut(top_p=1.0, top_k=3), {0, 1, 2}),
-        ([0.0, -200.0, -300.0], Cut(top_p=1.0 - 2**-53), {0}),
-        ([0.0, -INF, -1.0], Cut(top_k=3), {0, 2}),
-        ([0.0, math.log(0.5), math.log(0.25)], Cut(min_p=0.4), {0, 1}),
-        ([1.0, 1.0, 0.999], Cut(min_p=1.0), {0, 1}),
+        ([88.0, 88.0, 59.0], Filter(top_p=0.5), {0, 1}),
+        ([88.0, 88.0, 48.0], Filter(top_p=0.5), {0}),
+        ([0.0, -200.0, -300.0], Filter(top_p=1.0, top_k=3), {0, 1, 2}),
+        ([0.0, -200.0, -300.0], Filter(top_p=1.0 - 2**-53), {0}),
+        ([0.0, -INF, -1.0], Filter(top_k=3), {0, 2}),
+        ([0.0, math.log(0.5), math.log(0.25)], Filter(min_p=0.4), {0, 1}),
+        ([1.0, 1.0, 0.999], Filter(min_p=1.0), {0, 1}),
         # top_p acts on what top_k left: 4/7 of the rest is enough for 0.55, though it is but 4/8 of all.
-        ([math.log(4), math.log(3), math.log(1)], Cut(top_k=2, top_p=0.55), {0}),
-        ([math.log(4), math.log(3), math.log(1)], Cut(top_p=0.55), {0, 1}),
+        ([math.log(4), math.log(3), math.log(1)], Filter(top_k=2, top_p=0.55), {0}),
+        ([math.log(4), math.log(3), math.log(1)], Filter(top_p=0.55), {0, 1}),
     ],
     ids=str,
 )
-def test_filters_on_scripted_logits(values: list[float], cut: Cut, kept: set[int]) -> None:
+def test_filters_on_scripted_logits(values: list[float], cut: Filter, kept: set[int]) -> None:
     logits = row_of(values)
-    cuts = Cuts.of([cut], logits.device)
+    filters = Filters.of([cut], logits.device)
     if cut.sorts:
         for span in (1, 2, 64):
-            assert kept_sets(keep_first([0], logits, peaks_of(logits), cuts, span=span)) == {0: kept}
+            assert kept_sets(keep_first([0], logits, peaks_of(logits), filters, span=span)) == {0: kept}
     else:
-        assert kept_sets([keep_all([0], logits, peaks_of(logits), cuts)]) == {0: kept}
+        assert kept_sets([keep_all([0], logits, peaks_of(logits), filters)]) == {0: kept}
 
 
 def test_filters_on_a_real_width() -> None:
@@ -159,9 +159,9 @@ def test_filters_on_a_real_width() -> None:
     noise = torch.randn(1, 151_936, generator=torch.Generator().manual_seed(3)) * 2
     rows = torch.cat([noise, noise.bfloat16().float(), noise * 4, torch.zeros_like(noise)])
     for top_p, temperature in ((0.3, 1.0), (0.95, 1.0), (0.9, 0.3), (0.999, 2.0)):
-        cuts = Cuts.of([Cut(temperature, top_p=top_p)] * len(rows), rows.device)
+        filters = Filters.of([Filter(temperature, top_p=top_p)] * len(rows), rows.device)
         search, full = (
-            kept_sets(keep_first([0, 1, 2, 3], rows, peaks_of(rows), cuts, span=s)) for s in (1, rows.shape[1])
+            kept_sets(keep_first([0, 1, 2, 3], rows, peaks_of(rows), filters, span=s)) for s in (1, rows.shape[1])
         )
         assert search == full
         assert len(full[3]) == math.ceil(top_p * 151_936)

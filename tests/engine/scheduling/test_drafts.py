@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import LLM, Constraint, LawReport
+from engine import LLM, Constraint, ReproducibilityReport
 from engine.core import EngineCore
-from engine.scheduling.drafts import MOST, SPAN, Drafter
+from engine.scheduling.drafts import MOST, NGRAM, Drafter
 from engine.scheduling.sequence import Sequence
 from engine.types.sampling_params import SamplingParams
 
@@ -50,7 +50,7 @@ def test_a_guess_does_not_depend_on_when_it_was_asked_before(tokens: list[int], 
         growing.append(tokens[at])
     guess = drafter.propose(growing, 8)
     assert guess == Drafter().propose(sequence(tokens), 8)
-    places = [i for i in range(SPAN, len(tokens)) if tokens[i - SPAN : i] == tokens[-SPAN:]]
+    places = [i for i in range(NGRAM, len(tokens)) if tokens[i - NGRAM : i] == tokens[-NGRAM:]]
     assert bool(guess) == bool(places)
     if places:
         assert guess[0] == tokens[places[-1]]
@@ -139,7 +139,7 @@ def test_neighbours_grammars_and_preemption(models: tuple[LLM, LLM]) -> None:
 
 def test_no_guesses_where_they_would_change_a_reply(models: tuple[LLM, LLM], caplog: pytest.LogCaptureFixture) -> None:
     loaded = models[1]._model
-    broken = replace(loaded, info=replace(loaded.info, law=LawReport(False, "bits differ: packed")))
+    broken = replace(loaded, info=replace(loaded.info, law=ReproducibilityReport(False, "bits differ: packed")))
     assert not EngineCore(broken)._speculates
     assert "bits differ: packed" in caplog.text
 
