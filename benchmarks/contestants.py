@@ -30,10 +30,10 @@ class Contestant(Protocol):
 
 
 class Ours:
-    """This engine: `EngineCore`, driven step by step in this thread, with the settings that a server would use."""
+    """This engine: `Engine`, driven step by step in this thread, with the settings that a server would use."""
 
     def __init__(self, model: Path, threads: int, device: str = "cpu") -> None:
-        import engine.core  # noqa: F401  with torch and transformers
+        import engine.engine  # noqa: F401  with torch and transformers
 
         self._path, self._threads, self._device = model, threads, device
         self._numbers = itertools.count()
@@ -41,7 +41,7 @@ class Ours:
     def load(self) -> Answer:
         from engine.checkpoints.checkpoint import inspect
         from engine.config import ModelConfig
-        from engine.core import EngineCore
+        from engine.engine import Engine
         from engine.loading.loader import load
 
         start, rss = time.perf_counter(), rss_bytes()
@@ -54,7 +54,7 @@ class Ours:
             context_length=min(trained, 4096),
         )
         model = load(config)
-        self._core = EngineCore(model)
+        self._engine = Engine(model)
         info = model.info
         return {
             "seconds": time.perf_counter() - start,
@@ -81,7 +81,7 @@ class Ours:
             self._step(ids)
         seconds = time.perf_counter() - start
         for name in ids:
-            self._core.abort(name)
+            self._engine.abort(name)
         return {"seconds": seconds, "ids": [tokens[: steps + 1] for tokens in ids.values()]}
 
     def _add(self, prompt: list[int], max_tokens: int, sampling: dict[str, Any]) -> str:
@@ -90,11 +90,11 @@ class Ours:
 
         name = f"bench-{next(self._numbers)}"
         params = SamplingParams(**{"seed": 1, "ignore_eos": True, **sampling, "max_tokens": max_tokens})
-        self._core.add(PreparedRequest(request_id=name, prompt_token_ids=tuple(prompt), params=params))
+        self._engine.add(PreparedRequest(request_id=name, prompt_token_ids=tuple(prompt), params=params))
         return name
 
     def _step(self, ids: dict[str, list[int]]) -> None:
-        for output in self._core.step():
+        for output in self._engine.step():
             if output.error:
                 raise output.error
             for delta in output.deltas:
@@ -102,7 +102,7 @@ class Ours:
 
     def _until_finished(self, name: str) -> list[int]:
         ids: dict[str, list[int]] = {name: []}
-        while self._core.has_work:
+        while self._engine.has_work:
             self._step(ids)
         return ids[name]
 

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):  # run as a script: this folder holds an engine.py that must not hide the package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -29,7 +30,6 @@ from engine import LLM, Constraint
 from engine.checkpoints.checkpoint import prepare_environment
 from engine.checkpoints.noise_checkpoint import ensure_noise_checkpoint
 from engine.grammar.compiler import GrammarCompiler
-from engine.llm import _How
 from engine.text.vocabulary import Vocabulary
 
 UNIT = "µs CPU/token"
@@ -183,17 +183,17 @@ def _constrained_steps(report: Report, model: Path, tokens: int, repeat: int) ->
     """A decoding step of eight sequences, held to a schema and free, in turns: the whole engine with the model."""
     llm = LLM(model, cache_size="1GiB", context_length=1024)
     schema = {"type": "array", "items": {"type": "string"}, "minItems": 200}  # goes on until it is cut
-    how = {"free": _How(), "schema": _How(constraint=Constraint("json", schema))}
+    how: dict[str, dict[str, Any]] = {"free": {}, "schema": {"constraint": Constraint("json", schema)}}
     medians: dict[str, list[float]] = {name: [] for name in how}
     for turn in range(repeat + 1):
         for name, asked in how.items():
             sampling = {"max_tokens": tokens, "ignore_eos": True}
-            ids = [llm._add(f"{turn} {i}", asked, {**sampling, "seed": i})[0] for i in range(8)]
-            llm._core.step()  # the prompts
+            ids = [llm.add(f"{turn} {i}", **asked, **sampling, seed=i).request_id for i in range(8)]
+            llm.engine.step()  # the prompts
             spent = []
-            while llm._core.has_work:
+            while llm.engine.has_work:
                 started = time.perf_counter()
-                llm._core.step()
+                llm.engine.step()
                 spent.append((time.perf_counter() - started) * 1e3)
             for request_id in ids:
                 del llm._boxes[request_id]

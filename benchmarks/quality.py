@@ -26,7 +26,7 @@ from benchmarks.common import RESULTS, ROOT, Summary, summary
 from benchmarks.report import Report
 from engine.config import ModelConfig
 from engine.loading.loader import LoadedModel, load
-from engine.scheduling.scheduler import Chunk, Schedule
+from engine.scheduling.schedule import Chunk, Schedule
 from engine.scheduling.sequence import Sequence
 from engine.types.sampling_params import SamplingParams
 

@@ -28,11 +28,10 @@ CASES: dict[str, dict[str, Any]] = {"repeating": {"temperature": 0}, "plain": {"
 def measure(report: Report, llm: LLM, tokens: int, repeat: int) -> None:
     """Tokens per second after the first one, of both sides of each case."""
     replies: dict[tuple[str, int], dict[bool, tuple[int, ...]]] = {}
-    core = llm._core
 
     def run(case: str, guess: bool) -> Any:
         def once(number: int) -> float:
-            core._speculates = guess
+            llm.engine.speculates = guess
             prompt = f"{number}: " + "def add(a, b):\n    return a + b\n\n" * 8
             began, ids = 0.0, []
             for output in llm.stream(prompt, max_tokens=tokens, ignore_eos=True, seed=number, **CASES[case]):
@@ -50,9 +49,9 @@ def measure(report: Report, llm: LLM, tokens: int, repeat: int) -> None:
     for case in CASES:
         sides = {"with guesses": run(case, True), "without": run(case, False)}
         alternate(sides, 1, first=10_000)  # thrown away
-        before = core.stats()
+        before = llm.engine.stats()
         found = alternate(sides, repeat)
-        after = core.stats()
+        after = llm.engine.stats()
         drafted = after.drafted_tokens - before.drafted_tokens
         accepted = after.accepted_tokens - before.accepted_tokens
         gain = ratios(found["with guesses"], found["without"])

@@ -17,12 +17,13 @@ import torch
 
 from benchmarks.common import fixed_prompt
 from engine.config import ModelConfig
-from engine.core import EngineCore
+from engine.engine import Engine
 from engine.loading.loader import BLOCK_SIZE, LoadedModel, load
 from engine.replies.reply_stream import TextStream
 from engine.sampling.sampler import Sampler
 from engine.scheduling.block_pool import BlockPool
-from engine.scheduling.scheduler import Schedule, Scheduler
+from engine.scheduling.schedule import Schedule
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.text.vocabulary import Vocabulary
 from engine.types.requests import PreparedRequest
@@ -63,11 +64,11 @@ class _TimedRunner:
 
 
 class Steps:
-    """Whole `EngineCore.step`s of decoding, split into the forward pass and all the rest."""
+    """Whole `Engine.step`s of decoding, split into the forward pass and all the rest."""
 
     def __init__(self, model: LoadedModel, streams: int, tokens: int) -> None:
         self._runner = _TimedRunner(model.runner)
-        self._core = EngineCore(dataclasses.replace(model, runner=self._runner))
+        self._engine = Engine(dataclasses.replace(model, runner=self._runner))
         self._streams, self._tokens = streams, tokens
         self._vocab_size = model.info.vocab_size
         self._numbers = itertools.count()
@@ -75,17 +76,17 @@ class Steps:
     def measure(self, sampling: dict[str, Any]) -> tuple[float, float]:
         """(forward, the rest): prompts are computed before the clock starts."""
         names = [self._add(sampling) for _ in range(self._streams)]
-        core = self._core
+        engine = self._engine
         for _ in names:  # at least one prompt ends in each step
-            if len(core.step()) == len(names):
+            if len(engine.step()) == len(names):
                 break
         forward, start = self._runner.seconds, time.process_time()
         for _ in range(self._tokens):
-            core.step()
+            engine.step()
         total = time.process_time() - start
         forward = self._runner.seconds - forward
         for name in names:
-            core.abort(name)
+            engine.abort(name)
         scale = 1e6 / (self._streams * self._tokens)
         return forward * scale, (total - forward) * scale
 
@@ -96,7 +97,7 @@ class Steps:
         )
         prompt = fixed_prompt(16, self._vocab_size, number)
         request = PreparedRequest(request_id=f"r{number}", prompt_token_ids=tuple(prompt), params=params)
-        self._core.add(request)
+        self._engine.add(request)
         return request.request_id
 
 

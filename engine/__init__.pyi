@@ -1,11 +1,5 @@
 """The public face of the engine: what `server` and scripts may import. `__init__.py` reads this list."""
 
-from engine.async_engine import (
-    AsyncEngine as AsyncEngine,
-)
-from engine.async_engine import (
-    RequestStream as RequestStream,
-)
 from engine.checkpoints.checkpoint import address_space as address_space
 from engine.checkpoints.noise_checkpoint import ensure_noise_checkpoint as ensure_noise_checkpoint
 from engine.config import (
@@ -23,6 +17,7 @@ from engine.config import (
 from engine.config import (
     validate as validate,
 )
+from engine.engine import Engine as Engine
 from engine.errors import (
     ConfigError as ConfigError,
 )
@@ -80,19 +75,22 @@ from engine.errors import (
 from engine.errors import (
     VerbatimError as VerbatimError,
 )
-from engine.fair_lock import FairLock as FairLock
 from engine.llm import (
     LLM as LLM,
 )
 from engine.llm import (
     Completion as Completion,
 )
-from engine.registry import (
+from engine.serving.async_engine import AsyncEngine as AsyncEngine
+from engine.serving.fair_lock import FairLock as FairLock
+from engine.serving.protocol import EngineProtocol as EngineProtocol
+from engine.serving.registry import (
     ModelStatus as ModelStatus,
 )
-from engine.registry import (
+from engine.serving.registry import (
     Registry as Registry,
 )
+from engine.serving.request_stream import RequestStream as RequestStream
 from engine.types.messages import (
     ChatMessage as ChatMessage,
 )

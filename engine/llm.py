@@ -1,22 +1,21 @@
-"""`LLM`: the engine for scripts. Runs the same core in the caller's own thread, without a server or an event loop."""
+"""`LLM`: the engine for scripts. Steps in the caller's own thread, without a server or an event loop."""
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.config import ModelConfig, entry_of, validate
-from engine.core import EngineCore
+from engine.engine import Engine
 from engine.loading.loader import load
-from engine.preparation import Preparer
 from engine.types.messages import ChatMessage, ToolCall
 from engine.types.model_info import ModelInfo
 from engine.types.outputs import FinishReason, RequestOutput, TokenLogprob, Usage
-from engine.types.requests import Constraint, GenerationRequest
+from engine.types.requests import Constraint, GenerationRequest, PreparedRequest
 
 Prompt = str | Sequence[ChatMessage]
 
@@ -38,17 +37,6 @@ class Completion:
     tool_calls: tuple[ToolCall, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _How:
-    """What is asked of a prompt beside the sampling."""
-
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    constraint: Constraint | None = None
-    reasoning_effort: str | None = None
-    tools: tuple[dict[str, Any], ...] = ()
-    tool_choice: str = "auto"
-
-
 class LLM:
     """A model for scripts.
 
@@ -57,6 +45,9 @@ class LLM:
 
     A list of messages goes through the chat template; a string is continued as it is. `constraint` says what a reply
     must be: `Constraint("json", schema)`.
+
+    Attributes:
+        engine: the engine that is stepped, for scripts that want to step it themselves: `engine.add`, `engine.step`.
     """
 
     def __init__(
@@ -75,7 +66,7 @@ class LLM:
             ConfigError, LoadError: see their messages.
         """
         entry = validate(ModelConfig, {**entry_of(str(model), "LLM"), **config}, str(model))
-        self._open(entry, pull, progress)
+        self._open(Engine(load(entry, pull=pull, progress=progress)))
 
     @classmethod
     def from_config(
@@ -83,29 +74,19 @@ class LLM:
     ) -> LLM:
         """The model of a models.yaml entry."""
         llm = cls.__new__(cls)
-        llm._open(entry, pull, progress)
+        llm._open(Engine(load(entry, pull=pull, progress=progress)))
         return llm
 
-    def _open(self, entry: ModelConfig, pull: bool, progress: Callable[[str], None] | None) -> None:
-        self._model = load(entry, pull=pull, progress=progress)
-        self._core = EngineCore(self._model)
-        self._preparer = Preparer(
-            entry,
-            self._model.info,
-            self._model.tokenizer,
-            self._model.vocabulary,
-            self._model.template,
-            self._model.grammars,
-            self._model.chat_format,
-        )
+    def _open(self, engine: Engine) -> None:
+        self.engine = engine
         self._ids = itertools.count()
         self._boxes: dict[str, deque[RequestOutput]] = {}  # outputs of open requests that nobody has read yet
 
     @property
     def info(self) -> ModelInfo:
-        return self._model.info
+        return self.engine.info
 
-    def stream(
+    def request(
         self,
         prompt: Prompt,
         *,
@@ -115,61 +96,43 @@ class LLM:
         tools: Sequence[dict[str, Any]] = (),
         tool_choice: str = "auto",
         **sampling: Any,
-    ) -> Iterator[RequestOutput]:
-        """Generate, step by step. Leaving the loop early frees the request's place.
+    ) -> GenerationRequest:
+        """A request under an id of its own, for `engine.prepare`. `sampling`: fields of `SamplingParams`."""
+        return GenerationRequest(
+            request_id=f"llm-{next(self._ids)}",
+            prompt=prompt if isinstance(prompt, str) else None,
+            messages=None if isinstance(prompt, str) else tuple(prompt),
+            sampling=sampling,
+            chat_template_kwargs=chat_template_kwargs or {},
+            constraint=constraint,
+            reasoning_effort=reasoning_effort,
+            tools=tuple(tools),
+            tool_choice=tool_choice,
+        )
+
+    def add(self, prompt: Prompt, **fields: Any) -> PreparedRequest:
+        """Queue a request, which shares its steps with others; `outputs` reads it. `fields`: as in `request`.
 
         Raises:
-            RequestError: before anything is generated.
+            RequestError: it is refused.
         """
-        how = _How(chat_template_kwargs or {}, constraint, reasoning_effort, tuple(tools), tool_choice)
-        request_id, _ = self._add(prompt, how, sampling)
-        return self._outputs(request_id)
+        prepared = self.engine.prepare(self.request(prompt, **fields))
+        self.engine.add(prepared)
+        self._boxes[prepared.request_id] = deque()
+        return prepared
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        constraint: Constraint | None = None,
-        reasoning_effort: str | None = None,
-        tools: Sequence[dict[str, Any]] = (),
-        tool_choice: str = "auto",
-        **sampling: Any,
-    ) -> list[Completion]:
-        """All choices of one prompt."""
-        how = _How(chat_template_kwargs or {}, constraint, reasoning_effort, tuple(tools), tool_choice)
-        return self._generate([prompt], how, sampling)[0]
+    def outputs(self, request_id: str) -> Iterator[RequestOutput]:
+        """Step until an added request has ended. What the steps do for other requests is kept for their own readers.
 
-    def generate_many(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        constraint: Constraint | None = None,
-        reasoning_effort: str | None = None,
-        tools: Sequence[dict[str, Any]] = (),
-        tool_choice: str = "auto",
-        **sampling: Any,
-    ) -> list[list[Completion]]:
-        """Several prompts at once; the answers are the same as one by one, only sooner."""
-        how = _How(chat_template_kwargs or {}, constraint, reasoning_effort, tuple(tools), tool_choice)
-        return self._generate(prompts, how, sampling)
+        Leaving the loop early frees the request's place.
 
-    def _generate(self, prompts: Sequence[Prompt], how: _How, sampling: dict[str, Any]) -> list[list[Completion]]:
-        added = [self._add(prompt, how, sampling) for prompt in prompts]
-        return [_collect(list(self._outputs(request_id)), seed) for request_id, seed in added]
-
-    def close(self) -> None:
-        """End the process in which grammars are tried; without this it ends with the object."""
-        self._preparer.close()
-        self._core.close()
-
-    def _outputs(self, request_id: str) -> Iterator[RequestOutput]:
-        """Step until a request has ended; what steps do for other requests waits in their own boxes."""
+        Raises:
+            VerbatimError: what ended the request, if it was not its end.
+        """
         try:
             while True:
                 while not self._boxes[request_id]:
-                    for output in self._core.step():
+                    for output in self.engine.step():
                         if output.request_id in self._boxes:
                             self._boxes[output.request_id].append(output)
                 output = self._boxes[request_id].popleft()
@@ -179,31 +142,36 @@ class LLM:
                 if output.finished:
                     return
         finally:
-            self._core.abort(request_id)
+            self.engine.abort(request_id)
             del self._boxes[request_id]
 
-    def _add(self, prompt: Prompt, how: _How, sampling: dict[str, Any]) -> tuple[str, int]:
-        text = prompt if isinstance(prompt, str) else None
-        request = GenerationRequest(
-            request_id=f"llm-{next(self._ids)}",
-            prompt=text,
-            messages=None if isinstance(prompt, str) else tuple(prompt),
-            sampling=sampling,
-            chat_template_kwargs=how.chat_template_kwargs,
-            constraint=how.constraint,
-            reasoning_effort=how.reasoning_effort,
-            tools=how.tools,
-            tool_choice=how.tool_choice,
-        )
-        prepared = self._preparer.prepare(request)
-        self._core.add(prepared)
-        self._boxes[prepared.request_id] = deque()
-        assert prepared.params.seed is not None
-        return prepared.request_id, prepared.params.seed
+    def stream(self, prompt: Prompt, **fields: Any) -> Iterator[RequestOutput]:
+        """Generate, step by step. Leaving the loop early frees the request's place. `fields`: as in `request`.
+
+        Raises:
+            RequestError: before anything is generated.
+        """
+        return self.outputs(self.add(prompt, **fields).request_id)
+
+    def generate(self, prompt: Prompt, **fields: Any) -> list[Completion]:
+        """All choices of one prompt. `fields`: as in `request`."""
+        return self.generate_many([prompt], **fields)[0]
+
+    def generate_many(self, prompts: Sequence[Prompt], **fields: Any) -> list[list[Completion]]:
+        """All choices of several prompts, which share the steps. The answers are the same as one by one, only sooner.
+
+        `fields`: as in `request`.
+        """
+        added = [self.add(prompt, **fields) for prompt in prompts]
+        return [join_outputs(list(self.outputs(r.request_id)), r.params.seed or 0) for r in added]
+
+    def close(self) -> None:
+        """End the process in which grammars are tried; without this it ends with the object."""
+        self.engine.close()
 
 
-def _collect(outputs: list[RequestOutput], seed: int) -> list[Completion]:
-    """Join the deltas of each choice."""
+def join_outputs(outputs: Sequence[RequestOutput], seed: int) -> list[Completion]:
+    """Join the outputs of one request into its finished choices. `seed`: the one that it was prepared with."""
     usage = outputs[-1].usage
     deltas = [delta for output in outputs for delta in output.deltas]
     completions = []

@@ -14,20 +14,15 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from engine.compute.linear import give_back_memory
-from engine.config import ModelConfig
 from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported, panicked
-from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.reply_form import ReplyForm
 from engine.grammar.tools import ToolGrammar
 from engine.grammar.trial import GrammarTrial
+from engine.loading.loader import LoadedModel
 from engine.prompts.chat_prompt import ChatPrompts, control_words
 from engine.prompts.content_guard import ControlWords
 from engine.prompts.prompt_encoder import CHARACTERS_PER_TOKEN, PromptEncoder
-from engine.replies.chat_format import ChatFormat
 from engine.replies.reasoning import ReasoningFormat, template_variables
-from engine.templates.chat_template import ChatTemplate
-from engine.text.vocabulary import Vocabulary
-from engine.types.model_info import ModelInfo
 from engine.types.requests import GenerationRequest, PreparedRequest
 from engine.types.sampling_params import SamplingParams
 
@@ -54,29 +49,21 @@ class _Prompt:
 class Preparer:
     """Turns requests for one model into prepared ones."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        info: ModelInfo,
-        tokenizer: Any,
-        vocabulary: Vocabulary,
-        template: ChatTemplate,
-        grammars: GrammarCompiler,
-        chat_format: ChatFormat,
-    ) -> None:
-        self._config = config
-        self._info = info
-        self._tokenizer = tokenizer
-        self._template = template
-        self._trial = GrammarTrial(grammars)
-        self._chat_format = chat_format
-        words, kept = control_words(tokenizer, template, chat_format)
-        self._encoder = PromptEncoder(tokenizer, words)
-        split = config.content_special_tokens == "split"
-        self._chat = ChatPrompts(template, chat_format, self._encoder, ControlWords(words, kept) if split else None)
-        self._reasoning = chat_format.reasoning
-        invalid = set(vocabulary.invalid_ids(info.vocab_size))
-        self._token_ids = frozenset(range(info.vocab_size)) - invalid
+    def __init__(self, model: LoadedModel) -> None:
+        self._config = model.config
+        self._info = model.info
+        self._tokenizer = model.tokenizer
+        self._template = model.template
+        self._trial = GrammarTrial(model.grammars)
+        self._chat_format = model.chat_format
+        self._reasoning = model.chat_format.reasoning
+        words, kept = control_words(model.tokenizer, model.template, model.chat_format)
+        self._encoder = PromptEncoder(model.tokenizer, words)
+        split = model.config.content_special_tokens == "split"
+        control = ControlWords(words, kept) if split else None
+        self._chat = ChatPrompts(model.template, model.chat_format, self._encoder, control)
+        invalid = set(model.vocabulary.invalid_ids(model.info.vocab_size))
+        self._token_ids = frozenset(range(model.info.vocab_size)) - invalid
 
     def warm(self) -> None:
         """Make ready what the first request with a grammar needs."""

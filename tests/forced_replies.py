@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from engine import LLM, ChatMessage, Completion, Constraint
-from engine.llm import _collect
+from engine.llm import join_outputs
 from engine.types.requests import GenerationRequest
 
 
@@ -18,11 +18,11 @@ def forced_reply(llm: LLM, text: str, tools: list[dict[str, Any]], **sampling: A
         sampling={"seed": 1, **sampling},
         tools=tuple(tools),
     )
-    grammar, _ = llm._model.grammars.grammar_of(Constraint("choice", [text]))
-    llm._core.add(dataclasses.replace(llm._preparer.prepare(request), grammar=grammar))
+    grammar, _ = llm.engine.model.grammars.grammar_of(Constraint("choice", [text]))
+    llm.engine.add(dataclasses.replace(llm.engine.prepare(request), grammar=grammar))
     outputs = []
     while not outputs or not outputs[-1].finished:
-        outputs += llm._core.step()
+        outputs += llm.engine.step()
     if outputs[-1].error:
         raise outputs[-1].error
-    return _collect(outputs, 1)[0]
+    return join_outputs(outputs, 1)[0]

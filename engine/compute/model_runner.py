@@ -25,7 +25,7 @@ from engine.compute.attention_mask import NotUnderstood
 from engine.compute.kv_cache import KVCache
 from engine.compute.row_safe import RowSafeFunctions
 from engine.errors import ReplyFault, out_of_memory
-from engine.scheduling.scheduler import Schedule
+from engine.scheduling.schedule import Schedule
 
 log = logging.getLogger("verbatim.engine")
 

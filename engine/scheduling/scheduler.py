@@ -16,42 +16,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container, Iterable
-from dataclasses import dataclass, field
 
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.schedule import Chunk, Schedule
 from engine.scheduling.sequence import Sequence, SequenceState
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Compute tokens `start … start + count - 1` of a sequence.
-
-    `samples`: the last of them is the last token there is, so its logits choose the next one.
-    `forks`: choices that share this prompt and draw their first token from the same logits.
-    `draft`: the last of the tokens are guesses, computed behind those that are there: each row from the last real token
-    on chooses a token.
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    samples: bool
-    forks: tuple[Sequence, ...] = ()
-    draft: tuple[int, ...] = ()
-
-    @property
-    def tokens(self) -> list[int]:
-        """The tokens to compute."""
-        real = self.sequence.tokens(self.start, self.start + self.count - len(self.draft))
-        return [*real, *self.draft]
-
-
-@dataclass(slots=True)
-class Schedule:
-    """One step. `copies` are (from block, to block), to be carried out in order before anything is written."""
-
-    chunks: list[Chunk] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -136,6 +104,7 @@ class Scheduler:
             sequence.draft = ()
         if self.num_preemptions == preemptions:
             self._admit(budget, schedule, held)
+        schedule.plan_draws()
         return schedule
 
     def commit(self, schedule: Schedule) -> None:

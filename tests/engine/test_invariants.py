@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from engine import LLM, ChatMessage, Completion
-from engine.llm import _How
 
 FAMILIES = ["qwen3", "llama", "gemma3_text", "phi3"]
 SHORT = "the bits of a reply depend on the seed"
@@ -84,9 +83,9 @@ def in_a_crowd(folder: Path, prompt: str) -> Bits:
     """Joins fifteen others that are already on their way; more keep waiting."""
     llm = open_model(folder, max_batch_tokens=96)
     for text, params in crowd():
-        llm._add(text, _How(), params)
+        llm.add(text, **params)
     for _ in range(4):
-        llm._core.step()
+        llm.engine.step()
     return run(llm, prompt)
 
 
@@ -121,16 +120,16 @@ def cache_half(folder: Path, prompt: str) -> Bits:
 def preempted(folder: Path, prompt: str) -> Bits:
     """A cache too small for all: the youngest request loses its keys and is recomputed, more than once."""
     llm = open_model(folder)
-    scheduler = llm._model.scheduler
-    tokens = len(llm._model.tokenizer(prompt)["input_ids"]) + PARAMS["max_tokens"]
+    scheduler = llm.engine.model.scheduler
+    tokens = len(llm.engine.model.tokenizer(prompt)["input_ids"]) + PARAMS["max_tokens"]
     blocks = scheduler.pool.blocks_for(tokens)
     held = scheduler.pool.allocate(scheduler.pool.num_blocks - blocks - 3, "a hog")
     for seed in range(2):
-        llm._add("an older request", _How(), {"max_tokens": 60, "ignore_eos": True, "seed": seed})
+        llm.add("an older request", max_tokens=60, ignore_eos=True, seed=seed)
     before = scheduler.num_preemptions
-    request_id, _ = llm._add(prompt, _How(), PARAMS)
+    request_id = llm.add(prompt, **PARAMS).request_id
     outputs = []
-    for output in llm._outputs(request_id):
+    for output in llm.outputs(request_id):
         outputs.append(output)
         if scheduler.num_preemptions == before:
             youngest = scheduler.running[-1]
@@ -214,10 +213,10 @@ def guessed(wrong: int) -> Callable[[Path, str], Bits]:
 
         reply = alone(folder, prompt)[0]
         llm = open_model(folder, speculation="ngram")
-        request_id, _ = llm._add(prompt, _How(), PARAMS)
-        llm._core._requests[request_id].choices[0].drafter = Oracle(reply, wrong)  # type: ignore[assignment]
-        outputs = list(llm._outputs(request_id))
-        stats = llm._core.stats()
+        request_id = llm.add(prompt, **PARAMS).request_id
+        llm.engine._requests[request_id].choices[0].drafter = Oracle(reply, wrong)  # type: ignore[assignment]
+        outputs = list(llm.outputs(request_id))
+        stats = llm.engine.stats()
         assert stats.drafted_tokens > 0
         assert (stats.accepted_tokens == 0) == (wrong == 1)
         return bits(_collect(outputs, 0)[0])
@@ -313,7 +312,7 @@ def test_the_fallback_runner_keeps_the_law_between_neighbours(family: str, tiny:
     assert llm.info.runner == "fallback"
     before = run(llm, SHORT)
     for text, params in crowd()[:6]:
-        llm._add(text, _How(), params)
+        llm.add(text, **params)
     assert run(llm, SHORT) == before
     assert run(llm, SHORT, n=2) == before
 

@@ -71,7 +71,7 @@ def test_a_checkpoint_widens_exactly(dtype: torch.dtype, tmp_path: Path) -> None
     folder = tiny_models.write(tmp_path / "m", "qwen3", dtype=dtype)
     tokens, logprobs = _plain(folder, PROMPT, 3)
     llm = LLM(folder)
-    embedding = llm._model.runner._model.model.get_input_embeddings()  # type: ignore[attr-defined]
+    embedding = llm.engine.model.runner._model.model.get_input_embeddings()  # type: ignore[attr-defined]
     assert embedding.weight.dtype == dtype
     [answer] = llm.generate(PROMPT, temperature=0, max_tokens=3, logprobs=True, ignore_eos=True)
     assert list(answer.token_ids) == tokens
@@ -83,6 +83,6 @@ def test_an_embedding_that_scales_keeps_scaling_in_float32(tiny: Callable[[str],
     folder = tiny("gemma3_text")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([[5, 6, 7, 5]])
-    ours = LLM(folder)._model.runner._model.model.get_input_embeddings()  # type: ignore[attr-defined]
+    ours = LLM(folder).engine.model.runner._model.model.get_input_embeddings()  # type: ignore[attr-defined]
     with torch.inference_mode():
         assert torch.equal(ours(ids), model.get_input_embeddings()(ids))

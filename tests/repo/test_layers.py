@@ -22,9 +22,9 @@ ENGINE = (
     "compute.cpu",
     "checkpoints",
     "loading",
-    "preparation core fair_lock",
-    "async_engine llm",
-    "registry",
+    "preparation choice",
+    "engine",
+    "llm serving",
 )
 """The engine from the ground up. A package imports packages on lower lines, and of its own line those before it."""
 
@@ -32,10 +32,10 @@ SERVER = ("json_text hosts settings", "logs terminal ledger", "errors", "wire ac
 """The same for the server, which sees of the engine nothing but its public face."""
 
 NO_TORCH = {"errors", "types", "config", "cache_folder", "confined", "text", "templates", "replies", "grammar"}
-NO_TORCH |= {"prompts", "scheduling", "fair_lock"}
+NO_TORCH |= {"prompts", "scheduling"}
 
 FREE_OF_TIME_AND_THREADS = {"types", "config", "text", "templates", "replies", "grammar", "prompts", "scheduling"}
-FREE_OF_TIME_AND_THREADS |= {"sampling", "compute", "compute.cpu", "checkpoints", "preparation", "core"}
+FREE_OF_TIME_AND_THREADS |= {"sampling", "compute", "compute.cpu", "checkpoints", "preparation", "choice", "engine"}
 EXEMPT = {
     "engine/grammar/trial.py": "a trial of a grammar has a clock",
     "engine/grammar/mask_worker.py": "slow masks are computed on a thread of their own",

@@ -17,7 +17,7 @@ class Steps:
         self.taken = 0
         self._permits = threading.Semaphore(0)
         self._free = False
-        step = engine._core.step
+        step = engine.engine.step
 
         def held() -> Any:
             if not self._free:
@@ -25,7 +25,7 @@ class Steps:
             self.taken += 1
             return step()
 
-        monkeypatch.setattr(engine._core, "step", held)
+        monkeypatch.setattr(engine.engine, "step", held)
 
     def grant(self, count: int = 1) -> None:
         """Let the engine take `count` steps when it has work; returns at once."""

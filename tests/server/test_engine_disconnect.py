@@ -137,7 +137,7 @@ def test_while_it_waits_for_a_place(
         while engine.stats().running < 4:
             await one_step()
         waiting = begin(app, chat(stream=stream))
-        await waiting.until(lambda: len(engine._streams) == 5, BOUND)
+        await waiting.until(lambda: engine.num_unfinished == 5, BOUND)
         await one_step()
         await waiting.until(lambda: engine.stats().waiting == 1, BOUND)
         taken = steps.taken
@@ -165,7 +165,7 @@ def test_one_place_that_is_freed_is_the_next_ones(registry: Registry, engine: As
     async def main() -> None:
         app = create_app(registry)
         crowd = [begin(app, chat(stream=bool(i % 2))) for i in range(8)]
-        await crowd[0].until(lambda: len(engine._streams) == 8, BOUND)
+        await crowd[0].until(lambda: engine.num_unfinished == 8, BOUND)
         for stream in (False, True):
             refused = await begin(app, chat(stream=stream)).ended(BOUND)
             assert (refused.status, refused.error["code"], refused.error["limit"]) == (503, "queue_full", 8)
@@ -205,7 +205,7 @@ def test_a_coming_and_going_leaves_nothing_behind(registry: Registry, engine: As
                 exchange.disconnect()
             await over(*leaves, *stays)
         await stays[0].until(lambda: engine.stats().running == engine.stats().waiting == 0, BOUND)
-        assert engine._core._requests == {}
-        assert engine._streams == {}
+        assert engine.engine._requests == {}
+        assert engine.num_unfinished == 0
 
     asyncio.run(main())

@@ -68,7 +68,7 @@ def test_memory_that_runs_out_fails_one_request_and_not_the_server(
     registry: Registry, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     app = create_app(registry)
-    forward, failures = engine._core._forward, []
+    forward, failures = engine.engine._forward, []
 
     def short_of_memory(schedule: Any) -> Any:
         if not failures:
@@ -78,7 +78,7 @@ def test_memory_that_runs_out_fails_one_request_and_not_the_server(
 
     async def main() -> None:
         before = (await begin(app, chat()).ended(BOUND)).json["choices"]
-        monkeypatch.setattr(engine._core, "_forward", short_of_memory)
+        monkeypatch.setattr(engine.engine, "_forward", short_of_memory)
         answer = await begin(app, chat(stream=stream)).ended(BOUND)
         assert (answer.status, answer.error["code"]) == (503, "out_of_memory")
         assert "7 GiB" in answer.error["message"]
@@ -129,7 +129,7 @@ def test_from_loading_to_dead(mortal: Registry, monkeypatch: pytest.MonkeyPatch)
         streaming, whole = begin(app, chat(stream=True, max_tokens=50)), begin(app, chat(max_tokens=50))
         steps.grant(4)
         await streaming.until(lambda: len(streaming.messages) > 1 and steps.taken == 4, BOUND)
-        monkeypatch.setattr(engine._core, "step", broken)
+        monkeypatch.setattr(engine.engine, "step", broken)
         steps.release()
         answer = await whole.ended(BOUND)
         assert (answer.status, answer.error["code"]) == (503, "engine_dead")

@@ -165,12 +165,12 @@ def test_an_engine_thread_that_is_stopped_is_said(
     stuck = (
         "import sys, threading\n"
         "if 'serve' in sys.orig_argv:\n"
-        "    import engine.core as c\n"
-        "    step = c.EngineCore.step\n"
+        "    import engine.engine as e\n"
+        "    step = e.Engine.step\n"
         "    def stop(self):\n"
         "        threading.Event().wait(120) if self.has_work and b'STOP' in open('stop', 'rb').read() else None\n"
         "        return step(self)\n"
-        "    c.EngineCore.step = stop\n"
+        "    e.Engine.step = stop\n"
     )
     (tmp_path / "stop").write_text("")
     (tmp_path / "sitecustomize.py").write_text(stuck)

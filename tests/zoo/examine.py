@@ -34,7 +34,7 @@ from zoo.overrides import REFERENCE
 from engine import LLM, GenerationRequest, ModelConfig, VerbatimError
 from engine.checkpoints.checkpoint import prepare_environment
 from engine.compute.cpu.kernels import Kernels, KernelsUnavailable
-from engine.core import EngineCore
+from engine.engine import Engine
 from engine.loading import loader
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.scheduler import Scheduler
@@ -252,14 +252,14 @@ def _generates(model: nn.Module) -> str:
 # -- the law ---------------------------------------------------------------------------------------------------------
 
 
-def run(llm: LLM, prompt: Sequence[int], core: EngineCore | None = None, name: str = "asked") -> Bits:
+def run(llm: LLM, prompt: Sequence[int], engine: Engine | None = None, name: str = "asked") -> Bits:
     """A greedy reply as token ids and the bits of their log-probabilities and of the five likeliest ones'."""
-    core = core or llm._core
-    core.add(_request(llm, prompt, name, NEW_TOKENS))
+    engine = engine or llm.engine
+    engine.add(_request(llm, prompt, name, NEW_TOKENS))
     tokens: list[int] = []
     numbers: list[Any] = []
     while True:
-        for output in core.step():
+        for output in engine.step():
             if output.request_id != name:
                 continue
             if output.error:
@@ -275,14 +275,14 @@ def run(llm: LLM, prompt: Sequence[int], core: EngineCore | None = None, name: s
 
 def _request(llm: LLM, prompt: Sequence[int], name: str, count: int) -> Any:
     sampling = {"temperature": 0.0, "max_tokens": count, "ignore_eos": True, "logprobs": True, "top_logprobs": 5}
-    return llm._preparer.prepare(
+    return llm.engine.prepare(
         GenerationRequest(request_id=name, prompt_token_ids=tuple(prompt), sampling={**sampling, "seed": 1})
     )
 
 
 def _differences(llm: LLM, alone: dict[str, Bits], thorough: bool) -> list[str]:
     """The circumstances in which a reply has other bits than `alone`."""
-    # The warm ones first: the cores of the others write into the same blocks.
+    # The warm ones first: the engines of the others write into the same blocks.
     differ = [f"{key} warm" for key, prompt in PROMPTS.items() if run(llm, prompt) != alone[key]]
     circumstances = CIRCUMSTANCES if thorough else {_HARDEST: CIRCUMSTANCES[_HARDEST]}
     for key in PROMPTS:
@@ -290,28 +290,28 @@ def _differences(llm: LLM, alone: dict[str, Bits], thorough: bool) -> list[str]:
     return differ
 
 
-def fresh_core(llm: LLM, budget: int) -> EngineCore:
-    """A core over the same weights with an empty cache, and `budget` tokens in a step."""
-    model, old = llm._model, llm._model.scheduler
+def fresh_engine(llm: LLM, budget: int) -> Engine:
+    """An engine over the same weights with an empty cache, and `budget` tokens in a step."""
+    model, old = llm.engine.model, llm.engine.model.scheduler
     pool = BlockPool(old.pool.num_blocks, old.pool.block_size, caching=not old.whole_prompts)
     scheduler = Scheduler(
         pool, max_sequences=old.max_sequences, max_batch_tokens=budget, whole_prompts=old.whole_prompts
     )
-    return EngineCore(dataclasses.replace(model, scheduler=scheduler))
+    return Engine(dataclasses.replace(model, scheduler=scheduler))
 
 
 def _chunked(llm: LLM, key: str) -> Bits:
-    return run(llm, PROMPTS[key], fresh_core(llm, CHUNK))
+    return run(llm, PROMPTS[key], fresh_engine(llm, CHUNK))
 
 
 def _crowd(budget: int) -> Callable[[LLM, str], Bits]:
     def circumstance(llm: LLM, key: str) -> Bits:
-        core = fresh_core(llm, budget)
+        engine = fresh_engine(llm, budget)
         for number, prompt in enumerate(NEIGHBOURS):
-            core.add(_request(llm, prompt, f"neighbour {number}", 6 + 5 * number))
+            engine.add(_request(llm, prompt, f"neighbour {number}", 6 + 5 * number))
         for _ in range(2):
-            core.step()
-        return run(llm, PROMPTS[key], core)
+            engine.step()
+        return run(llm, PROMPTS[key], engine)
 
     return circumstance
 

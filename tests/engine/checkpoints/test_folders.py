@@ -152,7 +152,7 @@ def test_a_request_with_tools_is_rendered_by_the_template_for_tools(
     without = load(ModelConfig(id="m", path=folder)).info.system_fingerprint
     place(folder)
     llm = LLM(folder)
-    template, hello = llm._model.template, [ChatMessage("user", "Hi")]
+    template, hello = llm.engine.model.template, [ChatMessage("user", "Hi")]
     assert template.render(hello) == "<user>Hi"
     assert template.render(hello, tools=[TOOL]) == "[look]<user>Hi"
     assert template.render(hello, {"flag": "!"}, tools=[TOOL]) == "[look]!<user>Hi"
@@ -190,8 +190,8 @@ def test_a_conversation_with_calls_but_without_tools_keeps_what_was_said(folder:
         ChatMessage("assistant", None, tool_calls=(ToolCall("1", "look", '{"far": true}'),)),
         ChatMessage("tool", "a hill", tool_call_id="1"),
     )
-    prepared = llm._preparer.prepare(GenerationRequest(request_id="r", messages=said, sampling={}))
-    text = llm._model.tokenizer.decode(prepared.prompt_token_ids)
+    prepared = llm.engine.prepare(GenerationRequest(request_id="r", messages=said, sampling={}))
+    text = llm.engine.model.tokenizer.decode(prepared.prompt_token_ids)
     assert '"far": true' in text
     assert "a hill" in text
 

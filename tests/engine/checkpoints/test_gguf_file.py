@@ -185,7 +185,7 @@ def test_llamas_scaled_frequencies_are_applied(tmp_path: Path) -> None:
     rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope["original_max_position_embeddings"] = 64
     folder = tiny_models.write(tmp_path / "folder", "llama", rope_parameters=rope, vocab_size=KNOWN_TOKENS)
-    rotary = LLM(folder)._model.runner._model.model.model.rotary_emb  # type: ignore[attr-defined]
+    rotary = LLM(folder).engine.model.runner._model.model.model.rotary_emb  # type: ignore[attr-defined]
     unscaled = 1e4 ** (-np.arange(0, 16, 2, dtype=np.float64) / 16)
     factors = (unscaled / rotary.inv_freq.numpy()).astype(np.float32)
     assert factors.max() > 4  # the scaling is there, and a file without it is another model

@@ -56,14 +56,14 @@ def test_all_end_tokens_and_templates_of_a_file_count(folder: Path, tmp_path: Pa
 def test_a_sentencepiece_vocabulary_is_read_with_its_scores_and_its_first_token(tmp_path: Path) -> None:
     folder = tiny_models.write(tmp_path / "folder", "llama", vocab_size=len(SENTENCEPIECE))
     llm = LLM(write(folder, tmp_path / "model.gguf", vocabulary=sentencepiece))
-    names = llm._model.tokenizer.convert_ids_to_tokens(llm._model.tokenizer("hello world é")["input_ids"])
+    names = llm.engine.model.tokenizer.convert_ids_to_tokens(llm.engine.model.tokenizer("hello world é")["input_ids"])
     assert names == ["<s>", "▁hello", "▁", "world", "▁", "<0xC3>", "<0xA9>"]
     [reply] = llm.generate("hello world", max_tokens=16, seed=1, ignore_eos=True)
     assert reply.usage.prompt_tokens == 4
     assert reply.text.count("world") == reply.token_ids.count(SENTENCEPIECE.index("world"))
     [chat] = llm.generate([ChatMessage("user", "hello")], max_tokens=1, seed=1)
-    prompt = llm._model.template.render([ChatMessage("user", "hello")])
-    assert chat.usage.prompt_tokens == len(llm._model.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    prompt = llm.engine.model.template.render([ChatMessage("user", "hello")])
+    assert chat.usage.prompt_tokens == len(llm.engine.model.tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
 def test_a_vocabulary_without_a_space_before_the_text_gets_none(tmp_path: Path) -> None:

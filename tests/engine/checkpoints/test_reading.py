@@ -151,21 +151,21 @@ def test_text_has_the_tokens_of_transformers_own_class(family: str, tmp_path: Pa
     folder = _write(tmp_path / family, family, tokenizer)
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     llm = LLM(folder)
-    placeholder = llm._model.tokenizer.decode([5])  # a text may spell what stands for an image
+    placeholder = llm.engine.model.tokenizer.decode([5])  # a text may spell what stands for an image
     for prompt in (PROMPT, PROMPT * 5, f"{PROMPT}{placeholder} "):
-        ids, tokens = llm._model.tokenizer(prompt)["input_ids"], []
+        ids, tokens = llm.engine.model.tokenizer(prompt)["input_ids"], []
         assert (5 in ids) == (placeholder in prompt)
         with torch.inference_mode():
             for _ in range(6):
                 row = torch.tensor([[*ids, *tokens]])
                 logits = plain(row, position_ids=torch.arange(row.shape[1])[None], use_cache=False).logits[0, -1]
-                logits[list(llm._model.vocabulary.invalid_ids(llm.info.vocab_size))] = -torch.inf
+                logits[list(llm.engine.model.vocabulary.invalid_ids(llm.info.vocab_size))] = -torch.inf
                 tokens.append(int(logits[: llm.info.vocab_size].argmax()))
         [answer] = llm.generate(prompt, temperature=0, max_tokens=6, ignore_eos=True)
         assert list(answer.token_ids) == tokens
     assert llm.info.runner == ("fallback" if family in FALLBACK else "packed"), llm.info.law.reason
     assert llm.info.law.holds or family in FALLBACK
-    served = llm._model.runner._model.model  # type: ignore[attr-defined]
+    served = llm.engine.model.runner._model.model  # type: ignore[attr-defined]
     assert not [name for name, _ in served.named_parameters() if "vision" in name or "visual" in name or "vq" in name]
     assert _parameters(served) < _parameters(plain)
 

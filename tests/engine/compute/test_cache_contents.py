@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.scheduling.block_pool import BlockPool, Share
-from engine.scheduling.scheduler import Chunk, Schedule, Scheduler
+from engine.scheduling.schedule import Chunk, Schedule
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence, SequenceState
 from engine.types.sampling_params import SamplingParams
 
@@ -84,7 +85,7 @@ class Shadow:
 
 @dataclass
 class Walk:
-    """Plays the engine core (engine/core.py) with random tokens: only two, so that guesses often come true."""
+    """Plays the engine core (engine/engine.py) with random tokens: only two, so that guesses often come true."""
 
     draw: random.Random
     scheduler: Scheduler

@@ -142,7 +142,11 @@ def test_a_grammar_that_allows_only_the_end_ends_with_stop(llm: LLM, sampling: d
 
 
 def test_white_space_is_bounded(llm: LLM) -> None:
-    blanks = {i: 50.0 for i in range(len(llm._model.tokenizer)) if not llm._model.vocabulary.token_bytes(i).strip()}
+    blanks = {
+        i: 50.0
+        for i in range(len(llm.engine.model.tokenizer))
+        if not llm.engine.model.vocabulary.token_bytes(i).strip()
+    }
     [answer] = llm.generate(PROMPT, constraint=Constraint("json", POINT), logit_bias=blanks, seed=1, max_tokens=300)
     assert answer.finish_reason == "stop"
     assert len(answer.text) < 200
@@ -150,7 +154,7 @@ def test_white_space_is_bounded(llm: LLM) -> None:
 
 
 def test_a_bias_that_leaves_nothing_is_named(llm: LLM) -> None:
-    bias = dict.fromkeys(range(len(llm._model.tokenizer)), -100)
+    bias = dict.fromkeys(range(len(llm.engine.model.tokenizer)), -100)
     with pytest.raises(InvalidParameter) as raised:
         llm.generate(PROMPT, constraint=Constraint("choice", ["a"]), logit_bias=bias)
     assert raised.value.code == "no_token_left"
@@ -309,7 +313,7 @@ def test_the_name_of_a_special_token_is_text(llm: LLM, constraint: Constraint, t
     for logprobs in (False, True):
         [answer] = llm.generate(PROMPT, constraint=constraint, seed=1, logprobs=logprobs, max_tokens=60)
         assert (answer.text, answer.finish_reason) == (text, "stop")
-        assert not set(answer.token_ids) & set(llm._model.end_ids)
+        assert not set(answer.token_ids) & set(llm.engine.model.end_ids)
 
 
 def test_finding_a_fault_is_bounded(llm: LLM) -> None:
@@ -317,11 +321,11 @@ def test_finding_a_fault_is_bounded(llm: LLM) -> None:
     parts |= {f"q{i}": {"enum": [f"{'v' * 25}{j}" for j in range(20)]} for i in range(200)}
     schema = {"type": "object", "properties": parts}
     with pytest.raises(InvalidParameter, match="format") as raised:
-        llm._model.grammars.grammar_of(Constraint("json", schema, strict=True))
+        llm.engine.model.grammars.grammar_of(Constraint("json", schema, strict=True))
     assert raised.value.details["pointer"] == "/properties/p0/format"
-    _, dropped = llm._model.grammars.grammar_of(Constraint("json", schema, strict=False))
+    _, dropped = llm.engine.model.grammars.grammar_of(Constraint("json", schema, strict=False))
     assert dropped == tuple(f"/properties/p{i}/format" for i in range(60))
     for i in range(70):
         parts[f"p{i}"] = {"type": "string", "pattern": f"(?={i})"}
     with pytest.raises(InvalidParameter, match="look-around"):
-        llm._model.grammars.grammar_of(Constraint("json", schema, strict=False))
+        llm.engine.model.grammars.grammar_of(Constraint("json", schema, strict=False))

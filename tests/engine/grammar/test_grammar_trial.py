@@ -30,7 +30,7 @@ from engine.replies.tool_format import GENERIC
 
 @pytest.fixture(scope="module")
 def compiler(tiny: Callable[[str], Path]) -> GrammarCompiler:
-    return LLM(tiny("qwen3"), cache_size="32MiB", context_length=512)._model.grammars
+    return LLM(tiny("qwen3"), cache_size="32MiB", context_length=512).engine.model.grammars
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,7 @@ def test_a_request_is_refused_before_it_is_queued(tiny: Callable[[str], Path]) -
         llm.generate("say", constraint=Constraint("json", chain("reference", 4000)))
     request = GenerationRequest(request_id="1", prompt="say", constraint=Constraint("regex", "(a|b)?" * 40_000))
     with pytest.raises(InvalidParameter) as raised:
-        llm._preparer.prepare(request)
+        llm.engine.prepare(request)
     assert raised.value.code == "grammar_too_costly"
     [answer] = llm.generate("say", constraint=Constraint("choice", ["yes"]))
     assert answer.text == "yes"

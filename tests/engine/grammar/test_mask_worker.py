@@ -86,21 +86,21 @@ def test_only_its_own_reply_waits(llm: LLM, slow: list[str]) -> None:
 def test_a_step_with_nothing_else_to_do_rests(llm: LLM, slow: list[str]) -> None:
     """Alone, it costs no processor time to wait for a mask."""
     began = time.thread_time()
-    steps = llm._core.stats().steps
+    steps = llm.engine.stats().steps
     llm.generate("say", constraint=FORM, **WANTED)
-    assert llm._core.stats().steps - steps < 5 * WANTED["max_tokens"], "the engine turned round and round"
+    assert llm.engine.stats().steps - steps < 5 * WANTED["max_tokens"], "the engine turned round and round"
     assert time.thread_time() - began < 0.03 * len(slow)
 
 
 def test_a_state_that_is_quick_again_is_no_longer_watched(llm: LLM) -> None:
-    state = llm._model.grammars.start("start: /[a-f ]{4,60}/")
-    worker = llm._core._masks
+    state = llm.engine.model.grammars.start("start: /[a-f ]{4,60}/")
+    worker = llm.engine._masks
     state.slow = True
     worker.look_ahead(state)
     ahead = state.ahead.result()
     assert not state.slow
     assert not worker.waits(state)
-    fresh = llm._model.grammars.masks([state], [None])
+    fresh = llm.engine.model.grammars.masks([state], [None])
     assert (worker.masks([state], [None]) == fresh).all()
     assert state.ahead is None
     worker.look_ahead(state)
@@ -136,5 +136,5 @@ def test_who_leaves_meanwhile_leaves_nothing_behind(llm: LLM, slow: list[str]) -
     next(stream)
     next(stream)
     stream.close()
-    assert not llm._core.has_work
+    assert not llm.engine.has_work
     assert entries(llm) == entries(llm)

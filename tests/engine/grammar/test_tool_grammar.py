@@ -42,16 +42,16 @@ def with_value(part: Any, **more: Any) -> dict[str, Any]:
 
 
 def grammar_of(llm: LLM, found: ToolFormat, tools: list[Any], *thoughts: Any, **how: Any) -> ToolGrammar:
-    made = tool_grammar(llm._model.grammars, found, tools, *thoughts, **{"free": False, "several": False, **how})
-    llm._model.grammars.check(made.text, "tools")
+    made = tool_grammar(llm.engine.model.grammars, found, tools, *thoughts, **{"free": False, "several": False, **how})
+    llm.engine.model.grammars.check(made.text, "tools")
     return made
 
 
 def accepts(llm: LLM, grammar: str, text: str) -> bool:
     """Whether a text, in the tokenizer's own spelling, is one that the grammar allows."""
-    compiler = llm._model.grammars
+    compiler = llm.engine.model.grammars
     state = compiler.start(grammar)
-    for token in llm._model.tokenizer(text, add_special_tokens=False)["input_ids"]:
+    for token in llm.engine.model.tokenizer(text, add_special_tokens=False)["input_ids"]:
         if state.stopped or not compiler.masks([state], [state.forced])[0][token]:
             return False
         state.consume(token)
@@ -103,13 +103,13 @@ def test_hostile_definitions_are_refused(llm: LLM, name: str, parameters: dict[s
 
 def walk(llm: LLM, grammar: str, rng: random.Random, limit: int = 3000) -> str | None:
     """A text of a grammar, token by token by chance; None if it has not ended by then."""
-    compiler, words = llm._model.grammars, llm._model.vocabulary
+    compiler, words = llm.engine.model.grammars, llm.engine.model.vocabulary
     state, data = compiler.start(grammar), b""
     for _ in range(limit):
         if state.stopped or (state.accepting and rng.random() < 0.3):
             return data.decode()
         allowed = compiler.masks([state], [state.forced])[0].nonzero()[0].tolist()
-        token = rng.choice([i for i in allowed if i not in llm._model.end_ids])
+        token = rng.choice([i for i in allowed if i not in llm.engine.model.end_ids])
         state.consume(token)
         data += words.token_bytes(token)
     return None
@@ -183,7 +183,7 @@ def test_a_form_holds_what_is_no_call(llm: LLM) -> None:
 
 
 def llm_token(llm: LLM, text: str) -> int:
-    [token] = llm._model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    [token] = llm.engine.model.tokenizer(text, add_special_tokens=False)["input_ids"]
     return int(token)
 
 

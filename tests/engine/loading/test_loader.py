@@ -123,7 +123,7 @@ def test_too_little_memory_says_how_much_is_needed_and_free(folder: Path, monkey
 
 def test_the_estimate_is_what_the_model_takes(folder: Path) -> None:
     found = checkpoint.inspect(folder, "m")
-    model = LLM(folder)._model.runner._model.model  # type: ignore[attr-defined]
+    model = LLM(folder).engine.model.runner._model.model  # type: ignore[attr-defined]
     # Whatever they are stored as in the end: at the start all of them are there in float32.
     packed = sum(m.out_features * m.in_features * 4 for m in model.modules() if hasattr(m, "out_features"))
     rest = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -331,7 +331,7 @@ def test_fp8_weights_are_widened_on_a_cpu_and_served(folder: Path) -> None:
     )
     llm = LLM(folder)
     assert llm.info.law.holds, llm.info.law.reason
-    model = llm._model.runner._model.model  # type: ignore[attr-defined]
+    model = llm.engine.model.runner._model.model  # type: ignore[attr-defined]
     name = "model.layers.0.mlp.up_proj"
     torch.testing.assert_close(model.get_submodule(name).weight, widened[f"{name}.weight"], rtol=0.01, atol=1e-4)
     assert llm.generate("Hello", max_tokens=4, seed=1)[0].usage.completion_tokens > 0

@@ -43,11 +43,11 @@ def test_it_is_what_its_file_says(llm: LLM) -> None:
     assert llm.info.id == "SmolLM2-135M-Instruct.Q4_1"
     assert llm.info.runner == "packed"
     assert llm.info.law.holds, llm.info.law.reason
-    [prompt] = [llm._model.template.render(_asked("Hi"))]
+    [prompt] = [llm.engine.model.template.render(_asked("Hi"))]
     assert prompt.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
-    assert llm._model.tokenizer.convert_ids_to_tokens(llm._model.end_ids) == ["<|endoftext|>", "<|im_end|>"]
-    split = llm._model.tokenizer("in 1234", add_special_tokens=False)["input_ids"]
-    assert llm._model.tokenizer.convert_ids_to_tokens(split) == ["in", "Ġ", "1", "2", "3", "4"]
+    assert llm.engine.model.tokenizer.convert_ids_to_tokens(llm.engine.model.end_ids) == ["<|endoftext|>", "<|im_end|>"]
+    split = llm.engine.model.tokenizer("in 1234", add_special_tokens=False)["input_ids"]
+    assert llm.engine.model.tokenizer.convert_ids_to_tokens(split) == ["in", "Ġ", "1", "2", "3", "4"]
 
 
 def test_greedy_answers_are_those_of_transformers_and_make_sense(llm: LLM, file: Path) -> None:

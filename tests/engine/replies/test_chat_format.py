@@ -549,7 +549,7 @@ def shipped(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
 
 def test_a_template_that_the_tokenizer_brings_along(shipped: Path) -> None:
     llm = LLM(shipped, cache_size="32MiB", context_length=512)
-    assert llm._model.info.tool_calls_source == "tokenizer"
+    assert llm.engine.model.info.tool_calls_source == "tokenizer"
     text = (
         "<think>hm</think>Yes.<tool_call><function=get_weather><parameter=city>Rio</parameter></function></tool_call>"
     )
@@ -564,7 +564,7 @@ def test_models_yaml_names_a_template(shipped: Path, tmp_path: Path) -> None:
     file = tmp_path / "reply.json"
     file.write_text(json.dumps(MARKED))
     llm = LLM(shipped, cache_size="32MiB", context_length=512, response_template=file)
-    assert llm._model.info.tool_calls_source == "models.yaml"
+    assert llm.engine.model.info.tool_calls_source == "models.yaml"
     [answer] = llm.generate(HELLO, tools=[WEATHER_TOOL], tool_choice="required", seed=1, max_tokens=200)
     assert {c.name for c in answer.tool_calls} == {"get_weather"}
     file.write_text("{}")

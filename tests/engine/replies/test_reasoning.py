@@ -153,7 +153,7 @@ def thinker(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LLM:
 
 
 def test_a_budget_closes_the_thoughts(thinker: LLM) -> None:
-    closing = list(thinker._model.closing_ids)
+    closing = list(thinker.engine.model.closing_ids)
     for budget in (0, 1, 7):
         [answer] = thinker.generate(HELLO, thinking_budget=budget, seed=1, max_tokens=60, ignore_eos=True)
         assert list(answer.token_ids[budget : budget + len(closing)]) == closing
@@ -218,7 +218,7 @@ def test_earlier_thoughts_reach_the_template(folder: Path, tmp_path: Path) -> No
 
 def test_a_model_that_does_not_think(folder: Path) -> None:
     llm = LLM(folder, cache_size="32MiB", context_length=256)
-    if llm._model.chat_format.reasoning is not None:
+    if llm.engine.model.chat_format.reasoning is not None:
         pytest.fail("the stand-in's template must know of no thoughts")
     with pytest.raises(Unsupported, match="does not think"):
         llm.generate(HELLO, thinking_budget=3)

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import LLM, Constraint, ReproducibilityReport
-from engine.core import EngineCore
+from engine.engine import Engine
+from engine.llm import join_outputs
 from engine.scheduling.drafts import MOST, NGRAM, Drafter
 from engine.scheduling.sequence import Sequence
 from engine.types.sampling_params import SamplingParams
@@ -96,9 +97,9 @@ def models(tiny: Callable[[str], Path]) -> tuple[LLM, LLM]:
 @pytest.mark.parametrize("params", PARAMS, ids=lambda p: "-".join(p))
 def test_replies_are_the_same_and_take_fewer_steps(models: tuple[LLM, LLM], params: dict[str, Any]) -> None:
     given = {"max_tokens": 120, "seed": 1, "ignore_eos": "stop" not in params, **params}
-    before = [model._core.stats() for model in models]
+    before = [model.engine.stats() for model in models]
     replies = [model.generate(REPEATING, **given) for model in models]
-    after = [model._core.stats() for model in models]
+    after = [model.engine.stats() for model in models]
     assert [(c.token_ids, c.text, c.finish_reason, c.logprobs) for c in replies[0]] == [
         (c.token_ids, c.text, c.finish_reason, c.logprobs) for c in replies[1]
     ]
@@ -116,20 +117,18 @@ def test_neighbours_grammars_and_preemption(models: tuple[LLM, LLM]) -> None:
     plain, guessing = models
     prompts = [REPEATING, "one two three one two three one two", "nothing of the kind", REPEATING[:50]]
     expected = [plain.generate(p, max_tokens=60, temperature=0, ignore_eos=True, seed=1)[0].token_ids for p in prompts]
-    pool = guessing._model.scheduler.pool
+    pool = guessing.engine.model.scheduler.pool
     hog = pool.allocate(pool.num_free - 20, "a hog")
-    from engine.llm import _collect, _How
-
     params = {"max_tokens": 60, "temperature": 0, "ignore_eos": True, "seed": 1}
-    requests = [guessing._add(p, _How(), params)[0] for p in prompts]
+    requests = [guessing.add(p, **params).request_id for p in prompts]
     outputs: dict[str, list[Any]] = {name: [] for name in requests}
-    preemptions = guessing._model.scheduler.num_preemptions
-    while guessing._core.has_work:
-        for output in guessing._core.step():
+    preemptions = guessing.engine.model.scheduler.num_preemptions
+    while guessing.engine.has_work:
+        for output in guessing.engine.step():
             outputs[output.request_id].append(output)
         pool.check()
-    assert [_collect(outputs[name], 0)[0].token_ids for name in requests] == expected
-    assert guessing._model.scheduler.num_preemptions > preemptions
+    assert [join_outputs(outputs[name], 0)[0].token_ids for name in requests] == expected
+    assert guessing.engine.model.scheduler.num_preemptions > preemptions
     pool.release(hog, "a hog")
     assert pool.num_free == pool.num_blocks
     form = Constraint("json", {"enum": ["aaaa aaaa aaaa aaaa", 1]})
@@ -138,9 +137,9 @@ def test_neighbours_grammars_and_preemption(models: tuple[LLM, LLM]) -> None:
 
 
 def test_no_guesses_where_they_would_change_a_reply(models: tuple[LLM, LLM], caplog: pytest.LogCaptureFixture) -> None:
-    loaded = models[1]._model
+    loaded = models[1].engine.model
     broken = replace(loaded, info=replace(loaded.info, law=ReproducibilityReport(False, "bits differ: packed")))
-    assert not EngineCore(broken)._speculates
+    assert not Engine(broken).speculates
     assert "bits differ: packed" in caplog.text
 
 
@@ -157,4 +156,4 @@ def test_guesses_that_are_wrong_leave_nothing_behind(models: tuple[LLM, LLM], mo
         assert replies[0].token_ids == replies[1].token_ids
         follow = [model.generate(f"{prompt}{replies[0].text} and then", **given)[0] for model in models]
         assert follow[0].token_ids == follow[1].token_ids
-    assert guessing._model.scheduler.pool.num_free == guessing._model.scheduler.pool.num_blocks
+    assert guessing.engine.model.scheduler.pool.num_free == guessing.engine.model.scheduler.pool.num_blocks

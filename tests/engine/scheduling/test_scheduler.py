@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.scheduling.block_pool import BlockPool
-from engine.scheduling.scheduler import Schedule, Scheduler
+from engine.scheduling.schedule import Schedule
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence, SequenceState
 from engine.types.sampling_params import SamplingParams
 

@@ -27,7 +27,7 @@ def at_the_door(engine: AsyncEngine) -> bool:
 
     A step may still be under way from before, without anything: it does not hold what is asked now.
     """
-    return engine._busy_since is not None and engine._core.has_work
+    return engine.is_stepping and engine.engine.has_work
 
 
 class Shop:
@@ -94,13 +94,13 @@ def test_a_prompt_is_paid_as_far_as_it_was_computed(
 def test_who_leaves_in_the_queue_pays_nothing(shop: Shop, engine: AsyncEngine, steps: Steps) -> None:
     async def main() -> None:
         first = shop.ask("s", 100)
-        await first.until(lambda: len(engine._streams) == 1, BOUND)
+        await first.until(lambda: engine.num_unfinished == 1, BOUND)
         await first.until(lambda: at_the_door(engine), BOUND)
         waiting = shop.ask("t", 50)
-        await first.until(lambda: len(engine._streams) == 2, BOUND)
+        await first.until(lambda: engine.num_unfinished == 2, BOUND)
         for one in (waiting, first):
             one.disconnect()
-        await first.until(lambda: len(engine._leaving) == 2, BOUND)
+        await first.until(lambda: engine.num_leaving == 2, BOUND)
         steps.release()
         for one in (waiting, first):
             assert one.task
@@ -152,7 +152,7 @@ def test_an_engine_that_dies_lets_go(shop: Shop, engine: AsyncEngine, steps: Ste
         exchange = shop.ask("w", 100)
         await exchange.until(lambda: at_the_door(engine), BOUND)
         exchange.disconnect()
-        await exchange.until(lambda: bool(engine._leaving), BOUND)
+        await exchange.until(lambda: engine.num_leaving > 0, BOUND)
         engine._fail_all(RuntimeError("the engine died"))
         assert exchange.task
         await asyncio.wait_for(exchange.task, BOUND)

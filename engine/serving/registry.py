@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from engine.async_engine import AsyncEngine
 from engine.config import ModelConfig
+from engine.engine import Engine
 from engine.errors import EngineDead, ModelLoading, ModelNotFound, VerbatimError
 from engine.loading.loader import load
+from engine.serving.async_engine import AsyncEngine
 from engine.types.model_info import ModelInfo
 
 log = logging.getLogger("verbatim.engine")
@@ -101,7 +102,7 @@ class Registry:
                 return
             try:
                 model = load(config, pull=self._pull, progress=partial(self._say, model_id))
-                engine = AsyncEngine(model)
+                engine = AsyncEngine(Engine(model))
             except VerbatimError as error:
                 self._failures[model_id] = error.message
                 self._say(model_id, f"failed: {error.message}")

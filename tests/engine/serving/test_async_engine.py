@@ -20,6 +20,7 @@ from engine import (
     ChatMessage,
     Constraint,
     ContextLengthExceeded,
+    Engine,
     EngineDead,
     GenerationRequest,
     InvalidFormat,
@@ -44,7 +45,7 @@ def engine(tiny: Callable[[str], Path]) -> Iterator[AsyncEngine]:
     config = ModelConfig(
         id="tiny", path=tiny("qwen3"), cache_size="32MiB", context_length=512, max_sequences=4, max_queue=2
     )
-    engine = AsyncEngine(load(config))
+    engine = AsyncEngine(Engine(load(config)))
     yield engine
     engine.close()
 
@@ -75,7 +76,7 @@ def test_the_prefix_cache_tells_no_group_of_anothers_prompts(tiny: Callable[[str
     entry = ModelConfig(
         id="tiny", path=tiny("qwen3"), cache_size="32MiB", context_length=512, share_prefix_cache=shared
     )
-    engine = AsyncEngine(load(entry))
+    engine = AsyncEngine(Engine(load(entry)))
     number = itertools.count()
 
     async def ask(group: str, salt: str) -> tuple[int, Any]:
@@ -197,7 +198,7 @@ def test_a_full_queue_has_room_for_one_of_somebody_else(engine: AsyncEngine) -> 
 
 
 def test_a_request_waits_for_its_turn_as_long_as_it_may(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_queue_seconds", 0.1)
+    monkeypatch.setattr(engine._loop, "_queue_seconds", 0.1)
 
     async def main() -> None:
         running = [
@@ -224,7 +225,7 @@ def test_a_dying_engine_tells_everybody_why(engine: AsyncEngine, monkeypatch: py
         def broken() -> None:
             raise RuntimeError("the card fell off the bus")
 
-        monkeypatch.setattr(engine._core, "step", broken)
+        monkeypatch.setattr(engine.engine, "step", broken)
         for stream in streams:
             outputs = [o async for o in stream]
             assert isinstance(outputs[-1].error, EngineDead)
@@ -248,7 +249,7 @@ def test_a_request_that_cannot_be_taken_up_is_alone_in_that(
     async def main() -> None:
         mine = engine.submit(await engine.prepare(request("other", max_tokens=30, ignore_eos=True)))
         with monkeypatch.context() as patch:
-            patch.setattr(engine._core._grammars, "start", broken)
+            patch.setattr(engine.engine.model.grammars, "start", broken)
             prepared = await engine.prepare(request("r", max_tokens=5))
             outputs = [o async for o in engine.submit(replace(prepared, grammar="start: /a/"))]
         assert isinstance(outputs[-1].error, type(fault) if isinstance(fault, InvalidParameter) else ReplyFault)
@@ -289,7 +290,7 @@ def test_a_death_is_told_without_words_that_may_quote_a_request(
             await engine.prepare(request("late"))
         assert caught.value.message.endswith(told)
 
-    monkeypatch.setattr(engine._core, "step", broken)
+    monkeypatch.setattr(engine.engine, "step", broken)
     run(main())
 
 
@@ -304,11 +305,11 @@ def test_a_request_that_cannot_begin_ends_alone(engine: AsyncEngine, monkeypatch
         held = replace(request("held", max_tokens=4), constraint=Constraint("regex", "a*b"))
         other = engine.submit(await engine.prepare(request("other", max_tokens=400, ignore_eos=True)))
         await anext(other)
-        monkeypatch.setattr(engine._core._grammars, "start", panics)
+        monkeypatch.setattr(engine.engine.model.grammars, "start", panics)
         stream = engine.submit(await engine.prepare(held))
         assert [type(output.error) async for output in stream] == [ReplyFault]
         assert [output.error async for output in other][-1] is None
-        monkeypatch.setattr(engine._preparer, "_prompt", panics)
+        monkeypatch.setattr(engine.engine.preparer, "_prompt", panics)
         with pytest.raises(RuntimeError, match="index out of bounds"):
             await engine.prepare(request("late"))
         monkeypatch.undo()
@@ -319,14 +320,14 @@ def test_a_request_that_cannot_begin_ends_alone(engine: AsyncEngine, monkeypatch
 
 def test_a_stuck_step_is_reported(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    step = engine._core.step
+    step = engine.engine.step
 
     def stuck() -> list[RequestOutput]:
         release.wait(20)
         return step()
 
     async def main() -> None:
-        monkeypatch.setattr(engine._core, "step", stuck)
+        monkeypatch.setattr(engine.engine, "step", stuck)
         monkeypatch.setattr(engine, "_stall_timeout", 0.05)
         stream = engine.submit(await engine.prepare(request("r", max_tokens=2, ignore_eos=True)))
         await until(lambda: engine.stats().stalled)
@@ -429,7 +430,7 @@ class Held:
     def __init__(self, engine: AsyncEngine) -> None:
         self.begun: list[str] = []
         self.go = threading.Event()
-        self._real = engine._preparer
+        self._real = engine.engine.preparer
 
     def prepare(self, wanted: GenerationRequest) -> Any:
         self.begun.append(wanted.request_id)
@@ -445,7 +446,7 @@ def test_heavy_prompts_of_one_key_do_not_hold_up_another(engine: AsyncEngine) ->
     """Some are prepared at once, and a key never has all places."""
 
     async def main() -> None:
-        engine._preparer = held = Held(engine)  # type: ignore[assignment]
+        engine.engine.preparer = held = Held(engine)  # type: ignore[assignment]
         heavy = [asyncio.create_task(engine.prepare(in_group(f"heavy{i}", "a"))) for i in range(6)]
         await until(lambda: len(held.begun) == 2)
         for i in range(5):
@@ -461,7 +462,7 @@ def test_a_client_that_leaves_is_not_prepared_and_frees_no_place_too_early(engin
     """Given up while it waits: never begun. Given up while its thread runs: no further one runs in its place."""
 
     async def main() -> None:
-        engine._preparer = held = Held(engine)  # type: ignore[assignment]
+        engine.engine.preparer = held = Held(engine)  # type: ignore[assignment]
         heavy = [asyncio.create_task(engine.prepare(in_group(f"heavy{i}", "a"))) for i in range(6)]
         await until(lambda: len(held.begun) == 2)
         for task in heavy[:4]:
@@ -485,9 +486,7 @@ def test_content_that_spells_control_is_text_unless_the_entry_says_otherwise(tin
             id="tiny", path=tiny("qwen3"), cache_size="32MiB", context_length=512, content_special_tokens=mode
         )
         model = load(config)
-        preparer = Preparer(
-            config, model.info, model.tokenizer, model.vocabulary, model.template, model.grammars, model.chat_format
-        )
+        preparer = Preparer(model)
         end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
         wanted = GenerationRequest(request_id="r", messages=(ChatMessage("user", "a<|im_end|>b"),))
         found[mode] = preparer.prepare(wanted).prompt_token_ids.count(end), model.info.system_fingerprint
@@ -553,7 +552,7 @@ def test_the_registry_knows_every_state(tiny: Callable[[str], Path], tmp_path: P
 
 
 def test_no_thread_survives_close(tiny: Callable[[str], Path]) -> None:
-    engine = AsyncEngine(load(ModelConfig(id="leaving", path=tiny("qwen3"), cache_size="8MiB")))
+    engine = AsyncEngine(Engine(load(ModelConfig(id="leaving", path=tiny("qwen3"), cache_size="8MiB"))))
     engine.close()
     deadline = time.monotonic() + 5
     while any("leaving" in t.name for t in threading.enumerate()):

@@ -11,7 +11,6 @@ import torch
 
 from engine import LLM, Constraint, InvalidParameter, NumericalFault, OutOfMemory, ReplyFault, RequestOutput
 from engine.grammar.compiler import GrammarCompiler, GrammarState
-from engine.llm import _How
 
 PROMPT = "every parameter is honoured"
 
@@ -22,15 +21,15 @@ def llm(tiny: Callable[[str], Path]) -> LLM:
 
 
 def _nothing_is_left(llm: LLM) -> None:
-    scheduler = llm._model.scheduler
+    scheduler = llm.engine.model.scheduler
     scheduler.check()
     assert not scheduler.has_work
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
-    assert not llm._core._requests
+    assert not llm.engine._requests
 
 
 def _end_bias(llm: LLM, value: float) -> dict[int, float]:
-    return dict.fromkeys(llm._model.end_ids, value)
+    return dict.fromkeys(llm.engine.model.end_ids, value)
 
 
 def test_length(llm: LLM) -> None:
@@ -52,7 +51,7 @@ def test_ignore_eos_goes_on_and_min_tokens_holds_the_end_back(llm: LLM) -> None:
     assert answer.finish_reason == "length"
     [answer] = llm.generate(PROMPT, logit_bias=bias, min_tokens=3, max_tokens=9, seed=1)
     assert (answer.finish_reason, len(answer.token_ids)) == ("stop", 4)
-    assert not set(answer.token_ids[:3]) & set(llm._model.end_ids)
+    assert not set(answer.token_ids[:3]) & set(llm.engine.model.end_ids)
 
 
 def test_a_stop_token_id_stops_and_adds_no_text(llm: LLM) -> None:
@@ -78,7 +77,7 @@ def test_a_stop_string_across_tokens_is_cut_out_and_nothing_of_it_was_streamed(l
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 def test_padding_rows_of_the_vocabulary_are_never_produced(llm: LLM, temperature: float) -> None:
-    real = len(llm._model.tokenizer)
+    real = len(llm.engine.model.tokenizer)
     assert real < llm.info.vocab_size
     [answer] = llm.generate(
         PROMPT, max_tokens=200, temperature=temperature, seed=1, ignore_eos=True, logprobs=True, top_logprobs=20
@@ -92,25 +91,25 @@ def test_the_bytes_of_all_entries_rebuild_the_text(llm: LLM) -> None:
         [answer] = llm.generate(PROMPT, max_tokens=60, seed=seed, logprobs=True)
         joined = b"".join(e.bytes for e in answer.logprobs or ())
         assert joined.decode(errors="replace") == answer.text
-        assert answer.text == llm._model.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+        assert answer.text == llm.engine.model.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
 
 
 def test_a_model_that_computes_nan_fails_the_request_and_spares_the_neighbour(tiny: Callable[[str], Path]) -> None:
     """One token's embedding is damaged; requests that hold it fail, the others are answered as if it were not there."""
     llm = LLM(tiny("qwen3"), cache_size="32MiB", context_length=256)
     [clean] = llm.generate(PROMPT, max_tokens=6, seed=3)
-    embedding = llm._model.runner._model.model.get_input_embeddings()  # type: ignore[attr-defined]
-    poison = llm._model.tokenizer("%")["input_ids"][0]
+    embedding = llm.engine.model.runner._model.model.get_input_embeddings()  # type: ignore[attr-defined]
+    poison = llm.engine.model.tokenizer("%")["input_ids"][0]
     with torch.no_grad():
         embedding.weight[poison] = float("nan")
     with pytest.raises(NumericalFault):
         llm.generate("a prompt with % in the middle of it", max_tokens=3)
-    bad, _ = llm._add("again % here", _How(), {"max_tokens": 4})
-    good, _ = llm._add(PROMPT, _How(), {"max_tokens": 6, "seed": 3})
-    outputs = list(llm._outputs(good))
+    bad = llm.add("again % here", max_tokens=4).request_id
+    good = llm.add(PROMPT, max_tokens=6, seed=3).request_id
+    outputs = list(llm.outputs(good))
     assert tuple(t for o in outputs for d in o.deltas for t in d.token_ids) == clean.token_ids
     with pytest.raises(NumericalFault):
-        list(llm._outputs(bad))
+        list(llm.outputs(bad))
     # Poisoned keys are not handed to a later prompt.
     [again] = llm.generate(PROMPT, max_tokens=6, seed=3)
     assert again.token_ids == clean.token_ids
@@ -123,14 +122,14 @@ def test_a_fault_in_reading_one_reply_spares_the_neighbour(
     """A bug in what takes replies apart must not end everybody's."""
     llm = LLM(tiny("qwen3"), cache_size="32MiB", context_length=256)
     [clean] = llm.generate(PROMPT, max_tokens=6, seed=3)
-    bad, _ = llm._add("another prompt", _How(), {"max_tokens": 4, "n": 2})
-    good, _ = llm._add(PROMPT, _How(), {"max_tokens": 6, "seed": 3})
-    for choice in llm._core._requests[bad].choices:
+    bad = llm.add("another prompt", max_tokens=4, n=2).request_id
+    good = llm.add(PROMPT, max_tokens=6, seed=3).request_id
+    for choice in llm.engine._requests[bad].choices:
         choice.text = None  # type: ignore[assignment]
-    outputs = list(llm._outputs(good))
+    outputs = list(llm.outputs(good))
     assert tuple(t for o in outputs for d in o.deltas for t in d.token_ids) == clean.token_ids
     with pytest.raises(ReplyFault, match="AttributeError"):
-        list(llm._outputs(bad))
+        list(llm.outputs(bad))
     assert "Traceback" in caplog.text
     _nothing_is_left(llm)
 
@@ -149,13 +148,13 @@ def test_a_panic_of_the_grammars_library_ends_those_who_have_one(
         raise PanicException("index out of bounds")
 
     for where in ("masks", "consume"):
-        bad, _ = llm._add("another prompt", _How(constraint=Constraint("regex", "a*b")), {"max_tokens": 4, "n": 2})
-        good, _ = llm._add(PROMPT, _How(), {"max_tokens": 6, "seed": 3})
+        bad = llm.add("another prompt", constraint=Constraint("regex", "a*b"), max_tokens=4, n=2).request_id
+        good = llm.add(PROMPT, max_tokens=6, seed=3).request_id
         monkeypatch.setattr(GrammarCompiler if where == "masks" else GrammarState, where, panics)
-        outputs = list(llm._outputs(good))
+        outputs = list(llm.outputs(good))
         assert tuple(t for o in outputs for d in o.deltas for t in d.token_ids) == clean.token_ids
         with pytest.raises(ReplyFault, match="PanicException"):
-            list(llm._outputs(bad))
+            list(llm.outputs(bad))
         monkeypatch.undo()
     _nothing_is_left(llm)
 
@@ -166,9 +165,9 @@ def test_a_text_that_the_model_cannot_take_fails_that_request_and_spares_the_nei
     """In the fallback runner, where a model runs as transformers wrote it: a table of positions may be too short."""
     llm = LLM(tiny("mamba"), context_length=256)
     [clean] = llm.generate(PROMPT, max_tokens=6, seed=3)
-    bad, _ = llm._add("another prompt", _How(), {"max_tokens": 4})
-    good, _ = llm._add(PROMPT, _How(), {"max_tokens": 6, "seed": 3})
-    runner: Any = llm._model.runner
+    bad = llm.add("another prompt", max_tokens=4).request_id
+    good = llm.add(PROMPT, max_tokens=6, seed=3).request_id
+    runner: Any = llm.engine.model.runner
     compute = runner._pass
 
     def fails(sequence: Any, start: int, end: int) -> torch.Tensor:
@@ -177,10 +176,10 @@ def test_a_text_that_the_model_cannot_take_fails_that_request_and_spares_the_nei
         return compute(sequence, start, end)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(runner, "_pass", fails)
-    outputs = list(llm._outputs(good))
+    outputs = list(llm.outputs(good))
     assert tuple(t for o in outputs for d in o.deltas for t in d.token_ids) == clean.token_ids
     with pytest.raises(ReplyFault, match="the model failed on this request: The size of tensor a"):
-        list(llm._outputs(bad))
+        list(llm.outputs(bad))
     _nothing_is_left(llm)
 
 
@@ -213,27 +212,27 @@ def test_out_of_memory_ends_the_largest_request_and_the_others_are_answered_as_e
 ) -> None:
     llm = LLM(tiny("qwen3"), cache_size="32MiB", context_length=512)
     [clean] = llm.generate(PROMPT, max_tokens=9, seed=3)
-    llm._model.scheduler.pool.clear_cache()
-    llm._core._runner = _TooBig(llm._core._runner, 100, ERRORS[error])
-    small, _ = llm._add(PROMPT, _How(), {"max_tokens": 9, "seed": 3})
-    llm._core.step()
-    large, _ = llm._add("x " * 200, _How(), {"max_tokens": 9})
-    outputs = list(llm._outputs(small))
+    llm.engine.model.scheduler.pool.clear_cache()
+    llm.engine._runner = _TooBig(llm.engine._runner, 100, ERRORS[error])
+    small = llm.add(PROMPT, max_tokens=9, seed=3).request_id
+    llm.engine.step()
+    large = llm.add("x " * 200, max_tokens=9).request_id
+    outputs = list(llm.outputs(small))
     with pytest.raises(OutOfMemory, match="max_batch_tokens"):
-        list(llm._outputs(large))
+        list(llm.outputs(large))
     tokens = tuple(t for o in outputs for d in o.deltas for t in d.token_ids)
     assert clean.token_ids[-len(tokens) :] == tokens
     _nothing_is_left(llm)
 
 
 def test_another_error_is_not_mistaken_for_a_full_memory(llm: LLM) -> None:
-    llm._core._runner = _TooBig(llm._core._runner, 0, lambda: RuntimeError("a bug"))
+    llm.engine._runner = _TooBig(llm.engine._runner, 0, lambda: RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
         llm.generate(PROMPT, max_tokens=2)
 
 
 def test_all_tokens_banned_fails_that_request_by_name(llm: LLM) -> None:
-    everything = dict.fromkeys(range(len(llm._model.tokenizer)), -100)
+    everything = dict.fromkeys(range(len(llm.engine.model.tokenizer)), -100)
     with pytest.raises(InvalidParameter) as caught:
         llm.generate(PROMPT, logit_bias=everything, max_tokens=2)
     assert caught.value.code == "no_token_left"
@@ -243,14 +242,14 @@ def test_all_tokens_banned_fails_that_request_by_name(llm: LLM) -> None:
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
 def test_abort_frees_everything_at_any_point(llm: LLM, steps: int) -> None:
     """Queued, in prefill (cut into chunks), while choices fork, while decoding."""
-    llm._model.scheduler.max_batch_tokens = 8
-    request_id, _ = llm._add("a longer prompt, cut into several chunks of eight", _How(), {"n": 4, "max_tokens": 50})
+    llm.engine.model.scheduler.max_batch_tokens = 8
+    request_id = llm.add("a longer prompt, cut into several chunks of eight", n=4, max_tokens=50).request_id
     for _ in range(steps):
-        llm._core.step()
-    llm._core.abort(request_id)
-    llm._core.abort(request_id)
+        llm.engine.step()
+    llm.engine.abort(request_id)
+    llm.engine.abort(request_id)
     _nothing_is_left(llm)
-    assert llm._core.step() == []
+    assert llm.engine.step() == []
 
 
 def test_leaving_a_stream_early_frees_its_place(llm: LLM) -> None:
@@ -265,7 +264,7 @@ def test_leaving_a_stream_early_frees_its_place(llm: LLM) -> None:
 
 def test_usage_counts_all_choices_and_the_prompt_once(llm: LLM) -> None:
     answers = llm.generate(PROMPT, n=3, max_tokens=4, ignore_eos=True, seed=1)
-    prompt = len(llm._model.tokenizer(PROMPT)["input_ids"])
+    prompt = len(llm.engine.model.tokenizer(PROMPT)["input_ids"])
     for answer in answers:
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (prompt, 12)
         assert answer.usage.total_tokens == prompt + 12

@@ -1,0 +1,195 @@
+"""One running choice: tokens in, deltas out, and what may come next. Knows no scheduler, no logits, no other choice.
+
+append    take one token: the text it shows, and whether the choice ends with it
+advance   take a drawn token and those that are forced after it: one delta
+finish    release the text that was held back, once nothing more will come
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from engine.grammar.compiler import GrammarState
+from engine.replies.reply_stream import TextDelta, TextStream
+from engine.replies.tool_calls import call_id
+from engine.sampling.sampler import Sampled
+from engine.scheduling.drafts import Drafter
+from engine.scheduling.sequence import Sequence
+from engine.text.json_schema import unenforced_errors
+from engine.text.vocabulary import Vocabulary
+from engine.types.messages import ToolCall
+from engine.types.outputs import ChoiceDelta, FinishReason, TokenLogprob, TopLogprob
+from engine.types.requests import PreparedRequest
+
+__all__ = ["Choice", "SpecialIds"]
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialIds:
+    """Tokens of one model with a meaning of their own.
+
+    Attributes:
+        end: any of them ends a reply.
+        close_thoughts: these, one after the other, end thoughts that have grown too long.
+    """
+
+    end: frozenset[int]
+    close_thoughts: tuple[int, ...]
+
+
+class Choice:
+    """One choice of a request, from its first token to its last.
+
+    Attributes:
+        sequence: its tokens and cache blocks.
+        text: turns its tokens into what the caller sees.
+        grammar: the state of the grammar that its reply is held to; None if there is none.
+        drafter: proposes draft tokens; None where that is off, or where something else decides what comes next.
+        num_thoughts: tokens of thought so far.
+    """
+
+    __slots__ = (
+        "_forced",
+        "_ids",
+        "_num_calls",
+        "_request",
+        "_schema_error",
+        "_vocabulary",
+        "_written",
+        "drafter",
+        "grammar",
+        "num_thoughts",
+        "sequence",
+        "text",
+    )
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        request: PreparedRequest,
+        text: TextStream,
+        grammar: GrammarState | None,
+        vocabulary: Vocabulary,
+        ids: SpecialIds,
+    ) -> None:
+        self.sequence = sequence
+        self.grammar = grammar
+        self.drafter: Drafter | None = None
+        self.num_thoughts = 0
+        self._request = request
+        self.text = text
+        self._vocabulary = vocabulary
+        self._ids = ids
+        self._forced: deque[int] = deque()  # tokens that come next whatever the model says: the end of long thoughts
+        self._num_calls = 0
+        self._written: list[str] = []  # the text so far, where it is to be checked against a schema in the end
+        self._schema_error: str | None = None  # of calls that no grammar held to all of their schema; "": none
+        self._limit_thoughts()
+
+    @property
+    def forced(self) -> int | None:
+        """The only token that may come next; None if there are several."""
+        return self._forced[0] if self._forced else self.grammar.forced if self.grammar else None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the model alone decides what comes next."""
+        return self.grammar is None and not self._forced
+
+    def advance(self, drawn: Sampled) -> ChoiceDelta:
+        """Append a drawn token, and the tokens that are forced after it.
+
+        Raises: whatever the grammar raises, if it cannot go on.
+        """
+        params = self.sequence.params
+        if self.grammar:
+            self.grammar.check()
+        logprobs = (self._logprob(drawn),) if params.logprobs else None
+        tokens = [drawn.token_id]
+        delta, finish = self._append(drawn.token_id)
+        # Log-probabilities need a forward pass: with them a forced token is drawn, with no other to choose from.
+        while finish is None and not params.logprobs and (forced := self.forced) is not None:
+            tokens.append(forced)
+            more, finish = self._append(forced)
+            delta = _joined(delta, more)
+        if finish:
+            rest = self.text.finish()
+            delta = _joined(delta, rest)
+            finish = "stop" if rest.stopped else finish  # half a character, cut, may still complete a stop string
+        calls = tuple(self._call(name, arguments) for name, arguments in delta.calls)
+        if finish == "stop" and self._num_calls:
+            finish = "tool_calls"
+        self._check_schema(delta.text, finish)
+        return ChoiceDelta(
+            index=self.sequence.choice_index,
+            text=delta.text,
+            token_ids=tuple(tokens),
+            logprobs=logprobs,
+            finish_reason=finish,
+            reasoning=delta.reasoning,
+            tool_calls=calls,
+            schema_error=self._schema_error if finish else None,
+        )
+
+    def _append(self, token: int) -> tuple[TextDelta, FinishReason | None]:
+        """Append one token: what it shows, and why the choice ends with it."""
+        sequence, params, text = self.sequence, self.sequence.params, self.text
+        sequence.append(token)
+        if self._forced:
+            self._forced.popleft()
+        self.num_thoughts += text.thinking
+        ends = token in self._ids.end and not params.ignore_eos
+        if token in params.stop_token_ids or (ends and (self.grammar is None or self.grammar.accepting)):
+            return TextDelta("", False, b""), "stop"  # the token adds no text
+        before = text.thinking
+        delta = text.push(token, sequence.position > params.min_tokens)
+        stopped = delta.stopped or bool(delta.calls and not self._request.parallel_tool_calls)
+        self.num_thoughts += text.thinking and not before  # the token that opened them
+        if self.grammar is not None and not stopped:
+            self.grammar.consume(token)
+            stopped = self.grammar.stopped  # nothing but the end could follow, so nothing is drawn for it
+        self._limit_thoughts()
+        return delta, "stop" if stopped else "length" if sequence.position == params.max_tokens else None
+
+    def _limit_thoughts(self) -> None:
+        """Force the end of thoughts that have used up their budget; a grammar takes it after whole characters only."""
+        budget = self.sequence.params.thinking_budget
+        if budget is None or not self.text.thinking or self.num_thoughts < budget or self._forced:
+            return
+        if self.grammar is None or self.text.whole:
+            self._forced.extend(self._ids.close_thoughts)
+
+    def _call(self, name: str, arguments: str) -> ToolCall:
+        self._num_calls += 1
+        request, sequence = self._request, self.sequence
+        if name in request.unenforced_tools and not self._schema_error:
+            [schema] = [t["function"].get("parameters") for t in request.tools if t["function"]["name"] == name]
+            error = unenforced_errors(arguments, schema)
+            self._schema_error = f"{name}: {error}" if error else ""
+        found = call_id(sequence.seed, sequence.choice_index, sequence.prompt_token_ids, self._num_calls)
+        return ToolCall(found, name, arguments)
+
+    def _check_schema(self, text: str, finish: FinishReason | None) -> None:
+        """Check the whole text, at its end, against a schema that the grammar holds only in part."""
+        schema = self._request.unenforced_schema
+        if schema is None:
+            return
+        self._written.append(text)
+        if finish and not self._num_calls:
+            self._schema_error = unenforced_errors("".join(self._written), schema) or ""
+
+    def _logprob(self, drawn: Sampled) -> TokenLogprob:
+        """A drawn token and its alternatives, with the bytes that each would add at this place of the text."""
+        assert drawn.logprob is not None
+        words, text = self._vocabulary, self.text
+        top = []
+        for token, value in drawn.top:
+            data = text.token_bytes(token)
+            top.append(TopLogprob(token, words.token_text(token, data), data, value))
+        data = text.token_bytes(drawn.token_id)
+        return TokenLogprob(drawn.token_id, words.token_text(drawn.token_id, data), data, drawn.logprob, tuple(top))
+
+
+def _joined(a: TextDelta, b: TextDelta) -> TextDelta:
+    return TextDelta(a.text + b.text, b.stopped, a.bytes + b.bytes, a.reasoning + b.reasoning, a.calls + b.calls)

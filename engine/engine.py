@@ -1,0 +1,413 @@
+"""`Engine`: one loaded model that its caller steps. Synchronous: no thread of its own, no clock, no I/O.
+
+    prepare ──▶ add ──▶ step, step, step … ──▶ outputs            abort: from anywhere, at once
+
+A step is schedule, forward, sample, commit. A fault in it ends one request, not the engine: a step that does not fit in
+memory ends its largest request and recomputes the others; keys that are not finite end theirs. `LLM` and `AsyncEngine`
+are two ways to drive it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from itertools import groupby, takewhile
+
+import torch
+from torch import Tensor
+
+from engine.choice import Choice, SpecialIds
+from engine.compute.model_runner import ForwardResult
+from engine.errors import NumericalFault, OutOfMemory, ReplyFault, VerbatimError, out_of_memory, panicked
+from engine.grammar.compiler import GrammarState
+from engine.grammar.mask_worker import MaskWorker
+from engine.loading.loader import LoadedModel
+from engine.preparation import Preparer
+from engine.replies.reply_stream import TextStream
+from engine.sampling.sampler import Sampled, Sampler
+from engine.scheduling.drafts import Drafter
+from engine.scheduling.schedule import Draw, Schedule
+from engine.scheduling.sequence import Sequence, SequenceState
+from engine.text.stop_strings import StopStrings
+from engine.types.model_info import EngineStats, ModelInfo
+from engine.types.outputs import ChoiceDelta, RequestOutput, Usage
+from engine.types.requests import GenerationRequest, PreparedRequest
+
+__all__ = ["Engine", "reply_fault"]
+
+log = logging.getLogger("verbatim.engine")
+
+Drawn = Sampled | VerbatimError
+"""What a draw has come to: a token, or why there is none."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """One request in the engine. Owns its choices."""
+
+    request: PreparedRequest
+    choices: list[Choice]
+    unfinished: int
+    prompt_tokens: int = 0
+    """Of the prompt, how far it was computed at most, what the cache held included."""
+
+    def usage(self) -> Usage:
+        """What was computed; of a request that has drawn a token, the whole prompt."""
+        completion = sum(choice.sequence.position for choice in self.choices)
+        prompt = len(self.request.prompt_token_ids) if completion else self.prompt_tokens
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            cached_tokens=min(self.choices[0].sequence.num_cached, prompt),
+            reasoning_tokens=sum(choice.num_thoughts for choice in self.choices),
+        )
+
+
+class Engine:
+    """Continuous batching over one model.
+
+    `prepare` may be called from any thread; everything else from one at a time.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+        self.preparer = Preparer(model)
+        self._scheduler = model.scheduler
+        self._runner = model.runner
+        self._masks = MaskWorker(model.grammars)
+        self._ids = SpecialIds(frozenset(model.end_ids), model.closing_ids)
+        # Special tokens that a chat format is written with add no text, but its parser has to see them.
+        self._delimiters = {calls: _delimiters(model, calls=calls) for calls in (False, True)}
+        self._sampler = Sampler(
+            model.info.vocab_size,
+            model.vocabulary.invalid_ids(model.info.vocab_size),
+            model.end_ids,
+            model.device,
+        )
+        self.speculates = _may_speculate(model)
+        """Whether sequences that are added propose draft tokens."""
+        self._requests: dict[str, _Running] = {}
+        self._steps = 0
+        self._drafted_tokens = 0
+        self._accepted_tokens = 0
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._generated_tokens = 0
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.model.info
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def prepare(self, request: GenerationRequest) -> PreparedRequest:
+        """Check a request, render its template, tokenise it, fill in what it left open.
+
+        Raises: as `Preparer.prepare`.
+        """
+        return self.preparer.prepare(request)
+
+    def add(self, request: PreparedRequest) -> None:
+        """Queue a request. Its id must not be in use.
+
+        Raises:
+            ValueError: the id is in use.
+            Exception: whatever its grammar raises if it does not start; then nothing is queued.
+        """
+        if request.request_id in self._requests:
+            raise ValueError(f"the request id {request.request_id!r} is in use")
+        stops = StopStrings(request.params.stop)
+        choices = [self._choice(request, index, stops) for index in range(request.params.n)]
+        self._requests[request.request_id] = _Running(request, choices, len(choices))
+        self._scheduler.add([choice.sequence for choice in choices])
+
+    def _choice(self, request: PreparedRequest, index: int, stops: StopStrings) -> Choice:
+        model, params = self.model, request.params
+        assert params.seed is not None
+        sequence = Sequence(
+            request.request_id,
+            index,
+            request.prompt_token_ids,
+            params,
+            params.seed,
+            group=request.group,
+            share=request.cache_share,
+        )
+        parser = model.chat_format.parser(
+            {tool["function"]["name"]: tool["function"] for tool in request.tools},
+            parallel=request.parallel_tool_calls,
+            exact=request.grammar is not None,
+            first=request.calls_first,
+            chat=request.chat,
+            opened=request.thinks,
+            opening=request.opening,
+        )
+        text = TextStream(model.vocabulary, stops, parser, self._delimiters[bool(request.tools)])
+        grammar = model.grammars.start(request.grammar) if request.grammar else None
+        choice = Choice(sequence, request, text, grammar, model.vocabulary, self._ids)
+        if self.speculates and grammar is None and params.thinking_budget is None:
+            choice.drafter = Drafter()
+        return choice
+
+    def abort(self, request_id: str) -> Usage | None:
+        """Forget a request, wherever it is; its blocks are free at once.
+
+        Returns what it has used; None, and nothing is done, if it is gone.
+        """
+        running = self._requests.pop(request_id, None)
+        if running is None:
+            return None
+        for choice in running.choices:
+            self._leave(choice.sequence)
+        return running.usage()
+
+    def queued(self) -> list[str]:
+        """The requests of which nothing has been computed yet."""
+        return [
+            request_id
+            for request_id, running in self._requests.items()
+            if running.choices[0].sequence.state is SequenceState.WAITING and not running.choices[0].sequence.position
+        ]
+
+    def refuse(self, request_id: str, error: VerbatimError) -> RequestOutput:
+        """End a request with an error."""
+        running = self._requests.pop(request_id)
+        for choice in running.choices:
+            self._leave(choice.sequence, reusable=False)
+        return RequestOutput(request_id, (), running.usage(), True, error)
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step; one output for each request that it advanced or ended."""
+        self._propose()
+        held = self._held()
+        schedule = self._scheduler.schedule(held)
+        if held and not schedule.chunks:
+            self._masks.rest(held.values())
+        try:
+            result = self._forward(schedule)
+            sampled = self._sample(schedule.draws, result)
+        except BaseException as error:
+            if panicked(error):
+                return self._drop_grammars(schedule, error)
+            if not out_of_memory(error):
+                raise
+            return self._drop_largest(schedule, error)
+        return self._commit(schedule, result, sampled)
+
+    def close(self) -> None:
+        """Begin nothing further beside the steps, and end the process in which grammars are tried."""
+        self._masks.close()
+        self.preparer.close()
+
+    def stats(self) -> EngineStats:
+        """A snapshot of what runs and what was computed so far."""
+        pool = self._scheduler.pool
+        return EngineStats(
+            alive=True,
+            stalled=False,
+            waiting=len(self._scheduler.waiting),
+            running=len(self._scheduler.running),
+            steps=self._steps,
+            preemptions=self._scheduler.num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            generated_tokens=self._generated_tokens,
+            drafted_tokens=self._drafted_tokens,
+            accepted_tokens=self._accepted_tokens,
+            blocks_total=pool.num_blocks,
+            blocks_free=pool.num_free,
+        )
+
+    # -- the parts of a step ------------------------------------------------------------------------------------
+
+    def _choice_of(self, sequence: Sequence) -> Choice:
+        return self._requests[sequence.request_id].choices[sequence.choice_index]
+
+    def _propose(self) -> None:
+        """Let sequences that decode propose draft tokens."""
+        if not self.speculates:
+            return
+        for sequence in self._scheduler.running:
+            drafter = self._choice_of(sequence).drafter
+            if drafter is not None and sequence.num_uncomputed == 1 and sequence.position:
+                most = (sequence.params.max_tokens or 0) - sequence.position - 1
+                sequence.draft = drafter.propose(sequence, most)
+
+    def _held(self) -> dict[Sequence, GrammarState]:
+        """Sequences that this step leaves out because their masks are being computed; preempted ones come first."""
+        preempted = takewhile(lambda sequence: sequence.position, self._scheduler.waiting)
+        return {
+            sequence: grammar
+            for sequence in (*self._scheduler.running, *preempted)
+            if (grammar := self._choice_of(sequence).grammar) is not None and self._masks.waits(grammar)
+        }
+
+    def _forward(self, schedule: Schedule) -> ForwardResult:
+        if not schedule.chunks:
+            return ForwardResult(torch.empty(0, self._runner.vocab_size), ())
+        return self._runner.forward(schedule)
+
+    def _sample(self, draws: list[Draw], result: ForwardResult) -> list[Drawn]:
+        if not draws:
+            return []
+        return self._sampler.sample(result.logits, draws, [draw.row for draw in draws], self._allowed(draws))
+
+    def _allowed(self, draws: list[Draw]) -> Tensor | None:
+        """What grammars and forced tokens leave, bool `[draws, vocab_size]`; None where that is everything.
+
+        Computed after the forward pass was started: on a GPU, while it runs.
+        """
+        choices = [self._choice_of(draw.sequence) for draw in draws]
+        if all(choice.is_free for choice in choices):
+            return None
+        masks = self._masks.masks([c.grammar for c in choices], [c.forced for c in choices])
+        return torch.from_numpy(masks).to(self._sampler.device)
+
+    def _commit(self, schedule: Schedule, result: ForwardResult, sampled: list[Drawn]) -> list[RequestOutput]:
+        """Note what was computed, append what was drawn, tell what happened; a fault ends its request."""
+        self._steps += 1
+        faults = _faults(schedule, result, sampled)
+        outputs = [self.refuse(request_id, error) for request_id, error in faults.items()]
+        self._count_prompt_tokens(schedule)
+        self._scheduler.commit(schedule)
+        deltas: dict[str, list[ChoiceDelta]] = {}
+        drawn = zip(schedule.draws, sampled, strict=True)
+        for sequence, pairs in groupby(drawn, lambda pair: pair[0].sequence):
+            request_id = sequence.request_id
+            if request_id in faults:
+                continue
+            try:
+                deltas.setdefault(request_id, []).extend(self._advance(self._choice_of(sequence), list(pairs)))
+            except BaseException as error:  # its grammar cannot go on; other faults stay this request's, too
+                if not isinstance(error, Exception) and not panicked(error):
+                    raise
+                faults[request_id] = fault = reply_fault(request_id, error)
+                deltas.pop(request_id, None)
+                outputs.append(self.refuse(request_id, fault))
+        return outputs + [self._output(request_id, parts) for request_id, parts in deltas.items()]
+
+    def _advance(self, choice: Choice, drawn: list[tuple[Draw, Drawn]]) -> list[ChoiceDelta]:
+        """Append what was drawn as long as it is what the draft says, and the first token that is not."""
+        sequence, before = choice.sequence, choice.sequence.position
+        deltas: list[ChoiceDelta] = []
+        try:
+            for draw, found in drawn:
+                if isinstance(found, VerbatimError):
+                    raise found
+                deltas.append(choice.advance(found))
+                if deltas[-1].finish_reason or found.token_id != draw.guess:
+                    break
+                self._scheduler.accept(sequence)
+        finally:
+            self._generated_tokens += sequence.position - before
+        if choice.drafter is not None and len(drawn) > 1:
+            proposed, accepted = len(drawn) - 1, len(deltas) - 1
+            choice.drafter.learn(proposed, accepted)
+            self._drafted_tokens += proposed
+            self._accepted_tokens += accepted
+        if deltas[-1].finish_reason:
+            self._leave(sequence)
+            self._requests[sequence.request_id].unfinished -= 1
+        elif choice.grammar is not None and choice.forced is None:
+            self._masks.look_ahead(choice.grammar)
+        return deltas
+
+    def _output(self, request_id: str, deltas: list[ChoiceDelta]) -> RequestOutput:
+        running = self._requests[request_id]
+        finished = running.unfinished == 0
+        if finished:
+            del self._requests[request_id]
+        return RequestOutput(request_id, tuple(deltas), running.usage(), finished)
+
+    def _count_prompt_tokens(self, schedule: Schedule) -> None:
+        for chunk in schedule.chunks:
+            sequence = chunk.sequence
+            running = self._requests.get(sequence.request_id)
+            if running is not None and not sequence.position:
+                computed = min(chunk.start + chunk.count, len(sequence.prompt_token_ids))
+                running.prompt_tokens = max(running.prompt_tokens, computed)
+            if chunk.samples and sequence.position == 0 and sequence.choice_index == 0:
+                self._prompt_tokens += len(sequence.prompt_token_ids)
+                self._cached_tokens += sequence.num_cached
+
+    # -- ends ---------------------------------------------------------------------------------------------------
+
+    def _leave(self, sequence: Sequence, *, reusable: bool = True) -> None:
+        self._scheduler.finish(sequence, reusable=reusable)
+        self._runner.forget(sequence)
+
+    def _drop_largest(self, schedule: Schedule, error: BaseException) -> list[RequestOutput]:
+        """A step did not fit in memory: end the request that asked for most of it, recompute the others."""
+        self._undo(schedule)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        largest = max(schedule.chunks, key=lambda c: (c.count, c.start))
+        reason = OutOfMemory(
+            f"memory ran out in a step that computed {largest.count} tokens of this request at position "
+            f"{largest.start}; a lower max_batch_tokens or context_length needs less. ({_first_line(error)})"
+        )
+        return [self.refuse(largest.sequence.request_id, reason)]
+
+    def _drop_grammars(self, schedule: Schedule, error: BaseException) -> list[RequestOutput]:
+        """The grammars' library panicked and does not say at which: end all requests in this step that have one."""
+        guilty = {
+            sequence.request_id: None
+            for chunk in schedule.chunks
+            for sequence in (chunk.sequence, *chunk.forks)
+            if self._choice_of(sequence).grammar is not None
+        }
+        if not guilty:
+            raise error
+        self._undo(schedule)
+        return [self.refuse(request_id, reply_fault(request_id, error)) for request_id in guilty]
+
+    def _undo(self, schedule: Schedule) -> None:
+        self._scheduler.rollback(schedule)
+        for chunk in schedule.chunks:
+            self._runner.forget(chunk.sequence)
+
+
+def reply_fault(request_id: str, error: BaseException) -> VerbatimError:
+    """What a request ends with because of an error; logs what nobody expected."""
+    if isinstance(error, VerbatimError):
+        return error
+    log.error("%s: a fault in reading its reply", request_id, exc_info=error)
+    return ReplyFault(f"this reply could not be read: {type(error).__name__}; the log has the details.")
+
+
+def _faults(schedule: Schedule, result: ForwardResult, sampled: list[Drawn]) -> dict[str, VerbatimError]:
+    """The requests that this step ends, and why: the forward pass first, then the first draw of each sequence."""
+    faults: dict[str, VerbatimError] = {}
+    for number, (chunk, finite) in enumerate(zip(schedule.chunks, result.finite, strict=True)):
+        if number in result.errors:
+            faults[chunk.sequence.request_id] = result.errors[number]
+        elif not finite:
+            faults[chunk.sequence.request_id] = NumericalFault(
+                "the model computed keys or values that are not finite; its weights may be damaged."
+            )
+    for draw, found in zip(schedule.draws, sampled, strict=True):
+        if isinstance(found, VerbatimError) and not draw.draft:
+            faults.setdefault(draw.sequence.request_id, found)
+    return faults
+
+
+def _may_speculate(model: LoadedModel) -> bool:
+    """Whether draft tokens change nothing but the speed: where bits depend on the rows of a step they would."""
+    if model.config.speculation == "off":
+        return False
+    if model.scheduler.whole_prompts or not model.info.law.holds:
+        log.warning("%s: no speculation: replies would depend on it here (%s)", model.info.id, model.info.law.reason)
+        return False
+    return True
+
+
+def _delimiters(model: LoadedModel, *, calls: bool) -> dict[int, str]:
+    """The special tokens that a model's chat format is written with, by id."""
+    names = {i: model.vocabulary.token_text(i) for i in model.vocabulary.special_ids}
+    return {i: name for i, name in names.items() if name and model.chat_format.mentions(name, calls=calls)}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,109 @@
+"""One step, as plain data: which tokens to compute, which blocks to copy first, which tokens to draw. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from engine.scheduling.sequence import Sequence, SequenceState
+from engine.types.sampling_params import SamplingParams
+
+__all__ = ["Chunk", "Draw", "Schedule"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Compute tokens `start … start + count - 1` of a sequence.
+
+    Attributes:
+        samples: the last of them is the sequence's last token, so its logits choose the next one.
+        forks: choices that share this prompt and draw their first token from the same logits.
+        draft: draft tokens, the last of the tokens to compute. Each row from the last real token on chooses a token.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+    forks: tuple[Sequence, ...] = ()
+    draft: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens to compute."""
+        real = self.sequence.tokens(self.start, self.start + self.count - len(self.draft))
+        return [*real, *self.draft]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of logits that the forward pass returns for this chunk."""
+        return 1 + len(self.draft) if self.samples else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One token to draw, as it would be drawn alone. What the sampler asks of a row is what its properties say.
+
+    Attributes:
+        sequence: the choice that draws.
+        row: the row of the step's logits to draw from; the choices of a prompt share one.
+        draft: draft tokens between the sequence and this place, taken to be right.
+        guess: the draft token that stands at this place; None behind the last one.
+    """
+
+    sequence: Sequence
+    row: int
+    draft: tuple[int, ...] = ()
+    guess: int | None = None
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.sequence.params
+
+    @property
+    def seed(self) -> int:
+        return self.sequence.seed
+
+    @property
+    def choice_index(self) -> int:
+        return self.sequence.choice_index
+
+    @property
+    def position(self) -> int:
+        return self.sequence.position + len(self.draft)
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        return self.sequence.prompt_token_ids
+
+    @property
+    def output_counts(self) -> Counter[int]:
+        counts = self.sequence.output_counts
+        return counts + Counter(self.draft) if self.draft else counts
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One step.
+
+    Attributes:
+        chunks: what to compute, in the order of the forward pass's rows.
+        copies: (from block, to block), to be carried out in order before anything is written.
+        draws: which tokens to draw; those of one sequence stand together, in order of position.
+    """
+
+    chunks: list[Chunk] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    draws: list[Draw] = field(default_factory=list)
+
+    def plan_draws(self) -> None:
+        """Fill in `draws`, once all chunks are chosen. A fork that was preempted meanwhile draws in a later step."""
+        row = 0
+        for chunk in self.chunks:
+            if not chunk.samples:
+                continue
+            guesses: tuple[int | None, ...] = (*chunk.draft, None)
+            for count, guess in enumerate(guesses):
+                self.draws.append(Draw(chunk.sequence, row + count, chunk.draft[:count], guess))
+            self.draws += [Draw(fork, row) for fork in chunk.forks if fork.state is SequenceState.RUNNING]
+            row += chunk.num_rows

@@ -1,0 +1,1 @@
+"""Engines beside an event loop: an engine on its own thread, its messages, and the models of one process."""

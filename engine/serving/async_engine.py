@@ -1,0 +1,218 @@
+"""`AsyncEngine`: an `Engine` on a thread of its own, spoken to from an event loop.
+
+    event loop ──commands──▶ engine thread: step, step, step …
+         ◀──one call_soon_threadsafe per step── everything the step did
+
+If the thread dies, every waiting request gets the cause and every later one is refused with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from engine.engine import Engine
+from engine.errors import EngineDead, QueueFull, VerbatimError
+from engine.serving.engine_loop import EngineLoop, engine_dead
+from engine.serving.fair_lock import FairLock
+from engine.serving.protocol import Abort, Aborted, Close, Ended, EngineProtocol, Event, Outputs, Submit
+from engine.serving.request_stream import RequestStream
+from engine.types.model_info import EngineStats, ModelInfo
+from engine.types.outputs import RequestOutput, Usage
+from engine.types.requests import GenerationRequest, PreparedRequest
+
+__all__ = ["AsyncEngine"]
+
+log = logging.getLogger("verbatim.engine")
+
+LAST_STEP = 5.0
+"""Seconds that a step may take on when the engine is told to stop."""
+
+PREPARING = 3
+"""Requests of one model that are prepared at once: two heavy ones of a key, and one of anybody else."""
+
+
+class AsyncEngine(EngineProtocol):
+    """One loaded model, shared by many requests. Owns its engine, the engine's thread and those that prepare requests.
+
+    Created anywhere; `submit` and the streams belong to one event loop, the first that submits.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        config = engine.model.config
+        self._limit = config.max_sequences + config.max_queue
+        self._stall_timeout = config.stall_timeout
+        self._streams: dict[str, RequestStream] = {}
+        self._leaving: dict[str, RequestStream] = {}  # aborted, and the engine does not know it yet
+        self._groups: dict[str, str] = {}  # of unfinished requests
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        self._dead: VerbatimError | None = None
+        self._closed = False
+        self._close_lock = threading.Lock()
+        self._preparing = FairLock(PREPARING)
+        self._workers = ThreadPoolExecutor(max_workers=PREPARING, thread_name_prefix=f"prepare-{self.info.id}")
+        self._workers.submit(engine.preparer.warm)
+        self._loop = EngineLoop(engine, self._emit)
+        self._thread = threading.Thread(target=self._loop.run, name=f"engine-{self.info.id}", daemon=True)
+        self._thread.start()
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.engine.info
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that run or wait, those that were aborted aside."""
+        return len(self._streams)
+
+    @property
+    def num_leaving(self) -> int:
+        """Aborted requests that the engine has not let go of yet."""
+        return len(self._leaving)
+
+    @property
+    def is_stepping(self) -> bool:
+        """Whether a step is under way."""
+        return self._loop.busy_since is not None
+
+    async def prepare(self, request: GenerationRequest) -> PreparedRequest:
+        """Check, render and tokenise a request on one of the model's own worker threads, granted fairly across groups.
+
+        A caller that gives up while it waits for a thread never takes one. One that gives up later keeps its place
+        until the thread is done.
+
+        Raises: what `Preparer.prepare` raises, and EngineDead.
+        """
+        self._raise_if_dead()
+        await self._preparing.take(request.group)
+        try:
+            self._raise_if_dead()
+            work = asyncio.get_running_loop().run_in_executor(self._workers, self.engine.prepare, request)
+        except BaseException:
+            self._preparing.give_back(request.group)
+            raise
+        work.add_done_callback(lambda done: self._prepared(done, request.group))
+        return await asyncio.shield(work)
+
+    def _prepared(self, work: asyncio.Future[PreparedRequest], group: str) -> None:
+        self._preparing.give_back(group)
+        if not work.cancelled():
+            work.exception()  # looked at, whoever is left to hear of it
+
+    def submit(self, request: PreparedRequest) -> RequestStream:
+        """Queue a request. A group of which none is unfinished may still queue one where there is no room.
+
+        Raises:
+            QueueFull: as many requests as may run and wait are unfinished.
+            EngineDead: with the cause.
+        """
+        self._raise_if_dead()
+        if len(self._streams) >= self._limit and (not request.group or request.group in self._groups.values()):
+            raise QueueFull(
+                f"{len(self._streams)} requests are running or waiting; {self.info.id} takes {self._limit}.",
+                limit=self._limit,
+            )
+        loop = asyncio.get_running_loop()
+        if loop is not self._event_loop:  # what left on another loop, which has ended, hears no more
+            self._leaving.clear()
+        self._event_loop = loop
+        if request.request_id in self._streams:
+            raise ValueError(f"the request id {request.request_id!r} is in use")
+        stream = RequestStream(request.request_id)
+        self._streams[request.request_id] = stream
+        self._groups[request.request_id] = request.group
+        self._loop.commands.put(Submit(request))
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Free a request's place before the next step. Does nothing if the request is gone.
+
+        Its stream ends at once; what it has used is known when the step under way has ended (`RequestStream.let_go`).
+        """
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            del self._groups[request_id]
+            assert self._event_loop is not None
+            stream.leaving = self._event_loop.create_future()
+            self._leaving[request_id] = stream
+            stream.end()
+            self._loop.commands.put(Abort(request_id))
+
+    def stats(self) -> EngineStats:
+        since = self._loop.busy_since
+        stalled = since is not None and time.monotonic() - since > self._stall_timeout
+        return replace(self._loop.stats, alive=self._dead is None and not self._closed, stalled=stalled)
+
+    def close(self) -> bool:
+        """Stop after the step under way; unfinished requests end with EngineDead. Safe to call twice.
+
+        A step that does not end (a kernel that hangs, a driver) is not waited for longer than `LAST_STEP` seconds: then
+        this is False, and the thread is left behind.
+        """
+        with self._close_lock:
+            if not self._closed:
+                self._closed = True
+                self._loop.commands.put(Close())
+                self._thread.join(LAST_STEP)
+                self.engine.close()  # first, or a grammar that is tried would be waited for
+                self._workers.shutdown(wait=not self._thread.is_alive(), cancel_futures=True)
+                if self._thread.is_alive():
+                    log.error("the engine of %s is left behind: its step does not end", self.info.id)
+                    self._emit(Ended(engine_dead(self.info.id, RuntimeError("its step does not end"))))
+            return not self._thread.is_alive()
+
+    def _emit(self, event: Event) -> None:
+        """Hand an event of the engine thread to the event loop."""
+        if isinstance(event, Ended):
+            self._dead = event.error  # also for those who come while the loop has something else to do
+        if self._event_loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is listening any more
+                self._event_loop.call_soon_threadsafe(self._receive, event)
+
+    # -- on the event loop --------------------------------------------------------------------------------------
+
+    def _receive(self, event: Event) -> None:
+        match event:
+            case Outputs(outputs):
+                for output in outputs:
+                    self._deliver(output)
+            case Aborted(request_id, usage):
+                self._let_go(request_id, usage)
+            case Ended(error):
+                self._fail_all(error)
+
+    def _deliver(self, output: RequestOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None and output.request_id in self._leaving:
+            self._leaving[output.request_id].note(output)
+        if stream is not None:
+            stream.deliver(output)
+            if output.finished:
+                del self._streams[output.request_id], self._groups[output.request_id]
+
+    def _let_go(self, request_id: str, usage: Usage | None) -> None:
+        """Note that the engine has let go of an aborted request; it may have ended in the step that was under way."""
+        stream = self._leaving.pop(request_id, None)
+        if stream is not None and stream.leaving is not None and not stream.leaving.done():
+            stream.usage = usage or stream.usage
+            stream.leaving.set_result(None)
+
+    def _fail_all(self, error: VerbatimError) -> None:
+        for request_id in list(self._leaving):
+            self._let_go(request_id, None)
+        for request_id, stream in list(self._streams.items()):
+            stream.deliver(RequestOutput(request_id, (), stream.usage or Usage(0, 0), True, error))
+        self._streams.clear()
+        self._groups.clear()
+
+    def _raise_if_dead(self) -> None:
+        if self._dead is not None:
+            raise EngineDead(self._dead.message)
+        if self._closed:
+            raise engine_dead(self.info.id, RuntimeError("the server is shutting down"))

@@ -1,0 +1,122 @@
+"""`EngineLoop`: drives an `Engine` on the thread that runs it. Takes commands, steps, reports what happened.
+
+It does not know who sends the commands or how its events travel.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import time
+from collections.abc import Callable
+
+from engine.engine import Engine, reply_fault
+from engine.errors import EngineDead, QueueTimeout, VerbatimError, panicked
+from engine.serving.protocol import Abort, Aborted, Close, Command, Ended, Event, Outputs, Submit
+from engine.types.model_info import EngineStats
+from engine.types.outputs import RequestOutput, Usage
+from engine.types.requests import PreparedRequest
+
+__all__ = ["EngineLoop", "engine_dead"]
+
+log = logging.getLogger("verbatim.engine")
+
+
+class EngineLoop:
+    """Obeys commands between steps until it is told to stop, or dies.
+
+    Attributes:
+        commands: what to do next. Put them in from any thread.
+        stats: a snapshot after the last step or command.
+        busy_since: monotonic seconds at which the step under way began; None between steps.
+    """
+
+    def __init__(self, engine: Engine, emit: Callable[[Event], None]) -> None:
+        """`emit`: takes an event. Called on the loop's own thread."""
+        self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self.stats: EngineStats = engine.stats()
+        self.busy_since: float | None = None
+        self._engine = engine
+        self._emit = emit
+        self._queue_seconds = engine.model.config.max_queue_seconds
+        self._arrived: dict[str, float] = {}  # monotonic seconds, of requests of which nothing is computed yet
+
+    def run(self) -> None:
+        """Step while there is work, sleep while there is none. Returns after `Close` or a death, with `Ended` sent."""
+        if self._engine.model.config.threads:
+            import torch
+
+            torch.set_num_threads(self._engine.model.config.threads)  # a setting of the calling thread
+        try:
+            while self._obey():
+                self.busy_since = time.monotonic()
+                outputs = self._engine.step()
+                self.busy_since = None
+                outputs += self._expire()
+                self.stats = self._engine.stats()
+                if outputs:
+                    self._emit(Outputs(tuple(outputs)))
+            cause: BaseException = RuntimeError("the server is shutting down")
+        except BaseException as error:
+            log.exception("the engine of %s died", self._engine.info.id)
+            cause = error
+        self.busy_since = None
+        self._emit(Ended(engine_dead(self._engine.info.id, cause)))
+
+    def _obey(self) -> bool:
+        """Carry out the waiting commands; sleep while there is nothing to do. False: stop."""
+        while True:
+            try:
+                command = self.commands.get(block=not self._engine.has_work)
+            except queue.Empty:
+                return True
+            match command:
+                case Close():
+                    return False
+                case Submit(request):
+                    self._add(request)
+                case Abort(request_id):
+                    self._emit(Aborted(request_id, self._engine.abort(request_id)))
+            self.stats = self._engine.stats()
+
+    def _add(self, request: PreparedRequest) -> None:
+        try:
+            self._engine.add(request)
+        except BaseException as error:  # its grammar does not start; the others' replies go on
+            if not isinstance(error, Exception) and not panicked(error):
+                raise
+            fault = reply_fault(request.request_id, error)
+            self._emit(Outputs((RequestOutput(request.request_id, (), Usage(0, 0), True, fault),)))
+            return
+        if self._queue_seconds is not None:
+            self._arrived[request.request_id] = time.monotonic()
+
+    def _expire(self) -> list[RequestOutput]:
+        """End the requests that have waited too long for their first step."""
+        if not self._arrived:
+            return []
+        now, limit = time.monotonic(), self._queue_seconds or 0.0
+        queued = self._engine.queued()
+        self._arrived = {name: self._arrived[name] for name in queued if name in self._arrived}
+        late = [name for name, since in self._arrived.items() if now - since > limit]
+        error = QueueTimeout(f"this request has waited {limit:g} seconds for its turn, which is as long as one may.")
+        for name in late:
+            del self._arrived[name]
+        return [self._engine.refuse(name, error) for name in late]
+
+
+def engine_dead(model_id: str, cause: BaseException) -> VerbatimError:
+    """What every client may be told of a death: words of the system, in one line. Other words may quote a request."""
+    return EngineDead(f"the engine of {model_id} has stopped: {_words(cause)}")
+
+
+def _words(cause: BaseException) -> str:
+    name = type(cause).__name__
+    if isinstance(cause, OSError):
+        words = os.strerror(cause.errno) if cause.errno is not None else ""
+    elif type(cause) in (RuntimeError, MemoryError) or type(cause).__module__.partition(".")[0] == "torch":
+        words = (str(cause).splitlines() or [""])[0][:200]
+    else:
+        words = ""
+    return words if type(cause) is RuntimeError and words else f"{name}: {words}" if words else f"{name}; see the log"
