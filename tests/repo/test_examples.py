@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests" / "server"))
 
 from live_server import start  # noqa: E402
+
+CURL = shutil.which("curl")
 
 EXAMPLES = {
     "chat": ["text:", "ended by: length", "tokens: 20 + 12", "fingerprint: vb-"],
@@ -60,3 +64,17 @@ def test_an_example_does_what_it_says(name: str, url: str) -> None:
     assert done.returncode == 0, done.stderr
     for words in EXAMPLES[name]:
         assert words in done.stdout
+
+
+@pytest.mark.skipif(CURL is None, reason="the proof in README.md calls curl, which is not installed")
+def test_the_proof_in_the_readme(tmp_path: Path) -> None:
+    """The block of shell commands on README's first screen, as it stands there, but for the address."""
+    [proof] = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+    (tmp_path / "models.yaml").write_text("models:\n  - {id: demo, builtin: demo}\n", encoding="utf-8")
+    with start([], tmp_path) as server:
+        script = proof.replace("http://127.0.0.1:8000", server.url)
+        done = subprocess.run(
+            ["bash", "-euc", script], capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False
+        )
+    assert done.stdout.endswith("equal\n"), done.stdout + done.stderr
+    assert '"logprob": -' in (tmp_path / "alone.json").read_text(encoding="utf-8")
