@@ -22,7 +22,7 @@ import pytest
 from engine.confined import process as confined_module
 from engine.confined.process import Confined, ConfinedError, ConfinedFault
 
-HERE = "tests.engine.test_confined"
+HERE = "tests.engine.confined.test_confined"
 
 
 # -- what the child runs ----------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from fakes import chat
 
 from engine import InvalidFormat, InvalidParameter, SamplingParams, VerbatimError
 from engine.types.sampling_params import SAMPLING_FIELDS
+from server import json_text
 from server.api import chat_request as schema
-from server.api import json_text, openapi
+from server.api import openapi
 
 
 def parse(body: dict[str, Any] | str) -> schema.ChatRequest:

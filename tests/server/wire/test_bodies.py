@@ -12,8 +12,8 @@ from asgi import begin, call, run
 from fakes import FakeEngine, chat, make_app
 from wire_client import LIVE, PATIENCE, good, post, serving
 
+from server import json_text
 from server.api import chat_request as schema
-from server.api import json_text
 from server.errors import BodiesFull
 from server.settings import ServerSettings
 from server.wire import bodies
@@ -161,7 +161,7 @@ def test_the_loop_goes_on_while_a_body_is_checked(monkeypatch: pytest.MonkeyPatc
             assert going.wait(PATIENCE)
         return parse(raw, request_id)
 
-    monkeypatch.setattr(schema, "parse", held)
+    monkeypatch.setattr("server.app.parse", held)
     with serving(make_app()) as running, running.client() as large, running.client() as small:
         large.send(post(good(user="u" * 10**6)))
         assert begun.wait(PATIENCE)
