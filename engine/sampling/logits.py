@@ -1,12 +1,12 @@
-"""From a model's logits to the set of tokens that may be drawn: edits, temperature, filters. Draws nothing.
+"""Turns a model's logits into the tokens that may be drawn: edits, temperature, filters. Draws nothing.
 
-Knows nothing of requests, seeds or steps; works on tensors and on lists of plain numbers. The order is the sampler's
-(`bias`, `repetition`, `penalties`, `ban`, then `scaled` and the filters), each step is a function here.
+Knows nothing of requests, seeds or steps; works on tensors and on lists of plain numbers. Each step is a function here;
+the sampler calls them in a fixed order (`bias`, `repetition`, `penalties`, `ban`, then `scaled` and the filters).
 
-How a row stays independent of its neighbours, of the thread count and of the way it was computed: every step is
-element-wise, or a maximum, or a selection by a total order, or a sum of *integers*. Nothing rounds in an order that
-somebody else chooses. Probability mass is counted in whole quanta of 2**-42 of the likeliest token's (`masses`), which
-add up to the same number in any order; a vocabulary of 150,000 loses at most 4e-8 of the mass to them.
+A row does not depend on its neighbours or on the number of threads, because every step is element-wise, or a maximum,
+or a selection by a total order, or a sum of *integers*: no sum rounds in an order that the batch decides. Probability
+mass is counted in whole quanta of 2**-42 of the likeliest token's (`masses`), which add up to the same number in any
+order; a vocabulary of 150,000 loses at most 4e-8 of the mass to them.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ __all__ = [
 MASS_UNIT: Final = 2.0**-42
 MAX_VOCABULARY: Final = 2**20  # 2**20 tokens of 2**42 quanta each: their sum still fits an int64
 _NEGLIGIBLE: Final = -40.0  # e**-40 is less than one quantum
-_SPAN: Final = 64  # what a peaked row needs
-_SMALL: Final = 8192  # so few logits are sorted sooner than searched
-_RANGES: Final = 4096  # of scores between 0 and that, 0.01 wide each
+_FEW: Final = 64  # tokens that are sorted at first: enough for a peaked row
+_SMALL: Final = 8192  # logits up to which sorting all is faster than searching
+_RANGES: Final = 4096  # of scores between `_NEGLIGIBLE` and 0, 0.01 wide each
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """How one row is narrowed. `top_k` 0 keeps all; a temperature of 0 has no place here: it draws nothing."""
+    """Temperature and filters of one row. `top_k` 0 keeps all. At temperature 0 nothing is drawn, so it is above 0."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -118,9 +118,9 @@ class Kept:
 
 
 class Edits:
-    """Sparse changes to a batch of logits, gathered row by row, then applied with one operation a kind.
+    """Collects sparse changes to a batch of logits row by row, and applies each kind with one operation.
 
-    Ids outside `0 … width - 1` are left out: they are banned in any case.
+    Ids outside `0 … width - 1` are ignored: they are banned in any case.
 
     Args:
         width: columns of the logits that will be edited.
@@ -181,7 +181,7 @@ class Edits:
         by.append(torch.tensor(self._repeated[1], dtype=torch.float32, device=device))
         index, penalty = torch.cat(at), torch.cat(by)
         before = flat[index]
-        # An id that stands in the prompt and in the output is written twice, with the same value.
+        # An id that is in the prompt and in the output is written twice, with the same value.
         flat[index] = torch.where(before > 0, before / penalty, before * penalty)
 
 
@@ -192,10 +192,10 @@ def _add(flat: Tensor, index: list[int], values: list[float]) -> None:
 
 
 def order_keys(logits: Tensor) -> Tensor:
-    """One integer per token that sorts by logit downward, equals by lowest id upward: no two are the same.
+    """Give each token one integer that sorts by logit, largest first, and equal logits by lowest id. No two are equal.
 
-    So a partial selection and a full sort cannot disagree, and no tie is left to a kernel. The bits of a float32,
-    those of negative numbers flipped, compare like the number itself.
+    So a partial selection and a full sort agree, and no kernel decides a tie. The bits of a float32, those of negative
+    numbers flipped, compare like the number itself.
 
     Args:
         logits: float32 `[rows, width]`, no NaN.
@@ -209,14 +209,15 @@ def order_keys(logits: Tensor) -> Tensor:
 
 
 def largest(keys: Tensor, count: int) -> Tensor:
-    """Ids of the first `count` tokens in the order of `order_keys`: int64 `[rows, count]`."""
+    """Return the ids of the first `count` tokens in the order of `order_keys`: int64 `[rows, count]`."""
     return keys.topk(count, dim=-1).values.neg_().bitwise_and_(0xFFFFFFFF)
 
 
 def scaled(logits: Tensor, peaks: Tensor, temperatures: Tensor | float = 1.0) -> Tensor:
-    """`(logit - peak) / temperature` in float64: the formula's `logit / T` but for a shift that all tokens share.
+    """Compute `(logit - peak) / temperature` in float64.
 
-    The shift changes no draw and no probability, and keeps the smallest temperatures from overflowing.
+    That is `logit / temperature` up to a shift that all tokens share. The shift changes no draw and no probability, and
+    keeps the smallest temperatures from overflowing.
 
     Args:
         logits: float32 `[n, m]`.
@@ -230,17 +231,17 @@ def scaled(logits: Tensor, peaks: Tensor, temperatures: Tensor | float = 1.0) ->
 
 
 def masses(scores: Tensor) -> Tensor:
-    """The weight `e**score` of each token in whole quanta, rounded down: int64, `2**42` for the likeliest."""
+    """Return each token's weight `e**score` in whole quanta, rounded down: int64, `2**42` for the likeliest token."""
     return scores.clamp(min=_NEGLIGIBLE).exp_().mul_(1 / MASS_UNIT).long()
 
 
 def log_mass(total: int) -> float:
-    """The logarithm of a sum of `masses`: `score - log_mass(total)` is a log-probability."""
+    """Return the logarithm of a sum of `masses`: `score - log_mass(total)` is a log-probability."""
     return math.log(total * MASS_UNIT)
 
 
 def keep_all(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters) -> Kept:
-    """Temperature and min_p, which look at each token alone: nothing is sorted.
+    """Apply temperature and min_p, which look at each token alone: nothing is sorted.
 
     min_p keeps `p >= min_p * p_max`, taken as `score >= ln(min_p)`.
 
@@ -256,14 +257,14 @@ def keep_all(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters) -
 
 
 def keep_first(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters, span: int | None = None) -> list[Kept]:
-    """top_k, then top_p, then min_p, on tokens in order: likeliest first, equals by lowest id.
+    """Apply top_k, then top_p, then min_p to tokens in order: likeliest first, equals by lowest id.
 
     top_k keeps exactly k. top_p keeps the shortest run whose mass is at least top_p of what top_k left, and at least
-    one token. A peaked row is settled by bringing its first few tokens into order; the mass of a flat one is searched
-    (`_keep_mass`), which costs more than a few and much less than all.
+    one token. For a peaked row it is enough to sort the first few tokens. For a flat one `_keep_mass` searches for the
+    place where the mass is reached, which costs more than sorting a few and much less than sorting all.
 
-    Args: as `keep_all`, but every cut must be one that sorts (for others nothing is searched), and
-        span: how many tokens to bring into order at first; changes nothing but the cost. None: what is cheapest.
+    Args: as `keep_all`, but every filter must be one that sorts, and
+        span: how many tokens to sort at first; changes nothing but the cost. None: what is cheapest.
 
     Returns:
         One or two parts, which together hold all rows.
@@ -271,12 +272,12 @@ def keep_first(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters,
     assert all(c.sorts for c in filters)
     width = logits.shape[-1]
     if span is None:
-        span = width if logits.numel() <= _SMALL else _SPAN
+        span = width if logits.numel() <= _SMALL else _FEW
     span = min(width, max(span, *(c.top_k for c in filters)))
     totals = _totals(logits, peaks, filters)
     ids = largest(order_keys(logits), span)
     scores = scaled(logits.gather(1, ids), peaks, filters.temperatures)
-    reached = _cut(scores, totals, filters)
+    reached = _ban_rest(scores, totals, filters)
     if span == width or all(reached):
         filters.apply_min_p(scores)
         return [Kept(rows, scores, ids)]
@@ -293,7 +294,7 @@ def keep_first(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters,
 
 
 def _totals(logits: Tensor, peaks: Tensor, filters: Filters) -> Tensor:
-    """The mass of each whole row, int64 `[n, 1]`; of rows with top_k, where nobody needs it, 0."""
+    """Return the mass of each whole row, int64 `[n, 1]`; 0 for rows with top_k, which do not need it."""
     whole = [i for i, c in enumerate(filters) if not c.top_k]
     if len(whole) == len(filters):
         return masses(scaled(logits, peaks, filters.temperatures)).sum(-1, keepdim=True)
@@ -304,8 +305,8 @@ def _totals(logits: Tensor, peaks: Tensor, filters: Filters) -> Tensor:
     return totals
 
 
-def _cut(scores: Tensor, totals: Tensor, filters: Filters) -> list[bool]:
-    """Ban what top_k and top_p leave out of sorted `scores` `[n, span]`, in place; say which rows needed no more."""
+def _ban_rest(scores: Tensor, totals: Tensor, filters: Filters) -> list[bool]:
+    """Ban what top_k and top_p leave out of sorted `scores` `[n, span]`, in place. Returns which rows that settles."""
     mass = None
     if any(c.top_k for c in filters):
         outside = torch.arange(scores.shape[-1], device=scores.device) >= filters.firsts
@@ -323,10 +324,11 @@ def _cut(scores: Tensor, totals: Tensor, filters: Filters) -> list[bool]:
 
 
 def _keep_mass(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters, totals: Tensor) -> Kept:
-    """top_p and min_p without an order: a histogram finds the narrow range of scores where the mass is reached.
+    """Apply top_p and min_p without sorting all: a histogram finds the narrow range of scores where the mass is
+    reached.
 
-    All above that range is kept, all below is not, and only the tokens inside are sorted. Exact, since every sum is of
-    integers and the range of a token is a monotone function of its logit.
+    Tokens above that range are kept, tokens below are not, and only those inside are sorted. This is exact, since every
+    sum is of integers and the range of a token is a monotone function of its logit.
     """
     scores = scaled(logits, peaks, filters.temperatures)
     mass = masses(scores)
@@ -342,7 +344,7 @@ def _keep_mass(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters,
     order = order[row[order].argsort(stable=True)]  # by row, and within a row likeliest first
     row, column = row[order], column[order]
     inside = mass[row, column]
-    # What stands before a token: earlier ranges of its row, and earlier tokens of the list that are of its row.
+    # The mass before a token: earlier ranges of its row, and earlier tokens of its row in the list.
     within = histogram.gather(1, edge)
     earlier_rows = within.cumsum(0) - within
     before = (upto.gather(1, edge) - within - earlier_rows)[row, 0] + inside.cumsum(0) - inside
@@ -353,7 +355,7 @@ def _keep_mass(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters,
 
 
 def _limits(totals: Tensor, filters: Filters) -> Tensor:
-    """The mass that must stand before a token for top_p to leave it out: int64 `[n, 1]`, at least one quantum."""
+    """Return the mass before a token from which on top_p leaves the token out: int64 `[n, 1]`, at least one quantum."""
     # 0 for top_p = 0 would leave out even the first token; 1 leaves out all but it. Nothing is left out at top_p = 1.
     shares = (totals.double() * filters.top_ps).ceil_().clamp_(min=1.0).long()
     return torch.where(filters.top_ps < 1.0, torch.minimum(shares, totals), 2**62)

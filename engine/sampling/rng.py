@@ -1,6 +1,6 @@
-"""Randomness as a pure function: (seed, choice, position, token id) -> 64 bits. Holds no state that could be disturbed.
+"""Randomness as a pure function: (seed, choice, position, token id) → 64 bits. There is no generator state.
 
-Knows nothing of logits or of batches: a draw for one token is the same wherever and beside whomever it is computed.
+Knows nothing of logits or of batches, so the bits of a token are the same wherever they are computed.
 
 The key of a draw folds seed, choice and position, one after the other, through a 64-bit bijection; a token's bits are
 then element `id` of the SplitMix64 stream that starts at that key:
@@ -52,7 +52,7 @@ def _mix(z: int) -> int:
 
 
 def stream_key(seed: int, choice: int, position: int) -> int:
-    """Where the stream of one draw starts.
+    """Return the place where the stream of one draw starts.
 
     Args:
         seed: any int64, negative ones too.
@@ -68,17 +68,17 @@ def stream_key(seed: int, choice: int, position: int) -> int:
 
 
 def hash_token(key: int, token_id: int) -> int:
-    """The 64 bits of one token, unsigned: the scalar twin of what `gaps` starts from."""
+    """Return the 64 bits of one token, unsigned. `gaps` computes the same for many tokens."""
     return _mix((key + (token_id + 1) * _GOLDEN) & _MASK)
 
 
 def gap_of(bits: int) -> int:
-    """The gap of 64 unsigned bits: their upper 53, made odd, so that neither 0 nor 1 is ever reached."""
+    """Return the gap of 64 unsigned bits: their upper 53, made odd, so that the uniform is never 0 or 1."""
     return (bits >> 11) | 1
 
 
 def gumbel(gap: int) -> float:
-    """A standard Gumbel variate, `-log(-log(u))` with `u = 1 - gap / 2**53`, between -3.61 and 36.74.
+    """Return a standard Gumbel variate, `-log(-log(u))` with `u = 1 - gap / 2**53`, between -3.61 and 36.74.
 
     `gap` is odd and below 2**53, so `u` is exact: one of 2**52 equidistant values, symmetric about one half.
     """
@@ -86,12 +86,12 @@ def gumbel(gap: int) -> float:
 
 
 def token_steps(count: int, device: torch.device | str = "cpu") -> Tensor:
-    """What ids 0 … count - 1 add to a key: int64 `[count]`. Worth keeping; `gaps` indexes nothing by itself."""
+    """Return what the ids 0 … count - 1 add to a key: int64 `[count]`. Compute it once and keep it."""
     return (torch.arange(count, dtype=torch.int64, device=device) + 1) * _signed(_GOLDEN)
 
 
 def gaps(keys: Tensor, steps: Tensor) -> Tensor:
-    """The gaps of many tokens for many draws.
+    """Return the gaps of many tokens for many draws.
 
     Args:
         keys: int64 `[rows, 1]`, from `stream_key`.
@@ -109,6 +109,6 @@ def gaps(keys: Tensor, steps: Tensor) -> Tensor:
 
 
 def _logical_shift(z: Tensor, by: int, out: Tensor) -> Tensor:
-    # torch shifts int64 arithmetically and has no shift for uint64: cut the copies of the sign off.
+    # torch shifts int64 arithmetically and has no shift for uint64: clear the copies of the sign.
     torch.bitwise_right_shift(z, by, out=out)
     return out.bitwise_and_(2 ** (64 - by) - 1)

@@ -1,7 +1,7 @@
 """Chooses the next token of every row: logits in, token ids and log-probabilities out.
 
-Knows nothing of text, of stopping or of the model. Holds no randomness: a draw is the Gumbel-max trick with the
-stateless bits of `engine.sampling.rng`, so it depends on the row's logits, parameters, seed, choice and position alone.
+Knows nothing of text, of stopping or of the model. A draw is the Gumbel-max trick with the stateless bits of
+`engine.sampling.rng`, so it depends on the row's logits, parameters, seed, choice and position alone.
 
     token = argmax over kept ids i of  (logit_i - largest) / T + gumbel(seed, choice, position, i)    lowest id on ties
 
@@ -48,7 +48,7 @@ _CACHED_PROMPTS: Final = 64
 
 
 class SamplingRow(Protocol):
-    """What is asked of one row. `engine.scheduling.sequence.Sequence` is one."""
+    """What the sampler needs to know of one row. `engine.scheduling.schedule.Draw` is one."""
 
     @property
     def params(self) -> SamplingParams: ...
@@ -80,7 +80,7 @@ class Sampled:
 
 
 class Sampler:
-    """Samples batches for one model. Not for two threads at once.
+    """Samples batches for one model. Use it from one thread at a time.
 
     Args:
         vocab_size: columns of the model's logits, padding rows included.
@@ -139,7 +139,7 @@ class Sampler:
             return []
         assert logits.dtype == torch.float32, logits.dtype
         assert logits.shape[1] == self.vocab_size, logits.shape
-        # Rows that take the same way stand together from here on, so that each group is one slice of the batch.
+        # Rows of one group are put side by side, so that each group is one slice of the batch.
         ways = [self._way(row.params) for row in rows]
         order = sorted(range(len(rows)), key=ways.__getitem__)
         ranked = [rows[i] for i in order]
@@ -163,7 +163,7 @@ class Sampler:
         allowed: Tensor | None,
         faults: dict[int, VerbatimError],
     ) -> list[Sampled | VerbatimError]:
-        """Rare: begin again without the rows that cannot be answered."""
+        """Sample again without the rows that cannot be answered. This is rare."""
         others = [i for i in range(len(rows)) if i not in faults]
         sources = others if logit_rows is None else [logit_rows[i] for i in others]
         found = self.sample(logits, [rows[i] for i in others], sources, None if allowed is None else allowed[others])
@@ -171,9 +171,10 @@ class Sampler:
         return [faults[i] if i in faults else results[i] for i in range(len(rows))]
 
     def _way(self, params: SamplingParams) -> int:
-        """Which rows are computed together: 0 greedy, 1 nothing to sort, else by how many tokens are to be sorted.
+        """Return the group that a row is computed with: 0 greedy, 1 nothing to sort, else by how many tokens are
+        sorted.
 
-        Like with like: who asks for the first 100,000 tokens must not make the others wait for theirs.
+        So a row that wants 100,000 tokens sorted does not slow down those that want 50.
         """
         if params.temperature == 0.0:
             return 0
@@ -189,7 +190,7 @@ class Sampler:
     def _edited(
         self, logits: Tensor, rows: Sequence[SamplingRow], sources: list[int], allowed: Tensor | None
     ) -> Tensor:
-        """The logits to choose from, `[rows, width]`: a view of the caller's if nothing is to be changed, else ours."""
+        """Return the logits to choose from, `[rows, width]`: a view of the caller's if nothing changes, else a copy."""
         edits = Edits(self._width)
         for i, row in enumerate(rows):
             p = row.params
@@ -215,7 +216,7 @@ class Sampler:
         return work
 
     def _prompt_ids(self, prompt: tuple[int, ...]) -> Tensor:
-        """The distinct ids of a prompt; kept, for the prompt is the same in every step of a reply."""
+        """Return the distinct ids of a prompt. They are kept, because each step of a reply has the same prompt."""
         name = id(prompt)  # stays its own as long as the entry holds the tuple
         if name not in self._prompts:
             ids = sorted({i for i in prompt if i < self._width})
@@ -278,12 +279,12 @@ class Sampler:
             answers.describe(names, scaled(some, _take(peaks, at)), chosen, None, tokens)
 
     def _parts(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """A few rows at a time, so that what is made on the way stays small."""
+        """Split a range of rows into small parts, so that temporary tensors stay small."""
         return ((i, min(i + self._chunk, end)) for i in range(start, end, self._chunk))
 
 
 class _Answers:
-    """What is known so far about each row of one batch."""
+    """Collects the answers of one batch, row by row."""
 
     def __init__(self, rows: Sequence[SamplingRow]) -> None:
         self.rows = rows
@@ -322,7 +323,7 @@ def _wants(row: SamplingRow, mode: str) -> bool:
 
 
 def _take(tensor: Tensor, rows: list[int]) -> Tensor:
-    """Some rows of a tensor, which must not be written to: a view if they stand together."""
+    """Return some rows of a tensor: a view if they are consecutive, so do not write to them."""
     if rows == list(range(rows[0], rows[0] + len(rows))):
         return tensor[rows[0] : rows[0] + len(rows)]
     return tensor.index_select(0, torch.tensor(rows, device=tensor.device))
@@ -331,7 +332,7 @@ def _take(tensor: Tensor, rows: list[int]) -> Tensor:
 def _faults(
     rows: Sequence[SamplingRow], sources: list[int], raw_peaks: list[float], peaks: list[float]
 ) -> dict[int, VerbatimError]:
-    """The rows that cannot be answered, and why, from the largest logit of each before and after the edits."""
+    """Return the rows that cannot be answered, and why, from each row's largest logit before and after the edits."""
     found: dict[int, VerbatimError] = {}
     for i, row in enumerate(rows):
         if not math.isfinite(raw_peaks[sources[i]]) or math.isnan(peaks[i]) or peaks[i] == math.inf:
@@ -346,7 +347,7 @@ def _faults(
 
 
 def _gumbel_argmax(kept: Kept, token_gaps: Tensor) -> list[tuple[int, int]]:
-    """The winner of each row: its column and its token id.
+    """Return the winner of each row: its column and its token id.
 
     Args:
         token_gaps: int64, shaped as `kept.scores`.
@@ -366,7 +367,7 @@ def _gumbel_argmax(kept: Kept, token_gaps: Tensor) -> list[tuple[int, int]]:
 
 
 def _contenders(scores: Tensor, token_gaps: Tensor) -> Tensor:
-    """The few tokens among which the winner must be: flat indices, int64 `[about 2 a row]`.
+    """Return the few tokens among which the winner must be: flat indices, int64 `[about 2 a row]`.
 
     Maximising `score + gumbel` is minimising `e / w`, where `w = exp(score)` and `e = -log(u)`, `u = 1 - v`. As
     `v <= e`, every token has `v / w <= e / w`: cheap to compute and a lower bound. Let `b` be the least `v / w` of a

@@ -1,18 +1,19 @@
-"""Blocks of keys and values: who holds them, what they contain, which one goes next. Knows no tensor and no request.
+"""Tracks the cache's blocks: who holds each, what it contains, which is reused next. Knows no tensor and no request.
 
     block ──┬── held    reference count > 0: in the table of one or more sequences
-            ├── cached  count 0, content known: the next request with the same tokens takes it back; oldest goes first
+            ├── cached  count 0, content known: a request with the same tokens can take it back; the oldest is reused
+            first
             └── blank   count 0, content meaningless
 
-A cached content is addressed by (what it follows, its token ids): the uid of the content before it, or for a first
-block the share of the cache that it belongs to. So a request finds what its own share holds and nothing else: how much
-was found, and how soon a reply began, tell one key nothing of another key's prompts. Uids are never used twice and the
-tokens are compared as they are, so no hash collision can hand out somebody else's keys. A content may be shorter than
-a block (the tail that a finished sequence leaves behind): a tail is never shared, only copied.
+A cached content is addressed by its token ids and by what it follows: the uid of the content before it, or, for a first
+block, the share of the cache that it belongs to. So a request finds what its own share holds and nothing else: neither
+`cached_tokens` nor the time to the first token tells one key anything of another key's prompts. Uids are never reused,
+and tokens are compared themselves, so no hash collision can hand out somebody else's keys. A content may be shorter
+than a block: the tail that a finished sequence leaves behind. A tail is never shared, only copied.
 
-Attention reads a sequence's keys without a copy when its blocks are consecutive, so an owner is first placed where a
-run of blank blocks is long enough for what it expects to need, and that run is kept for it while others can do
-without. A kept run is a preference, never a promise: under pressure it is given away.
+Attention reads a sequence's keys without a copy if its blocks are consecutive. So an owner starts where a run of blank
+blocks is long enough for all that it expects to need, and that run is kept for it as long as others find blocks
+elsewhere. When blocks are short, a kept run is given away.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 Share = tuple[str, ...]
-"""Whose prompts may find each other in the cache; what a first block follows. Any value is one of its own."""
+"""A share of the prefix cache. Requests find only prompts of their own share."""
 SHARED: Share = ()
-"""The share of requests that belong to nobody in particular."""
+"""The share of requests that name none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
     """The longest cached prefix of some tokens.
 
-    `blocks` are full blocks to be shared by reference, `uids` their contents; then `tail_tokens` further tokens stand
-    at the beginning of `tail_block`, to be copied.
+    Attributes:
+        blocks: full blocks, to be shared by reference.
+        uids: their contents.
+        tail_block: a block to copy from; None if there is none.
+        tail_tokens: how many further tokens stand at the beginning of `tail_block`.
     """
 
     blocks: tuple[int, ...]
@@ -48,7 +52,7 @@ class _Content:
 
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens each.
+    """Hands out `num_blocks` blocks of `block_size` tokens each.
 
     Ownership: a sequence's table holds one reference to each of its blocks, taken by `allocate`, `share` or `fork`
     and given back by `release`, on every way out.
@@ -67,7 +71,7 @@ class BlockPool:
         self._index: dict[tuple[int | Share, tuple[int, ...]], int] = {}
         self._children: dict[int | Share, dict[int, None]] = {}  # parent -> blocks
         self._last_uid = 0
-        self._open = bytearray(b"\1" * num_blocks)  # 1: blank and kept for nobody; searched with bytes.find
+        self._open = bytearray(b"\1" * num_blocks)  # 1: blank and in no kept run; searched with bytes.find
         self._kept: dict[Hashable, range] = {}
 
     @property
@@ -117,13 +121,13 @@ class BlockPool:
         self._references[block] += 1
 
     def fork(self, table: Sequence[int]) -> list[int]:
-        """A second table over the same blocks. Whoever writes into a block with two references copies it first."""
+        """Make a second table over the same blocks. Whoever writes into a block with two references copies it first."""
         for block in table:
             self._references[block] += 1
         return list(table)
 
     def release(self, table: Sequence[int], owner: Hashable) -> None:
-        """Give back one reference to each block; the deepest becomes the next to be evicted among them."""
+        """Give back one reference to each block. Of those that become free, the last in the table is evicted first."""
         for block in reversed(table):
             self._references[block] -= 1
             assert self._references[block] >= 0, f"block {block} was released more often than taken"
@@ -138,11 +142,12 @@ class BlockPool:
     # -- contents -----------------------------------------------------------------------------------------------
 
     def register(self, block: int, parent: int | Share, tokens: tuple[int, ...]) -> int:
-        """Say what a block holds; from now on `match` finds it. Returns the uid of that content.
+        """Note what a block holds, so that `match` finds it. Returns the uid of that content.
 
-        `parent`: the uid of the content before it; of a first block, its share of the cache.
+        If another block holds the same already, `match` goes on finding that one, and its uid is returned.
 
-        If another block holds the same already, that one stays the one that is found, and its uid is returned.
+        Args:
+            parent: the uid of the content before it; for a first block, its share of the cache.
         """
         key = (parent, tokens)
         known = self._index.get(key)
@@ -158,7 +163,7 @@ class BlockPool:
         return self._last_uid
 
     def match(self, tokens: Sequence[int], limit: int, share: Share = SHARED) -> Match:
-        """The longest prefix of `tokens` that a share of the cache holds, of at most `limit` tokens. Takes nothing."""
+        """Find the longest prefix of `tokens` in a share of the cache, at most `limit` tokens. Takes no block."""
         size = self.block_size
         parent: int | Share = share
         blocks: list[int] = []
@@ -181,7 +186,7 @@ class BlockPool:
         return Match(tuple(blocks), tuple(uids), tail, best)
 
     def clear_cache(self) -> None:
-        """Forget every content that nobody holds."""
+        """Forget the contents of all blocks that no sequence holds."""
         for block in list(self._cached):
             del self._cached[block]
             self._forget(block)
@@ -190,7 +195,8 @@ class BlockPool:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _keep_run(self, owner: Hashable, length: int, after: int | None) -> None:
-        """Find a run for an owner without one: right behind `after` if that is open, else first fit, else shorter."""
+        """Keep a run of open blocks for an owner: right behind `after` if possible, else the first long enough one,
+        else a shorter one."""
         if after is not None and after + 1 < self.num_blocks and self._open[after + 1]:
             start = after + 1
             length = min(length, self.num_blocks - start)
@@ -216,7 +222,7 @@ class BlockPool:
             return block
         if self._cached:
             return next(iter(self._cached))
-        return next(reversed(self._blank))  # kept for somebody, but nothing else is left
+        return next(reversed(self._blank))  # from another owner's kept run: nothing else is left
 
     def _take(self, block: int) -> None:
         if block in self._cached:
@@ -242,7 +248,7 @@ class BlockPool:
             del self._children[content.parent]
 
     def check(self) -> None:
-        """Assert every invariant; called after each step of the random walks."""
+        """Assert every invariant. Tests call it after each step of their random walks."""
         held = {b for b, n in enumerate(self._references) if n > 0}
         blank, cached = set(self._blank), set(self._cached)
         assert not (held & blank) | (held & cached) | (blank & cached), "a block is in two states"

@@ -1,8 +1,10 @@
-"""Prompt look-up: what came after the same few tokens before is guessed to come again. Pure; knows no model, no text.
+"""Proposes draft tokens by prompt look-up: if the last few tokens occurred before, it proposes what followed them then.
 
-A guess costs rows in a forward pass that reads all weights anyway, and changes nothing: the draw of a position depends
-on its own logits and its own randomness, so a guessed token stands exactly where it would have been drawn
-(https://github.com/apoorvumang/prompt-lookup-decoding; the law makes it exact at any temperature).
+Draft tokens cost extra rows in a forward pass that reads all weights anyway, and change no reply: each position is
+drawn from its own logits with its own randomness, and a draft token is kept only if that draw gives the same token. So
+the law makes speculation exact at any temperature. Pure; knows no model and no text.
+
+Source of the method: https://github.com/apoorvumang/prompt-lookup-decoding
 """
 
 from __future__ import annotations
@@ -14,29 +16,32 @@ from engine.scheduling.sequence import Sequence
 __all__ = ["Drafter"]
 
 NGRAM: Final = 3
-"""Tokens that must have come before in the same order."""
+"""Tokens that are looked up."""
 MOST: Final = 8
-"""Tokens of one guess. More rows than this no longer cost little."""
-_LONGEST_PAUSE: Final = 64
+"""Tokens of one draft. More rows than this are no longer cheap."""
+_LONGEST_PAUSE: Final = 64  # decoding steps
 
 
 class Drafter:
-    """Guesses for one sequence, as many tokens as have been worth it, and rests after guesses that were not.
+    """Proposes draft tokens for one sequence, and learns how many are worth it.
 
-    Where text repeats itself a guess grows to `MOST`; where it does not, guessing stops for longer and longer.
+    Drafts grow up to `MOST` tokens while they are right. After wrong ones the drafter pauses, each time for longer.
+
+    Attributes:
+        limit: tokens of the next draft at most.
     """
 
     __slots__ = ("_follows", "_indexed", "_misses", "_pause", "limit")
 
     def __init__(self) -> None:
-        self._follows: dict[tuple[int, ...], int] = {}  # `NGRAM` tokens → where the last ones like it went on
-        self._indexed = 0  # tokens whose continuation is known
+        self._follows: dict[tuple[int, ...], int] = {}  # `NGRAM` tokens → the position after their last occurrence
+        self._indexed = 0  # tokens that have been entered into `_follows`
         self._misses = 0
         self._pause = 0
         self.limit = 4
 
     def propose(self, sequence: Sequence, room: int) -> tuple[int, ...]:
-        """The next tokens, perhaps; at most `room`."""
+        """Propose up to `room` next tokens; none if the last tokens have not occurred before, or in a pause."""
         length = len(sequence)
         if self._pause:
             self._pause -= 1
@@ -51,10 +56,10 @@ class Drafter:
             return ()
         count, period = min(self.limit, room), length - place
         again = sequence.tokens(place, min(place + count, length))
-        return tuple(again[i % period] for i in range(count))  # what repeats itself goes on repeating
+        return tuple(again[i % period] for i in range(count))  # a repetition is taken to go on
 
     def learn(self, proposed: int, accepted: int) -> None:
-        """How many of a guess's tokens came."""
+        """Note how many tokens of a draft were accepted."""
         if accepted == proposed:
             self.limit = min(2 * self.limit, MOST)
         else:

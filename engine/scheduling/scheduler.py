@@ -1,15 +1,15 @@
-"""Who computes what in the next step. Pure: no tensor, no clock, no thread; it never sees a token's probability.
+"""Chooses which sequences run in the next step, and which of their tokens. Pure: no tensor, no clock, no thread.
 
     waiting ──schedule──▶ running ──finish / abort──▶ gone
        ▲                     │
        └──────preempt────────┘        (by recomputation: the blocks go, the tokens stay)
 
-Every running sequence with one uncomputed token decodes in every step; what is left of the token budget goes to
-prompts, in order of turn, cut into chunks. By the engine's law none of these choices changes a bit of any reply.
+Every running sequence with one uncomputed token decodes in every step. The rest of the token budget goes to prompts, in
+fair order, cut into chunks. By the law none of these choices changes a bit of any reply.
 
-Groups (keys) take turns: start-time fair queueing by requests. A request's turn is that of the group's last one plus
-one, but not before the turn that is being served: who has many requests waiting is served in order of arrival, one for
-each of the others' ones, and who comes new does not wait for all of them.
+Groups (API keys) are served by start-time fair queueing over requests (Goyal, Vin and Cheng, 1996): a request's start
+tag is one more than that of its group's last request, but not below the tag that is being served. So a group with many
+waiting requests gets one of them served for each request of the other groups, and a newcomer waits for none of them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from engine.scheduling.sequence import Sequence, SequenceState
 
 
 class Scheduler:
-    """Admission, token budget, chunked prefill, preemption.
+    """Decides admission, token budget, chunked prefill and preemption.
 
     Args:
-        pool: where blocks come from; this object owns every sequence's table.
+        pool: where blocks come from. The scheduler owns every sequence's block table.
         max_sequences: sequences that run at once.
-        max_batch_tokens: prompt and decode tokens of one step; decodes are never cut, a prompt always gets one token.
-        whole_prompts: for a runner with private caches: a prompt is computed in one piece, nothing is shared or
-            preempted, and a sequence is admitted when its worst case fits.
+        max_batch_tokens: prompt and decode tokens of one step. Decodes are never cut; a prompt always gets one token.
+        whole_prompts: for a runner with caches of its own. A prompt is computed in one piece, nothing is shared or
+            preempted, and a sequence is admitted once its longest possible reply fits.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission: the last is the first to be preempted
         self.num_preemptions = 0
-        self._turn = 0  # that is being served
-        self._turns: dict[str, int] = {}  # the last of each group
+        self._served = 0  # the largest start tag that was admitted
+        self._last_tags: dict[str, int] = {}  # the start tag of each group's last request
 
     @property
     def has_work(self) -> bool:
@@ -53,22 +53,22 @@ class Scheduler:
     def add(self, sequences: list[Sequence]) -> None:
         """Queue all choices of one request: the first computes the prompt, the others wait to fork from it."""
         leader, *siblings = sequences
-        turn = max(self._turn, self._turns.get(leader.group, self._turn - 1) + 1)
-        self._turns = {group: last for group, last in self._turns.items() if last > self._turn}
-        self._turns[leader.group] = turn
+        tag = max(self._served, self._last_tags.get(leader.group, self._served - 1) + 1)
+        self._last_tags = {group: last for group, last in self._last_tags.items() if last > self._served}
+        self._last_tags[leader.group] = tag
         for sequence in sequences:
-            sequence.turn = turn
+            sequence.start_tag = tag
         if not self.whole_prompts:
             leader.siblings = siblings
             sequences = [leader]
         at = len(self.waiting)
-        while at and self.waiting[at - 1].turn > turn:
+        while at and self.waiting[at - 1].start_tag > tag:
             at -= 1
         for sequence in reversed(sequences):
             self.waiting.insert(at, sequence)
 
     def finish(self, sequence: Sequence, *, reusable: bool = True) -> None:
-        """Take a sequence out, wherever it is, and give back its blocks. Does nothing if it is out already.
+        """Remove a sequence, running or waiting, and free its blocks. Does nothing if it is gone already.
 
         `reusable`: its last, partly filled block may serve later prompts.
         """
@@ -84,7 +84,7 @@ class Scheduler:
     # -- one step -----------------------------------------------------------------------------------------------
 
     def schedule(self, held: Container[Sequence] = ()) -> Schedule:
-        """Choose the next step's chunks and take the blocks they write to. `held`: those that take no part in it."""
+        """Choose the next step's chunks and allocate the blocks that they write to. `held`: sequences to leave out."""
         schedule = Schedule()
         decoding = sum(s.num_uncomputed == 1 for s in self.running)
         budget = max(self.max_batch_tokens - decoding, 1)
@@ -108,7 +108,7 @@ class Scheduler:
         return schedule
 
     def commit(self, schedule: Schedule) -> None:
-        """Note that a step's keys and values stand in the cache; full blocks become reusable."""
+        """Note that the keys and values of a step are in the cache; full blocks become reusable."""
         for chunk in schedule.chunks:
             for sequence in (chunk.sequence, *chunk.forks):
                 if sequence.state is SequenceState.RUNNING:
@@ -116,14 +116,14 @@ class Scheduler:
                     self._register_full_blocks(sequence)
 
     def accept(self, sequence: Sequence) -> None:
-        """Note that the next guessed token of the last step was right: its keys and values stand in the cache."""
+        """Note that the next draft token of the last step was right: its keys and values are in the cache."""
         if sequence.state is SequenceState.RUNNING:
             sequence.num_computed += 1
 
     def rollback(self, schedule: Schedule) -> None:
-        """Undo a step that was not carried out: its sequences wait again, to be recomputed.
+        """Undo a step that was not carried out: its sequences wait again and are recomputed.
 
-        Their blocks may have been waiting for copies that never happened, so nothing of this step is kept.
+        Their blocks may have been meant for copies that never happened, so nothing of this step is kept.
         """
         for chunk in reversed(schedule.chunks):
             for sequence in reversed((chunk.sequence, *chunk.forks)):
@@ -133,7 +133,7 @@ class Scheduler:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _drafted(self, sequence: Sequence, budget: int) -> tuple[int, ...]:
-        """As much of a sequence's guesses as there is room for; nobody is preempted for a guess."""
+        """Cut a sequence's draft to the room there is. No sequence is preempted for a draft."""
         draft = sequence.draft[:budget]
         wanted = sequence.num_computed + 1 + len(draft)
         left = self.pool.num_free - len(self.running)  # others may need one each in this very step
@@ -151,7 +151,7 @@ class Scheduler:
         schedule.chunks.append(Chunk(sequence, start, count + len(draft), samples, forks, draft))
 
     def _fork_siblings(self, leader: Sequence) -> tuple[Sequence, ...]:
-        """Let as many siblings run as there is room for; the rest queue in front and find the prompt in the cache."""
+        """Start as many siblings as there is room for. The rest wait in front and will find the prompt in the cache."""
         room = self.max_sequences - len(self.running)
         forks, rest = leader.siblings[:room], leader.siblings[room:]
         leader.siblings = []
@@ -179,16 +179,16 @@ class Scheduler:
                 count = min(sequence.num_uncomputed, budget)
                 self._grow(sequence, sequence.num_computed + count)
             self.waiting.popleft()
-            self._turn = max(self._turn, sequence.turn)
+            self._served = max(self._served, sequence.start_tag)
             sequence.state = SequenceState.RUNNING
             self.running.append(sequence)
             budget -= count
             self._add_chunk(sequence, count, schedule)
 
     def _attach_cached_prefix(self, sequence: Sequence, schedule: Schedule) -> bool:
-        """Give a waiting sequence what the cache holds of it; False, and nothing taken, if the rest would not fit.
+        """Give a waiting sequence the cached blocks of its prefix. False, and nothing taken, if the rest would not fit.
 
-        At least the last token is computed anew: its logits are needed.
+        At least the last token is computed again, because its logits are needed.
         """
         tokens = sequence.tokens(0, len(sequence))
         match = self.pool.match(tokens, len(tokens) - 1, sequence.share)
@@ -217,9 +217,10 @@ class Scheduler:
         return True
 
     def _make_room(self, sequence: Sequence, length: int, schedule: Schedule) -> bool:
-        """See that a running sequence owns blocks for `length` tokens, alone where it will write.
+        """Give a running sequence blocks for `length` tokens, with no other reference to the block that it writes
+        first.
 
-        Preempts the youngest while blocks are short. False if that was this sequence itself.
+        Preempts the youngest sequence while blocks are short. False if that was this sequence itself.
         """
         if self.whole_prompts:
             return True
@@ -288,7 +289,7 @@ class Scheduler:
             uids.append(self.pool.register(sequence.block_table[number], parent, tokens))
 
     def check(self, others: Iterable[Sequence] = ()) -> None:
-        """Assert every invariant, the pool's included; called after each step of the random walks."""
+        """Assert every invariant, the pool's included. Tests call it after each step of their random walks."""
         self.pool.check()
         assert len(self.running) <= self.max_sequences
         references = [0] * self.pool.num_blocks

@@ -1,7 +1,7 @@
-"""A running choice: its tokens, its blocks, how far it is computed. Pure data; decides nothing.
+"""`Sequence`: the tokens of one choice, its blocks, and how far it is computed. Pure data; decides nothing.
 
-A request with n choices is n sequences over the same prompt. Only `prompt + output` and `num_computed` matter to a
-forward pass: a preempted sequence is one whose `num_computed` went back to zero, nothing else about it changes.
+A request with n choices has n sequences over the same prompt. A forward pass depends on `prompt + output` and
+`num_computed` alone: preempting a sequence sets `num_computed` back to zero and changes nothing else.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class Sequence:
     Attributes:
         prompt_token_ids: shared by all choices of the request, never changed.
         output_token_ids: what has been generated so far, the end token included.
-        output_counts: how often each id stands in `output_token_ids`; kept by `append`.
+        output_counts: how often each id occurs in `output_token_ids`; updated by `append`.
         block_table: ids of the blocks that hold its keys and values, in order. Owned by the block pool.
         block_uids: the pool's names for the contents of its full, computed blocks, in order.
-        num_computed: tokens of `prompt + output` whose keys and values stand in those blocks.
+        num_computed: tokens of `prompt + output` whose keys and values are in those blocks.
         num_cached: prompt tokens found in the prefix cache at admission.
-        siblings: on choice 0 only, the choices that wait for its prompt to be computed.
-        group: whose request it is; the scheduler lets groups take turns.
+        siblings: on choice 0 only: the choices that wait until its prompt is computed.
+        group: whose request it is; the scheduler is fair between groups.
         share: the share of the prefix cache that it reads and fills.
-        turn: its place in that order, given by the scheduler.
-        draft: tokens that are guessed to come next; not part of the sequence.
+        start_tag: its place in the fair order, set by the scheduler.
+        draft: draft tokens, proposed to come next; not part of the sequence.
     """
 
     request_id: str
@@ -53,7 +53,7 @@ class Sequence:
     siblings: list[Sequence] = field(default_factory=list)
     group: str = ""
     share: tuple[str, ...] = ()
-    turn: int = 0
+    start_tag: int = 0
     draft: tuple[int, ...] = ()
     _length: int = field(init=False)
 
