@@ -22,7 +22,7 @@ Prompt = str | Sequence[ChatMessage]
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One finished choice. `usage` counts all choices of its request."""
+    """One finished choice. `usage` is that of the whole request."""
 
     index: int
     text: str
@@ -33,7 +33,7 @@ class Completion:
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] | None = None
     reasoning: str = ""
-    """The thoughts before the text, of a model that thinks."""
+    """The thoughts before the text, if the model thinks."""
     tool_calls: tuple[ToolCall, ...] = ()
 
 

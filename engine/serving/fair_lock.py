@@ -1,4 +1,7 @@
-"""Places that are given round-robin across groups. For one event loop; knows nothing of what it guards."""
+"""`FairLock`: a semaphore granted round-robin across groups, first come first served within a group.
+
+For one event loop. Knows nothing of what it guards.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +12,27 @@ __all__ = ["FairLock"]
 
 
 class FairLock:
-    """A few places, each given to the next group that waits, FIFO within a group.
+    """Grants a few places, round-robin across the groups that wait, first come first served within a group.
 
-    Where there are several, a named group never has them all: one is left for the others, however much it sends.
+    If there are several places, a named group never holds all of them: one is left for the others, however much it
+    asks for. The group "" has no such limit.
     """
 
     def __init__(self, places: int = 1) -> None:
         self._free = places
-        self._most = max(1, places - 1)  # of a named group
+        self._most = max(1, places - 1)  # places that a named group may hold
         self._held: Counter[str] = Counter()
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # groups in the order of their next turns
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # groups, the next to be served first
 
     async def take(self, group: str) -> None:
-        """Wait for a place; it has to be given back."""
+        """Wait for a place. Whoever takes one must give it back."""
         if not self._may(group) or group in self._waiting:
             await self._wait(group)
         else:
             self._hold(group)
 
     def give_back(self, group: str) -> None:
-        """Free a place that `take` has given to this group."""
+        """Free a place that this group has taken."""
         self._held[group] -= 1
         if not self._held[group]:
             del self._held[group]
@@ -49,7 +53,7 @@ class FairLock:
             await mine
         except asyncio.CancelledError:
             if mine.done() and not mine.cancelled():
-                self.give_back(group)  # it was this one's turn already
+                self.give_back(group)  # the place had been granted already
             raise
 
     def _pass_on(self) -> None:

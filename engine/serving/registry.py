@@ -1,4 +1,4 @@
-"""The models of one process, by id. Loads them one after the other in the background; knows their states."""
+"""`Registry`: the models of one process, by id. Loads them one after the other in the background."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from engine.engine import Engine
 from engine.errors import EngineDead, ModelLoading, ModelNotFound, VerbatimError
 from engine.loading.loader import load
 from engine.serving.async_engine import AsyncEngine
+from engine.serving.protocol import EngineProtocol
 from engine.types.model_info import ModelInfo
 
 log = logging.getLogger("verbatim.engine")
@@ -22,7 +23,7 @@ log = logging.getLogger("verbatim.engine")
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """Where an entry stands. `detail`: progress while loading, the reason once failed."""
+    """The state of one entry. `detail`: progress while it loads, the reason once it failed."""
 
     id: str
     state: Literal["loading", "ready", "failed"]
@@ -31,7 +32,7 @@ class ModelStatus:
 
 
 class Registry:
-    """Owns the engines: made by the loading thread, closed by `close`."""
+    """Owns the engines of a process: its loading thread makes them, `close` ends them."""
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class Registry:
         self._configs = {config.id: config for config in configs}
         self._pull = pull
         self._on_progress = on_progress
-        self._engines: dict[str, AsyncEngine] = {}
+        self._engines: dict[str, EngineProtocol] = {}
         self._details = dict.fromkeys(self._configs, "waiting for its turn")
         self._failures: dict[str, str] = {}
         self._closing = False
@@ -51,11 +52,11 @@ class Registry:
         self._thread = threading.Thread(target=self._load_all, name="model-loader", daemon=True)
 
     def start(self) -> None:
-        """Begin to load; returns at once."""
+        """Start to load in the background."""
         self._thread.start()
 
-    def get(self, model_id: str) -> AsyncEngine:
-        """The engine of a model.
+    def get(self, model_id: str) -> EngineProtocol:
+        """Return the engine of a model.
 
         Raises:
             ModelNotFound: no entry has this id; names those that exist.
@@ -73,11 +74,11 @@ class Registry:
         raise ModelLoading(f"{model_id} is loading ({self._details[model_id]}).")
 
     def list(self) -> list[ModelStatus]:
-        """All entries, in the order of the configuration."""
+        """Return the state of every entry, in the order of the configuration."""
         return [self._status(model_id) for model_id in self._configs]
 
     def wait(self) -> None:
-        """Return when every entry has been loaded or has failed."""
+        """Wait until every entry is loaded or has failed."""
         self._thread.join()
 
     def close(self) -> bool:
@@ -85,7 +86,7 @@ class Registry:
         with self._lock:
             self._closing = True
             engines = list(self._engines.values())
-        with ThreadPoolExecutor(max(1, len(engines))) as closers:  # side by side: one may take long to give up on
+        with ThreadPoolExecutor(max(1, len(engines))) as closers:  # side by side: waiting for one may take long
             return all(closers.map(lambda engine: engine.close(), engines))
 
     def _status(self, model_id: str) -> ModelStatus:

@@ -13,9 +13,9 @@ __all__ = ["RequestStream"]
 
 
 class RequestStream(AsyncIterator[RequestOutput]):
-    """The outputs of one request, as they come. Ends after the one that is `finished`.
+    """Yields the outputs of one request as they arrive; ends after the one that is `finished`.
 
-    Used on the event loop that submitted the request, by one reader.
+    For one reader, on the event loop that submitted the request.
     """
 
     def __init__(self, request_id: str) -> None:
@@ -24,13 +24,13 @@ class RequestStream(AsyncIterator[RequestOutput]):
         self._waiter: asyncio.Future[None] | None = None  # the reader, while it waits
         self._ended = False
         self.leaving: asyncio.Future[None] | None = None
-        """Done when the engine has let go of a request that was aborted; None if it was not."""
+        """Done once the engine has let go of the request, if it was aborted; else None."""
         self.usage: Usage | None = None
-        """Of the last output that came, read or not, and of an aborted request what was computed; None before."""
+        """From the last output that arrived, read or not; of an aborted request, what was computed; None before."""
         self.finish_reasons: list[str] = []
-        """Of the choices that have ended."""
+        """Of the choices that have ended so far."""
         self.error: VerbatimError | None = None
-        """What ended the request, if it was not its end."""
+        """What ended the request early; None if nothing did."""
 
     def __aiter__(self) -> RequestStream:
         return self
@@ -44,7 +44,7 @@ class RequestStream(AsyncIterator[RequestOutput]):
         return self._outputs.popleft()
 
     def ready(self) -> list[RequestOutput]:
-        """What has arrived and was not read yet; does not wait. For a reader that is slower than the engine."""
+        """Return what has arrived and was not read yet, without waiting. For readers slower than the engine."""
         outputs = list(self._outputs)
         self._outputs.clear()
         return outputs
@@ -55,7 +55,7 @@ class RequestStream(AsyncIterator[RequestOutput]):
             await asyncio.shield(self.leaving)
 
     def note(self, output: RequestOutput) -> None:
-        """Keep the sums of an output, whether it is read or not."""
+        """Note usage, error and ends of an output, whether or not it is read."""
         self.usage, self.error = output.usage, output.error
         self.finish_reasons += [delta.finish_reason for delta in output.deltas if delta.finish_reason]
 
@@ -66,7 +66,7 @@ class RequestStream(AsyncIterator[RequestOutput]):
         self._wake()
 
     def end(self) -> None:
-        """No more will come."""
+        """End the stream: nothing more will arrive."""
         self._ended = True
         self._wake()
 

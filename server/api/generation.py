@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from engine import AsyncEngine, PreparedRequest, RequestStream, VerbatimError
+from engine import EngineProtocol, PreparedRequest, RequestStream, VerbatimError
 from server.accounts.charging import Account
 from server.api.chat_reply import KEEPALIVE, ChunkWriter, Collector, Reply, event
 from server.errors import ClientGone, describe, error_response
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @asynccontextmanager
 async def lease(
-    engine: AsyncEngine, prepared: PreparedRequest, account: Account | None = None
+    engine: EngineProtocol, prepared: PreparedRequest, account: Account | None = None
 ) -> AsyncIterator[RequestStream]:
     """A place in the engine, held and settled with an account. Abort is harmless once a request has finished, so there
     is only one way out."""
@@ -47,7 +47,7 @@ class CompletionResponse(Response):
 
     def __init__(
         self,
-        engine: AsyncEngine,
+        engine: EngineProtocol,
         reply: Reply,
         settings: ServerSettings,
         *,
