@@ -132,8 +132,8 @@ class EngineCore:
         self._grammars: GrammarCompiler = model.grammars
         self._masks = MaskWorker(model.grammars)
         self._chat_format = model.chat_format
-        self._thought_marks = _marks(self._vocabulary, self._chat_format, calls=False)
-        self._marks = _marks(self._vocabulary, self._chat_format, calls=True)
+        self._thought_delimiters = _delimiters(self._vocabulary, self._chat_format, calls=False)
+        self._delimiters = _delimiters(self._vocabulary, self._chat_format, calls=True)
         self._closing_ids = model.closing_ids
         self._end_ids = frozenset(model.end_ids)
         self._sampler = Sampler(
@@ -186,16 +186,9 @@ class EngineCore:
         self._scheduler.add([choice.sequence for choice in choices])
 
     def _text(self, stops: StopStrings, request: PreparedRequest) -> TextStream:
-        parser = self._chat_format.parser(
-            {tool["function"]["name"]: tool["function"] for tool in request.tools},
-            parallel=request.parallel_tool_calls,
-            exact=request.grammar is not None,
-            first=request.calls_first,
-            chat=request.chat,
-            opened=request.thinks,
-            opening=request.opening,
-        )
-        return TextStream(self._vocabulary, stops, parser, self._marks if request.tools else self._thought_marks)
+        parser = self._chat_format.parser(request.reply_format)
+        delimiters = self._delimiters if request.reply_format.tools else self._thought_delimiters
+        return TextStream(self._vocabulary, stops, parser, delimiters)
 
     def abort(self, request_id: str) -> Usage | None:
         """Forget a request, wherever it is; its blocks are free at once.
@@ -412,11 +405,11 @@ class EngineCore:
         calls = tuple(self._call(running.request, choice, *call) for call in delta.calls)
         if finish == "stop" and choice.calls:
             finish = "tool_calls"
-        if running.request.unenforced_schema is not None:
+        if running.request.reply_format.unenforced_schema is not None:
             choice.written.append(delta.text)
             if finish and not choice.calls:
                 written = "".join(choice.written)
-                choice.schema_error = unenforced_errors(written, running.request.unenforced_schema) or ""
+                choice.schema_error = unenforced_errors(written, running.request.reply_format.unenforced_schema) or ""
         return ChoiceDelta(
             index=sequence.choice_index,
             text=delta.text,
@@ -431,12 +424,12 @@ class EngineCore:
     def _call(self, request: PreparedRequest, choice: _Choice, name: str, arguments: str) -> ToolCall:
         sequence = choice.sequence
         choice.calls += 1
-        if name in request.unenforced_tools and not choice.schema_error:
-            [schema] = [t["function"].get("parameters") for t in request.tools if t["function"]["name"] == name]
-            error = unenforced_errors(arguments, schema)
+        found = request.reply_format
+        if name in found.unenforced_tools and not choice.schema_error and (tool := found.tool(name)):
+            error = unenforced_errors(arguments, tool.parameters)
             choice.schema_error = f"{name}: {error}" if error else ""
-        found = call_id(sequence.seed, sequence.choice_index, sequence.prompt_token_ids, choice.calls)
-        return ToolCall(found, name, arguments)
+        own_id = call_id(sequence.seed, sequence.choice_index, sequence.prompt_token_ids, choice.calls)
+        return ToolCall(own_id, name, arguments)
 
     def _append(self, running: _Running, choice: _Choice, token: int) -> tuple[TextDelta, FinishReason | None]:
         """Append one token to a choice: what it shows, and whether the choice ends with it."""
@@ -452,7 +445,7 @@ class EngineCore:
             return TextDelta("", False, b""), "stop"  # the token adds no text
         before = text.thinking
         delta = text.push(token, sequence.position > params.min_tokens)
-        stopped = delta.stopped or bool(delta.calls and not running.request.parallel_tool_calls)
+        stopped = delta.stopped or bool(delta.calls and not running.request.reply_format.parallel_tool_calls)
         choice.thoughts += text.thinking and not before  # the token that opened them
         if choice.grammar is not None and not stopped:
             choice.grammar.consume(token)
@@ -570,7 +563,7 @@ def _drawers(chunk: Chunk) -> list[Sequence]:
     return [s for s in (chunk.sequence, *chunk.forks) if s.state is SequenceState.RUNNING]
 
 
-def _marks(vocabulary: Vocabulary, chat_format: ChatFormat, *, calls: bool) -> dict[int, str]:
+def _delimiters(vocabulary: Vocabulary, chat_format: ChatFormat, *, calls: bool) -> dict[int, str]:
     """The special tokens that a chat_format is written with: they add nothing to a text, but have to be seen."""
     names = {i: vocabulary.token_text(i) for i in vocabulary.special_ids}
     return {i: name for i, name in names.items() if name and chat_format.mentions(name, calls=calls)}

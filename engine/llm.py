@@ -17,6 +17,7 @@ from engine.types.messages import ChatMessage, ToolCall
 from engine.types.model_info import ModelInfo
 from engine.types.outputs import FinishReason, RequestOutput, TokenLogprob, Usage
 from engine.types.requests import Constraint, GenerationRequest
+from engine.types.tools import AUTO, Tool, ToolChoice
 
 Prompt = str | Sequence[ChatMessage]
 
@@ -45,8 +46,8 @@ class _How:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     constraint: Constraint | None = None
     reasoning_effort: str | None = None
-    tools: tuple[dict[str, Any], ...] = ()
-    tool_choice: str = "auto"
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = AUTO
 
 
 class LLM:
@@ -112,8 +113,8 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
         constraint: Constraint | None = None,
         reasoning_effort: str | None = None,
-        tools: Sequence[dict[str, Any]] = (),
-        tool_choice: str = "auto",
+        tools: Sequence[Tool] = (),
+        tool_choice: ToolChoice = AUTO,
         **sampling: Any,
     ) -> Iterator[RequestOutput]:
         """Generate, step by step. Leaving the loop early frees the request's place.
@@ -132,8 +133,8 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
         constraint: Constraint | None = None,
         reasoning_effort: str | None = None,
-        tools: Sequence[dict[str, Any]] = (),
-        tool_choice: str = "auto",
+        tools: Sequence[Tool] = (),
+        tool_choice: ToolChoice = AUTO,
         **sampling: Any,
     ) -> list[Completion]:
         """All choices of one prompt."""
@@ -147,8 +148,8 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
         constraint: Constraint | None = None,
         reasoning_effort: str | None = None,
-        tools: Sequence[dict[str, Any]] = (),
-        tool_choice: str = "auto",
+        tools: Sequence[Tool] = (),
+        tool_choice: ToolChoice = AUTO,
         **sampling: Any,
     ) -> list[list[Completion]]:
         """Several prompts at once; the answers are the same as one by one, only sooner."""

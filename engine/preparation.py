@@ -17,7 +17,7 @@ from engine.compute.linear import give_back_memory
 from engine.config import ModelConfig
 from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported, panicked
 from engine.grammar.compiler import GrammarCompiler
-from engine.grammar.reply_form import ReplyForm
+from engine.grammar.grammar_source import GrammarSource
 from engine.grammar.tools import ToolGrammar
 from engine.grammar.trial import GrammarTrial
 from engine.prompts.chat_prompt import ChatPrompts, control_words
@@ -28,6 +28,7 @@ from engine.replies.reasoning import ReasoningFormat, template_variables
 from engine.templates.chat_template import ChatTemplate
 from engine.text.vocabulary import Vocabulary
 from engine.types.model_info import ModelInfo
+from engine.types.reply_format import ReplyFormat
 from engine.types.requests import GenerationRequest, PreparedRequest
 from engine.types.sampling_params import SamplingParams
 
@@ -121,19 +122,27 @@ class Preparer:
             prompt_token_ids=tokens,
             params=self._complete(params, len(tokens)),
             grammar=grammar.text if grammar else None,
-            unenforced_schema=request.constraint.value
-            if request.constraint and grammar and grammar.unenforced
-            else None,
-            unenforced_tools=grammar.loose if grammar else frozenset(),
-            calls_first=bool(request.tools and request.constraint and request.tool_choice == "auto"),
-            chat=request.messages is not None,
-            thinks=thinks,
-            opening=self._opening(prompt),
+            reply_format=self._reply_format(request, prompt, grammar, thinks),
             ignored=prompt.ignored,
             group=request.group,
             cache_share=("" if self._config.share_prefix_cache else request.group, request.cache_salt),
+        )
+
+    def _reply_format(
+        self, request: GenerationRequest, prompt: _Prompt, grammar: ToolGrammar | None, thinking: bool
+    ) -> ReplyFormat:
+        """Decide how the reply is read, from the request, its prompt and the grammar it is held to."""
+        constraint, auto = request.constraint, request.tool_choice.kind == "auto"
+        return ReplyFormat(
+            chat=request.messages is not None,
+            thinking=thinking,
+            opening=self._opening(prompt),
             tools=request.tools,
             parallel_tool_calls=request.parallel_tool_calls,
+            exact_calls=grammar is not None,
+            calls_or_answer=bool(request.tools and constraint and auto),
+            unenforced_schema=constraint.value if constraint and grammar and grammar.unenforced else None,
+            unenforced_tools=grammar.loose if grammar else frozenset(),
         )
 
     def _grammar(
@@ -141,7 +150,7 @@ class Preparer:
     ) -> ToolGrammar | None:
         """What the reply is held to, if it is held to anything."""
         choice, tools, form, written = request.tool_choice, request.tools, request.constraint, None
-        if tools and choice == "auto" and form is None and not any(tool["function"].get("strict") for tool in tools):
+        if tools and choice.kind == "auto" and form is None and not any(tool.strict for tool in tools):
             return None
         if not tools and form is None:
             return None
@@ -154,7 +163,7 @@ class Preparer:
                     param="tool_choice",
                 )
         several = request.parallel_tool_calls
-        return self._trial.grammar(ReplyForm(form, tools, written, choice, several, thoughts, opened))
+        return self._trial.grammar(GrammarSource(form, tools, written, choice, several, thoughts, opened))
 
     def _variables(self, request: GenerationRequest) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The template's variables, and whether an effort was asked for that they cannot express."""
@@ -164,7 +173,9 @@ class Preparer:
                 raise InvalidFormat(f"chat_template_kwargs: {key!r} is not a name.", param="chat_template_kwargs")
         if request.reasoning_effort is None:
             return given, ()
-        chosen = template_variables(self._template.serving(request.tools), self._reasoning, request.reasoning_effort)
+        chosen = template_variables(
+            self._template.serving(tools=bool(request.tools)), self._reasoning, request.reasoning_effort
+        )
         return {**(chosen or {}), **given}, () if chosen else ("reasoning_effort",)
 
     def _check_ids(self, params: SamplingParams) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from engine import LLM, ChatMessage, Completion, Constraint
+from engine import LLM, ChatMessage, Completion, Constraint, Tool
 from engine.llm import _collect
 from engine.types.requests import GenerationRequest
 
 
-def forced_reply(llm: LLM, text: str, tools: list[dict[str, Any]], **sampling: Any) -> Completion:
+def forced_reply(llm: LLM, text: str, tools: list[Tool], **sampling: Any) -> Completion:
     """The reply to a greeting with these tools, held to one text: the request's own grammar is put aside."""
     request = GenerationRequest(
         request_id="forced",
@@ -19,7 +19,9 @@ def forced_reply(llm: LLM, text: str, tools: list[dict[str, Any]], **sampling: A
         tools=tuple(tools),
     )
     grammar, _ = llm._model.grammars.grammar_of(Constraint("choice", [text]))
-    llm._core.add(dataclasses.replace(llm._preparer.prepare(request), grammar=grammar))
+    prepared = llm._preparer.prepare(request)
+    reply_format = dataclasses.replace(prepared.reply_format, exact_calls=True)
+    llm._core.add(dataclasses.replace(prepared, grammar=grammar, reply_format=reply_format))
     outputs = []
     while not outputs or not outputs[-1].finished:
         outputs += llm._core.step()

@@ -30,6 +30,7 @@ from engine.text.json_schema import (
     types_of,
 )
 from engine.types.requests import Constraint
+from engine.types.tools import Tool
 
 __all__ = ["ToolGrammar", "tool_grammar"]
 
@@ -59,7 +60,7 @@ class ToolGrammar:
 def tool_grammar(
     compiler: GrammarCompiler,
     found: ToolFormat,
-    tools: Sequence[Mapping[str, Any]],
+    tools: Sequence[Tool],
     thoughts: ReasoningFormat | None = None,
     opened: bool = False,
     *,
@@ -71,7 +72,7 @@ def tool_grammar(
     """Calls of these tools, each with arguments that satisfy its schema.
 
     Args:
-        tools: definitions in the API's shape. A schema that cannot be enforced whole is refused with `strict`, else
+        tools: what may be called. A schema that cannot be enforced whole is refused with `strict`, else
             enforced as far as it can be.
         free: any text, and a call only once the mark of one has been written; else nothing but calls.
         several: whether another call may follow the first.
@@ -83,8 +84,8 @@ def tool_grammar(
     """
     made = _Rules(compiler, found)
     for i, tool in enumerate(tools):
-        if only in (None, tool["function"]["name"]):
-            made.add(i, tool["function"])
+        if only in (None, tool.name):
+            made.add(i, tool)
     mark = compiler.mark
     close = [mark(part) if part else "" for part in found.close.split(CALL_ID)]
     lines = [*made.lines, f"call: {' | '.join(made.calls)}", "ID: /[A-Za-z0-9]{9}/", f"close: {' ID '.join(close)}"]
@@ -110,19 +111,19 @@ def tool_grammar(
 
 
 def _as_json(
-    compiler: GrammarCompiler, found: ToolFormat, tools: Sequence[Mapping[str, Any]], otherwise: Constraint
+    compiler: GrammarCompiler, found: ToolFormat, tools: Sequence[Tool], otherwise: Constraint
 ) -> tuple[str, tuple[str, ...], frozenset[str]]:
     """A call without a mark, or another JSON text: one schema, since a lexer cannot tell which of them has begun."""
     name, arguments = (re.findall(r"\w+", part)[0] for part in (found.open, found.middle))
     listed: list[Any] = []
     loose = set()
     for i, tool in enumerate(tools):
-        function, param = tool["function"], f"tools.{i}.function.parameters"
-        whole = {**(function.get("parameters") or {}), "type": "object"}
-        schema, dropped = compiler.enforceable(Constraint("json", whole, bool(function.get("strict")), param))
+        param = f"tools.{i}.function.parameters"
+        whole = {**(tool.parameters or {}), "type": "object"}
+        schema, dropped = compiler.enforceable(Constraint("json", whole, tool.strict, param))
         if dropped:
-            loose.add(function["name"])
-        members = {name: {"const": function["name"]}, arguments: moved(schema, f"/anyOf/{i}/properties/{arguments}")}
+            loose.add(tool.name)
+        members = {name: {"const": tool.name}, arguments: moved(schema, f"/anyOf/{i}/properties/{arguments}")}
         listed.append({"type": "object", "properties": members, "required": [*members], "additionalProperties": False})
     check_bounds(otherwise)
     form, unenforced = compiler.enforceable(otherwise)
@@ -188,23 +189,23 @@ class _Rules:
     _json: dict[tuple[int, str], tuple[str, bool]] = field(default_factory=dict)
     """Rules for values that are JSON: (name, whether it leaves something out), by tool and part; many are alike."""
 
-    def add(self, number: int, function: Mapping[str, Any]) -> None:
-        param, strict = f"tools.{number}.function.parameters", bool(function.get("strict"))
-        schema = function.get("parameters") or {}
+    def add(self, number: int, tool: Tool) -> None:
+        param, strict = f"tools.{number}.function.parameters", tool.strict
+        schema = tool.parameters or {}
         check_bounds(Constraint("json", schema, strict, param))
         if "object" not in types_of(schema, schema):
             raise InvalidParameter(f"{param} must describe an object.", param=param)
         whole = {**schema, "type": "object"}
         rule, dropped = self.compiler.schema_rule(Constraint("json", whole, strict, param))  # refuses what is no schema
-        head = self.compiler.terms([(None, function["name"]), *self.compiler.pieces(self.found.middle)])
+        head = self.compiler.terms([(None, tool.name), *self.compiler.pieces(self.found.middle)])
         if self.found.style == "json":
             self.lines += [f"call_{number}: {head} args_{number} close", f"args_{number}: {rule}"]
         else:
-            terms = _Pairs(self, schema, strict, param, number, function["name"]).terms()
+            terms = _Pairs(self, schema, strict, param, number, tool.name).terms()
             self.lines.append(f"call_{number}: {head} {' '.join(terms)} close")
         self.calls.append(f"call_{number}")
         if dropped:
-            self.loose.add(function["name"])
+            self.loose.add(tool.name)
 
     def json(self, number: int, part: Any, root: Any, strict: bool, param: str) -> tuple[str, bool]:
         """The name of a rule for a value in JSON, and whether it leaves something out."""

@@ -1,6 +1,6 @@
 """Grammars that requests bring, tried in a child before the server compiles them. No torch, no HTTP.
 
-    ReplyForm ──▶ GrammarTrial.grammar ══ child: grammar_of, compile on a small stack, walk ══▶ ToolGrammar, or refused
+    GrammarSource ──▶ GrammarTrial.grammar ══ child: grammar_of, compile on a small stack, walk ══▶ ToolGrammar
 
 What an expression or a schema costs cannot be told by looking at it: some overflow the compiler's stack, some take
 gigabytes, some are slow at each token. The child (`engine.confined.process`) finds out: it does all that the server
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from engine.confined.process import Confined, ConfinedError, ConfinedFault
 from engine.errors import InvalidParameter, Unavailable, Unsupported
 from engine.grammar.compiler import STEP_FUEL, GrammarCompiler, GrammarState, TokenTable
-from engine.grammar.reply_form import ReplyForm, grammar_of
+from engine.grammar.grammar_source import GrammarSource, grammar_of
 from engine.grammar.tools import ToolGrammar
 from engine.text.json_schema import check_depth
 
@@ -79,26 +79,26 @@ class GrammarTrial:
         """End the child."""
         self._child.close()
 
-    def grammar(self, form: ReplyForm) -> ToolGrammar:
+    def grammar(self, source: GrammarSource) -> ToolGrammar:
         """What a reply is held to.
 
         Raises:
             InvalidParameter: it cannot be compiled or enforced, or costs more than a grammar may.
         """
-        if not form.tools and form.constraint is not None and form.constraint.value is True:
-            return grammar_of(self._compiler, form)  # any JSON object: no part of it is the request's
-        told = _written(form)
+        if not source.tools and source.constraint is not None and source.constraint.value is True:
+            return grammar_of(self._compiler, source)  # any JSON object: no part of it is the request's
+        told = _written(source)
         key = hashlib.sha256(told.encode("utf-8", "surrogatepass")).digest()
         outcome = self._known(key)
         if outcome is None:
-            outcome, passing = self._try(form, told)
+            outcome, passing = self._try(source, told)
             if not passing:
                 self._keep(key, outcome)
         if "text" not in outcome:
             kind = Unsupported if outcome["kind"] == "Unsupported" else InvalidParameter
             raise kind(outcome["message"], param=outcome["param"], code=outcome["code"], **outcome["details"])
         made = ToolGrammar(outcome["text"], tuple(outcome["unenforced"]), frozenset(outcome["loose"]))
-        self._compiler.check(made.text, form.param)
+        self._compiler.check(made.text, source.param)
         return made
 
     def _known(self, key: bytes) -> dict[str, Any] | None:
@@ -116,8 +116,8 @@ class GrammarTrial:
             while self._size > _KEPT:
                 self._size -= self._outcomes.popitem(last=False)[1][1]
 
-    def _try(self, form: ReplyForm, told: str) -> tuple[dict[str, Any], bool]:
-        """The outcome, and whether the same form may have another one at another time."""
+    def _try(self, source: GrammarSource, told: str) -> tuple[dict[str, Any], bool]:
+        """The outcome, and whether the same source may have another one at another time."""
         try:
             found: dict[str, Any] = self._child.call(f"{__name__}:made", told)
         except RuntimeError as error:
@@ -127,14 +127,14 @@ class GrammarTrial:
             if "SIGSEGV" in what or "SIGBUS" in what:
                 what = f"is nested too deeply, or too large, to compile: {STACK / (1 << 20):g} MiB of stack are allowed"
             refused = InvalidParameter(
-                f"{form.param}: its grammar {what}.", param=form.param, code="grammar_too_costly"
+                f"{source.param}: its grammar {what}.", param=source.param, code="grammar_too_costly"
             )
             return _refused(refused), fault.passing
         except ConfinedError as error:
             if error.kind != "PanicException":
                 raise RuntimeError(f"a grammar's trial raised {error.kind}: {error}") from None
             return _refused(
-                InvalidParameter(f"{form.param}: its compiler gave up: {error}"[:300], param=form.param)
+                InvalidParameter(f"{source.param}: its compiler gave up: {error}"[:300], param=source.param)
             ), False
         return found, False
 
@@ -153,19 +153,19 @@ def _refused(error: InvalidParameter) -> dict[str, Any]:
     }
 
 
-def _written(form: ReplyForm) -> str:
-    """A form as JSON: what crosses, and by what its outcome is kept."""
-    for i, tool in enumerate(form.tools):
-        check_depth(tool["function"].get("parameters"), f"tools.{i}.function.parameters")
-    if form.constraint is not None:
-        check_depth(form.constraint.value, form.constraint.param)
+def _written(source: GrammarSource) -> str:
+    """A source as JSON: what crosses, and by what its outcome is kept."""
+    for i, tool in enumerate(source.tools):
+        check_depth(tool.parameters, f"tools.{i}.function.parameters")
+    if source.constraint is not None:
+        check_depth(source.constraint.value, source.constraint.param)
     try:
-        text = json.dumps(form.as_json(), separators=(",", ":"))
+        text = json.dumps(source.as_json(), separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidParameter(f"{form.param} is not JSON: {error}", param=form.param) from None
+        raise InvalidParameter(f"{source.param} is not JSON: {error}", param=source.param) from None
     if len(text) > _MOST:
-        raise InvalidParameter(f"{form.param}: {len(text):,} characters of schemas; at most {_MOST:,} are allowed.",
-                               param=form.param)  # fmt: skip
+        raise InvalidParameter(f"{source.param}: {len(text):,} characters of schemas; at most {_MOST:,} are allowed.",
+                               param=source.param)  # fmt: skip
     return text
 
 
@@ -195,16 +195,16 @@ def keep(table: dict[str, Any]) -> _Kept:
 
 
 def made(told: str, kept: _Kept) -> dict[str, Any]:
-    """A form's grammar, tried; or why it is refused."""
-    form = ReplyForm.from_json(json.loads(told))
+    """A source's grammar, tried; or why it is refused."""
+    source = GrammarSource.from_json(json.loads(told))
     try:
-        grammar = grammar_of(kept.compiler, form)
+        grammar = grammar_of(kept.compiler, source)
         _on_a_small_stack(lambda: _followed(kept, grammar.text))
     except InvalidParameter as error:
         return _refused(error)
     except _CostlyError as error:
         return _refused(
-            InvalidParameter(f"{form.param}: its grammar {error}.", param=form.param, code="grammar_too_costly")
+            InvalidParameter(f"{source.param}: its grammar {error}.", param=source.param, code="grammar_too_costly")
         )
     left_out = [pointer[:200] for pointer in grammar.unenforced[:_POINTERS]]  # thousands, each a long one, may be
     return {"text": grammar.text, "unenforced": left_out, "loose": sorted(grammar.loose)}

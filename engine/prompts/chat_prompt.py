@@ -26,6 +26,7 @@ from engine.replies.tool_format import (
 from engine.templates.chat_template import ChatTemplate
 from engine.types.messages import ChatMessage
 from engine.types.requests import GenerationRequest
+from engine.types.tools import Tool
 
 __all__ = ["ChatPrompts", "Encoded", "control_words"]
 
@@ -81,7 +82,7 @@ class ChatPrompts:
         form = self._chat_format.template_format
         if self._by_template(request.tools) and form is not None and CALL_ID in form.close:
             messages = [_with_short_ids(message) for message in messages]
-        return Conversation(tuple(messages), tuple(_as_shown(tool) for tool in request.tools), variables)
+        return Conversation(tuple(messages), request.tools, variables)
 
     def render(self, conversation: Conversation) -> str:
         """The prompt's text.
@@ -135,7 +136,7 @@ class ChatPrompts:
             raise self._refusal("which its tokenizer cannot read as text")
         return Encoded(ids, shown, marked.mark)
 
-    def _by_template(self, tools: Sequence[Any]) -> bool:
+    def _by_template(self, tools: Sequence[Tool]) -> bool:
         # A template of its own for tools leaves the other one to conversations that know of none.
         return self._chat_format.shows_tools and (bool(tools) or self._template.tool_use is None)
 
@@ -173,11 +174,6 @@ def _in_plain(found: Sequence[tuple[int, str]], text: str, mark: str) -> list[tu
 def _written(form: ToolFormat) -> str:
     parts = (form.begin, form.open, form.middle, form.close, form.between or "", form.end)
     return "\0".join((*parts, form.key_open, form.value_open, form.value_close))
-
-
-def _as_shown(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A definition as the model sees it: how strictly it is held to it is no concern of its."""
-    return {**tool, "function": {key: value for key, value in tool["function"].items() if key != "strict"}}
 
 
 def _with_short_ids(message: ChatMessage) -> ChatMessage:

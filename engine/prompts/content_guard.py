@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from engine.errors import InvalidFormat
 from engine.types.messages import ChatMessage
+from engine.types.tools import Tool
 
 __all__ = ["ContentGuard", "ControlWords", "Conversation", "Marked"]
 
@@ -46,7 +47,7 @@ class Conversation:
     """What a template renders, all of it from the request."""
 
     messages: tuple[ChatMessage, ...]
-    tools: tuple[Any, ...]
+    tools: tuple[Tool, ...]
     variables: Mapping[str, Any]
 
 
@@ -171,7 +172,7 @@ class _Walk(ABC):
     def conversation(self, given: Conversation) -> Conversation:
         return Conversation(
             tuple(self._message(message) for message in given.messages),
-            tuple(self._deep(tool) for tool in given.tools),
+            tuple(self._tool(tool) for tool in given.tools),
             # A template compares its variables with words of its own, which may be the inside of a control word.
             {name: self._deep(value, apart=False) for name, value in given.variables.items()},
         )
@@ -194,6 +195,14 @@ class _Walk(ABC):
                 )
                 for call in message.tool_calls
             ),
+        )
+
+    def _tool(self, tool: Tool) -> Tool:
+        return dataclasses.replace(
+            tool,
+            name=self.text(tool.name),
+            description=None if tool.description is None else self.text(tool.description),
+            parameters=self._deep(tool.parameters),
         )
 
     def _deep(self, value: Any, *, apart: bool = True) -> Any:

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from engine.replies.reasoning import ReasoningFormat, Splitter, find_reasoning_format
-from engine.replies.reply_parser import MarkParser, ReplyParser
+from engine.replies.reply_parser import DelimiterParser, ReplyParser
 from engine.replies.response_template import ResponseTemplate, TemplateParser
 from engine.replies.tool_calls import CallReader
 from engine.replies.tool_format import CALL_ID, GENERIC, ToolFormat, find_tool_format
 from engine.templates.chat_template import ChatTemplate
+from engine.types.reply_format import ReplyFormat
+from engine.types.tools import Tool
 
 __all__ = ["ChatFormat", "find_chat_format"]
 
@@ -120,36 +122,15 @@ class ChatFormat:
     writes_calls: bool
     source: str
 
-    def parser(
-        self,
-        tools: Mapping[str, Mapping[str, Any]],
-        *,
-        parallel: bool,
-        exact: bool,
-        first: bool,
-        chat: bool,
-        opened: bool,
-        opening: str,
-    ) -> ReplyParser | None:
-        """What takes a reply apart; None if there is nothing to look for.
-
-        Args:
-            tools: the request's definitions, by name.
-            parallel: whether more than one call is taken.
-            exact: whether calls are held to a grammar, so that nothing else can be one.
-            first: whether a call can stand only where nothing was said before.
-            chat: whether the prompt was rendered by the chat template: only then there may be thoughts.
-            opened: the prompt has opened the thoughts.
-            opening: what the prompt has written of the reply, for a response template.
-        """
+    def parser(self, reply_format: ReplyFormat) -> ReplyParser | None:
+        """Make the parser of one reply; None if all of the reply is answer."""
         if self.response_template is not None:
-            if not chat:
-                return None
-            return TemplateParser(self.response_template, tools, parallel=parallel, opening=opening)
-        splitter = Splitter(self.reasoning, opened=opened) if self.reasoning and chat else None
-        form = self.tool_format if tools else None
-        reader = CallReader(form, tools, parallel=parallel, exact=exact, first=first) if form else None
-        return MarkParser(splitter, reader) if splitter or reader else None
+            return TemplateParser(self.response_template, reply_format) if reply_format.chat else None
+        thoughts = self.reasoning if reply_format.chat else None
+        calls = self.tool_format if reply_format.tools else None
+        splitter = Splitter(thoughts, opened=reply_format.thinking) if thoughts else None
+        reader = CallReader(calls, reply_format) if calls else None
+        return DelimiterParser(splitter, reader) if splitter or reader else None
 
     def mentions(self, token: str, *, calls: bool) -> bool:
         """Whether a special token is part of the speech: then it has to be seen, although it adds nothing to a text."""
@@ -186,7 +167,7 @@ def find_chat_format(
         ValueError: `given` is no response template.
     """
     reasoning, form = find_reasoning_format(template), find_tool_format(template)
-    source = template.serving((True,)).source or ""
+    source = template.serving(tools=True).source or ""
     family = next((f for f in _FAMILIES if all(mark in source for mark in f.marks)), None)
     read_by: ResponseTemplate | None = None
     source = "chat template" if form else "generic"
@@ -210,7 +191,7 @@ def find_chat_format(
     return ChatFormat(reasoning, usable, read_by, form, shows, writes, source)
 
 
-_PROBE: Final[Mapping[str, Mapping[str, Any]]] = {"probe": {"parameters": {"properties": {"a": {"type": "string"}}}}}
+_PROBE: Final = ReplyFormat(chat=True, tools=(Tool("probe", parameters={"properties": {"a": {"type": "string"}}}),))
 
 
 def _reads(template: ResponseTemplate, form: ToolFormat) -> bool:

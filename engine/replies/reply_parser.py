@@ -1,7 +1,7 @@
 """A reply's text, taken apart while it is written: thoughts, answer, tool calls. No tokens, no torch, no HTTP.
 
-`ReplyParser` is what a running choice uses. Two kinds: `MarkParser`, by marks that were read off a chat template, and
-`response_template.TemplateParser`, by the response template that a tokenizer ships.
+There are two: `DelimiterParser` searches for delimiters that were read off a chat template, and
+`response_template.TemplateParser` follows the response template that a tokenizer ships.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from engine.replies.reasoning import Splitter
 from engine.replies.tool_calls import CallReader
 
-__all__ = ["MarkParser", "Parsed", "ReplyParser"]
+__all__ = ["DelimiterParser", "Parsed", "ReplyParser"]
 
 
 class Parsed(NamedTuple):
@@ -36,7 +36,7 @@ class ReplyParser(Protocol):
         """The end of the reply: what was held back."""
 
 
-class MarkParser:
+class DelimiterParser:
     """Thoughts first, if there is a `splitter`; in the rest tool calls, if there is a `reader`."""
 
     __slots__ = ("_reader", "_splitter")

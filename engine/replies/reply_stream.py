@@ -36,19 +36,19 @@ class TextStream:
     With a `parser`, thoughts and tool calls come out apart; stop strings are looked for in the rest alone.
     """
 
-    __slots__ = ("_detokenizer", "_marks", "_match_stops", "_matcher", "_parser", "stopped")
+    __slots__ = ("_delimiters", "_detokenizer", "_match_stops", "_matcher", "_parser", "stopped")
 
     def __init__(
         self,
         vocabulary: Vocabulary,
         stop: StopStrings | Sequence[str] = (),
         parser: ReplyParser | None = None,
-        marks: Mapping[int, str] | None = None,
+        delimiters: Mapping[int, str] | None = None,
     ) -> None:
-        """`marks`: special tokens that the parser has to see, although they add nothing to a text."""
+        """`delimiters`: special tokens by id that the parser must see although they add no text."""
         self._detokenizer = Detokenizer(vocabulary)
         self._parser = parser
-        self._marks = marks or {}
+        self._delimiters = delimiters or {}
         self._matcher = StopMatcher(stop if isinstance(stop, StopStrings) else StopStrings(stop))
         self._match_stops = True
         self.stopped = False
@@ -65,8 +65,8 @@ class TextStream:
         text, data = self._detokenizer.push(token_id)
         if self._parser is None:
             return TextDelta(*self._match(text), data)
-        if token_id in self._marks:
-            text += self._detokenizer.flush() + self._marks[token_id]
+        if token_id in self._delimiters:
+            text += self._detokenizer.flush() + self._delimiters[token_id]
         reasoning, text, calls = self._parser.push(text)
         return TextDelta(*self._match(text), data, reasoning, calls)
 

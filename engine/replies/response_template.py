@@ -19,6 +19,7 @@ from engine.errors import InvalidFormat, ReplyFault
 from engine.replies.reply_parser import Parsed
 from engine.replies.tool_calls import ends_in_a_text
 from engine.text.json_schema import properties_of, read_value
+from engine.types.reply_format import ReplyFormat
 
 __all__ = ["ResponseTemplate", "TemplateParser"]
 
@@ -102,9 +103,7 @@ class TemplateParser:
 
     Args:
         template: the model's.
-        tools: the request's definitions, by name. Empty: calls are not read, but stay text.
-        parallel: whether more than one call is taken.
-        opening: what the prompt has written of the reply already (`ResponseTemplate.opening`).
+        reply_format: how this reply is to be read.
     """
 
     __slots__ = (
@@ -112,18 +111,11 @@ class TemplateParser:
         "_parallel", "_plain", "_region", "_said", "_space", "_tails", "_thought", "_tools", "_trim",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        template: ResponseTemplate,
-        tools: Mapping[str, Mapping[str, Any]],
-        *,
-        parallel: bool = True,
-        opening: str = "",
-    ) -> None:
-        self._fields = tuple(f for f in template.fields if tools or f.name not in _CALLS)
+    def __init__(self, template: ResponseTemplate, reply_format: ReplyFormat) -> None:
+        self._fields = tuple(f for f in template.fields if reply_format.tools or f.name not in _CALLS)
         self._tails = template.tails
-        self._tools = tools
-        self._parallel = parallel
+        self._tools = {tool.name: tool for tool in reply_format.tools}
+        self._parallel = reply_format.parallel_tool_calls
         self._left = _SEARCHED
         self._checks = 0
         self._buffer = ""
@@ -139,7 +131,7 @@ class TemplateParser:
         self._thought = False
         self._count = 0
         self._plain = False  # given up: the rest is text
-        self.push(opening)
+        self.push(reply_format.opening)
 
     @property
     def thinking(self) -> bool:
@@ -312,7 +304,7 @@ class TemplateParser:
             arguments = json.loads(arguments)
         if name not in self._tools or not isinstance(arguments, dict | None):
             raise ValueError("no call of these tools")
-        schema = self._tools[name].get("parameters") or {}
+        schema = self._tools[name].parameters or {}
         known = properties_of(schema)
         members = []
         for key, value in (arguments or {}).items():

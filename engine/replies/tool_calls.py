@@ -15,6 +15,8 @@ from typing import Any, Final
 
 from engine.replies.tool_format import CALL_ID, ToolFormat
 from engine.text.json_schema import properties_of, read_value, types_of
+from engine.types.reply_format import ReplyFormat
+from engine.types.tools import Tool
 
 __all__ = ["CallReader", "call_id", "ends_in_a_text"]
 
@@ -47,11 +49,8 @@ class CallReader:
     """Text in, (text, calls) out. One per choice.
 
     Args:
-        found: the model's format.
-        tools: the request's definitions, by name; what is not there cannot be called.
-        parallel: whether more than one call is taken; the rest of the reply is then text.
-        exact: the reply is held to a grammar, which knows calls only as the format writes them: nothing else is one.
-        first: a call is one only where nothing was said before it: the reply is calls or an answer in a form.
+        found: how the model writes calls.
+        reply_format: how this reply is to be read. Only its tools can be called.
     """
 
     __slots__ = (
@@ -59,23 +58,15 @@ class CallReader:
         "_parallel", "_said", "_scan", "_tools", "_triggers", "count",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        found: ToolFormat,
-        tools: Mapping[str, Mapping[str, Any]],
-        *,
-        parallel: bool = True,
-        exact: bool = False,
-        first: bool = False,
-    ) -> None:
+    def __init__(self, found: ToolFormat, reply_format: ReplyFormat) -> None:
         self._format = found
-        self._tools = tools
-        self._parallel = parallel
-        self._exact = exact
-        self._first = first or not found.tagged
+        self._tools = {tool.name: tool for tool in reply_format.tools}
+        self._parallel = reply_format.parallel_tool_calls
+        self._exact = reply_format.exact_calls
+        self._first = reply_format.calls_or_answer or not found.tagged
         self._confirmed = False  # that what is held begins as a call does
         marks = [match[0] for match in map(_TAG.match, (found.begin, found.open)) if match]
-        if exact:
+        if self._exact:
             marks = marks[:1]
         self._triggers = tuple(dict.fromkeys(marks)) or (found.open.strip()[:1],)
         self._ends = found.end.strip()
@@ -341,7 +332,7 @@ class _PairScan:
         "call",
     )  # fmt: skip
 
-    def __init__(self, found: ToolFormat, tools: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, found: ToolFormat, tools: Mapping[str, Tool]) -> None:
         self._format = found
         self._tools = tools
         self._at = 0  # what stands before was read
@@ -403,7 +394,8 @@ class _PairScan:
             self._failed = not _begins(found.middle, held, match.end())
             return self._failed
         self._name, self._at = match[0], after
-        self._root = self._tools.get(self._name, {}).get("parameters") or {}
+        tool = self._tools.get(self._name)
+        self._root = (tool.parameters if tool is not None else None) or {}
         self._parts = properties_of(self._root)
         return True
 

@@ -14,11 +14,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from engine.errors import TemplateRefused
-from engine.templates.chat_template import ChatTemplate
+from engine.templates.chat_template import ChatTemplate, definition_of
 from engine.types.messages import ChatMessage, ToolCall
+from engine.types.tools import Tool
 
 __all__ = [
     "CALL_ID", "GENERIC", "ToolFormat", "find_tool_format", "generic_messages", "one_call_a_turn", "with_written_calls",
@@ -34,14 +35,11 @@ _VALUE: Final = "Zufallswert"
 _NUMBER: Final = 7351
 _ARGUMENTS: Final = f'{{"{_KEYS[0]}": "{_VALUE}", "{_KEYS[1]}": {_NUMBER}}}'
 _TAG: Final = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]")
-_DEFINITION: Final[dict[str, Any]] = {
-    "type": "function",
-    "function": {
-        "name": _NAMES[0],
-        "description": "-",
-        "parameters": {"type": "object", "properties": {key: {"type": "string", "description": "-"} for key in _KEYS}},
-    },
-}
+_TOOL: Final = Tool(
+    _NAMES[0],
+    "-",
+    {"type": "object", "properties": {key: {"type": "string", "description": "-"} for key in _KEYS}},
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +90,13 @@ def find_tool_format(template: ChatTemplate) -> ToolFormat | None:
     user = ChatMessage("user", "Frage")
     calls = [ToolCall(i, name, _ARGUMENTS) for i, name in zip(_IDS, _NAMES, strict=True)]
     try:
-        prompt = template.render([user], tools=[_DEFINITION])
-        plain = template.render([user, ChatMessage("assistant", "Antwort")], again=False, tools=[_DEFINITION])
-        one = template.render(
-            [user, ChatMessage("assistant", "", tool_calls=(calls[0],))], again=False, tools=[_DEFINITION]
-        )
+        prompt = template.render([user], tools=[_TOOL])
+        plain = template.render([user, ChatMessage("assistant", "Antwort")], again=False, tools=[_TOOL])
+        one = template.render([user, ChatMessage("assistant", "", tool_calls=(calls[0],))], again=False, tools=[_TOOL])
     except TemplateRefused:
         return None
     try:
-        two = template.render(
-            [user, ChatMessage("assistant", "", tool_calls=tuple(calls))], again=False, tools=[_DEFINITION]
-        )
+        two = template.render([user, ChatMessage("assistant", "", tool_calls=tuple(calls))], again=False, tools=[_TOOL])
     except TemplateRefused:
         two = ""  # one call a turn
     return _derive(prompt, plain, one, two)
@@ -147,13 +141,13 @@ def one_call_a_turn(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     return turns
 
 
-def generic_messages(messages: Sequence[ChatMessage], tools: Sequence[Any], *, system: bool) -> list[ChatMessage]:
+def generic_messages(messages: Sequence[ChatMessage], tools: Sequence[Tool], *, system: bool) -> list[ChatMessage]:
     """A conversation with tools as one without, for a template that knows nothing of them.
 
     The definitions go into a system turn (`system` false: into the first turn), calls into the assistant's text,
     results into a user's turn.
     """
-    lines = [json.dumps(tool["function"], ensure_ascii=False) for tool in tools]
+    lines = [json.dumps(definition_of(tool)["function"], ensure_ascii=False) for tool in tools]
     block = "\n".join(
         [
             "# Tools",

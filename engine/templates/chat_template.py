@@ -26,8 +26,9 @@ from engine.errors import InvalidFormat, InvalidParameter, LoadError, TemplateRe
 from engine.templates.budget import Budget, OverBudget, current
 from engine.templates.sandbox import BoundedEnvironment
 from engine.types.messages import ChatMessage, ToolCall
+from engine.types.tools import Tool
 
-__all__ = ["ChatTemplate", "choose_template"]
+__all__ = ["ChatTemplate", "choose_template", "definition_of"]
 
 MAX_PROMPT_CHARACTERS: Final = 1 << 26
 """A template that writes more than this is refused: no context is that long, and memory is not endless."""
@@ -113,8 +114,8 @@ class ChatTemplate:
         source, tool_use = choose_template(own), choose_template(own, "tool_use")
         return source, tool_use if tool_use != source else None
 
-    def serving(self, tools: Sequence[Any]) -> ChatTemplate:
-        """The template that renders a request with these tools."""
+    def serving(self, *, tools: bool) -> ChatTemplate:
+        """Return the template that renders requests with tools, or without: it may be one of its own."""
         return self.tool_use if tools and self.tool_use is not None else self
 
     @property
@@ -128,7 +129,7 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         *,
         again: bool = True,
-        tools: Sequence[Mapping[str, Any]] = (),
+        tools: Sequence[Tool] = (),
     ) -> str:
         """The prompt for the assistant's next turn.
 
@@ -136,7 +137,7 @@ class ChatTemplate:
             messages: at least one. `developer` turns become `system` unless the template speaks of developers.
             variables: the request's `chat_template_kwargs`.
             again: whether the assistant is to speak next; without, the conversation ends with the last message.
-            tools: function definitions in the API's shape.
+            tools: what the model may call.
 
         Raises:
             TemplateRefused: the template raised; its own words are in the message. Or there is no template.
@@ -162,7 +163,7 @@ class ChatTemplate:
             "messages": [
                 _as_dict(message, keep_developer, "thinking" in self.source, self._in_parts) for message in messages
             ],
-            "tools": list(tools) or None,
+            "tools": [definition_of(tool) for tool in tools] or None,
             "documents": None,
             "add_generation_prompt": again,
         }
@@ -262,6 +263,19 @@ def _as_dict(message: ChatMessage, keep_developer: bool, as_thinking: bool, in_p
     }
     # As transformers does: many templates write a None as the word None, and cope with a missing key.
     return {key: value for key, value in fields.items() if value is not None}
+
+
+def definition_of(tool: Tool) -> dict[str, Any]:
+    """Write a tool's definition as chat templates expect it, the shape of transformers and of the OpenAI API.
+
+    `strict` is left out: the grammar enforces it, and the model need not know.
+    """
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description is not None:
+        function["description"] = tool.description
+    if tool.parameters is not None:
+        function["parameters"] = tool.parameters
+    return {"type": "function", "function": function}
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
