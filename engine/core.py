@@ -21,7 +21,7 @@ from engine.grammar.mask_worker import MaskWorker
 from engine.loading.loader import LoadedModel
 from engine.replies.chat_format import ChatFormat
 from engine.replies.reply_stream import TextDelta, TextStream
-from engine.replies.tool_calls import call_id
+from engine.replies.tool_calls.reader import call_id
 from engine.sampling.sampler import Sampled, Sampler
 from engine.scheduling.drafts import Drafter
 from engine.scheduling.scheduler import Chunk, Schedule

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine import ReplyFormat, Tool
-from engine.replies.tool_calls import CallReader
+from engine.replies.tool_calls.reader import CallReader
 from engine.replies.tool_format import CALL_ID, GENERIC, ToolFormat
 
 HERMES = GENERIC

@@ -15,7 +15,7 @@ from typing import Any, Final
 from engine.replies.reasoning import ReasoningFormat, Splitter, find_reasoning_format
 from engine.replies.reply_parser import DelimiterParser, ReplyParser
 from engine.replies.response_template import ResponseTemplate, TemplateParser
-from engine.replies.tool_calls import CallReader
+from engine.replies.tool_calls.reader import CallReader
 from engine.replies.tool_format import CALL_ID, GENERIC, ToolFormat, find_tool_format
 from engine.templates.chat_template import ChatTemplate
 from engine.types.reply_format import ReplyFormat

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from engine.errors import InvalidParameter, TemplateRefused
+from engine.replies.delimiters import overlap, shared
 from engine.templates.chat_template import ChatTemplate
 from engine.types.messages import ChatMessage
 
@@ -80,24 +81,14 @@ def _probe(template: ChatTemplate) -> ReasoningFormat | None:
     if begin < 0 or end < begin or thoughtful.count(_THOUGHT) != 1:
         return None
     # The prompt may open thoughts, and a template may write empty ones before an answer without them; not both.
-    shared = min(_shared(thoughtful[:begin], prompt), _shared(thoughtful[:begin], plain))
-    open_ = thoughtful[shared:begin].strip()
+    start = min(shared(thoughtful[:begin], prompt), shared(thoughtful[:begin], plain))
+    open_ = thoughtful[start:begin].strip()
     closing = thoughtful[begin + len(_THOUGHT) : end]
     if not open_ or not closing.strip():
         return None
-    answer = plain[min(shared, _shared(plain, prompt)) : plain.rfind(_REPLY)].strip()
+    answer = plain[min(start, shared(plain, prompt)) : plain.rfind(_REPLY)].strip()
     close = closing.strip()
     return ReasoningFormat(open_, close, closing, "" if open_ in answer or close in answer else answer)
-
-
-def _shared(text: str, other: str) -> int:
-    """The length of what two texts begin with alike."""
-    count = 0
-    for a, b in zip(text, other, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
 
 
 def template_variables(template: ChatTemplate, found: ReasoningFormat | None, effort: str) -> dict[str, Any] | None:
@@ -188,11 +179,6 @@ class Splitter:
             self._state, self.inside = "closed", False
             return thoughts
         # Held back: the beginning of the mark, and the white space before it or at the end.
-        keep = len(self._held)
-        for size in range(min(len(close) - 1, keep), 0, -1):
-            if close.startswith(self._held[keep - size :]):
-                keep -= size
-                break
-        thoughts = self._held[:keep].rstrip()
+        thoughts = self._held[: len(self._held) - overlap(self._held, close)].rstrip()
         self._held = self._held[len(thoughts) :]
         return thoughts

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from engine.replies.reasoning import Splitter
-from engine.replies.tool_calls import CallReader
+from engine.replies.tool_calls.reader import CallReader
 
 __all__ = ["DelimiterParser", "Parsed", "ReplyParser"]
 

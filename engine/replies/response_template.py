@@ -17,7 +17,7 @@ import regex  # type: ignore[import-untyped]
 
 from engine.errors import InvalidFormat, ReplyFault
 from engine.replies.reply_parser import Parsed
-from engine.replies.tool_calls import ends_in_a_text
+from engine.replies.tool_calls.json_notation import ends_in_string
 from engine.text.json_schema import properties_of, read_value
 from engine.types.reply_format import ReplyFormat
 
@@ -268,7 +268,7 @@ class TemplateParser:
         if self._region.name not in _CALLS or self._region.content != "json" or match.start() == match.end():
             return False
         self._checks += 1
-        return self._checks < _CHECKS and ends_in_a_text(self._buffer[self._body : match.start()])
+        return self._checks < _CHECKS and ends_in_string(self._buffer[self._body : match.start()])
 
     def _calls(self, region: Any, body: str) -> list[tuple[str, str]]:
         """The calls of a region; none if it cannot be read or names a tool that is not there.

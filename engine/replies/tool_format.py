@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from engine.errors import TemplateRefused
+from engine.replies.delimiters import TAG, shared
 from engine.templates.chat_template import ChatTemplate, definition_of
 from engine.types.messages import ChatMessage, ToolCall
 from engine.types.tools import Tool
@@ -34,7 +35,6 @@ _KEYS: Final = ("schluessel", "nummer")
 _VALUE: Final = "Zufallswert"
 _NUMBER: Final = 7351
 _ARGUMENTS: Final = f'{{"{_KEYS[0]}": "{_VALUE}", "{_KEYS[1]}": {_NUMBER}}}'
-_TAG: Final = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]")
 _TOOL: Final = Tool(
     _NAMES[0],
     "-",
@@ -60,18 +60,18 @@ class ToolFormat:
     @property
     def mark(self) -> str:
         """What a call is known by: the first tag of its opening, or all of it."""
-        tag = _TAG.match(self.begin + self.open)
+        tag = TAG.match(self.begin + self.open)
         return tag[0] if tag else self.begin + self.open
 
     @property
     def tagged(self) -> bool:
         """Whether a tag tells a call from text; if not, calls are all of a reply."""
-        return _TAG.match(self.begin + self.open) is not None
+        return TAG.match(self.begin + self.open) is not None
 
     @property
     def stop(self) -> str | None:
         """The last tag of `close`, with which a call ends; None if it ends with its JSON."""
-        tags = _TAG.findall(self.close)
+        tags = TAG.findall(self.close)
         return tags[-1] if tags else None
 
     def describe(self) -> str:
@@ -179,7 +179,7 @@ def generic_messages(messages: Sequence[ChatMessage], tools: Sequence[Tool], *, 
 
 
 def _derive(prompt: str, plain: str, one: str, two: str) -> ToolFormat | None:
-    start = len(_joined(_shared(_atoms(one), _atoms(prompt))))
+    start = len(_common(_atoms(one), _atoms(prompt)))
     one, tail = one[start:], plain[plain.rfind("Antwort") + len("Antwort") :]
     two = two[start:] if two else ""
     for call_id in _IDS:
@@ -200,7 +200,7 @@ def _derive(prompt: str, plain: str, one: str, two: str) -> ToolFormat | None:
         style, pairs = "pairs", (marks[0], marks[1], marks[2])
     rest = _without_end(rest, tail)
     before = _after_thoughts(before)
-    if not (_TAG.match(before) or before.startswith("{")):
+    if not (TAG.match(before) or before.startswith("{")):
         return None  # nothing that a reader could know a call by (gpt-oss writes them to a channel of their own)
     second = two.find(_NAMES[1])
     if second < 0:
@@ -208,9 +208,9 @@ def _derive(prompt: str, plain: str, one: str, two: str) -> ToolFormat | None:
     # What stands between the first call's arguments and the second's name: close, between, open.
     last = _ARGUMENTS if style == "json" else f"{_NUMBER}{pairs[2]}"
     gap = two[two.find(last) + len(last) : second]
-    close = _joined(_shared(_atoms(gap), _atoms(rest)))
+    close = _common(_atoms(gap), _atoms(rest))
     gap, end = gap[len(close) :], rest[len(close) :]
-    open_ = _joined(_shared(_atoms(gap)[::-1], _atoms(before)[::-1])[::-1])
+    open_ = _common_end(_atoms(gap), _atoms(before))
     between = gap[: len(gap) - len(open_)]
     begin = before[: len(before) - len(open_)]
     if style == "pairs" and not between and open_.startswith("\n") and begin == "":
@@ -227,7 +227,7 @@ def _pairs(text: str) -> tuple[str, str, str, str, str] | None:
     value_open = text[places[0] + len(_KEYS[0]) : places[1]]
     gap = text[places[1] + len(_VALUE) : places[2]]
     rest = text[places[3] + len(str(_NUMBER)) :]
-    key_open = _joined(_shared(_atoms(gap)[::-1], _atoms(head)[::-1])[::-1])
+    key_open = _common_end(_atoms(gap), _atoms(head))
     value_close = gap[: len(gap) - len(key_open)]
     if not rest.startswith(value_close) or not value_close.strip() or not key_open.strip():
         return None
@@ -239,7 +239,7 @@ def _without_end(rest: str, tail: str) -> str:
     mark = tail.strip()
     if mark and mark in rest:
         return rest[: rest.index(mark)].rstrip("\n")
-    common = _joined(_shared(_atoms(rest)[::-1], _atoms(tail)[::-1])[::-1])
+    common = _common_end(_atoms(rest), _atoms(tail))
     return rest[: len(rest) - len(common)]
 
 
@@ -252,19 +252,18 @@ def _atoms(text: str) -> list[str]:
     """A text as tags, each whole, and single characters: a tag is shared or not, never half of it."""
     atoms: list[str] = []
     at = 0
-    for tag in _TAG.finditer(text):
+    for tag in TAG.finditer(text):
         atoms += [*text[at : tag.start()], tag[0]]
         at = tag.end()
     return [*atoms, *text[at:]]
 
 
-def _shared(a: Sequence[str], b: Sequence[str]) -> list[str]:
-    """What two sequences begin with alike."""
-    count = 0
-    while count < min(len(a), len(b)) and a[count] == b[count]:
-        count += 1
-    return list(a[:count])
+def _common(a: Sequence[str], b: Sequence[str]) -> str:
+    """The text of the atoms that two lists begin with alike."""
+    return "".join(a[: shared(a, b)])
 
 
-def _joined(atoms: Sequence[str]) -> str:
-    return "".join(atoms)
+def _common_end(a: Sequence[str], b: Sequence[str]) -> str:
+    """The text of the atoms that two lists end with alike."""
+    size = shared(a[::-1], b[::-1])
+    return "".join(a[len(a) - size :])
