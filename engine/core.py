@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.compute.model_runner import ForwardResult
-from engine.errors import NumericalFault, OutOfMemory, ReplyFault, VerbatimError, out_of_memory, panicked
+from engine.errors import NumericalFault, OutOfMemory, ReplyFault, VerbatimError, first_line, out_of_memory, panicked
 from engine.grammar.compiler import GrammarCompiler, GrammarState
 from engine.grammar.mask_worker import MaskWorker
 from engine.loading.loader import LoadedModel
@@ -499,7 +499,7 @@ class EngineCore:
         largest = max(schedule.chunks, key=lambda c: (c.count, c.start))
         reason = OutOfMemory(
             f"memory ran out in a step that computed {largest.count} tokens of this request at position "
-            f"{largest.start}; a lower max_batch_tokens or context_length needs less. ({_first_line(error)})"
+            f"{largest.start}; a lower max_batch_tokens or context_length needs less. ({first_line(error)})"
         )
         return [self._fail(largest.sequence.request_id, reason)]
 
@@ -571,7 +571,3 @@ def _delimiters(vocabulary: Vocabulary, chat_format: ChatFormat, *, calls: bool)
 
 def _together(a: TextDelta, b: TextDelta) -> TextDelta:
     return TextDelta(a.text + b.text, b.stopped, a.bytes + b.bytes, a.reasoning + b.reasoning, a.calls + b.calls)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

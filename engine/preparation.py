@@ -16,9 +16,9 @@ from typing import Any, Final
 from engine.compute.linear import give_back_memory
 from engine.config import ModelConfig
 from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported, panicked
+from engine.grammar.answer_grammar import ReplyGrammar
 from engine.grammar.compiler import GrammarCompiler
-from engine.grammar.grammar_source import GrammarSource
-from engine.grammar.tools import ToolGrammar
+from engine.grammar.reply_grammar import GrammarSource
 from engine.grammar.trial import GrammarTrial
 from engine.prompts.chat_prompt import ChatPrompts, control_words
 from engine.prompts.content_guard import ControlWords
@@ -129,7 +129,7 @@ class Preparer:
         )
 
     def _reply_format(
-        self, request: GenerationRequest, prompt: _Prompt, grammar: ToolGrammar | None, thinking: bool
+        self, request: GenerationRequest, prompt: _Prompt, grammar: ReplyGrammar | None, thinking: bool
     ) -> ReplyFormat:
         """Decide how the reply is read, from the request, its prompt and the grammar it is held to."""
         constraint, auto = request.constraint, request.tool_choice.kind == "auto"
@@ -142,12 +142,12 @@ class Preparer:
             exact_calls=grammar is not None,
             calls_or_answer=bool(request.tools and constraint and auto),
             unenforced_schema=constraint.value if constraint and grammar and grammar.unenforced else None,
-            unenforced_tools=grammar.loose if grammar else frozenset(),
+            unenforced_tools=grammar.unenforced_tools if grammar else frozenset(),
         )
 
     def _grammar(
         self, request: GenerationRequest, thoughts: ReasoningFormat | None, opened: bool
-    ) -> ToolGrammar | None:
+    ) -> ReplyGrammar | None:
         """What the reply is held to, if it is held to anything."""
         choice, tools, form, written = request.tool_choice, request.tools, request.constraint, None
         if tools and choice.kind == "auto" and form is None and not any(tool.strict for tool in tools):

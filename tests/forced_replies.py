@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from engine import LLM, ChatMessage, Completion, Constraint, Tool
+from engine.grammar.answer_grammar import answer_grammar
 from engine.llm import _collect
 from engine.types.requests import GenerationRequest
 
@@ -18,7 +19,7 @@ def forced_reply(llm: LLM, text: str, tools: list[Tool], **sampling: Any) -> Com
         sampling={"seed": 1, **sampling},
         tools=tuple(tools),
     )
-    grammar, _ = llm._model.grammars.grammar_of(Constraint("choice", [text]))
+    grammar = answer_grammar(llm._model.grammars, Constraint("choice", [text])).text
     prepared = llm._preparer.prepare(request)
     reply_format = dataclasses.replace(prepared.reply_format, exact_calls=True)
     llm._core.add(dataclasses.replace(prepared, grammar=grammar, reply_format=reply_format))

@@ -1,6 +1,6 @@
 """Grammars that requests bring, tried in a child before the server compiles them. No torch, no HTTP.
 
-    GrammarSource ──▶ GrammarTrial.grammar ══ child: grammar_of, compile on a small stack, walk ══▶ ToolGrammar
+    GrammarSource ──▶ GrammarTrial.grammar ══ child: reply_grammar, compile on a small stack, walk ══▶ ReplyGrammar
 
 What an expression or a schema costs cannot be told by looking at it: some overflow the compiler's stack, some take
 gigabytes, some are slow at each token. The child (`engine.confined.process`) finds out: it does all that the server
@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 
 from engine.confined.process import Confined, ConfinedError, ConfinedFault
 from engine.errors import InvalidParameter, Unavailable, Unsupported
-from engine.grammar.compiler import STEP_FUEL, GrammarCompiler, GrammarState, TokenTable
-from engine.grammar.grammar_source import GrammarSource, grammar_of
-from engine.grammar.tools import ToolGrammar
+from engine.grammar.answer_grammar import ReplyGrammar
+from engine.grammar.compiler import STEP_FUEL, GrammarCompiler, GrammarState
+from engine.grammar.reply_grammar import GrammarSource, reply_grammar
+from engine.grammar.token_table import TokenTable
 from engine.text.json_schema import check_depth
 
 __all__ = ["GrammarTrial"]
@@ -79,14 +80,14 @@ class GrammarTrial:
         """End the child."""
         self._child.close()
 
-    def grammar(self, source: GrammarSource) -> ToolGrammar:
+    def grammar(self, source: GrammarSource) -> ReplyGrammar:
         """What a reply is held to.
 
         Raises:
             InvalidParameter: it cannot be compiled or enforced, or costs more than a grammar may.
         """
         if not source.tools and source.constraint is not None and source.constraint.value is True:
-            return grammar_of(self._compiler, source)  # any JSON object: no part of it is the request's
+            return reply_grammar(self._compiler, source)  # any JSON object: no part of it is the request's
         told = _written(source)
         key = hashlib.sha256(told.encode("utf-8", "surrogatepass")).digest()
         outcome = self._known(key)
@@ -97,7 +98,7 @@ class GrammarTrial:
         if "text" not in outcome:
             kind = Unsupported if outcome["kind"] == "Unsupported" else InvalidParameter
             raise kind(outcome["message"], param=outcome["param"], code=outcome["code"], **outcome["details"])
-        made = ToolGrammar(outcome["text"], tuple(outcome["unenforced"]), frozenset(outcome["loose"]))
+        made = ReplyGrammar(outcome["text"], tuple(outcome["unenforced"]), frozenset(outcome["unenforced_tools"]))
         self._compiler.check(made.text, source.param)
         return made
 
@@ -198,7 +199,7 @@ def made(told: str, kept: _Kept) -> dict[str, Any]:
     """A source's grammar, tried; or why it is refused."""
     source = GrammarSource.from_json(json.loads(told))
     try:
-        grammar = grammar_of(kept.compiler, source)
+        grammar = reply_grammar(kept.compiler, source)
         _on_a_small_stack(lambda: _followed(kept, grammar.text))
     except InvalidParameter as error:
         return _refused(error)
@@ -207,7 +208,7 @@ def made(told: str, kept: _Kept) -> dict[str, Any]:
             InvalidParameter(f"{source.param}: its grammar {error}.", param=source.param, code="grammar_too_costly")
         )
     left_out = [pointer[:200] for pointer in grammar.unenforced[:_POINTERS]]  # thousands, each a long one, may be
-    return {"text": grammar.text, "unenforced": left_out, "loose": sorted(grammar.loose)}
+    return {"text": grammar.text, "unenforced": left_out, "unenforced_tools": sorted(grammar.unenforced_tools)}
 
 
 def _on_a_small_stack(function: Any) -> None:

@@ -58,8 +58,8 @@ class ToolFormat:
     value_close: str = ""
 
     @property
-    def mark(self) -> str:
-        """What a call is known by: the first tag of its opening, or all of it."""
+    def delimiter(self) -> str:
+        """The text by which a call is recognised: the first tag of its opening, or all of it."""
         tag = TAG.match(self.begin + self.open)
         return tag[0] if tag else self.begin + self.open
 

@@ -23,7 +23,7 @@ from jsonschema import Draft202012Validator, SchemaError, ValidationError
 from jsonschema.validators import extend
 from referencing import Registry
 
-from engine.errors import InvalidParameter
+from engine.errors import InvalidParameter, one_line
 
 __all__ = [
     "ANNOTATIONS", "MAX_DEPTH", "TYPES", "alternatives", "at", "bundled", "check_depth", "check_schema", "choices_of",
@@ -108,7 +108,7 @@ def check_schema(schema: Any, param: str) -> None:
     except SchemaError as error:
         where = "".join(f"/{step}" for step in error.absolute_path)
         raise InvalidParameter(
-            f"{param}: at {where or 'the root'}: {_one_line(error.message)}", param=param, pointer=where
+            f"{param}: at {where or 'the root'}: {one_line(error.message)}", param=param, pointer=where
         ) from None
 
 
@@ -378,7 +378,7 @@ def unenforced_errors(text: str, schema: Any) -> str | None:
     except Exception as problem:
         # The validator takes a schema at its word: one that is none can make it raise anything. The text is then
         # unchecked, which is said; nobody else's reply may end for it.
-        return _one_line(f"it cannot be checked: {type(problem).__name__}: {problem}")
+        return one_line(f"it cannot be checked: {type(problem).__name__}: {problem}")
 
 
 def _first_error(value: Any, schema: Any) -> str | None:
@@ -419,7 +419,3 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, list):
         return [_canonical(inner) for inner in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _one_line(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()[:300]

@@ -1,7 +1,7 @@
 """`CallReader`: separates tool calls from text while a reply is generated. No tokens, no torch, no HTTP.
 
-A call is returned only when it is complete and valid: the name of a tool, and arguments that are a JSON object. All else
-that follows an opening delimiter is returned as text, so that nothing is lost and no client sees half a call.
+A call is returned only when it is complete and valid: the name of a tool, and arguments that are a JSON object. What
+else follows an opening delimiter is returned as text, so that nothing is lost and no client sees half a call.
 """
 
 from __future__ import annotations

@@ -20,9 +20,11 @@ from engine import LLM, Constraint, GenerationRequest, InvalidParameter, Tool
 from engine.confined.process import Confined, ConfinedFault
 from engine.errors import Unavailable
 from engine.grammar import trial as grammar_trial
-from engine.grammar.compiler import MAX_CHOICES, GrammarCompiler, TokenTable
-from engine.grammar.grammar_source import GrammarSource
+from engine.grammar.answer_grammar import MAX_CHOICES
+from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.paths import MAX_PATH, schema_path
+from engine.grammar.reply_grammar import GrammarSource
+from engine.grammar.token_table import TokenTable
 from engine.grammar.trial import GrammarTrial
 from engine.replies.reasoning import ReasoningFormat
 from engine.replies.tool_format import GENERIC

@@ -17,7 +17,8 @@ from jsonschema import Draft202012Validator
 from tool_forms import BARE, CLOSE, FORMATS, HERMES, KEYED, XML, read, written
 
 from engine import LLM, ChatMessage, Constraint, InvalidParameter, Tool, ToolChoice
-from engine.grammar.tools import ToolGrammar, tool_grammar
+from engine.grammar.answer_grammar import ReplyGrammar
+from engine.grammar.tool_grammar import tool_grammar
 from engine.replies.reasoning import ReasoningFormat
 from engine.replies.tool_format import ToolFormat
 
@@ -44,7 +45,7 @@ def with_value(part: Any, **more: Any) -> Tool:
     return strict(**members, **more)
 
 
-def grammar_of(llm: LLM, found: ToolFormat, tools: list[Any], *thoughts: Any, **how: Any) -> ToolGrammar:
+def grammar_of(llm: LLM, found: ToolFormat, tools: list[Any], *thoughts: Any, **how: Any) -> ReplyGrammar:
     made = tool_grammar(llm._model.grammars, found, tools, *thoughts, **{"free": False, "several": False, **how})
     llm._model.grammars.check(made.text, "tools")
     return made
@@ -275,7 +276,7 @@ def test_what_cannot_be_enforced_without_quotes_is_refused(llm: LLM, parameters:
         grammar_of(llm, XML, [tool])
     assert raised.value.details["pointer"] == pointer
     if pointer:  # the others can never be satisfied
-        assert grammar_of(llm, XML, [replace(tool, strict=False)]).loose == {"f"}
+        assert grammar_of(llm, XML, [replace(tool, strict=False)]).unenforced_tools == {"f"}
 
 
 def test_what_a_schema_shares_is_compiled_once(llm: LLM) -> None:

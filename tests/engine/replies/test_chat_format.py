@@ -345,7 +345,7 @@ def test_families_are_read_alike_in_any_cut(shared: Path, family: str, exact: bo
     )
     written = [f"{form.open}{n}{form.middle}{arguments(a)}{form.close.replace(CALL_ID, 'abcdef001')}" for n, a in calls]
     text = form.begin + (form.between or "").join(written) + form.end
-    said = "" if "{" in form.mark[:1] or (marks and marks.resume) else "Let me look.\n"
+    said = "" if "{" in form.delimiter[:1] or (marks and marks.resume) else "Let me look.\n"
     thoughts = ""
     if marks is not None:
         thoughts = "Weather? <hm> é"

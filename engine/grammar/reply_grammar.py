@@ -1,4 +1,4 @@
-"""What the grammar of a reply is made from: plain data, and its grammar. No tokens, no torch, no clock."""
+"""`GrammarSource`, what a reply's grammar is made from, and `reply_grammar`, which makes it. No torch, no clock."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.grammar.answer_grammar import ReplyGrammar, answer_grammar
 from engine.grammar.compiler import GrammarCompiler
-from engine.grammar.tools import ToolGrammar, tool_grammar
+from engine.grammar.tool_grammar import tool_grammar
 from engine.replies.reasoning import ReasoningFormat
 from engine.replies.tool_format import ToolFormat
 from engine.types.requests import Constraint
 from engine.types.tools import AUTO, Tool, ToolChoice
 
-__all__ = ["GrammarSource", "grammar_of"]
+__all__ = ["GrammarSource", "reply_grammar"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def _members(value: Any) -> dict[str, Any]:
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
-def grammar_of(compiler: GrammarCompiler, source: GrammarSource) -> ToolGrammar:
+def reply_grammar(compiler: GrammarCompiler, source: GrammarSource) -> ReplyGrammar:
     """Write the grammar of a reply.
 
     With tools: calls, if one is required; calls or the answer that the constraint asks for; or free text in which
@@ -87,10 +88,10 @@ def grammar_of(compiler: GrammarCompiler, source: GrammarSource) -> ToolGrammar:
     constraint, choice = source.constraint, source.choice
     if not source.tools:
         assert constraint is not None
-        return ToolGrammar(*compiler.grammar_of(constraint, source.reasoning, source.thinking))
+        return answer_grammar(compiler, constraint, source.reasoning, source.thinking)
     assert source.tool_format is not None
     if constraint is not None and choice.kind != "auto":
-        compiler.grammar_of(constraint)  # the reply never gets there, but a faulty constraint is still refused
+        answer_grammar(compiler, constraint)  # the reply never gets there, but a faulty constraint is still refused
     grammar = tool_grammar(
         compiler,
         source.tool_format,
