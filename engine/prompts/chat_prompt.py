@@ -14,15 +14,9 @@ from typing import Any
 from engine.errors import InvalidFormat, TemplateRefused
 from engine.prompts.content_guard import ContentGuard, ControlWords, Conversation, Marked
 from engine.prompts.prompt_encoder import CLOSE, OPEN, PromptEncoder, find_control_words
+from engine.prompts.tool_messages import generic_messages, one_call_a_turn, with_written_calls
 from engine.replies.chat_format import ChatFormat
-from engine.replies.tool_format import (
-    CALL_ID,
-    GENERIC,
-    ToolFormat,
-    generic_messages,
-    one_call_a_turn,
-    with_written_calls,
-)
+from engine.replies.tool_format import CALL_ID, GENERIC, ToolFormat
 from engine.templates.chat_template import ChatTemplate
 from engine.types.messages import ChatMessage
 from engine.types.requests import GenerationRequest

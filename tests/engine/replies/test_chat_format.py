@@ -19,9 +19,10 @@ from transformers.utils.chat_parsing import parse_response
 
 from engine import LLM, Constraint, InvalidParameter, LoadError, ReplyFormat, Tool, ToolChoice
 from engine.errors import InvalidFormat, ReplyFault
+from engine.prompts.tool_messages import one_call_a_turn
 from engine.replies.chat_format import ChatFormat, find_chat_format
 from engine.replies.response_template import ResponseTemplate, TemplateParser
-from engine.replies.tool_format import CALL_ID, one_call_a_turn
+from engine.replies.tool_format import CALL_ID
 from engine.templates.chat_template import ChatTemplate
 from engine.types.messages import ChatMessage, ToolCall
 

@@ -16,8 +16,9 @@ from tool_forms import BARE, CLOSE, FORMATS, HERMES, KEYED, LISTED, XML, written
 from tool_forms import read as read_calls
 
 from engine import LLM, ChatMessage, Constraint, ReplyFormat, Tool, ToolCall
+from engine.prompts.tool_messages import generic_messages
 from engine.replies.tool_calls.reader import CallReader, call_id
-from engine.replies.tool_format import GENERIC, ToolFormat, find_tool_format, generic_messages
+from engine.replies.tool_format import GENERIC, ToolFormat, find_tool_format
 from engine.templates.chat_template import ChatTemplate
 
 TOOLS = (
