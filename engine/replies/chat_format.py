@@ -133,7 +133,7 @@ class ChatFormat:
         return DelimiterParser(splitter, reader) if splitter or reader else None
 
     def mentions(self, token: str, *, calls: bool) -> bool:
-        """Return whether a special token is part of a delimiter, so that the parser must see it although it adds no text."""
+        """Return whether a special token is part of a delimiter: the parser must see it although it adds no text."""
         if self.response_template is not None:
             return self.response_template.mentions(token)
         texts: list[str] = []

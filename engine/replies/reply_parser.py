@@ -15,7 +15,7 @@ __all__ = ["DelimiterParser", "Parsed", "ReplyParser"]
 
 
 class Parsed(NamedTuple):
-    """What a piece of text adds to the thoughts and to the answer, and the calls (name, arguments) that it completes."""
+    """What a piece of text adds to thoughts and answer, and the calls (name, arguments) that it completes."""
 
     reasoning: str = ""
     text: str = ""

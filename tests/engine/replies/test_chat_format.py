@@ -441,14 +441,16 @@ def test_a_search_without_an_end_ends_the_reply_and_makes_no_other_text_of_it(
     field: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a reply says must not depend on how fast the machine is."""
-    monkeypatch.setattr("engine.replies.response_template._PATIENCE", 0.05)
+    for module in ("response_template", "template_calls"):
+        monkeypatch.setattr(f"engine.replies.{module}.PATIENCE", 0.05)
     parser = TemplateParser(ResponseTemplate({"start_anchor": "A:", "fields": {"tool_calls": field}}), READ)
     with pytest.raises(ReplyFault, match="tool_calls"):
         parser.push(text)
 
 
 def test_a_prompt_whose_opening_is_not_found_in_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.replies.response_template._PATIENCE", 0.05)
+    for module in ("response_template", "template_calls"):
+        monkeypatch.setattr(f"engine.replies.{module}.PATIENCE", 0.05)
     template = ResponseTemplate({"start_anchor_pattern": "(?:a|b|ab)*c", "fields": {"content": {}}})
     with pytest.raises(InvalidFormat, match="start of the reply"):
         template.opening("ab" * 40 + "dc")
