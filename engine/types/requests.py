@@ -1,4 +1,4 @@
-"""What a caller asks for (`GenerationRequest`), and what it became (`PreparedRequest`)."""
+"""`GenerationRequest`, what a caller asks for, and `PreparedRequest`, what the engine runs."""
 
 from __future__ import annotations
 
