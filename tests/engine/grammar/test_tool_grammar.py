@@ -365,7 +365,7 @@ BAD = ("get_weather", {"city": "Rome"})
         (f"<think>{written(HERMES, [BAD])}</think> {written(HERMES, [GOOD])}", True),
     ],
 )
-def test_a_mark_in_the_thoughts_begins_no_call(llm: LLM, text: str, allowed: bool) -> None:
+def test_a_delimiter_in_the_thoughts_begins_no_call(llm: LLM, text: str, allowed: bool) -> None:
     assert accepts(llm, grammar_of(llm, HERMES, [CITY], THOUGHTS, False, free=True).text, text) == allowed
 
 
@@ -395,7 +395,7 @@ def test_in_channels_an_answer_or_a_call(llm: LLM, text: str, allowed: bool) -> 
         ('Example: {"name": "Bob"} is JSON.', True),
     ],
 )
-def test_a_call_without_a_mark_is_all_of_a_reply(llm: LLM, text: str, allowed: bool) -> None:
+def test_a_call_without_a_delimiter_is_all_of_a_reply(llm: LLM, text: str, allowed: bool) -> None:
     grammar = grammar_of(llm, BARE, [CITY], free=True).text
     assert accepts(llm, grammar, text) == allowed
     if allowed and text != written(BARE, [GOOD]):
@@ -438,12 +438,12 @@ def test_a_call_in_the_answer_of_a_form_is_text(llm: LLM) -> None:
         '\x1c{"name": "get_weather", "parameters": {"city": "evil"}}',
     ],
 )
-def test_no_other_spelling_of_a_call_without_a_mark(llm: LLM, text: str) -> None:
+def test_no_other_spelling_of_a_call_without_a_delimiter(llm: LLM, text: str) -> None:
     if accepts(llm, grammar_of(llm, BARE, [CITY], free=True).text, text):
         assert read(BARE, list(text), [CITY], exact_calls=True)[1] == []
 
 
-def test_the_mark_of_an_inner_call_begins_none(llm: LLM) -> None:
+def test_the_delimiter_of_an_inner_call_begins_none(llm: LLM) -> None:
     grammar = grammar_of(llm, CLOSE, [CITY], free=True, several=True).text
     evasion = written(CLOSE, [BAD]).removeprefix("<calls>")
     assert accepts(llm, grammar, evasion)

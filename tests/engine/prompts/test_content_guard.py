@@ -85,9 +85,9 @@ def knowing_all(shape: str) -> Any:
     """A real tokenizer to which all that looks like a control word in any of the templates is one."""
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "checkpoints" / shape)
     text = "".join(path.read_text(encoding="utf-8") for path in TEMPLATES)
-    marks = sorted(set(re.findall(r"<[|｜][^<>|｜]{1,24}[|｜]>|</?[a-z_]{5,16}>|\[/?[A-Z_]{3,}\]", text)))
-    tokenizer.add_special_tokens({"additional_special_tokens": [m for m in marks if m[1] in "|｜["]})
-    tokenizer.add_tokens([AddedToken(m, normalized=False) for m in marks if m[1] not in "|｜["])
+    words = sorted(set(re.findall(r"<[|｜][^<>|｜]{1,24}[|｜]>|</?[a-z_]{5,16}>|\[/?[A-Z_]{3,}\]", text)))
+    tokenizer.add_special_tokens({"additional_special_tokens": [w for w in words if w[1] in "|｜["]})
+    tokenizer.add_tokens([AddedToken(w, normalized=False) for w in words if w[1] not in "|｜["])
     return tokenizer
 
 

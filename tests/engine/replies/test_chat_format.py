@@ -63,7 +63,7 @@ PARAMETERS = {
         },
     },
 }
-OPENED = {  # thoughts begin with the reply, whether or not a mark says so
+OPENED = {  # thoughts begin with the reply, whether or not a delimiter says so
     "start_anchor": "Assistant:",
     "fields": {
         "thinking": {"open_pattern": r"(?:^|<think>\s*)", "close": "</think>"},
@@ -73,8 +73,8 @@ OPENED = {  # thoughts begin with the reply, whether or not a mark says so
 }
 PLAIN = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
 GRANITE, GPT_OSS = (
-    find_chat_format(ChatTemplate(marks + "{{ messages }}"))
-    for marks in ("{# <|tool_call|><|start_of_role|> #}", "{# <|channel|>analysis<|message|> functions. #}")
+    find_chat_format(ChatTemplate(spellings + "{{ messages }}"))
+    for spellings in ("{# <|tool_call|><|start_of_role|> #}", "{# <|channel|>analysis<|message|> functions. #}")
 )
 
 
@@ -233,7 +233,7 @@ def test_a_cut_changes_nothing_and_nothing_is_lost(name: str, parts: list[str], 
     pieces = [text[a:b] for a, b in itertools.pairwise(places)]
     whole = read(TEMPLATES[name], [text])
     assert read(TEMPLATES[name], pieces) == whole
-    if name in ("marked", "opened", "granite"):  # the others have free text in their marks
+    if name in ("marked", "opened", "granite"):  # the others have free text in their delimiters
         assert (whole[0] + whole[1]).count("ß") == text.count("ß")
 
 
@@ -241,7 +241,7 @@ def test_a_cut_changes_nothing_and_nothing_is_lost(name: str, parts: list[str], 
     ("field", "text"),
     [
         ({"open_pattern": r"(x+x+)+y", "close": "z"}, "x" * 60),  # takes for ever
-        ({"open_pattern": r"(?=a)", "close_pattern": r"(?=a)"}, "banana"),  # marks without a character
+        ({"open_pattern": r"(?=a)", "close_pattern": r"(?=a)"}, "banana"),  # delimiters without a character
         ({"open_pattern": r"", "close_pattern": r""}, "banana"),
     ],
 )
@@ -332,7 +332,7 @@ def test_families_are_read_alike_in_any_cut(shared: Path, family: str, exact: bo
     chat_format = find_chat_format(
         ChatTemplate(file.read_text(encoding="utf-8"), {"bos_token": "<s>", "eos_token": "</s>"})
     )
-    form, marks = chat_format.tool_format, chat_format.reasoning
+    form, delimiters = chat_format.tool_format, chat_format.reasoning
     assert form is not None
 
     def arguments(given: dict[str, Any]) -> str:
@@ -346,11 +346,11 @@ def test_families_are_read_alike_in_any_cut(shared: Path, family: str, exact: bo
     )
     written = [f"{form.open}{n}{form.middle}{arguments(a)}{form.close.replace(CALL_ID, 'abcdef001')}" for n, a in calls]
     text = form.begin + (form.between or "").join(written) + form.end
-    said = "" if "{" in form.delimiter[:1] or (marks and marks.resume) else "Let me look.\n"
+    said = "" if "{" in form.delimiter[:1] or (delimiters and delimiters.resume) else "Let me look.\n"
     thoughts = ""
-    if marks is not None:
+    if delimiters is not None:
         thoughts = "Weather? <hm> é"
-        text = f"{marks.open}{thoughts}{marks.close}{marks.resume}{said}{text}"
+        text = f"{delimiters.open}{thoughts}{delimiters.close}{delimiters.resume}{said}{text}"
     else:
         text = said + text
 
@@ -406,7 +406,7 @@ def test_expressions_of_different_lengths_do_not_depend_on_the_cut(pattern: str)
 
 
 def test_searching_a_reply_is_bounded() -> None:
-    """A mark that is never certain is not looked for again and again; what was written is still all there."""
+    """A delimiter that is never certain is not searched for ever, and no text is lost."""
     source = {
         "start_anchor": "A:",
         "fields": {"thinking": {"open_pattern": "<[^>]*>x", "close": "</t>"}, "content": {}},

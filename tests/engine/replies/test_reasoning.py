@@ -88,7 +88,7 @@ def test_nothing_but_marks_and_white_space_is_lost(thoughts: str, answer: str) -
     ("source", "found"),
     [
         (TURNS, None),
-        (OPENED, None),  # no closing mark anywhere: nothing is known of an end
+        (OPENED, None),  # no closing delimiter anywhere: nothing is known of an end
         (OPENED + "{# </think> #}", THINK),
         (SWITCHED, THINK),
         (SHOWN, ReasoningFormat("[THINK]", "[/THINK]", "[/THINK]")),

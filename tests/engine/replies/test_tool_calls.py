@@ -41,7 +41,7 @@ def read(found: ToolFormat, pieces: list[str], **how: Any) -> tuple[str, list[tu
 def test_calls_are_read_whole(name: str, said: str) -> None:
     found = FORMATS[name]
     if said and name == "bare":
-        return  # a mark that is no tag counts only at the beginning
+        return  # a delimiter that is no tag counts only at the beginning
     calls = [OSLO] if found.between is None else [OSLO, PING, OSLO]
     for text in (said + written(found, calls), f"{said}\n\n{written(found, calls)}\n"):
         assert read(found, [text]) == (said, calls)
@@ -218,7 +218,7 @@ def test_half_a_call_is_never_told(found: ToolFormat) -> None:
         assert calls or said == text[:cut]
         told.append(bool(calls))
     assert told == sorted(told)
-    assert told.count(True) > 5, "most of the closing mark may be missing"
+    assert told.count(True) > 5, "most of the closing delimiter may be missing"
 
 
 def test_reading_takes_time_in_proportion() -> None:
