@@ -152,7 +152,7 @@ class GrammarCompiler:
         self._large = functools.lru_cache(_LARGE_KEPT)(self._compile)
 
     def warm(self) -> None:
-        """Build the tokenizer now, not with the first grammar: that takes half a second for a large vocabulary."""
+        """Build the tokenizer now, not with the first grammar: a large vocabulary takes a good part of a second."""
         self._tokens  # noqa: B018
 
     def start(self, grammar: str) -> GrammarState:

@@ -215,7 +215,7 @@ class Vocabulary:
         return token_id in self._text_ids
 
     def invalid_ids(self, model_vocab_size: int) -> list[int]:
-        """Return the ids below `model_vocab_size` without a token, ascending: gaps, and all past the tokenizer."""
+        """Return the ids below `model_vocab_size` without a token, ascending: gaps, and padding at the end."""
         holes = [i for i, token in enumerate(self._tokens[:model_vocab_size]) if token is None]
         return [*holes, *range(self.size, model_vocab_size)]
 

@@ -19,7 +19,7 @@ __all__ = ["CallReader", "call_id"]
 
 
 def call_id(seed: int, choice: int, prompt: Sequence[int], number: int) -> str:
-    """Return the id of a call, `call_` and nine letters and digits: the same for the same request, else another.
+    """Return the id of a call: `call_` and nine letters and digits, the same whenever the request is repeated.
 
     Nine, because some templates show ids to the model and accept no other length.
     """
