@@ -29,6 +29,7 @@ from benchmarks.report import Report
 from engine import LLM, Constraint
 from engine.checkpoints.checkpoint import prepare_environment
 from engine.checkpoints.noise_checkpoint import ensure_noise_checkpoint
+from engine.grammar.answer_grammar import answer_grammar
 from engine.grammar.compiler import GrammarCompiler
 from engine.text.vocabulary import Vocabulary
 
@@ -123,7 +124,7 @@ def grammars(report: Report, model: Path, streams: int, tokens: int, repeat: int
         compiler.start("start: /a/")
         built = time.perf_counter()
         fresh = {**SCHEMA, "title": f"fresh {number}"}
-        grammar, _ = compiler.grammar_of(Constraint("json", fresh))
+        grammar = answer_grammar(compiler, Constraint("json", fresh)).text
         states = [compiler.start(grammar) for _ in range(9)]
         compiler.masks(states[:1], [states[0].forced])
         begun = time.perf_counter()

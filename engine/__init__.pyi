@@ -127,6 +127,7 @@ from engine.types.outputs import (
 from engine.types.outputs import (
     clean_logprob as clean_logprob,
 )
+from engine.types.reply_format import ReplyFormat as ReplyFormat
 from engine.types.requests import (
     Constraint as Constraint,
 )
@@ -137,3 +138,9 @@ from engine.types.requests import (
     PreparedRequest as PreparedRequest,
 )
 from engine.types.sampling_params import SamplingParams as SamplingParams
+from engine.types.tools import (
+    Tool as Tool,
+)
+from engine.types.tools import (
+    ToolChoice as ToolChoice,
+)

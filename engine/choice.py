@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engine.grammar.compiler import GrammarState
 from engine.replies.reply_stream import TextDelta, TextStream
-from engine.replies.tool_calls import call_id
+from engine.replies.tool_calls.reader import call_id
 from engine.sampling.sampler import Sampled
 from engine.scheduling.drafts import Drafter
 from engine.scheduling.sequence import Sequence
@@ -20,7 +20,7 @@ from engine.text.json_schema import unenforced_errors
 from engine.text.vocabulary import Vocabulary
 from engine.types.messages import ToolCall
 from engine.types.outputs import ChoiceDelta, FinishReason, TokenLogprob, TopLogprob
-from engine.types.requests import PreparedRequest
+from engine.types.reply_format import ReplyFormat
 
 __all__ = ["Choice", "SpecialIds"]
 
@@ -51,9 +51,9 @@ class Choice:
 
     __slots__ = (
         "_forced",
+        "_format",
         "_ids",
         "_num_calls",
-        "_request",
         "_schema_error",
         "_vocabulary",
         "_written",
@@ -67,7 +67,7 @@ class Choice:
     def __init__(
         self,
         sequence: Sequence,
-        request: PreparedRequest,
+        reply_format: ReplyFormat,
         text: TextStream,
         grammar: GrammarState | None,
         vocabulary: Vocabulary,
@@ -77,7 +77,7 @@ class Choice:
         self.grammar = grammar
         self.drafter: Drafter | None = None
         self.num_thoughts = 0
-        self._request = request
+        self._format = reply_format
         self.text = text
         self._vocabulary = vocabulary
         self._ids = ids
@@ -144,7 +144,7 @@ class Choice:
             return TextDelta("", False, b""), "stop"  # the token adds no text
         before = text.thinking
         delta = text.push(token, sequence.position > params.min_tokens)
-        stopped = delta.stopped or bool(delta.calls and not self._request.parallel_tool_calls)
+        stopped = delta.stopped or bool(delta.calls and not self._format.parallel_tool_calls)
         self.num_thoughts += text.thinking and not before  # the token that opened them
         if self.grammar is not None and not stopped:
             self.grammar.consume(token)
@@ -162,17 +162,16 @@ class Choice:
 
     def _call(self, name: str, arguments: str) -> ToolCall:
         self._num_calls += 1
-        request, sequence = self._request, self.sequence
-        if name in request.unenforced_tools and not self._schema_error:
-            [schema] = [t["function"].get("parameters") for t in request.tools if t["function"]["name"] == name]
-            error = unenforced_errors(arguments, schema)
+        found, sequence = self._format, self.sequence
+        if name in found.unenforced_tools and not self._schema_error and (tool := found.tool(name)):
+            error = unenforced_errors(arguments, tool.parameters)
             self._schema_error = f"{name}: {error}" if error else ""
-        found = call_id(sequence.seed, sequence.choice_index, sequence.prompt_token_ids, self._num_calls)
-        return ToolCall(found, name, arguments)
+        own_id = call_id(sequence.seed, sequence.choice_index, sequence.prompt_token_ids, self._num_calls)
+        return ToolCall(own_id, name, arguments)
 
     def _check_schema(self, text: str, finish: FinishReason | None) -> None:
         """Check the whole text, at its end, against a schema that the grammar holds only in part."""
-        schema = self._request.unenforced_schema
+        schema = self._format.unenforced_schema
         if schema is None:
             return
         self._written.append(text)

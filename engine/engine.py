@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.choice import Choice, SpecialIds
 from engine.compute.model_runner import ForwardResult
-from engine.errors import NumericalFault, OutOfMemory, ReplyFault, VerbatimError, out_of_memory, panicked
+from engine.errors import NumericalFault, OutOfMemory, ReplyFault, VerbatimError, first_line, out_of_memory, panicked
 from engine.grammar.compiler import GrammarState
 from engine.grammar.mask_worker import MaskWorker
 from engine.loading.loader import LoadedModel
@@ -135,18 +135,10 @@ class Engine:
             group=request.group,
             share=request.cache_share,
         )
-        parser = model.chat_format.parser(
-            {tool["function"]["name"]: tool["function"] for tool in request.tools},
-            parallel=request.parallel_tool_calls,
-            exact=request.grammar is not None,
-            first=request.calls_first,
-            chat=request.chat,
-            opened=request.thinks,
-            opening=request.opening,
-        )
-        text = TextStream(model.vocabulary, stops, parser, self._delimiters[bool(request.tools)])
+        parser = model.chat_format.parser(request.reply_format)
+        text = TextStream(model.vocabulary, stops, parser, self._delimiters[bool(request.reply_format.tools)])
         grammar = model.grammars.start(request.grammar) if request.grammar else None
-        choice = Choice(sequence, request, text, grammar, model.vocabulary, self._ids)
+        choice = Choice(sequence, request.reply_format, text, grammar, model.vocabulary, self._ids)
         if self.speculates and grammar is None and params.thinking_budget is None:
             choice.drafter = Drafter()
         return choice
@@ -346,7 +338,7 @@ class Engine:
         largest = max(schedule.chunks, key=lambda c: (c.count, c.start))
         reason = OutOfMemory(
             f"memory ran out in a step that computed {largest.count} tokens of this request at position "
-            f"{largest.start}; a lower max_batch_tokens or context_length needs less. ({_first_line(error)})"
+            f"{largest.start}; a lower max_batch_tokens or context_length needs less. ({first_line(error)})"
         )
         return [self.refuse(largest.sequence.request_id, reason)]
 
@@ -407,7 +399,3 @@ def _delimiters(model: LoadedModel, *, calls: bool) -> dict[int, str]:
     """The special tokens that a model's chat format is written with, by id."""
     names = {i: model.vocabulary.token_text(i) for i in model.vocabulary.special_ids}
     return {i: name for i, name in names.items() if name and model.chat_format.mentions(name, calls=calls)}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -45,6 +45,10 @@ __all__ = [
     "Unavailable",
     "Unsupported",
     "VerbatimError",
+    "first_line",
+    "one_line",
+    "out_of_memory",
+    "panicked",
 ]
 
 
@@ -148,6 +152,16 @@ class OutOfMemory(Unavailable):
 
 class NumericalFault(Unavailable):
     code = "numerical_fault"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, short enough for a sentence; its type if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def one_line(text: str) -> str:
+    """Return a library's words on one line, short enough for a sentence."""
+    return " ".join(text.split())[:300]
 
 
 def panicked(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from engine.types.messages import ChatMessage, ToolCall
 from engine.types.model_info import ModelInfo
 from engine.types.outputs import FinishReason, RequestOutput, TokenLogprob, Usage
 from engine.types.requests import Constraint, GenerationRequest, PreparedRequest
+from engine.types.tools import AUTO, Tool, ToolChoice
 
 Prompt = str | Sequence[ChatMessage]
 
@@ -93,8 +94,8 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
         constraint: Constraint | None = None,
         reasoning_effort: str | None = None,
-        tools: Sequence[dict[str, Any]] = (),
-        tool_choice: str = "auto",
+        tools: Sequence[Tool] = (),
+        tool_choice: ToolChoice = AUTO,
         **sampling: Any,
     ) -> GenerationRequest:
         """A request under an id of its own, for `engine.prepare`. `sampling`: fields of `SamplingParams`."""

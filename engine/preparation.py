@@ -15,16 +15,18 @@ from typing import Any, Final
 
 from engine.compute.linear import give_back_memory
 from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported, panicked
-from engine.grammar.reply_form import ReplyForm
-from engine.grammar.tools import ToolGrammar
+from engine.grammar.answer_grammar import ReplyGrammar
+from engine.grammar.reply_grammar import GrammarSource
 from engine.grammar.trial import GrammarTrial
 from engine.loading.loader import LoadedModel
 from engine.prompts.chat_prompt import ChatPrompts, control_words
 from engine.prompts.content_guard import ControlWords
 from engine.prompts.prompt_encoder import CHARACTERS_PER_TOKEN, PromptEncoder
 from engine.replies.reasoning import ReasoningFormat, template_variables
+from engine.types.reply_format import ReplyFormat
 from engine.types.requests import GenerationRequest, PreparedRequest
 from engine.types.sampling_params import SamplingParams
+from engine.types.tools import Tool, ToolChoice
 
 _DRAWN_SEED_BITS = 53
 """A seed that the engine draws survives a client whose numbers are doubles."""
@@ -93,6 +95,7 @@ class Preparer:
         if params.n > self._config.max_choices:
             raise InvalidParameter(f"n must be at most {self._config.max_choices} here, not {params.n}.", param="n")
         self._check_ids(params)
+        _check_tools(request)
         if params.thinking_budget is not None and self._reasoning is None:
             raise Unsupported("thinking_budget: this model does not think.", param="thinking_budget")
         prompt = self._prompt(request)
@@ -108,27 +111,35 @@ class Preparer:
             prompt_token_ids=tokens,
             params=self._complete(params, len(tokens)),
             grammar=grammar.text if grammar else None,
-            unenforced_schema=request.constraint.value
-            if request.constraint and grammar and grammar.unenforced
-            else None,
-            unenforced_tools=grammar.loose if grammar else frozenset(),
-            calls_first=bool(request.tools and request.constraint and request.tool_choice == "auto"),
-            chat=request.messages is not None,
-            thinks=thinks,
-            opening=self._opening(prompt),
+            reply_format=self._reply_format(request, prompt, grammar, thinks),
             ignored=prompt.ignored,
             group=request.group,
             cache_share=("" if self._config.share_prefix_cache else request.group, request.cache_salt),
+        )
+
+    def _reply_format(
+        self, request: GenerationRequest, prompt: _Prompt, grammar: ReplyGrammar | None, thinking: bool
+    ) -> ReplyFormat:
+        """Decide how the reply is read, from the request, its prompt and the grammar it is held to."""
+        constraint, auto = request.constraint, request.tool_choice.kind == "auto"
+        return ReplyFormat(
+            chat=request.messages is not None,
+            thinking=thinking,
+            opening=self._opening(prompt),
             tools=request.tools,
             parallel_tool_calls=request.parallel_tool_calls,
+            exact_calls=grammar is not None,
+            calls_or_answer=bool(request.tools and constraint and auto),
+            unenforced_schema=constraint.value if constraint and grammar and grammar.unenforced else None,
+            unenforced_tools=grammar.unenforced_tools if grammar else frozenset(),
         )
 
     def _grammar(
         self, request: GenerationRequest, thoughts: ReasoningFormat | None, opened: bool
-    ) -> ToolGrammar | None:
+    ) -> ReplyGrammar | None:
         """What the reply is held to, if it is held to anything."""
         choice, tools, form, written = request.tool_choice, request.tools, request.constraint, None
-        if tools and choice == "auto" and form is None and not any(tool["function"].get("strict") for tool in tools):
+        if tools and choice.kind == "auto" and form is None and not any(tool.strict for tool in tools):
             return None
         if not tools and form is None:
             return None
@@ -141,7 +152,7 @@ class Preparer:
                     param="tool_choice",
                 )
         several = request.parallel_tool_calls
-        return self._trial.grammar(ReplyForm(form, tools, written, choice, several, thoughts, opened))
+        return self._trial.grammar(GrammarSource(form, tools, written, choice, several, thoughts, opened))
 
     def _variables(self, request: GenerationRequest) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The template's variables, and whether an effort was asked for that they cannot express."""
@@ -151,7 +162,9 @@ class Preparer:
                 raise InvalidFormat(f"chat_template_kwargs: {key!r} is not a name.", param="chat_template_kwargs")
         if request.reasoning_effort is None:
             return given, ()
-        chosen = template_variables(self._template.serving(request.tools), self._reasoning, request.reasoning_effort)
+        chosen = template_variables(
+            self._template.serving(tools=bool(request.tools)), self._reasoning, request.reasoning_effort
+        )
         return {**(chosen or {}), **given}, () if chosen else ("reasoning_effort",)
 
     def _check_ids(self, params: SamplingParams) -> None:
@@ -253,3 +266,17 @@ class Preparer:
         return dataclasses.replace(
             params, max_tokens=max_tokens, min_tokens=min(params.min_tokens, max_tokens), seed=seed
         )
+
+
+def _check_tools(request: GenerationRequest) -> None:
+    """Refuse tools that are something else (an OpenAI client's dicts, say), and a choice of a tool that is not there."""
+    for i, tool in enumerate(request.tools):
+        if not isinstance(tool, Tool):
+            raise InvalidFormat(f"tools.{i} must be a Tool, not {type(tool).__name__}.", param=f"tools.{i}")
+    if not isinstance(request.tool_choice, ToolChoice):
+        raise InvalidFormat(
+            f"tool_choice must be a ToolChoice, not {type(request.tool_choice).__name__}.", param="tool_choice"
+        )
+    name = request.tool_choice.name
+    if name is not None and name not in {tool.name for tool in request.tools}:
+        raise InvalidParameter(f"tool_choice: there is no tool {name!r}.", param="tool_choice")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
-from engine.replies.tool_calls import CallReader
+from engine import ReplyFormat, Tool
+from engine.replies.tool_calls.reader import CallReader
 from engine.replies.tool_format import CALL_ID, GENERIC, ToolFormat
 
 HERMES = GENERIC
@@ -40,9 +42,9 @@ def written(found: ToolFormat, calls: list[tuple[str, dict[str, Any]]]) -> str:
     return found.begin + (found.between or "").join(texts) + found.end
 
 
-def read(found: ToolFormat, pieces: list[str], tools: dict[str, Any], **how: Any) -> tuple[str, list[tuple[str, Any]]]:
+def read(found: ToolFormat, pieces: list[str], tools: Sequence[Tool], **how: bool) -> tuple[str, list[tuple[str, Any]]]:
     """The text and the calls, with their arguments as values, of a reply in pieces."""
-    reader = CallReader(found, tools, **how)
+    reader = CallReader(found, ReplyFormat(tools=tuple(tools), **how))
     parts = [reader.push(piece) for piece in pieces] + [reader.finish()]
     calls = [(name, json.loads(arguments)) for _, told in parts for name, arguments in told]
     return "".join(text for text, _ in parts), calls

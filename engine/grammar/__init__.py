@@ -1,1 +1,1 @@
-"""Grammars: what a reply may be, as a mask over the vocabulary at each step. No torch."""
+"""Grammars: which replies are allowed, as a mask over the vocabulary at each step. No torch."""

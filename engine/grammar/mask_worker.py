@@ -1,11 +1,11 @@
-"""Masks of grammars for a step's rows; those that take long are computed beside the steps. Knows no model and no text.
+"""`MaskWorker`: computes the grammar masks of a step, and slow ones on a thread beside the steps. Knows no model.
 
-    step k: a token is drawn, the grammar takes it ──▶ its next mask begins, on a thread of its own
-    step k + 1, k + 2, …: the sequence is left out, everybody else goes on
-    the mask is there ──▶ the sequence is back in the step
+    step k: a token is drawn, the grammar advances ──▶ its next mask is begun on a thread of its own
+    step k + 1, k + 2, …: the sequence is left out, all others go on
+    the mask is ready ──▶ the sequence is in the step again
 
-An ambiguous grammar can take a second for one mask, and no count of its parser's tells beforehand. The law makes it
-harmless to leave a sequence out of some steps: *when* a token is drawn may depend on a clock, *which* one may not.
+An ambiguous grammar can take a second for one mask, and no count of its parser's predicts it. The law makes it harmless
+to leave a sequence out of some steps: *when* a token is drawn may depend on a clock, *which* one may not.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from engine.grammar.compiler import GrammarCompiler, GrammarState
 __all__ = ["MaskWorker"]
 
 SLOW: Final = 0.02
-"""Seconds of a step's masks from which their states are watched. Ordinary ones take less than a hundredth of that."""
+"""Seconds for a step's masks above which their states count as slow. Ordinary masks take a hundredth of that."""
 _REST: Final = 0.05
-"""Seconds that a step without any other work waits for a mask, at most."""
+"""Seconds that a step without any other work waits for a mask at most."""
 
 
 class MaskWorker:
-    """Used on the engine's thread."""
+    """Computes masks for one engine, whose thread is the only one to call it."""
 
     def __init__(self, grammars: GrammarCompiler) -> None:
         self._grammars = grammars
 
     def masks(self, states: Sequence[GrammarState | None], forced: Sequence[int | None]) -> NDArray[np.bool_]:
-        """What `GrammarCompiler.masks` returns; what was computed ahead is not computed again."""
+        """Return what `GrammarCompiler.masks` does. Masks that were computed ahead are reused."""
         known = {
             i: state.ahead.result()
             for i, state in enumerate(states)
@@ -50,25 +50,25 @@ class MaskWorker:
                 continue
             state.ahead = None
             if slow and forced[i] is None and i not in known:
-                state.slow = True  # or one that was computed with it: the next one tells
+                state.slow = True  # or another one of this step: the next mask will tell
         return allowed
 
     def look_ahead(self, state: GrammarState) -> None:
-        """Begin a slow state's next mask. Until `waits` is false again, the state must be left alone."""
+        """Begin the next mask of a slow state. The state must not be used until `waits` is false again."""
         if state.slow and state.ahead is None and state.forced is None and not state.stopped:
             state.ahead = self._beside.submit(self._compute, state)
 
     def waits(self, state: GrammarState) -> bool:
-        """Whether its next mask is still being computed."""
+        """Return whether a state's next mask is still being computed."""
         return state.ahead is not None and not state.ahead.done()
 
     def rest(self, states: Iterable[GrammarState]) -> None:
-        """Wait for the first of their masks, not for long."""
+        """Wait briefly for the first of these states' masks."""
         ahead: list[Future[Any]] = [state.ahead for state in states if state.ahead is not None]
         wait(ahead, _REST, FIRST_COMPLETED)
 
     def close(self) -> None:
-        """Begin no further mask."""
+        """Stop: begin no further mask."""
         if "_beside" in self.__dict__:
             self._beside.shutdown(wait=False, cancel_futures=True)
 

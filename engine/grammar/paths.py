@@ -1,7 +1,7 @@
-"""How far a grammar's compiler has to go down: the longest path through schemas, references and rules. Pure.
+"""Measures how deeply a compiler recurses: the longest path through schemas, references and rules. Pure.
 
 llguidance compiles what a schema or a rule refers to while it compiles that one. Each step takes some of the thread's
-stack, and a stack that runs out ends the process, so that paths are measured before anything is compiled. Measured with
+stack, and a stack overflow ends the process, so paths are measured before anything is compiled. Measured with
 llguidance 1.9.1, bytes of stack a step: 5,100 through object properties, `prefixItems` and `anyOf`, 3,600 through
 `$ref` alone, 3,400 through the rules of a Lark grammar. `MAX_PATH` steps fit a stack of 1.25 MiB; the smallest stack
 that a thread of the server has is one of 2 MiB.
@@ -19,7 +19,7 @@ from engine.text.json_schema import inner, target_of
 __all__ = ["MAX_PATH", "check_rules", "check_schema_path", "longest_path", "rules_of", "schema_path"]
 
 MAX_PATH: Final = 250
-"""Steps: a schema in another one, a reference, a rule in another one."""
+"""Steps of a path at most. A step is a schema inside another, a reference, or a rule inside another."""
 
 _Node = TypeVar("_Node", bound=Hashable)
 
@@ -34,13 +34,13 @@ _LARK: Final = re.compile(
     """,
     re.VERBOSE,
 )
-"""The pieces of a Lark grammar, as far as it matters what is a name."""
+"""The tokens of a Lark grammar, as far as needed to find its names."""
 
 
 def longest_path(edges: Mapping[_Node, Sequence[_Node]], start: _Node) -> int:
-    """Steps of the longest path from a node; what leads back to a node of the path itself is no step.
+    """Return the number of steps of the longest path from a node. An edge back to the path itself is no step.
 
-    That is exact where nothing leads back. Where something does, it is the longest path of a walk in the order given.
+    The number is exact for a graph without cycles. With cycles it is that of a depth-first walk in the order given.
     """
     found: dict[_Node, int] = {}
     open_ = {start}
@@ -68,7 +68,7 @@ def longest_path(edges: Mapping[_Node, Sequence[_Node]], start: _Node) -> int:
 
 
 def schema_path(schema: Any) -> int:
-    """Steps of the longest path through a schema: into a part of it, or along a reference inside the document."""
+    """Return the steps of the longest path through a schema, into its parts and along references inside it."""
     edges: dict[int, list[int]] = {}
     named: dict[str, Any] | None = None
     waiting = [schema]
@@ -91,7 +91,7 @@ def schema_path(schema: Any) -> int:
 
 
 def _names(schema: Any) -> dict[str, Any]:
-    """Parts by what a reference may call them beside a pointer: `#anchor`, `$id`."""
+    """The parts that a reference may name other than by a pointer, by `#anchor` or `$id`."""
     found: dict[str, Any] = {}
     waiting = [schema]
     while waiting:
@@ -107,7 +107,7 @@ def _names(schema: Any) -> dict[str, Any]:
 
 
 def rules_of(lark: str) -> dict[str, list[str]]:
-    """The names that stand in each rule or terminal of a Lark grammar, in order of appearance."""
+    """Return the names used in each rule or terminal of a Lark grammar, in order of appearance."""
     found: dict[str, list[str]] = {}
     current: list[str] = []
     last = ""  # the name that a colon would make a rule's

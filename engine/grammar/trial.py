@@ -1,13 +1,12 @@
-"""Grammars that requests bring, tried in a child before the server compiles them. No torch, no HTTP.
+"""`GrammarTrial`: tries each request's grammar in a child process before the server compiles it. No torch, no HTTP.
 
-    ReplyForm ──▶ GrammarTrial.grammar ══ child: grammar_of, compile on a small stack, walk ══▶ ToolGrammar, or refused
+    GrammarSource ──▶ GrammarTrial.grammar ══ child: reply_grammar, compile on a small stack, walk ══▶ ReplyGrammar
 
-What an expression or a schema costs cannot be told by looking at it: some overflow the compiler's stack, some take
-gigabytes, some are slow at each token. The child (`engine.confined.process`) finds out: it does all that the server
-would do, within a bound on processor time and memory and on a stack smaller than any in the server; then it takes a
-few dozen tokens and measures the masks. Only then is the grammar's text compiled in the server, within the same
-counts. These clocks refuse, and only before a reply has begun. Every outcome is kept by content, so that sending
-something again is free.
+The cost of an expression or a schema cannot be seen in its text: some overflow the compiler's stack, some take
+gigabytes, some are slow at each token. The child (`engine.confined.process`) does all that the server would do, with
+bounds on processor time and memory and on a stack smaller than any in the server; then it takes a few dozen tokens and
+measures the masks. Only then the server compiles the grammar's text, within the same counts. These clocks can only
+refuse a request, and only before its reply has begun. Outcomes are cached by content.
 """
 
 from __future__ import annotations
@@ -26,24 +25,25 @@ from numpy.typing import NDArray
 
 from engine.confined.process import Confined, ConfinedError, ConfinedFault
 from engine.errors import InvalidParameter, Unavailable, Unsupported
-from engine.grammar.compiler import STEP_FUEL, GrammarCompiler, GrammarState, TokenTable
-from engine.grammar.reply_form import ReplyForm, grammar_of
-from engine.grammar.tools import ToolGrammar
+from engine.grammar.answer_grammar import ReplyGrammar
+from engine.grammar.compiler import STEP_FUEL, GrammarCompiler, GrammarState
+from engine.grammar.reply_grammar import GrammarSource, reply_grammar
+from engine.grammar.token_table import TokenTable
 from engine.text.json_schema import check_depth
 
 __all__ = ["GrammarTrial"]
 
 SECONDS: Final = 5.0
-"""Processor time for one request's grammar, all schemas and the search for a fault in them: a schema of 300 properties
-takes 0.1, 128 tools of ten parameters 0.9. A clock must be far from what is honest (here five times), or
-the same request would be refused on a busy machine and served on another."""
+"""Seconds of processor time for one request's grammar, with the search for a fault in its schemas. A schema of 300
+properties takes 0.1, 128 tools of ten parameters 0.9. The limit is five times what honest requests take, or a busy
+machine would refuse what another serves."""
 MEMORY: Final = 512 << 20  # bytes for one request's grammar; 6,000 properties take 65 MiB
 STACK: Final = 3 << 19
-"""Bytes of stack on which the child compiles and follows a grammar: less than any thread of the server has (2 MiB:
-llguidance's own, and all under `ulimit -s unlimited`), more than `MAX_PATH` steps take."""
+"""Bytes of stack in the child: less than any thread of the server has (2 MiB: llguidance's own, and all under
+`ulimit -s unlimited`), more than `MAX_PATH` steps take."""
 _COMPILE_SECONDS: Final = 2.0
-"""Processor time for the whole grammar: the engine's thread may have to compile it again, while everybody waits.
-128 tools take 0.22, a constant of 250,000 characters 0.38."""
+"""Seconds of processor time to compile the whole grammar: the engine's thread may have to compile it again while all
+others wait. 128 tools take 0.22, a constant of 250,000 characters 0.38."""
 _STEP_SECONDS: Final = 0.25  # for one token of the walk: the mask and what follows from it
 _STEPS: Final = 16  # tokens of one walk
 _WALK_SECONDS: Final = 0.4  # for all of them; 300 optional properties take 0.03
@@ -55,7 +55,7 @@ _MOST: Final = 1_000_000  # characters of a request's tools and constraint toget
 
 
 class GrammarTrial:
-    """Makes the grammars of one model's requests, from any thread; the child starts with the first that needs it."""
+    """Makes the grammars of one model's requests. Safe to use from several threads; its child starts when needed."""
 
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
@@ -71,7 +71,7 @@ class GrammarTrial:
         self._size = 0
 
     def warm(self) -> None:
-        """Start the child and make the tokenizer ready, before the first request needs them."""
+        """Start the child and build the tokenizer, before the first request needs them."""
         self._child.start()
         self._compiler.warm()
 
@@ -79,26 +79,26 @@ class GrammarTrial:
         """End the child."""
         self._child.close()
 
-    def grammar(self, form: ReplyForm) -> ToolGrammar:
-        """What a reply is held to.
+    def grammar(self, source: GrammarSource) -> ReplyGrammar:
+        """Make the grammar of a reply.
 
         Raises:
-            InvalidParameter: it cannot be compiled or enforced, or costs more than a grammar may.
+            InvalidParameter: it cannot be compiled or enforced, or exceeds the limits.
         """
-        if not form.tools and form.constraint is not None and form.constraint.value is True:
-            return grammar_of(self._compiler, form)  # any JSON object: no part of it is the request's
-        told = _written(form)
+        if not source.tools and source.constraint is not None and source.constraint.value is True:
+            return reply_grammar(self._compiler, source)  # any JSON object: no part of it is the request's
+        told = _written(source)
         key = hashlib.sha256(told.encode("utf-8", "surrogatepass")).digest()
         outcome = self._known(key)
         if outcome is None:
-            outcome, passing = self._try(form, told)
+            outcome, passing = self._try(source, told)
             if not passing:
                 self._keep(key, outcome)
         if "text" not in outcome:
             kind = Unsupported if outcome["kind"] == "Unsupported" else InvalidParameter
             raise kind(outcome["message"], param=outcome["param"], code=outcome["code"], **outcome["details"])
-        made = ToolGrammar(outcome["text"], tuple(outcome["unenforced"]), frozenset(outcome["loose"]))
-        self._compiler.check(made.text, form.param)
+        made = ReplyGrammar(outcome["text"], tuple(outcome["unenforced"]), frozenset(outcome["unenforced_tools"]))
+        self._compiler.check(made.text, source.param)
         return made
 
     def _known(self, key: bytes) -> dict[str, Any] | None:
@@ -116,8 +116,8 @@ class GrammarTrial:
             while self._size > _KEPT:
                 self._size -= self._outcomes.popitem(last=False)[1][1]
 
-    def _try(self, form: ReplyForm, told: str) -> tuple[dict[str, Any], bool]:
-        """The outcome, and whether the same form may have another one at another time."""
+    def _try(self, source: GrammarSource, told: str) -> tuple[dict[str, Any], bool]:
+        """Try a grammar; return the outcome, and whether the same source may have another outcome later."""
         try:
             found: dict[str, Any] = self._child.call(f"{__name__}:made", told)
         except RuntimeError as error:
@@ -127,20 +127,20 @@ class GrammarTrial:
             if "SIGSEGV" in what or "SIGBUS" in what:
                 what = f"is nested too deeply, or too large, to compile: {STACK / (1 << 20):g} MiB of stack are allowed"
             refused = InvalidParameter(
-                f"{form.param}: its grammar {what}.", param=form.param, code="grammar_too_costly"
+                f"{source.param}: its grammar {what}.", param=source.param, code="grammar_too_costly"
             )
             return _refused(refused), fault.passing
         except ConfinedError as error:
             if error.kind != "PanicException":
                 raise RuntimeError(f"a grammar's trial raised {error.kind}: {error}") from None
             return _refused(
-                InvalidParameter(f"{form.param}: its compiler gave up: {error}"[:300], param=form.param)
+                InvalidParameter(f"{source.param}: its compiler gave up: {error}"[:300], param=source.param)
             ), False
         return found, False
 
 
 class _CostlyError(Exception):
-    """What a grammar exceeds, and the limit: the rest of a sentence."""
+    """A grammar exceeds a limit. The message continues `its grammar …`."""
 
 
 def _refused(error: InvalidParameter) -> dict[str, Any]:
@@ -153,19 +153,19 @@ def _refused(error: InvalidParameter) -> dict[str, Any]:
     }
 
 
-def _written(form: ReplyForm) -> str:
-    """A form as JSON: what crosses, and by what its outcome is kept."""
-    for i, tool in enumerate(form.tools):
-        check_depth(tool["function"].get("parameters"), f"tools.{i}.function.parameters")
-    if form.constraint is not None:
-        check_depth(form.constraint.value, form.constraint.param)
+def _written(source: GrammarSource) -> str:
+    """Write a source as JSON, which is sent to the child and is the key of its outcome."""
+    for i, tool in enumerate(source.tools):
+        check_depth(tool.parameters, f"tools.{i}.function.parameters")
+    if source.constraint is not None:
+        check_depth(source.constraint.value, source.constraint.param)
     try:
-        text = json.dumps(form.as_json(), separators=(",", ":"))
+        text = json.dumps(source.as_json(), separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidParameter(f"{form.param} is not JSON: {error}", param=form.param) from None
+        raise InvalidParameter(f"{source.param} is not JSON: {error}", param=source.param) from None
     if len(text) > _MOST:
-        raise InvalidParameter(f"{form.param}: {len(text):,} characters of schemas; at most {_MOST:,} are allowed.",
-                               param=form.param)  # fmt: skip
+        raise InvalidParameter(f"{source.param}: {len(text):,} characters of schemas; at most {_MOST:,} are allowed.",
+                               param=source.param)  # fmt: skip
     return text
 
 
@@ -178,12 +178,12 @@ class _Kept:
     lengths: NDArray[np.int64]
     """Bytes of each token."""
     closing: NDArray[np.bool_]
-    """Tokens that may end something; a walk that stays inside sees more."""
+    """Tokens that may end something: a walk avoids them, to see more of the grammar."""
     ends: NDArray[np.bool_]
 
 
 def keep(table: dict[str, Any]) -> _Kept:
-    """What every trial of a model needs."""
+    """Prepare what all trials of a model share."""
     found = TokenTable.from_json(table)
     compiler = GrammarCompiler.from_table(found)
     compiler.start("start: /a/")
@@ -195,19 +195,19 @@ def keep(table: dict[str, Any]) -> _Kept:
 
 
 def made(told: str, kept: _Kept) -> dict[str, Any]:
-    """A form's grammar, tried; or why it is refused."""
-    form = ReplyForm.from_json(json.loads(told))
+    """Make and try a source's grammar; return it, or why it is refused."""
+    source = GrammarSource.from_json(json.loads(told))
     try:
-        grammar = grammar_of(kept.compiler, form)
+        grammar = reply_grammar(kept.compiler, source)
         _on_a_small_stack(lambda: _followed(kept, grammar.text))
     except InvalidParameter as error:
         return _refused(error)
     except _CostlyError as error:
         return _refused(
-            InvalidParameter(f"{form.param}: its grammar {error}.", param=form.param, code="grammar_too_costly")
+            InvalidParameter(f"{source.param}: its grammar {error}.", param=source.param, code="grammar_too_costly")
         )
     left_out = [pointer[:200] for pointer in grammar.unenforced[:_POINTERS]]  # thousands, each a long one, may be
-    return {"text": grammar.text, "unenforced": left_out, "loose": sorted(grammar.loose)}
+    return {"text": grammar.text, "unenforced": left_out, "unenforced_tools": sorted(grammar.unenforced_tools)}
 
 
 def _on_a_small_stack(function: Any) -> None:
@@ -230,17 +230,17 @@ def _on_a_small_stack(function: Any) -> None:
 def _followed(kept: _Kept, text: str) -> None:
     try:
         _walk(kept, text)
-    except InvalidParameter as error:  # in a reply's words, which there is none of yet
+    except InvalidParameter as error:  # its words are about a reply, and there is none yet
         said = re.split("; (?:consider|try) | <", error.message.partition(": ")[2])[0]
         said = said.replace("constructed", f"constructed; max is {STEP_FUEL:,}")
         raise _CostlyError(f"goes beyond the limits of a step: {said}") from None
 
 
 def _walk(kept: _Kept, text: str) -> None:
-    """Compile a grammar anew and follow it for some tokens.
+    """Compile a grammar with an empty cache and follow it for some tokens.
 
     Raises:
-        _CostlyError: that takes too long, or more than the counts that bound a reply.
+        _CostlyError: it takes too long, or exceeds the counts that bound a reply.
     """
     compiler = kept.compiler.fresh()
     began = time.thread_time()
@@ -260,7 +260,10 @@ def _walk(kept: _Kept, text: str) -> None:
 
 
 def _step(kept: _Kept, compiler: GrammarCompiler, state: GrammarState, walk: int, step: int) -> float | None:
-    """Take the forced tokens and one more, any or a short one; that one's seconds, or None if the grammar has ended."""
+    """Take the forced tokens and one more; return that one's seconds, or None if the grammar has ended.
+
+    The first walk takes any token, later ones short tokens.
+    """
     taken = 0
     while state.forced is not None and not state.stopped and taken < _FORCED:
         state.consume(state.forced)

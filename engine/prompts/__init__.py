@@ -1,1 +1,1 @@
-"""From messages to token ids, with content kept apart from control tokens. No torch."""
+"""Turns messages into token ids, and keeps their content from becoming control tokens. No torch."""

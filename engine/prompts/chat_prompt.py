@@ -1,6 +1,6 @@
-"""Messages and tools → the prompt of a model: its text by the model's template, its tokens with content kept apart.
+"""`ChatPrompts`: renders messages and tools with a model's chat template, and encodes the prompt into token ids.
 
-Knows templates, chat formats and control words; no limits, no parameters of sampling.
+Content never becomes a control token. Knows templates, chat formats and control words; no limits, no sampling.
 """
 
 from __future__ import annotations
@@ -14,41 +14,37 @@ from typing import Any
 from engine.errors import InvalidFormat, TemplateRefused
 from engine.prompts.content_guard import ContentGuard, ControlWords, Conversation, Marked
 from engine.prompts.prompt_encoder import CLOSE, OPEN, PromptEncoder, find_control_words
+from engine.prompts.tool_messages import generic_messages, one_call_a_turn, with_written_calls
 from engine.replies.chat_format import ChatFormat
-from engine.replies.tool_format import (
-    CALL_ID,
-    GENERIC,
-    ToolFormat,
-    generic_messages,
-    one_call_a_turn,
-    with_written_calls,
-)
+from engine.replies.tool_format import CALL_ID, GENERIC, ToolFormat
 from engine.templates.chat_template import ChatTemplate
 from engine.types.messages import ChatMessage
 from engine.types.requests import GenerationRequest
+from engine.types.tools import Tool
 
 __all__ = ["ChatPrompts", "Encoded", "control_words"]
 
 _RESULTS = "<tool_response></tool_response>"
-"""What `generic_messages` writes around results."""
+"""The tags that `generic_messages` writes around results."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt's tokens. `shown`: its text, in which a control word of the request has the mark in it."""
+    """A prompt's token ids and its text."""
 
     ids: list[int]
     shown: str
+    """The text, with `mark` inside each control word that the request spells."""
     mark: str = ""
 
 
 def control_words(
     tokenizer: Any, template: ChatTemplate, chat_format: ChatFormat
 ) -> tuple[dict[str, int], frozenset[str]]:
-    """A model's control words by spelling, and which of them an assistant's text may hold as such.
+    """Return a model's control words with their ids, and those of them that an assistant's text may contain as such.
 
-    The latter are the marks of thoughts, and those of calls that are no special tokens: they part what clients send
-    back.
+    The latter are the delimiters of thoughts, and those of calls that are no special tokens: templates split by them
+    what clients send back.
     """
     forms = [
         _written(form) for form in (chat_format.tool_format, chat_format.template_format, GENERIC) if form is not None
@@ -63,12 +59,12 @@ def control_words(
 
 
 class ChatPrompts:
-    """Renders and encodes conversations for one model. Holds no state; may be shared by threads."""
+    """Renders and encodes conversations for one model. Holds no state; safe to use from several threads."""
 
     def __init__(
         self, template: ChatTemplate, chat_format: ChatFormat, encoder: PromptEncoder, words: ControlWords | None
     ) -> None:
-        """`words`: what content must not become; None to let it."""
+        """`words`: the control words that content must not become; None to allow it."""
         self._template = template
         self._chat_format = chat_format
         self._encoder = encoder
@@ -76,15 +72,15 @@ class ChatPrompts:
         self._guard = ContentGuard(words) if words is not None else None
 
     def conversation(self, request: GenerationRequest, variables: Mapping[str, Any]) -> Conversation:
-        """What the template is to render of a request with messages."""
+        """Collect what the template renders of a request with messages."""
         messages: Sequence[ChatMessage] = request.messages or ()
         form = self._chat_format.template_format
         if self._by_template(request.tools) and form is not None and CALL_ID in form.close:
             messages = [_with_short_ids(message) for message in messages]
-        return Conversation(tuple(messages), tuple(_as_shown(tool) for tool in request.tools), variables)
+        return Conversation(tuple(messages), request.tools, variables)
 
     def render(self, conversation: Conversation) -> str:
-        """The prompt's text.
+        """Render the prompt's text.
 
         Raises: what `ChatTemplate.render` raises.
         """
@@ -105,12 +101,12 @@ class ChatPrompts:
             return self._template.render(generic_messages(messages, tools, system=False), variables)
 
     def encode(self, conversation: Conversation, text: str) -> Encoded:
-        """The tokens of a rendered conversation; what it spells of control words is text in them.
+        """Encode a rendered conversation, so that control words that the request spells become text.
 
-        Where nothing of the request takes part in a control word, these are the tokens of `text` as it is.
+        Where no part of the request could be part of a control word, the result is the plain encoding of `text`.
 
         Raises:
-            InvalidFormat: the tokenizer or the template does not let content be told from control.
+            InvalidFormat: the tokenizer or the template makes it impossible to tell content from control.
             TypeError, UnicodeEncodeError: see `PromptEncoder.encode`.
         """
         marked = self._guard.mark(conversation, text) if self._guard is not None else None
@@ -122,7 +118,7 @@ class ChatPrompts:
             as_it_is = not marked.spelled
         elif shown.replace(marked.mark, "") == text:
             as_it_is = _in_plain(told, shown, marked.mark) == own
-        else:  # the template chose by what the marks changed: it may, if there was nothing to hide
+        else:  # the marks changed what the template chose: allowed, if no control word was spelled
             as_it_is = not marked.spelled and [word for _, word in told] == [word for _, word in own]
         if as_it_is:
             ids = self._encoder.encode(text, special=False)
@@ -135,12 +131,12 @@ class ChatPrompts:
             raise self._refusal("which its tokenizer cannot read as text")
         return Encoded(ids, shown, marked.mark)
 
-    def _by_template(self, tools: Sequence[Any]) -> bool:
+    def _by_template(self, tools: Sequence[Tool]) -> bool:
         # A template of its own for tools leaves the other one to conversations that know of none.
         return self._chat_format.shows_tools and (bool(tools) or self._template.tool_use is None)
 
     def _shown(self, marked: Marked, text: str) -> str | None:
-        """The prompt with marks; None if the template refuses them or writes one as something else."""
+        """Render the prompt with marks; None if the template refuses them or writes one as something else."""
         try:
             shown = self.render(marked.conversation)
         except TemplateRefused:
@@ -161,7 +157,7 @@ class ChatPrompts:
 
 
 def _in_plain(found: Sequence[tuple[int, str]], text: str, mark: str) -> list[tuple[int, str]]:
-    """Places in a text with marks as places in the text without."""
+    """Convert places in a text with marks to places in the text without."""
     places, at, marks = [], 0, 0
     for position, word in found:
         marks += text.count(mark, at, position)
@@ -175,13 +171,8 @@ def _written(form: ToolFormat) -> str:
     return "\0".join((*parts, form.key_open, form.value_open, form.value_close))
 
 
-def _as_shown(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A definition as the model sees it: how strictly it is held to it is no concern of its."""
-    return {**tool, "function": {key: value for key, value in tool["function"].items() if key != "strict"}}
-
-
 def _with_short_ids(message: ChatMessage) -> ChatMessage:
-    """A message whose call ids have nine letters and digits, for templates that show them and take no other length."""
+    """Shorten a message's call ids to nine letters and digits, for templates that accept no other length."""
 
     def short(call_id: str) -> str:
         own = call_id.removeprefix("call_")

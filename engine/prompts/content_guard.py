@@ -1,9 +1,9 @@
-"""Text of a request that spells control tokens, told from the template's own. Pure text; knows no tokenizer, no torch.
+"""`ContentGuard`: tells control words that a request spells from the template's own. Pure text; knows no tokenizer.
 
-A word of control (`<|im_end|>`, `<think>`) in a message is text, not control. To know whose word is whose after a
-template has trimmed, split and joined, a conversation is rendered twice: as it is, and with a mark (a noncharacter
-that occurs nowhere in it) after each character that can begin such a word and before each that can end one, in
-all that comes from the request. A word in the marked prompt is the template's, for no other is in one piece.
+A control word (`<|im_end|>`, `<think>`) in a message is text, not control. Templates trim, split and join, so to know
+which words are their own a conversation is rendered twice: as it is, and with a mark in all text of the request. The
+mark is a noncharacter that occurs nowhere in the request. It is put after each character that can begin a control word
+and before each that can end one. A control word in the marked prompt is the template's, as no other is in one piece.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from typing import Any, Final
 
 from engine.errors import InvalidFormat
 from engine.types.messages import ChatMessage
+from engine.types.tools import Tool
 
 __all__ = ["ContentGuard", "ControlWords", "Conversation", "Marked"]
 
 _MARKS: Final = tuple(chr(code) for code in range(0xFDD2, 0xFDF0))
-"""Noncharacters, which no text that is exchanged should hold; the first that a request does not hold is used."""
+"""Noncharacters, which no exchanged text should contain. The first that a request does not contain is the mark."""
 
 _KEPT: Final = frozenset({"<think>", "</think>"})
-"""In an assistant's text these part thoughts from the answer: templates look for them in what clients send back."""
+"""In an assistant's text these separate thoughts from the answer: templates search for them."""
 
 _SCHEMA: Final = frozenset(
     (
@@ -34,7 +35,7 @@ _SCHEMA: Final = frozenset(
         *("object", "array", "string", "integer", "number", "boolean", "null", "return", "arguments"),
     )
 )
-"""Words of a tool's definition that templates look for: never marked."""
+"""Words of a tool's definition that templates search for: never marked."""
 
 _PIECE: Final = 1 << 18
 _STRING: Final = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
@@ -43,16 +44,16 @@ _LETTERS: Final = re.compile(r"\w")
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a template renders, all of it from the request."""
+    """What a template renders of a request."""
 
     messages: tuple[ChatMessage, ...]
-    tools: tuple[Any, ...]
+    tools: tuple[Tool, ...]
     variables: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Marked:
-    """A conversation with marks. `spelled`: whether a text in it has a whole control word."""
+    """A conversation with marks. `spelled`: whether a text in it contains a whole control word."""
 
     conversation: Conversation
     mark: str
@@ -60,11 +61,11 @@ class Marked:
 
 
 class ControlWords:
-    """The spellings that are tokens of control.
+    """The texts that become control tokens.
 
     Args:
         words: the control words.
-        kept: those that stay what they are in an assistant's text, because templates and clients part it by them.
+        kept: those that remain control words in an assistant's text, because templates split it by them.
     """
 
     def __init__(self, words: Iterable[str], kept: Iterable[str] = ()) -> None:
@@ -83,25 +84,25 @@ class ControlWords:
         ]
 
     def find(self, text: str) -> list[tuple[int, str]]:
-        """Where control words stand in a text, and which: the leftmost, and of those the longest, as tokenizers do."""
+        """Find the control words in a text, with their places: leftmost, then longest, as tokenizers do."""
         return [(found.start(), found[0]) for found in self._pattern.finditer(text)]
 
     def spelled_in(self, text: str, *, assistant: bool) -> bool:
-        """Whether a text of the request has a whole control word that counts as text."""
+        """Return whether a text of the request contains a whole control word that must become text."""
         words = self._split if assistant else self.words
         # In pieces, so that a search in megabytes does not keep all other threads waiting.
         pieces = (text[at : at + _PIECE + self._longest] for at in range(0, len(text), _PIECE))
         return any(word in piece for piece in pieces for word in words)
 
     def marked(self, text: str, mark: str, *, assistant: bool = False) -> str:
-        """A text with marks, so that no control word that it begins, ends or holds is in one piece."""
+        """Put marks into a text, so that no control word that it begins, ends or contains is in one piece."""
         marked = self._edged(text, mark)
         for word in self._parting if assistant else ():
             marked = marked.replace(self._edged(word, mark), word)
         return marked
 
     def apart(self, text: str, mark: str) -> str:
-        """A text that is the inside of a control word with a mark before it."""
+        """Put a mark before a text that is the inside of a control word."""
         inside = text.strip()
         if len(inside) > self._longest_inside or inside not in self._inside:
             return text
@@ -109,7 +110,7 @@ class ControlWords:
         return f"{text[:start]}{mark}{text[start:]}"
 
     def marked_in_json(self, text: str, mark: str) -> str:
-        """JSON text with marks in its strings."""
+        """Put marks into the strings of a JSON text."""
 
         def string(found: re.Match[str]) -> str:
             inside = self._edged(found[0][1:-1], mark)
@@ -131,19 +132,19 @@ class ControlWords:
 
 
 class ContentGuard:
-    """Marks what comes from a request. Holds no state; may be shared by threads."""
+    """Marks the text of requests. Holds no state; safe to use from several threads."""
 
     def __init__(self, words: ControlWords) -> None:
         self.words = words
 
     def mark(self, conversation: Conversation, rendered: str) -> Marked | None:
-        """A conversation with marks; None if nothing in it could be part of a control word.
+        """Put marks into a conversation; None if nothing in it could be part of a control word.
 
         Args:
-            rendered: the prompt without marks, which may hold no mark either.
+            rendered: the prompt without marks, in which the mark must not occur either.
 
         Raises:
-            InvalidFormat: it holds all characters that could be marks.
+            InvalidFormat: it contains all characters that could be the mark.
         """
         taken = _Taken()
         taken.conversation(conversation)
@@ -158,20 +159,20 @@ class ContentGuard:
 
 
 class _Walk(ABC):
-    """One way through all texts of a conversation; what `text` and `arguments` return takes their places."""
+    """Visits all texts of a conversation and replaces them with what `text` and `arguments` return."""
 
     @abstractmethod
     def text(self, text: str, *, assistant: bool = False, apart: bool = True) -> str:
-        """One text of the request. `assistant`: the model may have said it. `apart`: it is kept apart from control."""
+        """Visit a text. `assistant`: the model may have said it. `apart`: it may be the inside of a control word."""
 
     @abstractmethod
     def arguments(self, text: str) -> str:
-        """The arguments of a call, as JSON text."""
+        """Visit the arguments of a call, which are JSON text."""
 
     def conversation(self, given: Conversation) -> Conversation:
         return Conversation(
             tuple(self._message(message) for message in given.messages),
-            tuple(self._deep(tool) for tool in given.tools),
+            tuple(self._tool(tool) for tool in given.tools),
             # A template compares its variables with words of its own, which may be the inside of a control word.
             {name: self._deep(value, apart=False) for name, value in given.variables.items()},
         )
@@ -196,6 +197,14 @@ class _Walk(ABC):
             ),
         )
 
+    def _tool(self, tool: Tool) -> Tool:
+        return dataclasses.replace(
+            tool,
+            name=self.text(tool.name),
+            description=None if tool.description is None else self.text(tool.description),
+            parameters=self._deep(tool.parameters),
+        )
+
     def _deep(self, value: Any, *, apart: bool = True) -> Any:
         if isinstance(value, str):
             return self.text(value, apart=apart)
@@ -207,7 +216,7 @@ class _Walk(ABC):
 
 
 class _Taken(_Walk):
-    """Which noncharacters a conversation holds."""
+    """Collects the noncharacters in a conversation."""
 
     def __init__(self) -> None:
         self.found: set[str] = set()
@@ -251,14 +260,14 @@ class _Marking(_Walk):
 
 
 def _insides(word: str) -> Iterator[str]:
-    """What a template may put between brackets of its own (`'<' ~ name ~ '>'`) to make a control word of it."""
+    """The parts of a control word that a template may put between its own brackets (`'<' ~ name ~ '>'`)."""
     starts = [at for at in range(1, len(word)) if not _LETTERS.search(word[:at])]
     ends = [at for at in range(1, len(word)) if not _LETTERS.search(word[at:])]
     return (word[start:end] for start in starts for end in ends if _LETTERS.search(word[start:end]))
 
 
 def _any_of(words: Iterable[str]) -> str:
-    """An expression for the longest of some words, as a tree of their letters: one look at each place of a text."""
+    """An expression for the longest of some words, as a tree of their letters: each place is searched once."""
     tree: dict[str, Any] = {}
     for word in words:
         branch = tree

@@ -1,7 +1,7 @@
-"""Prompt text → token ids, and how few tokens a text can have. Knows the tokenizer; no messages, no model.
+"""`PromptEncoder`: encodes prompt text into token ids, and bounds a text's length in tokens. Knows no model.
 
-Uses the `tokenizers` library itself, not transformers' call around it: that sets switches of the shared tokenizer at
-each call, which two threads must not do, and makes offsets and words of each token, which nobody reads.
+Uses the `tokenizers` library itself, not transformers' wrapper: that sets options of the shared tokenizer at each call,
+which two threads must not do, and computes offsets and words of each token, which nobody reads.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from engine.text.vocabulary import BYTE_LEVEL
 __all__ = ["PromptEncoder", "find_control_words"]
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
-"""Around the template's own control words in a text that spells others; noncharacters."""
+"""Noncharacters around the template's own control words, in a text that spells others."""
 
 CHARACTERS_PER_TOKEN: Final = 64
-"""The most characters per token of context that are read where a token may stand for any number of them."""
+"""Characters per token of context that are read at most, where a token may stand for any number of them."""
 
 _CONTROL: Final = re.compile(r"[<\[{]?[|｜].*[|｜][>\]}]?|</?(s|bos|eos|pad|unk|mask)>", re.DOTALL)
 _LONGEST: Final = 256  # characters of a control word
@@ -36,11 +36,11 @@ _UNICODE_FORMS: Final = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
 
 
 def find_control_words(tokenizer: Any, sources: Iterable[str]) -> dict[str, int]:
-    """The added tokens that are control, by spelling.
+    """Return the control words among a tokenizer's added tokens, with their ids.
 
-    These are the special ones, those written `<|…|>` or `</s>`, and those that stand in `sources`: the chat templates
-    and what else writes prompts. Others (white space, HTML tags) are text that happens to be one token, and so are
-    switches that people write (`/nothink`). A tokenizer that lists them (`chat_control_tokens`) is believed.
+    These are the special tokens, those written `<|…|>` or `</s>`, and those that occur in `sources`, the texts that
+    write prompts. Others (white space, HTML tags) are text that happens to be one token, and so are switches that
+    people write (`/nothink`). The list of a tokenizer that has one (`chat_control_tokens`) is used instead.
     """
     listed = getattr(tokenizer, "chat_control_tokens", None)
     text = "\0".join(sources)
@@ -73,11 +73,11 @@ class PromptEncoder:
         self._least = _Least.of(backend)
 
     def at_least(self, text: str) -> int | None:
-        """A number of tokens that a text has or exceeds; None where a token may stand for any length of text."""
+        """Return a lower bound on a text's tokens; None where a token may stand for any length of text."""
         return self._least.tokens(text) if self._least is not None else None
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """The ids of a text, with what the tokenizer adds around it if `special`.
+        """Encode a text, with the tokens that the tokenizer adds around it if `special`.
 
         Raises:
             TypeError, UnicodeEncodeError: it is not valid Unicode.
@@ -86,7 +86,7 @@ class PromptEncoder:
         return self._plain.encode(text, special=special)
 
     def encode_apart(self, text: str, own: Iterable[tuple[int, str]], mark: str) -> list[int]:
-        """The ids of a text in which only the control words at `own` are control; `mark` is left out.
+        """Encode a text in which only the control words at `own` are control, without the `mark`s in it.
 
         `own`: (position, word), ascending. The text must hold neither OPEN nor CLOSE.
         """
@@ -98,13 +98,13 @@ class PromptEncoder:
         return self._apart.encode("".join(pieces), special=False)
 
     def has_just(self, ids: Iterable[int], own: Iterable[tuple[int, str]]) -> bool:
-        """Whether the control tokens in `ids` are the words of `own`, one for one."""
+        """Return whether the control tokens in `ids` are exactly the words of `own`."""
         wanted = [self._words[word] for _, word in own if word in self._words]
         return [i for i in ids if i in self._control] == wanted
 
 
 class _Copy:
-    """A tokenizer that shares the model of another and knows the words of `apart` only between OPEN and CLOSE."""
+    """A tokenizer that shares another's model and recognises the words in `apart` only between OPEN and CLOSE."""
 
     def __init__(self, original: Tokenizer, apart: Container[str] = ()) -> None:
         self.backend = Tokenizer(original.model)
@@ -138,10 +138,10 @@ class _Copy:
 
 
 class _Least:
-    """How few tokens a text can have, from the pairs of bytes that stand inside tokens and the lengths of tokens.
+    """A lower bound on the number of tokens of a text, from the byte pairs inside tokens and the tokens' lengths.
 
-    A token is a piece of the (normalised) text. So between two bytes that stand side by side in no token one ends; and
-    if no token that holds the byte b has more than L(b) bytes, the text has at least the sum of 1 / L(b) of them.
+    A token is a piece of the (normalised) text. A pair of bytes that is inside no token has a token's end between them.
+    If no token with the byte b has more than L(b) bytes, the text has at least as many tokens as the sum of 1 / L(b).
     """
 
     def __init__(self, tokens: Iterable[bytes], *, swallowed: bool, spaces: bool, forms: Any) -> None:
@@ -205,7 +205,7 @@ class _Least:
         for start in range(0, len(row) - 1, _PART):
             part = row[start : start + _PART + 1].astype(np.uint16)
             ends += int(np.count_nonzero(self._ends[part[:-1] << 8 | part[1:]]))
-        # Less a little: the sum is rounded millions of times, and a cut may part what would be one character.
+        # Slightly less: the sum is rounded millions of times, and a cut may split a character.
         return max(0, max(int(by_length * (1 - 1e-9)), ends) - 8 * cuts)
 
 
@@ -216,7 +216,7 @@ def _flat(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]
 
 
 def _keeps(step: Mapping[str, Any]) -> bool:
-    """Whether a step of a tokenizer leaves each byte of a text in some token."""
+    """Whether a step of a tokenizer keeps each byte of a text in some token."""
     match step:
         case {"type": "ByteLevel" | "Digits" | "Prepend" | "NFC" | "NFD" | "NFKC" | "NFKD"}:
             return True

@@ -1,1 +1,1 @@
-"""A reply taken apart while it is written: thoughts, answer, tool calls. No torch."""
+"""Separates a reply into thoughts, answer and tool calls while it is generated. No torch."""

@@ -1,8 +1,7 @@
-"""How a model speaks beside plain text: its thoughts, its tool calls, and where each of that was learnt from. No torch.
+"""`ChatFormat`: how a model writes thoughts and tool calls, and where that was learnt from. No torch.
 
-In this order: a response template that models.yaml names; one that the tokenizer ships; what rendering the chat
-template shows; the small table below, for families whose template does not write what the model writes; the generic
-form.
+The sources, in order: a response template that models.yaml names; one that the tokenizer ships; the chat template; the
+small table below, for families whose template does not write what the model writes; the generic format.
 """
 
 from __future__ import annotations
@@ -13,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from engine.replies.reasoning import ReasoningFormat, Splitter, find_reasoning_format
-from engine.replies.reply_parser import MarkParser, ReplyParser
+from engine.replies.reply_parser import DelimiterParser, ReplyParser
 from engine.replies.response_template import ResponseTemplate, TemplateParser
-from engine.replies.tool_calls import CallReader
+from engine.replies.tool_calls.reader import CallReader
 from engine.replies.tool_format import CALL_ID, GENERIC, ToolFormat, find_tool_format
 from engine.templates.chat_template import ChatTemplate
+from engine.types.reply_format import ReplyFormat
+from engine.types.tools import Tool
 
 __all__ = ["ChatFormat", "find_chat_format"]
 
@@ -26,16 +27,17 @@ log = logging.getLogger("verbatim.engine")
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """One row of the table. `marks`: what all stands in the source of its chat template."""
+    """One row of the table."""
 
     name: str
-    marks: tuple[str, ...]
+    spellings: tuple[str, ...]
+    """Texts by which its chat template is recognised: all of them occur in its source."""
     response_template: Mapping[str, Any]
     tool_format: ToolFormat
     reasoning: ReasoningFormat | None
-    """In place of what probing finds."""
+    """Replaces what the chat template shows."""
     writes_calls: bool
-    """Whether the chat template writes earlier calls."""
+    """Whether the chat template renders earlier calls."""
 
 
 _FUNCTION: Final = {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}}
@@ -55,8 +57,8 @@ _FAMILIES: Final = (
                     "close": ["<|end|>", "<|return|>"],
                 },
                 "tool_calls": {
-                    # The recipient stands before the channel or after it: the model writes both.
-                    # Each piece has a bound: what might yet become a call is held back, and looked at again.
+                    # The model writes the recipient before the channel or after it.
+                    # Each piece has a bound, because text that may become a call is held back and searched again.
                     "open_pattern": r"(?:<\|start\|>assistant)?(?:<\|channel\|>\w{1,16})? to=functions\."
                     r"(?P<name>[\w.-]{1,64}+)(?:<\|channel\|>\w{1,16})?[^<]{0,32}"
                     r"(?:<\|constrain\|>\w{1,16})?<\|message\|>",
@@ -103,56 +105,35 @@ _FAMILIES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """What is known of a model's speech.
-
-    `reasoning`: the marks of its thoughts, to begin, end and count them; None if it has none. `tool_format`: how its
-    calls are written; None if that is not known and calls can be read only. `response_template`: what replies are read
-    by, if not by those two. `template_format`: how its chat template writes earlier calls, or would if it did; it may
-    be another than what is read. `shows_tools`, `writes_calls`: whether its chat template shows definitions, and
-    earlier calls. `source`: where the form of its calls comes from, in words.
-    """
+    """How one model writes thoughts and tool calls."""
 
     reasoning: ReasoningFormat | None
+    """The delimiters of its thoughts; None if it has none."""
     tool_format: ToolFormat | None
+    """How calls are written; None if calls can be read but not enforced."""
     response_template: ResponseTemplate | None
+    """The template by which replies are read, instead of the two above."""
     template_format: ToolFormat | None
+    """How the chat template writes earlier calls, or would. It may differ from `tool_format`."""
     shows_tools: bool
+    """Whether the chat template renders definitions of tools."""
     writes_calls: bool
+    """Whether the chat template renders earlier calls."""
     source: str
+    """Where the format of calls was learnt from, for people."""
 
-    def parser(
-        self,
-        tools: Mapping[str, Mapping[str, Any]],
-        *,
-        parallel: bool,
-        exact: bool,
-        first: bool,
-        chat: bool,
-        opened: bool,
-        opening: str,
-    ) -> ReplyParser | None:
-        """What takes a reply apart; None if there is nothing to look for.
-
-        Args:
-            tools: the request's definitions, by name.
-            parallel: whether more than one call is taken.
-            exact: whether calls are held to a grammar, so that nothing else can be one.
-            first: whether a call can stand only where nothing was said before.
-            chat: whether the prompt was rendered by the chat template: only then there may be thoughts.
-            opened: the prompt has opened the thoughts.
-            opening: what the prompt has written of the reply, for a response template.
-        """
+    def parser(self, reply_format: ReplyFormat) -> ReplyParser | None:
+        """Make the parser of one reply; None if all of the reply is answer."""
         if self.response_template is not None:
-            if not chat:
-                return None
-            return TemplateParser(self.response_template, tools, parallel=parallel, opening=opening)
-        splitter = Splitter(self.reasoning, opened=opened) if self.reasoning and chat else None
-        form = self.tool_format if tools else None
-        reader = CallReader(form, tools, parallel=parallel, exact=exact, first=first) if form else None
-        return MarkParser(splitter, reader) if splitter or reader else None
+            return TemplateParser(self.response_template, reply_format) if reply_format.chat else None
+        thoughts = self.reasoning if reply_format.chat else None
+        calls = self.tool_format if reply_format.tools else None
+        splitter = Splitter(thoughts, opened=reply_format.thinking) if thoughts else None
+        reader = CallReader(calls, reply_format) if calls else None
+        return DelimiterParser(splitter, reader) if splitter or reader else None
 
     def mentions(self, token: str, *, calls: bool) -> bool:
-        """Whether a special token is part of the speech: then it has to be seen, although it adds nothing to a text."""
+        """Return whether a special token is part of a delimiter: the parser must see it although it adds no text."""
         if self.response_template is not None:
             return self.response_template.mentions(token)
         texts: list[str] = []
@@ -166,7 +147,7 @@ class ChatFormat:
         return any(token in text for text in texts)
 
     def describe(self) -> str:
-        """How a call is written, in one line."""
+        """Describe in one line how a call is written."""
         if self.tool_format is not None:
             return self.tool_format.describe()
         assert self.response_template is not None
@@ -176,18 +157,18 @@ class ChatFormat:
 def find_chat_format(
     template: ChatTemplate, *, given: Mapping[str, Any] | None = None, shipped: Mapping[str, Any] | None = None
 ) -> ChatFormat:
-    """What is to be known of a model.
+    """Learn how a model writes thoughts and calls.
 
     Args:
         given: the response template that models.yaml names.
-        shipped: the one that the tokenizer brings along. One that cannot be used is left out, with a warning.
+        shipped: the response template of the tokenizer. One that is invalid is ignored, with a warning.
 
     Raises:
-        ValueError: `given` is no response template.
+        ValueError: `given` is not a response template.
     """
     reasoning, form = find_reasoning_format(template), find_tool_format(template)
-    source = template.serving((True,)).source or ""
-    family = next((f for f in _FAMILIES if all(mark in source for mark in f.marks)), None)
+    source = template.serving(tools=True).source or ""
+    family = next((f for f in _FAMILIES if all(text in source for text in f.spellings)), None)
     read_by: ResponseTemplate | None = None
     source = "chat template" if form else "generic"
     if given is not None:
@@ -205,12 +186,12 @@ def find_chat_format(
             read_by, source = ResponseTemplate(family.response_template), f"table ({family.name})"
     if read_by is None:
         return ChatFormat(reasoning, form or GENERIC, None, form, shows, writes, source)
-    # What is written by a form has to be read by the template, or calls cannot be asked for.
+    # Calls can be enforced only in a format that the response template reads back.
     usable = next((f for f in (form, GENERIC) if f is not None and _reads(read_by, f)), None)
     return ChatFormat(reasoning, usable, read_by, form, shows, writes, source)
 
 
-_PROBE: Final[Mapping[str, Mapping[str, Any]]] = {"probe": {"parameters": {"properties": {"a": {"type": "string"}}}}}
+_PROBE: Final = ReplyFormat(chat=True, tools=(Tool("probe", parameters={"properties": {"a": {"type": "string"}}}),))
 
 
 def _reads(template: ResponseTemplate, form: ToolFormat) -> bool:

@@ -1,7 +1,7 @@
-"""A response template's expressions, tried on texts of their own letters in a child process that may not end.
+"""Tries a response template's expressions in a child process, on texts made of their own letters.
 
-A response template may come with a checkpoint and be a stranger's. An expression such as `(?:a|b|ab)*c` takes longer
-than anybody waits, on a text of eighty characters. Where a system has no such processes (Windows), none is tried, and
+A response template comes with a checkpoint and is not trusted. On a text of eighty characters an expression such as
+`(?:a|b|ab)*c` takes longer than anybody waits. Where the system has no such processes (Windows) nothing is tried, and
 such a search ends its reply with an error. Knows no tokens, no model, no HTTP.
 """
 
@@ -19,20 +19,20 @@ from engine.errors import LoadError
 __all__ = ["check", "search"]
 
 SECONDS: Final = 5.0
-"""Of processor time. Published expressions take 0.05 s."""
+"""Seconds of processor time. Published expressions take 0.05 s."""
 MEMORY: Final = 1 << 30
 LENGTH: Final = 120
-"""Of what is repeated: an expression whose time grows with its cube passes, one that doubles with each does not."""
+"""Characters of the repeated part: an expression of cubic time passes, one of exponential time does not."""
 _LETTERS: Final = 16
 _RUN: Final = regex.compile(r"(?:\\[^\w]|[^\\()\[\]{}.*+?^$|])+")
 _GROUP: Final = regex.compile(r"\(\?(?:P?<\w+>|[a-zA-Z-]*:|<?[=!]|[>|#])")
 
 
 def check(source: Mapping[str, Any] | None) -> None:
-    """Search with each expression of a response template, in a child.
+    """Try each expression of a response template in a child process.
 
     Raises:
-        LoadError: one went beyond the limits.
+        LoadError: an expression exceeded the limits.
     """
     expressions = sorted(set(_expressions(source, 0)))
     if not expressions or not AVAILABLE:
@@ -53,12 +53,12 @@ def check(source: Mapping[str, Any] | None) -> None:
 
 
 def search(expression: str) -> None:
-    """Search texts of an expression's own letters in all ways in which a reply is searched."""
+    """Search texts made of an expression's own letters, in each way in which a reply is searched."""
     try:
         pattern = regex.compile(expression, regex.DOTALL)
         tail = regex.compile(rf"(?:{expression})\Z[\s\S]", regex.DOTALL)
     except regex.error:
-        return  # whoever compiles it next says what is wrong
+        return  # the next to compile it says what is wrong
     for text in _texts(expression):
         for _ in pattern.finditer(text):
             pass
@@ -75,7 +75,7 @@ def _expressions(part: Any, depth: int) -> Iterator[str]:
 
 
 def _texts(expression: str) -> Iterator[str]:
-    """What an expression begins with, then much of the same, then what it does not take, then all its letters."""
+    """Texts that begin as the expression does, repeat a part of it, and end with a character that it does not match."""
     runs = [regex.sub(r"\\(.)", r"\1", run) for run in _RUN.findall(_GROUP.sub("(", expression))]
     every = "".join(runs)
     letters = [*dict.fromkeys("a \n" + every + 'A0<{"')][:_LETTERS]

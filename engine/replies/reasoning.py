@@ -1,7 +1,7 @@
-"""Where a model's thinking begins and ends: read from its chat template, found in its text. No tokens, no torch.
+"""How a model writes its thoughts, and how they are separated from its answer. No tokens, no torch.
 
-find        chat template → `ReasoningFormat`, by rendering a turn with marked thoughts, or by the marks in its source
-Splitter    text in, thoughts and answer out. One per choice.
+find_reasoning_format    chat template → `ReasoningFormat`, from a rendered turn with known thoughts or from its source
+Splitter                 separates the thoughts in the text of one choice from the answer
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from engine.errors import InvalidParameter, TemplateRefused
+from engine.replies.delimiters import overlap, shared
 from engine.templates.chat_template import ChatTemplate
 from engine.types.messages import ChatMessage
 
@@ -18,19 +19,19 @@ __all__ = ["EFFORTS", "ReasoningFormat", "Splitter", "find_reasoning_format", "t
 
 EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh")
 
-_MARKS: Final = (
+_DELIMITERS: Final = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
-"""For templates that do not render thoughts. Both marks must stand in the source."""
+"""Common delimiters, for templates that do not render thoughts. Both must occur in the source."""
 
 _SWITCHES: Final = ("enable_thinking", "thinking")
 _LEVELS: Final[Mapping[str, str]] = {
     "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high",
 }  # fmt: skip
-"""reasoning_effort → what templates with a variable of that name know."""
+"""reasoning_effort → the value for templates that have a variable of that name."""
 
 _THOUGHT: Final = "Zweifel"  # no template writes this word
 _REPLY: Final = "Antwort"
@@ -38,37 +39,37 @@ _REPLY: Final = "Antwort"
 
 @dataclass(frozen=True, slots=True)
 class ReasoningFormat:
-    """`open` and `close` stand around the thoughts, without the white space that the template puts beside them.
-
-    `closing`: all that the template writes between the last thought and the answer. `answer_open`: what it writes
-    before an answer without thoughts; often nothing. `resume`: what comes between the end of the thoughts and an
-    answer or a call; nothing but for models whose thoughts are a turn of their own. `asides`: what opens other turns
-    that such a model may write before its answer, closed as thoughts are.
-    """
+    """The delimiters of a model's thoughts."""
 
     open: str
+    """The text before the thoughts, without white space around it."""
     close: str
+    """The text after them, without white space around it."""
     closing: str
+    """All that the template writes between the thoughts and the answer, white space included."""
     answer_open: str = ""
+    """The text before an answer without thoughts; often none."""
     resume: str = ""
+    """The text between the end of the thoughts and an answer or a call, if the thoughts are a turn of their own."""
     asides: tuple[str, ...] = ()
+    """The openings of other turns that such a model may write before its answer. They close as thoughts do."""
 
 
 def find_reasoning_format(template: ChatTemplate) -> ReasoningFormat | None:
-    """What a template says about thoughts; None if it knows of none."""
+    """Derive how a model writes thoughts from its chat template; None if the template does not support them."""
     if template.source is None:
         return None
     found = _probe(template)
     if found is not None:
         return found
-    for open_, close in _MARKS:
+    for open_, close in _DELIMITERS:
         if close in template.source and open_ in template.source:
             return ReasoningFormat(open_, close, f"\n{close}\n\n")
     return None
 
 
 def _probe(template: ChatTemplate) -> ReasoningFormat | None:
-    """Render an answer with thoughts and one without; what differs are the marks."""
+    """Render an answer with thoughts and one without; the difference gives the delimiters."""
     user = ChatMessage("user", "Frage")
     try:
         prompt = template.render([user])
@@ -80,28 +81,18 @@ def _probe(template: ChatTemplate) -> ReasoningFormat | None:
     if begin < 0 or end < begin or thoughtful.count(_THOUGHT) != 1:
         return None
     # The prompt may open thoughts, and a template may write empty ones before an answer without them; not both.
-    shared = min(_shared(thoughtful[:begin], prompt), _shared(thoughtful[:begin], plain))
-    open_ = thoughtful[shared:begin].strip()
+    start = min(shared(thoughtful[:begin], prompt), shared(thoughtful[:begin], plain))
+    open_ = thoughtful[start:begin].strip()
     closing = thoughtful[begin + len(_THOUGHT) : end]
     if not open_ or not closing.strip():
         return None
-    answer = plain[min(shared, _shared(plain, prompt)) : plain.rfind(_REPLY)].strip()
+    answer = plain[min(start, shared(plain, prompt)) : plain.rfind(_REPLY)].strip()
     close = closing.strip()
     return ReasoningFormat(open_, close, closing, "" if open_ in answer or close in answer else answer)
 
 
-def _shared(text: str, other: str) -> int:
-    """The length of what two texts begin with alike."""
-    count = 0
-    for a, b in zip(text, other, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
-
-
 def template_variables(template: ChatTemplate, found: ReasoningFormat | None, effort: str) -> dict[str, Any] | None:
-    """What `reasoning_effort` sets in a template; None if it can set nothing, which for `none` may be an error.
+    """Translate `reasoning_effort` into variables of a chat template; None if it has no variable for it.
 
     Raises:
         InvalidParameter: not an effort; or `none` for a model that always thinks.
@@ -122,12 +113,13 @@ def template_variables(template: ChatTemplate, found: ReasoningFormat | None, ef
 
 
 class Splitter:
-    """Text in, (thoughts, answer) out. Only what stands before the answer can be thoughts.
+    """Separates thoughts from the answer in text that arrives in pieces. Thoughts can only precede the answer.
 
-    White space beside the marks belongs to neither. Joined deltas are the same however the text was cut.
+    White space beside the delimiters is dropped. The joined parts do not depend on how the text was cut.
 
     Args:
-        opened: the prompt has opened the thoughts already.
+        found: how the model writes thoughts.
+        opened: whether the prompt ends inside the thoughts.
     """
 
     __slots__ = ("_format", "_held", "_state", "inside")
@@ -137,10 +129,10 @@ class Splitter:
         self._held = ""
         self._state = "open" if opened else "start"
         self.inside = opened
-        """Whether the text so far ends among the thoughts."""
+        """Whether the text so far ends inside the thoughts."""
 
     def push(self, text: str) -> tuple[str, str]:
-        """Take a piece of text."""
+        """Take a piece of text; return what it adds to the thoughts and to the answer."""
         if self._state == "answer":
             return "", text
         self._held += text
@@ -163,21 +155,21 @@ class Splitter:
         return thoughts, ""
 
     def finish(self) -> tuple[str, str]:
-        """The end: what was held back."""
+        """End the reply; return what was held back."""
         held, self._held = self._held, ""
         if self._state == "thoughts":
             return held.rstrip(), ""
         return "", held if self._state == "start" else ""
 
     def _begin(self) -> None:
-        """Decide what the text begins with, if it can be decided yet."""
+        """Decide whether the text begins with thoughts, once that is certain."""
         text = self._held.lstrip()
-        for mark, state in ((self._format.open, "open"), (self._format.answer_open, "closed")):
-            if mark and text.startswith(mark):
-                self._held, self._state = text[len(mark) :], state
+        for delimiter, state in ((self._format.open, "open"), (self._format.answer_open, "closed")):
+            if delimiter and text.startswith(delimiter):
+                self._held, self._state = text[len(delimiter) :], state
                 self.inside = state == "open"
                 return
-        if not any(mark.startswith(text) for mark in (self._format.open, self._format.answer_open) if mark):
+        if not any(d.startswith(text) for d in (self._format.open, self._format.answer_open) if d):
             self._state = "answer"
 
     def _think(self) -> str:
@@ -187,12 +179,7 @@ class Splitter:
             thoughts, self._held = self._held[:end].rstrip(), self._held[end + len(close) :]
             self._state, self.inside = "closed", False
             return thoughts
-        # Held back: the beginning of the mark, and the white space before it or at the end.
-        keep = len(self._held)
-        for size in range(min(len(close) - 1, keep), 0, -1):
-            if close.startswith(self._held[keep - size :]):
-                keep -= size
-                break
-        thoughts = self._held[:keep].rstrip()
+        # Held back: the beginning of the delimiter, and the white space before it or at the end.
+        thoughts = self._held[: len(self._held) - overlap(self._held, close)].rstrip()
         self._held = self._held[len(thoughts) :]
         return thoughts

@@ -1,7 +1,7 @@
-"""A reply's text, taken apart while it is written: thoughts, answer, tool calls. No tokens, no torch, no HTTP.
+"""`ReplyParser`: separates thoughts, answer and tool calls while a reply is generated. No tokens, no torch, no HTTP.
 
-`ReplyParser` is what a running choice uses. Two kinds: `MarkParser`, by marks that were read off a chat template, and
-`response_template.TemplateParser`, by the response template that a tokenizer ships.
+There are two: `DelimiterParser` searches for delimiters that were read off a chat template, and
+`response_template.TemplateParser` follows the response template that a tokenizer ships.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from engine.replies.reasoning import Splitter
-from engine.replies.tool_calls import CallReader
+from engine.replies.tool_calls.reader import CallReader
 
-__all__ = ["MarkParser", "Parsed", "ReplyParser"]
+__all__ = ["DelimiterParser", "Parsed", "ReplyParser"]
 
 
 class Parsed(NamedTuple):
-    """What a piece of text adds: to the thoughts, to the answer, and the calls (name, arguments) that it completes."""
+    """What a piece of text adds to thoughts and answer, and the calls (name, arguments) that it completes."""
 
     reasoning: str = ""
     text: str = ""
@@ -23,21 +23,21 @@ class Parsed(NamedTuple):
 
 
 class ReplyParser(Protocol):
-    """Text in, its parts out. Joined parts are the same however the text was cut, and nothing of it is lost."""
+    """Takes the text of one choice in pieces. The joined parts do not depend on the cuts, and nothing is lost."""
 
     @property
     def thinking(self) -> bool:
-        """Whether the text so far ends among the thoughts."""
+        """Whether the text so far ends inside the thoughts."""
 
     def push(self, text: str) -> Parsed:
-        """Take a piece of text: what may be shown of it now."""
+        """Take a piece of text; return what is certain of it."""
 
     def finish(self) -> Parsed:
-        """The end of the reply: what was held back."""
+        """End the reply; return what was held back."""
 
 
-class MarkParser:
-    """Thoughts first, if there is a `splitter`; in the rest tool calls, if there is a `reader`."""
+class DelimiterParser:
+    """Separates thoughts with a `splitter`, then tool calls in the rest with a `reader`; either may be missing."""
 
     __slots__ = ("_reader", "_splitter")
 

@@ -1,4 +1,4 @@
-"""Token ids of one choice → what its caller sees: answer, thoughts and tool calls, up to the first stop string."""
+"""`TextStream`: turns the token ids of one choice into answer, thoughts and tool calls, up to the first stop string."""
 
 from __future__ import annotations
 
@@ -13,77 +13,77 @@ __all__ = ["TextDelta", "TextStream"]
 
 
 class TextDelta(NamedTuple):
-    """What one token did: text that may be shown now, whether it completed a stop string, the bytes it adds.
-
-    `reasoning`: what it adds to the thoughts, which are not part of the text. `calls`: tool calls that it completes, as
-    (name, arguments), which are not, either.
-    """
+    """What one token adds to a choice."""
 
     text: str
+    """Text of the answer that can be shown now."""
     stopped: bool
+    """Whether the token completed a stop string."""
     bytes: bytes
+    """The bytes of the token itself."""
     reasoning: str = ""
+    """Text of the thoughts, which is no part of `text`."""
     calls: tuple[tuple[str, str], ...] = ()
+    """Tool calls that it completes, as (name, arguments), which are no part of `text`."""
 
 
 class TextStream:
-    """Ids of one choice in, its text out. Joined deltas are the whole answer.
+    """Takes the token ids of one choice and returns its text. The joined deltas are the whole answer.
 
-    A token that is pushed with `match_stops=False` (below `min_tokens`, inside hidden reasoning) shows its text at
-    once, with all that was held back: a stop string is found only in characters completed by tokens that match, and
-    one that would begin before them is not found.
+    A token pushed with `match_stops=False` (below `min_tokens`) shows its text at once, with all text held back before
+    it. A stop string is found only in characters completed by tokens that match, and must begin in them.
 
-    With a `parser`, thoughts and tool calls come out apart; stop strings are looked for in the rest alone.
+    With a `parser`, thoughts and tool calls are returned separately, and stop strings are searched in the answer only.
     """
 
-    __slots__ = ("_detokenizer", "_marks", "_match_stops", "_matcher", "_parser", "stopped")
+    __slots__ = ("_delimiters", "_detokenizer", "_match_stops", "_matcher", "_parser", "stopped")
 
     def __init__(
         self,
         vocabulary: Vocabulary,
         stop: StopStrings | Sequence[str] = (),
         parser: ReplyParser | None = None,
-        marks: Mapping[int, str] | None = None,
+        delimiters: Mapping[int, str] | None = None,
     ) -> None:
-        """`marks`: special tokens that the parser has to see, although they add nothing to a text."""
+        """`delimiters`: special tokens by id that the parser must see although they add no text."""
         self._detokenizer = Detokenizer(vocabulary)
         self._parser = parser
-        self._marks = marks or {}
+        self._delimiters = delimiters or {}
         self._matcher = StopMatcher(stop if isinstance(stop, StopStrings) else StopStrings(stop))
         self._match_stops = True
         self.stopped = False
-        """True once a stop string is complete: the text has ended."""
+        """Whether a stop string is complete, so that the text has ended."""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The true bytes of a candidate at this place; ask before the chosen one is pushed."""
+        """Return the bytes that a candidate would add. To be called before the chosen token is pushed."""
         return self._detokenizer.token_bytes(token_id)
 
     def push(self, token_id: int, match_stops: bool = True) -> TextDelta:
-        """Take one id. Must not be called after a stop string was found."""
+        """Take one token id. Must not be called after a stop string was found."""
         assert not self.stopped, "the text has ended"
         self._match_stops = match_stops
         text, data = self._detokenizer.push(token_id)
         if self._parser is None:
             return TextDelta(*self._match(text), data)
-        if token_id in self._marks:
-            text += self._detokenizer.flush() + self._marks[token_id]
+        if token_id in self._delimiters:
+            text += self._detokenizer.flush() + self._delimiters[token_id]
         reasoning, text, calls = self._parser.push(text)
         return TextDelta(*self._match(text), data, reasoning, calls)
 
     @property
     def whole(self) -> bool:
-        """Whether the text so far ends with a whole character."""
+        """Whether the text so far ends with a complete character."""
         return self._detokenizer.whole
 
     @property
     def thinking(self) -> bool:
-        """Whether the text so far ends among the thoughts."""
+        """Whether the text so far ends inside the thoughts."""
         return self._parser is not None and self._parser.thinking
 
     def finish(self) -> TextDelta:
-        """End for another reason than a stop string: what is held back or half a character comes out now.
+        """End the text; return what was held back, and an incomplete character as U+FFFD. Empty after a stop string.
 
-        The U+FFFD of a cut character can still complete a stop string; then `stopped` says so. Empty after a stop.
+        That U+FFFD can still complete a stop string; then `stopped` is set.
         """
         if self.stopped:
             return TextDelta("", True, b"")

@@ -1,45 +1,41 @@
-"""Replies read by a response template: transformers' declarative format for the parts of a model's output.
+"""Parses replies by a response template: transformers' declarative format for the parts of a model's output.
 
-A response template names regions (`thinking`, `content`, `tool_calls`), what opens and closes each, and how the text
-between is to be read (https://huggingface.co/docs/transformers/main/chat_response_parsing). transformers loads and
-checks it and reads what stands in a region. Finding the regions is done here, because its parser drops what stands
-outside them and raises where a region cannot be read; both have to come out as text. No tokens, no torch, no HTTP.
+A response template names regions (`thinking`, `content`, `tool_calls`), the delimiters that open and close each, and
+how the text between them is read (https://huggingface.co/docs/transformers/main/chat_response_parsing). transformers
+loads and checks the template. Regions are found here, because transformers' parser drops text outside of regions and
+raises where a region cannot be read; both must come out as text. No tokens, no torch, no HTTP.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any, Final
 
 import regex  # type: ignore[import-untyped]
 
-from engine.errors import InvalidFormat, ReplyFault
+from engine.errors import InvalidFormat
 from engine.replies.reply_parser import Parsed
-from engine.replies.tool_calls import ends_in_a_text
-from engine.text.json_schema import properties_of, read_value
+from engine.replies.template_calls import PATIENCE, read_calls, too_slow
+from engine.replies.tool_calls.json_notation import ends_in_string
+from engine.types.reply_format import ReplyFormat
 
 __all__ = ["ResponseTemplate", "TemplateParser"]
 
 _THOUGHTS: Final = frozenset({"thinking", "reasoning", "reasoning_content", "thoughts"})
 _CALLS: Final = frozenset({"tool_calls", "tool_call"})
 _KEPT: Final = 4096
-"""Characters of finished text that may pile up before they are let go."""
+"""Characters of finished text that are kept at most."""
 _SEARCHED: Final = 20_000_000
-"""Characters of a reply that are searched, those that wait for more again and again; the rest of it is plain text."""
-_CHECKS: Final = 256  # of whether a mark stands in a text of a call's JSON, for one reply
-_PATIENCE: Final = 1.0
-"""Seconds of processor time for one search, which keeps all other threads waiting. An expression that takes longer
-ends the request with an error, never with another text: a reply must be the same on a slow machine. Loading refuses
-the expressions that would on texts of their own letters (`engine/replies/expression_trial.py`)."""
+"""Characters searched in one reply, repeated searches included; after that the rest of the reply is plain text."""
+_CHECKS: Final = 256  # of whether a delimiter is inside a JSON string of a call, for one reply
 
 
 class ResponseTemplate:
-    """A response template, checked.
+    """A checked response template.
 
     Raises:
-        ValueError: it is none; the message says where.
+        ValueError: it is not a response template; the message says where.
     """
 
     __slots__ = ("_opens", "_spec", "source", "tails")
@@ -55,32 +51,32 @@ class ResponseTemplate:
         self._opens = tuple(field for field in self._spec.fields.values() if field.open_re is not None)
         patterns = [p for f in self._spec.fields.values() for p, literals in _patterns(f) if p and literals is None]
         self.tails = {p: regex.compile(rf"(?:{p.pattern})\Z[\s\S]", p.flags) for p in patterns}
-        """For each mark that is an expression: one that only ever matches in part, at the end of a text."""
+        """For each delimiter that is an expression, one that only ever matches in part, at the end of a text."""
 
     def opening(self, prompt: str) -> str:
-        """What the prompt has written of the reply already: all that follows the last start of a turn, or nothing.
+        """Return the beginning of the reply that the prompt has already written: all after the last start of a turn.
 
         Raises:
-            InvalidFormat: to find that takes too long.
+            InvalidFormat: the search takes too long.
         """
         end = None
         try:
-            for match in self._spec.start_anchor_re.finditer(prompt, timeout=_PATIENCE):
+            for match in self._spec.start_anchor_re.finditer(prompt, timeout=PATIENCE):
                 end = match.end()
         except TimeoutError:
             raise InvalidFormat(
                 "this model's response template finds no start of the reply in this prompt within "
-                f"{_PATIENCE:g} second; another response_template in models.yaml may.",
+                f"{PATIENCE:g} second; another response_template in models.yaml may.",
                 param="messages",
             ) from None
         return "" if end is None else prompt[end:]
 
     def mentions(self, token: str) -> bool:
-        """Whether a special token stands in it, so that it has to be seen in the text."""
+        """Return whether a special token occurs in the template, so that the parser must see it in the text."""
         return token in json.dumps(self.source, ensure_ascii=False).replace("\\", "")
 
     def describe(self) -> str:
-        """One line for people: how calls begin and end."""
+        """Describe in one line how calls begin and end."""
         for name in self._spec.fields:
             if name in _CALLS:
                 given = self.source["fields"][name]
@@ -90,21 +86,19 @@ class ResponseTemplate:
 
     @property
     def fields(self) -> tuple[Any, ...]:
-        """The regions that something opens."""
+        """The regions that have an opening delimiter."""
         return self._opens
 
 
 class TemplateParser:
     """The `ReplyParser` of a response template. One per choice.
 
-    White space beside the marks of a region belongs to nothing. A call that cannot be read, or of a tool that is not
-    there, is text.
+    White space beside the delimiters of a region is dropped. A call that cannot be read, or names an unknown tool, is
+    text.
 
     Args:
-        template: the model's.
-        tools: the request's definitions, by name. Empty: calls are not read, but stay text.
-        parallel: whether more than one call is taken.
-        opening: what the prompt has written of the reply already (`ResponseTemplate.opening`).
+        template: the model's response template.
+        reply_format: how this reply is to be read.
     """
 
     __slots__ = (
@@ -112,34 +106,27 @@ class TemplateParser:
         "_parallel", "_plain", "_region", "_said", "_space", "_tails", "_thought", "_tools", "_trim",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        template: ResponseTemplate,
-        tools: Mapping[str, Mapping[str, Any]],
-        *,
-        parallel: bool = True,
-        opening: str = "",
-    ) -> None:
-        self._fields = tuple(f for f in template.fields if tools or f.name not in _CALLS)
+    def __init__(self, template: ResponseTemplate, reply_format: ReplyFormat) -> None:
+        self._fields = tuple(f for f in template.fields if reply_format.tools or f.name not in _CALLS)
         self._tails = template.tails
-        self._tools = tools
-        self._parallel = parallel
+        self._tools = {tool.name: tool for tool in reply_format.tools}
+        self._parallel = reply_format.parallel_tool_calls
         self._left = _SEARCHED
         self._checks = 0
         self._buffer = ""
-        self._at = 0  # what stands before was told
+        self._at = 0  # text before this place has been returned
         self._region: Any = None
         self._match: Any = None  # what opened the region
         self._opened = 0
         self._body = 0
-        self._space = ""  # held back: it may stand beside a mark
-        self._trim = False  # a mark was the last thing
+        self._space = ""  # white space held back: a delimiter may follow
+        self._trim = False  # whether a delimiter came last
         self._before = ("", False)  # the two as they were before the region
         self._said = False
         self._thought = False
         self._count = 0
         self._plain = False  # given up: the rest is text
-        self.push(opening)
+        self.push(reply_format.opening)
 
     @property
     def thinking(self) -> bool:
@@ -180,18 +167,20 @@ class TemplateParser:
                 self._close(match, text, calls)
             self._at = max(self._at, match.end())
             place = (self._at, self._region and self._region.name)
-            if place in seen:  # marks without a character could open and close for ever
+            if place in seen:  # delimiters without a character could open and close for ever
                 self._give_up()
             seen.add(place)
         if end and self._region is not None:
             self._close(None, text, calls)
         whole = self._region is not None and self._region.name in _CALLS  # a call is kept until it has ended
-        if not whole and self._at > _KEPT:  # one character stays: no mark is at the beginning any more
+        if (
+            not whole and self._at > _KEPT
+        ):  # one character stays, or a later delimiter would be at the beginning of the text
             self._buffer, self._at = self._buffer[self._at - 1 :], 1
         return Parsed("".join(reasoning), "".join(text), tuple(calls))
 
     def _next(self, end: bool) -> tuple[Any, Any, int]:
-        """The next mark that is certain, its field, and how far the text before it is certain."""
+        """Find the next complete delimiter: its match, its field, and how far the text before it is certain."""
         size = len(self._buffer)
         self._left -= size - self._at
         if self._left < 0 and not self._plain:
@@ -208,11 +197,11 @@ class TemplateParser:
             longer = field.open_literal_can_extend if self._region is None else field.close_literal_can_extend
             tail = None
             try:
-                match = pattern.search(self._buffer, self._at, partial=not end, timeout=_PATIENCE)
+                match = pattern.search(self._buffer, self._at, partial=not end, timeout=PATIENCE)
                 if match is not None and not match.partial and not end and literals is None:
-                    tail = self._tails[pattern].search(self._buffer, self._at, partial=True, timeout=_PATIENCE)
+                    tail = self._tails[pattern].search(self._buffer, self._at, partial=True, timeout=PATIENCE)
             except TimeoutError:
-                raise _too_slow(field.name) from None
+                raise too_slow(field.name) from None
             if match is None:
                 continue
             grows = match.end() == size and (match.start() == match.end() or literals is None or longer)
@@ -229,13 +218,13 @@ class TemplateParser:
         return best, best_field, best.start()
 
     def _give_up(self) -> None:
-        """From here on all is text."""
+        """Treat the rest of the reply as text."""
         if self._region is not None and self._region.name in _CALLS:
             self._at = self._opened
         self._plain, self._region = True, None
 
     def _say(self, text: str) -> str:
-        """White space waits for what follows it; beside a mark it belongs to nothing."""
+        """Return the text to show. White space waits for what follows; beside a delimiter it is dropped."""
         if self._trim:
             text = text.lstrip()
             if not text:
@@ -254,7 +243,7 @@ class TemplateParser:
         return said
 
     def _close(self, match: Any, text: list[str], calls: list[tuple[str, str]]) -> None:
-        """End the region, at a mark or (None) with the reply."""
+        """End the region, at a delimiter or (None) with the reply."""
         region, opened, body = self._region, self._opened, self._body
         stop = match.start() if match is not None else len(self._buffer)
         after = match.end() if match is not None else len(self._buffer)
@@ -272,113 +261,21 @@ class TemplateParser:
         self._at = after
 
     def _is_quoted(self, match: Any) -> bool:
-        """Whether what would end a call stands in a text of its JSON."""
+        """Whether a closing delimiter is inside a JSON string of the call."""
         if self._region.name not in _CALLS or self._region.content != "json" or match.start() == match.end():
             return False
         self._checks += 1
-        return self._checks < _CHECKS and ends_in_a_text(self._buffer[self._body : match.start()])
+        return self._checks < _CHECKS and ends_in_string(self._buffer[self._body : match.start()])
 
     def _calls(self, region: Any, body: str) -> list[tuple[str, str]]:
-        """The calls of a region; none if it cannot be read or names a tool that is not there.
-
-        Raises:
-            ReplyFault: to read it takes too long.
-        """
-        from transformers.utils.chat_parsing.content_parsers import process_field
-
+        """The calls of a region; none if it cannot be read, or if a second call is not allowed."""
         if self._count and not self._parallel:
             return []
         captures = {k: v for k, v in self._match.groupdict().items() if v is not None}
-        try:
-            raw = region.content == "xml-inline" and _is_plain(region.content_args.get("value_parser"))
-            if raw:
-                body = json.dumps(_tags(body, region.content_args))
-                region = dataclasses.replace(region, content="json", content_args={})
-            elif region.content == "xml-inline":
-                _check_tags(body, region.content_args)
-            value = process_field(body, region, captures)
-            calls = [self._call(item, raw) for item in (value if isinstance(value, list) else [value])]
-        except TimeoutError:
-            raise _too_slow(region.name) from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, regex.error):
-            return []  # whatever the model wrote, it is no call
+        calls = read_calls(region, body, captures, self._tools)
         return calls if self._parallel else calls[:1]
-
-    def _call(self, item: Any, raw: bool) -> tuple[str, str]:
-        """Name and arguments. `raw`: texts are as the model wrote them, and their schemas say what they are."""
-        function = item.get("function", item)
-        name, arguments = function["name"], function.get("arguments")
-        if isinstance(arguments, str):
-            arguments = json.loads(arguments)
-        if name not in self._tools or not isinstance(arguments, dict | None):
-            raise ValueError("no call of these tools")
-        schema = self._tools[name].get("parameters") or {}
-        known = properties_of(schema)
-        members = []
-        for key, value in (arguments or {}).items():
-            part = known.get(key, True)
-            if raw and isinstance(value, str):
-                written = read_value(value, part, schema)
-            else:
-                written = json.dumps(_typed(value, part), ensure_ascii=False, allow_nan=False)
-            members.append(f"{json.dumps(key, ensure_ascii=False)}: {written}")
-        whole = f"{{{', '.join(members)}}}"
-        whole.encode()  # half a surrogate pair is no text: ValueError
-        return name, whole
 
 
 def _patterns(field: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """(expression, its literals if it is nothing else) of what opens a region and of what closes it."""
+    """The opening and the closing delimiter of a region, each as an expression and the literals it consists of."""
     return (field.open_re, field.open_literals), (field.close_re, field.close_literals)
-
-
-def _is_plain(value_parser: Any) -> bool:
-    """Whether values are read as JSON if they are any, else as text: then their schemas know better."""
-    if value_parser is None:
-        return True
-    given = value_parser.get("args") or {}
-    return value_parser.get("name", "text") == "json" and set(given) <= {"allow_non_json"}
-
-
-def _check_tags(body: str, given: Mapping[str, Any]) -> None:
-    """Look through tags, and those inside them, as transformers does it without a limit of time.
-
-    Raises:
-        TimeoutError: it takes too long.
-    """
-    inner = given.get("value_parser") or {}
-    for match in regex.finditer(given["tag_pattern"], body, flags=regex.DOTALL, timeout=_PATIENCE):
-        if inner.get("name") == "xml-inline":
-            _check_tags(match.groupdict().get("value") or "", inner.get("args") or {})
-
-
-def _too_slow(field: str) -> ReplyFault:
-    return ReplyFault(
-        f"this reply could not be read: the response template's {field} takes longer than {_PATIENCE:g} second on it; "
-        "another response_template in models.yaml may not."
-    )
-
-
-def _tags(body: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values in tags as they were written, by their keys."""
-    found: dict[str, Any] = {}
-    for match in regex.finditer(given["tag_pattern"], body, flags=regex.DOTALL, timeout=_PATIENCE):
-        key, value = match["key"], match.groupdict().get("value") or ""
-        if key in found and given.get("merge_duplicates"):
-            found[key] = [*(found[key] if isinstance(found[key], list) else [found[key]]), value]
-        else:
-            found[key] = value
-    return found
-
-
-def _typed(value: Any, schema: Any) -> Any:
-    """A value as its schema wants it: formats that write no quotes cannot tell a number from a text."""
-    kind = schema.get("type") if isinstance(schema, Mapping) else None
-    if kind == "string" and isinstance(value, bool | int | float):
-        return json.dumps(value)
-    if kind in ("integer", "number", "boolean", "object", "array", "null") and isinstance(value, str):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value

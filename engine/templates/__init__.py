@@ -1,1 +1,1 @@
-"""Chat templates: rendered in a sandbox that counts steps and characters. No torch."""
+"""Renders chat templates in a sandbox that counts steps and characters. No torch."""

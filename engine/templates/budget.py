@@ -1,6 +1,6 @@
-"""What one rendering of a chat template may spend: steps, and characters that it reads and makes. Knows no template.
+"""`Budget`: limits the steps and the characters of one rendering of a chat template. Knows no template.
 
-Counts and no clock: a rendering that is refused is refused everywhere, on the slowest machine and on the fastest.
+The limits are counts, not clocks, so a rendering that is refused is refused on every machine.
 """
 
 from __future__ import annotations
@@ -14,39 +14,39 @@ __all__ = ["MOST_BITS", "MOST_WIDTH", "Budget", "OverBudget", "current"]
 
 STEPS: Final = 4_000_000
 STEPS_PER_MESSAGE: Final = 20_000
-"""Beside the above, for each message and each tool. The published template that takes most, gpt-oss's, takes 4,000 for
-a message among two thousand, and 20,000 for a tool of sixty parameters (docs/decisions/0022)."""
+"""In addition, for each message and each tool. Of published templates gpt-oss's takes most: 4,000 for a message among
+two thousand, and 20,000 for a tool of sixty parameters (docs/decisions/0022)."""
 CHARACTERS: Final = 1 << 26
 CHARACTERS_PER_CHARACTER: Final = 64
-"""Beside the above, for each character of the request: a template looks through each text a dozen times."""
+"""In addition, for each character of the request: a template searches each text a dozen times."""
 HEAVIEST: Final = 1 << 26
-"""Characters of one text, or of the text of one list or dictionary, that a template makes."""
+"""Characters of one text, list or dictionary that a template makes."""
 MOST_WIDTH: Final = 100_000
-"""Of a field, an indentation, a piece: what a template may name as a number and get as so many characters or entries.
-The sandbox's own bound on `range`."""
+"""Characters of a field, an indentation or a piece, or entries, that a template may ask for by a number. Equal to the
+sandbox's own bound on `range`."""
 MOST_BITS: Final = 1 << 16
-"""Of a whole number: products and powers of larger ones take long."""
+"""Bits of a whole number: products and powers of larger ones take long."""
 _ENTRY: Final = 8
-"""Characters that a number, a None or a place in a list counts as."""
+"""The weight in characters of a number, a None or a place in a list."""
 _NOTED: Final = 64
-"""From this weight on a container's weight is noted, so that it is not counted again."""
+"""The weight from which a container's weight is noted, so that it is not counted again."""
 
 
 class OverBudget(TemplateError):
-    """The template spent more than it may; the message continues `The chat template …`."""
+    """The template exceeded its budget. The message continues `The chat template …`."""
 
 
 class Budget:
-    """What is left for one rendering, and how large the values are that it has made.
+    """The remaining steps and characters of one rendering, and the weights of the values that it has made.
 
-    A value's weight is the length of its text. Lists may hold the same list twice, forty levels deep: so the weight of
-    each container that a template makes is counted once, from the weights of what it holds, and noted.
+    A value's weight is the length of its text. A list may contain the same list twice, forty levels deep, so the weight
+    of each container that a template makes is computed once, from the weights of its parts, and noted.
     """
 
     __slots__ = ("_most_characters", "_most_steps", "_notes", "characters", "steps")
 
     def __init__(self, messages: int, characters: int) -> None:
-        """For a request with so many messages and tools, and so many characters in them."""
+        """Start with the budget of a request with so many messages and tools, and so many characters in them."""
         self._most_steps = self.steps = STEPS + STEPS_PER_MESSAGE * messages
         self._most_characters = self.characters = CHARACTERS + CHARACTERS_PER_CHARACTER * characters
         self._notes: dict[int, tuple[int, Any]] = {}  # by id; the value is kept, or its id would be another's
@@ -62,13 +62,13 @@ class Budget:
             self.end()
 
     def end(self) -> NoReturn:
-        """Say which of the two is used up."""
+        """Raise `OverBudget`, which says whether steps or characters ran out."""
         if self.steps < 0:
             raise OverBudget(f"takes more than {self._most_steps} steps")
         raise OverBudget(f"reads and makes more than {self._most_characters} characters")
 
     def spend_on(self, value: Any) -> None:
-        """Count the text of a value."""
+        """Count the characters of a value."""
         self.spend(len(value) if type(value) is str else self.weight(value))
 
     def made(self, value: Any) -> Any:
@@ -88,12 +88,12 @@ class Budget:
         return value
 
     def noted(self, value: Any) -> int:
-        """The weight of a container that the template made; 0 for what came with the request."""
+        """Return the weight of a container that the template made; 0 for one that came with the request."""
         note = self._notes.get(id(value))
         return note[0] if note is not None else 0
 
     def weight(self, value: Any) -> int:
-        """The length of a value's text, about."""
+        """Return the approximate length of a value's text."""
         if isinstance(value, str | bytes):
             return len(value)
         if not isinstance(value, _CONTAINERS):
@@ -114,4 +114,4 @@ class Budget:
 _CONTAINERS: Final[Any] = (list, tuple, dict, type({}.items()), type({}.values()), type({}.keys()))
 
 current: ContextVar[Budget] = ContextVar("budget")
-"""The budget of the rendering that runs."""
+"""The budget of the current rendering."""

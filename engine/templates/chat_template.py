@@ -1,8 +1,8 @@
-"""Messages → prompt text, through a model's own Jinja template. Knows no tokens, no model, no HTTP.
+"""`ChatTemplate`: renders messages into prompt text with a model's own Jinja template. Knows no tokens, no model.
 
-The environment is the one that `transformers` renders chat templates in (`utils/chat_template_utils.py`), which is what
-their authors write for; it is built here because `strftime_now` must read a clock that can be pinned, and because a
-variable that no template reads must be refused, not ignored. A test compares the two on every template at hand.
+The environment is that of transformers (`utils/chat_template_utils.py`), for which templates are written. It is built
+here because `strftime_now` must read a clock that can be pinned, and because a variable that no template reads must be
+refused. A test compares the two on every template at hand.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from engine.errors import InvalidFormat, InvalidParameter, LoadError, TemplateRe
 from engine.templates.budget import Budget, OverBudget, current
 from engine.templates.sandbox import BoundedEnvironment
 from engine.types.messages import ChatMessage, ToolCall
+from engine.types.tools import Tool
 
-__all__ = ["ChatTemplate", "choose_template"]
+__all__ = ["ChatTemplate", "choose_template", "definition_of"]
 
 MAX_PROMPT_CHARACTERS: Final = 1 << 26
-"""A template that writes more than this is refused: no context is that long, and memory is not endless."""
+"""The longest prompt that a template may write. No context is that long."""
 
 _LONGEST_TEMPLATE: Final = 1 << 20
 """Characters. The longest of a published model has some 40,000."""
@@ -43,11 +44,11 @@ RESERVED: Final = frozenset(
         *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
     }
 )
-"""Variables that the server sets itself; `chat_template_kwargs` may not."""
+"""Variables that the server sets, and `chat_template_kwargs` must not."""
 
 
 class ChatTemplate:
-    """One compiled template. Holds no state between renderings; may be shared by threads."""
+    """A compiled chat template. Holds no state between renderings; safe to use from several threads."""
 
     def __init__(
         self,
@@ -56,24 +57,24 @@ class ChatTemplate:
         clock: Callable[[], datetime] | None = None,
         tool_use: str | None = None,
     ) -> None:
-        """Compile.
+        """Compile a template.
 
         Args:
-            source: Jinja, or None for a model without a template: it then refuses all messages, saying what to do.
-            special_tokens: `bos_token` and the like, handed to the template by these names.
+            source: Jinja; None for a model without a template, which then refuses all messages.
+            special_tokens: `bos_token` and the like, passed to the template under these names.
             clock: what `strftime_now` reads. Default: local time.
-            tool_use: another template, for requests with tools.
+            tool_use: the source of another template, for requests with tools.
 
         Raises:
             LoadError: the template is not valid Jinja.
         """
         self.source = source
         self.tool_use = ChatTemplate(tool_use, special_tokens, clock) if tool_use is not None else None
-        """What renders requests with tools, if that is a template of its own."""
+        """The template for requests with tools, if the model has one of its own."""
         self._special_tokens = dict(special_tokens or {})
         self._template: jinja2.Template | None = None
         self.variables: frozenset[str] = frozenset()
-        """Names that the template reads and nobody inside it sets: `messages`, `enable_thinking`, …"""
+        """Names that the template reads without setting them: `messages`, `enable_thinking`, …"""
         self._in_parts = False
         if source is None:
             return
@@ -92,7 +93,7 @@ class ChatTemplate:
                 f"The chat template is not valid Jinja: line {error.lineno}: {_cut(error.message)}"
             ) from None
         except (SyntaxError, RecursionError, MemoryError, ValueError, OverflowError) as error:
-            # What Jinja made of it is more than Python compiles: twenty loops inside each other, thousands of brackets.
+            # Python cannot compile what Jinja made of it: twenty nested loops, thousands of brackets.
             raise LoadError(f"The chat template cannot be compiled: {_cut(error)}") from None
         self._in_parts = self._drops_text()
 
@@ -100,21 +101,21 @@ class ChatTemplate:
     def from_tokenizer(
         cls, tokenizer: Any, *, source: str | None = None, clock: Callable[[], datetime] | None = None
     ) -> ChatTemplate:
-        """The template of a transformers tokenizer, or `source` in its place, with the tokenizer's special tokens."""
+        """Compile a transformers tokenizer's template, or `source` instead, with the tokenizer's special tokens."""
         source, tool_use = cls.sources(tokenizer, source)
         return cls(source, tokenizer.special_tokens_map, clock, tool_use)
 
     @staticmethod
     def sources(tokenizer: Any, source: str | None = None) -> tuple[str | None, str | None]:
-        """The source of the template that `from_tokenizer` makes, and of the one for tools if that is another."""
+        """Return the source of the template that `from_tokenizer` compiles, and of the one for tools if it differs."""
         if source is not None:
             return source, None
         own = getattr(tokenizer, "chat_template", None)
         source, tool_use = choose_template(own), choose_template(own, "tool_use")
         return source, tool_use if tool_use != source else None
 
-    def serving(self, tools: Sequence[Any]) -> ChatTemplate:
-        """The template that renders a request with these tools."""
+    def serving(self, *, tools: bool) -> ChatTemplate:
+        """Return the template that renders requests with tools, or without."""
         return self.tool_use if tools and self.tool_use is not None else self
 
     @property
@@ -128,15 +129,15 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         *,
         again: bool = True,
-        tools: Sequence[Mapping[str, Any]] = (),
+        tools: Sequence[Tool] = (),
     ) -> str:
-        """The prompt for the assistant's next turn.
+        """Render the prompt for the assistant's next turn.
 
         Args:
             messages: at least one. `developer` turns become `system` unless the template speaks of developers.
             variables: the request's `chat_template_kwargs`.
-            again: whether the assistant is to speak next; without, the conversation ends with the last message.
-            tools: function definitions in the API's shape.
+            again: whether the assistant speaks next. If not, the conversation ends with the last message.
+            tools: what the model may call.
 
         Raises:
             TemplateRefused: the template raised; its own words are in the message. Or there is no template.
@@ -162,7 +163,7 @@ class ChatTemplate:
             "messages": [
                 _as_dict(message, keep_developer, "thinking" in self.source, self._in_parts) for message in messages
             ],
-            "tools": list(tools) or None,
+            "tools": [definition_of(tool) for tool in tools] or None,
             "documents": None,
             "add_generation_prompt": again,
         }
@@ -170,7 +171,7 @@ class ChatTemplate:
         return _render(self._template, context, Budget(len(messages) + len(tools), size))
 
     def _drops_text(self) -> bool:
-        """Whether a message's text has to come as a list of parts, as many templates of models with images want it."""
+        """Whether a message's text must be a list of parts, as in many templates of models with images."""
         message = ChatMessage("user", "Frage")
         for self._in_parts in (False, True):
             try:
@@ -199,7 +200,7 @@ class ChatTemplate:
 
 
 def choose_template(templates: str | Mapping[str, str] | None, name: str = "default") -> str | None:
-    """Pick from a tokenizer's `chat_template`: a string, named ones, or nothing.
+    """Choose from a tokenizer's `chat_template`, which is one template, several by name, or None.
 
     `name` falls back to `default`, as transformers does for `tool_use`.
 
@@ -238,7 +239,7 @@ def _inputs(tree: nodes.Template) -> frozenset[str]:
 
 
 def _names(node: nodes.Node) -> Iterator[nodes.Name]:
-    """In the order in which they are evaluated: a `set` reads its right side first."""
+    """Yield names in the order of evaluation: a `set` reads its right side first."""
     if isinstance(node, nodes.Name):
         yield node
     children = list(node.iter_child_nodes())
@@ -262,6 +263,19 @@ def _as_dict(message: ChatMessage, keep_developer: bool, as_thinking: bool, in_p
     }
     # As transformers does: many templates write a None as the word None, and cope with a missing key.
     return {key: value for key, value in fields.items() if value is not None}
+
+
+def definition_of(tool: Tool) -> dict[str, Any]:
+    """Write a tool's definition as chat templates expect it, the shape of transformers and of the OpenAI API.
+
+    `strict` is left out: the grammar enforces it, and the model need not know.
+    """
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description is not None:
+        function["description"] = tool.description
+    if tool.parameters is not None:
+        function["parameters"] = tool.parameters
+    return {"type": "function", "function": function}
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
@@ -289,8 +303,8 @@ def _render(template: jinja2.Template, context: Mapping[str, Any], budget: Budge
     except TemplateError as error:
         raise TemplateRefused(f"The chat template refused: {_cut(error.message or error)}", param="messages") from error
     except Exception as error:
-        # All that runs in here is the template, on data: whatever it raises (None + str, a missing index, recursion)
-        # says that it was not written for these messages.
+        # Only the template runs in here, on data: whatever it raises (None + str, a missing index, recursion) means
+        # that it was not written for these messages.
         words = f"{type(error).__name__}: {_cut(error)}"
         raise TemplateRefused(f"The chat template failed on these messages: {words}", param="messages") from error
     finally:
@@ -299,7 +313,7 @@ def _render(template: jinja2.Template, context: Mapping[str, Any], budget: Budge
 
 
 def _cut(words: object) -> str:
-    """A template's own words, as far as anybody reads them: they may be as long as a prompt."""
+    """Cut a template's own words, which may be as long as a prompt."""
     text = str(words)
     return text if len(text) <= _LONGEST_WORDS else f"{text[:_LONGEST_WORDS]} …"
 
@@ -322,9 +336,9 @@ def _environment(clock: Callable[[], datetime]) -> BoundedEnvironment:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}` marks the assistant's words for training; here it only passes them on.
+    """Renders the text inside `{% generation %} … {% endgeneration %}`, which marks the assistant's words for training.
 
-    A call block, as in transformers, not bare statements: names set inside stay inside.
+    It is a call block, as in transformers, not bare statements: names set inside stay inside.
     """
 
     tags = frozenset({"generation"})  # type: ignore[assignment]
@@ -339,7 +353,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Dict:
-    """`dict` without the attributes of a class, which lead out of the sandbox."""
+    """A `dict` without the attributes of a class, which lead out of the sandbox."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -349,7 +363,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """`namespace` that refuses underscored names, which lead out of the sandbox."""
+    """A `namespace` that refuses underscored names, which lead out of the sandbox."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # self among args, so that namespace(self=...) works
         attributes = dict(*args[1:], **kwargs)
@@ -361,7 +375,7 @@ class _Namespace(Namespace):
         _check_name(name)
         super().__setitem__(name, value)
 
-    def __repr__(self) -> str:  # it may hold itself, forty times over, and change: its text has no length beforehand
+    def __repr__(self) -> str:  # it may contain itself, forty times over, so the length of its text cannot be bounded
         raise SecurityError("A namespace has no text.")
 
 

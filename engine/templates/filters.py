@@ -1,6 +1,6 @@
-"""Jinja's filters, tests and methods with a count: what they take before they run, what they make after.
+"""Wraps Jinja's filters, tests and methods so that they count their input before they run and their result after.
 
-Those that make much of little (`center`, `replace`, `join`, `format`) are computed beforehand.
+The results of those that make much of little (`center`, `replace`, `join`, `format`) are counted beforehand.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _MOST_INDENT: Final = 64
 _ENCODINGS: Final = frozenset({"utf-8", "utf8", "ascii", "latin-1"})
 
 _FREE: Final = frozenset({"length", "count", "first", "last", "default", "d", "items", "attr", "safe", "abs", "float"})
-"""Filters that take as long for a long value as for a short one."""
+"""Filters whose time does not depend on the length of the value."""
 _PLAIN: Final = frozenset({"string", "upper", "lower", "capitalize", "e", "escape", "forceescape"})
-"""Those that make of a text another about as long."""
+"""Filters whose result is about as long as their text."""
 _LAZY: Final = frozenset({"map", "select", "selectattr", "reject", "rejectattr", "batch", "slice"})
-"""Those that return a generator, which is counted as it is used."""
+"""Filters that return a generator, which is counted as it is used."""
 _SHALLOW: Final = _LAZY | {"list", "reverse", "join"}
-"""Those that do not look inside the values of a list."""
+"""Filters that do not look inside the values of a list."""
 _SORTING: Final = frozenset({"sort", "unique", "groupby", "dictsort", "min", "max"})
 _SIZED: Final = frozenset({"center", "indent", "batch", "slice", "truncate", "round", "wordwrap", "urlize"})
-"""Those whose numbers are sizes."""
+"""Filters whose numbers are sizes."""
 _SLOW: Final = frozenset({"pprint", "striptags", "urlize", "wordwrap", "xmlattr", "wordcount", "urlencode", "title"})
-"""Those for web pages. Some take a time that grows with the square of the text's length."""
+"""Filters for web pages. Some take time quadratic in the text's length."""
 COMPARING: Final = frozenset(
     {
         *("in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", "ge", ">=", "<", "lt", "lessthan", "<="),
@@ -48,15 +48,15 @@ COMPARING: Final = frozenset(
     | {"lower", "upper"}
 )
 QUICK: Final = frozenset({"get", "items", "keys", "values"})
-"""Methods that look at nothing that is long."""
+"""Methods whose time does not depend on any length."""
 _PLACES: Final = frozenset(
     {*("find", "rfind", "index", "rindex", "count", "startswith", "endswith", "split", "rsplit", "replace", "get")}
 )
-"""Methods whose numbers are places or bounds, and not sizes."""
+"""Methods whose numbers are places or bounds, not sizes."""
 
 
 def bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that counts what it takes and what it makes."""
+    """Wrap a filter so that it counts its input and its result."""
     if name in _FREE:
         return function
     first = 0 if getattr(function, "jinja_pass_arg", None) is None else 1  # where its value stands
@@ -96,7 +96,7 @@ def bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any
 
 
 def _bounded_text(function: Callable[..., Any], first: int) -> Callable[..., Any]:
-    """A filter that makes of a text another about as long."""
+    """Wrap a filter whose result is about as long as its text."""
 
     @functools.wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
@@ -112,7 +112,7 @@ def _bounded_text(function: Callable[..., Any], first: int) -> Callable[..., Any
 
 
 def _trim(value: Any, chars: str | None = None) -> Any:
-    """Jinja's `trim`, which nearly every template calls."""
+    """Do what Jinja's `trim` does, quickly: nearly every template calls it."""
     budget = current.get()
     budget.characters -= len(value) if type(value) is str else budget.weight(value)
     if budget.characters < 0:
@@ -149,7 +149,10 @@ def _check_sizes(what: str, values: Sequence[Any]) -> None:
 
 
 def check_format(budget: Budget, text: str, values: Any, mark: str) -> None:
-    """Refuse wide fields; count a text as often as it may be written."""
+    """Refuse wide fields in a format, and count each value as often as it may be written.
+
+    `mark`: the character that begins a field, `%` or `{`.
+    """
     for width in _FORMAT.findall(text):
         if len(width) > 6 or int(width) > MOST_WIDTH:
             raise OverBudget(f"asks for a field of {width[:20]} characters; beyond {MOST_WIDTH} nothing is made")
@@ -227,7 +230,7 @@ _TEST_IN: Final = jinja2.tests.TESTS["in"]
 def check_method(
     budget: Budget, method: BuiltinMethodType, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """Count what a method of a text, a list or a number takes and may make. Returns its arguments."""
+    """Count the input and the possible result of a method of a text, a list or a number. Return its arguments."""
     owner, name = method.__self__, method.__name__
     given = (*args, *kwargs.values())
     if name in ("startswith", "endswith"):  # they look at as much as they are given
@@ -278,7 +281,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """transformers' `tojson`: Jinja's own escapes HTML, which no model was trained on."""
+    """Write JSON as transformers' `tojson` does. Jinja's own escapes HTML, which no model was trained on."""
     budget = current.get()
     budget.spend(budget.noted(value))
     if indent is not None or separators is not None:
@@ -298,4 +301,4 @@ def _tojson(
 
 
 OWN: Final[Mapping[str, Callable[..., Any]]] = {"tojson": _tojson, "trim": _trim, "random": _no_chance}
-"""Filters that take the place of Jinja's."""
+"""Filters that replace Jinja's."""

@@ -1,14 +1,14 @@
-"""Jinja's sandbox with an end to each rendering: whatever loops, grows or amplifies is counted. Knows no messages.
+"""`BoundedEnvironment`: Jinja's sandbox, in which everything that loops, grows or amplifies is counted.
 
-Three places, which together leave none out:
+Counts are taken in three places, which together cover all that a template can do:
 
-    the tree      each turn of a loop and each body of a macro counts its nodes; each text that is joined or compared
-                  counts its length; each list that is written down has its weight noted (`engine/templates/tree.py`)
-    operators     counted before they run, by the sizes of both sides (`+`, `*`, `**`, `%`, …)
-    calls         filters, tests, methods and functions: what they take is counted before, what they return after
+    the tree      each iteration of a loop and each body of a macro counts its nodes; each text that is joined or
+                  compared counts its length; each list literal has its weight noted (`engine/templates/tree.py`)
+    operators     count the sizes of both sides before they run (`+`, `*`, `**`, `%`, …)
+    calls         filters, tests, methods and functions count their input before they run and their result after
                   (`engine/templates/filters.py`)
 
-Nothing here changes what a template writes.
+Nothing here changes what a template writes. Knows no messages.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from engine.templates.tree import CALLED, Counting
 __all__ = ["BoundedEnvironment"]
 
 _OF_THE_COMPILER: Final = ("_loop_vars", "_block_vars")
-"""Arguments that Jinja's compiler adds to calls, for functions that ask for the context."""
+"""Arguments that Jinja's compiler adds to calls, for functions that take the context."""
 
 
 _OF_DICTIONARIES: Final = frozenset(dir(dict))
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox that renders within `current`, a `Budget`; a template runs nowhere else."""
+    """The only environment in which a template runs. It counts against the `Budget` in `current`."""
 
     intercepted_binops = frozenset({"*", "**", "%", "-"})  # a sum is counted by `_add`; the others are of numbers
 
@@ -101,7 +101,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return budget.made(super().call(__context, __obj, *args, **kwargs))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """As in Jinja, with a short way to what templates ask for most, which makes up for the counting."""
+        """Look up an attribute as Jinja does, with a fast path for dictionaries, which makes up for the counting."""
         if type(obj) is dict and attribute in obj and attribute not in _OF_DICTIONARIES:
             return obj[attribute]
         return super().getattr(obj, attribute)

@@ -1,6 +1,6 @@
-"""A template's tree with the counting built in: loops, macros, joins, comparisons, lists. Knows no filters of Jinja's.
+"""`Counting`: inserts the counting into a template's syntax tree, in loops, macros, joins, comparisons and lists.
 
-What the tree calls to count are filters (`CALLED`), because nothing else is called as quickly.
+The tree counts by calling filters (`CALLED`), because Jinja calls nothing else as quickly. Knows no filters of Jinja's.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ __all__ = ["CALLED", "Counting"]
 
 
 class Counting(NodeTransformer):
-    """Build the counting into a template's tree.
+    """Inserts the counting into a template's tree.
 
-    What is written outside of macros and the like goes straight into the prompt, where it is counted.
+    Output outside of macros, blocks and the like goes straight into the prompt, where it is counted.
     """
 
     def __init__(self) -> None:
-        self._kept = 0  # how many macros and the like are around: their text is kept, and may be written many times
+        self._kept = 0  # how many macros, blocks and the like enclose this node: their text may be written many times
 
     def visit_Template(self, node: nodes.Template) -> nodes.Node:
         return self._body(node)
@@ -46,7 +46,7 @@ class Counting(NodeTransformer):
     def visit_For(self, node: nodes.For) -> nodes.Node:
         test = node.test
         self._body(node)
-        if test is not None:  # it runs for the turns that it leaves out, too
+        if test is not None:  # it runs for the items that it leaves out, too
             node.test = _filter(cast(nodes.Expr, node.test), "_tested", nodes.Const(_cost([test])[0]))
         return node
 
@@ -68,7 +68,7 @@ class Counting(NodeTransformer):
         return node
 
     def _written(self, node: nodes.Expr) -> nodes.Expr:
-        """What goes straight into the prompt: a few texts in a row need not be counted twice."""
+        """Count an output into the prompt: a few texts in a row need not be counted twice."""
         if isinstance(node, nodes.Concat) and len(node.nodes) <= _FEW:
             node.nodes = [self.visit(part) for part in node.nodes]
             return node
@@ -97,7 +97,7 @@ class Counting(NodeTransformer):
         [first, *rest] = node.ops
         if first.op in ("in", "notin") and not rest:
             if _is_constant(first.expr):
-                return node  # as short as what is written down
+                return node  # as short as the literal
             found = _filter(node.expr, "_in", first.expr)
             return found if first.op == "in" else nodes.Not(found, lineno=node.lineno)
         sides = [node.expr, *(part.expr for part in node.ops)]
@@ -125,7 +125,7 @@ class Counting(NodeTransformer):
         return self._container(node) if node.ctx == "load" else node
 
     def visit_Name(self, node: nodes.Name) -> nodes.Node:
-        """What a macro was given beside its parameters: a tuple and a dictionary that nobody has counted."""
+        """Count the further arguments of a macro, a tuple and a dictionary that Jinja makes."""
         return _filter(node, "_made") if node.ctx == "load" and node.name in ("varargs", "kwargs") else node
 
     def _container(self, node: Any) -> nodes.Node:
@@ -166,7 +166,7 @@ _COUNTED: Final = (nodes.For, nodes.Macro, nodes.Block, nodes.CallBlock, nodes.A
 
 
 def _cost(body: Sequence[nodes.Node]) -> tuple[int, int]:
-    """Nodes and characters of a body, without the bodies inside it that are counted by themselves."""
+    """Count the nodes and characters of a body, without inner bodies, which count themselves."""
     steps = characters = 0
     left: list[nodes.Node] = list(body)
     while left:
@@ -259,4 +259,4 @@ def _sliced(value: Any, start: Any, stop: Any, step: Any) -> Any:
 CALLED: Final[Mapping[str, Callable[..., Any]]] = {
     function.__name__: function for function in (_tick, _tested, _weigh, _add, _in, _made, _sliced)
 }
-"""By the names that the tree has for them."""
+"""The functions that count, by the names that the tree uses."""

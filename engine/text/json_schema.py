@@ -1,13 +1,13 @@
-"""What a JSON schema says, as far as verbatim asks: its parts, its references, a value written without quotes.
+"""Answers questions about JSON schemas: their parts, references and types, and whether a text satisfies one.
 
     parts, at             the schemas inside a schema, and their JSON pointers (RFC 6901)
     bundled               a part with all that it refers to, as a schema of its own
-    types_of, choices_of  which values a part allows, where that is said plainly
+    types_of, choices_of  which values a part allows, where its keywords say so directly
     read_value            text without quotes → JSON
-    unenforced_errors     a finished text against its schema
+    unenforced_errors     validates a finished text
 
-Schemas come from requests: whatever follows references or validates is bounded by a count, not by a clock, so that its
-answer depends on nothing but its input. No tokens, no torch, no HTTP.
+Schemas come from requests. All that follows references or validates is bounded by a count, not by a clock, so that the
+answer depends only on the input. No tokens, no torch, no HTTP.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jsonschema import Draft202012Validator, SchemaError, ValidationError
 from jsonschema.validators import extend
 from referencing import Registry
 
-from engine.errors import InvalidParameter
+from engine.errors import InvalidParameter, one_line
 
 __all__ = [
     "ANNOTATIONS", "MAX_DEPTH", "TYPES", "alternatives", "at", "bundled", "check_depth", "check_schema", "choices_of",
@@ -38,7 +38,7 @@ ANNOTATIONS: Final = frozenset(
         "$id", "$defs", "definitions",
     }
 )  # fmt: skip
-"""Keywords that allow and forbid nothing."""
+"""Keywords that neither allow nor forbid values."""
 
 MAX_DEPTH: Final = 100
 _FOLLOWED: Final = 256  # parts that are looked at for one answer
@@ -53,7 +53,7 @@ _SINGLES: Final = (
 
 
 def parts(schema: Any, pointer: str = "") -> Iterator[tuple[str, Any]]:
-    """A schema and all schemas inside it, each after the one that holds it, with their JSON pointers (RFC 6901)."""
+    """Yield a schema and all schemas inside it, outer ones first, with their JSON pointers (RFC 6901)."""
     yield pointer, schema
     if not isinstance(schema, Mapping):
         return
@@ -72,7 +72,7 @@ def parts(schema: Any, pointer: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def inner(part: Mapping[str, Any]) -> list[Any]:
-    """The schemas directly inside one that say something of its values: not those that only wait to be referred to."""
+    """Return the schemas directly inside one that apply to its values: not those that are only referred to."""
     found = [part[key] for key in _SINGLES if key in part]
     for key in _LISTS:
         found += part[key] if isinstance(part.get(key), list) else []
@@ -85,7 +85,7 @@ def inner(part: Mapping[str, Any]) -> list[Any]:
 
 
 def at(schema: Any, pointer: str) -> Any:
-    """What a JSON pointer points at.
+    """Return what a JSON pointer points at.
 
     Raises:
         LookupError, ValueError: nothing is there.
@@ -102,13 +102,13 @@ def at(schema: Any, pointer: str) -> Any:
 
 
 def check_schema(schema: Any, param: str) -> None:
-    """Raise `InvalidParameter` for what is no schema of draft 2020-12."""
+    """Raise `InvalidParameter` for a value that is not a schema of draft 2020-12."""
     try:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
         where = "".join(f"/{step}" for step in error.absolute_path)
         raise InvalidParameter(
-            f"{param}: at {where or 'the root'}: {_one_line(error.message)}", param=param, pointer=where
+            f"{param}: at {where or 'the root'}: {one_line(error.message)}", param=param, pointer=where
         ) from None
 
 
@@ -130,7 +130,7 @@ def _children(node: dict[str, Any] | list[Any]) -> list[Any]:
 
 
 def target_of(reference: str, root: Any) -> Any:
-    """What a reference inside a document refers to; None if it leads nowhere or elsewhere."""
+    """Return what a reference inside a document refers to; None if it leads nowhere or outside."""
     if reference != "#" and not reference.startswith("#/"):
         return None
     try:
@@ -140,7 +140,7 @@ def target_of(reference: str, root: Any) -> Any:
 
 
 def resolved(schema: Any, root: Any) -> Any:
-    """A part, or what it refers to if it says nothing else (`$ref`, `allOf` of one); `schema` where that is nothing."""
+    """Follow a part that is nothing but a reference (`$ref`, or `allOf` of one); itself if that leads nowhere."""
     found = schema
     for _ in range(_FOLLOWED):
         said = set(found) - ANNOTATIONS if isinstance(found, Mapping) else set()
@@ -156,7 +156,7 @@ def resolved(schema: Any, root: Any) -> Any:
 
 
 def moved(schema: Any, pointer: str) -> Any:
-    """A schema as part of another, at this pointer: what refers to its own parts still does."""
+    """Return a schema with its references rewritten, to be put into another one at this pointer."""
     schema = deepcopy(schema)
     for _, inner in parts(schema):
         reference = inner.get("$ref") if isinstance(inner, dict) else None
@@ -166,7 +166,7 @@ def moved(schema: Any, pointer: str) -> Any:
 
 
 def bundled(part: Any, root: Any) -> Any:
-    """A part of a schema as one of its own: what it refers to in `root` comes along, once each, under `$defs`."""
+    """Make a part of `root` a schema of its own, with all that it refers to under `$defs`, once each."""
     names: dict[str, str] = {}
     definitions: dict[str, Any] = {}
     waiting: list[tuple[str, Any]] = []
@@ -178,7 +178,7 @@ def bundled(part: Any, root: Any) -> Any:
                 continue
             target = target_of(inner["$ref"], root)
             if target is None:
-                continue  # whoever compiles it says what is wrong
+                continue  # the compiler will say what is wrong
             if inner["$ref"] not in names:
                 names[inner["$ref"]] = f"r{len(names)}"
                 waiting.append((inner["$ref"], target))
@@ -201,7 +201,7 @@ def bundled(part: Any, root: Any) -> Any:
 
 
 def types_of(schema: Any, root: Any) -> frozenset[str]:
-    """The JSON types that a part allows, at most: all of them where it does not say."""
+    """Return the JSON types that a part can allow; all of them where it does not restrict them."""
     return _types(schema, root, [_FOLLOWED])
 
 
@@ -250,9 +250,9 @@ def _types_of_value(value: Any) -> frozenset[str]:
 
 
 def alternatives(schema: Any, root: Any) -> list[Any]:
-    """The schemas of which a value has to satisfy one: what `anyOf` lists, and what that refers to.
+    """Return the schemas of which a value must satisfy one: those that `anyOf` lists, with references followed.
 
-    Just the schema itself where it says anything beside `anyOf`.
+    Only the schema itself if it has other keywords beside `anyOf`.
     """
     found: list[Any] = []
     waiting = [schema]
@@ -269,9 +269,9 @@ def alternatives(schema: Any, root: Any) -> list[Any]:
 
 
 def choices_of(schema: Any, root: Any) -> list[Any] | None:
-    """The values of an `enum` or a `const` that are all a part allows; None if it has neither.
+    """Return the values of an `enum` or a `const`, if the part allows no others; None if it has neither.
 
-    Those that a type or a length beside it forbids are left out; with any other keyword beside it: None.
+    Values that a type or a length beside it forbids are left out. None, if it has any other keyword.
     """
     schema = resolved(schema, root)
     if not isinstance(schema, Mapping):
@@ -283,7 +283,7 @@ def choices_of(schema: Any, root: Any) -> list[Any] | None:
     else:
         return None
     if set(schema) - ANNOTATIONS - {"enum", "const", "type", "minLength", "maxLength"}:
-        return None  # whoever asks takes it for a keyword like the others
+        return None  # to the caller it is then a keyword like the others
     kinds = types_of({"type": schema["type"]}, root) if "type" in schema else TYPES
     least, most = schema.get("minLength", 0), schema.get("maxLength", math.inf)
     if not all(isinstance(n, int | float) for n in (least, most)):
@@ -296,7 +296,7 @@ def choices_of(schema: Any, root: Any) -> list[Any] | None:
 
 
 def object_of(parameters: Any) -> Mapping[str, Any]:
-    """The schema of an object, or what it refers to if it says nothing else than that it is one."""
+    """Return the schema of an object, following one that only refers to another and says that it is an object."""
     top = parameters
     if isinstance(top, Mapping) and top.get("type") == "object" and ("$ref" in top or "allOf" in top):
         top = {key: value for key, value in top.items() if key != "type"}
@@ -307,7 +307,7 @@ def object_of(parameters: Any) -> Mapping[str, Any]:
 
 
 def properties_of(parameters: Any) -> dict[str, Any]:
-    """The parts of an object's schema by the names of its members; those that are only required allow anything else."""
+    """Return the schemas of an object's members by name, with those that are only listed as required."""
     top = object_of(parameters)
     found = dict(top["properties"]) if isinstance(top.get("properties"), Mapping) else {}
     for key in top["required"] if isinstance(top.get("required"), list) else ():
@@ -317,9 +317,9 @@ def properties_of(parameters: Any) -> dict[str, Any]:
 
 
 def read_value(text: str, schema: Any, root: Any) -> str:
-    """A value that was written without quotes, as JSON: a text where its schema says so, else JSON if it is any.
+    """Convert a value written without quotes to JSON: a string if its schema says so, else JSON if it is valid.
 
-    `null` for `string or null` is null, `3.10` a text; JSON stays as it was written.
+    For `string or null`, `null` is null and `3.10` a string. JSON stays as it was written.
     """
     kinds = types_of(schema, root)
     if kinds != {"string"}:
@@ -355,14 +355,14 @@ def _no_constant(name: str) -> None:
 
 
 class _TooMuchError(Exception):
-    """A validation that looked at more keywords than it may."""
+    """A validation evaluated more keywords than allowed."""
 
 
 def unenforced_errors(text: str, schema: Any) -> str | None:
-    """Why a finished text does not satisfy a schema; None if it does.
+    """Validate a finished text; return why it does not satisfy a schema, None if it does.
 
-    Expressions are not run: where they can be enforced the grammar has done so, and Python's could run for ever.
-    Nothing is fetched: a reference to another document is an error. A check of too many steps ends, and says so.
+    Expressions are not run: the grammar enforces those it can, and Python's could run for ever. Nothing is fetched: a
+    reference to another document is an error. A validation of too many steps ends with an error that says so.
     """
     schema = deepcopy(schema)
     for _, part in parts(schema):
@@ -376,9 +376,9 @@ def unenforced_errors(text: str, schema: Any) -> str | None:
     except _TooMuchError:
         return f"it cannot be checked: more than {_CHECKS:,} keywords would have to be evaluated"
     except Exception as problem:
-        # The validator takes a schema at its word: one that is none can make it raise anything. The text is then
-        # unchecked, which is said; nobody else's reply may end for it.
-        return _one_line(f"it cannot be checked: {type(problem).__name__}: {problem}")
+        # An invalid schema can make the validator raise anything. The error says that the text is unchecked; other
+        # replies must not end because of it.
+        return one_line(f"it cannot be checked: {type(problem).__name__}: {problem}")
 
 
 def _first_error(value: Any, schema: Any) -> str | None:
@@ -405,7 +405,7 @@ def _first_error(value: Any, schema: Any) -> str | None:
 
 
 def _unique(_: Any, wanted: Any, instance: Any, __: Any) -> Iterator[ValidationError]:
-    """`uniqueItems` in one pass; jsonschema compares each item with each."""
+    """Check `uniqueItems` in one pass; jsonschema compares each item with each other."""
     if wanted and isinstance(instance, list):
         seen = {json.dumps(_canonical(item), sort_keys=True) for item in instance}
         if len(seen) < len(instance):
@@ -413,13 +413,9 @@ def _unique(_: Any, wanted: Any, instance: Any, __: Any) -> Iterator[ValidationE
 
 
 def _canonical(value: Any) -> Any:
-    """JSON in which equal values have one spelling: 1 and 1.0 are equal, 1 and true are not."""
+    """Return JSON in which equal values have one spelling: 1 and 1.0 are equal, 1 and true are not."""
     if isinstance(value, dict):
         return {key: _canonical(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_canonical(inner) for inner in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _one_line(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()[:300]

@@ -1,7 +1,7 @@
-"""Stop strings, found in text that arrives piece by piece. Knows characters; nothing of tokens.
+"""Finds stop strings in text that arrives in pieces. Knows characters, no tokens.
 
-StopStrings    an automaton for all of them at once; never changed, may be shared by choices.
-StopMatcher    text in, text out, up to the first stop string. One per choice.
+StopStrings    an automaton for all stop strings of a request; immutable, shared by its choices
+StopMatcher    passes the text of one choice on, up to the first stop string
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["StopMatcher", "StopStrings"]
 class StopStrings:
     """The automaton of Aho and Corasick over a request's stop strings: one step per character, however many there are.
 
-    A state is the longest end of the text that begins some stop string. Never changed; shared by a request's choices.
+    A state stands for the longest end of the text that begins a stop string. Immutable after construction.
     """
 
     __slots__ = ("_fail", "_next", "depth", "longest")
@@ -23,9 +23,9 @@ class StopStrings:
     def __init__(self, stops: Iterable[str]) -> None:
         self._next: list[dict[str, int]] = [{}]
         self.depth = [0]
-        """By state: how many of the last characters begin a stop string."""
+        """By state, how many of the last characters begin a stop string."""
         self.longest = [0]
-        """By state: the length of the longest stop string that ends here; 0 if none does."""
+        """By state, the length of the longest stop string that ends here; 0 if none does."""
         for stop in stops:
             self._add(stop)
         self._fail = [0] * len(self._next)
@@ -60,11 +60,11 @@ class StopStrings:
 
 
 class StopMatcher:
-    """Text in, text out, up to the first stop string; a part of one never comes out.
+    """Passes text on up to the first stop string, and never a part of one.
 
-    The law: after each `push`, if any stop string stands in the text pushed so far, the text ends before the one that
-    begins first. Pushes are tokens, so a longer stop string that would begin earlier loses to one that was complete at
-    an earlier token, and the answer is always: the text of the generated ids, cut at its first stop string.
+    After each `push`, if the text so far contains a stop string, it ends before the one that begins first. Pushes are
+    tokens, so a longer stop string that begins earlier loses to one that an earlier token completed. The answer is
+    always the text of the generated tokens, cut at its first stop string.
     """
 
     __slots__ = ("_held", "_state", "_stops")
@@ -75,7 +75,7 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Return what may be shown now, and whether a stop string was found."""
+        """Take a piece of text; return the text that is certain, and whether a stop string was found."""
         stops = self._stops
         if not stops:
             return text, False
@@ -94,6 +94,6 @@ class StopMatcher:
         return text[:shown], False
 
     def release(self) -> str:
-        """Give up what is held back, and forget it: a later match does not begin in it."""
+        """Return the text held back. No later match begins in it."""
         held, self._held, self._state = self._held, "", 0
         return held

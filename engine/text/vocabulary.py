@@ -1,12 +1,11 @@
-"""Token ids → text: every id's true bytes, text as it becomes whole. Knows no model, no torch, no clock.
+"""Converts token ids to text: the exact bytes of every id, and complete characters. Knows no model, no torch, no clock.
 
     Vocabulary     what each id is: its bytes, whether it is special, whether it exists. One per model.
-    Detokenizer    ids in, whole characters out. One per choice.
-    TextStream     the same up to the first stop string: what a running choice needs.
+    Detokenizer    turns the ids of one choice into complete characters.
 
 The text of a choice is `tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)`, with one
-deliberate difference, told at `Detokenizer`. Nothing here is derived from a model's name: only from the decoder that
-stands in its tokenizer.json (format: the `tokenizers` library, https://github.com/huggingface/tokenizers).
+deliberate difference, described at `Detokenizer`. It is derived from the decoder in the model's tokenizer.json (format:
+the `tokenizers` library, https://github.com/huggingface/tokenizers), never from a model's name.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ _CHECKED_IDS: Final = 256
 
 
 def _byte_level_table() -> dict[int, int]:
-    """GPT-2's spelling of bytes as printable characters: code point → byte (`bytes_to_unicode` of its encoder.py).
+    """Map the code points by which GPT-2 spells bytes to those bytes (`bytes_to_unicode` of its encoder.py).
 
-    Code points below 256 that spell no byte go to one that Latin-1 cannot encode, so that translating a token and
+    Code points below 256 that spell no byte map to one that Latin-1 cannot encode, so that translating a token and
     encoding it as Latin-1 succeeds exactly when the whole token is spelled in this alphabet.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -48,10 +47,10 @@ BYTE_LEVEL: Final = _byte_level_table()
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What a tokenizer's decoder does to one token, as far as it does the same to each of them.
+    """How a decoder turns one token into bytes, if it treats each token alike.
 
-    `dropped` is the character that Metaspace removes from the first token; `stripped` the byte that Strip takes from
-    the beginning of the whole text.
+    `dropped`: the character that Metaspace removes from the first token. `stripped`: the byte that Strip removes from
+    the beginning of the text.
     """
 
     byte_level: bool = False
@@ -61,7 +60,7 @@ class _Plan:
     stripped: bytes = b""
 
     def spell(self, token: str, first: bool = False) -> bytes:
-        """The bytes that `token` adds to a text; `first`: at its beginning."""
+        """Return the bytes that a token adds to a text. `first`: at its beginning."""
         if self.byte_level:
             try:
                 return token.translate(BYTE_LEVEL).encode("latin-1")
@@ -79,7 +78,7 @@ class _Plan:
 
 
 def _plan(decoder: Mapping[str, Any] | None) -> _Plan | None:
-    """Read the decoder of a tokenizer.json; None if some step of it does not treat each token alike."""
+    """Read the decoder of a tokenizer.json; None if one of its steps does not treat each token alike."""
     plan = _Plan()
     fused = False
     for step in _steps(decoder):
@@ -112,11 +111,11 @@ def _steps(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 
 _Speller = Callable[[int, int | None], bytes]
-"""The bytes that a text id adds to a text whose last text id is the second argument (None: at its beginning)."""
+"""A function of a text id and the text id before it (None: at the beginning): the bytes that the first adds."""
 
 
 def _planned(plan: _Plan, tokens: Sequence[str | None]) -> _Speller:
-    """Bytes from a table: one look-up."""
+    """Make a speller that looks bytes up in a table."""
     table = [plan.spell(token or "") for token in tokens]
 
     def spell(token_id: int, previous: int | None) -> bytes:
@@ -126,10 +125,10 @@ def _planned(plan: _Plan, tokens: Sequence[str | None]) -> _Speller:
 
 
 def _probed(decode: Callable[[list[int]], str]) -> _Speller:
-    """Bytes from the tokenizer itself, for decoders that join words (WordPiece, BPE with a word suffix, none at all).
+    """Make a speller that asks the tokenizer, for decoders that join words (WordPiece, BPE with a word suffix, none).
 
-    What an id adds depends on the id before it, so pairs are decoded. Such decoders work on whole characters; one that
-    does not would show a character split over tokens as U+FFFD here.
+    The bytes of an id depend on the id before it, so pairs are decoded. Such decoders work on complete characters; with
+    any other, a character split over tokens would become U+FFFD.
     """
 
     @functools.lru_cache(maxsize=1 << 16)
@@ -144,7 +143,7 @@ def _probed(decode: Callable[[list[int]], str]) -> _Speller:
 
 
 class Vocabulary:
-    """What each token id is. Built once per model, in well under a second for 150,000 ids; never changed.
+    """What each token id is. Built once per model, in well under a second for 150,000 ids; immutable.
 
     Attributes:
         size: one more than the tokenizer's highest id. A model's own vocabulary may be larger (padding rows).
@@ -162,17 +161,17 @@ class Vocabulary:
         self._tokens = tokens
         self._speller = speller
         self._text_ids = frozenset(i for i, token in enumerate(tokens) if token is not None) - self.special_ids
-        # Any word: what stands before a token whose bytes are asked for without a context. Two letters at least: a
-        # byte-fallback token of one would draw its neighbour into a run (see `Detokenizer`).
+        # Any word, as the context of a token whose bytes are asked for without one. At least two letters: a
+        # byte-fallback token of one letter would form a run with its neighbour (see `Detokenizer`).
         words = (i for i in range(self.size) if self.is_text(i) and len(w := speller(i, None)) > 1 and w.isalpha())
         self._anchor = next(words, None)
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> Vocabulary:
-        """Read a transformers tokenizer that stands on the `tokenizers` library.
+        """Read a transformers tokenizer.
 
         Raises:
-            LoadError: it does not (there is no tokenizer.json behind it).
+            LoadError: it is not backed by the `tokenizers` library and a tokenizer.json.
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -201,7 +200,7 @@ class Vocabulary:
         return cls(tokens, special_ids, _probed(decode), byte_fallback=False)
 
     def _agrees_with(self, decode: Callable[[list[int]], str]) -> bool:
-        """Checked, not believed: a sample of ids, at the beginning of a text and after a word."""
+        """Compare a sample of ids with the tokenizer's decoding, at the beginning of a text and after a word."""
         contexts = [[]] if self._anchor is None else [[], [self._anchor]]
         for token_id in range(0, self.size, max(1, self.size // _CHECKED_IDS)):
             for context in contexts:
@@ -212,30 +211,30 @@ class Vocabulary:
         return True
 
     def is_text(self, token_id: int) -> bool:
-        """Whether the id stands for a piece of text: neither special nor without a token."""
+        """Return whether an id stands for text: it has a token, which is not special."""
         return token_id in self._text_ids
 
     def invalid_ids(self, model_vocab_size: int) -> list[int]:
-        """Ids below `model_vocab_size` that stand for no token, ascending: holes, and rows past the tokenizer's end."""
+        """Return the ids below `model_vocab_size` without a token, ascending: gaps, and padding at the end."""
         holes = [i for i, token in enumerate(self._tokens[:model_vocab_size]) if token is None]
         return [*holes, *range(self.size, model_vocab_size)]
 
     def contribution(self, token_id: int, previous: int | None) -> bytes:
-        """The bytes that an id adds to a text whose last text token is `previous` (None: at its beginning).
+        """Return the bytes that an id adds to a text whose last text token is `previous` (None: at its beginning).
 
         Empty for special ids and for ids without a token.
         """
         return self._speller(token_id, previous) if token_id in self._text_ids else b""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of an id in the middle of a text, leading space included."""
+        """Return the bytes of an id in the middle of a text, leading space included."""
         return self.contribution(token_id, self._anchor)
 
     def token_text(self, token_id: int, data: bytes | None = None) -> str:
-        r"""How a token is written in logprobs: its text, or `bytes:\xe2\x80` if it is no whole text by itself.
+        r"""Return how logprobs write a token: its text, or `bytes:\xe2\x80` if it is no complete text by itself.
 
-        That notation is the OpenAI API's. A special token is written as its literal content (`<|im_end|>`), although
-        it adds no bytes. `data`: its bytes where it stands, if they are known (`TextStream.token_bytes`).
+        That notation is the OpenAI API's. A special token is written as its name (`<|im_end|>`), although it adds no
+        bytes. `data`: its bytes at its place, if they are known (`TextStream.token_bytes`).
         """
         if token_id in self.special_ids:
             return self._tokens[token_id] or ""
@@ -248,13 +247,12 @@ class Vocabulary:
 
 
 class Detokenizer:
-    """Ids in, whole characters out.
+    """Turns the token ids of one choice into complete characters.
 
-    Bytes that begin a character wait for the rest of it. Bytes that cannot become one are written as U+FFFD, as many
-    of them as `tokenizer.decode` writes. One difference is meant: in a run of byte-fallback tokens that holds an
-    invalid byte, the library turns the valid characters of the run into U+FFFD too, also those that stand before that
-    byte. A stream has sent them by then and cannot take them back; so they stay, here and in the answer that is not
-    streamed.
+    Bytes that begin a character wait for the rest of it. Bytes that cannot become a character are written as U+FFFD, as
+    many as `tokenizer.decode` writes. One difference is deliberate: in a run of byte-fallback tokens that contains an
+    invalid byte, the library turns the valid characters of the run into U+FFFD too, even those before that byte. A
+    stream has sent them by then and cannot take them back, so they stay, streamed or not.
     """
 
     __slots__ = ("_pending", "_previous", "_vocabulary")
@@ -265,7 +263,7 @@ class Detokenizer:
         self._pending = b""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What `push` would add now: the true bytes of a candidate at this place."""
+        """Return the bytes that a candidate would add at this place."""
         return self._vocabulary.contribution(token_id, self._previous)
 
     def push(self, token_id: int) -> tuple[str, bytes]:
@@ -277,11 +275,11 @@ class Detokenizer:
 
     @property
     def whole(self) -> bool:
-        """Whether the text ends with a whole character."""
+        """Whether the text ends with a complete character."""
         return not self._pending
 
     def flush(self) -> str:
-        """The end: what waits for the rest of a character that will not come, as U+FFFD."""
+        """End the text; return an incomplete character as U+FFFD."""
         return self._decode(b"", final=True)
 
     def _decode(self, data: bytes, final: bool) -> str:

@@ -1,1 +1,1 @@
-"""The messages that cross between engine and caller: frozen, picklable, free of torch and of HTTP."""
+"""The data that crosses between engine and caller: frozen, picklable, free of torch and of HTTP."""

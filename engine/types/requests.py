@@ -1,4 +1,4 @@
-"""What a caller asks for (`GenerationRequest`), and what it became (`PreparedRequest`)."""
+"""`GenerationRequest`, what a caller asks for, and `PreparedRequest`, what the engine runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.types.messages import ChatMessage
+from engine.types.reply_format import ReplyFormat
 from engine.types.sampling_params import SamplingParams
+from engine.types.tools import AUTO, Tool, ToolChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +41,10 @@ class GenerationRequest:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     constraint: Constraint | None = None
     reasoning_effort: str | None = None
-    tools: tuple[Mapping[str, Any], ...] = ()
-    """Definitions in the API's shape. None of them: the reply is not looked at for calls."""
+    tools: tuple[Tool, ...] = ()
+    """What the model may call. Without any, calls in the reply are text."""
     parallel_tool_calls: bool = True
-    tool_choice: str = "auto"
-    """`auto`, `required`, or after a colon the name of the one that must be called: `:get_weather`."""
+    tool_choice: ToolChoice = AUTO
     group: str = ""
     """Whose request it is. Where requests wait, groups take turns; each has a prefix cache of its own, unless the
     entry shares one. A reply does not depend on it."""
@@ -62,23 +63,10 @@ class PreparedRequest:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     grammar: str | None = None
-    """What the reply is held to, as `engine.grammar.compiler` writes it."""
-    unenforced_schema: Any = None
-    """A JSON schema that the grammar holds only in part: the finished text is checked against it."""
-    unenforced_tools: frozenset[str] = frozenset()
-    """Tools whose schemas the grammar holds only in part: the arguments of a call are checked against them."""
-    calls_first: bool = False
-    """The reply is calls or an answer in a form: a call in the answer is text."""
-    chat: bool = False
-    """Whether the prompt is a conversation, so that the reply may begin with thoughts."""
-    thinks: bool = False
-    """Whether the prompt has opened the thoughts."""
-    opening: str = ""
-    """What the prompt has written of the reply already, where replies are read by a response template."""
+    """The grammar that the reply must satisfy, in llguidance's dialect of Lark; None for free text."""
+    reply_format: ReplyFormat = field(default_factory=ReplyFormat)
     ignored: tuple[str, ...] = ()
     """Fields that have no effect on this model."""
     group: str = ""
     cache_share: tuple[str, ...] = ()
     """Whose prompts may be found in the prefix cache, and may find this one there."""
-    tools: tuple[Mapping[str, Any], ...] = ()
-    parallel_tool_calls: bool = True

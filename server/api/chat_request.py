@@ -17,7 +17,9 @@ from engine import (
     InvalidFormat,
     InvalidParameter,
     ModelNotFound,
+    Tool,
     ToolCall,
+    ToolChoice,
     Unsupported,
 )
 from server.json_text import excess_of, kind_of, load_body, load_text, shown
@@ -312,12 +314,12 @@ def _name(function: Mapping[str, Any], at: str) -> str:
     return name
 
 
-def _tools(data: Mapping[str, Any], ignored: list[str]) -> tuple[tuple[dict[str, Any], ...], str]:
-    """The definitions that the model may call, none with `tool_choice: none`; and which of them it must."""
+def _tools(data: Mapping[str, Any], ignored: list[str]) -> tuple[tuple[Tool, ...], ToolChoice]:
+    """Read the tools that the model may call, none with `tool_choice: none`, and whether it must call one."""
     given = _optional(data, "tools", LIST) or []
     _at_most(MAX_TOOLS, len(given), "tools", "definitions")
     tools = [_tool(tool, f"tools.{i}.", ignored) for i, tool in enumerate(given)]
-    names = [tool["function"]["name"] for tool in tools]
+    names = [tool.name for tool in tools]
     for i, name in enumerate(names):
         if name in names[:i]:
             raise InvalidParameter(
@@ -326,31 +328,32 @@ def _tools(data: Mapping[str, Any], ignored: list[str]) -> tuple[tuple[dict[str,
     _optional(data, "parallel_tool_calls", FLAG)
     choice = data.get("tool_choice")
     if choice is None or choice == "auto":
-        return tuple(tools), "auto"
+        return tuple(tools), ToolChoice()
     if choice == "none":
-        return (), "auto"
+        return (), ToolChoice()
     return tuple(tools), _chosen(choice, names, ignored)
 
 
-def _tool(tool: Any, at: str, ignored: list[str]) -> dict[str, Any]:
+def _tool(tool: Any, at: str, ignored: list[str]) -> Tool:
     _typed(tool, at[:-1], OBJECT)
     kind = _required(tool, "type", STRING, at)
     if kind != "function":
         raise Unsupported(f"{at}type: only function is supported, not {kind[:100]!r}.", param=f"{at}type")
     function = _required(tool, "function", OBJECT, at)
     here = f"{at}function."
-    _name(function, here)
-    _optional(function, "description", STRING, here)
-    _optional(function, "parameters", OBJECT, here)
-    _optional(function, "strict", FLAG, here)
+    found = Tool(
+        _name(function, here),
+        _optional(function, "description", STRING, here),
+        _optional(function, "parameters", OBJECT, here),
+        bool(_optional(function, "strict", FLAG, here)),
+    )
     ignored += [f"{at}{key}" for key in tool if key not in ("type", "function")]
     ignored += [f"{here}{key}" for key in function if key not in TOOL_FIELDS]
-    known = {key: function[key] for key in TOOL_FIELDS if function.get(key) not in (None, False)}
-    return {"type": "function", "function": known}
+    return found
 
 
-def _chosen(choice: Any, names: list[str], ignored: list[str]) -> str:
-    """`required`, or a colon and the name of the function that must be called."""
+def _chosen(choice: Any, names: list[str], ignored: list[str]) -> ToolChoice:
+    """Read a `tool_choice` that demands a call: `required`, or an object that names the function."""
     _typed(choice, "tool_choice", ((str, dict), "a string or an object"))
     if isinstance(choice, str):
         if choice != "required":
@@ -359,7 +362,7 @@ def _chosen(choice: Any, names: list[str], ignored: list[str]) -> str:
             )
         if not names:
             raise InvalidParameter("tool_choice: required needs at least one tool.", param="tool_choice")
-        return choice
+        return ToolChoice("required")
     else:
         kind = _optional(choice, "type", STRING, "tool_choice.")
         if kind not in (None, "function"):
@@ -373,7 +376,7 @@ def _chosen(choice: Any, names: list[str], ignored: list[str]) -> str:
         if name not in names:
             at = "tool_choice.function.name"
             raise InvalidParameter(f"{at}: {name[:100]!r} is not among the tools.", param=at)
-        return f":{name}"
+        return ToolChoice("function", name)
 
 
 def _content(message: Mapping[str, Any], at: str, calls: bool, ignored: list[str]) -> str:

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from engine import LLM, ChatMessage, Completion
+from engine.llm import join_outputs
 
 FAMILIES = ["qwen3", "llama", "gemma3_text", "phi3"]
 SHORT = "the bits of a reply depend on the seed"
@@ -137,9 +138,8 @@ def preempted(folder: Path, prompt: str) -> Bits:
                 scheduler._preempt(youngest)  # whatever the sizes, once for certain
     assert scheduler.num_preemptions > before
     scheduler.pool.release(held, "a hog")
-    from engine.llm import _collect
 
-    return bits(_collect(outputs, 0)[0])
+    return bits(join_outputs(outputs, 0)[0])
 
 
 def first_of_four(folder: Path, prompt: str) -> Bits:
@@ -155,10 +155,9 @@ def more_choices_than_places(folder: Path, prompt: str) -> Bits:
 
 def streamed(folder: Path, prompt: str) -> Bits:
     outputs = list(open_model(folder).stream(prompt, **PARAMS))
-    from engine.llm import _collect
 
     assert len(outputs) > 1
-    return bits(_collect(outputs, 0)[0])
+    return bits(join_outputs(outputs, 0)[0])
 
 
 def with_threads(count: int) -> Callable[[Path, str], Bits]:
@@ -209,7 +208,6 @@ class Oracle:
 
 def guessed(wrong: int) -> Callable[[Path, str], Bits]:
     def circumstance(folder: Path, prompt: str) -> Bits:
-        from engine.llm import _collect
 
         reply = alone(folder, prompt)[0]
         llm = open_model(folder, speculation="ngram")
@@ -219,7 +217,7 @@ def guessed(wrong: int) -> Callable[[Path, str], Bits]:
         stats = llm.engine.stats()
         assert stats.drafted_tokens > 0
         assert (stats.accepted_tokens == 0) == (wrong == 1)
-        return bits(_collect(outputs, 0)[0])
+        return bits(join_outputs(outputs, 0)[0])
 
     return circumstance
 

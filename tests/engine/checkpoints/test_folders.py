@@ -27,6 +27,7 @@ from engine.replies.chat_format import find_chat_format
 from engine.templates.chat_template import ChatTemplate
 from engine.types.messages import ChatMessage, ToolCall
 from engine.types.requests import GenerationRequest
+from engine.types.tools import Tool
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_a_file_that_is_no_gguf_file_is_named(folder: Path) -> None:
 
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 TOOLS = "{% for t in tools %}[{{ t.function.name }}]{% endfor %}{{ flag }}" + PLAIN
-TOOL: dict[str, Any] = {"type": "function", "function": {"name": "look", "parameters": {}}}
+TOOL = Tool("look", parameters={})
 
 
 def _in_additional(folder: Path) -> None:

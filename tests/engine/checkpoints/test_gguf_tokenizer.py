@@ -11,6 +11,7 @@ import pytest
 from engine import LLM, LoadError, ModelConfig
 from engine.loading.loader import load
 from engine.types.messages import ChatMessage
+from engine.types.tools import Tool
 from tests import tiny_models
 from tests.engine.gguf_files import KNOWN_TOKENS, SENTENCEPIECE, byte_level, header_only, sentencepiece, write
 
@@ -49,7 +50,7 @@ def test_all_end_tokens_and_templates_of_a_file_count(folder: Path, tmp_path: Pa
     assert loaded.tokenizer.convert_ids_to_tokens([0]) == ["<|endoftext|>"]  # ends by its name, as in llama.cpp
     assert loaded.end_ids == (0, 2, 7)
     assert loaded.template.source == (folder / "chat_template.jinja").read_text()
-    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    tool = Tool("look", parameters={})
     assert loaded.template.render([ChatMessage("user", "Hi")], tools=[tool]) == "TOOLS look: Hi"
 
 

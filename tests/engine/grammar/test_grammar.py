@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from engine import LLM, Constraint, InvalidParameter
-from engine.grammar.compiler import MAX_BYTES
+from engine.grammar.answer_grammar import answer_grammar
+from engine.grammar.diagnosis import MAX_BYTES
 from engine.text.json_schema import unenforced_errors
 
 PROMPT = "say something"
@@ -321,11 +322,11 @@ def test_finding_a_fault_is_bounded(llm: LLM) -> None:
     parts |= {f"q{i}": {"enum": [f"{'v' * 25}{j}" for j in range(20)]} for i in range(200)}
     schema = {"type": "object", "properties": parts}
     with pytest.raises(InvalidParameter, match="format") as raised:
-        llm.engine.model.grammars.grammar_of(Constraint("json", schema, strict=True))
+        answer_grammar(llm.engine.model.grammars, Constraint("json", schema, strict=True))
     assert raised.value.details["pointer"] == "/properties/p0/format"
-    _, dropped = llm.engine.model.grammars.grammar_of(Constraint("json", schema, strict=False))
+    dropped = answer_grammar(llm.engine.model.grammars, Constraint("json", schema, strict=False)).unenforced
     assert dropped == tuple(f"/properties/p{i}/format" for i in range(60))
     for i in range(70):
         parts[f"p{i}"] = {"type": "string", "pattern": f"(?={i})"}
     with pytest.raises(InvalidParameter, match="look-around"):
-        llm.engine.model.grammars.grammar_of(Constraint("json", schema, strict=False))
+        answer_grammar(llm.engine.model.grammars, Constraint("json", schema, strict=False))

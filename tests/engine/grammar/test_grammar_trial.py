@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 from test_grammar_paths import LINKS, chain
 
-from engine import LLM, Constraint, GenerationRequest, InvalidParameter
+from engine import LLM, Constraint, GenerationRequest, InvalidParameter, Tool
 from engine.confined.process import Confined, ConfinedFault
 from engine.errors import Unavailable
 from engine.grammar import trial as grammar_trial
-from engine.grammar.compiler import MAX_CHOICES, GrammarCompiler, TokenTable
+from engine.grammar.answer_grammar import MAX_CHOICES
+from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.paths import MAX_PATH, schema_path
-from engine.grammar.reply_form import ReplyForm
+from engine.grammar.reply_grammar import GrammarSource
+from engine.grammar.token_table import TokenTable
 from engine.grammar.trial import GrammarTrial
 from engine.replies.reasoning import ReasoningFormat
 from engine.replies.tool_format import GENERIC
@@ -44,25 +46,24 @@ def properties(count: int, **also: Any) -> dict[str, Any]:
     return {"type": "object", "properties": {f"property_{i}": {"type": "string"} for i in range(count)}, **also}
 
 
-def json_form(schema: Any, *, strict: bool = True) -> ReplyForm:
-    return ReplyForm(Constraint("json", schema, strict, "guided_json"))
+def json_form(schema: Any, *, strict: bool = True) -> GrammarSource:
+    return GrammarSource(Constraint("json", schema, strict, "guided_json"))
 
 
-def regex(pattern: str) -> ReplyForm:
-    return ReplyForm(Constraint("regex", pattern, param="guided_regex"))
+def regex(pattern: str) -> GrammarSource:
+    return GrammarSource(Constraint("regex", pattern, param="guided_regex"))
 
 
-def lark(text: str) -> ReplyForm:
-    return ReplyForm(Constraint("grammar", text, param="guided_grammar"))
+def lark(text: str) -> GrammarSource:
+    return GrammarSource(Constraint("grammar", text, param="guided_grammar"))
 
 
-def choice(count: int) -> ReplyForm:
-    return ReplyForm(Constraint("choice", [f"choice {i}" for i in range(count)], param="guided_choice"))
+def choice(count: int) -> GrammarSource:
+    return GrammarSource(Constraint("choice", [f"choice {i}" for i in range(count)], param="guided_choice"))
 
 
-def tools(schema: dict[str, Any], count: int = 1) -> ReplyForm:
-    named = [{"name": f"t{i}", "strict": True, "parameters": schema} for i in range(count)]
-    return ReplyForm(None, tuple({"type": "function", "function": function} for function in named), GENERIC)
+def tools(schema: dict[str, Any], count: int = 1) -> GrammarSource:
+    return GrammarSource(None, tuple(Tool(f"t{i}", None, schema, True) for i in range(count)), GENERIC)
 
 
 def unseen_chain(links: int) -> dict[str, Any]:
@@ -308,10 +309,10 @@ def test_each_bound_on_time_is_named(
 def test_a_form_and_a_vocabulary_cross_whole(compiler: GrammarCompiler) -> None:
     thoughts = ReasoningFormat("<a>", "</a>", "</a>\n", asides=("<b>",))
     form = dataclasses.replace(
-        tools(properties(2)), constraint=Constraint("choice", ["a"], False, "x"), thoughts=thoughts, opened=True
+        tools(properties(2)), constraint=Constraint("choice", ["a"], False, "x"), reasoning=thoughts, thinking=True
     )
     for one in (form, json_form({"é": ["\ud800", 1.5, None]}), regex("a")):
-        assert ReplyForm.from_json(json.loads(json.dumps(one.as_json()))) == one
+        assert GrammarSource.from_json(json.loads(json.dumps(one.as_json()))) == one
     table = compiler.table()
     assert TokenTable.from_json(json.loads(json.dumps(table.as_json()))) == table
 

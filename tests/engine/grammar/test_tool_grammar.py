@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from tool_forms import BARE, CLOSE, FORMATS, HERMES, KEYED, XML, read, written
 
-from engine import LLM, ChatMessage, Constraint, InvalidParameter
-from engine.grammar.tools import ToolGrammar, tool_grammar
+from engine import LLM, ChatMessage, Constraint, InvalidParameter, Tool, ToolChoice
+from engine.grammar.answer_grammar import ReplyGrammar
+from engine.grammar.tool_grammar import tool_grammar
 from engine.replies.reasoning import ReasoningFormat
 from engine.replies.tool_format import ToolFormat
 
 HELLO = [ChatMessage("user", "Hello")]
 THOUGHTS = ReasoningFormat("<think>", "</think>", "\n</think>\n\n")
 CHANNELS = ReasoningFormat("<c>analysis<m>", "<e>", "<e><s>", "<c>final<m>", "<s>", ("<c>commentary<m>",))
+REQUIRED = ToolChoice("required")
+PING = ToolChoice("function", "ping")
 CHANNEL_CALL = ToolFormat("json", "", "<c>commentary to=functions.", " json<m>", "", None, "")
 
 
@@ -31,17 +35,17 @@ def llm(tiny: Callable[[str], Path]) -> LLM:
     return LLM(tiny("qwen3"), cache_size="32MiB", context_length=1024)
 
 
-def strict(name: str = "f", **parameters: Any) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name, "strict": True, "parameters": parameters}}
+def strict(name: str = "f", **parameters: Any) -> Tool:
+    return Tool(name, parameters=parameters, strict=True)
 
 
-def with_value(part: Any, **more: Any) -> dict[str, Any]:
+def with_value(part: Any, **more: Any) -> Tool:
     """A tool with one argument of this schema."""
     members = {"type": "object", "properties": {"a": part}, "required": ["a"], "additionalProperties": False}
     return strict(**members, **more)
 
 
-def grammar_of(llm: LLM, found: ToolFormat, tools: list[Any], *thoughts: Any, **how: Any) -> ToolGrammar:
+def grammar_of(llm: LLM, found: ToolFormat, tools: list[Any], *thoughts: Any, **how: Any) -> ReplyGrammar:
     made = tool_grammar(llm.engine.model.grammars, found, tools, *thoughts, **{"free": False, "several": False, **how})
     llm.engine.model.grammars.check(made.text, "tools")
     return made
@@ -58,34 +62,21 @@ def accepts(llm: LLM, grammar: str, text: str) -> bool:
     return state.accepting
 
 
-STRICT: list[dict[str, Any]] = [
-    {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "parameters": {
-                "type": "object",
-                "properties": {
-                    "city": {"type": "string", "enum": ["Oslo", "Rio"]},
-                    "days": {"type": "integer", "minimum": 1, "maximum": 9},
-                    "deep": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
-                },
-                "required": ["city", "days"],
-                "additionalProperties": False,
-            },
-            "strict": True,
+STRICT = [
+    strict(
+        "get_weather",
+        type="object",
+        properties={
+            "city": {"type": "string", "enum": ["Oslo", "Rio"]},
+            "days": {"type": "integer", "minimum": 1, "maximum": 9},
+            "deep": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
         },
-    },
-    {
-        "type": "function",
-        "function": {
-            "name": "ping",
-            "parameters": {"type": "object", "properties": {}, "additionalProperties": False},
-            "strict": True,
-        },
-    },
+        required=["city", "days"],
+        additionalProperties=False,
+    ),
+    strict("ping", type="object", properties={}, additionalProperties=False),
 ]
-SCHEMAS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in STRICT}
+SCHEMAS: dict[str, Any] = {tool.name: tool.parameters for tool in STRICT}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -93,9 +84,8 @@ SCHEMAS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in 
     "parameters", [{"properties": [1]}, {"properties": {"a": True}, "required": 3}, {"properties": {"a": {"type": 7}}}]
 )
 def test_hostile_definitions_are_refused(llm: LLM, name: str, parameters: dict[str, Any]) -> None:
-    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     try:
-        grammar_of(llm, FORMATS[name], [tool])
+        grammar_of(llm, FORMATS[name], [Tool("f", parameters=parameters)])
     except InvalidParameter:
         return
     assert parameters == {"properties": {"a": True}, "required": 3}
@@ -124,7 +114,7 @@ def test_forced_calls_satisfy_their_schemas(llm: LLM, name: str) -> None:
     for seed in range(12):
         text = walk(llm, grammar, random.Random(seed))
         assert text is not None
-        said, calls = read(found, [text], {tool["function"]["name"]: tool["function"] for tool in STRICT})
+        said, calls = read(found, [text], STRICT)
         assert said.strip() == "", (text, said)
         for called, arguments in calls:
             Draft202012Validator(SCHEMAS[called]).validate(arguments)
@@ -146,17 +136,17 @@ def test_a_strict_call_is_held_to_its_schema_once_it_begins(llm: LLM, name: str)
         assert accepts(llm, grammar, text) == accepted, text
 
 
-@pytest.mark.parametrize("choice", ["required", ":ping", ":get_weather"])
-def test_a_choice_is_enforced(llm: LLM, choice: str) -> None:
+@pytest.mark.parametrize("choice", [REQUIRED, PING, ToolChoice("function", "get_weather")])
+def test_a_choice_is_enforced(llm: LLM, choice: ToolChoice) -> None:
     for seed in range(4):
         [answer] = llm.generate(HELLO, tools=STRICT, tool_choice=choice, seed=seed, max_tokens=400)
         assert answer.finish_reason in ("tool_calls", "length")
         for call in answer.tool_calls:
-            assert choice in ("required", f":{call.name}")
+            assert choice.name in (None, call.name)
             Draft202012Validator(SCHEMAS[call.name]).validate(json.loads(call.arguments))
         if answer.finish_reason == "tool_calls":
             assert answer.text == ""
-            assert choice == "required" or len(answer.tool_calls) == 1
+            assert choice.name is None or len(answer.tool_calls) == 1
 
 
 @pytest.mark.slow
@@ -176,7 +166,7 @@ def test_a_form_holds_what_is_no_call(llm: LLM) -> None:
         for call in answer.tool_calls:
             Draft202012Validator(SCHEMAS[call.name]).validate(json.loads(call.arguments))
     assert {"stop", "tool_calls"} <= kinds
-    [answer] = llm.generate(HELLO, tools=STRICT, constraint=form, tool_choice=":ping", seed=1, max_tokens=100)
+    [answer] = llm.generate(HELLO, tools=STRICT, constraint=form, tool_choice=PING, seed=1, max_tokens=100)
     assert [call.name for call in answer.tool_calls] == ["ping"]
     with pytest.raises(InvalidParameter, match="whole grammar"):
         llm.generate(HELLO, tools=STRICT, constraint=Constraint("grammar", 'start: "a"'), max_tokens=3)
@@ -188,11 +178,10 @@ def llm_token(llm: LLM, text: str) -> int:
 
 
 def test_a_strict_schema_that_cannot_be_enforced_is_refused(llm: LLM) -> None:
-    function = {"name": "f", "parameters": {"properties": {"a": {"type": "array", "uniqueItems": True}}}}
-    tool = {"type": "function", "function": function}
-    llm.generate(HELLO, tools=[tool], tool_choice="required", max_tokens=3)
+    tool = Tool("f", parameters={"properties": {"a": {"type": "array", "uniqueItems": True}}})
+    llm.generate(HELLO, tools=[tool], tool_choice=REQUIRED, max_tokens=3)
     with pytest.raises(InvalidParameter) as raised:
-        llm.generate(HELLO, tools=[{**tool, "function": {**function, "strict": True}}], max_tokens=3)
+        llm.generate(HELLO, tools=[replace(tool, strict=True)], max_tokens=3)
     assert raised.value.param == "tools.0.function.parameters"
     assert raised.value.details["pointer"] == "/properties/a/uniqueItems"
 
@@ -202,16 +191,16 @@ def test_a_strict_schema_that_cannot_be_enforced_is_refused(llm: LLM) -> None:
 PAIRS = {"xml": XML, "keyed": KEYED}
 
 
-def satisfied(llm: LLM, found: ToolFormat, tool: dict[str, Any], seeds: int = 6, limit: int = 600) -> int:
+def satisfied(llm: LLM, found: ToolFormat, tool: Tool, seeds: int = 6, limit: int = 600) -> int:
     """Walk the grammar of a tool: what ends is read as one valid call of it. How many ended."""
-    grammar, schema, ended = grammar_of(llm, found, [tool]).text, tool["function"]["parameters"], 0
+    grammar, schema, ended = grammar_of(llm, found, [tool]).text, tool.parameters, 0
     for seed in range(seeds):
         text = walk(llm, grammar, random.Random(seed), limit)
         if text is None:
             continue
-        said, calls = read(found, [text], {"f": tool["function"]})
+        said, calls = read(found, [text], [tool])
         assert (said, len(calls)) == ("", 1), text
-        Draft202012Validator(schema).validate(calls[0][1])
+        Draft202012Validator(schema or {}).validate(calls[0][1])
         ended += 1
     return ended
 
@@ -241,7 +230,7 @@ def satisfied(llm: LLM, found: ToolFormat, tool: dict[str, Any], seeds: int = 6,
 )  # fmt: skip
 def test_values_without_quotes_are_held_to_their_schema(llm: LLM, form: str, part: dict[str, Any]) -> None:
     definitions = {"word": {"type": "string", "enum": ["1", "x y"]}}
-    parameters = with_value(part)["function"]["parameters"]
+    parameters: Any = with_value(part).parameters
     parameters["properties"]["n"] = {"enum": [7, 8]}
     assert satisfied(llm, PAIRS[form], strict(**parameters, **{"$defs": definitions})) >= 4
 
@@ -255,7 +244,7 @@ def test_a_key_is_what_it_is_called(llm: LLM, form: str, key: str) -> None:
 
 @pytest.mark.parametrize("form", PAIRS)
 def test_a_schema_may_be_elsewhere(llm: LLM, form: str) -> None:
-    inner = with_value({"enum": ["x"]})["function"]["parameters"]
+    inner = with_value({"enum": ["x"]}).parameters
     assert satisfied(llm, PAIRS[form], strict(**{"$ref": "#/$defs/A", "$defs": {"A": inner}})) >= 4
     tree = {"type": "object", "properties": {"v": {"enum": [1]}, "next": {"type": "array", "maxItems": 1,
             "items": {"$ref": "#"}}}, "required": ["v"], "additionalProperties": False}  # fmt: skip
@@ -287,8 +276,7 @@ def test_what_cannot_be_enforced_without_quotes_is_refused(llm: LLM, parameters:
         grammar_of(llm, XML, [tool])
     assert raised.value.details["pointer"] == pointer
     if pointer:  # the others can never be satisfied
-        lenient = {"type": "function", "function": {**tool["function"], "strict": False}}
-        assert grammar_of(llm, XML, [lenient]).loose == {"f"}
+        assert grammar_of(llm, XML, [replace(tool, strict=False)]).unenforced_tools == {"f"}
 
 
 def test_what_a_schema_shares_is_compiled_once(llm: LLM) -> None:
@@ -333,7 +321,7 @@ def test_a_value_is_no_text_only_where_that_very_value_is_allowed(
     found, tool = PAIRS[form], with_value(part)
     text = written(found, [("f", {"a": value})])
     assert accepts(llm, grammar_of(llm, found, [tool]).text, text)
-    assert read(found, [text], {"f": tool["function"]}, exact=True)[1] == [("f", {"a": expected})]
+    assert read(found, [text], [tool], exact_calls=True)[1] == [("f", {"a": expected})]
 
 
 def test_an_optional_argument_that_nothing_satisfies_is_left_out(llm: LLM) -> None:
@@ -377,7 +365,7 @@ BAD = ("get_weather", {"city": "Rome"})
         (f"<think>{written(HERMES, [BAD])}</think> {written(HERMES, [GOOD])}", True),
     ],
 )
-def test_a_mark_in_the_thoughts_begins_no_call(llm: LLM, text: str, allowed: bool) -> None:
+def test_a_delimiter_in_the_thoughts_begins_no_call(llm: LLM, text: str, allowed: bool) -> None:
     assert accepts(llm, grammar_of(llm, HERMES, [CITY], THOUGHTS, False, free=True).text, text) == allowed
 
 
@@ -407,11 +395,11 @@ def test_in_channels_an_answer_or_a_call(llm: LLM, text: str, allowed: bool) -> 
         ('Example: {"name": "Bob"} is JSON.', True),
     ],
 )
-def test_a_call_without_a_mark_is_all_of_a_reply(llm: LLM, text: str, allowed: bool) -> None:
+def test_a_call_without_a_delimiter_is_all_of_a_reply(llm: LLM, text: str, allowed: bool) -> None:
     grammar = grammar_of(llm, BARE, [CITY], free=True).text
     assert accepts(llm, grammar, text) == allowed
     if allowed and text != written(BARE, [GOOD]):
-        assert read(BARE, list(text), {"get_weather": CITY["function"]}, exact=True) == (text, [])
+        assert read(BARE, list(text), [CITY], exact_calls=True) == (text, [])
 
 
 def test_a_form_that_looks_like_a_call(llm: LLM) -> None:
@@ -436,10 +424,10 @@ def test_a_call_in_the_answer_of_a_form_is_text(llm: LLM) -> None:
                                "additionalProperties": False})  # fmt: skip
     shown = '{"k": "see <tool_call><function=get_weather><parameter=city>evil</parameter></function></tool_call>"}'
     assert accepts(llm, grammar_of(llm, XML, [CITY], otherwise=form).text, shown)
-    tools = {"get_weather": CITY["function"]}
+    tools = [CITY]
     for pieces in ([shown], list(shown)):
-        assert read(XML, pieces, tools, exact=True, first=True) == (shown, [])
-    assert read(XML, [written(XML, [GOOD, GOOD])], tools, exact=True, first=True) == ("", [GOOD, GOOD])
+        assert read(XML, pieces, tools, exact_calls=True, calls_or_answer=True) == (shown, [])
+    assert read(XML, [written(XML, [GOOD, GOOD])], tools, exact_calls=True, calls_or_answer=True) == ("", [GOOD, GOOD])
 
 
 @pytest.mark.parametrize(
@@ -450,19 +438,19 @@ def test_a_call_in_the_answer_of_a_form_is_text(llm: LLM) -> None:
         '\x1c{"name": "get_weather", "parameters": {"city": "evil"}}',
     ],
 )
-def test_no_other_spelling_of_a_call_without_a_mark(llm: LLM, text: str) -> None:
+def test_no_other_spelling_of_a_call_without_a_delimiter(llm: LLM, text: str) -> None:
     if accepts(llm, grammar_of(llm, BARE, [CITY], free=True).text, text):
-        assert read(BARE, list(text), {"get_weather": CITY["function"]}, exact=True)[1] == []
+        assert read(BARE, list(text), [CITY], exact_calls=True)[1] == []
 
 
-def test_the_mark_of_an_inner_call_begins_none(llm: LLM) -> None:
+def test_the_delimiter_of_an_inner_call_begins_none(llm: LLM) -> None:
     grammar = grammar_of(llm, CLOSE, [CITY], free=True, several=True).text
     evasion = written(CLOSE, [BAD]).removeprefix("<calls>")
     assert accepts(llm, grammar, evasion)
-    assert read(CLOSE, list(evasion), {"get_weather": CITY["function"]}, exact=True)[1] == []
+    assert read(CLOSE, list(evasion), [CITY], exact_calls=True)[1] == []
     two = f"a {written(CLOSE, [GOOD, GOOD])} b {written(CLOSE, [GOOD])}"
     assert accepts(llm, grammar, two)
-    assert read(CLOSE, list(two), {"get_weather": CITY["function"]}, exact=True)[1] == [GOOD] * 3
+    assert read(CLOSE, list(two), [CITY], exact_calls=True)[1] == [GOOD] * 3
 
 
 @settings(max_examples=40, deadline=None)
@@ -489,32 +477,31 @@ def test_whatever_a_grammar_allows_is_valid(llm: LLM, part: dict[str, Any], form
 def test_a_refusal_names_the_tool(llm: LLM) -> None:
     tools = [strict("a"), strict("b"), strict("g", type="object", required="a")]
     with pytest.raises(InvalidParameter) as raised:
-        llm.generate(HELLO, tools=tools, tool_choice=":g", max_tokens=3)
+        llm.generate(HELLO, tools=tools, tool_choice=ToolChoice("function", "g"), max_tokens=3)
     assert raised.value.param == "tools.2.function.parameters"
     with pytest.raises(InvalidParameter, match="must describe an object"):
-        llm.generate(HELLO, tools=[strict("a", type="array")], tool_choice="required", max_tokens=3)
+        llm.generate(HELLO, tools=[strict("a", type="array")], tool_choice=REQUIRED, max_tokens=3)
 
 
 def test_a_form_that_cannot_be_is_refused_although_calls_are_required(llm: LLM) -> None:
     for constraint in (Constraint("grammar", "not a grammar"), Constraint("json", {"uniqueItems": True})):
         with pytest.raises(InvalidParameter):
-            llm.generate(HELLO, tools=[strict("a")], tool_choice="required", constraint=constraint, max_tokens=3)
+            llm.generate(HELLO, tools=[strict("a")], tool_choice=REQUIRED, constraint=constraint, max_tokens=3)
 
 
 def test_what_no_grammar_holds_is_checked_in_the_finished_call(llm: LLM) -> None:
     items = {"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2, "uniqueItems": True}
-    tool = with_value(items)
-    tool["function"]["strict"] = False
+    tool = replace(with_value(items), strict=False)
     outcomes = set()
     for seed in range(12):
-        *_, last = llm.stream(HELLO, tools=[tool], tool_choice=":f", seed=seed, max_tokens=300)
+        *_, last = llm.stream(HELLO, tools=[tool], tool_choice=ToolChoice("function", "f"), seed=seed, max_tokens=300)
         [call], error = last.deltas[0].tool_calls, last.deltas[0].schema_error
         values = json.loads(call.arguments)["a"]
         assert (error == "") == (len(set(values)) == 2), (values, error)
         assert not error or error.startswith("f: $.a")
         outcomes.add(error == "")
     assert outcomes == {True, False}
-    tool["function"]["strict"] = True
-    tool["function"]["parameters"]["properties"]["a"].pop("uniqueItems")
-    *_, last = llm.stream(HELLO, tools=[tool], tool_choice="required", seed=1, max_tokens=300)
+    items.pop("uniqueItems")
+    tool = with_value(items)
+    *_, last = llm.stream(HELLO, tools=[tool], tool_choice=REQUIRED, seed=1, max_tokens=300)
     assert last.deltas[0].schema_error is None

@@ -29,6 +29,7 @@ from engine.replies import chat_format
 from engine.templates.chat_template import ChatTemplate
 from engine.types.messages import ChatMessage, ToolCall
 from engine.types.requests import GenerationRequest
+from engine.types.tools import Tool
 
 SHARED = Path(__file__).parents[3].parent / "shared"
 TEMPLATES = sorted(SHARED.glob("chat_templates/*.jinja"))
@@ -54,7 +55,7 @@ class Model:
         self.control = frozenset(self.words.values()) - {unknown}
 
     def prompt(
-        self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = (), **variables: Any
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), **variables: Any
     ) -> tuple[Encoded, str]:
         """What the messages become, and the text that the template makes of them."""
         request = GenerationRequest(request_id="r", messages=tuple(messages), tools=tuple(tools))
@@ -62,12 +63,12 @@ class Model:
         text = self.split.render(conversation)
         return self.split.encode(conversation, text), text
 
-    def today(self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+    def today(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> list[int]:
         """The ids without any guard, from transformers' own call."""
         ids: list[int] = self.tokenizer(self.text(messages, tools), add_special_tokens=False)["input_ids"]
         return ids
 
-    def text(self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> str:
+    def text(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> str:
         request = GenerationRequest(request_id="r", messages=tuple(messages), tools=tuple(tools))
         return self.parse.render(self.parse.conversation(request, {}))
 
@@ -84,9 +85,9 @@ def knowing_all(shape: str) -> Any:
     """A real tokenizer to which all that looks like a control word in any of the templates is one."""
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "checkpoints" / shape)
     text = "".join(path.read_text(encoding="utf-8") for path in TEMPLATES)
-    marks = sorted(set(re.findall(r"<[|｜][^<>|｜]{1,24}[|｜]>|</?[a-z_]{5,16}>|\[/?[A-Z_]{3,}\]", text)))
-    tokenizer.add_special_tokens({"additional_special_tokens": [m for m in marks if m[1] in "|｜["]})
-    tokenizer.add_tokens([AddedToken(m, normalized=False) for m in marks if m[1] not in "|｜["])
+    words = sorted(set(re.findall(r"<[|｜][^<>|｜]{1,24}[|｜]>|</?[a-z_]{5,16}>|\[/?[A-Z_]{3,}\]", text)))
+    tokenizer.add_special_tokens({"additional_special_tokens": [w for w in words if w[1] in "|｜["]})
+    tokenizer.add_tokens([AddedToken(w, normalized=False) for w in words if w[1] not in "|｜["])
     return tokenizer
 
 
@@ -135,12 +136,14 @@ def harmless(value: Any) -> Any:
         )
         thought = harmless(value.reasoning_content)
         return replace(value, content=harmless(value.content), reasoning_content=thought, tool_calls=tuple(calls))
+    if isinstance(value, Tool):
+        return replace(value, description=harmless(value.description), parameters=harmless(value.parameters))
     if isinstance(value, dict):
         return {harmless(key): harmless(item) for key, item in value.items()}
     return [harmless(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def check(model: Model, messages: list[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> bool:
+def check(model: Model, messages: list[ChatMessage], tools: Sequence[Tool] = ()) -> bool:
     """The control tokens are the template's alone, and no text is lost or added on the way to tokens.
 
     Returns whether there was anything to see.
@@ -208,7 +211,7 @@ def test_no_definition_call_or_result_becomes_control(template: str, shape: str,
     def holds(told: str, key: str, value: str, result: str) -> None:
         parameters = {"type": "object", "properties": {key: {"type": "string", "description": told, "enum": [value]}}}
         parameters["properties"]["plain"] = {"type": "string", "description": "plain", key: {"a": value}}
-        tool = {"type": "function", "function": {"name": "f", "description": told, "parameters": parameters}}
+        tool = Tool("f", told, parameters)
         call = ToolCall("call_1", "f", json.dumps({key: value, "deep": [{key: value}]}))
         turns = [
             ChatMessage("user", "x"),
@@ -227,10 +230,8 @@ def test_a_name_between_brackets_of_the_template(shared: Path) -> None:
     """Qwen3-Coder writes keys of its own choosing as tags: a key `think` would be the token."""
     model = real("qwen3-0.6b", "Qwen3-Coder")
     for key in ("think", "/think", "|im_end|", "im_end", "tool_call"):
-        function = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {key: "b"}}}}
-        tool = {"type": "function", "function": function}
+        tool, other = (Tool("f", "d", {"type": "object", "properties": {"a": {name: "b"}}}) for name in (key, "other"))
         got, text = model.prompt([ChatMessage("user", "x")], [tool])
-        other = json.loads(json.dumps(tool).replace(f'"{key}"', '"other"'))
         assert model.controls(got.ids) == model.controls(model.today([ChatMessage("user", "x")], [other])), key
         assert model.decode(got.ids) == text
 

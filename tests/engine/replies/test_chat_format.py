@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.utils.chat_parsing import parse_response
 
-from engine import LLM, Constraint, InvalidParameter, LoadError
+from engine import LLM, Constraint, InvalidParameter, LoadError, ReplyFormat, Tool, ToolChoice
 from engine.errors import InvalidFormat, ReplyFault
+from engine.prompts.tool_messages import one_call_a_turn
 from engine.replies.chat_format import ChatFormat, find_chat_format
 from engine.replies.response_template import ResponseTemplate, TemplateParser
-from engine.replies.tool_format import CALL_ID, one_call_a_turn
+from engine.replies.tool_format import CALL_ID
 from engine.templates.chat_template import ChatTemplate
 from engine.types.messages import ChatMessage, ToolCall
 
-TOOLS: dict[str, Any] = {
-    "get_weather": {"parameters": {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}},
-    "ping": {},
-}
+TOOLS = (
+    Tool("get_weather", parameters={"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}),
+    Tool("ping"),
+)
+READ = ReplyFormat(chat=True, tools=TOOLS)
 FUNCTION = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
 MARKED = {
     "start_anchor": "<|im_start|>assistant\n",
@@ -60,7 +63,7 @@ PARAMETERS = {
         },
     },
 }
-OPENED = {  # thoughts begin with the reply, whether or not a mark says so
+OPENED = {  # thoughts begin with the reply, whether or not a delimiter says so
     "start_anchor": "Assistant:",
     "fields": {
         "thinking": {"open_pattern": r"(?:^|<think>\s*)", "close": "</think>"},
@@ -70,8 +73,8 @@ OPENED = {  # thoughts begin with the reply, whether or not a mark says so
 }
 PLAIN = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
 GRANITE, GPT_OSS = (
-    find_chat_format(ChatTemplate(marks + "{{ messages }}"))
-    for marks in ("{# <|tool_call|><|start_of_role|> #}", "{# <|channel|>analysis<|message|> functions. #}")
+    find_chat_format(ChatTemplate(spellings + "{{ messages }}"))
+    for spellings in ("{# <|tool_call|><|start_of_role|> #}", "{# <|channel|>analysis<|message|> functions. #}")
 )
 
 
@@ -90,7 +93,7 @@ TEMPLATES = {
 
 
 def read(source: dict[str, Any], pieces: list[str], **how: Any) -> tuple[str, str, list[tuple[str, Any]]]:
-    parser = TemplateParser(ResponseTemplate(source), how.pop("tools", TOOLS), **how)
+    parser = TemplateParser(ResponseTemplate(source), ReplyFormat(**{"chat": True, "tools": TOOLS, **how}))
     parts = [*(parser.push(piece) for piece in pieces), parser.finish()]
     calls = [(name, json.loads(arguments)) for part in parts for name, arguments in part.calls]
     return "".join(p.reasoning for p in parts), "".join(p.text for p in parts), calls
@@ -184,12 +187,12 @@ def test_what_is_no_call_stays_text(name: str, text: str) -> None:
 
 def test_without_tools_calls_are_not_read() -> None:
     text = 'Yes. <tool_call>{"name": "ping", "arguments": {}}</tool_call>'
-    assert read(MARKED, list(text), tools={}) == ("", text, [])
+    assert read(MARKED, list(text), tools=()) == ("", text, [])
 
 
 def test_one_call_only() -> None:
     text = '<tool_call>{"name": "ping", "arguments": {}}</tool_call>'
-    thoughts, said, calls = read(MARKED, [text + text], parallel=False)
+    thoughts, said, calls = read(MARKED, [text + text], parallel_tool_calls=False)
     assert (thoughts, said, calls) == ("", text, [("ping", {})])
 
 
@@ -206,7 +209,7 @@ def test_one_call_only() -> None:
 def test_what_the_prompt_has_written_counts(source: dict[str, Any], prompt: str, opening: str, thinking: bool) -> None:
     template = ResponseTemplate(source)
     assert template.opening(prompt) == opening
-    parser = TemplateParser(template, TOOLS, opening=opening)
+    parser = TemplateParser(template, replace(READ, opening=opening))
     assert parser.thinking == thinking
     parts = [parser.push("hm" if not thinking else "hm</think>ok"), parser.finish()]
     assert "".join(p.text for p in parts) in ("ok", "hm", "")
@@ -230,7 +233,7 @@ def test_a_cut_changes_nothing_and_nothing_is_lost(name: str, parts: list[str], 
     pieces = [text[a:b] for a, b in itertools.pairwise(places)]
     whole = read(TEMPLATES[name], [text])
     assert read(TEMPLATES[name], pieces) == whole
-    if name in ("marked", "opened", "granite"):  # the others have free text in their marks
+    if name in ("marked", "opened", "granite"):  # the others have free text in their delimiters
         assert (whole[0] + whole[1]).count("ß") == text.count("ß")
 
 
@@ -238,7 +241,7 @@ def test_a_cut_changes_nothing_and_nothing_is_lost(name: str, parts: list[str], 
     ("field", "text"),
     [
         ({"open_pattern": r"(x+x+)+y", "close": "z"}, "x" * 60),  # takes for ever
-        ({"open_pattern": r"(?=a)", "close_pattern": r"(?=a)"}, "banana"),  # marks without a character
+        ({"open_pattern": r"(?=a)", "close_pattern": r"(?=a)"}, "banana"),  # delimiters without a character
         ({"open_pattern": r"", "close_pattern": r""}, "banana"),
     ],
 )
@@ -248,7 +251,7 @@ def test_patterns_that_never_end(field: dict[str, Any], text: str) -> None:
 
 
 def test_a_long_reply_does_not_pile_up() -> None:
-    parser = TemplateParser(ResponseTemplate(OPENED), TOOLS)
+    parser = TemplateParser(ResponseTemplate(OPENED), READ)
     parser.push("</think>")
     said = "".join(parser.push("word ").text for _ in range(20_000)) + parser.finish().text
     assert said == "word " * 20_000
@@ -256,7 +259,7 @@ def test_a_long_reply_does_not_pile_up() -> None:
 
 
 def test_long_thoughts_do_not_pile_up_and_a_long_call_is_read_once() -> None:
-    parser = TemplateParser(ResponseTemplate(MARKED), TOOLS)
+    parser = TemplateParser(ResponseTemplate(MARKED), READ)
     parser.push("<think>")
     thought = "".join(parser.push("word ").reasoning for _ in range(20_000))
     assert len(parser._buffer) < 10_000
@@ -329,7 +332,7 @@ def test_families_are_read_alike_in_any_cut(shared: Path, family: str, exact: bo
     chat_format = find_chat_format(
         ChatTemplate(file.read_text(encoding="utf-8"), {"bos_token": "<s>", "eos_token": "</s>"})
     )
-    form, marks = chat_format.tool_format, chat_format.reasoning
+    form, delimiters = chat_format.tool_format, chat_format.reasoning
     assert form is not None
 
     def arguments(given: dict[str, Any]) -> str:
@@ -343,16 +346,16 @@ def test_families_are_read_alike_in_any_cut(shared: Path, family: str, exact: bo
     )
     written = [f"{form.open}{n}{form.middle}{arguments(a)}{form.close.replace(CALL_ID, 'abcdef001')}" for n, a in calls]
     text = form.begin + (form.between or "").join(written) + form.end
-    said = "" if "{" in form.mark[:1] or (marks and marks.resume) else "Let me look.\n"
+    said = "" if "{" in form.delimiter[:1] or (delimiters and delimiters.resume) else "Let me look.\n"
     thoughts = ""
-    if marks is not None:
+    if delimiters is not None:
         thoughts = "Weather? <hm> é"
-        text = f"{marks.open}{thoughts}{marks.close}{marks.resume}{said}{text}"
+        text = f"{delimiters.open}{thoughts}{delimiters.close}{delimiters.resume}{said}{text}"
     else:
         text = said + text
 
     def parts(pieces: list[str]) -> tuple[str, str, list[tuple[str, Any]]]:
-        parser = chat_format.parser(TOOLS, parallel=True, exact=exact, first=False, chat=True, opened=False, opening="")
+        parser = chat_format.parser(replace(READ, exact_calls=exact))
         assert parser is not None
         found = [*(parser.push(piece) for piece in pieces), parser.finish()]
         read_calls = [(name, json.loads(written)) for part in found for name, written in part.calls]
@@ -380,7 +383,7 @@ def test_families_are_read_alike_in_any_cut(shared: Path, family: str, exact: bo
 )
 def test_a_value_in_tags_is_what_its_schema_says(schema: dict[str, Any], value: str, expected: Any) -> None:
     text = f"<tool_call><function=f><parameter=a>\n{value}\n</parameter></function></tool_call>"
-    tools = {"f": {"parameters": {"properties": {"a": schema}}}}
+    tools = (Tool("f", parameters={"properties": {"a": schema}}),)
     assert read(PARAMETERS, [text], tools=tools) == ("", "", [("f", {"a": expected})])
 
 
@@ -403,13 +406,13 @@ def test_expressions_of_different_lengths_do_not_depend_on_the_cut(pattern: str)
 
 
 def test_searching_a_reply_is_bounded() -> None:
-    """A mark that is never certain is not looked for again and again; what was written is still all there."""
+    """A delimiter that is never certain is not searched for ever, and no text is lost."""
     source = {
         "start_anchor": "A:",
         "fields": {"thinking": {"open_pattern": "<[^>]*>x", "close": "</t>"}, "content": {}},
     }
     text = "<" + "word " * 4000
-    parser = TemplateParser(ResponseTemplate(source), TOOLS)
+    parser = TemplateParser(ResponseTemplate(source), READ)
     parts = [parser.push(text[i : i + 2]) for i in range(0, len(text), 2)]
     assert sum(bool(part.text) for part in parts) > 10, "given up before the end"
     assert "".join(part.text for part in [*parts, parser.finish()]) == text
@@ -438,14 +441,16 @@ def test_a_search_without_an_end_ends_the_reply_and_makes_no_other_text_of_it(
     field: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a reply says must not depend on how fast the machine is."""
-    monkeypatch.setattr("engine.replies.response_template._PATIENCE", 0.05)
-    parser = TemplateParser(ResponseTemplate({"start_anchor": "A:", "fields": {"tool_calls": field}}), TOOLS)
+    for module in ("response_template", "template_calls"):
+        monkeypatch.setattr(f"engine.replies.{module}.PATIENCE", 0.05)
+    parser = TemplateParser(ResponseTemplate({"start_anchor": "A:", "fields": {"tool_calls": field}}), READ)
     with pytest.raises(ReplyFault, match="tool_calls"):
         parser.push(text)
 
 
 def test_a_prompt_whose_opening_is_not_found_in_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.replies.response_template._PATIENCE", 0.05)
+    for module in ("response_template", "template_calls"):
+        monkeypatch.setattr(f"engine.replies.{module}.PATIENCE", 0.05)
     template = ResponseTemplate({"start_anchor_pattern": "(?:a|b|ab)*c", "fields": {"content": {}}})
     with pytest.raises(InvalidFormat, match="start of the reply"):
         template.opening("ab" * 40 + "dc")
@@ -489,18 +494,15 @@ def test_a_turn_with_several_calls_becomes_several() -> None:
 # -- with a model -----------------------------------------------------------------------------------------------------
 
 HELLO = [ChatMessage("user", "Hello")]
-WEATHER_TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"enum": ["Oslo", "Rio"]}},
-            "required": ["city"],
-            "additionalProperties": False,
-        },
+WEATHER_TOOL = Tool(
+    "get_weather",
+    parameters={
+        "type": "object",
+        "properties": {"city": {"enum": ["Oslo", "Rio"]}},
+        "required": ["city"],
+        "additionalProperties": False,
     },
-}
+)
 HARMONY = (
     "{# <|channel|>analysis<|message|> functions. #}{% for m in messages %}<|start|>{{ m.role }}<|message|>"
     "{{ m.content }}<|end|>{% endfor %}<|start|>assistant"
@@ -515,8 +517,8 @@ def harmony(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
     return LLM(tiny("qwen3"), cache_size="32MiB", context_length=512, chat_template=template)
 
 
-@pytest.mark.parametrize("choice", ["required", ":get_weather"])
-def test_calls_can_be_asked_for_in_channels(harmony: LLM, choice: str) -> None:
+@pytest.mark.parametrize("choice", [ToolChoice("required"), ToolChoice("function", "get_weather")])
+def test_calls_can_be_asked_for_in_channels(harmony: LLM, choice: ToolChoice) -> None:
     for seed in range(3):
         [answer] = harmony.generate(
             HELLO, tools=[WEATHER_TOOL], tool_choice=choice, thinking_budget=9, seed=seed, max_tokens=400
@@ -557,7 +559,7 @@ def test_a_template_that_the_tokenizer_brings_along(shipped: Path) -> None:
     assert (answer.reasoning, answer.text, answer.finish_reason) == ("hm", "Yes.", "tool_calls")
     assert [(c.name, c.arguments) for c in answer.tool_calls] == [("get_weather", '{"city": "Rio"}')]
     with pytest.raises(InvalidParameter, match="response template"):
-        llm.generate(HELLO, tools=[WEATHER_TOOL], tool_choice="required", seed=1)
+        llm.generate(HELLO, tools=[WEATHER_TOOL], tool_choice=ToolChoice("required"), seed=1)
 
 
 def test_models_yaml_names_a_template(shipped: Path, tmp_path: Path) -> None:
@@ -565,7 +567,7 @@ def test_models_yaml_names_a_template(shipped: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps(MARKED))
     llm = LLM(shipped, cache_size="32MiB", context_length=512, response_template=file)
     assert llm.engine.model.info.tool_calls_source == "models.yaml"
-    [answer] = llm.generate(HELLO, tools=[WEATHER_TOOL], tool_choice="required", seed=1, max_tokens=200)
+    [answer] = llm.generate(HELLO, tools=[WEATHER_TOOL], tool_choice=ToolChoice("required"), seed=1, max_tokens=200)
     assert {c.name for c in answer.tool_calls} == {"get_weather"}
     file.write_text("{}")
     with pytest.raises(LoadError, match=r"reply\.json is no response template"):

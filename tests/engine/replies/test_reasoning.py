@@ -78,7 +78,7 @@ def test_a_cut_changes_nothing(text: str, cuts: set[int], opened: bool) -> None:
 
 
 @given(thoughts=st.text("ab <>/\n", max_size=20), answer=st.text("ab <>/\n", max_size=20))
-def test_nothing_but_marks_and_white_space_is_lost(thoughts: str, answer: str) -> None:
+def test_nothing_but_delimiters_and_white_space_is_lost(thoughts: str, answer: str) -> None:
     if "</think>" not in thoughts:
         text = f"<think>\n{thoughts}\n</think>\n\n{answer}"
         assert split(THINK, [text]) == (thoughts.strip(), answer.lstrip())
@@ -88,14 +88,14 @@ def test_nothing_but_marks_and_white_space_is_lost(thoughts: str, answer: str) -
     ("source", "found"),
     [
         (TURNS, None),
-        (OPENED, None),  # no closing mark anywhere: nothing is known of an end
+        (OPENED, None),  # no closing delimiter anywhere: nothing is known of an end
         (OPENED + "{# </think> #}", THINK),
         (SWITCHED, THINK),
         (SHOWN, ReasoningFormat("[THINK]", "[/THINK]", "[/THINK]")),
         (SHOWN.replace("<assistant>", "<assistant>[THINK]"), ReasoningFormat("[THINK]", "[/THINK]", "[/THINK]")),
     ],
 )
-def test_the_marks_are_read_off_the_template(source: str, found: ReasoningFormat | None) -> None:
+def test_the_delimiters_are_read_off_the_template(source: str, found: ReasoningFormat | None) -> None:
     assert find_reasoning_format(ChatTemplate(source)) == found
 
 

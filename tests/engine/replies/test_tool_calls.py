@@ -15,17 +15,19 @@ from hypothesis import strategies as st
 from tool_forms import BARE, CLOSE, FORMATS, HERMES, KEYED, LISTED, XML, written
 from tool_forms import read as read_calls
 
-from engine import LLM, ChatMessage, Constraint, ToolCall
-from engine.replies.tool_calls import CallReader, call_id
-from engine.replies.tool_format import GENERIC, ToolFormat, find_tool_format, generic_messages
+from engine import LLM, ChatMessage, Constraint, ReplyFormat, Tool, ToolCall
+from engine.prompts.tool_messages import generic_messages
+from engine.replies.tool_calls.reader import CallReader, call_id
+from engine.replies.tool_format import GENERIC, ToolFormat, find_tool_format
 from engine.templates.chat_template import ChatTemplate
 
-TOOLS: dict[str, Any] = {
-    "get_weather": {
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
-    },
-    "ping": {},
-}
+TOOLS = (
+    Tool(
+        "get_weather",
+        parameters={"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
+    ),
+    Tool("ping"),
+)
 OSLO = ("get_weather", {"city": 'O"slo {} 7', "days": 3, "deep": {"a": [1, None]}})
 PING = ("ping", {})
 
@@ -39,7 +41,7 @@ def read(found: ToolFormat, pieces: list[str], **how: Any) -> tuple[str, list[tu
 def test_calls_are_read_whole(name: str, said: str) -> None:
     found = FORMATS[name]
     if said and name == "bare":
-        return  # a mark that is no tag counts only at the beginning
+        return  # a delimiter that is no tag counts only at the beginning
     calls = [OSLO] if found.between is None else [OSLO, PING, OSLO]
     for text in (said + written(found, calls), f"{said}\n\n{written(found, calls)}\n"):
         assert read(found, [text]) == (said, calls)
@@ -90,7 +92,7 @@ def test_hostile_values_are_text_or_a_call(name: str, value: str) -> None:
         text = written(found, [("ping", {"a": "@"})]).replace('"@"', value)
     else:
         text = written(found, [("ping", {"a": "@"})]).replace("@", value)
-    reader = CallReader(found, {"ping": {"parameters": {"properties": [1]}}})
+    reader = CallReader(found, ReplyFormat(tools=(Tool("ping", parameters={"properties": [1]}),)))
     parts = [reader.push(text), reader.finish()]
     calls = [call for _, calls in parts for call in calls]
     assert calls or "".join(said for said, _ in parts) == text
@@ -100,17 +102,17 @@ def test_hostile_values_are_text_or_a_call(name: str, value: str) -> None:
 
 def test_one_call_only() -> None:
     text = written(HERMES, [PING, OSLO])
-    said, calls = read(HERMES, [text], parallel=False)
+    said, calls = read(HERMES, [text], parallel_tool_calls=False)
     assert calls == [PING]
     assert json.dumps(OSLO[1]) in said
 
 
 def test_one_call_of_a_form_without_a_closing_tag() -> None:
     text = written(LISTED, [PING, OSLO])
-    reader = CallReader(LISTED, TOOLS, parallel=False)
+    reader = CallReader(LISTED, ReplyFormat(tools=TOOLS, parallel_tool_calls=False))
     _, calls = reader.push(text[: text.index("}, {") + 1])
     assert calls == [("ping", "{}")], "told as soon as it is whole"
-    said, calls = read(LISTED, [text], parallel=False)
+    said, calls = read(LISTED, [text], parallel_tool_calls=False)
     assert calls == [PING]
     assert json.dumps(OSLO[1]) in said
 
@@ -155,19 +157,18 @@ def test_what_follows_a_call_is_not_lost() -> None:
 
 # -- arguments one by one ---------------------------------------------------------------------------------------------
 
-WRITE: dict[str, Any] = {
-    "write": {
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "text": {"type": "string"}, "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
-                "count": {"type": "integer"}, "list": {"type": "array"}, "a>b": {"type": "string"},
-                "kind": {"enum": ["1", "true", 2]}, "ref": {"$ref": "#/$defs/word"},
-            },
-            "$defs": {"word": {"type": "string"}},
-        }
-    }
-}  # fmt: skip
+WRITE = Tool(
+    "write",
+    parameters={
+        "type": "object",
+        "properties": {
+            "text": {"type": "string"}, "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "count": {"type": "integer"}, "list": {"type": "array"}, "a>b": {"type": "string"},
+            "kind": {"enum": ["1", "true", 2]}, "ref": {"$ref": "#/$defs/word"},
+        },
+        "$defs": {"word": {"type": "string"}},
+    },
+)  # fmt: skip
 
 
 def pair(found: ToolFormat, key: str, value: str) -> str:
@@ -203,7 +204,7 @@ def pair(found: ToolFormat, key: str, value: str) -> str:
 def test_a_value_is_what_was_written(found: ToolFormat, key: str, value: str, expected: Any) -> None:
     text = pair(found, key, value)
     for pieces in ([text], list(text)):
-        assert read(found, pieces, tools=WRITE) == ("", [("write", {key: expected})])
+        assert read(found, pieces, tools=[WRITE]) == ("", [("write", {key: expected})])
 
 
 @pytest.mark.parametrize("found", [XML, KEYED], ids=["xml", "keyed"])
@@ -217,7 +218,7 @@ def test_half_a_call_is_never_told(found: ToolFormat) -> None:
         assert calls or said == text[:cut]
         told.append(bool(calls))
     assert told == sorted(told)
-    assert told.count(True) > 5, "most of the closing mark may be missing"
+    assert told.count(True) > 5, "most of the closing delimiter may be missing"
 
 
 def test_reading_takes_time_in_proportion() -> None:
@@ -246,8 +247,8 @@ def test_reading_takes_time_in_proportion() -> None:
     ],
 )
 def test_under_a_grammar_only_what_the_form_writes_is_a_call(found: ToolFormat, text: str) -> None:
-    assert read(found, [text], exact=True) == (text, [])
-    assert read(found, list(text), exact=True) == (text, [])
+    assert read(found, [text], exact_calls=True) == (text, [])
+    assert read(found, list(text), exact_calls=True) == (text, [])
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -255,7 +256,7 @@ def test_under_a_grammar_calls_are_read_alike(name: str) -> None:
     found = FORMATS[name]
     calls = [OSLO] if found.between is None else [OSLO, PING, OSLO]
     for pieces in ([written(found, calls)], list(written(found, calls))):
-        assert read(found, pieces, exact=True) == ("", calls)
+        assert read(found, pieces, exact_calls=True) == ("", calls)
 
 
 def test_text_after_a_call_is_not_lost() -> None:
@@ -311,7 +312,7 @@ def test_families_that_people_run(shared: Path, family: str) -> None:
 
 
 def test_a_template_without_tools_gets_them_as_text() -> None:
-    tool = {"type": "function", "function": {"name": "ping", "parameters": {"type": "object"}}}
+    tool = Tool("ping", parameters={"type": "object"})
     call = ToolCall("call_1", "ping", "{}")
     turns = [
         ChatMessage("user", "Ping twice."),
@@ -321,7 +322,7 @@ def test_a_template_without_tools_gets_them_as_text() -> None:
     ]
     system, user, calls, results = generic_messages(turns, [tool], system=True)
     assert system.role == "system"
-    assert json.dumps(tool["function"]) in (system.content or "")
+    assert json.dumps({"name": "ping", "parameters": {"type": "object"}}) in (system.content or "")
     assert user == turns[0]
     assert read(GENERIC, [calls.content or ""]) == ("", [PING, PING])
     assert (results.role, (results.content or "").count("<tool_response>")) == ("user", 2)
@@ -341,7 +342,7 @@ def test_ids_are_unique_and_come_back() -> None:
 
 # -- with a model -----------------------------------------------------------------------------------------------------
 
-PING_TOOL = {"type": "function", "function": {"name": "ping", "parameters": {"type": "object", "properties": {}}}}
+PING_TOOL = Tool("ping", parameters={"type": "object", "properties": {}})
 HELLO = [ChatMessage("user", "Hello")]
 
 

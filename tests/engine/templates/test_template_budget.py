@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 from test_chat_template import ALL_TEMPLATES, SPECIAL, clock, source_of
@@ -15,6 +14,7 @@ from engine.loading import template_trial
 from engine.templates import chat_template
 from engine.templates.chat_template import ChatTemplate
 from engine.types.messages import ChatMessage, ToolCall
+from engine.types.tools import Tool
 
 STEPS = r"takes more than \d+ steps"
 TEXT = r"reads and makes more than \d+ characters|makes a value of more than 67108864 characters"
@@ -166,11 +166,11 @@ def test_a_templates_own_words_are_cut() -> None:
         template.render([ChatMessage("user", "Hi")])
 
 
-def _conversations() -> dict[str, tuple[list[ChatMessage], list[dict[str, Any]]]]:
+def _conversations() -> dict[str, tuple[list[ChatMessage], list[Tool]]]:
     users = [ChatMessage("user" if i % 2 == 0 else "assistant", f"{i} " + "Wort " * 100) for i in range(2000)]
     properties = {f"p{i}": {"type": "object", "description": "-" * 60, "properties": {"q": {"type": "string"}}} for i in range(40)}  # fmt: skip
     tools = [
-        {"type": "function", "function": {"name": f"t{i}", "description": "-" * 300, "parameters": {"type": "object", "properties": properties}}}
+        Tool(f"t{i}", "-" * 300, {"type": "object", "properties": properties})
         for i in range(128)
     ]  # fmt: skip
     calls: list[ChatMessage] = []

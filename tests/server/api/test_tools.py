@@ -12,7 +12,7 @@ import pytest
 from asgi import Answer, begin
 from fakes import FakeEngine, Step, chat, make_app, output
 
-from engine import ChoiceDelta, ModelConfig, PreparedRequest, Registry, ToolCall
+from engine import ChoiceDelta, ModelConfig, PreparedRequest, Registry, Tool, ToolCall
 from server.app import create_app
 
 TOOL = {"type": "function", "function": {"name": "ping", "parameters": {"type": "object"}}}
@@ -93,12 +93,10 @@ def test_what_the_engine_is_told() -> None:
     asyncio.run(main(tools=[TOOL], tool_choice="none"))
     asyncio.run(main(tools=[TOOL], tool_choice=None, parallel_tool_calls=None))
     first, second, third = engine.requests[-3:]
-    assert json.loads(json.dumps(first.tools)) == [
-        {"type": "function", "function": {"name": "ping", "description": "x", "parameters": {}}}
-    ]
+    assert first.tools == (Tool("ping", "x", {}),)
     assert not first.parallel_tool_calls
     assert second.tools == ()
-    assert (third.tools, third.parallel_tool_calls) == ((TOOL,), True)
+    assert (third.tools, third.parallel_tool_calls) == ((Tool("ping", parameters={"type": "object"}),), True)
 
 
 # -- with a real engine -----------------------------------------------------------------------------------------------

@@ -1,0 +1,106 @@
+"""The grammar of an answer under a constraint: a JSON schema, an expression, a choice of texts, or a grammar itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from llguidance import regex_to_lark
+
+from engine.errors import InvalidParameter
+from engine.grammar.compiler import GrammarCompiler
+from engine.grammar.diagnosis import check_bounds, schema_rule
+from engine.grammar.lark import literal, quoted
+from engine.replies.reasoning import ReasoningFormat
+from engine.text.json_schema import check_schema
+from engine.types.requests import Constraint
+
+__all__ = ["ReplyGrammar", "answer_grammar", "answer_rules"]
+
+MAX_CHOICES: Final = 1_900
+"""Texts to choose from: as many items are in a row of the parser, which holds 2,000."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyGrammar:
+    """The grammar of a reply, and which parts of the request's schemas it does not enforce."""
+
+    text: str
+    """In llguidance's dialect of Lark."""
+    unenforced: tuple[str, ...] = ()
+    """JSON pointers to keywords of the answer's schema."""
+    unenforced_tools: frozenset[str] = frozenset()
+    """Names of tools with such keywords in the schema of their arguments."""
+
+
+def answer_grammar(
+    compiler: GrammarCompiler, constraint: Constraint, thoughts: ReasoningFormat | None = None, opened: bool = False
+) -> ReplyGrammar:
+    """Write the grammar of a constraint.
+
+    Args:
+        thoughts: how the model writes thoughts, if free thoughts may precede the answer. They must end.
+        opened: whether the prompt ends inside the thoughts.
+
+    Raises:
+        InvalidParameter: it cannot be compiled; with `strict`, it cannot be enforced whole. A JSON pointer says where.
+    """
+    if constraint.kind == "grammar":
+        check_bounds(constraint)
+        compiler.check(str(constraint.value), constraint.param)
+        if thoughts is None or not opened:
+            return ReplyGrammar(str(constraint.value))
+        raise InvalidParameter(
+            f"{constraint.param} cannot be combined with thinking; turn that off (reasoning_effort: none).",
+            param=constraint.param,
+        )
+    rules, unenforced = answer_rules(compiler, constraint, thoughts)
+    grammar = compiler.lark.whole(thoughts, opened, "answer: text", rules)
+    compiler.check(grammar, constraint.param)
+    return ReplyGrammar(grammar, unenforced)
+
+
+def answer_rules(
+    compiler: GrammarCompiler, constraint: Constraint, thoughts: ReasoningFormat | None, without: str = ""
+) -> tuple[list[str], tuple[str, ...]]:
+    """Write the rule `text`, an answer that satisfies a constraint; return it with the unenforced keywords.
+
+    Args:
+        without: a text that no expression may match and no choice contain, because it would be read as a call.
+    """
+    value = constraint.value
+    check_bounds(constraint)
+    start = ""
+    if thoughts is not None and thoughts.answer_open:
+        start = f"{compiler.lark.delimiter(thoughts.answer_open)} "
+    unenforced: tuple[str, ...] = ()
+    match constraint.kind:
+        case "json":
+            rule, unenforced = schema_rule(compiler, constraint)
+            if unenforced:
+                check_schema(value, constraint.param)
+        case "regex":
+            rule = f"/{regex_to_lark(str(value))}/"
+            if without:
+                return [f"text: {start}FORM", f"FORM: {rule} & ~/(.|\\n)*{literal(without)}(.|\\n)*/"], ()
+        case "choice":
+            rule = _choices(constraint, without)
+        case "grammar":
+            raise InvalidParameter(
+                f"{constraint.param} cannot be combined with tools: it is a whole grammar.", param=constraint.param
+            )
+    return [f"text: {start}form", f"form: {rule}"], unenforced
+
+
+def _choices(constraint: Constraint, without: str) -> str:
+    if len(constraint.value) > MAX_CHOICES:
+        raise InvalidParameter(
+            f"{constraint.param} has {len(constraint.value):,} choices; at most {MAX_CHOICES:,} are allowed.",
+            param=constraint.param,
+        )
+    if without and any(without in choice for choice in constraint.value):
+        raise InvalidParameter(
+            f"{constraint.param}: a choice holds {without!r}, which would be read as a call of a tool.",
+            param=constraint.param,
+        )
+    return " | ".join(quoted(choice) for choice in constraint.value)

@@ -1,0 +1,39 @@
+"""`ReplyFormat`: how a reply is to be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from engine.types.tools import Tool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplyFormat:
+    """How one request's replies are taken apart into thoughts, answer and tool calls, and checked when they end.
+
+    Plain data: what the request and its prompt decide. How the model writes each part is its chat format.
+    """
+
+    chat: bool = False
+    """Whether the prompt was rendered by the chat template. The reply to a plain prompt holds no thoughts."""
+    thinking: bool = False
+    """Whether the prompt ends inside the thoughts, so that the reply begins with them."""
+    opening: str = ""
+    """The beginning of the reply that the prompt has already written, for models read by a response template."""
+    tools: tuple[Tool, ...] = ()
+    """The tools whose calls are recognised. Without any, calls stay text."""
+    parallel_tool_calls: bool = True
+    """Whether a reply may hold several calls. If not, it ends with the first."""
+    exact_calls: bool = False
+    """Whether a grammar holds the reply. Then only what the chat format writes, to the letter, is a call."""
+    calls_or_answer: bool = False
+    """Whether the reply is either calls or an answer under a constraint. Then a call inside the answer is text."""
+    unenforced_schema: Any = None
+    """The answer's JSON schema, if the grammar enforces only part of it: the finished answer is validated."""
+    unenforced_tools: frozenset[str] = frozenset()
+    """Names of tools whose schemas the grammar enforces only in part: the arguments of their calls are validated."""
+
+    def tool(self, name: str) -> Tool | None:
+        """Return the tool of this name; None if the request has none."""
+        return next((tool for tool in self.tools if tool.name == name), None)
