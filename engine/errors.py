@@ -45,10 +45,6 @@ __all__ = [
     "Unavailable",
     "Unsupported",
     "VerbatimError",
-    "first_line",
-    "one_line",
-    "out_of_memory",
-    "panicked",
 ]
 
 
