@@ -31,9 +31,10 @@ from engine import ModelConfig, ModelInfo, ModelStatus, ReproducibilityReport, V
 from engine.replies.chat_format import find_chat_format
 from engine.replies.reasoning import EFFORTS, ReasoningFormat, template_variables
 from engine.templates.chat_template import ChatTemplate
-from server.api import chat_request as schema
 from server.api import openapi
-from server.app import model_object
+from server.api.chat_messages import UNSUPPORTED_MESSAGE_FIELDS
+from server.api.fields import UNSUPPORTED
+from server.api.models import model_object
 from server.cli import app
 from server.errors import classify, headers_of
 from server.settings import ServerSettings
@@ -184,8 +185,8 @@ def api() -> str:
             "## Fields that are refused\n",
             "Known to clients, not honoured by this build: 422 `unsupported_parameter`, with the field's name in "
             "`param`. A value that asks for what happens anyway is accepted, and so is `null`.\n",
-            table(("field", "accepted"), [(f"`{n}`", _values(v)) for n, v in sorted(schema.UNSUPPORTED.items())]),
-            "Likewise in a message: " + ", ".join(f"`{name}`" for name in schema.UNSUPPORTED_MESSAGE_FIELDS) + ", the "
+            table(("field", "accepted"), [(f"`{n}`", _values(v)) for n, v in sorted(UNSUPPORTED.items())]),
+            "Likewise in a message: " + ", ".join(f"`{name}`" for name in UNSUPPORTED_MESSAGE_FIELDS) + ", the "
             "role `function`, and content parts that are not `text`.\n",
             "A field that nobody knows is ignored and named in the response header `x-ignored-fields`; with "
             "`strict_params: true` under `server:` it is a 422 `unknown_field`.\n",

@@ -436,7 +436,7 @@ def test_a_clock_that_is_set_back_shuts_no_key_out(desk: Desk, monkeypatch: pyte
     key = desk.key(limits=Limits(requests_per_minute=1))
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 7200)
-    desk.meter._epoch += 7200
+    desk.meter.limits._epoch += 7200
     assert [desk.ask(key, chat()).status for _ in range(2)] == [200, 429]
     monkeypatch.undo()
     assert [desk.ask(key, chat()).status for _ in range(2)] == [200, 429]

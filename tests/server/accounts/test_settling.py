@@ -378,10 +378,10 @@ class Faults(RuleBasedStateMachine):
     def kill(self, which: int) -> None:
         """What waited with it is lost: its holds are released, and cost nobody anything."""
         server = self.servers[which]
-        self.dead.add(server.ledger.store.owner)
+        self.dead.add(server.ledger.owner)
         for name in server.desk._waiting:
             self.owed.pop(name, None)
-        server.ledger.store.close()
+        server.ledger.close()
         self.servers[which] = self.start()
 
     @rule(key=st.integers(0, 1), amount=st.integers(-50, 50))
@@ -410,7 +410,7 @@ class Faults(RuleBasedStateMachine):
 
     @invariant()
     def every_hold_has_an_owner(self) -> None:
-        known = {server.ledger.store.owner: server for server in self.servers}
+        known = {server.ledger.owner: server for server in self.servers}
         for name, owner in query(self.books, "SELECT request_id, owner FROM holds"):
             if owner not in self.dead:
                 assert name in known[owner].running or name in known[owner].desk._waiting, name
@@ -419,7 +419,7 @@ class Faults(RuleBasedStateMachine):
         if not hasattr(self, "servers"):
             return
         for server in self.servers:
-            server.ledger.store.plan = []
+            server.ledger.plan = []
             for name, key in server.running.items():
                 server.desk.release(key, name)
         for _ in range(SILENCE + 1):
@@ -435,7 +435,7 @@ class Faults(RuleBasedStateMachine):
         }
         assert found >= set(self.owed), "served for nothing"
         for server in self.servers:
-            server.ledger.store.close()
+            server.ledger.close()
         self.books.close()
         self.folder.cleanup()
 
