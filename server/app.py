@@ -26,7 +26,7 @@ from server.api.chat_reply import ChunkWriter, Collector
 from server.api.generation import Endpoint
 from server.api.models import model_object, state_of
 from server.errors import NoKeys, install
-from server.ledger.money import read_since
+from server.ledger.records import read_since
 from server.settings import ServerSettings
 from server.wire.bodies import Bodies
 from server.wire.envelope import Envelope

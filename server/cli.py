@@ -25,7 +25,8 @@ from engine import (
     read_yaml,
     validate,
 )
-from server.accounts import commands as books
+from server.accounts import commands
+from server.accounts.location import in_use
 from server.logs import printable
 from server.settings import ServerSettings, read_settings
 from server.terminal import Terminal
@@ -39,8 +40,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(books.keys, name="keys")
-app.command("usage")(books.usage)
+app.add_typer(commands.keys, name="keys")
+app.command("usage")(commands.usage)
 models_app = typer.Typer(help="Look at the models of a configuration.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 
@@ -90,7 +91,7 @@ def serve(
     flags = (("host", host), ("port", port), ("hosts", hosts), ("allow_anonymous", allow_anonymous or None))
     given = {key: value for key, value in flags if value is not None}
     settings = settings.model_copy(update=given)
-    ledger = books.in_use(settings, config)  # before anything heavy: what is wrong with it is told at once
+    ledger = in_use(settings, config)  # before anything heavy, so that an error is shown at once
     _before_anything_heavy(pull)
     from server.run import run
 

@@ -25,7 +25,7 @@ from engine import (
     Unavailable,
     VerbatimError,
 )
-from server.ledger.store import LedgerFault, NoBalance, UnknownKey
+from server.ledger.records import LedgerFault, NoBalance, UnknownKey
 
 log = logging.getLogger("verbatim.server")
 

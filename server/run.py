@@ -27,7 +27,8 @@ from server.accounts.charging import Meter
 from server.accounts.owners import name_of_this_process
 from server.accounts.settling import BEAT_SECONDS
 from server.app import create_app
-from server.ledger.store import Ledger, Prices
+from server.ledger.records import Prices
+from server.ledger.store import Ledger
 from server.settings import LOOPBACK, ServerSettings
 from server.wire.connections import Connections, room_for_connections
 from server.wire.protocol import bounded_protocol

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 
 from engine import ModelInfo, ModelNotFound, PreparedRequest, RequestStream
 from server.accounts.charging import Charge, Meter
-from server.ledger.money import Key
+from server.ledger.records import Key
 
 __all__ = ["Account", "KeyAccount", "account_of"]
 

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine import VerbatimError
 from server.accounts.charging import Meter
 from server.errors import Unauthorized, error_response
-from server.ledger.store import Key
+from server.ledger.records import Key
 
 __all__ = ["OPEN", "Authentication", "key_of"]
 

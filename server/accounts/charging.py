@@ -24,7 +24,7 @@ from engine import FairLock, ModelInfo, PreparedRequest, RequestError, RequestSt
 from server.accounts.limits import RateLimits
 from server.accounts.settling import Settler
 from server.errors import ClientGone, RateLimited
-from server.ledger.money import Key, LedgerFault, NoBalance, Prices, Settled, cost_of
+from server.ledger.records import Key, LedgerFault, NoBalance, Prices, Settled, cost_of
 from server.ledger.store import Ledger
 
 __all__ = ["Charge", "Meter"]

@@ -10,7 +10,7 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
 from server.errors import RateLimited
-from server.ledger.money import Key
+from server.ledger.records import Key
 
 __all__ = ["RateLimits"]
 

@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 
 from engine import VerbatimError
 from server.accounts.owners import surely_gone
-from server.ledger.money import LedgerFault, Locked, Settled, Unwritable
+from server.ledger.records import LedgerFault, Locked, Settled, Unwritable
 from server.ledger.store import Ledger
 
 __all__ = ["BEAT_SECONDS", "Settler"]

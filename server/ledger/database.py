@@ -17,10 +17,10 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, text
 
-from server.ledger.money import LedgerFault
+from server.ledger.records import LedgerFault
 from server.ledger.tables import KEYS, faults, migrate
 
-__all__ = ["BUSY_SECONDS", "Database"]
+__all__ = ["BUSY_SECONDS", "Database", "LedgerPart"]
 
 BUSY_SECONDS: Final = 5.0
 """How long a write waits for another process's."""
@@ -137,6 +137,13 @@ class Database:
         with faults(), self._engine.connect().execution_options(writes=True) as connection, connection.begin():
             migrate(connection, self._clock)
         self._place = self._look()
+
+
+class LedgerPart:
+    """What the parts of a ledger share. `_clock`: returns Unix seconds."""
+
+    _database: Database
+    _clock: Callable[[], float]
 
 
 def _file_of(url: str) -> str | None:

@@ -26,7 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
-from server.ledger.money import LedgerFault, Locked, Unwritable
+from server.ledger.records import LedgerFault, Locked, Unwritable
 
 __all__ = ["CREDITS", "HOLDS", "KEYS", "OWNERS", "REQUESTS", "SET_ASIDE", "faults", "migrate"]
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from asgi import Exchange, begin
-from books_for_tests import Clock
+from ledger_for_tests import Clock
 from stepping import Steps
 
 from engine import AsyncEngine, Registry
 from server.accounts.charging import Meter
 from server.app import create_app
-from server.ledger.store import Ledger, Limits, NewKey
+from server.ledger.records import Limits, NewKey
+from server.ledger.store import Ledger
 
 BALANCE = 10_000
 BOUND = 20.0
