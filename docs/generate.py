@@ -173,7 +173,7 @@ def api() -> str:
             NOTE + "# The API\n",
             "`POST /v1/chat/completions` and `POST /api/v1/chat/completions` are the same. Under both prefixes: "
             "`GET /models`, `GET /models/{id}` and, where keys are in use, `GET /usage` (`since`: a date or Unix "
-            "seconds; `by`: day or model) for the key's own books. Beside them `GET /health/live`, "
+            "seconds; `by`: day or model) for the key's own usage. Beside them `GET /health/live`, "
             "`GET /health/ready` and the machine readable form of this page, `GET /openapi.json`.\n",
             "## Request fields\n",
             "`null` is the same as leaving a field out. Defaults of sampling fields are those below, then the "

@@ -28,7 +28,7 @@ _CONTROL: Final = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(1
 }
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_./:@+,~-]+")
 _SECRET: Final = re.compile(r"vk-[A-Za-z0-9_-]{8,}")
-"""A key, as server/ledger/store.py makes them."""
+"""A key, as server/ledger/keys.py makes them."""
 _OUTER: Final = "    "
 
 

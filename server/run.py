@@ -157,7 +157,7 @@ def no_core_dumps() -> None:
 
 def open_meter(url: str, settings: ServerSettings) -> Meter:
     """What asks a ledger. Holds of processes that are gone are released; another server on it keeps its own."""
-    ledger = Ledger(url, time.time, name_of_this_process())  # noqa: TID251  the books want the wall clock
+    ledger = Ledger(url, time.time, name_of_this_process())  # noqa: TID251  the ledger records the wall clock
     prices = {
         model: Prices(price.prompt, price.cached_prompt, price.completion) for model, price in settings.prices.items()
     }

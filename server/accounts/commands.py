@@ -73,9 +73,7 @@ def create(
     balance: Annotated[
         int | None, typer.Option(callback=_natural, help="What it may spend. Default: not metered.")
     ] = None,
-    expires: Annotated[
-        str | None, typer.Option(help="A date (2026-12-31, its end in UTC), or 12h, 30d, 8w.")
-    ] = None,
+    expires: Annotated[str | None, typer.Option(help="A date (2026-12-31, its end in UTC), or 12h, 30d, 8w.")] = None,
     models: ModelsOption = None,
     requests_per_minute: RpmOption = None,
     tokens_per_minute: TpmOption = None,
@@ -158,13 +156,11 @@ def limit(
 
 @keys.command("check")
 def check(
-    seen: Annotated[
-        bool, typer.Option("--seen", help="Do not show these settlements again.")
-    ] = False,
+    seen: Annotated[bool, typer.Option("--seen", help="Do not show these settlements again.")] = False,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check that the ledger adds up, and show settlements that could not be written. Exit code 1 if there are problems."""
+    """Check that the ledger adds up, and show settlements that could not be written. Exits with 1 if one is found."""
     with closing(_ledger(config)) as ledger:
         problems, aside = ledger.check(), ledger.aside(seen=seen)
     if as_json:
