@@ -6,9 +6,9 @@
                                                     at every beat, and at the end
 
 A key with a waiting settlement gets no new hold, so that nothing is served for free. Other keys do not wait for it: if
-another process locks the key's row (PostgreSQL), the row is tried once per beat. Used on one thread, the ledger's. Knows
-a request only by its id, and has no clock: another process is alive while its count in the ledger rises from one beat
-of this process to the next.
+another process locks the key's row (PostgreSQL), the row is tried once per beat. Used on one thread, the ledger's.
+Knows a request only by its id, and has no clock: another process is alive while its count in the ledger rises from one
+beat of this process to the next.
 """
 
 from __future__ import annotations

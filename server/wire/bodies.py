@@ -97,7 +97,7 @@ class Bodies:
 
     @asynccontextmanager
     async def of(self, request: Request, group: str, parse: Parse[T]) -> AsyncIterator[Callable[[str], Awaitable[T]]]:
-        """Yield a function that reads and parses the body, given the request's id. Its room is held until the block ends.
+        """Yield a function that reads and parses the body under a request's id. Holds its room until the block ends.
 
         Raises:
             BodyTooLarge: it exceeds the limit, by its `Content-Length` or while it is read.

@@ -53,7 +53,7 @@ HASH = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"  # of 
 def made_by_the_first_release(url: str) -> str:
     """A database as the first release has left it, with a request that was running."""
     engine = create_engine(url)
-    serial = "INTEGER" if engine.replies.chat_format.name == "sqlite" else "SERIAL"
+    serial = "INTEGER" if engine.dialect.name == "sqlite" else "SERIAL"
     with engine.begin() as connection:
         for statement in FIRST.format(serial=serial, hash=HASH).split(";\n"):
             if statement.strip():
