@@ -43,28 +43,28 @@ from server.wire.protocol import REFUSALS
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 _WHEN = {
-    "BadHost": "the request says not, twice or unreadably for which host it is",
-    "HostNotAllowed": "the request is for a name that is neither this machine's own nor in `hosts`",
-    "OriginNotAllowed": "a page has sent it whose origin is neither the server's own nor in `cors_origins`",
-    "UnsupportedMediaType": "the body is announced as something else than JSON",
+    "BadHost": "the `Host` header is missing, repeated or unreadable",
+    "HostNotAllowed": "the `Host` header names neither this machine nor an entry of `hosts`",
+    "OriginNotAllowed": "a page sent it whose origin is neither the server's own nor in `cors_origins`",
+    "UnsupportedMediaType": "the `Content-Type` is not JSON",
     "BodyTooLarge": "the body is over `max_body_bytes`",
-    "BodiesFull": "bodies that are being read take `max_bodies_bytes`, or half of it for one key",
-    "BodyTooSlow": "the body was not there within `body_seconds`",
+    "BodiesFull": "the bodies being read take `max_bodies_bytes`, or those of one key half of it",
+    "BodyTooSlow": "the body did not arrive within `body_seconds`",
     "Unauthorized": "keys are in use, and this one is missing, unknown, revoked or expired; before the body is read",
     "UnknownKey": "the key was revoked while its request was prepared",
     "NoBalance": "the key's balance does not cover what the request may cost at most; `available`, `needed`",
-    "RateLimited": "the key's requests or tokens of a minute, or its requests at once; not to be tried again where "
-    "one request is over the limit",
-    "NoKeys": "usage was asked for, and there are no keys",
-    "LedgerFault": "keys and balances cannot be read or written; nothing is served meanwhile",
-    "Unwritable": "the database of keys works, and cannot hold a value of this request",
-    "Locked": "the database of keys works, and somebody else keeps this key's row locked",
+    "RateLimited": "the key exceeds its requests or tokens per minute, or its concurrent requests; do not retry if one "
+    "request alone exceeds the limit",
+    "NoKeys": "usage was requested, and there are no keys",
+    "LedgerFault": "the ledger cannot be read or written; nothing is served meanwhile",
+    "Unwritable": "the ledger works, but cannot store a value of this request",
+    "Locked": "the ledger works, but another process holds a lock on this key's row",
     "ModelNotFound": "no entry has this id",
     "ModelLoading": "the model is not ready yet",
     "QueueFull": "`max_sequences` + `max_queue` requests are unfinished",
     "EngineDead": "the model's engine has stopped, or the model could not be loaded",
-    "RequestError": "the base of what a caller can do wrong",
-    "Unavailable": "the base of what is nobody's fault",
+    "RequestError": "the base class of a caller's errors",
+    "Unavailable": "the base class of temporary conditions",
 }
 """For classes whose name says enough in the tree that engine/errors.py draws."""
 NOTE = "<!-- Written by docs/generate.py from the code. Do not edit. -->\n"
@@ -289,7 +289,7 @@ def _errors() -> Iterator[tuple[str, ...]]:
             continue
         when = _WHEN.get(cls.__name__) or said[cls.__name__]
         if "x-should-retry" in headers_of(error, 1):
-            when += "; not to be tried again"
+            when += "; do not retry"
         rows.append((str(status), f"`{cls.code}`", f"`{kind}`", cls.__name__, when))
     yield from sorted(rows)
     yield (

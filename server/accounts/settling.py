@@ -84,7 +84,7 @@ class Settler:
             LedgerFault: the ledger cannot be used, or a settlement of this key is still waiting.
         """
         if key_id in self._locked:
-            raise Locked("somebody keeps this key's row in the ledger locked; it is tried again within seconds.")
+            raise Locked("another process locks this key's row in the ledger; it is tried again within seconds.")
         self._write([name for name, (key, _) in self._waiting.items() if key == key_id])
         try:
             return self.ask(self._ledger.hold, key_id, request_id, amount)

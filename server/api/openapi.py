@@ -50,9 +50,9 @@ RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     400: _failure("Invalid Format: not JSON, a field missing or of the wrong type, a prompt over the context."),
     401: _failure("Authentication Fails: the key is missing, unknown, revoked or expired."),
     402: _failure("Insufficient Balance: the key's balance does not cover the request's worst case."),
-    403: _failure("The request is for a name that is not this server's, or a page of another origin has sent it."),
+    403: _failure("The Host header names another host, or a page of another origin sent the request."),
     404: _failure("Unknown model."),
-    408: _failure("The body was not there in time."),
+    408: _failure("The body did not arrive in time."),
     413: _failure("Body over the limit."),
     414: _failure("Path and query over the limit."),
     415: _failure("The Content-Type is not JSON."),
@@ -68,7 +68,7 @@ RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 
 USAGE: Final[dict[int | str, dict[str, Any]]] = {
     401: _failure("Authentication Fails: the key is missing, unknown, revoked or expired."),
-    403: _failure("The request is for a name that is not this server's, or a page of another origin has sent it."),
+    403: _failure("The Host header names another host, or a page of another origin sent the request."),
     404: _failure("The server has no keys, and so no record of usage."),
     422: _failure("`since` is neither a date nor Unix seconds; `by` is neither day nor model."),
 }

@@ -113,7 +113,7 @@ class Bodies:
                     async with asyncio.timeout(self._seconds):
                         raw = await self._read(request, share)
                 except TimeoutError:
-                    raise BodyTooSlow(f"The body was not there within {self._seconds:g} seconds.") from None
+                    raise BodyTooSlow(f"The body did not arrive within {self._seconds:g} seconds.") from None
                 if len(raw) <= INLINE:
                     return parse(raw, request_id)
                 loop = asyncio.get_running_loop()

@@ -116,7 +116,7 @@ def _not_json(scope: Scope) -> VerbatimError | None:
     if len(given) == 1 and _is_json(given[0]):
         return None
     return UnsupportedMediaType(
-        f"the body is announced as {', '.join(given)[:200] or 'nothing'}: send the header Content-Type: "
+        f"the body's content type is {', '.join(given)[:200] or 'missing'}: send the header Content-Type: "
         "application/json."
     )
 
