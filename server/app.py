@@ -60,8 +60,8 @@ def create_app(registry: Registry, settings: ServerSettings | None = None, meter
         docs_url=None,  # the pages load scripts from the internet
         redoc_url=None,
         lifespan=lifespan,
-        redirect_slashes=False,  # a path is right or it is a 404 with a body, as every error
-        # Whatever the environment says, nothing is sent anywhere. (Versions before 0.165 keep the word and ignore it.)
+        redirect_slashes=False,  # any other path is a 404 with a body, like every error
+        # Nothing is sent anywhere, whatever the environment says. Versions before 0.165 ignore this argument.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     for prefix in PREFIXES:
@@ -76,12 +76,12 @@ def create_app(registry: Registry, settings: ServerSettings | None = None, meter
 
 
 def _add_middleware(app: FastAPI, settings: ServerSettings, meter: Meter | None) -> None:
-    """Add what looks at a request before its route does. The last one added is the first one to see it."""
+    """Add the middleware. The last one added is the first one to see a request."""
     app.add_middleware(JsonOnly)
     if meter:
         app.add_middleware(Authentication, meter=meter, retry_after=settings.retry_after_seconds)
     if settings.cors_origins:
-        # A page of the internet asks for a private address by name, and starlette that knows the question would say no.
+        # Chrome asks whether a public page may use a private address. Newer versions of starlette refuse by default.
         named = inspect.signature(CORSMiddleware).parameters
         private: dict[str, Any] = {"allow_private_network": True} if "allow_private_network" in named else {}
         app.add_middleware(
@@ -156,7 +156,7 @@ def _one_of(value: str | None, allowed: tuple[str, ...], name: str) -> str | Non
 
 
 def _health(registry: Registry, meter: Meter | None) -> APIRouter:
-    """Where there are keys, `/health/ready` tells of the ledger and not of the models: it is open to everybody."""
+    """Routes for health checks. Nobody needs a key for them, so with keys they do not tell about the models."""
     router = APIRouter(prefix="/health")
 
     @router.get("/live", summary="The process answers.")
