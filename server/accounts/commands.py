@@ -82,7 +82,7 @@ def create(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Create a key. It is shown only now: the ledger stores its hash."""
+    """Create a key. It is shown only now, because the ledger stores only its hash."""
     if not name.strip() or len(name) > 200 or not name.isprintable():
         raise ConfigError(f"a name has 1 to 200 printable characters, unlike {name[:200]!r}.")
     until = _until(expires)
@@ -177,7 +177,7 @@ def check(
 
 def usage(
     key: Annotated[str | None, typer.Option(help="Only this key, by name or id.")] = None,
-    since: Annotated[str | None, typer.Option(help="A date (2026-11-01) or Unix seconds.")] = None,
+    since: Annotated[str | None, typer.Option(help="Only requests since this date (2026-11-01) or Unix time.")] = None,
     by: Annotated[str | None, typer.Option(help="One row per day or per model.")] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV instead of a table.")] = False,
     config: ConfigOption = None,

@@ -25,7 +25,7 @@ from engine import (
     QueueTimeout,
     VerbatimError,
 )
-from server.accounts import charging as metering
+from server.accounts import charging
 from server.accounts.authentication import OPEN
 from server.accounts.charging import Meter
 from server.accounts.settling import Settler
@@ -558,7 +558,7 @@ def test_a_database_that_fails_is_a_503_and_no_free_service(
 @pytest.mark.parametrize("name", ["authenticate", "hold"])
 def test_a_database_that_hangs_is_a_503(desk: Desk, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk or a host that is gone has no end of its own: clients are told, and a hold that comes late is released."""
-    monkeypatch.setattr(metering, "_PATIENCE", 0.05)
+    monkeypatch.setattr(charging, "_PATIENCE", 0.05)
     key, go_on, really = desk.key(balance=500), threading.Event(), getattr(desk.ledger, name)
 
     def hangs(*given: Any) -> Any:
