@@ -228,7 +228,7 @@ def test_a_word_that_is_one_key_s_id_and_another_s_name(here: Path) -> None:
 
 def test_what_was_set_aside_is_said_until_somebody_has_seen_it(here: Path) -> None:
     said("keys", "create", "ada", "--balance", "100")
-    assert "add up" in said("keys", "check")
+    assert "adds up" in said("keys", "check")
     ledger = Ledger(f"sqlite:///{here / 'verbatim.db'}", time.time)
     ledger.hold(ledger.key("ada").id, "r", 10)
     row = Settled("r", ledger.key("ada").id, "demo", 2**70, 2, 7, 0, 9, 1, "vb-0", "stop", 1.0, 2.0)
