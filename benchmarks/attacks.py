@@ -350,7 +350,7 @@ REBINDING = [headed("403", Host="rebind.example"), headed("403", Host="rebind.ex
 """For a server without keys: with keys, a page has none."""
 
 
-# -- books, logs, content ----------------------------------------------------------------------------------------------
+# -- ledger, logs, content ---------------------------------------------------------------------------------------------
 
 
 def leave(target: Target) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 from benchmarks.common import ROOT, child_environment, summary
-from benchmarks.place import HELLO, KEYS, Place, Wrong, place, settled_books, tree_bytes
+from benchmarks.place import HELLO, KEYS, Place, Wrong, place, settled_ledger, tree_bytes
 from benchmarks.report import Report
 
 HONEST = 4
@@ -49,7 +49,7 @@ def hostile(report: Report, rounds: int, quick: bool, model: Path | None = None)
         before = tree_bytes(process.pid)
         stormy = Seen(replies=seen.replies)
         attacks = asyncio.run(_stormy(url, found, stormy, port, rounds))
-        rows = settled_books(found)
+        rows = settled_ledger(found)
         time.sleep(1.0 if quick else _SETTLED)
         after = tree_bytes(process.pid)
         if process.poll() is not None:

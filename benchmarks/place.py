@@ -1,4 +1,4 @@
-"""A server with keys in a folder of its own, on the tiny stand-in, and its books: where the soaks run."""
+"""A server with keys in a folder of its own, on the tiny stand-in, and its ledger: where the soaks run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Place:
         return self.folder / "verbatim.db"
 
     @contextlib.contextmanager
-    def books(self) -> Iterator[Ledger]:
+    def ledger(self) -> Iterator[Ledger]:
         ledger = Ledger(f"sqlite:///{self.database}", time.time)
         try:
             yield ledger
@@ -88,7 +88,7 @@ def place(model: Path | None = None, **server: Any) -> Iterator[Place]:
             "threads": 1,
         }
         (made.folder / "models.yaml").write_text(json.dumps({"models": [entry], "server": server}))
-        with made.books() as ledger:
+        with made.ledger() as ledger:
             made.keys = [ledger.create_key(f"k{i}", balance=CREDIT).secret for i in range(KEYS)]
         yield made
 
@@ -106,9 +106,9 @@ def _ready(process: subprocess.Popen[bytes], log: Path, begin: int) -> str:
     raise Wrong(f"the server did not start: {log.read_text()[-2000:]}")
 
 
-def check_books(found: Place) -> dict[str, int]:
+def check_ledger(found: Place) -> dict[str, int]:
     """Every balance is its credits minus its settled rows, and nothing is held. Costs by request."""
-    with found.books() as ledger:
+    with found.ledger() as ledger:
         problems = ledger.check()
         problems += [f"{key.name} still holds {key.held}" for key in ledger.all_keys() if key.held]
         spent = sum(CREDIT - (key.balance or 0) for key in ledger.all_keys())
@@ -121,12 +121,12 @@ def check_books(found: Place) -> dict[str, int]:
     return rows
 
 
-def settled_books(found: Place) -> dict[str, int]:
-    """The books, once all that ran is settled."""
+def settled_ledger(found: Place) -> dict[str, int]:
+    """The ledger, once all that ran is settled."""
     deadline = time.monotonic() + 30
     while True:
         try:
-            return check_books(found)
+            return check_ledger(found)
         except Wrong:
             if time.monotonic() > deadline:
                 raise

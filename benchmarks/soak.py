@@ -1,6 +1,6 @@
 """What a shared server must survive: being killed, a crowd of all kinds of clients, attacks. Fails if a sum is wrong.
 
-    python benchmarks/soak.py kill [--rounds 20]                    SIGKILL amid 64 requests, restart, the books add up
+    python benchmarks/soak.py kill [--rounds 20]                    SIGKILL amid 64 requests, restart, check the sums
     python benchmarks/soak.py load [--clients 200] [--seconds 120]  good, bad, slow and vanishing clients at once
     python benchmarks/soak.py hostile [--rounds 2]                  every attack of attacks.py beside honest clients
 
@@ -32,7 +32,7 @@ import httpx
 from benchmarks import machine
 from benchmarks.common import RESULTS, rss_bytes, summary
 from benchmarks.hostile import hostile
-from benchmarks.place import HELLO, KEYS, Place, Wrong, check_books, place, settled_books
+from benchmarks.place import HELLO, KEYS, Place, Wrong, check_ledger, place, settled_ledger
 from benchmarks.report import Report
 
 _CONCURRENT = 64
@@ -49,11 +49,11 @@ def kill(report: Report, rounds: int) -> None:
         for number in range(rounds):
             with found.serve() as (process, url):
                 asyncio.run(_until_killed(url, found.keys, process, answered))
-            with found.books() as ledger:
+            with found.ledger() as ledger:
                 held.append(sum(key.held > 0 for key in ledger.all_keys()))
             print(f"round {number + 1}: {len(answered)} answers so far", file=sys.stderr)
         with found.serve():  # a start releases what the last one left held
-            rows = check_books(found)
+            rows = check_ledger(found)
     unpaid = [name for name, tokens in answered.items() if rows.get(name) != tokens]
     if unpaid:
         raise Wrong(f"{len(unpaid)} answers were not charged what they used: {unpaid[:3]}")
@@ -108,7 +108,7 @@ def load(report: Report, clients: int, seconds: float) -> None:
         before = rss_bytes(process.pid)
         crowd = Crowd()
         asyncio.run(_crowd(url, found, crowd, clients, seconds))
-        rows = settled_books(found)
+        rows = settled_ledger(found)
         after = rss_bytes(process.pid)
     faults = {
         name: count for name, count in crowd.statuses.items() if name.startswith("5") and not name.startswith("503")

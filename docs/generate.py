@@ -31,9 +31,10 @@ from engine import ModelConfig, ModelInfo, ModelStatus, ReproducibilityReport, V
 from engine.replies.chat_format import find_chat_format
 from engine.replies.reasoning import EFFORTS, ReasoningFormat, template_variables
 from engine.templates.chat_template import ChatTemplate
-from server.api import chat_request as schema
 from server.api import openapi
-from server.app import model_object
+from server.api.chat_messages import UNSUPPORTED_MESSAGE_FIELDS
+from server.api.fields import UNSUPPORTED
+from server.api.models import model_object
 from server.cli import app
 from server.errors import classify, headers_of
 from server.settings import ServerSettings
@@ -42,28 +43,28 @@ from server.wire.protocol import REFUSALS
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 _WHEN = {
-    "BadHost": "the request says not, twice or unreadably for which host it is",
-    "HostNotAllowed": "the request is for a name that is neither this machine's own nor in `hosts`",
-    "OriginNotAllowed": "a page has sent it whose origin is neither the server's own nor in `cors_origins`",
-    "UnsupportedMediaType": "the body is announced as something else than JSON",
+    "BadHost": "the `Host` header is missing, repeated or unreadable",
+    "HostNotAllowed": "the `Host` header names neither this machine nor an entry of `hosts`",
+    "OriginNotAllowed": "a page sent it whose origin is neither the server's own nor in `cors_origins`",
+    "UnsupportedMediaType": "the `Content-Type` is not JSON",
     "BodyTooLarge": "the body is over `max_body_bytes`",
-    "BodiesFull": "bodies that are being read take `max_bodies_bytes`, or half of it for one key",
-    "BodyTooSlow": "the body was not there within `body_seconds`",
+    "BodiesFull": "the bodies being read take `max_bodies_bytes`, or those of one key half of it",
+    "BodyTooSlow": "the body did not arrive within `body_seconds`",
     "Unauthorized": "keys are in use, and this one is missing, unknown, revoked or expired; before the body is read",
     "UnknownKey": "the key was revoked while its request was prepared",
     "NoBalance": "the key's balance does not cover what the request may cost at most; `available`, `needed`",
-    "RateLimited": "the key's requests or tokens of a minute, or its requests at once; not to be tried again where "
-    "one request is over the limit",
-    "NoKeys": "usage was asked for, and there are no keys",
-    "LedgerFault": "keys and balances cannot be read or written; nothing is served meanwhile",
-    "Unwritable": "the database of keys works, and cannot hold a value of this request",
-    "Locked": "the database of keys works, and somebody else keeps this key's row locked",
+    "RateLimited": "the key exceeds its requests or tokens per minute, or its concurrent requests; do not retry if one "
+    "request alone exceeds the limit",
+    "NoKeys": "usage was requested, and there are no keys",
+    "LedgerFault": "the ledger cannot be read or written; nothing is served meanwhile",
+    "Unwritable": "the ledger works, but cannot store a value of this request",
+    "Locked": "the ledger works, but another process holds a lock on this key's row",
     "ModelNotFound": "no entry has this id",
     "ModelLoading": "the model is not ready yet",
     "QueueFull": "`max_sequences` + `max_queue` requests are unfinished",
     "EngineDead": "the model's engine has stopped, or the model could not be loaded",
-    "RequestError": "the base of what a caller can do wrong",
-    "Unavailable": "the base of what is nobody's fault",
+    "RequestError": "the base class of a caller's errors",
+    "Unavailable": "the base class of temporary conditions",
 }
 """For classes whose name says enough in the tree that engine/errors.py draws."""
 NOTE = "<!-- Written by docs/generate.py from the code. Do not edit. -->\n"
@@ -172,7 +173,7 @@ def api() -> str:
             NOTE + "# The API\n",
             "`POST /v1/chat/completions` and `POST /api/v1/chat/completions` are the same. Under both prefixes: "
             "`GET /models`, `GET /models/{id}` and, where keys are in use, `GET /usage` (`since`: a date or Unix "
-            "seconds; `by`: day or model) for the key's own books. Beside them `GET /health/live`, "
+            "seconds; `by`: day or model) for the key's own usage. Beside them `GET /health/live`, "
             "`GET /health/ready` and the machine readable form of this page, `GET /openapi.json`.\n",
             "## Request fields\n",
             "`null` is the same as leaving a field out. Defaults of sampling fields are those below, then the "
@@ -184,8 +185,8 @@ def api() -> str:
             "## Fields that are refused\n",
             "Known to clients, not honoured by this build: 422 `unsupported_parameter`, with the field's name in "
             "`param`. A value that asks for what happens anyway is accepted, and so is `null`.\n",
-            table(("field", "accepted"), [(f"`{n}`", _values(v)) for n, v in sorted(schema.UNSUPPORTED.items())]),
-            "Likewise in a message: " + ", ".join(f"`{name}`" for name in schema.UNSUPPORTED_MESSAGE_FIELDS) + ", the "
+            table(("field", "accepted"), [(f"`{n}`", _values(v)) for n, v in sorted(UNSUPPORTED.items())]),
+            "Likewise in a message: " + ", ".join(f"`{name}`" for name in UNSUPPORTED_MESSAGE_FIELDS) + ", the "
             "role `function`, and content parts that are not `text`.\n",
             "A field that nobody knows is ignored and named in the response header `x-ignored-fields`; with "
             "`strict_params: true` under `server:` it is a 422 `unknown_field`.\n",
@@ -288,7 +289,7 @@ def _errors() -> Iterator[tuple[str, ...]]:
             continue
         when = _WHEN.get(cls.__name__) or said[cls.__name__]
         if "x-should-retry" in headers_of(error, 1):
-            when += "; not to be tried again"
+            when += "; do not retry"
         rows.append((str(status), f"`{cls.code}`", f"`{kind}`", cls.__name__, when))
     yield from sorted(rows)
     yield (

@@ -137,7 +137,13 @@ from engine.types.requests import (
 from engine.types.requests import (
     PreparedRequest as PreparedRequest,
 )
-from engine.types.sampling_params import SamplingParams as SamplingParams
+from engine.types.sampling_fields import SamplingField as SamplingField
+from engine.types.sampling_params import (
+    SAMPLING_FIELDS as SAMPLING_FIELDS,
+)
+from engine.types.sampling_params import (
+    SamplingParams as SamplingParams,
+)
 from engine.types.tools import (
     Tool as Tool,
 )

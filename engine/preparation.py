@@ -109,7 +109,7 @@ class Preparer:
         return PreparedRequest(
             request_id=request.request_id,
             prompt_token_ids=tokens,
-            params=self._complete(params, len(tokens)),
+            params=self._complete(params, len(tokens), request.context_limit),
             grammar=grammar.text if grammar else None,
             reply_format=self._reply_format(request, prompt, grammar, thinks),
             ignored=prompt.ignored,
@@ -201,7 +201,7 @@ class Preparer:
             tokens = tuple(request.prompt_token_ids or ())
             for token in tokens:
                 self._check_id(token, "prompt_token_ids", "prompt_token_ids")
-        self._check_tokens(tokens, given[0])
+        self._check_tokens(tokens, given[0], request.context_limit)
         return _Prompt(tokens, text, mark, ignored)
 
     @contextlib.contextmanager
@@ -235,8 +235,7 @@ class Preparer:
             if len(text) > _LONG:
                 give_back_memory()
 
-    def _check_tokens(self, tokens: Sequence[int], param: str) -> None:
-        limit = self._info.context_length
+    def _check_tokens(self, tokens: Sequence[int], param: str, context_limit: int | None) -> None:
         if not tokens:
             raise InvalidParameter("the prompt holds no token.", param=param)
         if max(tokens) >= self._info.vocab_size:
@@ -244,22 +243,24 @@ class Preparer:
             raise InvalidParameter(
                 f"{param} holds {token!r}, a token that this model does not read as text.", param=param
             )
-        if len(tokens) >= limit:
-            raise ContextLengthExceeded(
-                f"the prompt has {len(tokens)} tokens; this model's context holds {limit}, one of them for the answer.",
-                param=param,
-                prompt_tokens=len(tokens),
-                context_length=limit,
-            )
+        for limit, whose in ((self._info.context_length, "this model's"), (context_limit, "this caller's")):
+            if limit is not None and len(tokens) >= limit:
+                raise ContextLengthExceeded(
+                    f"the prompt has {len(tokens)} tokens; {whose} context holds {limit}, one of them for the answer.",
+                    param=param,
+                    prompt_tokens=len(tokens),
+                    context_length=limit,
+                )
 
     def _opening(self, prompt: _Prompt) -> str:
         read_by = self._chat_format.response_template
         found = read_by.opening(prompt.text) if read_by is not None and prompt.text is not None else ""
         return found.replace(prompt.mark, "") if prompt.mark else found
 
-    def _complete(self, params: SamplingParams, prompt_tokens: int) -> SamplingParams:
-        """Fill in what the request left open: how long, and from which seed."""
-        room = self._info.context_length - prompt_tokens
+    def _complete(self, params: SamplingParams, prompt_tokens: int, context_limit: int | None) -> SamplingParams:
+        """Fill in what the request left open, the length and the seed. Clamp the length to the context."""
+        contexts = (self._info.context_length, context_limit)
+        room = min(limit for limit in contexts if limit is not None) - prompt_tokens
         caps = (room, params.max_tokens, self._config.max_completion_tokens)
         max_tokens = min(cap for cap in caps if cap is not None)
         seed = secrets.randbits(_DRAWN_SEED_BITS) if params.seed is None else params.seed
@@ -269,7 +270,7 @@ class Preparer:
 
 
 def _check_tools(request: GenerationRequest) -> None:
-    """Refuse tools that are something else (an OpenAI client's dicts, say), and a choice of a tool that is not there."""
+    """Refuse tools of another type (the dicts of an OpenAI client, say), and a choice of a tool that is not there."""
     for i, tool in enumerate(request.tools):
         if not isinstance(tool, Tool):
             raise InvalidFormat(f"tools.{i} must be a Tool, not {type(tool).__name__}.", param=f"tools.{i}")

@@ -1,6 +1,6 @@
-"""The command `verbatim`. Parses arguments, prints what happens, turns errors into one sentence and an exit code.
+"""The command `verbatim`: parses arguments, prints results, and turns errors into one sentence and an exit code.
 
-Heavy imports stay inside the commands: `--help` must not wait for torch.
+Heavy imports are inside the commands, because `--help` must not wait for torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from engine import (
     read_yaml,
     validate,
 )
-from server.accounts import commands as books
+from server.accounts import commands
+from server.accounts.location import in_use
 from server.logs import printable
 from server.settings import ServerSettings, read_settings
 from server.terminal import Terminal
@@ -39,9 +40,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(books.keys, name="keys")
-app.command("usage")(books.usage)
-models_app = typer.Typer(help="Look at the models of a configuration.", no_args_is_help=True)
+app.add_typer(commands.keys, name="keys")
+app.command("usage")(commands.usage)
+models_app = typer.Typer(help="Inspect the models of a configuration.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 
 out = Terminal()
@@ -49,18 +50,20 @@ err = Terminal(stderr=True)
 
 DEFAULT_CONFIG = Path("models.yaml")
 LEAST_ADDRESS_SPACE = 1536 * 2**20
-"""Bytes. Measured with two cores: 1,200 MiB are enough for the demo model, with 1,024 threads cannot be started."""
+"""Bytes. Measured on two cores: 1,200 MiB suffice for the demo model; with 1,024 MiB threads cannot be started."""
 DEMO = ModelConfig(id="demo", builtin="demo", max_completion_tokens=512)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A models.yaml. Default: ./models.yaml.")]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", "-m", help="Serve one folder, GGUF file or hub id, without any configuration.")
+    str | None, typer.Option("--model", "-m", help="Use this folder, GGUF file or hub id instead of a configuration.")
 ]
-PullOption = Annotated[bool, typer.Option("--pull", help="Allow downloads from the hub; otherwise nothing is fetched.")]
+PullOption = Annotated[
+    bool, typer.Option("--pull", help="Allow downloads from the hub. Default: nothing is downloaded.")
+]
 
 
 def main() -> None:
-    """Entry point: every error that was raised on purpose is one line and exit code 1."""
+    """Run the command. An expected error is printed as one line, and the exit code is 1."""
     try:
         app()
     except VerbatimError as error:
@@ -75,13 +78,15 @@ def main() -> None:
 def serve(
     config: ConfigOption = None,
     model: ModelOption = None,
-    name: Annotated[str | None, typer.Option(help="With --model: the id that requests use.")] = None,
+    name: Annotated[str | None, typer.Option(help="With --model: the model's id in requests.")] = None,
     host: Annotated[str | None, typer.Option(help="Default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default: 8000.")] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="Answer requests for this name, too; may be repeated. As `hosts`.")
+        list[str] | None, typer.Option(help="Accept requests for this host name; may be repeated. Adds to `hosts`.")
     ] = None,
-    allow_anonymous: Annotated[bool, typer.Option(help="Serve everybody at an open address, without keys.")] = False,
+    allow_anonymous: Annotated[
+        bool, typer.Option(help="Serve without keys on an address that others can reach.")
+    ] = False,
     pull: PullOption = False,
 ) -> None:
     """Serve chat completions at http://HOST:PORT/v1 and /api/v1."""
@@ -90,7 +95,7 @@ def serve(
     flags = (("host", host), ("port", port), ("hosts", hosts), ("allow_anonymous", allow_anonymous or None))
     given = {key: value for key, value in flags if value is not None}
     settings = settings.model_copy(update=given)
-    ledger = books.in_use(settings, config)  # before anything heavy: what is wrong with it is told at once
+    ledger = in_use(settings, config)  # before anything heavy, so that an error is shown at once
     _before_anything_heavy(pull)
     from server.run import run
 
@@ -99,7 +104,7 @@ def serve(
 
 @models_app.command("check")
 def check(config: ConfigOption = None, model: ModelOption = None, pull: PullOption = False) -> None:
-    """Load every model, run the self-test on this machine and print what it found."""
+    """Load every model, run the self-test on this machine and print the findings."""
     entries, _ = _configuration(config, model, None)
     _before_anything_heavy(pull)
     failed = 0
@@ -116,7 +121,7 @@ def check(config: ConfigOption = None, model: ModelOption = None, pull: PullOpti
 
 
 def _findings(info: ModelInfo) -> Table:
-    """What was found out about a model, a line each: a table of columns would cut the fingerprint."""
+    """Return the findings about a model, one per line: a table of columns would cut the fingerprint."""
     defaults = ", ".join(f"{key} {value}" for key, value in info.default_sampling.items()) or "the API's own"
     table = Table.grid(padding=(0, 2))
     for key, value in (
@@ -137,16 +142,16 @@ def _findings(info: ModelInfo) -> Table:
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the user says.")],
+    prompt: Annotated[str, typer.Argument(help="The user's message.")],
     model: ModelOption = None,
     config: ConfigOption = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    raw: Annotated[bool, typer.Option(help="Continue the text as it is, without the chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 256,
+    raw: Annotated[bool, typer.Option(help="Continue the prompt as plain text, without the chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Generate at most this many tokens.")] = 256,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text again.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this mass.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     pull: PullOption = False,
 ) -> None:
     """Answer one prompt, without a server."""
@@ -158,15 +163,15 @@ def generate(
         "max_tokens": max_tokens,
     }
     sampling = {key: value for key, value in given.items() if value is not None}
-    SamplingParams.merged(sampling)  # a value out of range is told before a model is loaded, not after
+    SamplingParams.merged(sampling)  # refuses a value out of range before a model is loaded
     entries, _ = _configuration(config, model, None)
     _before_anything_heavy(pull)
     with err.status(escape(f"{entries[0].id}: loading")) as status:
         llm = _open(entries[0], pull, lambda text: status.update(escape(f"{entries[0].id}: {text}")))
     from engine import ChatMessage
 
-    turns = [ChatMessage("system", system)] if system else []
-    messages = [*turns, ChatMessage("user", prompt)]
+    system_messages = [ChatMessage("system", system)] if system else []
+    messages = [*system_messages, ChatMessage("user", prompt)]
     for output in llm.stream(prompt if raw else messages, **sampling):
         text = "".join(delta.text for delta in output.deltas)
         sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
@@ -183,7 +188,7 @@ def _open(entry: ModelConfig, pull: bool, progress: Any) -> LLM:
 def _configuration(
     config: Path | None, model: str | None, name: str | None
 ) -> tuple[tuple[ModelConfig, ...], ServerSettings]:
-    """Entries and settings from --model, from --config, from ./models.yaml, or the demo model."""
+    """Return entries and settings: from --model, from --config, from ./models.yaml, or of the demo model."""
     if model is not None:
         if config is not None:
             raise ConfigError("give either --config or --model, not both.")
@@ -208,10 +213,10 @@ def _configuration(
 
 
 def _before_anything_heavy(pull: bool) -> None:
-    """What has to be known before torch is imported: room for it, and whether the hub may be asked.
+    """Check the memory limit and set the hub's variables, both of which must happen before torch is imported.
 
     Raises:
-        ConfigError: the process may not address as much as the libraries take; they would end it with a signal.
+        ConfigError: the process may address less memory than the libraries need; they would end it with a signal.
     """
     limit = address_space()
     if limit is not None and limit < LEAST_ADDRESS_SPACE:
@@ -221,5 +226,5 @@ def _before_anything_heavy(pull: bool) -> None:
         )
     if not pull:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # The loader says what it does; a second bar in between would tear the display.
+    # The loader shows its own progress; a second bar would garble the display.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,7 +1,7 @@
-"""The error table: from what went wrong to what the client is told. The only file that knows status codes of errors.
+"""Maps errors to HTTP: status, type, body and headers. The only file that knows status codes of errors.
 
-Every body is `{"error": {"message", "type", "param", "code", …}}`. A bug shows an id that stands in the log, never a
-trace.
+Every body is `{"error": {"message", "type", "param", "code", …}}`. For a bug the client gets an id that is in the log,
+never a traceback.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from engine import (
     Unavailable,
     VerbatimError,
 )
-from server.ledger.store import LedgerFault, NoBalance, UnknownKey
+from server.ledger.records import LedgerFault, NoBalance, UnknownKey
 
 log = logging.getLogger("verbatim.server")
 
@@ -33,55 +33,59 @@ MAX_MESSAGE: Final = 2000
 
 
 class BodyTooLarge(VerbatimError):
+    """The body exceeds `max_body_bytes`."""
+
     code = "body_too_large"
 
 
 class BodyTooSlow(VerbatimError):
+    """The body did not arrive within `body_seconds`."""
+
     code = "body_too_slow"
 
 
 class BodiesFull(Unavailable):
-    """The bodies that are being read take all the memory there is for them."""
+    """The bodies being read take all the memory reserved for bodies."""
 
     code = "bodies_full"
 
 
 class BadHost(VerbatimError):
-    """A request that does not say whom it is for."""
+    """The request has no valid `Host` header."""
 
     code = "invalid_host"
 
 
 class HostNotAllowed(VerbatimError):
-    """A request for a name that is not this server's."""
+    """The `Host` header names another host."""
 
     code = "host_not_allowed"
 
 
 class OriginNotAllowed(VerbatimError):
-    """A request that a page of another origin has sent."""
+    """The request was sent by a page of another origin."""
 
     code = "origin_not_allowed"
 
 
 class UnsupportedMediaType(VerbatimError):
-    """A body that is announced as something else than JSON."""
+    """The body's content type is not JSON."""
 
     code = "unsupported_media_type"
 
 
 class Unauthorized(VerbatimError):
-    """No key, or one that opens nothing."""
+    """The key is missing, unknown, revoked or expired."""
 
     code = "invalid_api_key"
 
 
 class RateLimited(VerbatimError):
-    """The key has used up its requests or tokens of this minute, or runs as many requests as it may.
+    """The key has used its requests or tokens of this minute, or runs as many requests as it may.
 
     Args:
-        retry_after: seconds after which there may be room.
-        hopeless: there will never be: one request is over the limit.
+        retry_after: seconds after which the request may succeed.
+        hopeless: it never will, because this one request exceeds the limit.
     """
 
     code = "rate_limit_exceeded"
@@ -93,17 +97,17 @@ class RateLimited(VerbatimError):
 
 
 class NoKeys(VerbatimError):
-    """The server has no keys, and so no books."""
+    """Usage was asked of a server that has no keys, and so records none."""
 
     code = "no_keys"
 
 
 class ClientGone(Exception):
-    """The client closed the connection; nobody is left to be told anything."""
+    """The client closed the connection, so no answer can be sent."""
 
 
 TABLE: Final[tuple[tuple[type[VerbatimError], int, str], ...]] = (
-    # error class, status, type; the first that fits
+    # error class, status, type; the first match counts
     (BadHost, 400, "invalid_request_error"),
     (HostNotAllowed, 403, "permission_error"),
     (OriginNotAllowed, 403, "permission_error"),
@@ -125,29 +129,29 @@ TABLE: Final[tuple[tuple[type[VerbatimError], int, str], ...]] = (
 )
 
 FINAL: Final = (EngineDead, OutOfMemory, NumericalFault)
-"""Unavailable, and trying the same again will not help: the same request takes the same memory, gives the same bits."""
+"""Unavailable, and retrying does not help: the same request takes the same memory and computes the same bits."""
 
 
 def classify(error: VerbatimError) -> tuple[int, str]:
-    """Status and type of an error."""
+    """Return the status and type of an error."""
     return next((status, kind) for cls, status, kind in TABLE if isinstance(error, cls))
 
 
 def error_body(message: str, kind: str, param: str | None, code: str, **details: Any) -> dict[str, Any]:
-    """The one shape of an error."""
+    """Build the body of an error. Long messages are cut."""
     if len(message) > MAX_MESSAGE:
         message = message[:MAX_MESSAGE] + "…"
-    # Text that cannot be encoded may come back in a message that quotes it.
+    # A message may quote text of the request that cannot be encoded.
     message = message.encode("utf-8", "replace").decode("utf-8")
     param = param.encode("utf-8", "replace").decode("utf-8")[:200] if param else param
     return {"error": {"message": message, "type": kind, "param": param, "code": code, **details}}
 
 
 def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
-    """Status and body for anything that was raised. Logs what is a bug."""
+    """Return the status and body for any exception. Logs a bug with its traceback."""
     if isinstance(error, VerbatimError):
         status, kind = classify(error)
-        if isinstance(error, LedgerFault):  # its words name hosts, users, files: for the log alone
+        if isinstance(error, LedgerFault):  # its message names hosts, users and files: only for the log
             message = "the server's keys and balances cannot be used at the moment; its log says why."
             return status, error_body(message, kind, None, error.code)
         return status, error_body(error.message, kind, error.param, error.code, **error.details)
@@ -158,7 +162,7 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
 
 
 def headers_of(error: BaseException, retry_after: int) -> dict[str, str]:
-    """What goes with the answer to an error; `retry_after`: seconds, where trying again may help."""
+    """Return the headers of an error's answer. `retry_after`: seconds, used where a retry may help."""
     if isinstance(error, Unauthorized | UnknownKey):
         return {"www-authenticate": "Bearer"}
     if isinstance(error, RateLimited):
@@ -174,13 +178,13 @@ def headers_of(error: BaseException, retry_after: int) -> dict[str, str]:
 
 
 def error_response(error: BaseException, retry_after: int = 1) -> JSONResponse:
-    """The answer to anything that was raised. `retry_after`: seconds, used where trying again may help."""
+    """Build the answer to any exception. `retry_after`: seconds, used where a retry may help."""
     status, body = describe(error)
     return JSONResponse(body, status_code=status, headers=headers_of(error, retry_after))
 
 
 def install(app: FastAPI, retry_after: int) -> None:
-    """Make every answer that is not a success look like the table says."""
+    """Make the application answer errors as the table says."""
 
     async def known(request: Request, error: Exception) -> JSONResponse:
         return error_response(error, retry_after)

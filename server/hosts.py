@@ -1,4 +1,4 @@
-"""Names of hosts, as a Host header, an Origin and a setting spell them. Knows no more of HTTP, and asks no resolver."""
+"""Parses and compares names of hosts, as a Host header, an Origin and a setting spell them. Asks no resolver."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Authority:
 
 
 def parse_authority(text: str) -> Authority | None:
-    """`host[:port]` as it stands in a Host header; None if it is not that."""
+    """Parse `host[:port]` of a Host header; None if it has another form."""
     found = _AUTHORITY.fullmatch(text)
     if found is None:
         return None
@@ -44,7 +44,7 @@ def parse_authority(text: str) -> Authority | None:
 
 
 def _plain(name: str) -> str:
-    """An IPv6 address that wraps an IPv4 one is that one."""
+    """Write an address in its plain form: an IPv6 address that wraps an IPv4 one becomes that one."""
     address = _address(name)
     wrapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return str(wrapped or address or name)
@@ -58,7 +58,7 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def same_authority(origin: str, host: Authority) -> bool:
-    """Whether a page of this origin was served under this host.
+    """Return whether a page of this origin was served under this host.
 
     The scheme decides about the default port and about nothing else: behind a proxy that ends TLS, a page of `https`
     asks a server that speaks `http`.
@@ -72,13 +72,13 @@ def same_authority(origin: str, host: Authority) -> bool:
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a name can mean this machine alone: no resolver of anybody else answers for it."""
+    """Return whether a name always means this machine, whatever a resolver says."""
     address = _address(name)
     return name == "localhost" or name.endswith(".localhost") if address is None else address.is_loopback
 
 
 def parse_entry(text: str) -> str:
-    """A name of `server.hosts`: a host without scheme and port, `*.domain` for all names below it, or `*` for any.
+    """Parse an entry of `hosts`: a host without scheme and port, `*.domain` for all names below it, or `*` for any.
 
     Raises:
         ValueError: it is none of these.
@@ -98,7 +98,7 @@ def parse_entry(text: str) -> str:
 
 
 def covers(entries: Collection[str], name: str) -> bool:
-    """Whether a name is one of the entries, each as `parse_entry` returns it."""
+    """Return whether a name matches one of the entries, each as `parse_entry` returns it."""
     return any(
         entry in ("*", name) or (entry.startswith("*.") and name.endswith(entry[1:]) and _address(name) is None)
         for entry in entries

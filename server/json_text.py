@@ -1,7 +1,7 @@
-"""JSON, both ways. Counts the values of a text from outside before any of them is made; writes one line.
+"""Reads and writes JSON. Counts the values of a text from outside before it parses them; writes single lines.
 
-Knows no field of the API. Whatever it refuses, it refuses once, with the limit. Why this is the standard
-library's parser, and what others would have done: docs/decisions/0019.
+Knows no field of the API. Each refusal names its limit. docs/decisions/0019 says why this is the standard library's
+parser, and what others would have done.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ __all__ = [
 
 _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _BREAKS: Final = (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
-"""Line ends to many a client's line splitter, though not to the event stream standard; JSON can spell them out."""
+"""Characters that some clients split lines at, though the event stream standard does not; JSON can escape them."""
 
 MAX_DEPTH: Final = 100
-"""Levels of objects and lists in a body: far above any use, far below what Python's own recursion bears."""
+"""Levels of objects and lists in a body: far more than any client needs, far fewer than Python's recursion allows."""
 
 MAX_VALUES: Final = 200_000
-"""Values in a body, at any depth. 10,000 messages have 30,000. Making this many takes some 30 ms, during which Python
-does nothing else."""
+"""Values in a body, at any depth. 10,000 messages have 30,000. Parsing this many takes about 30 ms, during which no
+other thread of Python runs."""
 
 MAX_NAMES: Final = 100_000
 """Names of fields in a body, in all objects together: ten for each of 10,000 messages."""
 
-_SHOWN: Final = 100  # characters of a value that come back in a message
+_SHOWN: Final = 100  # characters of a value that an error quotes
 
 
 def load_body(raw: bytes) -> dict[str, Any]:
-    """The object that a body spells.
+    """Parse a body that must be a JSON object.
 
     Raises:
         InvalidFormat: not UTF-8, not JSON, not an object, nested too deeply, a field twice in an object.
@@ -65,7 +65,7 @@ def load_body(raw: bytes) -> dict[str, Any]:
         raise InvalidFormat(f"The body is not JSON: {error}.") from None
     except RecursionError:
         raise _too_deep() from None
-    except ValueError:  # Python's own limit on the digits of an integer; its message is about Python
+    except ValueError:  # Python limits the digits of an integer, and its message speaks of Python
         raise InvalidFormat("The body holds an integer of thousands of digits.") from None
     if not isinstance(data, dict):
         raise InvalidFormat(f"The body must be a JSON object, not {kind_of(data)}.")
@@ -77,7 +77,7 @@ def load_body(raw: bytes) -> dict[str, Any]:
 
 
 def load_text(text: str) -> Any:
-    """What JSON inside a string of a body spells.
+    """Parse JSON that a string of a body holds.
 
     Raises:
         ValueError: it is not JSON, or too much of it.
@@ -94,18 +94,18 @@ def load_text(text: str) -> Any:
 
 
 def excess_of(texts: Iterable[str]) -> str:
-    """What several texts of a body together hold more of than one may; empty if nothing, whatever each holds.
+    """Say which limit several JSON texts of a body exceed together; empty if none.
 
-    Right up to the first text that is not JSON.
+    Correct up to the first text that is not JSON.
     """
     return _excess(",".join(texts).encode())
 
 
 def _excess(raw: bytes) -> str:
-    """What there are more of than is allowed, found out without making any; empty if nothing.
+    """Say which limit a text exceeds, without parsing it; empty if none.
 
-    A value is an object, a list, or stands behind a comma; a name stands before a colon. Most texts have far fewer such
-    characters altogether. Else those inside strings are taken out, in a few passes over the bytes.
+    A value is an object, a list, or follows a comma; a name precedes a colon. Most texts have far fewer such characters
+    altogether. Otherwise the ones inside strings are removed, in a few passes over the bytes.
     """
     found = _over(raw)
     if not found:
@@ -123,12 +123,12 @@ def _over(raw: bytes) -> str:
 
 
 def _integer(digits: str) -> int:
-    """An integer. Python's own takes 0.1 ms for one of 4,000 digits; between two calls of this, other threads run."""
+    """Parse an integer. One of 4,000 digits takes 0.1 ms; between two calls of this function other threads can run."""
     return int(digits)
 
 
 def _float(digits: str) -> float:
-    """A number with a point, for the same reason."""
+    """Parse a number with a point. A function of our own for the same reason."""
     return float(digits)
 
 
@@ -137,7 +137,7 @@ def _no_constant(name: str) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which no name stands twice: one of the two values would be ignored."""
+    """Build an object. A name that occurs twice is refused: one of its values would be ignored."""
     data = dict(pairs)
     if len(data) != len(pairs):
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
@@ -146,7 +146,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether objects and lists have more levels than are allowed. Without recursion: at any depth, on any thread."""
+    """Return whether a value is nested too deeply. Works without recursion, so at any depth and on any thread."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
         level = [
@@ -165,7 +165,7 @@ def _too_deep() -> InvalidFormat:
 
 
 def _check_surrogates(data: dict[str, Any]) -> None:
-    """JSON can spell half of a surrogate pair; no text can hold it."""
+    """Refuse half of a surrogate pair: JSON can spell it, but no text can hold it."""
     try:
         json.dumps(data, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -173,26 +173,26 @@ def _check_surrogates(data: dict[str, Any]) -> None:
 
 
 def kind_of(value: Any) -> str:
-    """What JSON calls a value's type."""
+    """Return the JSON name of a value's type."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return names.get(type(value), "null")
 
 
 def shown(value: Any) -> str:
-    """The beginning of a value, as a message quotes it; nothing for null, lists and objects."""
+    """Return the beginning of a value for an error to quote; nothing for null, lists and objects."""
     if value is None or isinstance(value, dict | list):
         return ""
     return f", {json.dumps(value[:_SHOWN] if isinstance(value, str) else value)[:_SHOWN]}"
 
 
 def to_json(data: Any) -> str:
-    """Compact JSON on one line, whatever the reader takes for the end of a line."""
+    """Write compact JSON on one line, whichever characters the reader splits lines at."""
     return one_line(_ENCODER.encode(data))
 
 
 def one_line(text: str) -> str:
-    """JSON text without any character that some reader takes for the end of a line."""
+    """Escape the characters of a JSON text that some readers split lines at."""
     if not text.isascii():
-        for character, escape in _BREAKS:  # stands only inside strings, so a plain replacement is right
+        for character, escape in _BREAKS:  # they occur only inside strings, so replacing them is correct
             text = text.replace(character, escape)
     return text

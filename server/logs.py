@@ -1,9 +1,9 @@
-"""The log: lines for people, or an object a line for programs. Never what was said, never a key.
+"""The log: lines for people, or one JSON object per line for programs. Never logs a prompt, a reply or a key.
 
-A line of text is `when LEVEL logger: message`, then ` name=value` for each field. A value that is not plain is quoted
-as JSON quotes it, so that nothing from outside ends a value or a line, or gives a terminal orders. Lines of a trace
-begin with spaces. They show where an exception was raised and of which class; its words may quote a request, and are
-left out unless they are the system's.
+A line of text is `when LEVEL logger: message`, then ` name=value` for each field. Values with special characters are
+quoted as in JSON, so that nothing from outside can end a value or a line, or control a terminal. Lines of a traceback
+begin with spaces. A traceback shows where an exception was raised and its class; its message may quote a request, so it
+is left out unless it comes from the operating system.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ __all__ = ["access", "configure", "printable"]
 
 _ACCESS: Final = logging.getLogger("verbatim.access")
 _CONTROL: Final = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160))} | {
-    # line ends, marks that turn the direction of text, and what has no width
+    # line ends, characters that change the direction of text, and characters without width
     code: f"\\u{code:04x}"
     for code in (0x61C, *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2070), 0xFEFF)
 }
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_./:@+,~-]+")
 _SECRET: Final = re.compile(r"vk-[A-Za-z0-9_-]{8,}")
-"""A key, as server/ledger/store.py makes them."""
+"""A key, as server/ledger/keys.py makes them."""
 _OUTER: Final = "    "
 
 
 def configure(form: Literal["text", "json"], *, access_log: bool) -> None:
-    """Set up the process's log, to standard error. Exceptions that nobody catches go there, too, and what libraries
-    say: it may quote a file of a checkpoint, which is from outside."""
+    """Set up the process's log on standard error.
+
+    Uncaught exceptions are logged, too, and so are the messages of libraries, which may quote a checkpoint's files.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonFormatter() if form == "json" else _TextFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -47,22 +49,22 @@ def configure(form: Literal["text", "json"], *, access_log: bool) -> None:
 
 
 def access(**fields: Any) -> None:
-    """Note a request that has ended. Fields without a value are left out."""
+    """Log a request that has ended. Fields that are None are left out."""
     if _ACCESS.isEnabledFor(logging.INFO):
         known = {name: value for name, value in fields.items() if value is not None}
         _ACCESS.info("request", extra={"fields": known})
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text with its control characters, and all that a terminal would obey, written out."""
+    """Escape control characters and everything else that a terminal would interpret. `keep`: left as they are."""
     table = {code: shown for code, shown in _CONTROL.items() if chr(code) not in keep} if keep else _CONTROL
     return text.translate(table)
 
 
 def _take_over(library: logging.Logger) -> None:
-    """Have a library that writes to the terminal in its own form write to the log."""
+    """Make a library that logs to the terminal in its own form use this log."""
     for handler in library.handlers[:]:
-        if type(handler) is logging.StreamHandler:  # not into a file that somebody asked for
+        if type(handler) is logging.StreamHandler:  # a handler for a file was asked for by somebody
             library.removeHandler(handler)
             library.propagate = True
 
@@ -83,7 +85,7 @@ class _TextFormatter(logging.Formatter):
 
 
 class _JsonFormatter(logging.Formatter):
-    """An object a record. JSON has no line ends in it, whatever a name or a path holds."""
+    """Formats a record as one JSON object. JSON has no line ends, whatever a name or a path contains."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
@@ -113,13 +115,13 @@ def _without_keys(text: str) -> str:
 
 
 def _message(record: logging.LogRecord) -> str:
-    # asyncio writes an exception that nobody awaited into its message, words and all; the trace has the rest.
+    # asyncio puts an exception that nobody awaited into its message; the traceback has what may be logged of it.
     text = record.getMessage().rstrip()
     return text.partition("\n")[0] if record.name == "asyncio" else text
 
 
 def _trace(record: logging.LogRecord) -> list[str]:
-    """Lines of a record's exception and those that led to it, the first one first."""
+    """Return the traceback lines of a record's exception and of those that caused it, the earliest first."""
     error = record.exc_info[1] if record.exc_info else None
     seen: list[BaseException] = []
     while error is not None and error not in seen:
@@ -140,7 +142,7 @@ def _lines(error: BaseException) -> list[str]:
 
 
 def _words(error: BaseException) -> str:
-    """What an exception says, where it is the system that speaks: a request's text is in none of these."""
+    """Return an exception's message if it comes from the operating system or torch: those never quote a request."""
     if isinstance(error, OSError) and error.errno is not None:
         return f"[Errno {error.errno}] {os.strerror(error.errno)}"
     if isinstance(error, MemoryError) or type(error).__module__.partition(".")[0] == "torch":

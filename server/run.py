@@ -1,4 +1,4 @@
-"""From a configuration to a listening process: socket, models, uvicorn, and an orderly end."""
+"""Runs the server: opens the socket, loads the models, serves with uvicorn, shuts down in order."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ from server.accounts.charging import Meter
 from server.accounts.owners import name_of_this_process
 from server.accounts.settling import BEAT_SECONDS
 from server.app import create_app
-from server.ledger.store import Ledger, Prices
+from server.ledger.records import Prices
+from server.ledger.store import Ledger
 from server.settings import LOOPBACK, ServerSettings
 from server.wire.connections import Connections, room_for_connections
 from server.wire.protocol import bounded_protocol
 
-_BACKLOG = 2048  # connections that the system keeps until they are accepted
-_AT_A_TIME = 32  # connections that are accepted before anybody sees that they are too many
-_LAST = 8.0  # seconds for a last step to end, and for events of an ordered end to reach their clients
+_BACKLOG = 2048  # connections that the system queues until they are accepted
+_AT_A_TIME = 32  # connections accepted at once, before their number is checked
+_LAST = 8.0  # seconds for the last step to end and for the last events to reach their clients
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, with an ordered end: no more requests, then a while for those that run, then they are told."""
+    """uvicorn's server, which shuts down in order: accept no more, let requests finish for a while, end the rest."""
 
     def __init__(self, config: uvicorn.Config, registry: Registry, grace: float) -> None:
         super().__init__(config)
@@ -46,8 +47,11 @@ class Server(uvicorn.Server):
         self._grace = grace
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen. asyncio takes the number of connections that may wait for how many it accepts in one go, too: with
-        few descriptors, a flood would take all of them before the first one is counted."""
+        """Listen, with a longer queue than asyncio would use.
+
+        asyncio accepts as many connections at once as may be queued: with few descriptors, a flood would take all of
+        them before the first one is counted.
+        """
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(_BACKLOG)
@@ -67,14 +71,14 @@ class Server(uvicorn.Server):
 def run(
     entries: Sequence[ModelConfig], settings: ServerSettings, *, ledger: str | None, pull: bool, console: Console
 ) -> None:
-    """Serve until a signal. The socket is open before the models load, so a taken port is known at once.
+    """Serve until a signal arrives. The socket is opened before the models load, so a port in use is reported at once.
 
     Args:
-        ledger: the URL of the keys; None where there are none.
+        ledger: the ledger's URL; None where there are no keys.
 
     Raises:
         ConfigError: the address cannot be bound.
-        LedgerFault: the keys cannot be read.
+        LedgerFault: the ledger cannot be used.
     """
     no_core_dumps()
     meter = open_meter(ledger, settings) if ledger else None
@@ -90,7 +94,7 @@ def run(
         )
     config = configured(create_app(registry, settings, meter), settings, connections)
     server = Server(config, registry, settings.shutdown_seconds)
-    # uvicorn ends in order on SIGTERM and then raises it again: that is an ordinary end here, too.
+    # uvicorn shuts down on SIGTERM and then raises it again, which must not end the process with a signal.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _greet(console, settings, port, entries, keys=meter is not None)
     registry.start()
@@ -105,16 +109,16 @@ def run(
             meter.close()
         listener.close()
         console.print("stopped.", highlight=False)
-        if not ended:  # threads that compute on while the interpreter goes down would end it with a signal
+        if not ended:  # threads that still compute while the interpreter shuts down would end it with a signal
             logging.shutdown()
             os._exit(0)
 
 
 def _spare_the_collector(registry: Registry) -> None:
-    """Take what the models consist of out of the garbage collector's rounds, once they are loaded.
+    """Exclude the loaded models and libraries from garbage collection.
 
-    A full round over the 400,000 objects of the libraries alone stops the process for 0.3 s, and a body with many lists
-    brings on one. What is garbage by then is collected first.
+    A full collection over the 400,000 objects of the libraries alone stops the process for 0.3 s, and a body with many
+    lists triggers one. What is garbage by now is collected first.
     """
     registry.wait()
     gc.collect()
@@ -122,7 +126,7 @@ def _spare_the_collector(registry: Registry) -> None:
 
 
 def configured(app: ASGIApp, settings: ServerSettings, connections: Connections) -> uvicorn.Config:
-    """uvicorn's configuration: our bounds, none of its own words, no protocol but HTTP/1.1."""
+    """Build uvicorn's configuration: our limits, no log lines of its own, HTTP/1.1 only."""
     return uvicorn.Config(
         app,
         http=bounded_protocol(
@@ -133,8 +137,8 @@ def configured(app: ASGIApp, settings: ServerSettings, connections: Connections)
         ),
         ws="none",
         backlog=_AT_A_TIME,
-        workers=1,  # else WEB_CONCURRENCY of the environment is read
-        proxy_headers=False,  # nothing here asks where a request is from
+        workers=1,  # otherwise WEB_CONCURRENCY of the environment is read
+        proxy_headers=False,  # the client's address is not used
         log_level="warning",
         log_config=None,
         access_log=False,
@@ -144,19 +148,19 @@ def configured(app: ASGIApp, settings: ServerSettings, connections: Connections)
 
 
 def no_core_dumps() -> None:
-    """Keep this process's memory, with what people said and their keys, out of files that a crash would leave."""
+    """Prevent core dumps: they would leave prompts and keys in a file after a crash."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    # A program that takes dumps (apport) is handed one whatever the limit says: of this process, one without memory.
+    # A program that collects dumps (apport) gets one despite the limit; this makes it a dump without memory.
     with contextlib.suppress(OSError):
         Path("/proc/self/coredump_filter").write_text("0")
 
 
 def open_meter(url: str, settings: ServerSettings) -> Meter:
-    """What asks a ledger. Holds of processes that are gone are released; another server on it keeps its own."""
-    ledger = Ledger(url, time.time, name_of_this_process())  # noqa: TID251  the books want the wall clock
+    """Open the ledger and the meter on it. Releases the holds of processes that have ended, not of other servers."""
+    ledger = Ledger(url, time.time, name_of_this_process())  # noqa: TID251  the ledger records the wall clock
     prices = {
         model: Prices(price.prompt, price.cached_prompt, price.completion) for model, price in settings.prices.items()
     }
@@ -164,7 +168,7 @@ def open_meter(url: str, settings: ServerSettings) -> Meter:
 
 
 def bind(settings: ServerSettings) -> socket.socket:
-    """A listening socket."""
+    """Open the listening socket."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
@@ -202,7 +206,7 @@ def _greet(
 
 
 def print_plain(console: Console, text: str) -> None:
-    """As it is: no markup, no wrapping, so that it can be copied."""
+    """Print text without markup and wrapping, so that it can be copied."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -211,7 +215,7 @@ def _tell(console: Console, text: str) -> None:
 
 
 def example_request(port: int, model: str, *, keys: bool = False) -> str:
-    """A line to paste into a shell."""
+    """Return a request as a line to paste into a shell."""
     key = "-H 'Authorization: Bearer KEY' " if keys else ""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}], "seed": 7})
     return f"curl http://127.0.0.1:{port}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'"

@@ -1,4 +1,4 @@
-"""What the server itself can be told: the `server:` mapping of models.yaml. Knows nothing of models."""
+"""The settings of the server: the `server:` mapping of models.yaml. Knows nothing of models."""
 
 from __future__ import annotations
 
@@ -14,70 +14,70 @@ LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 
 
 DEAREST: Final = 10**9
-"""Micro-credits for a token: a thousand credits. A request of 2³³ tokens at this price still fits into 64 bits."""
+"""The highest price of a token, in micro-credits. A request of 2³³ tokens at this price still fits into 64 bits."""
 
 
 class Price(BaseModel):
-    """What a token costs, in micro-credits."""
+    """The price of a token of each kind, in micro-credits."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt: int = Field(default=1, ge=0, le=DEAREST)
-    """Of the prompt."""
+    """A token of the prompt."""
     cached_prompt: int = Field(default=1, ge=0, le=DEAREST)
-    """Of the prompt, where its keys and values were there already."""
+    """A token of the prompt that was in the prefix cache."""
     completion: int = Field(default=1, ge=0, le=DEAREST)
-    """Generated."""
+    """A generated token."""
 
 
 class ServerSettings(BaseModel):
-    """Limits and addresses; every key has a default."""
+    """Addresses, limits and switches of the server; every key has a default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     host: str = "127.0.0.1"
-    """Where to listen. Anything but loopback lets others in, and is refused without keys."""
+    """The address to listen on. Any but loopback can be reached by others, and is refused without keys."""
     port: int = Field(default=8000, ge=0, le=65535)
-    """0 takes a free one; the first line of output says which."""
+    """0 takes a free port; the first line of output names it."""
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
     """A larger request body is refused while it is read."""
     max_bodies_bytes: int | None = Field(default=None, ge=4096)
-    """Memory for all bodies that are being read or checked; a request that finds no room is refused with `Retry-After`.
-    A key may take half of it. At least twice `max_body_bytes`; default: eight times."""
+    """Memory for all bodies that are being read or parsed; a request without room is refused with `Retry-After`. A key
+    may use half of it. At least twice `max_body_bytes`; default: eight times."""
     max_connections: int = Field(default=1024, ge=8)
-    """Connections that may be open at once, or fewer where the system allows the process fewer files. One more, and the
-    one that has been waiting for its client the longest is closed."""
+    """Connections that may be open at once; fewer where the system allows the process fewer files. For one more, the
+    connection that has waited longest for its client is closed."""
     strict_params: bool = False
-    """Refuse fields that are not known at all, instead of naming them in a response header."""
+    """Refuse unknown fields of a request instead of naming them in a response header."""
     keepalive_seconds: float = Field(default=15.0, gt=0)
-    """How long a stream may be silent before a comment line is sent."""
+    """Seconds of silence after which a stream sends a comment line."""
     retry_after_seconds: int = Field(default=5, ge=1)
-    """What `Retry-After` says when the server is overloaded or loading."""
+    """The value of `Retry-After` while the server is overloaded or loading."""
     shutdown_seconds: int = Field(default=10, ge=0)
-    """How long running requests may go on after the server was told to stop; then they end with an error."""
+    """Seconds that running requests may take after the server was told to stop; then they end with an error."""
     body_seconds: float = Field(default=60.0, gt=0)
-    """How long a client may take to send the head of a request, and how long its body."""
+    """Seconds that a client may take to send the head of a request, and again for its body."""
     send_seconds: float = Field(default=60.0, gt=0)
-    """How long a client may leave unread what waits for it, or read less than a tenth; then its request ends."""
+    """Seconds in which a client must read at least a tenth of what waits for it; otherwise its request ends."""
     ledger: str | None = None
-    """Keys, balances and usage: a file, or a database's URL (`postgresql+psycopg://…`). Default: `verbatim.db` beside
-    this file, once `verbatim keys create` has made it. With keys, every request needs one."""
+    """Where keys, balances and usage are stored: a file, or a database's URL (`postgresql+psycopg://…`). Default:
+    `verbatim.db` beside this file, once `verbatim keys create` has made it. With keys, every request needs one."""
     allow_anonymous: bool = False
-    """Serve everybody who reaches an address that is not loopback, although there are no keys."""
+    """Serve without keys on an address that others can reach."""
     prices: dict[str, Price] = Field(default_factory=dict)
-    """By model: micro-credits for a token of each kind. A token costs one where nothing is said, so that balances count
+    """By model: the price of a token of each kind, in micro-credits. The default is one, so that balances count
     tokens."""
     hosts: list[str] = Field(default_factory=list)
     """Names by which clients reach this server, beside this machine's own: `box.lan`, `host.docker.internal`, `*.lan`;
-    `*` is any. A request for another name is refused. Default: any name where keys are in use or others can reach the
-    address, else none."""
+    `*` allows any. A request for another name is refused. Default: any name if keys are in use or others can reach
+    the address, else none."""
     cors_origins: list[str] = Field(default_factory=list)
-    """Pages of these origins may use the server from a browser; `*` is all. Default: only pages that come from the
+    """Origins whose pages may use the server from a browser; `*` allows all. Default: only pages that come from the
     server's own address."""
     access_log: bool = False
-    """One line for each request: when, what, whose, how it ended. Never what was said."""
+    """Log one line per request: time, path, key, status. Never its text."""
     log_format: Literal["text", "json"] = "text"
-    """`json`: each line of the log is an object."""
+    """`json`: each line of the log is a JSON object."""
 
     @field_validator("hosts")
     @classmethod
@@ -95,7 +95,7 @@ class ServerSettings(BaseModel):
 
 
 def read_settings(data: Mapping[str, Any], where: str) -> ServerSettings:
-    """Check the top level of a models.yaml and build its `server:` part.
+    """Check the top level of a models.yaml and return the settings of its `server:` mapping.
 
     Raises:
         ConfigError: an unknown key, with the nearest known one.

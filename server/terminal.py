@@ -1,4 +1,4 @@
-"""The terminal: rich's console, without what a name, a path or a message from elsewhere could make a terminal do."""
+"""rich's console, with control characters in names, paths and messages escaped."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["Terminal"]
 
 
 class Terminal(Console):
-    """A console that writes control characters out (`\\x1b`), save for those that rich makes itself."""
+    """A console that escapes control characters (`\\x1b`), except those that rich itself writes."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As rich does it. Colours are a segment's style and cursor movements its control; its text is only text."""
+        """Render as rich does, with each segment's text escaped. Colours and cursor movements are not in the text."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else printable(text, keep="\n\t"), style, control)

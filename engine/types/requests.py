@@ -48,6 +48,8 @@ class GenerationRequest:
     group: str = ""
     """Whose request it is. Where requests wait, groups take turns; each has a prefix cache of its own, unless the
     entry shares one. A reply does not depend on it."""
+    context_limit: int | None = None
+    """Tokens, prompt and reply together, that the caller may use; None: as many as the model's context holds."""
     cache_salt: str = ""
     """A share of the prefix cache of its own, within the group's: only requests with the same salt find each other."""
 

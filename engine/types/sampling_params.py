@@ -1,22 +1,32 @@
-"""`SamplingParams`: how tokens are chosen and when they stop. Ranges are checked here alone, for server and scripts."""
+"""`SamplingParams`: how tokens are chosen and when they stop.
+
+Each field is declared once, with its default, its range and its description. The checks here, the fields that the
+server reads from a request body, the OpenAPI document and docs/reference/api.md follow from the declaration.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
-from engine.errors import InvalidFormat, InvalidParameter
+from engine.errors import InvalidParameter
+from engine.types.sampling_fields import (
+    INT64_MAX,
+    INT64_MIN,
+    Flag,
+    Integer,
+    Number,
+    OneOf,
+    SamplingField,
+    Strings,
+    TokenBiases,
+    TokenIds,
+    sampling_field,
+    sampling_fields,
+)
 
 LogprobsMode = Literal["raw", "processed"]
-
-MAX_STOP_STRINGS: Final = 16
-MAX_STOP_LENGTH: Final = 1024  # characters
-MAX_STOP_TOKEN_IDS: Final = 256
-MAX_TOP_LOGPROBS: Final = 20
-INT64_MIN: Final = -(2**63)
-INT64_MAX: Final = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,57 +38,59 @@ class SamplingParams:
         InvalidParameter: a value outside its range; `param` names the field.
     """
 
-    n: int = 1
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 keeps all."""
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token id, bias) pairs, ids ascending and unique. A bias of -100 bans the token."""
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    min_tokens: int = 0
-    ignore_eos: bool = False
-    logprobs: bool = False
-    top_logprobs: int = 0
-    logprobs_mode: LogprobsMode = "raw"
-    return_token_ids: bool = False
-    thinking_budget: int | None = None
-    """Tokens of thought after which the thoughts are closed by force."""
+    n: int = sampling_field(1, Integer(1), "Choices; choice 0 is the answer to n = 1.")
+    max_tokens: int | None = sampling_field(
+        None, Integer(1), "Cap on generated tokens; clamped to what is left of the context."
+    )
+    temperature: float = sampling_field(1.0, Number(0.0, 2.0), "0 is greedy; the lowest token id wins a tie.")
+    top_p: float = sampling_field(1.0, Number(0.0, 1.0), "Keep the likeliest tokens up to this mass, at least one.")
+    top_k: int = sampling_field(0, Integer(0), "Keep this many tokens; 0 keeps all.", extension=True)
+    min_p: float = sampling_field(
+        0.0, Number(0.0, 1.0), "Keep tokens at least this likely, as a share of the likeliest.", extension=True
+    )
+    presence_penalty: float = sampling_field(
+        0.0, Number(-2.0, 2.0), "Subtracted once from the logit of every token generated so far."
+    )
+    frequency_penalty: float = sampling_field(
+        0.0, Number(-2.0, 2.0), "Subtracted for every time a token was generated so far."
+    )
+    repetition_penalty: float = sampling_field(
+        1.0, Number(0.01, 100.0), "As in transformers, over prompt and answer.", extension=True
+    )
+    logit_bias: tuple[tuple[int, float], ...] = sampling_field(
+        (), TokenBiases(-100.0, 100.0), "Token id → bias; -100 bans."
+    )
+    seed: int | None = sampling_field(
+        None,
+        Integer(INT64_MIN, INT64_MAX),
+        "Same request, same seed, same system_fingerprint: same bytes. Drawn and returned if omitted.",
+    )
+    stop: tuple[str, ...] = sampling_field(
+        (),
+        Strings(most=16, longest=1024),
+        "Ends the answer before any of these texts; at most 16, each of 1 to 1024 characters.",
+    )
+    stop_token_ids: tuple[int, ...] = sampling_field(
+        (), TokenIds(most=256), "Token ids that end the answer.", extension=True
+    )
+    min_tokens: int = sampling_field(0, Integer(0), "Nothing ends the answer before.", extension=True)
+    ignore_eos: bool = sampling_field(False, Flag(), "Go on after the end token.", extension=True)
+    logprobs: bool = sampling_field(False, Flag(), "One entry per generated token.")
+    top_logprobs: int = sampling_field(0, Integer(0, 20), "Alternatives returned per token; requires logprobs.")
+    logprobs_mode: LogprobsMode = sampling_field(
+        "raw",
+        OneOf(get_args(LogprobsMode)),
+        "The model's own distribution, or the one that was drawn from.",
+        extension=True,
+    )
+    return_token_ids: bool = sampling_field(False, Flag(), "`token_ids` beside each choice.", extension=True)
+    thinking_budget: int | None = sampling_field(
+        None, Integer(0), "Tokens of thought after which they are closed by force.", extension=True
+    )
 
     def __post_init__(self) -> None:
-        _integer(self, "n", 1, None)
-        if self.max_tokens is not None:
-            _integer(self, "max_tokens", 1, None)
-        _number(self, "temperature", 0.0, 2.0)
-        _number(self, "top_p", 0.0, 1.0)
-        _integer(self, "top_k", 0, None)
-        _number(self, "min_p", 0.0, 1.0)
-        _number(self, "presence_penalty", -2.0, 2.0)
-        _number(self, "frequency_penalty", -2.0, 2.0)
-        _number(self, "repetition_penalty", 0.01, 100.0)
-        if self.seed is not None:
-            _integer(self, "seed", INT64_MIN, INT64_MAX)
-        _integer(self, "min_tokens", 0, None)
-        if self.thinking_budget is not None:
-            _integer(self, "thinking_budget", 0, None)
-        for name in ("ignore_eos", "logprobs", "return_token_ids"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidFormat(f"{name} must be true or false, not {getattr(self, name)!r}.", param=name)
-        _integer(self, "top_logprobs", 0, MAX_TOP_LOGPROBS)
-        if self.logprobs_mode not in ("raw", "processed"):
-            raise InvalidParameter(
-                f"logprobs_mode must be 'raw' or 'processed', not {self.logprobs_mode!r}.", param="logprobs_mode"
-            )
-        object.__setattr__(self, "stop", _stop_strings(self.stop))
-        object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
+        for name, field in SAMPLING_FIELDS.items():
+            object.__setattr__(self, name, field.checked(name, getattr(self, name)))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidParameter(
                 f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}.", param="min_tokens"
@@ -86,7 +98,7 @@ class SamplingParams:
 
     @classmethod
     def merged(cls, *layers: Mapping[str, Any]) -> SamplingParams:
-        """Build from layers of given fields, the last one wins: the model's defaults, then the request's own.
+        """Build from layers of given fields; a later layer wins. The model's defaults come first, then the request.
 
         Raises:
             InvalidParameter: a field that does not exist.
@@ -102,78 +114,5 @@ class SamplingParams:
         return cls(**given)
 
 
-SAMPLING_FIELDS: Final = frozenset(f.name for f in dataclasses.fields(SamplingParams))
-
-
-def _integer(owner: object, name: str, low: int, high: int | None) -> None:
-    value = getattr(owner, name)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InvalidFormat(f"{name} must be an integer, not {value!r}.", param=name)
-    if value < low or (high is not None and value > high):
-        limit = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise InvalidParameter(f"{name} must be {limit}, not {value}.", param=name)
-
-
-def _number(owner: object, name: str, low: float, high: float) -> None:
-    value = getattr(owner, name)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise InvalidFormat(f"{name} must be a number, not {value!r}.", param=name)
-    if not low <= value <= high:  # False for NaN too
-        raise InvalidParameter(f"{name} must be between {low:g} and {high:g}, not {value!r}.", param=name)
-    object.__setattr__(owner, name, float(value))
-
-
-def _stop_strings(stop: Any) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else stop
-    if not isinstance(stops, Sequence) or not all(isinstance(s, str) for s in stops):
-        raise InvalidFormat(f"stop must be a string or a list of strings, not {stop!r}.", param="stop")
-    if len(stops) > MAX_STOP_STRINGS:
-        raise InvalidParameter(f"stop takes at most {MAX_STOP_STRINGS} strings, not {len(stops)}.", param="stop")
-    for s in stops:
-        if not s:
-            raise InvalidParameter("stop must not contain an empty string: it would match at once.", param="stop")
-        if len(s) > MAX_STOP_LENGTH:
-            raise InvalidParameter(
-                f"a stop string may have at most {MAX_STOP_LENGTH} characters, not {len(s)}.", param="stop"
-            )
-    return tuple(dict.fromkeys(stops))
-
-
-def _stop_token_ids(ids: Any) -> tuple[int, ...]:
-    name = "stop_token_ids"
-    if not isinstance(ids, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise InvalidFormat(f"{name} must be a list of integers, not {ids!r}.", param=name)
-    if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise InvalidParameter(f"{name} takes at most {MAX_STOP_TOKEN_IDS} ids, not {len(ids)}.", param=name)
-    return tuple(sorted(set(ids)))
-
-
-def _logit_bias(bias: Any) -> tuple[tuple[int, float], ...]:
-    """Accept a mapping (keys may be digit strings, as JSON has them) or pairs; return ascending pairs."""
-    if not isinstance(bias, Mapping | tuple):
-        raise InvalidFormat(f"logit_bias must map token ids to numbers, not {bias!r}.", param="logit_bias")
-    items = bias.items() if isinstance(bias, Mapping) else bias
-    out: dict[int, float] = {}
-    for key, value in items:
-        try:
-            token = key if isinstance(key, int) and not isinstance(key, bool) else _digits(key)
-        except ValueError:
-            raise InvalidParameter(f"logit_bias: {key!r} is not a token id.", param=f"logit_bias.{key}") from None
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise InvalidFormat(
-                f"logit_bias: the bias of token {token} must be a number, not {value!r}.", param=f"logit_bias.{key}"
-            )
-        if not -100.0 <= value <= 100.0:
-            raise InvalidParameter(
-                f"logit_bias: the bias of token {token} must be between -100 and 100, not {value!r}.",
-                param=f"logit_bias.{key}",
-            )
-        out[token] = float(value)
-    return tuple(sorted(out.items()))
-
-
-def _digits(key: object) -> int:
-    # int() alone would also take " 7", "07", "1_0" and Arabic digits: two spellings of one id in one object.
-    if not isinstance(key, str) or not key.isascii() or not key.isdigit() or len(key) > 18 or key != str(int(key)):
-        raise ValueError(key)
-    return int(key)
+SAMPLING_FIELDS: Final[Mapping[str, SamplingField]] = sampling_fields(SamplingParams)
+"""Every field of `SamplingParams` as it is declared, by name."""

@@ -1,1 +1,1 @@
-"""Who may ask, and what it costs them."""
+"""Keys at work: authentication, limits, charging, and the commands that manage keys."""

@@ -1,4 +1,4 @@
-"""The door: which paths anybody may ask for, and whose key opens the others. Before any body is read."""
+"""Checks the key of every request before its body is read. A few paths need no key."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine import VerbatimError
 from server.accounts.charging import Meter
 from server.errors import Unauthorized, error_response
-from server.ledger.store import Key
+from server.ledger.records import Key
 
 __all__ = ["OPEN", "Authentication", "key_of"]
 
 OPEN: Final = frozenset({"/health/live", "/health/ready"})
-"""All else needs a key, where keys are in use: also what does not exist, so that nothing is learnt from trying."""
+"""The paths that need no key. Paths that do not exist need one, so that trying paths tells a stranger nothing."""
 
 
 class Authentication:
-    """Pure ASGI: nothing of a request is read before its key is known.
+    """Pure ASGI: refuses requests without a valid key, and adds the key's limits to every response.
 
     Args:
-        meter: asked for keys.
-        retry_after: seconds, for when it cannot be asked.
+        meter: looks keys up.
+        retry_after: seconds for `Retry-After` where keys cannot be looked up.
     """
 
     def __init__(self, app: ASGIApp, meter: Meter, retry_after: int) -> None:
@@ -45,7 +45,7 @@ class Authentication:
         async def send_with_limits(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in self._meter.headers(key).items():
+                for name, value in self._meter.limits.headers(key).items():
                     headers[name] = value
             await send(message)
 
@@ -65,6 +65,6 @@ class Authentication:
 
 
 def key_of(scope: Scope) -> Key | None:
-    """The key that opened the door; None where no keys are in use."""
+    """Return the key that a request was authenticated with; None where the server has no keys."""
     key: Key | None = scope.get("state", {}).get("key")
     return key

@@ -1,4 +1,4 @@
-"""`verbatim keys` and `verbatim usage`: the ledger from the command line. Works beside a running server."""
+"""The commands `verbatim keys` and `verbatim usage`. They work on the ledger while a server runs, too."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich import box
@@ -20,23 +19,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from engine import ConfigError, read_yaml
-from server.ledger.money import LARGEST
-from server.settings import LOOPBACK, ServerSettings, read_settings
+from server.accounts.key_table import as_dict, table_of
+from server.accounts.location import existing, location
+from server.ledger.records import LARGEST
+from server.settings import ServerSettings, read_settings
 from server.terminal import Terminal
 
 if TYPE_CHECKING:
-    from server.ledger.store import Key, Ledger, Limits
+    from server.ledger.records import Key, Limits
+    from server.ledger.store import Ledger
 
-keys = typer.Typer(help="Keys, their balances and their limits.", no_args_is_help=True)
+keys = typer.Typer(help="Manage keys, their balances and their limits.", no_args_is_help=True)
 out = Terminal()
 
-DEFAULT_FILE: Final = "verbatim.db"
 _DURATION: Final = re.compile(r"(\d{1,5})([hdw])")
 _SECONDS: Final = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def _in_range(value: int | None, least: int) -> int | None:
-    """Refuse a number that no ledger holds, before one is opened or made."""
+    """Refuse a number that no ledger can hold, before one is opened or created."""
     if value is not None and not least <= value <= LARGEST:
         raise typer.BadParameter(f"{value} is not in the range {least} to {LARGEST}.")
     return value
@@ -52,67 +53,25 @@ def _amount(value: int | None) -> int | None:
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A models.yaml. Default: ./models.yaml.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
-NameArgument = Annotated[str, typer.Argument(help="Its name or id.")]
-RpmOption = Annotated[
-    int | None, typer.Option("--requests-per-minute", callback=_natural, help="0 takes the limit away.")
-]
-TpmOption = Annotated[
-    int | None, typer.Option("--tokens-per-minute", callback=_natural, help="0 takes the limit away.")
-]
+NameArgument = Annotated[str, typer.Argument(help="The key's name or id.")]
+RpmOption = Annotated[int | None, typer.Option("--requests-per-minute", callback=_natural, help="0 removes the limit.")]
+TpmOption = Annotated[int | None, typer.Option("--tokens-per-minute", callback=_natural, help="0 removes the limit.")]
 ConcurrentOption = Annotated[
-    int | None, typer.Option(callback=_natural, help="Requests at once; 0 takes the limit away.")
+    int | None, typer.Option(callback=_natural, help="Requests running at once; 0 removes the limit.")
 ]
 ContextOption = Annotated[
-    int | None, typer.Option(callback=_natural, help="Prompt and answer, tokens; 0 takes the limit away.")
+    int | None, typer.Option(callback=_natural, help="Tokens of prompt and reply together; 0 removes the limit.")
 ]
 ModelsOption = Annotated[
-    list[str] | None, typer.Option("--model", "-m", help="May use this one only; may be repeated. '*' is all.")
+    list[str] | None, typer.Option("--model", "-m", help="Allow only this model; may be repeated. '*' allows all.")
 ]
-
-
-def location(settings: ServerSettings, config: Path | None) -> str:
-    """The ledger's URL: as configured, or a file beside the configuration."""
-    given = settings.ledger or DEFAULT_FILE
-    if "://" in given:
-        return given
-    folder = config.parent if config is not None else Path()
-    return f"sqlite:///{(folder / Path(given).expanduser()).resolve()}"
-
-
-def existing(settings: ServerSettings, config: Path | None) -> str | None:
-    """The ledger's URL, if it was configured or is there."""
-    url = location(settings, config)
-    file = Path(url.removeprefix("sqlite:///"))
-    return url if settings.ledger is not None or file.exists() else None
-
-
-def in_use(settings: ServerSettings, config: Path | None) -> str | None:
-    """The ledger's URL if there has ever been a key in it. Then every request needs one.
-
-    Raises:
-        ConfigError: everybody could reach a server without keys, and nobody said that this is meant.
-        LedgerFault: it cannot be read.
-    """
-    url = existing(settings, config)
-    if url is not None:
-        from server.ledger.store import Ledger
-
-        with closing(Ledger(url, time.time)) as ledger:  # noqa: TID251
-            if ledger.all_keys():
-                return url
-    if settings.host not in LOOPBACK and not settings.allow_anonymous:
-        raise ConfigError(
-            f"host {settings.host} lets others in, and there are no keys. Make one with `verbatim keys create NAME`, "
-            "or serve everybody with --allow-anonymous."
-        )
-    return None
 
 
 @keys.command("create")
 def create(
-    name: Annotated[str, typer.Argument(help="Whose key it is; stands in reports and in the log.")],
+    name: Annotated[str, typer.Argument(help="The key's name in reports and in the log.")],
     balance: Annotated[
-        int | None, typer.Option(callback=_natural, help="What it may spend. Default: it is not metered.")
+        int | None, typer.Option(callback=_natural, help="What it may spend. Default: not metered.")
     ] = None,
     expires: Annotated[str | None, typer.Option(help="A date (2026-12-31, its end in UTC), or 12h, 30d, 8w.")] = None,
     models: ModelsOption = None,
@@ -123,7 +82,7 @@ def create(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a key. It is shown this once: only its hash is kept."""
+    """Create a key. It is shown only now, because the ledger stores only its hash."""
     if not name.strip() or len(name) > 200 or not name.isprintable():
         raise ConfigError(f"a name has 1 to 200 printable characters, unlike {name[:200]!r}.")
     until = _until(expires)
@@ -132,9 +91,9 @@ def create(
         limits = _limits(requests_per_minute, tokens_per_minute, concurrent, context)
         new = ledger.create_key(name, balance=balance, expires=until, models=_models(models), limits=limits)
         if as_json:
-            print(json.dumps({**_as_dict(new.key), "key": new.secret}))
+            print(json.dumps({**as_dict(new.key), "key": new.secret}))
             return
-        out.print(_table([new.key]))
+        out.print(table_of([new.key]))
         out.print("The key, shown this once:", highlight=False)
         print(new.secret)
         if first:
@@ -143,21 +102,21 @@ def create(
 
 @keys.command("list")
 def list_keys(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """All keys, revoked and expired ones, too."""
+    """List all keys, including revoked and expired ones."""
     with closing(_ledger(config)) as ledger:
         _show(ledger.all_keys(), as_json, many=True)
 
 
 @keys.command("show")
 def show(name: NameArgument, config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """One key: its balance, limits and state."""
+    """Show one key: its balance, limits and state."""
     with closing(_ledger(config)) as ledger:
         _show([ledger.key(name)], as_json)
 
 
 @keys.command("revoke")
 def revoke(name: NameArgument, config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Let a key open nothing any more, at once. What it has used stays in the books."""
+    """Revoke a key at once. What it has used stays in the ledger."""
     with closing(_ledger(config)) as ledger:
         _show([ledger.revoke(name)], as_json)
 
@@ -167,13 +126,13 @@ def credit(
     name: NameArgument,
     amount: Annotated[
         int,
-        typer.Argument(callback=_amount, help="Tokens, or micro-credits as the prices say; negative takes away."),
+        typer.Argument(callback=_amount, help="Tokens, or micro-credits where there are prices; negative takes away."),
     ],
-    note: Annotated[str, typer.Option(help="What for.")] = "",
+    note: Annotated[str, typer.Option(help="A note to store with the amount.")] = "",
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add to a key's balance. A key that was not metered is from now on."""
+    """Add to a key's balance. A key that was not metered becomes metered."""
     with closing(_ledger(config)) as ledger:
         _show([ledger.credit(name, amount, note)], as_json)
 
@@ -189,7 +148,7 @@ def limit(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Change a key's limits; what is not given stays as it is."""
+    """Change a key's limits. Limits that are not given stay as they are."""
     with closing(_ledger(config)) as ledger:
         limits = _limits(requests_per_minute, tokens_per_minute, concurrent, context, ledger.key(name).limits)
         _show([ledger.limit(name, limits, None if models is None else _models(models))], as_json)
@@ -197,11 +156,11 @@ def limit(
 
 @keys.command("check")
 def check(
-    seen: Annotated[bool, typer.Option("--seen", help="What was set aside is known: say it no more.")] = False,
+    seen: Annotated[bool, typer.Option("--seen", help="Do not show these settlements again.")] = False,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say whether the books add up, and what could not be written into them. Exit code 1 if there is something."""
+    """Check that the ledger adds up, and show settlements that could not be written. Exits with 1 if one is found."""
     with closing(_ledger(config)) as ledger:
         problems, aside = ledger.check(), ledger.aside(seen=seen)
     if as_json:
@@ -212,22 +171,22 @@ def check(
         for row in aside:
             print(f"set aside: {row['row']} (charged {row['charged']}; {row['reason']})")
         if not problems and not aside:
-            print("The books add up.")
+            print("The ledger adds up.")
     raise typer.Exit(1 if problems or aside else 0)
 
 
 def usage(
-    key: Annotated[str | None, typer.Option(help="One key only, by name or id.")] = None,
-    since: Annotated[str | None, typer.Option(help="A date (2026-11-01) or Unix seconds.")] = None,
-    by: Annotated[str | None, typer.Option(help="day or model: one row for each.")] = None,
+    key: Annotated[str | None, typer.Option(help="Only this key, by name or id.")] = None,
+    since: Annotated[str | None, typer.Option(help="Only requests since this date (2026-11-01) or Unix time.")] = None,
+    by: Annotated[str | None, typer.Option(help="One row per day or per model.")] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV instead of a table.")] = False,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What was used and what it cost, by key."""
+    """Show what each key has used and what it cost."""
     if by not in (None, "day", "model"):
         raise ConfigError(f"--by must be day or model, not {by!r}.")
-    from server.ledger.store import read_since
+    from server.ledger.records import read_since
 
     with closing(_ledger(config)) as ledger:
         rows = ledger.usage(key=key, since=read_since(since), by=by)
@@ -260,14 +219,14 @@ def _ledger(config: Path | None, *, make: bool = False) -> Ledger:
     settings = read_settings(read_yaml(file), str(file)) if config is not None or file.exists() else ServerSettings()
     if not make and existing(settings, config) is None:
         raise ConfigError("there are no keys yet. Make one with `verbatim keys create NAME`.")
-    return Ledger(location(settings, config), time.time)  # noqa: TID251  the books want the wall clock
+    return Ledger(location(settings, config), time.time)  # noqa: TID251  the ledger records the wall clock
 
 
 def _limits(
     requests: int | None, tokens: int | None, concurrent: int | None, context: int | None, old: Limits | None = None
 ) -> Limits:
-    """New limits: None keeps the old one, 0 takes it away."""
-    from server.ledger.store import Limits
+    """Merge new limits into old ones: None keeps the old limit, 0 removes it."""
+    from server.ledger.records import Limits
 
     before = old or Limits()
 
@@ -305,58 +264,12 @@ def _until(text: str | None) -> float | None:
 
 def _show(found: Sequence[Key], as_json: bool, *, many: bool = False) -> None:
     if as_json:
-        rows = [_as_dict(key) for key in found]
+        rows = [as_dict(key) for key in found]
         print(json.dumps(rows if many else rows[0]))
     else:
-        out.print(_table(found))
-
-
-def _as_dict(key: Key) -> dict[str, Any]:
-    return {
-        "id": key.id,
-        "name": key.name,
-        "shown": key.shown,
-        "state": _state(key),
-        "created": key.created,
-        "expires": key.expires,
-        "revoked": key.revoked,
-        "models": list(key.models),
-        "balance": key.balance,
-        "held": key.held,
-        **asdict(key.limits),
-    }
-
-
-def _state(key: Key) -> str:
-    if key.revoked is not None:
-        return "revoked"
-    return "good" if key.usable(time.time()) else "expired"  # noqa: TID251
-
-
-def _table(found: Sequence[Key]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("name", "key", "state", "balance", "limits", "models"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("key", "state"))
-    for key in found:
-        limits = key.limits
-        said = [
-            (limits.requests_per_minute, "requests a minute"),
-            (limits.tokens_per_minute, "tokens a minute"),
-            (limits.concurrent, "at once"),
-            (limits.context, "tokens of context"),
-        ]
-        balance = "" if key.balance is None else str(key.balance) + (f", {key.held} held" if key.held else "")
-        table.add_row(
-            escape(key.name),
-            key.shown,
-            _state(key),
-            balance or "not metered",
-            ", ".join(f"{number} {what}" for number, what in said if number) or "none",
-            escape(", ".join(key.models) or "all"),
-        )
-    return table
+        out.print(table_of(found))
 
 
 def _harmless(text: str) -> str:
-    """A spreadsheet takes what begins like a formula for one."""
+    """Quote text that a spreadsheet would read as a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -1,9 +1,9 @@
-"""Who holds: a name for this process, and whether the process of another name is surely gone. Knows no ledger.
+"""Names this process among those that hold, and tells whether another named process has ended. Knows no ledger.
 
-Containers share host names, process ids and the kernel's boot. So a name has random bits, by which no two are alike,
-and, to judge by, a digest of the boot and the PID namespace, the id in it, and the tick at which the process began.
-Only a process that would be seen here, were it alive, is surely gone. Of any other nothing is known here: whether it
-goes on counting in the ledger decides (`server/accounts/settling.py`).
+Containers share host names, process ids and the kernel's boot id. So a name has random bits, which make it unique, and
+parts to compare: a digest of the boot and the PID namespace, the process id in it, and the tick at which the process
+began. A process of the same boot and namespace that does not exist has surely ended. Of any other process nothing is
+known here; whether its count in the ledger rises decides (`server/accounts/settling.py`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _UNKNOWN = "unknown"
 
 
 def name_of_this_process() -> str:
-    """A name that no other process has or has had."""
+    """Return a name that no other process has or has ever had."""
     return f"{secrets.token_hex(16)}:{_place()}:{os.getpid()}:{_began(os.getpid())}"
 
 
 def surely_gone(owner: str) -> bool:
-    """Whether the process of this name has ended. False: it runs, or nobody here can know."""
+    """Return whether the process with this name has ended. False: it runs, or that cannot be known here."""
     parts = owner.split(":")
     if len(parts) != 4 or parts[1] == _UNKNOWN or parts[1] != _place() or not parts[2].isdecimal():
         return False
@@ -40,12 +40,12 @@ def surely_gone(owner: str) -> bool:
 
 
 def _place() -> str:
-    """Where a process id means one process: a boot of a kernel and a PID namespace in it."""
+    """Return a digest of the kernel's boot and the PID namespace: there a process id means one process."""
     try:
         if sys.platform == "linux":
             boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
             where = f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
-        else:  # no PID namespaces there
+        else:  # other systems have no PID namespaces
             where = f"{socket.gethostname()} {uuid.getnode():x}"
     except OSError:
         return _UNKNOWN
@@ -53,7 +53,7 @@ def _place() -> str:
 
 
 def _began(pid: int) -> str:
-    """When a process began, by a clock that nobody sets; `ended` for one that only its parent still knows."""
+    """Return when a process began, by a clock that cannot be set; `ended` for a zombie."""
     try:
         if sys.platform != "linux":
             return f"{psutil.Process(pid).create_time():.2f}"

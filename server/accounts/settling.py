@@ -1,14 +1,14 @@
-"""Holds and their ends: what is to be written stays here until it is, and stands in nobody else's way.
+"""Writes holds and settlements into the ledger, and keeps them while it cannot be written.
 
     hold ──▶ end ──▶ waiting ──▶ written            the database works
-                        │  └───▶ set aside          it will never take this row: loud, out of the way
+                        │  └───▶ set aside          it can never store this row: logged, and kept as text
                         └── stays, its hold too     it cannot be used: tried again before the key's next hold,
                                                     at every beat, and at the end
 
-A key whose settlement waits holds nothing new, so that nothing is served for free; other keys are not asked to wait for
-it: a lock that somebody keeps on its row (PostgreSQL) is waited for once in a beat. Used on one thread, the ledger's.
-Knows no request but by its id, and no clock: that a process lives is a count that goes on, looked at in every beat of
-this one's.
+A key with a waiting settlement gets no new hold, so that nothing is served for free. Other keys do not wait for it: if
+another process locks the key's row (PostgreSQL), the row is tried once per beat. Used on one thread, the ledger's.
+Knows a request only by its id, and has no clock: another process is alive while its count in the ledger rises from one
+beat of this process to the next.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 
 from engine import VerbatimError
 from server.accounts.owners import surely_gone
-from server.ledger.money import LedgerFault, Locked, Settled, Unwritable
+from server.ledger.records import LedgerFault, Locked, Settled, Unwritable
 from server.ledger.store import Ledger
 
 __all__ = ["BEAT_SECONDS", "Settler"]
@@ -29,39 +29,39 @@ __all__ = ["BEAT_SECONDS", "Settler"]
 log = logging.getLogger("verbatim.server")
 
 BEAT_SECONDS: Final = 15.0
-"""Between two beats."""
+"""The time between two beats."""
 _SILENT: Final = 6
-"""Beats of this process in which another's count stands still before that one is taken for dead: a minute and a half,
-in which a slow disk or a database's restart may pass."""
+"""After this many beats without a rise of its count, another process is taken for dead. That is a minute and a half,
+longer than a slow disk or a restart of the database takes."""
 
 _T = TypeVar("_T")
 
 
 class Settler:
-    """What a server owes its books.
+    """Keeps the holds and settlements of one server until they are written.
 
     Args:
-        gone: whether the process with an owner's name has surely ended.
+        gone: tells whether the process with an owner's name has surely ended.
     """
 
     def __init__(self, ledger: Ledger, gone: Callable[[str], bool] = surely_gone) -> None:
         self._ledger = ledger
         self._gone = gone
-        self._waiting: dict[str, tuple[str, Settled | None]] = {}  # by request: its key, its row; None: a release
-        self._locked: set[str] = set()  # keys that were found locked in this beat
-        self._silent: dict[str, tuple[int | None, int]] = {}  # others: their count, for how many beats it stood still
+        self._waiting: dict[str, tuple[str, Settled | None]] = {}  # request id → key id, row; no row: a release
+        self._locked: set[str] = set()  # ids of keys whose rows were locked in this beat
+        self._silent: dict[str, tuple[int | None, int]] = {}  # owner → its count, beats without a rise
         self.fault: str | None = None
-        """Why the ledger could not be used when it last was asked; None if it could."""
+        """Why the ledger could not be used at the last call; None if it could."""
         self.aside = 0
-        """Settlements that were set aside and that nobody has looked at."""
+        """Settlements set aside that nobody has seen."""
 
     @property
     def waiting(self) -> int:
-        """Ends of requests that are not written yet."""
+        """The number of ended requests that are not written yet."""
         return len(self._waiting)
 
     def ask(self, function: Callable[..., _T], *arguments: object) -> _T:
-        """Ask the ledger something, and note whether it could be asked."""
+        """Call the ledger, and note whether it could be used."""
         try:
             answer = function(*arguments)
         except (Unwritable, Locked):
@@ -71,56 +71,56 @@ class Settler:
                 log.critical("requests are refused until the ledger can be used again: %s", error.message)
             self.fault = error.message
             raise
-        except VerbatimError:  # it works, and refuses
+        except VerbatimError:  # the ledger works, and refuses this
             self._works()
             raise
         self._works()
         return answer
 
     def hold(self, key_id: str, request_id: str, amount: int) -> int:
-        """Set a worst case aside; returns how much that was.
+        """Hold a request's worst case. Returns the amount held.
 
         Raises:
-            LedgerFault: the ledger cannot be used, or could not when an earlier request of this key ended.
+            LedgerFault: the ledger cannot be used, or a settlement of this key is still waiting.
         """
         if key_id in self._locked:
-            raise Locked("somebody keeps this key's row in the ledger locked; it is tried again within seconds.")
+            raise Locked("another process locks this key's row in the ledger; it is tried again within seconds.")
         self._write([name for name, (key, _) in self._waiting.items() if key == key_id])
         try:
             return self.ask(self._ledger.hold, key_id, request_id, amount)
         except LedgerFault as error:
             if isinstance(error, Locked):
                 self._locked.add(key_id)
-            self._waiting[request_id] = (key_id, None)  # it may have been written all the same
+            self._waiting[request_id] = (key_id, None)  # it may have been written nevertheless
             raise
 
     def settle(self, row: Settled) -> None:
-        """End a hold with what was used, now or as soon as it can be written."""
+        """Settle a request now, or as soon as it can be written."""
         self._waiting[row.request_id] = (row.key_id, row)
         self._end(row.request_id)
 
     def release(self, key_id: str, request_id: str) -> None:
-        """End a hold with nothing, now or as soon as it can be written."""
+        """Release a hold now, or as soon as it can be written."""
         self._waiting[request_id] = (key_id, None)
         self._end(request_id)
 
     def beat(self) -> None:
-        """Say that this process lives, write what waits, release what processes hold that are gone."""
+        """Record that this process is alive, write what waits, and release the holds of processes that are gone."""
         try:
             others, self.aside = self.ask(self._ledger.beat)
             self._locked.clear()
-            for request_id in list(self._waiting):  # one that cannot be written yet is not in the others' way
+            for request_id in list(self._waiting):  # one that fails does not stop the others
                 self._end(request_id, again=True)
             for owner, beats in others.items():
                 self._look_at(owner, beats)
             self._silent = {owner: seen for owner, seen in self._silent.items() if owner in others}
         except LedgerFault:
-            pass  # noted, and there is another beat
+            pass  # noted in `fault`; the next beat tries again
 
     def close(self) -> None:
-        """Write what waits, and leave."""
+        """Write what waits, and remove this process from the ledger. What cannot be written is logged."""
         try:
-            self._ledger.beat()  # or each that waits would wait for a database that is gone
+            self._ledger.beat()  # fails once if the database is gone, before each waiting row would
             self._locked.clear()
             for request_id in list(self._waiting):
                 self._end(request_id)
@@ -145,7 +145,7 @@ class Settler:
             log.log(level, "the end of %s waits to be written, and its hold stands: %s", request_id, error.message)
 
     def _write(self, requests: list[str]) -> None:
-        """Write these ends. Raises LedgerFault at the first for which the ledger cannot be used."""
+        """Write these settlements. Stops with a `LedgerFault` at the first for which the ledger cannot be used."""
         for request_id in requests:
             key_id, row = self._waiting[request_id]
             if key_id in self._locked:
@@ -174,7 +174,7 @@ class Settler:
         self.aside += 1
 
     def _look_at(self, owner: str, beats: int | None) -> None:
-        """Release another's holds if it has surely ended, or has not counted on for long."""
+        """Release the holds of another process that has surely ended, or whose count has not risen for long."""
         last, silent = self._silent.get(owner, (beats, -1))
         silent = silent + 1 if last == beats else 0
         self._silent[owner] = (beats, silent)

@@ -1,1 +1,1 @@
-"""The endpoint: bodies in, replies out, and the description of both."""
+"""The endpoints: bodies are parsed, replies are written, and both are described."""

@@ -1,7 +1,7 @@
-"""Engine outputs → the bytes of an answer. Pure: the JSON answer and the stream are built from the same deltas.
+"""Writes chat completions: engine outputs → one JSON object, or the chunks of a stream. Pure.
 
-A chunk's constant parts are encoded once per request; what is left per token is one text and, if asked for, its
-logprobs.
+Both are built from the same deltas. A chunk's constant parts are encoded once per request; what remains per token is
+one text and, if requested, its logprobs.
 """
 
 from __future__ import annotations
@@ -14,38 +14,28 @@ from typing import Any
 from engine import (
     ChoiceDelta,
     FinishReason,
-    PreparedRequest,
     RequestOutput,
     TokenLogprob,
     ToolCall,
     Usage,
     clean_logprob,
 )
+from server.api.generation import Reply, event
 from server.json_text import one_line, to_json
 
 DONE = b"data: [DONE]\n\n"
-KEEPALIVE = b": keep-alive\n\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What is the same in every part of one answer."""
-
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
-    prepared: PreparedRequest
-
-    def head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.system_fingerprint,
-            "seed": self.prepared.params.seed,
-        }
+def reply_head(reply: Reply, kind: str) -> dict[str, Any]:
+    """Return the fields that the body and every chunk begin with."""
+    return {
+        "id": reply.id,
+        "object": kind,
+        "created": reply.created,
+        "model": reply.model,
+        "system_fingerprint": reply.system_fingerprint,
+        "seed": reply.prepared.params.seed,
+    }
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
@@ -89,7 +79,7 @@ class _Choice:
 
 
 class Collector:
-    """The JSON answer: takes outputs, gives the whole body at the end."""
+    """Collects the outputs of one request into a `chat.completion`."""
 
     def __init__(self, reply: Reply) -> None:
         self._reply = reply
@@ -98,7 +88,7 @@ class Collector:
 
     @property
     def complete(self) -> bool:
-        """Has every choice ended?"""
+        """Whether every choice has ended."""
         return all(choice.finish_reason for choice in self._choices)
 
     def add(self, output: RequestOutput) -> None:
@@ -115,7 +105,7 @@ class Collector:
 
     def body(self) -> dict[str, Any]:
         return {
-            **self._reply.head("chat.completion"),
+            **reply_head(self._reply, "chat.completion"),
             "choices": [self._choice(i, choice) for i, choice in enumerate(self._choices)],
             "usage": usage_object(self._usage),
         }
@@ -142,33 +132,33 @@ class Collector:
 
 
 class ChunkWriter:
-    """The stream: takes outputs, gives server-sent events."""
+    """Writes the outputs of one request as `chat.completion.chunk` events."""
 
-    def __init__(self, reply: Reply, *, include_usage: bool) -> None:
+    def __init__(self, reply: Reply, include_usage: bool) -> None:
         self._reply = reply
         self._include_usage = include_usage
-        head = to_json(reply.head("chat.completion.chunk"))
+        head = to_json(reply_head(reply, "chat.completion.chunk"))
         self._prefix = f"data: {head[:-1]}," + '"choices":['
         self._suffix = ("]" + (',"usage":null' if include_usage else "") + "}\n\n").encode()
         self._token_ids = reply.prepared.params.return_token_ids
         self._calls = [0] * reply.prepared.params.n
 
     def start(self) -> bytes:
-        """One chunk per choice: the role, and an empty text."""
+        """Write one chunk per choice, with the role and an empty text."""
         return b"".join(
             self._chunk(i, '{"role":"assistant","content":"","refusal":null}')
             for i in range(self._reply.prepared.params.n)
         )
 
     def add(self, output: RequestOutput) -> bytes:
-        """The events of one step: what each choice gained, and the end of those that ended."""
+        """Write the events of one step: what each choice gained, and the end of each choice that ended."""
         return b"".join([self._delta(delta) for delta in output.deltas])
 
     def end(self, usage: Usage) -> bytes:
-        """The usage, if it was asked for, and the end mark."""
+        """Write the usage, if it was asked for, and `[DONE]`."""
         if not self._include_usage:
             return DONE
-        body = self._reply.head("chat.completion.chunk")
+        body = reply_head(self._reply, "chat.completion.chunk")
         return event({**body, "choices": [], "usage": usage_object(usage)}) + DONE
 
     def _delta(self, delta: ChoiceDelta) -> bytes:
@@ -197,8 +187,3 @@ class ChunkWriter:
     def _chunk(self, index: int, delta: str, logprobs: str = "null", finish: str = "null", extra: str = "") -> bytes:
         choice = f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}{extra}}}'
         return (self._prefix + choice).encode() + self._suffix
-
-
-def event(data: Any) -> bytes:
-    """One server-sent event. JSON escapes line ends, so nothing inside can break out of it."""
-    return f"data: {to_json(data)}\n\n".encode()

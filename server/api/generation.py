@@ -1,7 +1,9 @@
-"""One chat completion over HTTP, whole or streamed. Owns the request's place in the engine, from submit to any end.
+"""Runs one request and sends its reply over HTTP, whole or streamed. Owns the request's place in the engine.
 
-submit ──▶ outputs ──▶ body / events            one lease: whatever happens (success, error, disconnect,
-   └────────── disconnect ──▶ abort             cancellation), leaving it frees the place
+    hold ──▶ submit ──▶ outputs ──▶ body / events        one lease: whatever happens (success, error, disconnect,
+               └─────── disconnect ──▶ abort             cancellation), leaving it frees the place and settles
+
+Knows no shape of a reply: an `Endpoint` brings the writers.
 """
 
 from __future__ import annotations
@@ -9,33 +11,96 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from engine import EngineProtocol, PreparedRequest, RequestStream, VerbatimError
-from server.accounts.charging import Account
-from server.api.chat_reply import KEEPALIVE, ChunkWriter, Collector, Reply, event
+from engine import EngineProtocol, PreparedRequest, RequestOutput, RequestStream, Usage, VerbatimError
+from server.accounts.account import Account
+from server.api.parsing import ParsedRequest
 from server.errors import ClientGone, describe, error_response
 from server.json_text import to_json
 from server.settings import ServerSettings
 
 T = TypeVar("T")
 
+KEEPALIVE = b": keep-alive\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What is the same in every part of one reply."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    prepared: PreparedRequest
+
+
+class BodyWriter(Protocol):
+    """Writes a reply as one JSON object."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every choice has ended."""
+
+    def add(self, output: RequestOutput) -> None:
+        """Take in what one step has generated."""
+
+    def body(self) -> dict[str, Any]:
+        """Return the whole reply."""
+
+
+class EventWriter(Protocol):
+    """Writes a reply as server-sent events. Each method returns the bytes of some events."""
+
+    def start(self) -> bytes: ...
+
+    def add(self, output: RequestOutput) -> bytes: ...
+
+    def end(self, usage: Usage) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An endpoint for completions: how it reads a body, and how it writes a reply.
+
+    Attributes:
+        id_prefix: the start of every reply's id.
+        parse: a body and the reply's id → the request.
+        body: makes the writer of a reply in one piece.
+        events: makes the writer of a streamed reply; the second argument says whether usage is included.
+    """
+
+    id_prefix: str
+    parse: Callable[[bytes, str], ParsedRequest]
+    body: Callable[[Reply], BodyWriter]
+    events: Callable[[Reply, bool], EventWriter]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A prepared request and what its reply needs. `headers`: go with the response, whatever it is."""
+
+    engine: EngineProtocol
+    account: Account
+    reply: Reply
+    stream: bool
+    include_usage: bool
+    headers: dict[str, str]
+
 
 @asynccontextmanager
-async def lease(
-    engine: EngineProtocol, prepared: PreparedRequest, account: Account | None = None
-) -> AsyncIterator[RequestStream]:
-    """A place in the engine, held and settled with an account. Abort is harmless once a request has finished, so there
-    is only one way out."""
-    async with account.charged(prepared) if account else contextlib.nullcontext():
+async def lease(engine: EngineProtocol, prepared: PreparedRequest, account: Account) -> AsyncIterator[RequestStream]:
+    """Submit a request whose cost is held, and abort it on leaving. Aborting a finished request does nothing."""
+    async with account.charged(prepared, engine.info):
         stream = engine.submit(prepared)
-        if account:
-            account.outputs = stream
+        account.runs(stream)
         try:
             yield stream
         finally:
@@ -45,55 +110,41 @@ async def lease(
 class CompletionResponse(Response):
     """An ASGI response that submits its request when it is sent, so that a refusal can still be a status."""
 
-    def __init__(
-        self,
-        engine: EngineProtocol,
-        reply: Reply,
-        settings: ServerSettings,
-        *,
-        stream: bool,
-        include_usage: bool,
-        headers: dict[str, str],
-        account: Account | None = None,
-    ) -> None:
+    def __init__(self, job: Job, endpoint: Endpoint, settings: ServerSettings) -> None:
         super().__init__()
-        self.account = account
-        self.engine = engine
-        self.prepared = reply.prepared
-        self.reply = reply
-        self.settings = settings
-        self.stream = stream
-        self.include_usage = include_usage
-        self.extra_headers = headers
+        self._job = job
+        self._endpoint = endpoint
+        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        job = self._job
         try:
-            async with lease(self.engine, self.prepared, self.account) as outputs:
-                answer = self._streamed(outputs, send) if self.stream else self._whole(outputs)
+            async with lease(job.engine, job.reply.prepared, job.account) as outputs:
+                answer = self._streamed(outputs, send) if job.stream else self._whole(outputs)
                 response = await unless_disconnected(answer, receive)
         except VerbatimError as error:  # nothing has been sent yet
-            response = error_response(error, self.settings.retry_after_seconds)
-            response.headers.update(self.extra_headers)
+            response = error_response(error, self._settings.retry_after_seconds)
+            response.headers.update(job.headers)
         if response is not None:
             try:
                 await response(scope, receive, send)
-            except OSError:  # some servers say so where others report a disconnect
+            except OSError:  # how some servers report a disconnect
                 raise ClientGone from None
 
     async def _whole(self, outputs: RequestStream) -> Response:
-        collector = Collector(self.reply)
+        writer = self._endpoint.body(self._job.reply)
         async for output in outputs:
             if output.error:
                 raise output.error
-            collector.add(output)
-        if not collector.complete:
+            writer.add(output)
+        if not writer.complete:
             raise RuntimeError("the engine ended a request without finishing it")
-        body = to_json(collector.body()).encode()
-        return Response(body, media_type="application/json", headers=self.extra_headers)
+        body = to_json(writer.body()).encode()
+        return Response(body, media_type="application/json", headers=self._job.headers)
 
     async def _streamed(self, outputs: RequestStream, send: Send) -> None:
-        """Send events as they come. Until the first one, an error still has its status."""
-        sender = _EventSender(send, self.extra_headers, self.settings.keepalive_seconds)
+        """Send events as they come. An error before the first one still gets its status."""
+        sender = _EventSender(send, self._job.headers, self._settings.keepalive_seconds)
         beat = asyncio.create_task(sender.beat())
         try:
             await self._events(outputs, sender)
@@ -103,12 +154,11 @@ class CompletionResponse(Response):
             await sender.send(event(describe(error)[1]), more=False)
         finally:
             beat.cancel()
-            if self.account:
-                self.account.told = sender.started
+            self._job.account.sent = sender.started
 
     async def _events(self, outputs: RequestStream, sender: _EventSender) -> None:
-        """All events of a request that succeeds. Raises what ended one that does not."""
-        writer = ChunkWriter(self.reply, include_usage=self.include_usage)
+        """Send all events of a request that succeeds. Raises the error that ended one that does not."""
+        writer = self._endpoint.events(self._job.reply, self._job.include_usage)
         data = writer.start()
         async for output in outputs:
             batch = [output, *outputs.ready()]  # more than one if the client is slower than the engine
@@ -128,7 +178,7 @@ class CompletionResponse(Response):
 
 
 class _EventSender:
-    """The response side of a stream: headers once, then events, then comments while nothing happens."""
+    """Sends a stream: the headers once, then events, and comments while there are none."""
 
     def __init__(self, send: Send, headers: dict[str, str], keepalive: float) -> None:
         self._send = send
@@ -152,7 +202,7 @@ class _EventSender:
         await self._deliver({"type": "http.response.body", "body": data, "more_body": more})
 
     async def beat(self) -> None:
-        """A comment line whenever the stream has been silent; a queued request shows a sign of life, too."""
+        """Send a comment whenever the stream has been silent for a while, also while the request is queued."""
         with contextlib.suppress(ClientGone):
             while True:
                 silent = time.monotonic() - self._last
@@ -169,7 +219,7 @@ class _EventSender:
 
 
 async def unless_disconnected(answer: Coroutine[Any, Any, T], receive: Receive) -> T | None:
-    """Run `answer`, and give up on it as soon as the client is gone. The body has been read."""
+    """Run `answer` and cancel it as soon as the client disconnects; then return None. The body must have been read."""
     work = asyncio.ensure_future(answer)
     gone = asyncio.ensure_future(_disconnected(receive))
     try:
@@ -184,3 +234,8 @@ async def unless_disconnected(answer: Coroutine[Any, Any, T], receive: Receive) 
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def event(data: Any) -> bytes:
+    """Write one server-sent event. JSON escapes line ends, so nothing inside can break out of it."""
+    return f"data: {to_json(data)}\n\n".encode()

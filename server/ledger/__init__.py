@@ -1,1 +1,1 @@
-"""Keys, balances and requests in a database: each verb one transaction."""
+"""The ledger: keys, balances and requests in a database, each verb one transaction."""

@@ -1,7 +1,7 @@
-"""The connection to the books: transactions, and the file that they must go to. Knows no table but by name.
+"""The connection to the ledger's database: transactions, and a check that the file is still the one that was opened.
 
-A file that is deleted or replaced while it is open takes every write and shows it to nobody. So the file's identity is
-looked at before and after each transaction.
+A file that is deleted or replaced while it is open accepts every write, and nobody ever sees them. So the file's
+identity is checked before and after each transaction. Knows no table but by name.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, text
 
-from server.ledger.money import LedgerFault
+from server.ledger.records import LedgerFault
 from server.ledger.tables import KEYS, faults, migrate
 
-__all__ = ["BUSY_SECONDS", "Database"]
+__all__ = ["BUSY_SECONDS", "Database", "LedgerPart"]
 
 BUSY_SECONDS: Final = 5.0
-"""How long a write waits for another process's."""
+"""How long a write waits for another process's write."""
 _LOCK_SECONDS: Final = 1.0
-"""How long a row of PostgreSQL's is waited for, by every key's requests: other servers lock one for milliseconds."""
+"""How long a request waits for a locked row of PostgreSQL. Other servers lock one for milliseconds."""
 _PLACE = tuple[tuple[int, int], ...]
 
 
 class Database:
-    """SQLite's file or PostgreSQL, with tables of today. Safe to use from several threads.
+    """A SQLite file or a PostgreSQL database, migrated to the current tables. Safe to use from several threads.
 
     Raises:
         LedgerFault: it cannot be opened or written, is damaged, or is of a newer version.
@@ -42,9 +42,9 @@ class Database:
         with faults():
             self._file = _file_of(url)
             if self._file:
-                # SQLite's other files take the mode. One that is there is not opened: closing it again would take away
-                # the locks of this process's other connections.
-                with contextlib.suppress(OSError):  # what is wrong with it is said when it is opened
+                # SQLite gives its other files the same mode. An existing file is not opened here, because closing it
+                # would drop the locks of this process's other connections.
+                with contextlib.suppress(OSError):  # opening it below reports the fault
                     os.close(os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             self._engine = _open(url, self._file)
             self._place: _PLACE = ()
@@ -60,20 +60,20 @@ class Database:
         return self._engine.dialect.name
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self._engine.dispose()
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """One transaction that reads."""
+        """Run one transaction that reads."""
         self._stay()
         with faults(), self._engine.connect() as connection:
             yield connection
 
     @contextmanager
     def report(self) -> Iterator[Connection]:
-        """One transaction that reads a lot: all of it as of one moment, for as long as it takes."""
-        if self.kind == "sqlite":  # whose reading is always so
+        """Run one long transaction that reads a consistent snapshot, without a time limit."""
+        if self.kind == "sqlite":  # its reads are always snapshots
             with self.read() as connection:
                 yield connection
             return
@@ -83,7 +83,7 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """One transaction, a writer's from the start: two that read first and write then could wait for each other."""
+        """Run one transaction that writes. It locks at its start: two that read before they write could deadlock."""
         self._stay()
         with faults(), self._engine.connect().execution_options(writes=True) as connection, connection.begin():
             yield connection
@@ -93,7 +93,7 @@ class Database:
     # -- the file ----------------------------------------------------------------------------------------------------
 
     def _look(self) -> _PLACE:
-        """What stands at the path: the file and its log of writes. Empty: nothing, or there is no file to look at."""
+        """Return the identities of the file and its write-ahead log. Empty: there is none, or the ledger is no file."""
         if self._file is None:
             return ()
         try:
@@ -107,7 +107,11 @@ class Database:
         return tuple(place)
 
     def _stay(self) -> None:
-        """See that writes go where the path points: take up another file that has keys in it, refuse anything else."""
+        """Check that the path still leads to the open file. Reopen it if it was replaced by a file with keys.
+
+        Raises:
+            LedgerFault: the file is gone, or was replaced by one without keys.
+        """
         if self._look() == self._place:
             return
         with self._lock:
@@ -116,7 +120,7 @@ class Database:
             assert self._file is not None
             if not os.path.exists(self._file):
                 raise LedgerFault("the ledger's file is gone: put it back, or start the server again.")
-            self._engine.dispose()  # a log of writes that was deleted is carried over to its file by this
+            self._engine.dispose()  # this also writes a deleted write-ahead log into its file
             if not self._has_keys(self._file):
                 self._engine.dispose()
                 raise LedgerFault(
@@ -127,7 +131,7 @@ class Database:
     def _has_keys(self, file: str) -> bool:
         try:
             if not os.path.getsize(file):
-                return False  # opening would make a database of it
+                return False  # opening it would create a database
             with faults(), self._engine.connect() as connection:
                 return connection.execute(select(KEYS.c.id)).first() is not None
         except (LedgerFault, OSError):
@@ -139,8 +143,15 @@ class Database:
         self._place = self._look()
 
 
+class LedgerPart:
+    """What the parts of a ledger share. `_clock`: returns Unix seconds."""
+
+    _database: Database
+    _clock: Callable[[], float]
+
+
 def _file_of(url: str) -> str | None:
-    """The file of a SQLite database; None for a server's, one in memory, or one with options of its own."""
+    """Return the file of a SQLite database; None for other databases, one in memory, or a URL with options."""
     parsed = make_url(url)
     file = parsed.database
     if parsed.get_backend_name() != "sqlite" or parsed.query or not file or file.startswith("file:"):
@@ -154,13 +165,13 @@ def _open(url: str, file: str | None) -> Engine:
     if file is None:
         engine = create_engine(url)
     else:
-        # Never made by opening: an empty file in the place of one that was deleted would be a ledger without keys.
+        # Opening must not create a file: in place of a deleted one it would be a ledger without keys.
         where = f"{Path(file).as_uri()}?mode=rw"
         engine = create_engine(url, creator=lambda: sqlite3.connect(where, uri=True, check_same_thread=False))
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # the driver must not begin transactions of its own
+        connection.isolation_level = None  # the driver must not begin transactions itself
         for line in (
             f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}",
             "PRAGMA journal_mode = WAL",
@@ -178,9 +189,11 @@ def _open(url: str, file: str | None) -> Engine:
 
 
 def _patience(url: str) -> dict[str, Any]:
-    """An end to waiting for PostgreSQL, where the URL does not say another: a lock that somebody else keeps, or a host
-    that is gone, must not hold every key's requests. Nor may a server of ours that is stopped amid a transaction hold
-    the others': the database ends that."""
+    """Return PostgreSQL's timeouts, except those that the URL sets.
+
+    A lock held by another process, or a host that is gone, must not block every key's requests. And a server that is
+    stopped within a transaction must not block the others: the database ends that transaction.
+    """
     wait = 2 * int(BUSY_SECONDS * 1000)
     ends = {"lock": int(_LOCK_SECONDS * 1000), "statement": wait, "idle_in_transaction_session": wait}
     wanted = {

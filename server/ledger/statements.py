@@ -1,5 +1,4 @@
-"""The statements that every request needs, built once: to build one costs more than to run it. Knows no rule of money
-but that a hold is taken only from what is free."""
+"""The SQL statements that every request needs, built once, because building one costs more than running it."""
 
 from __future__ import annotations
 
@@ -35,11 +34,11 @@ TAKE: Final = (
     .where(or_(KEYS.c.balance.is_(None), KEYS.c.balance - KEYS.c.held >= _AMOUNT))
     .values(held=KEYS.c.held + case((KEYS.c.balance.is_(None), 0), else_=_AMOUNT))
 )
-"""Set an amount aside, unless less is free or the key was revoked."""
+"""Set an amount aside, unless less than that is free or the key was revoked."""
 NOTE_HOLD: Final = insert(HOLDS)
 
 LOCK: Final = select(KEYS.c.balance, KEYS.c.held).where(KEYS.c.id == _KEY).with_for_update()
-"""A key's balance and what is held of it; nobody else changes them before the transaction ends."""
+"""Read a key's balance and the held part, and lock both until the transaction ends."""
 HOLD: Final = select(HOLDS.c.amount).where(HOLDS.c.request_id == _REQUEST)
 DROP_HOLD: Final = delete(HOLDS).where(HOLDS.c.request_id == _REQUEST)
 STATE: Final = select(
@@ -49,7 +48,7 @@ STATE: Final = select(
         exists().where(SET_ASIDE.c.request_id == _REQUEST),
     ).label("settled"),
 )
-"""What a request holds, and whether it has been settled. To be asked behind `LOCK`."""
+"""Read what a request holds and whether it was settled. Use it after `LOCK`."""
 _FREED: Final = bindparam("freed", type_=BigInteger())
 _CHARGED: Final = bindparam("charged", type_=BigInteger())
 CHARGE: Final = (

@@ -1,5 +1,4 @@
-"""The tables behind the books, how they came to be what they are, and what a database's errors mean. Knows no rule of
-money."""
+"""The ledger's tables, their migrations, and the meaning of a database's errors. Knows no rule of money."""
 
 from __future__ import annotations
 
@@ -26,11 +25,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
-from server.ledger.money import LedgerFault, Locked, Unwritable
+from server.ledger.records import LedgerFault, Locked, Unwritable
 
 __all__ = ["CREDITS", "HOLDS", "KEYS", "OWNERS", "REQUESTS", "SET_ASIDE", "faults", "migrate"]
 
-_LOCK_NOT_AVAILABLE: Final = "55P03"  # PostgreSQL's word for a lock that was waited for too long
+_LOCK_NOT_AVAILABLE: Final = "55P03"  # PostgreSQL's code for a lock that took too long
 
 _META: Final = MetaData()
 _MIGRATIONS: Final = Table("migrations", _META, Column("name", Text, primary_key=True), Column("at", Float))
@@ -94,23 +93,23 @@ REQUESTS: Final = Table(
 OWNERS: Final = Table(
     "owners", _META, Column("id", Text, primary_key=True), Column("beats", BigInteger, nullable=False)
 )
-"""The processes that hold; a count that goes on says that one lives."""
+"""The processes that hold. A process is alive while its count rises."""
 SET_ASIDE: Final = Table(
     "set_aside",
     _META,
     Column("request_id", Text, primary_key=True),
-    Column("key_id", Text, nullable=False),  # no foreign key: that it points at nothing may be what is wrong
+    Column("key_id", Text, nullable=False),  # no foreign key: a missing key may be the fault
     Column("charged", BigInteger, nullable=False),
     Column("row", Text, nullable=False),
     Column("reason", Text, nullable=False),
     Column("at", Float, nullable=False),
     Column("seen", Float),
 )
-"""Settlements that `requests` does not take, as JSON."""
+"""Settlements that the table `requests` refused, as JSON."""
 
 
 def _widths(connection: Connection) -> None:
-    """Let every column hold what may come: SQLite always did, PostgreSQL refused more than 32 characters or 2³¹ − 1."""
+    """Widen columns: PostgreSQL refused texts of more than 32 characters and numbers above 2³¹ − 1."""
     if connection.dialect.name != "postgresql":
         # A balance beyond 64 bits had become a float, which is not exact.
         connection.execute(text("UPDATE keys SET balance = CAST(balance AS INTEGER), held = CAST(held AS INTEGER)"))
@@ -129,7 +128,7 @@ def _widths(connection: Connection) -> None:
 
 
 def _owners(connection: Connection) -> None:
-    """Who lives, what was set aside, and what a request that had lost its hold could not pay."""
+    """Add the tables of processes and of settlements set aside, and the unpaid rest of a request."""
     OWNERS.create(connection, checkfirst=True)
     SET_ASIDE.create(connection, checkfirst=True)
     connection.execute(text("ALTER TABLE requests ADD COLUMN unpaid BIGINT NOT NULL DEFAULT 0"))
@@ -140,16 +139,16 @@ _STEPS: Final[tuple[tuple[str, Callable[[Connection], None]], ...]] = (
     ("0002-widths", _widths),
     ("0003-owners", _owners),
 )
-"""Every change of the tables, in order; a name that was applied is never applied again."""
+"""Every migration, in order. One whose name was recorded is not applied again."""
 
 
 def migrate(connection: Connection, clock: Callable[[], float]) -> None:
-    """Make the tables what they are today: from nothing at once, from an older release step by step.
+    """Create the current tables in an empty database, or migrate older ones step by step.
 
     Raises:
         LedgerFault: the tables are of a newer release.
     """
-    if connection.dialect.name == "postgresql":  # two servers may start at once, and a large table takes its time
+    if connection.dialect.name == "postgresql":  # two servers may start at once, and a large table takes long
         connection.execute(text("SET LOCAL lock_timeout = 0"))
         connection.execute(text("SET LOCAL statement_timeout = 0"))
         connection.execute(text("SELECT pg_advisory_xact_lock(7239440611)"))
@@ -162,24 +161,24 @@ def migrate(connection: Connection, clock: Callable[[], float]) -> None:
     fresh = not applied
     for name, step in _STEPS:
         if name not in applied:
-            if not fresh or name == _STEPS[0][0]:  # the first makes all tables as they are today
+            if not fresh or name == _STEPS[0][0]:  # the first creates the current tables
                 step(connection)
             connection.execute(insert(_MIGRATIONS).values(name=name, at=clock()))
-    connection.execute(update(_MIGRATIONS).values(at=_MIGRATIONS.c.at))  # a ledger that is read-only is told now
+    connection.execute(update(_MIGRATIONS).values(at=_MIGRATIONS.c.at))  # fails now if the ledger is read-only
 
 
 @contextmanager
 def faults() -> Iterator[None]:
-    """Whatever the database says, as one sentence without its statements, which hold hashes.
+    """Turn a database's errors into one sentence, without their SQL statements, which hold hashes of keys.
 
     Raises:
-        Unwritable: it is about the values: too large, of a text that it cannot hold, against a rule of the tables.
-        Locked: it is about one row that somebody else keeps locked. (SQLite locks the whole: that is any fault.)
+        Unwritable: the values are too large, are text that it cannot store, or break a rule of the tables.
+        Locked: another process holds a lock on one row. (SQLite locks the whole file: that is a `LedgerFault`.)
         LedgerFault: anything else.
     """
     try:
         yield
-    except (OverflowError, UnicodeError) as error:  # a driver's own, before the database is asked
+    except (OverflowError, UnicodeError) as error:  # raised by the driver before it calls the database
         raise Unwritable(f"the ledger cannot hold a value: {_one_line(error)}") from error
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error

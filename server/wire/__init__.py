@@ -1,1 +1,1 @@
-"""HTTP itself: connections, bodies, hosts and origins. Knows nothing of models."""
+"""HTTP itself: connections, bodies, hosts, origins and request ids. Knows nothing of models."""

@@ -1,8 +1,7 @@
-"""Bodies, from the connection to a checked request: bounded in size and time, and in memory all together.
+"""Reads and parses request bodies, bounded in size, in time, and in the memory of all of them together.
 
-A body's bytes are counted before they are read and given back once the request is prepared; what cannot be counted is
-refused. Parsing of all but small bodies happens on a thread of its own, one after the other, so that the event loop
-goes on.
+Memory for a body is reserved before it is read and returned once the request is prepared; a body without room is
+refused. All but small bodies are parsed on one separate thread, so that the event loop is not blocked.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ __all__ = ["Bodies", "Room"]
 
 T = TypeVar("T")
 Parse = Callable[[bytes, str], T]
-"""A body and the request's id → a checked request."""
+"""A body and the request's id → the parsed request."""
 
 SMALL: Final = 64 * 2**10
-"""Bytes up to which a body may take the last eighth of the room, so that large ones never keep small ones out."""
+"""A body up to this many bytes may use the last eighth of the room, so that large ones never keep small ones out."""
 INLINE: Final = 32 * 2**10
-"""Bytes that are parsed at once: some 2 ms at the worst, less than another thread may take to hand over."""
+"""A body up to this many bytes is parsed on the event loop: 2 ms at worst, less than switching threads may take."""
 
 
 class Room:
     """Counts the memory that bodies take, in bytes.
 
     Args:
-        size: of all bodies together. A group that has a name may take half of it.
+        size: the limit for all bodies together. A group with a name may take half of it.
     """
 
     def __init__(self, size: int) -> None:
@@ -45,10 +44,10 @@ class Room:
         self.taken: Counter[str] = Counter()
 
     def take(self, amount: int, group: str, *, small: bool) -> None:
-        """Count more bytes for a group; who takes must give back.
+        """Reserve bytes for a group. The caller must give them back.
 
         Raises:
-            BodiesFull: there is not that much left for this group, or for a body that is not small.
+            BodiesFull: too little is left for this group, or for a body that is not small.
         """
         limit = self.size if small else self.size - self.size // 8
         if self.taken.total() + amount > limit:
@@ -61,13 +60,14 @@ class Room:
         self.taken[group] += amount
 
     def give(self, amount: int, group: str) -> None:
+        """Return bytes that were reserved for a group."""
         self.taken[group] -= amount
         if not self.taken[group]:
             del self.taken[group]
 
 
 class _Share:
-    """What one body takes of the room. It grows, and is given back as a whole."""
+    """The memory reserved for one body. It grows, and is returned as a whole."""
 
     def __init__(self, room: Room, group: str) -> None:
         self._room = room
@@ -84,7 +84,7 @@ class _Share:
 
 
 class Bodies:
-    """Reads and checks the bodies of an application's requests. Owns the thread on which large ones are parsed."""
+    """Reads and parses the bodies of an application's requests. Owns the thread on which large ones are parsed."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._limit = settings.max_body_bytes
@@ -97,13 +97,13 @@ class Bodies:
 
     @asynccontextmanager
     async def of(self, request: Request, group: str, parse: Parse[T]) -> AsyncIterator[Callable[[str], Awaitable[T]]]:
-        """Read the body of a request and parse it, under the id that is given. Its room is held until the block ends.
+        """Yield a function that reads and parses the body under a request's id. Holds its room until the block ends.
 
         Raises:
-            BodyTooLarge: by its announced length before it is read, else while it is.
-            BodyTooSlow: it was not there in time.
-            BodiesFull: there is no room for it now.
-            ClientGone: the connection closed before the body was complete.
+            BodyTooLarge: it exceeds the limit, by its `Content-Length` or while it is read.
+            BodyTooSlow: it did not arrive in time.
+            BodiesFull: there is no memory for it at the moment.
+            ClientGone: the client disconnected before the body was complete.
             InvalidFormat, InvalidParameter: as `parse`.
         """
         with contextlib.closing(_Share(self.room, group)) as share:
@@ -113,7 +113,7 @@ class Bodies:
                     async with asyncio.timeout(self._seconds):
                         raw = await self._read(request, share)
                 except TimeoutError:
-                    raise BodyTooSlow(f"The body was not there within {self._seconds:g} seconds.") from None
+                    raise BodyTooSlow(f"The body did not arrive within {self._seconds:g} seconds.") from None
                 if len(raw) <= INLINE:
                     return parse(raw, request_id)
                 loop = asyncio.get_running_loop()

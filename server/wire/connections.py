@@ -1,4 +1,4 @@
-"""How many connections may be open, and which one is closed when there is one too many. Knows no HTTP."""
+"""Limits the number of open connections, and chooses which one to close for a new one. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ except ImportError:  # not a POSIX system
 __all__ = ["Connections", "Waits", "room_for_connections"]
 
 _RESERVE: Final = 256
-"""Descriptors for all that is not a connection: files of models, the database, pipes, the log."""
+"""File descriptors kept for everything else: files of models, the database, pipes, the log."""
 _ENOUGH: Final = 65_536
-"""Descriptors asked for. More has no use, and some systems refuse to name as many as they allow."""
+"""File descriptors requested from the system. More would be of no use, and some systems refuse larger requests."""
 
 Waits = Literal["idle", "body", "no"]
-"""What a server waits for from a client: a request, the rest of a body, or nothing."""
+"""What the server waits for from a client: a request (`idle`), the rest of a body, or nothing."""
 
 
 class Connection(Protocol):
     def give_up(self) -> None:
-        """Close at once, with all that waits to be sent."""
+        """Close at once and drop what waits to be sent."""
 
 
 class Connections:
-    """The open connections of a server, those that wait for their clients in the order in which they began to."""
+    """The open connections of a server. Those that wait for their clients are ordered by how long they have waited."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -38,8 +38,8 @@ class Connections:
         return len(self._all)
 
     def admit(self, one: Connection) -> bool:
-        """Take a new connection in. If there are too many, whichever has waited longest for its client makes way:
-        first one without a request, then one whose body is not there. False: all are at work."""
+        """Admit a new connection. At the limit, the one that has waited longest for its client is closed: first one
+        without a request, then one whose body is incomplete. Returns False if all others are at work."""
         if len(self._all) >= self.limit:
             longest = next(chain(self._waiting["idle"], self._waiting["body"]), None)
             if longest is None:
@@ -51,7 +51,7 @@ class Connections:
         return True
 
     def note(self, one: Connection, waits: Waits) -> None:
-        """What the server waits for from this client now. Nothing happens if it is what it was, or was dropped."""
+        """Note what the server waits for from this client now. Does nothing for a connection that was dropped."""
         before = self._all.get(one, waits)
         if before != waits:
             del self._waiting[before][one]
@@ -66,16 +66,16 @@ class Connections:
 
 
 def room_for_connections(wanted: int) -> int:
-    """How many connections the process may hold: as many as wanted, or what the limit of descriptors leaves.
+    """Return how many connections the process can have: the number wanted, or fewer if descriptors are short.
 
-    Raises the process's own limit as far as the system lets it.
+    Raises the process's own limit of descriptors as far as the system allows.
     """
     if resource is None:
         return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return wanted
-    for aim in (_ENOUGH, 10_240):  # macOS allows the second, whatever it says of its hard limit
+    for aim in (_ENOUGH, 10_240):  # macOS allows only the second, whatever its hard limit says
         if hard != resource.RLIM_INFINITY:
             aim = min(aim, hard)
         if aim > soft:

@@ -1,9 +1,8 @@
-"""Keeps pages in browsers out: a browser lets any page send requests to this machine, whoever wrote the page.
+"""Refuses requests from web pages of other origins: a browser lets any page send requests to this machine.
 
-Two ways are shut before anything of a request is read but its head. A page that had its own name resolved to this
-machine (DNS rebinding) shows that name in `Host`. A page that sends a request without being able to read the answer
-shows its `Origin`, `Sec-Fetch-Site`, or a type of body that needs nobody's permission. Clients that are no browsers
-show none of these.
+Only the head of a request is looked at. A page whose own name was made to resolve to this machine (DNS rebinding) has
+that name in `Host`. A page that sends a request whose answer it cannot read has its `Origin`, its `Sec-Fetch-Site`, or
+a content type that needs no preflight. Clients other than browsers send none of these.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ _SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 
 
 class NoForeignPages:
-    """Pure ASGI: refuses names that this server is not known by, and pages of other origins.
+    """Pure ASGI: refuses requests for other hosts' names, and requests from pages of other origins.
 
     Args:
         keys: whether every request needs a key, which a page cannot know.
-        silent: paths that tell nothing about models or people. A load balancer may ask for them under any name, except
-            from a server that only its own machine is meant to reach.
+        silent: paths that tell nothing about models or users. A load balancer may request them under any name, unless
+            the server listens only to its own machine.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, *, keys: bool, silent: frozenset[str]) -> None:
@@ -47,7 +46,7 @@ class NoForeignPages:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":  # there is nothing that speaks it, and no key is asked for
+        if scope["type"] == "websocket":  # nothing here speaks it, and no key would be checked
             await send({"type": "websocket.close", "code": 1008})
             return
         if scope["type"] == "http" and (fault := self._fault(scope)):
@@ -72,7 +71,7 @@ class NoForeignPages:
         return self._foreign(scope, host)
 
     def _foreign(self, scope: Scope, host: Authority | None) -> VerbatimError | None:
-        """A refusal if a page that `cors_origins` does not name has sent this."""
+        """Return a refusal if a page sent this whose origin is not in `cors_origins`."""
         if "*" in self._origins:
             return None
         origins, site = _all(scope, b"origin"), _all(scope, b"sec-fetch-site")
@@ -81,7 +80,7 @@ class NoForeignPages:
             return None
         elsewhere = any(value.strip().lower() in ("cross-site", "same-site") for value in site)
         if not origins:
-            # Only a link that somebody followed may come from elsewhere: its page cannot see where it leads.
+            # From another site only a followed link is allowed: the page with the link cannot read the answer.
             if not elsewhere or (scope["method"] in _READING and _followed(scope)):
                 return None
             return OriginNotAllowed("a page of another site has sent this; such requests are not answered.")
@@ -94,10 +93,10 @@ class NoForeignPages:
 
 
 class JsonOnly:
-    """Pure ASGI: refuses bodies that are not announced as JSON.
+    """Pure ASGI: refuses bodies whose content type is not JSON.
 
-    A page may send text, forms and bodies without a type to anybody, unasked; for JSON its browser asks first, with a
-    preflight. A client that is no browser may leave the type out.
+    A page may send text, forms and bodies without a type to any server; before it sends JSON its browser asks for
+    permission, with a preflight. Clients other than browsers may leave the type out.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -117,7 +116,7 @@ def _not_json(scope: Scope) -> VerbatimError | None:
     if len(given) == 1 and _is_json(given[0]):
         return None
     return UnsupportedMediaType(
-        f"the body is announced as {', '.join(given)[:200] or 'nothing'}: send the header Content-Type: "
+        f"the body's content type is {', '.join(given)[:200] or 'missing'}: send the header Content-Type: "
         "application/json."
     )
 
@@ -128,14 +127,14 @@ def _is_json(content_type: str) -> bool:
 
 
 def _host(scope: Scope) -> Authority | None:
-    """Whom a request is for; None if it need not say so.
+    """Return the host that a request is for; None if it need not name one.
 
     Raises:
-        BadHost: it is for nobody, for several, or for somebody who cannot be.
+        BadHost: it names none, several, or something that is no host.
     """
     target = scope.get("state", {}).get("target_authority")
     given = _all(scope, b"host") or ([target] if target else [])
-    if not given and scope.get("http_version") == "1.0":  # as old health checks send it, and no browser
+    if not given and scope.get("http_version") == "1.0":  # old health checks send no Host; browsers always do
         return None
     if len(given) != 1:
         raise BadHost(f"a request needs one Host header, and this one has {len(given) or 'none'}.")
@@ -148,7 +147,7 @@ def _host(scope: Scope) -> Authority | None:
 
 
 def _followed(scope: Scope) -> bool:
-    """Whether a browser opens this as a page of its own, not inside another one."""
+    """Return whether a browser opens this as a page of its own, not inside another page."""
     return _all(scope, b"sec-fetch-mode") == ["navigate"] and _all(scope, b"sec-fetch-dest") == ["document"]
 
 

@@ -1,6 +1,6 @@
-"""uvicorn's HTTP protocol, with bounds: on a head, on what is sent before an answer, on patience, on connections.
+"""uvicorn's HTTP protocol with limits: on heads, pipelines, waiting times and connections.
 
-Knows no path and no key: everything here holds before a request is understood. Parsing is httptools', on every system;
+Everything here applies before a request is understood: no path and no key is known. httptools parses on every system;
 uvicorn's other protocol (h11) is not used.
 """
 
@@ -23,27 +23,27 @@ from server.wire.connections import Connections
 __all__ = ["REFUSALS", "bounded_protocol"]
 
 MAX_TARGET: Final = 8 * 2**10
-"""Bytes of a path with its query."""
+"""Bytes of a path with its query string."""
 MAX_HEAD: Final = 64 * 2**10
-"""Bytes of a head: request line and fields. Also of anything else that moves a request no further: a trailer, line
-ends before a request."""
+"""Bytes of a head: request line and fields. Also of other bytes that belong to no body: a trailer, line ends before a
+request."""
 MAX_FIELDS: Final = 100
-"""Fields of a head, or of a trailer."""
+"""Header fields of a head, or of a trailer."""
 MAX_PIPELINED: Final = 16
-"""Requests that a client may send ahead of an answer."""
+"""Requests that a client may send before the first of them is answered."""
 MAX_PIECES: Final = 4096
-"""Pieces of a body, beside one for each 128 bytes: each costs the event loop as much, however small it is. This many
-take some 4 ms; there are clients that send a body as their encoder writes it, a word at a time."""
+"""Pieces in which a body may arrive, plus one for each 128 bytes. Each piece costs the event loop the same, however
+small it is; this many take about 4 ms. Some clients send a body as their encoder writes it, a word at a time."""
 _SLICE: Final = 16 * 2**10
-"""Bytes that are parsed before anybody looks whether they are too many."""
+"""Bytes that are parsed before the limits are checked again."""
 _PART: Final = 10
-"""One of so many parts of what waits to be read must be taken within each `send_seconds`."""
+"""Within each `send_seconds` a client must read at least one part in this many of what waits for it."""
 _LINGER: Final = 2.0
-"""Seconds that a client has to read why it was refused, while what it goes on sending is thrown away."""
+"""Seconds that a client has to read why it was refused. What it sends meanwhile is dropped."""
 
 
 class _Refused(Exception):
-    """What a client has sent is over a limit, or not HTTP; nothing more is read from it."""
+    """The bytes of a client exceed a limit or are not HTTP. Nothing more is read from it."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
@@ -52,7 +52,7 @@ class _Refused(Exception):
         self.message = message
 
 
-_NOT_HTTP: Final = (400, "invalid_http", "What was sent is not a HTTP/1.1 request.")
+_NOT_HTTP: Final = (400, "invalid_http", "What was sent is not an HTTP/1.1 request.")
 _LONG_HEAD: Final = (431, "head_too_large", f"The head of a request, or its trailer, may have {MAX_HEAD} bytes.")
 _MANY_FIELDS: Final = (431, "head_too_large", f"The head of a request, or its trailer, may have {MAX_FIELDS} fields.")
 _LONG_TARGET: Final = (414, "target_too_long", f"A path with its query may have at most {MAX_TARGET} bytes.")
@@ -65,11 +65,11 @@ _SMALL_PIECES: Final = (400, "pieces_too_small", "The body comes in pieces of a 
 _FULL: Final = (503, "connections_full", "The server has as many connections as it may have, all at work; try later.")
 
 REFUSALS: Final = (_NOT_HTTP, _MANY_REQUESTS, _SMALL_PIECES, _LONG_TARGET, _LONG_HEAD, _MANY_FIELDS, _FULL)
-"""Status, code and message of all that is refused before it is a request."""
+"""Status, code and message of every refusal before there is a request."""
 
 
 class _Transport:
-    """A transport whose `close` is told of: what it still has to send may never be taken."""
+    """A transport that tells the protocol of `close`: the client may never read what still has to be sent."""
 
     def __init__(self, transport: asyncio.Transport, protocol: _BoundedProtocol) -> None:
         self._transport = transport
@@ -84,12 +84,12 @@ class _Transport:
             self._protocol.closing()
 
     def lost(self) -> None:
-        """Let go of the protocol, so that neither waits for the garbage collector."""
+        """Drop the reference to the protocol, so that neither waits for the garbage collector."""
         self._protocol = None
 
 
 class _BoundedProtocol(HttpToolsProtocol):
-    """Refuses what is over a limit, and gives up a connection that goes nowhere. What runs for it sees a disconnect.
+    """Refuses what exceeds a limit, and closes connections that make no progress; their requests see a disconnect.
 
     A refusal is answered after the requests before it; then the connection ends.
     """
@@ -102,10 +102,10 @@ class _BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._unanswered: deque[RequestResponseCycle] = deque()  # requests whose head is complete, the first one first
-        self._deaf = False  # what comes is thrown away
+        self._unanswered: deque[RequestResponseCycle] = deque()  # requests whose head is complete, oldest first
+        self._deaf = False  # incoming bytes are dropped
         self._refusal: _Refused | None = None
-        self._still = 0  # bytes since anything moved a request on
+        self._still = 0  # bytes since a request last made progress
         self._head = self._fields = self._pieces = self._body = 0
         self._in_head = True
 
@@ -123,7 +123,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._deaf = True
         self.room.drop(self)
         super().connection_lost(exc)
-        for cycle in self._unanswered:  # uvicorn tells the last one alone, and another may be at work
+        for cycle in self._unanswered:  # uvicorn tells only the last one, and an earlier one may be running
             cycle.disconnected = True
             cycle.message_event.set()
         self._unset_keepalive_if_required()
@@ -132,10 +132,11 @@ class _BoundedProtocol(HttpToolsProtocol):
         self.transport.lost()  # type: ignore[attr-defined]
 
     def give_up(self) -> None:
+        """Close the connection at once."""
         self.transport.abort()
 
     def closing(self) -> None:
-        """The transport was told to close: it must, even if its client reads nothing more."""
+        """Note that the transport closes: it must do so even if its client reads nothing more."""
         self._expect_reading("close")
 
     def pause_writing(self) -> None:
@@ -149,7 +150,7 @@ class _BoundedProtocol(HttpToolsProtocol):
     # -- what arrives ------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Unlike uvicorn's: bytes alone do not stop the clock of an idle connection, a request does."""
+        """Parse bytes. Unlike in uvicorn, a request stops the timer of an idle connection, not any byte."""
         for start in range(0, len(data), _SLICE):
             if self._deaf:
                 return
@@ -169,8 +170,10 @@ class _BoundedProtocol(HttpToolsProtocol):
                     self._refuse(_Refused(*_LONG_HEAD))
 
     def _stay(self) -> None:
-        """Parse the head of a request again, without its wish for another protocol, which a server may ignore. The
-        parser would take the body for that protocol; Java's client and `curl --http2` send one all the same."""
+        """Parse the head of a request again without its `Upgrade`, which a server may ignore.
+
+        The parser would take the body for the other protocol. Java's client and `curl --http2` send an HTTP/1.1 body.
+        """
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
         wishes = [value.lower() for name, value in self.headers if name == b"connection"]
         lines += [name + b": " + value for name, value in self.headers if name not in (b"upgrade", b"connection")]
@@ -184,7 +187,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._in_head = True
         self._still = self._head = self._fields = self._pieces = self._body = 0
-        if "head" not in self._timers and not self._unanswered:  # reading may stand still until all are answered
+        if "head" not in self._timers and not self._unanswered:  # reading may pause until all are answered
             self._give_up_in(self.head_seconds, "head")
 
     def on_url(self, url: bytes) -> None:
@@ -199,7 +202,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._head += len(name) + len(value) + 4
         if self._head > MAX_HEAD:
             raise _Refused(*_LONG_HEAD)
-        if self._in_head:  # a field of a trailer means nothing here, and must not join those that were checked
+        if self._in_head:  # a trailer's field has no meaning here, and must not join the fields that were checked
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -208,10 +211,10 @@ class _BoundedProtocol(HttpToolsProtocol):
         if self.parser.get_method() == b"CONNECT" or any(b"\n" in value for _, value in self.headers):
             raise _Refused(*_NOT_HTTP)
         if self.parser.should_upgrade():
-            return  # comes again, without
+            return  # `_stay` parses it again without the upgrade
         if len(self._unanswered) > MAX_PIPELINED:
             raise _Refused(*_MANY_REQUESTS)
-        if self.url[:1] != b"/":  # `GET http://host/path`: uvicorn keeps the path alone, and whom it names matters
+        if self.url[:1] != b"/":  # `GET http://host/path`: uvicorn keeps only the path, and the host must be checked
             authority = self.url.partition(b"://")[2].partition(b"/")[0].partition(b"?")[0]
             self.scope["state"]["target_authority"] = authority.decode("latin-1") if b"://" in self.url else None
         super().on_headers_complete()
@@ -247,8 +250,8 @@ class _BoundedProtocol(HttpToolsProtocol):
         if self._deaf and not self._unanswered:
             self._end()
         elif self.timeout_keep_alive_task is not None and (self.cycle.more_body or self._in_head):
-            # More is on its way: the rest of a body that was refused, whose client may read no answer before all is
-            # sent, or of the next head.
+            # More is coming: the rest of a refused body, whose client may not read the answer before it has sent
+            # everything, or of the next head.
             self._unset_keepalive_if_required()
             self._give_up_in(self.head_seconds, "rest" if self.cycle.more_body else "head")
 
@@ -256,7 +259,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def _note(self) -> None:
-        """Tell what this connection waits for."""
+        """Tell `Connections` what this connection waits for."""
         if not self._unanswered:
             self.room.note(self, "idle")
         elif len(self._unanswered) == 1 and self.cycle.more_body:
@@ -267,11 +270,11 @@ class _BoundedProtocol(HttpToolsProtocol):
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def _refuse(self, refused: _Refused) -> None:
-        """Answer this after the requests before it. One whose body went wrong is over: what runs for it is told."""
+        """Answer a refusal after the requests before it. A request whose body is refused sees a disconnect."""
         self._deaf = True
         self._refusal = refused
         self._go_on("head")
-        self.flow.resume_reading()  # an end of the connection must still be seen
+        self.flow.resume_reading()  # to notice the end of the connection
         cycle = self.cycle
         if cycle is not None and cycle.more_body and not cycle.response_complete:
             if cycle.response_started:
@@ -296,7 +299,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._give_up_in(_LINGER, "linger")
 
     def _expect_reading(self, what: str) -> None:
-        """Give up a client that leaves unread what waits for it; a slow one that goes on reading has its time."""
+        """Close the connection of a client that does not read what waits for it. A slow reader has time."""
         waits = self.transport.get_write_buffer_size()
         self._look_later(what, waits, waits // _PART + 1)
 
@@ -322,7 +325,7 @@ class _BoundedProtocol(HttpToolsProtocol):
 
 
 def _answer(refused: _Refused, retry_after: int) -> bytes:
-    """The bytes of an answer to what never became a request, and its line in the log."""
+    """Build the answer to a refusal before there is a request, and log it."""
     request_id = f"req-{secrets.token_hex(12)}"
     kind = "server_overloaded" if refused.status == 503 else "invalid_request_error"
     body = to_json(error_body(refused.message, kind, None, refused.code)).encode()
@@ -343,7 +346,7 @@ def _answer(refused: _Refused, retry_after: int) -> bytes:
 def bounded_protocol(
     connections: Connections, *, head_seconds: float, send_seconds: float, retry_after: int
 ) -> type[HttpToolsProtocol]:
-    """The protocol with these limits, as uvicorn takes it."""
+    """Build the protocol class with these limits, as uvicorn expects it."""
     limits = {
         "room": connections,
         "head_seconds": head_seconds,

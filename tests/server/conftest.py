@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from books_for_tests import WITH_POSTGRES, Clock, empty_postgres
+from ledger_for_tests import WITH_POSTGRES, Clock, empty_postgres
 from stepping import Steps
 
 from engine import AsyncEngine, ModelConfig, Registry

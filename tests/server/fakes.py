@@ -146,8 +146,18 @@ class FakeEngine:
                 prompt_tokens=words,
                 context_length=CONTEXT,
             )
+        limit = CONTEXT + PROMPT_TOKENS if request.context_limit is None else request.context_limit
+        if limit <= PROMPT_TOKENS:
+            raise ContextLengthExceeded(
+                f"the prompt has {PROMPT_TOKENS} tokens; this caller's context holds {limit}, one of them "
+                "for the answer.",
+                param="messages",
+                prompt_tokens=PROMPT_TOKENS,
+                context_length=limit,
+            )
+        most = min(CONTEXT, limit - PROMPT_TOKENS)
         seed = 77 if params.seed is None else params.seed
-        params = dataclasses.replace(params, max_tokens=CONTEXT, min_tokens=min(params.min_tokens, CONTEXT), seed=seed)
+        params = dataclasses.replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most), seed=seed)
         return PreparedRequest(
             request_id=request.request_id, prompt_token_ids=tuple(range(PROMPT_TOKENS)), params=params
         )

@@ -1,4 +1,4 @@
-"""Crashes, full disks, damaged databases, stuck clients: real processes, real files. The books add up after each."""
+"""Crashes, full disks, damaged databases, stuck clients: real processes, real files. The ledger adds up after each."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def ask(server: Server, key: str, retries: int = 0, **fields: Any) -> Any:
 
 
 @contextlib.contextmanager
-def books(folder: Path) -> Iterator[Ledger]:
+def opened_ledger(folder: Path) -> Iterator[Ledger]:
     ledger = Ledger(f"sqlite:///{folder / 'verbatim.db'}", time.time)
     try:
         yield ledger
@@ -119,7 +119,7 @@ def test_killed_in_the_middle_of_many_requests(folder: Path) -> None:
                 one.result()
     assert answered
     with start([], folder) as server:
-        with books(folder) as ledger:
+        with opened_ledger(folder) as ledger:
             assert ledger.check() == []
             assert [key.held for key in ledger.all_keys()] == [0] * 4
         used = {key: httpx.get(f"{server.url}/v1/usage", headers=bearer(key)).json() for key in keys}
@@ -246,7 +246,7 @@ def test_a_locked_ledger_serves_nobody_until_it_is_free(served: tuple[Server, Pa
     assert str(folder) not in answer.text
     other.execute("ROLLBACK")
     assert ask(server, key, max_tokens=2).usage.completion_tokens <= 2
-    with books(folder) as ledger:
+    with opened_ledger(folder) as ledger:
         assert ledger.check() == []
 
 
@@ -270,7 +270,7 @@ def test_a_client_that_stops_reading_or_never_sends(served: tuple[Server, Path])
     assert b" 408 " in slow.recv(4096)
     deadline = time.monotonic() + 40
     while True:
-        with books(folder) as ledger:
+        with opened_ledger(folder) as ledger:
             if not ledger.key("dora").held and ledger.usage(key="dora"):
                 break
         assert time.monotonic() < deadline, "a reader that reads nothing still holds its place"
@@ -306,7 +306,7 @@ def test_an_orderly_stop_ends_streams_with_an_error_event_and_settles(folder: Pa
     assert last is not None, "480 tokens of 16 choices in a second is too fast for this test"
     assert last["error"]["code"] == "engine_dead"
     assert "shutting down" in last["error"]["message"]
-    with books(folder) as ledger:
+    with opened_ledger(folder) as ledger:
         assert ledger.check() == []
         [row] = ledger.usage()
         assert row["completion_tokens"] >= 16

@@ -396,6 +396,26 @@ def test_a_prompt_over_the_context_is_refused_with_both_numbers(engine: AsyncEng
     assert prepared.params.max_tokens == 1, "clamped to what is left"
 
 
+@pytest.mark.parametrize(("limit", "length"), [(16, 11), (6, 1), (1000, 400), (None, 400)])
+def test_a_reply_is_clamped_to_the_callers_context(engine: AsyncEngine, limit: int | None, length: int) -> None:
+    """A key's context counts prompt and reply, and never allows more than the model does."""
+    sampling = {"max_tokens": 400, "min_tokens": 300}
+    wanted = GenerationRequest(request_id="r", prompt_token_ids=(5,) * 5, sampling=sampling, context_limit=limit)
+    params = run(engine.prepare(wanted)).params
+    assert (params.max_tokens, params.min_tokens) == (length, min(length, 300))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "limit", "whose"), [(5, 5, "this key's"), (9, 5, "this key's"), (512, 5, "this model's")]
+)
+def test_a_prompt_over_the_callers_context_is_refused(engine: AsyncEngine, tokens: int, limit: int, whose: str) -> None:
+    """Before it is queued, and with the limit that it exceeds."""
+    wanted = GenerationRequest(request_id="r", prompt_token_ids=(5,) * tokens, context_limit=limit)
+    with pytest.raises(ContextLengthExceeded, match=f"the prompt has {tokens} tokens; {whose} context holds") as caught:
+        run(engine.prepare(wanted))
+    assert caught.value.details == {"prompt_tokens": tokens, "context_length": 512 if tokens == 512 else limit}
+
+
 @pytest.mark.parametrize("piece", ["word ", "x", " ", "<|im_end|>", "漢"])
 def test_a_prompt_that_is_much_too_long_is_not_read(
     engine: AsyncEngine, piece: str, monkeypatch: pytest.MonkeyPatch

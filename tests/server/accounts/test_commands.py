@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from engine import ConfigError, Usage, VerbatimError
 from server import cli
-from server.accounts import commands as books
-from server.ledger.store import Ledger, Limits, Prices, Settled, UnknownKey, cost_of
+from server.accounts import commands
+from server.ledger.records import Limits, Prices, Settled, UnknownKey, cost_of
+from server.ledger.store import Ledger
 from server.settings import read_settings
 
 
@@ -121,9 +122,9 @@ def test_a_name_that_is_not_there_or_taken(here: Path) -> None:
 
 def test_the_ledger_of_a_configuration(here: Path) -> None:
     (here / "sub").mkdir()
-    (here / "sub" / "my.yaml").write_text("models: [{id: a, path: w}]\nserver: {ledger: books.db}\n")
+    (here / "sub" / "my.yaml").write_text("models: [{id: a, path: w}]\nserver: {ledger: accounts.db}\n")
     said("keys", "create", "ada", "--config", "sub/my.yaml")
-    assert (here / "sub" / "books.db").exists()
+    assert (here / "sub" / "accounts.db").exists()
     assert told("keys", "show", "ada", "--config", "sub/my.yaml")["name"] == "ada"
 
 
@@ -162,13 +163,16 @@ def test_numbers_beyond_what_a_ledger_holds(here: Path, command: tuple[str, ...]
 def test_every_number_of_the_keys_has_a_limit() -> None:
     """Also those of options that are still to come."""
     numbers = 0
-    for command in books.keys.registered_commands:
+    for command in commands.keys.registered_commands:
         assert command.callback is not None
         for name, hint in get_type_hints(command.callback, include_extras=True).items():
             kind, *more = get_args(hint) or (hint,)
             if int in (kind, *get_args(kind)) or float in (kind, *get_args(kind)):
                 numbers += 1
-                assert [one.callback for one in more] in ([books._natural], [books._amount]), (command.callback, name)
+                assert [one.callback for one in more] in ([commands._natural], [commands._amount]), (
+                    command.callback,
+                    name,
+                )
     assert numbers == 10
 
 
@@ -224,7 +228,7 @@ def test_a_word_that_is_one_key_s_id_and_another_s_name(here: Path) -> None:
 
 def test_what_was_set_aside_is_said_until_somebody_has_seen_it(here: Path) -> None:
     said("keys", "create", "ada", "--balance", "100")
-    assert "add up" in said("keys", "check")
+    assert "adds up" in said("keys", "check")
     ledger = Ledger(f"sqlite:///{here / 'verbatim.db'}", time.time)
     ledger.hold(ledger.key("ada").id, "r", 10)
     row = Settled("r", ledger.key("ada").id, "demo", 2**70, 2, 7, 0, 9, 1, "vb-0", "stop", 1.0, 2.0)

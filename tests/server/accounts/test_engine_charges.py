@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from asgi import Exchange, begin
-from books_for_tests import Clock
+from ledger_for_tests import Clock
 from stepping import Steps
 
 from engine import AsyncEngine, Registry
 from server.accounts.charging import Meter
 from server.app import create_app
-from server.ledger.store import Ledger, Limits, NewKey
+from server.ledger.records import Limits, NewKey
+from server.ledger.store import Ledger
 
 BALANCE = 10_000
 BOUND = 20.0
@@ -160,3 +161,21 @@ def test_an_engine_that_dies_lets_go(shop: Shop, engine: AsyncEngine, steps: Ste
 
     asyncio.run(main())
     assert shop.paid() == (0, [])
+
+
+def test_the_context_of_a_key_bounds_prompt_and_reply(shop: Shop) -> None:
+    """Together they are as long as the key allows, and a prompt that fills it is refused by the key's limit."""
+
+    async def main() -> None:
+        whole = await shop.ask("s", 5, max_tokens=1).ended(BOUND)
+        prompt = whole.json["usage"]["prompt_tokens"]
+        shop.ledger.limit("ada", Limits(context=prompt + 3))
+        answer = await shop.ask("s", 5).ended(BOUND)
+        assert answer.json["usage"]["total_tokens"] == prompt + 3
+        assert answer.json["choices"][0]["finish_reason"] == "length"
+        shop.ledger.limit("ada", Limits(context=prompt))
+        refused = await shop.ask("s", 5).ended(BOUND)
+        words = f"the prompt has {prompt} tokens; this caller's context holds {prompt}, one of them for the answer."
+        assert (refused.status, refused.error["message"], refused.error["param"]) == (400, words, "messages")
+
+    asyncio.run(main())

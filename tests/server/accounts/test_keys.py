@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from asgi import CHAT, Answer, begin, run
-from books_for_tests import Clock, query
 from fakes import HELLO, SILENT, FakeEngine, Script, chat, make_app, output, word_by_word
+from ledger_for_tests import Clock, query
 
 from engine import (
     ChoiceDelta,
@@ -25,18 +25,19 @@ from engine import (
     QueueTimeout,
     VerbatimError,
 )
-from server.accounts import charging as metering
+from server.accounts import charging
 from server.accounts.authentication import OPEN
 from server.accounts.charging import Meter
 from server.accounts.settling import Settler
 from server.api.chat_reply import Collector
-from server.ledger.store import Key, Ledger, LedgerFault, Limits, NewKey, Prices, Unwritable
+from server.ledger.records import Key, LedgerFault, Limits, NewKey, Prices, Unwritable
+from server.ledger.store import Ledger
 
 WORST = 5 + 64  # the fake's prompt, and as many tokens as it can be asked for
 
 
 class Desk:
-    """An application with keys, and its books."""
+    """An application with keys, and its ledger."""
 
     def __init__(self, folder: Path) -> None:
         self.clock = Clock()
@@ -56,7 +57,7 @@ class Desk:
         headers = [] if secret is None else [(b"authorization", f"Bearer {secret}".encode())]
         return _Later(self.app, body, headers, how)
 
-    def books(self, name: str = "ada") -> tuple[int | None, int, list[dict[str, Any]]]:
+    def balance(self, name: str = "ada") -> tuple[int | None, int, list[dict[str, Any]]]:
         """Balance, held and sums; they must add up."""
         assert self.ledger.check() == []
         key: Key = self.ledger.key(name)
@@ -194,7 +195,7 @@ def test_a_request_is_charged_what_it_used(desk: Desk, stream: bool) -> None:
     answer = desk.ask(key, chat(stream=stream, n=2, seed=2**53))
     assert answer.status == 200
     used = 5 + 2 * 4
-    assert desk.books() == (
+    assert desk.balance() == (
         1000 - used, 0,
         [{"key": "ada", "requests": 1, "prompt_tokens": 5, "cached_tokens": 2, "completion_tokens": 8, "cost": used}],
     )  # fmt: skip
@@ -205,7 +206,7 @@ def test_prices_are_by_model_and_by_kind_of_token(desk: Desk) -> None:
     app = make_app(FakeEngine(info=info), meter=desk.meter)
     desk.app = app
     desk.ask(desk.key(balance=1000), chat(model="priced"))
-    assert desk.books()[0] == 1000 - (3 * 3 + 2 * 1 + 4 * 10)
+    assert desk.balance()[0] == 1000 - (3 * 3 + 2 * 1 + 4 * 10)
 
 
 def test_the_worst_case_is_held_while_it_runs(desk: Desk) -> None:
@@ -227,7 +228,7 @@ def test_the_worst_case_is_held_while_it_runs(desk: Desk) -> None:
     )  # fmt: skip
     assert (second.error["available"], second.error["needed"]) == (10, WORST)
     assert "max_completion_tokens" in second.error["message"]
-    assert desk.books() == (WORST + 10, 0, []), "nothing was computed, nothing is charged"
+    assert desk.balance() == (WORST + 10, 0, []), "nothing was computed, nothing is charged"
 
 
 def test_nothing_left_is_told_before_the_body_is_read(desk: Desk) -> None:
@@ -259,7 +260,7 @@ def test_a_client_that_leaves_pays_what_was_generated(desk: Desk, stream: bool) 
         await exchange.task
 
     run(leave())
-    balance, held, [row] = desk.books()
+    balance, held, [row] = desk.balance()
     assert (balance, held, row["completion_tokens"]) == (500 - 5 - 3, 0, 3)
 
 
@@ -272,7 +273,7 @@ def test_an_error_costs_what_has_reached_the_client(desk: Desk, stream: bool, ch
     desk.engine.script = partly("a", "b", error=OutOfMemory("too large."))
     answer = desk.ask(desk.key(balance=500), chat(stream=stream))
     assert answer.status == (200 if stream else 503)
-    assert desk.books()[:2] == (500 - charged, 0)
+    assert desk.balance()[:2] == (500 - charged, 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -282,7 +283,7 @@ def test_a_request_that_fails_by_its_own_fault_pays_what_was_computed(desk: Desk
     desk.engine.script = partly("a", "b", error=own)
     answer = desk.ask(desk.key(balance=500), chat(stream=stream))
     assert answer.status == (200 if stream else 422)
-    balance, held, [row] = desk.books()
+    balance, held, [row] = desk.balance()
     assert (balance, held, row["completion_tokens"]) == (500 - 7, 0, 2)
     assert query(desk.ledger, "SELECT finish_reason FROM requests") == [("error",)]
 
@@ -295,7 +296,7 @@ def test_an_answer_that_cannot_be_written_costs_nothing(desk: Desk, monkeypatch:
 
     monkeypatch.setattr(Collector, "body", broken)
     assert desk.ask(desk.key(balance=500), chat()).status == 500
-    assert desk.books() == (500, 0, [])
+    assert desk.balance() == (500, 0, [])
 
 
 def test_an_error_that_reaches_a_stream_s_client_before_any_word_costs_nothing(desk: Desk) -> None:
@@ -306,7 +307,7 @@ def test_an_error_that_reaches_a_stream_s_client_before_any_word_costs_nothing(d
 
     desk.engine.script = script
     assert desk.ask(desk.key(balance=500), chat(stream=True)).status == 503
-    assert desk.books() == (500, 0, [])
+    assert desk.balance() == (500, 0, [])
 
 
 def test_a_fault_before_the_first_token_costs_nothing(desk: Desk) -> None:
@@ -314,7 +315,7 @@ def test_a_fault_before_the_first_token_costs_nothing(desk: Desk) -> None:
     desk.engine.script = partly(error=QueueTimeout("it has waited for 5 seconds."))
     answer = desk.ask(desk.key(balance=500), chat(stream=True))
     assert answer.status == 503
-    assert desk.books() == (500, 0, [])
+    assert desk.balance() == (500, 0, [])
 
 
 def test_every_choice_s_end_is_recorded(desk: Desk) -> None:
@@ -328,12 +329,12 @@ def test_a_refused_request_costs_nothing(desk: Desk) -> None:
     assert desk.ask(key, chat()).status == 503
     assert desk.ask(key, chat(temperature=9)).status == 422
     assert desk.ask(key, b"{").status == 400
-    assert desk.books() == (500, 0, [])
+    assert desk.balance() == (500, 0, [])
 
 
 def test_a_key_without_a_balance_is_recorded_and_not_charged(desk: Desk) -> None:
     assert desk.ask(desk.key(), chat()).status == 200
-    balance, held, [row] = desk.books()
+    balance, held, [row] = desk.balance()
     assert (balance, held, row["cost"], row["requests"]) == (None, 0, 0, 1)
 
 
@@ -436,7 +437,7 @@ def test_a_clock_that_is_set_back_shuts_no_key_out(desk: Desk, monkeypatch: pyte
     key = desk.key(limits=Limits(requests_per_minute=1))
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 7200)
-    desk.meter._epoch += 7200
+    desk.meter.limits._epoch += 7200
     assert [desk.ask(key, chat()).status for _ in range(2)] == [200, 429]
     monkeypatch.undo()
     assert [desk.ask(key, chat()).status for _ in range(2)] == [200, 429]
@@ -535,7 +536,7 @@ def test_a_hold_that_is_given_up_twice_is_released(desk: Desk) -> None:
         await desk.meter.drain()
 
     run(give_up())
-    assert desk.books() == (500, 0, [])
+    assert desk.balance() == (500, 0, [])
 
 
 @pytest.mark.parametrize("name", ["authenticate", "hold"])
@@ -557,7 +558,7 @@ def test_a_database_that_fails_is_a_503_and_no_free_service(
 @pytest.mark.parametrize("name", ["authenticate", "hold"])
 def test_a_database_that_hangs_is_a_503(desk: Desk, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk or a host that is gone has no end of its own: clients are told, and a hold that comes late is released."""
-    monkeypatch.setattr(metering, "_PATIENCE", 0.05)
+    monkeypatch.setattr(charging, "_PATIENCE", 0.05)
     key, go_on, really = desk.key(balance=500), threading.Event(), getattr(desk.ledger, name)
 
     def hangs(*given: Any) -> Any:
@@ -577,7 +578,7 @@ def test_a_database_that_hangs_is_a_503(desk: Desk, name: str, monkeypatch: pyte
     delattr(desk.ledger, name)
     assert desk.ask(key, chat()).status == 200
     assert desk.ask(None, path="/health/ready").status == 200
-    assert desk.books()[:2] == (500 - 9, 0)
+    assert desk.balance()[:2] == (500 - 9, 0)
 
 
 def test_a_settlement_that_fails_waits_and_is_not_lost(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
@@ -590,7 +591,7 @@ def test_a_settlement_that_fails_waits_and_is_not_lost(desk: Desk, caplog: pytes
     assert desk.ask(key, chat()).status == 503, "nothing more before it is written"
     mend()
     assert desk.ask(key, chat()).status == 200
-    assert desk.books()[:2] == (2 * WORST - 2 * 9, 0)
+    assert desk.balance()[:2] == (2 * WORST - 2 * 9, 0)
 
 
 def test_what_is_set_aside_is_told_and_shuts_nobody_out(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
@@ -607,7 +608,7 @@ def test_what_is_set_aside_is_told_and_shuts_nobody_out(desk: Desk, caplog: pyte
     answer = desk.ask(None, path="/health/ready")
     assert (answer.status, answer.json) == (200, {"status": "ready", "ledger": "ready", "settlements_set_aside": 1})
     assert [desk.ask(key, chat()).status for key in (ada, bob)] == [200, 200]
-    assert desk.books()[:2] == (500 - 2 * 9, 0), "it was charged"
+    assert desk.balance()[:2] == (500 - 2 * 9, 0), "it was charged"
 
 
 def test_a_ledger_that_cannot_be_used_is_not_ready(desk: Desk) -> None:
@@ -648,7 +649,7 @@ def test_the_end_writes_what_waits(desk: Desk, tmp_path: Path) -> None:
     mend()
     desk.meter.close()
     desk.ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}", desk.clock)
-    assert desk.books()[:2] == (500 - 9, 0)
+    assert desk.balance()[:2] == (500 - 9, 0)
 
 
 def test_many_at_once_never_overdraw(desk: Desk) -> None:
@@ -663,7 +664,7 @@ def test_many_at_once_never_overdraw(desk: Desk) -> None:
     assert set(statuses) <= {200, 402}
     served = statuses.count(200)
     assert served >= 3
-    assert desk.books()[:2] == (3 * WORST - served * 7, 0)
+    assert desk.balance()[:2] == (3 * WORST - served * 7, 0)
 
 
 def test_a_request_that_is_given_up_while_it_is_held(desk: Desk) -> None:
@@ -679,4 +680,4 @@ def test_a_request_that_is_given_up_while_it_is_held(desk: Desk) -> None:
 
     for _ in range(5):
         run(leave())
-    assert desk.books()[1] == 0
+    assert desk.balance()[1] == 0

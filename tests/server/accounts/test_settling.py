@@ -1,4 +1,4 @@
-"""What servers owe the books, under faults: rows that cannot be written, answers that are lost, servers that stop."""
+"""Settling under faults: rows that cannot be written, answers that are lost, servers that stop."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from books_for_tests import WITH_POSTGRES, Clock, empty_postgres, query, row
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from ledger_for_tests import WITH_POSTGRES, Clock, empty_postgres, query, row
 
 from server.accounts.settling import Settler
-from server.ledger.store import Ledger, LedgerFault, NoBalance, Settled
+from server.ledger.records import LedgerFault, NoBalance, Settled
+from server.ledger.store import Ledger
 
 SILENCE = 7
 """Beats of one server after which another that does not beat is taken for dead."""
@@ -300,7 +301,7 @@ def test_a_hold_whose_answer_was_lost_is_released(url: str) -> None:
 
 @dataclass
 class Server:
-    """One of those that share the books."""
+    """One of the servers that share the ledger."""
 
     ledger: FlakyLedger
     desk: Settler
@@ -308,7 +309,7 @@ class Server:
 
 
 class Faults(RuleBasedStateMachine):
-    """Two servers, two keys, and everything that goes wrong. After each step the books add up."""
+    """Two servers, two keys, and everything that goes wrong. After each step the ledger adds up."""
 
     def fresh(self) -> str:
         """The URL of an empty database."""
@@ -318,8 +319,8 @@ class Faults(RuleBasedStateMachine):
     def begin(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
         self.url = self.fresh()
-        self.books = Ledger(self.url, Clock())
-        self.keys = [self.books.create_key(name, balance=200).key.id for name in ("ada", "bob")]
+        self.shared = Ledger(self.url, Clock())
+        self.keys = [self.shared.create_key(name, balance=200).key.id for name in ("ada", "bob")]
         self.credits = dict.fromkeys(self.keys, 200)
         self.owed: dict[str, int] = {}  # requests that were ended by a server that went on: their cost
         self.number = 0
@@ -348,7 +349,7 @@ class Faults(RuleBasedStateMachine):
         server = self.servers[which]
         if server.running:
             name, key = server.running.popitem()
-            held = query(self.books, f"SELECT amount FROM holds WHERE request_id = '{name}'")
+            held = query(self.shared, f"SELECT amount FROM holds WHERE request_id = '{name}'")
             self.owed[name] = min([cost, *(one[0] for one in held)])
             server.desk.settle(row(key, name, self.owed[name], finish_reason=text))
 
@@ -387,31 +388,31 @@ class Faults(RuleBasedStateMachine):
     @rule(key=st.integers(0, 1), amount=st.integers(-50, 50))
     def credit(self, key: int, amount: int) -> None:
         try:
-            self.books.credit(self.keys[key], amount)
+            self.shared.credit(self.keys[key], amount)
         except NoBalance:
             return
         self.credits[self.keys[key]] += amount
 
     @invariant()
     def adds_up(self) -> None:
-        assert self.books.check() == []
-        ended = dict(query(self.books, "SELECT request_id, cost + unpaid FROM requests"))
-        aside = dict(query(self.books, "SELECT request_id, charged FROM set_aside"))
+        assert self.shared.check() == []
+        ended = dict(query(self.shared, "SELECT request_id, cost + unpaid FROM requests"))
+        aside = dict(query(self.shared, "SELECT request_id, charged FROM set_aside"))
         assert not set(ended) & set(aside), "charged twice"
         for name, cost in ended.items():
             assert cost == self.owed.get(name, cost)
         for name, cost in aside.items():
             assert cost <= self.owed.get(name, cost)
-        spent = dict(query(self.books, "SELECT key_id, SUM(cost) FROM requests GROUP BY key_id"))
-        beside = dict(query(self.books, "SELECT key_id, SUM(charged) FROM set_aside GROUP BY key_id"))
-        for key in self.books.all_keys():
+        spent = dict(query(self.shared, "SELECT key_id, SUM(cost) FROM requests GROUP BY key_id"))
+        beside = dict(query(self.shared, "SELECT key_id, SUM(charged) FROM set_aside GROUP BY key_id"))
+        for key in self.shared.all_keys():
             assert key.balance == self.credits[key.id] - spent.get(key.id, 0) - beside.get(key.id, 0)
             assert 0 <= key.held <= (key.balance or 0)
 
     @invariant()
     def every_hold_has_an_owner(self) -> None:
         known = {server.ledger.owner: server for server in self.servers}
-        for name, owner in query(self.books, "SELECT request_id, owner FROM holds"):
+        for name, owner in query(self.shared, "SELECT request_id, owner FROM holds"):
             if owner not in self.dead:
                 assert name in known[owner].running or name in known[owner].desk._waiting, name
 
@@ -427,16 +428,16 @@ class Faults(RuleBasedStateMachine):
                 server.desk.beat()
         self.adds_up()
         assert [server.desk.waiting for server in self.servers] == [0, 0]
-        assert [key.held for key in self.books.all_keys()] == [0, 0], "a hold that nobody owns"
+        assert [key.held for key in self.shared.all_keys()] == [0, 0], "a hold that nobody owns"
         found = {
             one[0]
             for table in ("requests", "set_aside")
-            for one in query(self.books, f"SELECT request_id FROM {table}")
+            for one in query(self.shared, f"SELECT request_id FROM {table}")
         }
         assert found >= set(self.owed), "served for nothing"
         for server in self.servers:
             server.ledger.close()
-        self.books.close()
+        self.shared.close()
         self.folder.cleanup()
 
 

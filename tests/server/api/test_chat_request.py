@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes import chat
 
-from engine import InvalidFormat, InvalidParameter, SamplingParams, VerbatimError
-from engine.types.sampling_params import SAMPLING_FIELDS
+from engine import SAMPLING_FIELDS, InvalidFormat, InvalidParameter, SamplingParams, VerbatimError
 from server import json_text
-from server.api import chat_request as schema
-from server.api import openapi
+from server.api import chat_request, openapi
+from server.api.admission import shown_names
+from server.api.fields import FIELDS, ROLES, SAMPLING, UNSUPPORTED
+from server.api.parsing import ParsedRequest
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
-def parse(body: dict[str, Any] | str) -> schema.ChatRequest:
-    return schema.parse((body if isinstance(body, str) else json.dumps(body)).encode(), "chatcmpl-1")
+def parse(body: dict[str, Any] | str) -> ParsedRequest:
+    return chat_request.parse((body if isinstance(body, str) else json.dumps(body)).encode(), "chatcmpl-1")
 
 
 def test_a_field_that_was_not_given_leaves_the_models_default() -> None:
     """Null is what clients send for "not set": it must not reach the engine as a value."""
-    nulls = dict.fromkeys([*schema.SAMPLING, "max_tokens", "max_completion_tokens", "stream", "stream_options"])
-    request = parse(chat(**nulls, **dict.fromkeys(schema.UNSUPPORTED), user=None, metadata=None))
+    nulls = dict.fromkeys([*SAMPLING, "max_tokens", "max_completion_tokens", "stream", "stream_options"])
+    request = parse(chat(**nulls, **dict.fromkeys(UNSUPPORTED), user=None, metadata=None))
     assert request.generation.sampling == {}
     assert not request.stream
     assert not request.include_usage
@@ -56,7 +63,62 @@ def test_given_fields_reach_the_engine_unchanged(fields: dict[str, Any], given: 
 
 def test_every_sampling_field_of_the_engine_can_be_asked_for() -> None:
     """A control that the engine has and the endpoint does not know would be ignored with a header."""
-    assert set(schema.SAMPLING) | {"max_tokens"} == SAMPLING_FIELDS
+    assert SAMPLING.keys() | {"max_tokens"} == SAMPLING_FIELDS.keys() <= FIELDS.keys()
+
+
+READERS = ("chat_request", "fields", "formats", "parsing", "tools")
+NAMED = {"max_tokens"}
+"""The one sampling field that a body may give under two names."""
+
+
+@pytest.mark.parametrize("file", READERS)
+def test_no_sampling_field_is_named_where_bodies_are_read(file: str) -> None:
+    """A sampling parameter is declared in one place. A list of them elsewhere would have to be kept up with it."""
+    tree = ast.parse((ROOT / "server" / "api" / f"{file}.py").read_text(encoding="utf-8"))
+    words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert not (words & SAMPLING_FIELDS.keys()) - NAMED
+
+
+MADE_UP = """
+import dataclasses, json
+from engine.types import sampling_params
+from engine.types.sampling_fields import Number, sampling_field, sampling_fields
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Params(sampling_params.SamplingParams):
+    heat: float = sampling_field(0.5, Number(0.0, 2.0), "How hot.", extension=True)
+
+sampling_params.SAMPLING_FIELDS = sampling_fields(Params)
+
+from engine import VerbatimError
+from server.api import chat_request, openapi
+
+def outcome(**fields):
+    body = {"model": "m", "messages": [{"role": "user", "content": "a"}], **fields}
+    try:
+        parsed = chat_request.parse(json.dumps(body).encode(), "id")
+        return parsed.ignored, Params.merged(parsed.generation.sampling).heat
+    except VerbatimError as error:
+        return error.param, error.message
+
+print(json.dumps([
+    outcome(), outcome(heat=2), outcome(heat=2.5), outcome(heat="hot"),
+    openapi.REQUEST_BODY["content"]["application/json"]["schema"]["properties"]["heat"],
+]))
+"""
+
+
+def test_a_sampling_field_is_added_by_declaring_it() -> None:
+    """One line in `SamplingParams`: the body's field, its type, its range and its description follow."""
+    done = subprocess.run([sys.executable, "-c", MADE_UP], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    absent, given, too_much, wrong, described = json.loads(done.stdout)
+    assert (absent, given) == ([[], 0.5], [[], 2.0])
+    assert too_much == ["heat", "heat must be between 0 and 2, not 2.5."]
+    assert wrong == ["heat", 'heat must be a number, not a string, "hot".']
+    assert described == {
+        "type": "number", "minimum": 0, "maximum": 2, "default": 0.5, "description": "Extension. How hot.",
+    }  # fmt: skip
 
 
 CONTENTS = [
@@ -69,7 +131,7 @@ CONTENTS = [
 
 
 @pytest.mark.parametrize(("content", "text"), CONTENTS)
-@pytest.mark.parametrize("role", schema.ROLES)
+@pytest.mark.parametrize("role", ROLES)
 def test_messages_keep_their_text(role: str, content: Any, text: str) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     before = [{"role": "assistant", "content": None, "tool_calls": [call]}] if role == "tool" else []
@@ -153,7 +215,7 @@ DESCRIBED = openapi.REQUEST_BODY["content"]["application/json"]["schema"]["prope
 
 
 def test_the_document_lists_what_is_honoured_and_nothing_else() -> None:
-    assert openapi.field_names() == schema.SAMPLING.keys() | schema.HANDLED
+    assert DESCRIBED.keys() == FIELDS.keys()
 
 
 BOUNDS = [
@@ -195,11 +257,11 @@ def test_the_documents_defaults_are_the_engines() -> None:
     ],
 )
 def test_a_hostile_name_cannot_leave_its_header(names: tuple[str, ...], value: str) -> None:
-    assert schema.header_value(names) == value
+    assert shown_names(names) == value
 
 
 def test_the_header_is_bounded() -> None:
-    value = schema.header_value(tuple("n" * 100 for _ in range(10_000)))
+    value = shown_names(tuple("n" * 100 for _ in range(10_000)))
     assert len(value) < 2500
     assert value.endswith(", ...")
 

@@ -11,7 +11,7 @@ from fakes import chat, make_app
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from server.api import chat_request as schema
+from server.api import fields
 
 pytestmark = pytest.mark.slow
 
@@ -28,12 +28,12 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = [*schema.SAMPLING, *schema.HANDLED, *schema.UNSUPPORTED, "unknown", ""]
+FIELDS = [*fields.FIELDS, *fields.UNSUPPORTED, "unknown", ""]
 PART = st.fixed_dictionaries({}, optional={"type": st.just("text") | VALUES, "text": st.text(max_size=5) | VALUES})
 MESSAGE = st.fixed_dictionaries(
     {},
     optional={
-        "role": st.sampled_from(schema.ROLES) | VALUES,
+        "role": st.sampled_from(fields.ROLES) | VALUES,
         "content": st.text(max_size=8) | st.lists(PART, max_size=3) | VALUES,
         "name": VALUES,
         "tool_calls": VALUES,

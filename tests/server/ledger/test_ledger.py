@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from books_for_tests import WITH_POSTGRES, Clock, empty_postgres, row
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
+from ledger_for_tests import WITH_POSTGRES, Clock, empty_postgres, row
 
 from engine import Usage, VerbatimError
 from server.ledger import reports
+from server.ledger.records import Key, LedgerFault, Limits, NoBalance, Prices, UnknownKey, cost_of
 from server.ledger.reports import as_key
-from server.ledger.store import Key, Ledger, LedgerFault, Limits, NoBalance, Prices, UnknownKey, cost_of
+from server.ledger.store import Ledger
 
 # -- keys -------------------------------------------------------------------------------------------------------------
 
@@ -380,7 +381,7 @@ def test_messages_hold_no_statement(file_ledger: Ledger, file: Path) -> None:
 
 
 def test_the_books_are_checked_as_of_one_moment(ledger: Ledger, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside a server that works, what is settled amid the check is no error in the books."""
+    """Beside a server that works, what is settled amid the check is no error in the ledger."""
     key = ledger.create_key("ada", balance=100).key
     other = Ledger(url, Clock())
     other.hold(key.id, "r", 10)

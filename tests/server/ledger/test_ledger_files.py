@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 from asgi import begin, run
-from books_for_tests import Clock, row
 from fakes import FakeEngine, chat, make_app
+from ledger_for_tests import Clock, row
 from sqlalchemy import event
 
-from server.accounts import commands as books
 from server.accounts.charging import Meter
+from server.accounts.location import in_use
 from server.accounts.settling import Settler
-from server.ledger.store import Ledger, LedgerFault, NewKey
+from server.ledger.records import LedgerFault, NewKey
+from server.ledger.store import Ledger
 from server.settings import ServerSettings
 
 
@@ -277,7 +278,7 @@ def test_a_read_only_ledger_is_one_sentence(folder_too: bool, monkeypatch: pytes
         os.chmod(f"{folder}/verbatim.db", 0o444)
         os.chmod(folder, 0o555 if folder_too else 0o777)
         with as_nobody(), pytest.raises(LedgerFault, match=r"ledger cannot be used: .*(readonly|unable to open)"):
-            books.in_use(ServerSettings(), None)
+            in_use(ServerSettings(), None)
         os.chmod(folder, 0o755)
 
 

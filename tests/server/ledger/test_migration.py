@@ -7,11 +7,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from books_for_tests import Clock, query, row
+from ledger_for_tests import Clock, query, row
 from sqlalchemy import create_engine
 
 from server.accounts.settling import Settler
-from server.ledger.store import Ledger, Limits
+from server.ledger.records import Limits
+from server.ledger.store import Ledger
 
 FIRST = """
 CREATE TABLE migrations (name VARCHAR(64) NOT NULL, at FLOAT, PRIMARY KEY (name));

@@ -13,7 +13,8 @@ from fakes import FakeEngine, chat, make_app
 from wire_client import LIVE, PATIENCE, good, post, serving
 
 from server import json_text
-from server.api import chat_request as schema
+from server.api import chat_request
+from server.api.parsing import ParsedRequest
 from server.errors import BodiesFull
 from server.settings import ServerSettings
 from server.wire import bodies
@@ -108,7 +109,7 @@ TAKEN: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("fields", [c[1] for c in TAKEN], ids=[c[0] for c in TAKEN])
 def test_text_is_not_counted(fields: dict[str, Any]) -> None:
     """What a text spells is no value, however it is escaped; honest code is full of it."""
-    parsed = schema.parse(json.dumps(chat(**fields)).encode(), "id")
+    parsed = chat_request.parse(json.dumps(chat(**fields)).encode(), "id")
     assert parsed.model == "fake"
 
 
@@ -153,15 +154,15 @@ def test_a_model_with_an_endless_name_is_not_here() -> None:
 def test_the_loop_goes_on_while_a_body_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of a large body is held up; health and small requests are answered meanwhile."""
     begun, going = threading.Event(), threading.Event()
-    parse = schema.parse
+    parse = chat_request.parse
 
-    def held(raw: bytes, request_id: str) -> schema.ChatRequest:
+    def held(raw: bytes, request_id: str) -> ParsedRequest:
         if len(raw) > 10**6:
             begun.set()
             assert going.wait(PATIENCE)
         return parse(raw, request_id)
 
-    monkeypatch.setattr("server.app.parse", held)
+    monkeypatch.setattr(chat_request, "parse", held)
     with serving(make_app()) as running, running.client() as large, running.client() as small:
         large.send(post(good(user="u" * 10**6)))
         assert begun.wait(PATIENCE)

@@ -1,4 +1,4 @@
-"""What tests of the books share: a clock, an empty PostgreSQL, a settled request, and what a database may do wrong."""
+"""What tests of the ledger share: a clock, an empty PostgreSQL, a settled request, and what a database may do wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, make_url
 
-from server.ledger.store import Ledger, Settled
+from server.ledger.records import Settled
+from server.ledger.store import Ledger
 
 
 def _database() -> str:

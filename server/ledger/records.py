@@ -1,4 +1,4 @@
-"""What the books are made of: keys, limits, prices, settled requests, and what can be wrong. Knows no database."""
+"""The records of the ledger: keys, limits, prices, settled requests, and its errors. Knows no database."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = [
 ]  # fmt: skip
 
 LARGEST: Final = 2**53 - 1
-"""Of a balance, an amount and a limit: what every reader of JSON keeps exactly."""
+"""The largest balance, amount and limit: every JSON reader represents integers up to this exactly."""
 
 
 class LedgerFault(VerbatimError):
@@ -26,11 +26,11 @@ class LedgerFault(VerbatimError):
 
 
 class Locked(LedgerFault):
-    """The database works, and somebody else keeps a lock on what was to be written."""
+    """The database works, but another process holds a lock on the row to be written."""
 
 
 class Unwritable(LedgerFault):
-    """The database works, and will never take these values."""
+    """The database works, but it cannot store these values."""
 
 
 class NoBalance(VerbatimError):
@@ -47,7 +47,7 @@ class UnknownKey(VerbatimError):
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Of one token, in micro-credits. At one each, a balance counts tokens."""
+    """The price of one token of each kind, in micro-credits. With the defaults a balance counts tokens."""
 
     prompt: int = 1
     cached_prompt: int = 1
@@ -56,7 +56,7 @@ class Prices:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one key; None is no limit of its own."""
+    """The limits of one key; None means no limit."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -66,9 +66,13 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key as it is stored: never the secret, which nobody can show again.
+    """A key as it is stored, without its secret.
 
-    `balance`: None is not metered. `held`: of it, set aside for requests that run. `models`: empty is all of them.
+    Attributes:
+        shown: the beginning of the secret, to recognise it by.
+        balance: None means that the key is not metered.
+        held: the part of the balance that is set aside for running requests.
+        models: the models that it may use; empty means all.
     """
 
     id: str
@@ -83,13 +87,13 @@ class Key:
     limits: Limits
 
     def usable(self, now: float) -> bool:
-        """Neither revoked nor expired."""
+        """Return whether the key is neither revoked nor expired."""
         return self.revoked is None and (self.expires is None or now < self.expires)
 
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """A key that was just made, with the secret that is shown this once."""
+    """A key that was just created, with its secret."""
 
     key: Key
     secret: str
@@ -97,7 +101,7 @@ class NewKey:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """A request that has ended: what it used and cost, and what is needed to repeat it. Never its text."""
+    """A request that has ended: what it used, what it cost, and what is needed to repeat it. Never its text."""
 
     request_id: str
     key_id: str
@@ -115,13 +119,13 @@ class Settled:
 
 
 def cost_of(usage: Usage, prices: Prices) -> int:
-    """What a request costs; cached tokens of the prompt have a price of their own."""
+    """Return the cost of a request. Cached prompt tokens have their own price."""
     cold, cached = usage.prompt_tokens - usage.cached_tokens, usage.cached_tokens
     return cold * prices.prompt + cached * prices.cached_prompt + usage.completion_tokens * prices.completion
 
 
 def read_since(text: str | None) -> float | None:
-    """A date (`2026-11-01`, from its first second UTC) or Unix seconds, as Unix seconds.
+    """Parse a date (`2026-11-01`: its first second, UTC) or Unix seconds into Unix seconds.
 
     Raises:
         InvalidParameter: it is neither.

@@ -1,0 +1,81 @@
+"""Takes a request from its arrival to an answer that is ready to run: everything that can refuse it comes before.
+
+    admit the account (429, 402) → read and parse the body (503, 413, 408, 400, 422) → find the model (404, 503) →
+    prepare (400, 422) → admit the prompt (429) → `CompletionResponse`, whose lease can still refuse (402, 503)
+
+The same for every endpoint. Knows no field of a body and no shape of a reply.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import secrets
+import time
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from engine import InvalidParameter, Registry
+from server.accounts.account import account_of
+from server.accounts.authentication import key_of
+from server.accounts.charging import Meter
+from server.api.generation import CompletionResponse, Endpoint, Job, Reply, unless_disconnected
+from server.errors import ClientGone
+from server.settings import ServerSettings
+from server.wire.bodies import Bodies
+
+__all__ = ["Service", "answer", "ignored_fields", "shown_names"]
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What requests are answered with. `meter`: None where the server has no keys."""
+
+    registry: Registry
+    settings: ServerSettings
+    meter: Meter | None
+    bodies: Bodies
+
+
+async def answer(service: Service, endpoint: Endpoint, request: Request) -> CompletionResponse:
+    """Admit, parse and prepare a request for completions. Returns a response that runs it when it is sent.
+
+    Raises:
+        VerbatimError: the request is refused.
+        ClientGone: the client left.
+    """
+    account = account_of(service.meter, key_of(request.scope))
+    account.admit()
+    async with service.bodies.of(request, account.group, endpoint.parse) as checked:
+        parsed = await checked(endpoint.id_prefix + secrets.token_hex(16))
+        ignored_fields(parsed.ignored, service.settings)  # refused here, before anything is prepared
+        account.admit_model(parsed.model)
+        engine = service.registry.get(parsed.model)
+        generation = dataclasses.replace(parsed.generation, group=account.group, context_limit=account.context_limit)
+        prepared = await unless_disconnected(engine.prepare(generation), request.receive)
+        if prepared is None:
+            raise ClientGone
+    headers = ignored_fields(parsed.ignored + prepared.ignored, service.settings)
+    account.admit_prompt(len(prepared.prompt_token_ids))
+    info = engine.info
+    request.scope["state"]["told"] = {"model": info.id, "completion": prepared.request_id}
+    created = int(time.time())  # noqa: TID251  the API wants the wall clock
+    reply = Reply(prepared.request_id, created, info.id, info.system_fingerprint, prepared)
+    job = Job(engine, account, reply, parsed.stream, parsed.include_usage, headers)
+    return CompletionResponse(job, endpoint, service.settings)
+
+
+def ignored_fields(names: tuple[str, ...], settings: ServerSettings) -> dict[str, str]:
+    """Name ignored fields in a response header, or refuse them where `strict_params` is set."""
+    if not names:
+        return {}
+    if settings.strict_params:
+        raise InvalidParameter(f"{names[0][:200]} is not a known field.", param=names[0][:200], code="unknown_field")
+    return {"x-ignored-fields": shown_names(names)}
+
+
+def shown_names(names: tuple[str, ...]) -> str:
+    """Join field names for a header: printable ASCII and of bounded length, whatever a client called them."""
+    shown = [re.sub(r"[^!-+\--~]", "?", name[:64]) for name in names[:32]]
+    return ", ".join([*shown, "..."] if len(names) > 32 else shown)

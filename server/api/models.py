@@ -1,0 +1,50 @@
+"""Models as the API shows them: the objects of `GET /models`, and the states of `GET /health/ready`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine import ModelStatus, Registry, VerbatimError
+
+__all__ = ["model_object", "state_of"]
+
+
+def model_object(status: ModelStatus) -> dict[str, Any]:
+    """Return a model as the OpenAI API lists it, with what the engine knows of it beside."""
+    info = status.info
+    base = {"id": status.id, "object": "model", "created": info.created if info else 0, "owned_by": "local"}
+    if info is None:
+        return {**base, "state": status.state, "detail": status.detail}
+    return {
+        **base,
+        "state": status.state,
+        "architecture": info.architecture,
+        "context_length": info.context_length,
+        "cache_tokens": info.cache_tokens,
+        "max_sequences": info.max_sequences,
+        "vocab_size": info.vocab_size,
+        "device": info.device,
+        "dtype": info.dtype,
+        "linear": info.linear,
+        "runner": info.runner,
+        "system_fingerprint": info.system_fingerprint,
+        "reproducible": {"holds": info.law.holds, "reason": info.law.reason, "checks": dict(info.law.checks)},
+        "default_sampling": dict(info.default_sampling),
+        "tool_calls": {"form": info.tool_calls, "source": info.tool_calls_source},
+        "reasoning": dict(zip(("open", "close"), info.reasoning, strict=True)) if info.reasoning else None,
+    }
+
+
+def state_of(registry: Registry, status: ModelStatus) -> str:
+    """Return `ready`, or why a model is not."""
+    if status.state != "ready":
+        return f"{status.state}: {status.detail}"
+    try:
+        stats = registry.get(status.id).stats()
+    except VerbatimError as error:
+        return f"dead: {error.message}"
+    if not stats.alive:
+        return "dead: the engine has stopped; see the log"
+    if stats.stalled:
+        return "stalled: a step has been running for longer than the stall limit"
+    return "ready"

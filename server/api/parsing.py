@@ -1,0 +1,63 @@
+"""Typed access to the values of a request body, and the parsed request that every endpoint makes of one.
+
+Knows no field of the API by name. Every error names the field by its dotted path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from engine import GenerationRequest, InvalidFormat, InvalidParameter
+from server.json_text import kind_of, shown
+
+Kind = tuple[tuple[type, ...], str]
+"""The types that a value may be read as, and their name in an error: "must be a string"."""
+FLAG: Final[Kind] = ((bool,), "true or false")
+INTEGER: Final[Kind] = ((int,), "an integer")
+STRING: Final[Kind] = ((str,), "a string")
+LIST: Final[Kind] = ((list,), "a list")
+OBJECT: Final[Kind] = ((dict,), "an object")
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRequest:
+    """A checked body, whichever endpoint it was sent to. `ignored`: dotted names of unknown fields."""
+
+    model: str
+    generation: GenerationRequest
+    stream: bool
+    include_usage: bool
+    ignored: tuple[str, ...]
+
+
+def typed(value: Any, name: str, kind: Kind) -> Any:
+    """Return a value of the right type, or raise `InvalidFormat`."""
+    types, words = kind
+    if type(value) not in types:  # exactly: True is an int to isinstance
+        raise InvalidFormat(f"{name} must be {words}, not {kind_of(value)}{shown(value)}.", param=name)
+    return value
+
+
+def required(data: Mapping[str, Any], name: str, kind: Kind, at: str = "") -> Any:
+    """Return the value of a field that must be present.
+
+    Args:
+        at: the path of the object that holds the field, with a dot at its end: `messages.0.`.
+    """
+    if name not in data:
+        raise InvalidFormat(f"{at}{name} is required.", param=f"{at}{name}", code="missing_field")
+    return typed(data[name], f"{at}{name}", kind)
+
+
+def optional(data: Mapping[str, Any], name: str, kind: Kind, at: str = "") -> Any:
+    """Return the value of a field, or None if it is absent or null. `at`: as in `required`."""
+    value = data.get(name)
+    return None if value is None else typed(value, f"{at}{name}", kind)
+
+
+def at_most(limit: int, count: int, name: str, things: str) -> None:
+    """Refuse a field that holds more things than allowed."""
+    if count > limit:
+        raise InvalidParameter(f"{name} may hold at most {limit} {things}, not {count}.", param=name)
