@@ -18,10 +18,10 @@ import torch
 from benchmarks.common import fixed_prompt
 from engine.config import ModelConfig
 from engine.core import EngineCore
-from engine.loading.loader import BLOCK_SIZE, LoadedModel, load
+from engine.loading.loader import LoadedModel, load
 from engine.replies.reply_stream import TextStream
 from engine.sampling.sampler import Sampler
-from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.block_pool import BLOCK_SIZE, BlockPool
 from engine.scheduling.scheduler import Schedule, Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.text.vocabulary import Vocabulary

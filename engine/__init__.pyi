@@ -6,7 +6,6 @@ from engine.async_engine import (
 from engine.async_engine import (
     RequestStream as RequestStream,
 )
-from engine.checkpoints.checkpoint import address_space as address_space
 from engine.checkpoints.noise_checkpoint import ensure_noise_checkpoint as ensure_noise_checkpoint
 from engine.config import (
     ModelConfig as ModelConfig,
@@ -81,6 +80,7 @@ from engine.errors import (
     VerbatimError as VerbatimError,
 )
 from engine.fair_lock import FairLock as FairLock
+from engine.host_memory import address_space as address_space
 from engine.llm import (
     LLM as LLM,
 )

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from engine.compute.linear import give_back_memory
 from engine.config import ModelConfig
 from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported, panicked
 from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.reply_form import ReplyForm
 from engine.grammar.tools import ToolGrammar
 from engine.grammar.trial import GrammarTrial
+from engine.host_memory import give_back_memory
 from engine.prompts.chat_prompt import ChatPrompts, control_words
 from engine.prompts.content_guard import ControlWords
 from engine.prompts.prompt_encoder import CHARACTERS_PER_TOKEN, PromptEncoder

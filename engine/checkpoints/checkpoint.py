@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from engine.checkpoints.json_files import check_file, read_json
 from engine.checkpoints.noise_checkpoint import demo_model, ensure_noise_checkpoint
 from engine.checkpoints.safetensors_file import read_header
@@ -256,32 +254,6 @@ def _shards(index: Path, name: str) -> tuple[Path, ...]:
             f"{name}: {index.parent} lacks {len(missing)} of {len(needed)} weight files: {', '.join(missing[:3])}."
         )
     return tuple(sorted(needed))
-
-
-def free_memory() -> int:
-    """Bytes this process may still take: what the system has available, or less in a container or under `ulimit -v`."""
-    free = int(psutil.virtual_memory().available)
-    space = address_space()
-    if space is not None:
-        free = min(free, max(space - int(psutil.Process().memory_info().vms), 0))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        allowed = limit.read_text().strip()
-        if allowed != "max":
-            free = min(free, max(int(allowed) - int(used.read_text()), 0))
-    except (OSError, ValueError):
-        pass
-    return free
-
-
-def address_space() -> int | None:
-    """Bytes of addresses that this process may use (`ulimit -v`); None where there is no limit."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def words(error: BaseException, most: int = 400) -> str:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from engine.compute.attention_mask import ALL_BEFORE, KeyRange
-from engine.compute.cpu.kernels import BLOCK_SIZE, Kernels
+from engine.compute.cpu.kernels import Kernels
+from engine.scheduling.block_pool import BLOCK_SIZE
 
 KEY_BLOCK = 512
 """Attention reads keys in spans of a multiple of this many slots.

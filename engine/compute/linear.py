@@ -17,8 +17,6 @@ their limits: docs/decisions/0002 and 0014.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final
@@ -28,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.compute.cpu.kernels import Kernels, Product
+from engine.host_memory import give_back_memory
 
 _PROBED_ROWS: Final = 512
 _TRIM_EVERY: Final = 16
@@ -315,15 +314,6 @@ def pack_model(
             embedding.weight = nn.Parameter(narrow, requires_grad=False)
             model.set_input_embeddings(WideningEmbedding(embedding))  # type: ignore[operator]
     return len(targets)
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the system: glibc keeps what lies between blocks that are still in use.
-
-    Without it a packed model holds a third of its originals' memory for good. Does nothing on other C libraries.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_lossless(narrow: Tensor, wide: Tensor, rows: int = 4096) -> bool:

@@ -15,8 +15,8 @@ from engine.compute.attention import AttentionSettings, ForwardContext, Span, at
 from engine.compute.attention_mask import KeyRange
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.kv_cache import KEY_BLOCK, KVCache, LayerShape
+from engine.scheduling.block_pool import BLOCK_SIZE
 
-_BLOCK = 16
 _FARTHEST = 8192
 """A longer window or chunk is tried at a thousand tokens: for the kernels it is a number like any other."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -80,8 +80,8 @@ class _Tried:
 
     def __init__(self, shape: LayerShape, settings: AttentionSettings, length: int, kernels: Kernels | None) -> None:
         self._shape, self._settings, self._length = shape, settings, length
-        self._table = tuple(range(-(-length // _BLOCK)))
-        self._cache = KVCache([shape], len(self._table), _BLOCK, kernels)
+        self._table = tuple(range(-(-length // BLOCK_SIZE)))
+        self._cache = KVCache([shape], len(self._table), BLOCK_SIZE, kernels)
         self._query = self._numbers(settings.heads, shape.key_dim, 1)
         self._key = self._numbers(shape.heads, shape.key_dim, 2)
         self._value = self._numbers(shape.heads, shape.value_dim, 3)
@@ -104,7 +104,7 @@ class _Tried:
     def attend(self, start: int, count: int) -> Tensor:
         """`[count, heads, value_dim]`: tokens `start … start + count - 1`, over what is stored of those before."""
         slots = torch.arange(start, start + count)
-        span = Span(0, count, start, self._table[: -(-(start + count) // _BLOCK)])
+        span = Span(0, count, start, self._table[: -(-(start + count) // BLOCK_SIZE)])
         part = slice(start, start + count)
         context = ForwardContext((span,), slots, count, self._cache)
         with forward_context(context):

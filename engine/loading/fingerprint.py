@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 
+from engine.compute.processor import processor_model
 from engine.loading import versions
 
 KERNELS = "4"
@@ -59,21 +59,11 @@ def hardware(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         return {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
     return {
-        "cpu": _cpu_model(),
+        "cpu": processor_model(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "mkl": os.environ.get("MKL_CBWR", ""),
         "onednn": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
     }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    wanted = ("vendor_id", "cpu family", "model", "model name", "stepping", "cache size")
-    return "/".join(fields.get(key, "") for key in wanted) or platform.machine()
 
 
 def fingerprint(parts: Mapping[str, object]) -> str:

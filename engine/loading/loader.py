@@ -31,7 +31,6 @@ from engine.compute.linear import (
     Make,
     NativeLinear,
     choose_kernel,
-    give_back_memory,
     is_sound,
     merge_shared_projections,
     pack_model,
@@ -40,18 +39,18 @@ from engine.compute.model_runner import FallbackRunner, PackedRunner, Runner
 from engine.config import ModelConfig
 from engine.errors import LoadError, NotEnoughMemory, VerbatimError, out_of_memory, panicked
 from engine.grammar.compiler import GrammarCompiler
+from engine.host_memory import free_memory, give_back_memory
 from engine.loading import fingerprint, template_trial, versions
 from engine.loading.selftest import Reference, SelfTest, self_test
 from engine.replies import expression_trial
 from engine.replies.chat_format import ChatFormat, find_chat_format
-from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.block_pool import BLOCK_SIZE, BlockPool
 from engine.scheduling.scheduler import Scheduler
 from engine.templates.chat_template import ChatTemplate
 from engine.text.vocabulary import Vocabulary
 from engine.types.model_info import ModelInfo
 from engine.types.sampling_params import SamplingParams
 
-BLOCK_SIZE = 16
 _LONGEST_MESSAGE = 600
 _GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len", "max_target_positions", "n_positions")
@@ -323,11 +322,7 @@ def _check_memory(
     needed = quantised
     if needed is None:
         needed = found.float32_bytes() if on_cpu and dtype == torch.float32 else found.parameters * dtype.itemsize
-    free = (
-        checkpoint.free_memory()
-        if on_cpu
-        else sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
-    )
+    free = free_memory() if on_cpu else sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
     if needed > free:
         place = "memory" if on_cpu else "GPU memory"
         raise NotEnoughMemory(
@@ -364,7 +359,7 @@ def _size_cache(
     if config.cache_size:
         room = config.cache_size
     elif device.type == "cpu":
-        room = checkpoint.free_memory() // 4
+        room = free_memory() // 4
     else:
         room = int(torch.cuda.mem_get_info(device)[0] * 0.8)
     spare = sum(layer.bytes_per_token for layer in layers) * KEY_BLOCK

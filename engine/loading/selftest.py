@@ -26,13 +26,12 @@ from engine.compute.model_runner import FallbackRunner, PackedRunner, Runner, di
 from engine.compute.row_safe import RowSafeFunctions
 from engine.errors import LoadError, out_of_memory
 from engine.loading.attention_trial import AttentionTrial
-from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.block_pool import BLOCK_SIZE, BlockPool
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.types.model_info import ReproducibilityReport
 from engine.types.sampling_params import SamplingParams
 
-_BLOCK = 16
 _SHORT = (21, 9, 5, 3)
 _LONG = 200
 """Lengths of prompts. The long one leaves every tile of a kernel, and makes steps of hundreds of rows."""
@@ -286,9 +285,9 @@ def _fallback(
 
 def _alone(model: nn.Module, texts: Seq[_Text], vocab_size: int, positions: bool) -> list[_Run]:
     """Through the fallback runner, all at once: what one leaves behind must not reach another."""
-    blocks = sum(-(-(len(text.prompt) + _DECODED) // _BLOCK) for text in texts)
+    blocks = sum(-(-(len(text.prompt) + _DECODED) // BLOCK_SIZE) for text in texts)
     scheduler = Scheduler(
-        BlockPool(blocks, _BLOCK, caching=False), max_sequences=len(texts), max_batch_tokens=512, whole_prompts=True
+        BlockPool(blocks, BLOCK_SIZE, caching=False), max_sequences=len(texts), max_batch_tokens=512, whole_prompts=True
     )
     return _generate(FallbackRunner(model, vocab_size, positions=positions), scheduler, texts)
 
@@ -312,8 +311,8 @@ class _Packed:
         """Through the real scheduler: `budget` tokens a step; `far`: rows at far positions are computed beside."""
         if not texts:
             return []
-        blocks = sum(-(-(len(t.prompt) + _DECODED) // _BLOCK) for t in texts)
-        cache = KVCache(self.layers, blocks, _BLOCK, self._kernels)
+        blocks = sum(-(-(len(t.prompt) + _DECODED) // BLOCK_SIZE) for t in texts)
+        cache = KVCache(self.layers, blocks, BLOCK_SIZE, self._kernels)
         last = self._length - 1
         runner = PackedRunner(
             self._model,
@@ -323,7 +322,7 @@ class _Packed:
             row_safe=self.row_safe,
             bystanders=(last, last // 2, 0) if far else (),
         )
-        pool = BlockPool(blocks, _BLOCK, caching=False)
+        pool = BlockPool(blocks, BLOCK_SIZE, caching=False)
         scheduler = Scheduler(pool, max_sequences=len(texts), max_batch_tokens=budget)
         return _generate(runner, scheduler, texts, cache)
 
@@ -358,7 +357,7 @@ def _stored(cache: KVCache, table: Seq[int]) -> tuple[Tensor, ...]:
     """Copies of a sequence's full blocks, of all layers: they show what the logits of a few rows may hide."""
     if len(table) < 2:
         return ()
-    runs = runs_of(table, _BLOCK, (len(table) - 1) * _BLOCK)
+    runs = runs_of(table, BLOCK_SIZE, (len(table) - 1) * BLOCK_SIZE)
     tensors = (*cache.keys, *cache.values)
     return tuple(torch.cat([t[:, run.start : run.start + run.length] for run in runs], 1) for t in tensors)
 

@@ -20,6 +20,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+BLOCK_SIZE = 16
+"""Tokens in a block of every cache that is computed with; kernels are compiled for it."""
+
 Share = tuple[str, ...]
 """Whose prompts may find each other in the cache; what a first block follows. Any value is one of its own."""
 SHARED: Share = ()

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 ENGINE = (
-    "errors types config cache_folder confined",
+    "errors types config cache_folder host_memory confined",
     "text templates",
     "replies",
     "grammar prompts",
@@ -31,7 +31,18 @@ ENGINE = (
 SERVER = ("json_text hosts settings", "logs terminal ledger", "errors", "wire accounts", "api", "app", "run", "cli")
 """The same for the server, which sees of the engine nothing but its public face."""
 
-NO_TORCH = {"errors", "types", "config", "cache_folder", "confined", "text", "templates", "replies", "grammar"}
+NO_TORCH = {
+    "errors",
+    "types",
+    "config",
+    "cache_folder",
+    "host_memory",
+    "confined",
+    "text",
+    "templates",
+    "replies",
+    "grammar",
+}
 NO_TORCH |= {"prompts", "scheduling", "fair_lock"}
 
 FREE_OF_TIME_AND_THREADS = {"types", "config", "text", "templates", "replies", "grammar", "prompts", "scheduling"}

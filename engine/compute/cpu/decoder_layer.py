@@ -28,12 +28,13 @@ from engine.compute.attention import (
     current_context,
     forward_context,
 )
-from engine.compute.cpu.kernels import BLOCK_SIZE, Kernels, LayerKernel, LayerParts, NormParts
+from engine.compute.cpu.kernels import Kernels, LayerKernel, LayerParts, NormParts
 from engine.compute.cpu.pointwise import NativeNorm, NativeSiLU
 from engine.compute.kv_cache import KVCache, LayerShape
 from engine.compute.linear import NativeLinear
 from engine.compute.model_runner import discover, register_attention
 from engine.errors import out_of_memory
+from engine.scheduling.block_pool import BLOCK_SIZE
 
 log = logging.getLogger(__name__)
 

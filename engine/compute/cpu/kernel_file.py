@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from engine.cache_folder import cache_folder, make_private
+from engine.compute.processor import processor_fields
 
 __all__ = ["KernelsUnavailable", "load"]
 
@@ -265,8 +266,5 @@ def _version(compiler: str) -> str:
 
 
 def _processor() -> bytes:
-    try:
-        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n")
-    except OSError:
-        return platform.processor().encode()
-    return b"".join(next((line for line in lines if line.startswith(key)), b"") for key in (b"model name", b"flags"))
+    fields = processor_fields()
+    return "|".join(fields.get(name, "") for name in ("model name", "flags")).encode() or platform.processor().encode()

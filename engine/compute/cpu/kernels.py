@@ -23,9 +23,9 @@ from torch import Tensor
 from engine.compute.cpu import kernel_file
 from engine.compute.cpu.kernel_calls import Calls, Layer, Matrix, Part
 from engine.compute.cpu.kernel_file import KernelsUnavailable
+from engine.scheduling.block_pool import BLOCK_SIZE
 
 __all__ = [
-    "BLOCK_SIZE",
     "KINDS",
     "WIDEST_HEAD",
     "AttentionPlan",
@@ -44,8 +44,6 @@ KINDS: Final = {"float32": 0, "bfloat16": 1, "int8": 2}
 """How a packed weight is stored; the numbers of kernels.c."""
 
 
-BLOCK_SIZE: Final = 16
-"""Tokens in a block of the attention kernel's cache."""
 WIDEST_HEAD: Final = 256
 """Dimensions of a head that it takes at most."""
 
@@ -130,7 +128,11 @@ class Kernels:
             raise KernelsUnavailable("this processor lacks AVX2, or ATEN_CPU_CAPABILITY forbids it")
         # No wider vectors than torch's own: ATEN_CPU_CAPABILITY=avx2 makes a processor an older one, for everything.
         narrow = () if capability == "AVX512" else ("-mno-avx512f",)
-        return cls(kernel_file.load(_SOURCE, cache, (*narrow, *extra_flags), torch.__version__, progress))
+        return cls(
+            kernel_file.load(
+                _SOURCE, cache, (f"-DBLOCK_SIZE={BLOCK_SIZE}", *narrow, *extra_flags), torch.__version__, progress
+            )
+        )
 
     def pack(self, weight: Tensor, bias: Tensor | None, kind: str = "exact") -> PackedWeight:
         """`weight [columns, depth]` and `bias [columns]`, any float dtype → the kernels' layout.

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.compute.cpu.kernels import BLOCK_SIZE, AttentionPlan, Kernels
+from engine.compute.cpu.kernels import AttentionPlan, Kernels
+from engine.scheduling.block_pool import BLOCK_SIZE
 
 _INSTRUCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     # name: (what the processor must have, how to compile for it)

@@ -112,7 +112,7 @@ def test_an_impossible_entry_is_named(
 
 
 def test_too_little_memory_says_how_much_is_needed_and_free(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "free_memory", lambda: 100_000)
+    monkeypatch.setattr(loader, "free_memory", lambda: 100_000)
     with pytest.raises(
         NotEnoughMemory, match=r"need \d+\.\d [KM]iB of memory as float32, 97\.7 KiB are free"
     ) as caught:
