@@ -18,7 +18,8 @@ import torch
 from benchmarks.common import fixed_prompt
 from engine.config import ModelConfig
 from engine.core import EngineCore
-from engine.loading.loader import LoadedModel, load
+from engine.loading.loader import load
+from engine.model import LoadedModel
 from engine.replies.reply_stream import TextStream
 from engine.sampling.sampler import Sampler
 from engine.scheduling.block_pool import BLOCK_SIZE, BlockPool
@@ -60,6 +61,9 @@ class _TimedRunner:
 
     def forget(self, sequence: Any) -> None:
         self._inner.forget(sequence)
+
+    def release_memory(self) -> None:
+        self._inner.release_memory()
 
 
 class Steps:

@@ -24,7 +24,7 @@ from dataclasses import replace
 from engine.core import EngineCore, reply_fault
 from engine.errors import EngineDead, QueueFull, QueueTimeout, VerbatimError, panicked
 from engine.fair_lock import FairLock
-from engine.loading.loader import LoadedModel
+from engine.model import LoadedModel
 from engine.preparation import Preparer
 from engine.types.model_info import EngineStats, ModelInfo
 from engine.types.outputs import RequestOutput, Usage

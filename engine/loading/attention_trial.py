@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.compute.attention import AttentionSettings, ForwardContext, Span, attend, forward_context
 from engine.compute.attention_mask import KeyRange
-from engine.compute.cpu.kernels import Kernels
-from engine.compute.kv_cache import KEY_BLOCK, KVCache, LayerShape
+from engine.compute.backend import AttentionSettings, Backend, Span
+from engine.compute.kv_cache import KEY_BLOCK, LayerShape
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 _FARTHEST = 8192
@@ -28,12 +27,12 @@ class AttentionTrial:
     """One way of attending that a model has.
 
     Attributes:
-        shape, settings: of a layer; kernels: our own, if they may serve it.
+        shape, settings: of a layer; backend: what computes its attention.
     """
 
     shape: LayerShape
     settings: AttentionSettings
-    kernels: Kernels | None
+    backend: Backend
 
     def describe(self) -> str:
         """For people: which keys are seen, and what is special about the scores."""
@@ -51,7 +50,7 @@ class AttentionTrial:
         groups = self.settings.heads // self.shape.heads
         one = replace(self.shape, heads=1, seen=seen)
         sinks = None if self.settings.sinks is None else self.settings.sinks[:groups]
-        tried = _Tried(one, replace(self.settings, heads=groups, sinks=sinks), length, self.kernels)
+        tried = _Tried(one, replace(self.settings, heads=groups, sinks=sinks), length, self.backend)
         tried.store()
         starts = {0, 5, KEY_BLOCK - 2, size - 3, size, 2 * size - 2, length - 17}
         cases = [(start, min(5, length - start)) for start in starts if 0 <= start < length]
@@ -61,7 +60,7 @@ class AttentionTrial:
     def rows_agree(self) -> bool:
         """Whether rows in crowds of 1, 3, 33 and 200 have the same bits, across two borders of the key span."""
         length = 2 * KEY_BLOCK + 40
-        tried = _Tried(self.shape, self.settings, length, self.kernels)
+        tried = _Tried(self.shape, self.settings, length, self.backend)
         whole = tried.attend(0, length)
         cases = (
             (0, 1),
@@ -78,10 +77,10 @@ class AttentionTrial:
 class _Tried:
     """A sequence of numbers of every size and sign, and a cache for it."""
 
-    def __init__(self, shape: LayerShape, settings: AttentionSettings, length: int, kernels: Kernels | None) -> None:
+    def __init__(self, shape: LayerShape, settings: AttentionSettings, length: int, backend: Backend) -> None:
         self._shape, self._settings, self._length = shape, settings, length
         self._table = tuple(range(-(-length // BLOCK_SIZE)))
-        self._cache = KVCache([shape], len(self._table), BLOCK_SIZE, kernels)
+        self._backend, self._cache = backend, backend.allocate([shape], len(self._table))
         self._query = self._numbers(settings.heads, shape.key_dim, 1)
         self._key = self._numbers(shape.heads, shape.key_dim, 2)
         self._value = self._numbers(shape.heads, shape.value_dim, 3)
@@ -93,22 +92,15 @@ class _Tried:
         return data.to(device=self._shape.device, dtype=self._shape.dtype)
 
     def store(self) -> None:
-        """Write all keys and values, at little cost: with our kernels each token looks at itself only."""
-        if not self._cache.native[0]:
-            self._cache.write(0, torch.arange(self._length, device=self._shape.device), self._key, self._value)
-            return
-        self._cache.layers = (replace(self._shape, seen=KeyRange(window=1)),)
-        self.attend(0, self._length)
-        self._cache.layers = (self._shape,)
+        """Write all keys and values."""
+        self._cache.write(0, torch.arange(self._length, device=self._shape.device), self._key, self._value)
 
     def attend(self, start: int, count: int) -> Tensor:
         """`[count, heads, value_dim]`: tokens `start … start + count - 1`, over what is stored of those before."""
-        slots = torch.arange(start, start + count)
         span = Span(0, count, start, self._table[: -(-(start + count) // BLOCK_SIZE)])
         part = slice(start, start + count)
-        context = ForwardContext((span,), slots, count, self._cache)
-        with forward_context(context):
-            return attend(context, 0, self._query[:, part], self._key[:, part], self._value[:, part], self._settings)
+        plan = self._backend.plan(self._cache, [span])
+        return plan.attend(0, self._query[:, part], self._key[:, part], self._value[:, part], self._settings)
 
     def is_right(self, start: int, count: int) -> bool:
         mine = self.attend(start, count).double()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 import transformers
 
-from engine.compute.processor import processor_model
 from engine.loading import versions
 
 KERNELS = "4"
@@ -49,21 +47,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
     named = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     digest.update(json.dumps(named, sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def hardware(device: torch.device) -> dict[str, str]:
-    """What of the machine can change a bit: on a GPU its name; on a CPU its model, and the instruction set in use.
-
-    The model and not the instruction set alone: libraries choose block sizes by cache sizes, too.
-    """
-    if device.type == "cuda":
-        return {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
-    return {
-        "cpu": processor_model(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "mkl": os.environ.get("MKL_CBWR", ""),
-        "onednn": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
-    }
 
 
 def fingerprint(parts: Mapping[str, object]) -> str:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from engine.compute import rotary
-from engine.compute.attention import IMPLEMENTATION, ForwardContext
-from engine.compute.cpu.kernels import Kernels
+from engine.compute.attention import IMPLEMENTATION, Discovery, register_attention
+from engine.compute.backend import Backend
+from engine.compute.discovery import discover, input_device
 from engine.compute.kv_cache import KVCache, LayerShape, runs_of
-from engine.compute.model_runner import FallbackRunner, PackedRunner, Runner, discover, input_device, register_attention
+from engine.compute.model_runner import FallbackRunner, PackedRunner, Runner
 from engine.compute.row_safe import RowSafeFunctions
 from engine.errors import LoadError, out_of_memory
 from engine.loading.attention_trial import AttentionTrial
@@ -158,19 +159,18 @@ def _distance(mine: Tensor, right: Tensor) -> float:
 
 def self_test(
     model: nn.Module,
+    backend: Backend,
     reference: Reference,
     vocab_size: int,
     dtype: torch.dtype,
     length: int,
     *,
-    kernels: Kernels | None = None,
     rounded: bool = False,
 ) -> SelfTest:
     """Choose the runner that serves the model, and try the law. Leaves the model with that runner's attention.
 
     Args:
         length: how many tokens a sequence may have.
-        kernels: our own, for attention.
         rounded: weights and inputs of linear layers are rounded to bytes.
 
     Raises:
@@ -178,16 +178,15 @@ def self_test(
     """
     own = getattr(model.config, "_attn_implementation", None) or "eager"
     tolerance = _ROUNDED_TOLERANCE if rounded else _TOLERANCE[dtype]
-    fallback = partial(_fallback, model, reference, vocab_size, tolerance, own)
+    fallback = partial(_fallback, model, backend, reference, vocab_size, tolerance, own)
     register_attention()
     try:
         if rotary.dynamic(model):
             return fallback("its rotary scaling is dynamic")
         model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
         with RowSafeFunctions() as functions:
-            context = discover(model, length)
-        layers = tuple(context.layers[i] for i in range(len(context.layers)))
-        packed = _Packed(model, layers, vocab_size, length, kernels, functions.used)
+            found = discover(model, length)
+        packed = _Packed(model, backend, found.shapes(), vocab_size, length, functions.used)
         alone = [packed.run([text])[0] for text in reference.texts]
         crowd = packed.run(reference.texts, far=True)
     except LoadError:
@@ -200,17 +199,17 @@ def self_test(
         difference = reference.difference(runs, tolerance)
         if difference:
             return fallback(f"{where} {difference}")
-    trials = _attention_trials(context, kernels)
+    trials = _attention_trials(found, backend)
     for trial in trials:
         if not trial.is_right():
             return fallback(f"attention is wrong over {trial.describe()}")
     return _law(model, reference, packed, alone, crowd, trials, dtype)
 
 
-def _attention_trials(context: ForwardContext, kernels: Kernels | None) -> list[AttentionTrial]:
+def _attention_trials(found: Discovery, backend: Backend) -> list[AttentionTrial]:
     """One for each way of attending that the model's layers have."""
-    ways = {(shape, context.settings[i].kind): i for i, shape in context.layers.items()}
-    return [AttentionTrial(context.layers[i], context.settings[i], kernels) for i in ways.values()]
+    ways = {(shape, found.settings[i].kind): i for i, shape in found.layers.items()}
+    return [AttentionTrial(found.layers[i], found.settings[i], backend) for i in ways.values()]
 
 
 def _law(
@@ -256,7 +255,7 @@ def verdict(checks: Mapping[str, bool], model: str, dtype: torch.dtype, device: 
 
 
 def _fallback(
-    model: nn.Module, reference: Reference, vocab_size: int, tolerance: float, own: str, reason: str
+    model: nn.Module, backend: Backend, reference: Reference, vocab_size: int, tolerance: float, own: str, reason: str
 ) -> SelfTest:
     """The fallback runner, if it computes what plain transformers does.
 
@@ -271,7 +270,7 @@ def _fallback(
         raise LoadError(f"{name} cannot be served: not packed ({reason}); {first_line(error)}.") from error
     for positions in (True, False):  # some count their own, from another number than 0
         try:
-            difference = reference.difference(_alone(model, reference.texts, vocab_size, positions), tolerance)
+            difference = reference.difference(_alone(model, backend, reference.texts, vocab_size, positions), tolerance)
         except Exception as error:  # whatever an unknown architecture does
             if out_of_memory(error):
                 raise
@@ -283,13 +282,13 @@ def _fallback(
     raise LoadError(f"{name} cannot be served: not packed ({reason}), and each sequence alone {objections[0]}.")
 
 
-def _alone(model: nn.Module, texts: Seq[_Text], vocab_size: int, positions: bool) -> list[_Run]:
+def _alone(model: nn.Module, backend: Backend, texts: Seq[_Text], vocab_size: int, positions: bool) -> list[_Run]:
     """Through the fallback runner, all at once: what one leaves behind must not reach another."""
     blocks = sum(-(-(len(text.prompt) + _DECODED) // BLOCK_SIZE) for text in texts)
     scheduler = Scheduler(
         BlockPool(blocks, BLOCK_SIZE, caching=False), max_sequences=len(texts), max_batch_tokens=512, whole_prompts=True
     )
-    return _generate(FallbackRunner(model, vocab_size, positions=positions), scheduler, texts)
+    return _generate(FallbackRunner(model, backend, vocab_size, positions=positions), scheduler, texts)
 
 
 class _Packed:
@@ -298,24 +297,25 @@ class _Packed:
     def __init__(
         self,
         model: nn.Module,
+        backend: Backend,
         layers: tuple[LayerShape, ...],
         vocab_size: int,
         length: int,
-        kernels: Kernels | None,
         row_safe: bool,
     ) -> None:
         self.layers, self.row_safe = layers, row_safe
-        self._model, self._vocab_size, self._length, self._kernels = model, vocab_size, length, kernels
+        self._model, self._backend, self._vocab_size, self._length = model, backend, vocab_size, length
 
     def run(self, texts: Seq[_Text], *, budget: int = 512, far: bool = False, single_rows: bool = False) -> list[_Run]:
         """Through the real scheduler: `budget` tokens a step; `far`: rows at far positions are computed beside."""
         if not texts:
             return []
         blocks = sum(-(-(len(t.prompt) + _DECODED) // BLOCK_SIZE) for t in texts)
-        cache = KVCache(self.layers, blocks, BLOCK_SIZE, self._kernels)
+        cache = self._backend.allocate(self.layers, blocks)
         last = self._length - 1
         runner = PackedRunner(
             self._model,
+            self._backend,
             cache,
             self._vocab_size,
             single_rows=single_rows,
@@ -357,7 +357,7 @@ def _stored(cache: KVCache, table: Seq[int]) -> tuple[Tensor, ...]:
     """Copies of a sequence's full blocks, of all layers: they show what the logits of a few rows may hide."""
     if len(table) < 2:
         return ()
-    runs = runs_of(table, BLOCK_SIZE, (len(table) - 1) * BLOCK_SIZE)
+    runs = runs_of(table, (len(table) - 1) * BLOCK_SIZE)
     tensors = (*cache.keys, *cache.values)
     return tuple(torch.cat([t[:, run.start : run.start + run.length] for run in runs], 1) for t in tensors)
 
