@@ -269,8 +269,8 @@ def server(report: Report, model: Path, streams: int, tokens: int, repeat: int) 
         "server with the forward pass",
         "µs CPU/streamed token",
         {name: summary(whole)},
-        note=f"the noise checkpoint's pass on one kernel thread: {summary(forward)['median']:.0f} µs of it. The client saw "
-        f"{summary(reads)['median']:.2f} reads per token: below 1, events travel together, which is cheaper.",
+        note=f"the noise checkpoint's pass on one kernel thread: {summary(forward)['median']:.0f} µs of it. The client "
+        f"saw {summary(reads)['median']:.2f} reads per token: below 1, events travel together, which is cheaper.",
     )
 
 

@@ -1,4 +1,4 @@
-"""A model that transformers has read from a GGUF file: mended where it reads too little, refused where that changes it.
+"""Complete a model that transformers read from a GGUF file with what it skips, or refuse the file.
 
 transformers skips keys and tensors that it does not know, and says so to nobody.
 """
@@ -40,7 +40,7 @@ _CHECKED = {
 
 
 def complete_model(file: GGUFFile, model: nn.Module, name: str) -> None:
-    """Give a model what its file says and transformers does not read: factors of rotary embeddings, a scale of scores.
+    """Apply what the file says and transformers does not read: factors of rotary embeddings, a scale of scores.
 
     Raises:
         LoadError: the file says something that would change the model's numbers and is not understood.
@@ -60,7 +60,7 @@ def complete_model(file: GGUFFile, model: nn.Module, name: str) -> None:
 
 
 def _is_read(architecture: str, key: str) -> bool:
-    """Whether transformers reads a key of an architecture. It maps those that it knows and ignores to None."""
+    """Tell whether transformers reads a key of an architecture. It maps keys that it knows and ignores to None."""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     if by_function(architecture):
@@ -70,7 +70,9 @@ def _is_read(architecture: str, key: str) -> bool:
 
 
 def by_function(architecture: str) -> bool:
-    """Whether transformers has a function of its own for an architecture, and reports the tensors that it drops."""
+    """Tell whether transformers converts an architecture by a function of its own, and reports the tensors that it
+    drops.
+    """
     try:
         from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
     except ImportError:
@@ -79,7 +81,7 @@ def by_function(architecture: str) -> bool:
 
 
 def _agrees(key: str, value: Any, config: Any) -> bool:
-    """Whether a key that is skipped says only what the configuration says anyway."""
+    """Tell whether a key that is skipped says only what the configuration says anyway."""
     if key in _HARMLESS:
         return True
     if key == "rope.scaling.type":
@@ -119,7 +121,7 @@ def _check_tensors(file: GGUFFile, model: nn.Module, name: str) -> None:
 
 
 def _scale_scores(architecture: str, model: nn.Module, config: Any) -> None:
-    """Scale the scores of the largest Gemmas by their own number, which no key says: llama.cpp has it by heart, too."""
+    """Scale the scores of the largest Gemmas by their own number, which no key holds: llama.cpp goes by name."""
     if (architecture, config.hidden_size) not in _SCALED_BY_WIDTH:
         return
     config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads

@@ -1,4 +1,4 @@
-"""A tokenizer that transformers has made of a GGUF file's metadata: mended where it reads too little, or refused.
+"""Complete a tokenizer that transformers made of a GGUF file with what it skips, or refuse the file.
 
 llama.cpp's `llama-vocab.cpp` says what each key means and what holds where it is absent; files rely on it.
 """
@@ -31,7 +31,7 @@ _WHOLE_WORDS = frozenset(
 
 
 def complete_tokenizer(file: GGUFFile, tokenizer: Any, name: str) -> None:
-    """Split words as the file's vocabulary wants it, begin a text as it says, and take its own named chat templates.
+    """Apply what the file says of splitting words, of how a text begins, and of named chat templates.
 
     Raises:
         LoadError: the file names a way to split that is not known: text would become other tokens than in training.
@@ -66,7 +66,7 @@ def complete_tokenizer(file: GGUFFile, tokenizer: Any, name: str) -> None:
 
 
 def _add_no_space(tokenizer: Any) -> None:
-    """Let a sentencepiece vocabulary take a text as it is: transformers puts a space before it, and drops one after."""
+    """Keep transformers from putting a space before a sentencepiece vocabulary's text, and from dropping one after."""
     from tokenizers import decoders, normalizers, pre_tokenizers
 
     backend = tokenizer.backend_tokenizer
@@ -80,7 +80,7 @@ def _add_no_space(tokenizer: Any) -> None:
 
 
 def _known_splits() -> frozenset[str]:
-    """Ways to split that transformers follows by itself."""
+    """Return the ways to split words that transformers follows by itself."""
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
     except ImportError:

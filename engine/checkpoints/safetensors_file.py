@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read before its tensors are. Knows bytes and JSON; no torch.
+"""Read the header of a safetensors file before its tensors are read. Knows bytes and JSON; no torch.
 
 Format: 8 bytes length, JSON of that length, the tensors' bytes (https://github.com/huggingface/safetensors). What the
 header says must fit the file: nothing is allocated, multiplied or skipped to by numbers that were not checked.
@@ -37,7 +37,7 @@ class Tensor(NamedTuple):
 
 
 def read_header(file: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of a file by name.
+    """Return the tensors of a file, by name.
 
     Raises:
         LoadError: the header is none, or says what cannot be.
@@ -64,7 +64,7 @@ def read_header(file: Path, name: str) -> dict[str, Tensor]:
 
 
 def _end(entry: Any, tensor: str) -> int:
-    """Where a tensor's bytes end, after checking that its entry is one."""
+    """Check a tensor's entry, and return where its bytes end."""
     if not isinstance(entry, dict):
         raise ValueError(f"the entry of {tensor[:100]!r} is not an object")
     dtype: Any

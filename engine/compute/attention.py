@@ -92,7 +92,7 @@ class Discovery:
         return seen
 
     def _mask_of(self, placeholder: Tensor) -> KeyRange | None:
-        """The mask that a tensor stands for; None if it is not understood, or was changed on its way."""
+        """Return the mask that a tensor stands for; None if it is not understood, or was changed on its way."""
         number = placeholder.flatten()[0]
         if placeholder.dim() != 4 or not bool((placeholder == number).all()):
             return None

@@ -55,7 +55,7 @@ class AttentionSettings:
 
     @property
     def kind(self) -> tuple[int, float, float | None, bool]:
-        """Equal for layers that differ only in the values of their sinks."""
+        """A value that is equal for layers that differ only in the numbers of their sinks."""
         return self.heads, self.scale, self.softcap, self.sinks is not None
 
 

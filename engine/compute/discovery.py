@@ -45,7 +45,7 @@ def discover(model: nn.Module, length: int) -> Discovery:
 
 
 def _observe(model: nn.Module, length: int, **arguments: Any) -> Discovery:
-    """A pass over two tokens, the last ones of a sequence of `length`, that attends to nothing."""
+    """Run two tokens, the last ones of a sequence of `length`, through the model without attending to anything."""
     discovery = Discovery(length)
     device = input_device(model)
     first = max(length - 2, 0)
@@ -56,7 +56,7 @@ def _observe(model: nn.Module, length: int, **arguments: Any) -> Discovery:
 
 
 class _FarCache(DynamicCache):  # type: ignore[misc]
-    """Says that many tokens were seen, and keeps none."""
+    """A cache that claims to have seen many tokens, and keeps none."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class _FarCache(DynamicCache):  # type: ignore[misc]
 
 
 def _check_positions(model: nn.Module, discovery: Discovery) -> None:
-    """See that what reaches attention depends on the positions that the model is told.
+    """Check that what reaches attention depends on the positions that the model is told.
 
     Raises:
         NotUnderstood: a layer asks its cache how many tokens were seen, and uses that (Llama 4's temperature): in the
@@ -93,12 +93,12 @@ def _check_positions(model: nn.Module, discovery: Discovery) -> None:
 
 
 def cache_name(model: nn.Module) -> str | None:
-    """The keyword by which the model takes a cache."""
+    """Return the keyword by which the model takes a cache; None if it takes none."""
     known = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_NAMES if name in known), None)
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model's token ids must be."""
+    """Return the device on which a model's token ids must be."""
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     return device

@@ -1,4 +1,4 @@
-"""The tensors behind the blocks. Knows slots and layers; nothing of sequences, requests or who may read what.
+"""The key and value tensors behind the blocks. Knows slots and layers; nothing of sequences, requests or sharing.
 
 A slot holds one token: block b holds slots `b·BLOCK_SIZE … (b+1)·BLOCK_SIZE − 1`. Keys and values are laid out `[heads,
 slots, dim]`, so that consecutive slots of one head are consecutive in memory and a run of consecutive blocks is read as
@@ -28,7 +28,7 @@ The key block of torch's CPU attention kernel: with it, a row's bits do not depe
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What one attention layer stores per token, and which of it a token sees."""
+    """What one attention layer stores per token, and which stored keys a token sees."""
 
     heads: int
     key_dim: int
@@ -44,7 +44,7 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Consecutive slots."""
+    """A range of consecutive slots."""
 
     start: int
     length: int
@@ -99,7 +99,7 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, int, int], layer: LayerShape) -> Tensor:
-    """Zeros; on a CPU from fresh anonymous memory, whose pages cost nothing until they are first written.
+    """Allocate zeros; on a CPU from fresh anonymous memory, whose pages cost nothing until they are first written.
 
     `torch.zeros` writes them all: an unused cache would take its full size at once.
     """

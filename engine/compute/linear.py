@@ -41,7 +41,7 @@ class PackedLinear(nn.Module):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """`weight [out, in]`, any float dtype; not kept."""
+        """Pack `weight [out, in]`, of any float dtype; the original is not kept."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(torch.float32), _PACK_HINT)
@@ -115,7 +115,7 @@ def is_sound_for(model: nn.Module, make: Make) -> bool:
 
 @torch.inference_mode()
 def is_sound(make: Make, in_features: int, out_features: int, tolerance: float = _ROUNDED) -> bool:
-    """Whether a kernel's rows are independent of each other's number, and are the product."""
+    """Check that a layer's rows do not depend on how many rows there are, and that it computes the product."""
     # Quasi-random numbers of every size and sign: a sum of equal terms would hide another order of summation.
     x = quasi_random(_PROBED_ROWS, in_features)
     weight = quasi_random(out_features, in_features)
@@ -129,7 +129,7 @@ def is_sound(make: Make, in_features: int, out_features: int, tolerance: float =
 
 
 def quasi_random(rows: int, columns: int) -> Tensor:
-    """`[rows, columns]` float32 between -0.5 and 0.5, the same everywhere: for trying what a layer computes."""
+    """Return `[rows, columns]` float32 between -0.5 and 0.5, the same on every machine, to try layers with."""
     index = torch.arange(rows * columns, dtype=torch.int64)
     return ((index * 2654435761) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24).sub_(0.5).view(rows, columns)
 
@@ -169,7 +169,7 @@ def pack_model(
     make: Make = PackedLinear,
     progress: Callable[[str], None] | None = None,
 ) -> int:
-    """Prepare a float32 model on a CPU in place: pack its linear layers, free the originals. Returns how many.
+    """Replace the linear layers of a float32 model on a CPU, in place, and free the originals. Returns how many.
 
     Every `nn.Linear` and transformers `Conv1D` is replaced. If the input embedding came from a checkpoint in
     `embedding_dtype` and goes back into it without loss, it is kept so, behind a `WideningEmbedding`.

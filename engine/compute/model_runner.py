@@ -1,4 +1,4 @@
-"""One forward pass for everybody. Knows tokens, slots and logits; nothing of requests, sampling or text.
+"""Run one forward pass for all sequences of a step. Knows tokens, slots and logits; no request, sampling or text.
 
 Two runners with one face. `PackedRunner` computes all sequences of a step in one packed `[1, T]` pass over the block
 cache. `FallbackRunner` serves architectures that the packed pass does not reproduce (own attention, recurrent layers):
@@ -34,7 +34,7 @@ log = logging.getLogger("verbatim.engine")
 
 @dataclass(frozen=True, slots=True)
 class ForwardResult:
-    """What a step's forward pass gave.
+    """The result of a step's forward pass.
 
     Attributes:
         logits: `[n, vocab] float32`, one row for each chunk that samples, in order.
@@ -60,7 +60,7 @@ class Runner(Protocol):
 
 
 class _Model:
-    """A causal LM called for the logits of some rows only."""
+    """A causal language model, called for the logits of some rows only."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -68,7 +68,7 @@ class _Model:
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def __call__(self, tokens: Tensor, rows: Tensor, **kwargs: Any) -> Any:
-        """`tokens [1, T] int64`, `rows [n] int64` → transformers' output, logits `[1, n, vocab]`."""
+        """Run `tokens [1, T] int64` and keep the logits of `rows [n] int64`: `[1, n, vocab]` in the model's output."""
         if self._keeps:
             return self.model(tokens, logits_to_keep=rows, **kwargs)
         output = self.model(tokens, **kwargs)
@@ -77,7 +77,7 @@ class _Model:
 
 
 class PackedRunner:
-    """All sequences of a step in one pass over the block cache."""
+    """Computes all sequences of a step in one pass over the block cache."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class PackedRunner:
         row_safe: bool = False,
         bystanders: Seq[int] = (),
     ) -> None:
-        """Of the keywords the self-test knows what the model needs.
+        """Serve a model from a cache that `backend` allocated; the self-test knows what the keywords must be.
 
         Args:
             single_rows: a row that is computed alone has the bits that it has among others.
@@ -107,7 +107,7 @@ class PackedRunner:
 
     @torch.inference_mode()
     def forward(self, schedule: Schedule) -> ForwardResult:
-        """Carry out a step's copies, compute its chunks, store their keys and values."""
+        """Copy the blocks that the schedule asks for, compute its chunks, store their keys and values."""
         self.cache.copy_blocks(schedule.copies)
         tokens: list[int] = []
         positions: list[int] = []
@@ -148,14 +148,14 @@ class PackedRunner:
 
 
 class FallbackRunner:
-    """Each sequence alone, with transformers' own cache: slower, never wrong.
+    """Computes each sequence alone, with transformers' own cache: slower, never wrong.
 
     Needs a scheduler with `whole_prompts`: then a sequence's passes are always the same, one for the prompt and one per
     token, and nothing around it can change its bits.
     """
 
     def __init__(self, model: nn.Module, backend: Backend, vocab_size: int, *, positions: bool = True) -> None:
-        """`positions`: tell the model where its tokens stand, if it takes that (the self-test knows whether to).
+        """Serve a model; `positions`: pass `position_ids`, if it takes them (the self-test knows whether to).
 
         Raises:
             NotUnderstood: the model takes no cache, so it cannot go on from where it was.
@@ -173,7 +173,7 @@ class FallbackRunner:
 
     @torch.inference_mode()
     def forward(self, schedule: Schedule) -> ForwardResult:
-        """One pass for each chunk; one that fails is an error of its own, as nothing is shared."""
+        """Run one pass for each chunk; one that fails is an error of its own, as nothing is shared."""
         rows: list[Tensor] = []
         errors: dict[int, ReplyFault] = {}
         for number, chunk in enumerate(schedule.chunks):
@@ -191,7 +191,7 @@ class FallbackRunner:
         return ForwardResult(torch.stack([row.to(device) for row in rows]), finite, errors)
 
     def _pass(self, sequence: Any, start: int, end: int) -> Tensor:
-        """Compute a sequence's tokens `start … end - 1`: the logits `[vocab] float32` of the last one."""
+        """Compute a sequence's tokens `start … end - 1` and return the last one's logits, `[vocab] float32`."""
         device = self._model.device
         if self._dynamic:
             rotary.reset(self._model.model)

@@ -77,7 +77,7 @@ class TorchPlan:
         return mask
 
     def _runs_of(self, span: Span) -> tuple[Run, ...]:
-        """The slots of a span's tokens and of all before them."""
+        """Return the slots of a span's tokens and of all before them."""
         if span.row not in self._runs:
             self._runs[span.row] = runs_of(span.table, span.start + span.count)
         return self._runs[span.row]
@@ -110,7 +110,7 @@ def _additive_mask(span: Span, seen: KeyRange, rows: int, repeat: int, like: Ten
 def _fused(
     plan: TorchPlan, span: Span, query: Tensor, keys: Tensor, values: Tensor, seen: KeyRange, scale: float
 ) -> Tensor:
-    """`[heads, count, dim]` by torch's fused kernel.
+    """Attend by torch's fused kernel: `[heads, count, dim]`.
 
     A few rows: the query heads that share a key head become rows of one product, so that keys are read once. Many
     rows: they stay heads over an expanded view, so that the mask need not be repeated.
@@ -146,7 +146,8 @@ def _blockwise(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """`[heads, count, dim]` for what the fused kernel lacks: soft-capped scores (Gemma 2) and sinks (gpt-oss).
+    """Attend where the fused kernel cannot, with soft-capped scores (Gemma 2) or sinks (gpt-oss): `[heads, count,
+    dim]`.
 
     Online softmax over key blocks of `KEY_BLOCK`, one block after the other, so that every product has the same inner
     shape however long the sequence is; in float32, whatever the inputs' dtype. A sink is a score that takes part in

@@ -1,4 +1,4 @@
-"""Try attention alone, over more keys than a self-test's prompts could have. Knows tensors; nothing of models.
+"""Try attention alone, over more keys than a self-test's prompts have. Knows tensors; nothing of models.
 
 Windows and chunks of thousands of tokens, soft-capped scores and sinks are held against float64, around every border;
 and rows must have the same bits whatever the number of rows they are computed with.
@@ -24,7 +24,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 @dataclass(frozen=True, slots=True)
 class AttentionTrial:
-    """One way of attending that a model has.
+    """A trial of one way of attending that a model has.
 
     Attributes:
         shape, settings: of a layer; backend: what computes its attention.
@@ -35,13 +35,13 @@ class AttentionTrial:
     backend: Backend
 
     def describe(self) -> str:
-        """For people: which keys are seen, and what is special about the scores."""
+        """Describe the trial for people: which keys are seen, and what is special about the scores."""
         special = [("soft-capped scores", self.settings.softcap), ("sinks", self.settings.sinks is not None)]
         return ", ".join([self.shape.seen.describe(), *(name for name, there in special if there)])
 
     @torch.inference_mode()
     def is_right(self) -> bool:
-        """Whether attention is what float64 says, at both sides of each border and far behind."""
+        """Compare attention with float64, on both sides of each border and far behind."""
         seen = self.shape.seen
         size = seen.window or seen.chunk or 0
         if size > _FARTHEST:
@@ -58,7 +58,7 @@ class AttentionTrial:
 
     @torch.inference_mode()
     def rows_agree(self) -> bool:
-        """Whether rows in crowds of 1, 3, 33 and 200 have the same bits, across two borders of the key span."""
+        """Check that rows in crowds of 1, 3, 33 and 200 have the same bits, across two borders of the key span."""
         length = 2 * KEY_BLOCK + 40
         tried = _Tried(self.shape, self.settings, length, self.backend)
         whole = tried.attend(0, length)
@@ -75,7 +75,7 @@ class AttentionTrial:
 
 
 class _Tried:
-    """A sequence of numbers of every size and sign, and a cache for it."""
+    """A sequence of numbers of every size and sign, and a cache that holds it."""
 
     def __init__(self, shape: LayerShape, settings: AttentionSettings, length: int, backend: Backend) -> None:
         self._shape, self._settings, self._length = shape, settings, length
@@ -86,7 +86,7 @@ class _Tried:
         self._value = self._numbers(shape.heads, shape.value_dim, 3)
 
     def _numbers(self, count: int, dim: int, shift: int) -> Tensor:
-        """`[count, length, dim]`, quasi-random: a sum of equal terms would hide another order of summation."""
+        """Make quasi-random `[count, length, dim]`: equal terms would hide another order of summation."""
         index = torch.arange(count * self._length * dim, dtype=torch.float64) * (2 * shift + 1) + shift
         data = index.mul_(0.618033988749).frac_().sub_(0.5).view(count, self._length, dim)
         return data.to(device=self._shape.device, dtype=self._shape.dtype)
@@ -96,7 +96,7 @@ class _Tried:
         self._cache.write(0, torch.arange(self._length, device=self._shape.device), self._key, self._value)
 
     def attend(self, start: int, count: int) -> Tensor:
-        """`[count, heads, value_dim]`: tokens `start … start + count - 1`, over what is stored of those before."""
+        """Compute tokens `start … start + count - 1` over all keys that lie before: `[count, heads, value_dim]`."""
         span = Span(0, count, start, self._table[: -(-(start + count) // BLOCK_SIZE)])
         part = slice(start, start + count)
         plan = self._backend.plan(self._cache, [span])
@@ -109,7 +109,7 @@ class _Tried:
         return bool((mine - right).abs().max() <= bound)
 
     def _exact(self, start: int, count: int) -> Tensor:
-        """The same in float64, written down as the formula says."""
+        """Compute the same in float64, written down as the formula says."""
         settings, repeat = self._settings, self._settings.heads // self._shape.heads
         rows = torch.arange(start, start + count)[:, None]
         keys = torch.arange(start + count)[None]

@@ -1,4 +1,4 @@
-"""How long a sequence may be and how many blocks the cache has, from the entry, the model and the memory there is."""
+"""Size the context and the cache from the entry, the model and the memory there is."""
 
 from __future__ import annotations
 

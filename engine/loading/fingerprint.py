@@ -1,4 +1,4 @@
-"""What the bits of a reply depend on, as a short digest. Knows files and versions; nothing of requests.
+"""Digest what the bits of a reply depend on. Knows files and versions; nothing of requests.
 
 Same fingerprint, same request ⇒ same bytes. So everything that can change a bit goes in, and nothing that cannot: not
 the path, the port, the number of sequences, the size of the cache, and not the number of threads as long as the law
@@ -27,7 +27,7 @@ _CHUNK = 1 << 22
 
 
 def weights_digest(files: Sequence[Path]) -> str:
-    """SHA-256 over the contents of the files with the weights, in the order given."""
+    """Hash the contents of the files with the weights, in the order given (SHA-256)."""
     with ThreadPoolExecutor(max_workers=min(4, len(files) or 1)) as pool:  # hashlib lets go of the interpreter lock
         digests = list(pool.map(_file_digest, files))
     return hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -42,7 +42,7 @@ def _file_digest(path: Path) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 over how a tokenizer makes tokens of text, and its special ones: whatever files they were read from."""
+    """Hash how a tokenizer makes tokens of text, and its special tokens, whatever files they came from."""
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     named = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     digest.update(json.dumps(named, sort_keys=True).encode())
@@ -50,7 +50,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def fingerprint(parts: Mapping[str, object]) -> str:
-    """`vb-` and 16 hex digits of the SHA-256 of `parts` as canonical JSON, with the library versions added.
+    """Return `vb-` and 16 hex digits of the SHA-256 of `parts` as canonical JSON, with the library versions added.
 
     A library outside the tried versions (engine/loading/versions.py) is added by its name.
     """

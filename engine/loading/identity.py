@@ -1,4 +1,4 @@
-"""What a loaded model is: its fingerprint and everything else that `ModelInfo` says. Loads and computes nothing."""
+"""Describe a loaded model: its fingerprint and everything else in `ModelInfo`. Loads and computes nothing."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def describe(config: ModelConfig, found: Checkpoint, ready: ReadyModel, text: Te
 def _parts(
     config: ModelConfig, found: Checkpoint, ready: ReadyModel, text: TextSide, defaults: Mapping[str, Any]
 ) -> dict[str, object]:
-    """The fingerprint's parts: everything that a reply's bits depend on beside the request."""
+    """Name everything that a reply's bits depend on beside the request: the parts of the fingerprint."""
     template = text.template
     return {
         "weights": ready.weights,
@@ -102,7 +102,7 @@ def _parts(
 
 
 def _default_sampling(config: ModelConfig, folder: Path) -> dict[str, Any]:
-    """Defaults for fields that a request leaves out: the checkpoint's generation config, then the entry's own."""
+    """Return the values of fields that requests leave out: the entry's own, else the checkpoint's generation config."""
     path = folder / "generation_config.json"
     given = read_json(path, config.id) if path.exists() else {}
     if given.get("do_sample") is False:

@@ -1,4 +1,4 @@
-"""Where a model is computed: device, dtype, whether it fits, and the only choice of a backend."""
+"""Decide where a model is computed: device, dtype, whether it fits, and which backend. The only choice of a backend."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Placement:
 
     @property
     def has_kernels(self) -> bool:
-        """Whether compiled kernels exist for such a placement: float32 on a CPU."""
+        """Whether compiled kernels exist for this placement: float32 on a CPU."""
         return self.on_cpu and self.dtype == torch.float32
 
     def cache_room(self) -> int:
@@ -103,7 +103,7 @@ def choose_backend(config: ModelConfig, placement: Placement, model: nn.Module, 
 
 
 def _resolve_device(config: ModelConfig) -> tuple[torch.device, Any]:
-    """The device that logits come to, and accelerate's device map."""
+    """Return the device that logits come to, and accelerate's device map."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""The text side of a model: tokenizer, vocabulary, templates, chat format, end ids, grammars. Knows no weights."""
+"""Build the text side of a model: tokenizer, templates, chat format, end ids, grammars. Knows no weights."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _find_chat_format(config: ModelConfig, template: ChatTemplate, files: TextFi
 
 
 def _end_ids(found: Checkpoint, model: nn.Module, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """Tokens that end an answer: those of the generation config, the model's config, the tokenizer and a GGUF file."""
+    """Collect the tokens that end an answer: of generation config, model config, tokenizer and GGUF file."""
     settings: Any = model.config
     sources = (
         getattr(getattr(model, "generation_config", None), "eos_token_id", None),

@@ -11,14 +11,14 @@ from engine.compute.cpu.kernel_calls import Part
 
 
 class AttentionPlan:
-    """What the attention kernel must know of a step, made once for all layers.
+    """A step in the form that the attention kernel reads, made once for all layers.
 
     Attributes:
         finite: `[rows] bool`, False where a layer has met a key or a value that is not finite.
     """
 
     def __init__(self, parts: Sequence[tuple[int, int, int, Sequence[int]]], slots: Tensor) -> None:
-        """parts: for each sequence its first row, number of rows, first token and table of blocks (of 16 tokens).
+        """parts: for each sequence its first row, number of rows, first token and block table.
 
         slots: `[rows] int64`, where each row's key and value go.
         """
@@ -33,7 +33,9 @@ class AttentionPlan:
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def scratch(self, size: int) -> Tensor:
-        """`[≥ size] uint8`, the same memory for all layers of a step: fresh pages cost more than what is done there."""
+        """Return `[≥ size] uint8` of scratch memory, the same for all layers of a step: fresh pages cost more than
+        their use.
+        """
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=torch.uint8)
         return self._scratch

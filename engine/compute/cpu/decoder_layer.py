@@ -1,4 +1,4 @@
-"""Decoder layers as one call each. Replaces modules in place; knows no model by name.
+"""Replace decoder layers by one kernel call each, in place. Knows no model by name.
 
 A token's way through a layer is a dozen small operations around four products. As modules they cost more than a fifth
 of a decode step, most of it in between: calls, allocations, threads that are woken and sent to sleep. A layer that is
@@ -37,7 +37,7 @@ _ROWS = 5  # of the watched pass
 
 
 class NativeLayer(nn.Module):
-    """A decoder layer as one kernel, where a step's keys and values go into a block cache; else the layer itself."""
+    """A decoder layer that runs as one kernel in a step over a block cache, and as its own modules elsewhere."""
 
     def __init__(self, inner: nn.Module, kernel: LayerKernel, index: int) -> None:
         """inner: the layer as it came; index: its number in the cache."""
@@ -54,7 +54,7 @@ class NativeLayer(nn.Module):
         return self.kernel(plan.kernel_plan, hidden_states[0], cos[0], sin[0], keys, values).unsqueeze(0)
 
     def __getattr__(self, name: str) -> Any:
-        """What a model asks of its layers (which kind of attention, for example) is answered by the layer itself."""
+        """Let the replaced layer answer what a model asks of its layers, such as which kind of attention it has."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -63,7 +63,7 @@ class NativeLayer(nn.Module):
 
 @dataclass(slots=True)
 class _Watched:
-    """What was seen of one layer: its call, and the calls of its parts in order."""
+    """What one layer did in the watched pass: its own call, and the calls of its parts in order."""
 
     input: Tensor | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -136,7 +136,9 @@ def _plan(kernels: Kernels, cache: CpuCache) -> CpuPlan:
 
 
 def _watch(model: nn.Module, layers: nn.ModuleList, plan: CpuPlan, length: int) -> list[_Watched]:
-    """A pass over a few tokens, with positions from the first to the last that a sequence may have."""
+    """Run a few tokens, at positions from the first to the last that a sequence may have, and record what each layer
+    does.
+    """
     watched = [_Watched() for _ in layers]
     hooks: list[Any] = []
     for layer, seen in zip(layers, watched, strict=True):
@@ -156,7 +158,7 @@ def _watch(model: nn.Module, layers: nn.ModuleList, plan: CpuPlan, length: int) 
 
 
 def _readings(kernels: Kernels, seen: _Watched, settings: AttentionSettings, shape: LayerShape) -> Iterator[LayerParts]:
-    """What the layer may be, to be tried: the parts are known, not whether it knows positions."""
+    """List what the layer may be, each to be tried: its parts are known, but not whether it uses positions."""
     embeddings = seen.kwargs.get("position_embeddings")
     if not (isinstance(embeddings, tuple) and len(embeddings) == 2 and isinstance(seen.output, Tensor)):
         return
@@ -195,7 +197,7 @@ def _readings(kernels: Kernels, seen: _Watched, settings: AttentionSettings, sha
 
 
 def _same(layer: NativeLayer, seen: _Watched, plan: CpuPlan, cache: CpuCache) -> bool:
-    """Whether the layer gives the bits that were seen: its result, and what it stores."""
+    """Check that the layer gives the bits that were recorded: its result, and what it stores."""
     assert seen.input is not None
     arguments = {name: value for name, value in seen.kwargs.items() if name != "hidden_states"}
     with attention_through(plan):

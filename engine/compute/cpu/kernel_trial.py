@@ -1,4 +1,4 @@
-"""Calls every function of a compiled kernels' file once, in a process that may die of it.
+"""Call every function of a compiled kernels' file once, in a process that may die of it.
 
 Started by `engine.compute.cpu.kernel_file`. Imports no torch, so that it is quick: the numbers are arrays of ctypes.
 """
@@ -21,7 +21,9 @@ _HEAD = 16
 
 
 def main(library: str, runtime: str) -> None:
-    """Load a compiled file, beside the OpenMP runtime that it is meant for, and try it. Exits with 1 if it is wrong."""
+    """Load a compiled file beside the OpenMP runtime that it is meant for, and try it. Exits with 1 if it computes
+    wrongly.
+    """
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -71,7 +73,7 @@ def _product(calls: Calls, kind: int) -> Any:
 
 
 def _step(rows: int) -> tuple[Any, Any, Any, Any]:
-    """Slots, which rows are finite, the table of blocks, and the part of one sequence."""
+    """Make one sequence's step: slots, which rows are finite, the block table, and the part."""
     slots, finite = (ctypes.c_int64 * rows)(*range(rows)), (ctypes.c_uint8 * rows)(*[1] * rows)
     table = (ctypes.c_int32 * 1)(0)
     return slots, finite, table, (Part * 1)(Part(0, rows, 0, ctypes.addressof(table), 0))

@@ -34,7 +34,7 @@ WIDEST_HEAD: Final = 256
 
 
 class Kernels:
-    """The compiled library. Holds no state but its handle."""
+    """The compiled library: its functions, called with tensors. Holds no state but its handle."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._calls = calls = Calls(library)
@@ -50,7 +50,7 @@ class Kernels:
         extra_flags: Sequence[str] = (),
         progress: Callable[[str], None] | None = None,
     ) -> Kernels:
-        """The kernels, compiled if need be (six seconds).
+        """Load the kernels, compiled first if need be (six seconds).
 
         Args:
             cache: the folder for compiled files; default `$XDG_CACHE_HOME/verbatim` or `~/.cache/verbatim`.
@@ -77,7 +77,7 @@ class Kernels:
         return pack_weight(self._calls, weight, bias, kind)
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """`weight · x / √(mean(x²) + epsilon)` over the last dimension. `x` float32, `weight [dim] float32`, dense."""
+        """Compute `weight · x / √(mean(x²) + epsilon)` over the last dimension. `x`, `weight [dim]`: float32, dense."""
         dim = weight.shape[0]
         x = checked(x, dim)
         out = torch.empty_like(x)
@@ -87,14 +87,14 @@ class Kernels:
         return out
 
     def silu(self, x: Tensor) -> Tensor:
-        """`x / (1 + exp(-x))`, float32, any shape."""
+        """Compute `x / (1 + exp(-x))`, float32, any shape."""
         x = checked(x, x.shape[-1])
         out = torch.empty_like(x)
         self._calls.silu(x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads())
         return out
 
     def can_attend(self, key_dim: int, value_dim: int) -> bool:
-        """Whether there is a kernel for heads of these dimensions."""
+        """Tell whether there is a kernel for heads of these dimensions."""
         return key_dim <= WIDEST_HEAD and value_dim <= WIDEST_HEAD and value_dim % self.lanes == 0
 
     def attend(
@@ -162,15 +162,15 @@ class Kernels:
         return out
 
     def group(self, weights: Sequence[PackedWeight]) -> Product:
-        """One product of an input with several weights of one kind and depth."""
+        """Combine several weights of one kind and depth into one product of an input."""
         return Product(self._calls, weights)
 
     def can_compute(self, parts: LayerParts) -> bool:
-        """Whether the parts fit together, and there is a kernel for heads of their size."""
+        """Tell whether the parts fit together, and there is a kernel for heads of their size."""
         return parts.fit() and self.can_attend(parts.key_dim, parts.value_dim)
 
     def layer(self, parts: LayerParts) -> LayerKernel:
-        """A whole decoder layer as one call. Raises ValueError if `can_compute` says no."""
+        """Make a whole decoder layer one call. Raises ValueError if `can_compute` says no."""
         if not self.can_compute(parts):
             raise ValueError("these parts are no layer that there is a kernel for")
         return LayerKernel(self._calls, parts)

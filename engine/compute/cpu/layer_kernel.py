@@ -23,7 +23,7 @@ class NormParts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerParts:
-    """What a decoder layer is made of.
+    """The parts of a decoder layer.
 
     `x + o(attention(rotary(query_norm(q(n))), rotary(key_norm(k(n))), v(n)))` with `n = first_norm(x)`; then that,
     `y`, plus `down(silu(gate(m)) · up(m))` with `m = second_norm(y)`.
@@ -64,7 +64,7 @@ class LayerParts:
         return self.v.columns // self.kv_heads
 
     def fit(self) -> bool:
-        """Whether the parts fit together."""
+        """Tell whether the parts fit together."""
         p, dim, inner = self, self.q.depth, self.down.depth
         shapes = (
             (p.q, p.heads * p.key_dim, dim),

@@ -26,7 +26,7 @@ class NativeLinear(nn.Module):
     """
 
     def __init__(self, kernels: Kernels, kind: str, weight: Tensor, bias: Tensor | None) -> None:
-        """`weight [out, in]`, any float dtype; not kept. kind: `exact` or `int8`."""
+        """Pack `weight [out, in]`, of any float dtype; the original is not kept. kind: `exact` or `int8`."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.kernels = kernels
@@ -60,7 +60,7 @@ class NativeLinear(nn.Module):
 
 
 class SharedInput:
-    """Several layers that a model gives the very same tensor (q, k and v; gate and up): computed together.
+    """Computes several layers that get the very same tensor (q, k and v; gate and up) as one product.
 
     The first that is called computes all; the others take what is ready if they are given that same tensor, and compute
     anew if not.
@@ -84,7 +84,7 @@ class SharedInput:
 
 @torch.inference_mode()
 def merge_shared_projections(model: nn.Module) -> int:
-    """Find layers with the same input and let them be computed together. Returns how many groups there are.
+    """Find layers with the same input and merge them into one product. Returns how many groups there are.
 
     Found by watching a pass over two tokens, and undone if a second pass then gives other bits (a model that changes an
     input in place between two layers would).
@@ -121,7 +121,7 @@ def merge_shared_projections(model: nn.Module) -> int:
 
 
 def _alike(layers: list[NativeLinear]) -> Iterator[list[NativeLinear]]:
-    """Layers of one kind, two or more of them, each called once."""
+    """Group the layers of one kind, two or more of them, if each was called once."""
     if len(set(map(id, layers))) < len(layers):
         return
     for kind in sorted({layer.kind for layer in layers}):

@@ -51,7 +51,7 @@ def pack_weight(calls: Calls, weight: Tensor, bias: Tensor | None, kind: str) ->
 
 
 class Product:
-    """`x @ weight.T + bias` for several weights at once: the input is read, and for int8 rounded, once.
+    """Computes `x @ weight.T + bias` for several weights at once: the input is read, and for int8 rounded, once.
 
     Attributes:
         columns: of each weight; depth: theirs; kind: how they are stored, a number of `KINDS`; address: of their table.
@@ -72,7 +72,7 @@ class Product:
         self.address = ctypes.addressof(self._table)
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """`x [rows, depth] float32` → for each weight `[rows, columns] float32`. Neighbouring rows never matter."""
+        """Multiply `x [rows, depth] float32` by each weight: `[rows, columns] float32`; rows are independent."""
         rows, x = x.shape[0], checked(x, self.depth)
         size = rows * sum(self.columns)
         # One allocation: results, then the kernel's scratch space.
@@ -97,14 +97,14 @@ class Product:
 
 
 def checked(x: Tensor, last: int) -> Tensor:
-    """Dense, or an error: behind a pointer there is nobody who would notice."""
+    """Return `x` dense; raise TypeError if the kernels would misread it: a pointer has no shape to check."""
     if x.dtype != torch.float32 or x.shape[-1] != last or x.device.type != "cpu":
         raise TypeError(f"the kernels take float32 [..., {last}] on a CPU, not {x.dtype} {list(x.shape)} on {x.device}")
     return x.contiguous()
 
 
 def _memory(size: int) -> Tensor:
-    """`[size] uint8` of fresh memory in huge pages, where the system has them: weights are read from end to end."""
+    """Allocate `[size] uint8` in huge pages, where the system has them: weights are read from end to end."""
     memory = mmap.mmap(-1, size)
     with contextlib.suppress(OSError, AttributeError):
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -1,4 +1,4 @@
-"""The seam for devices: whatever backend computes, neutral code sees the same cache, the same plan, the same answers."""
+"""The seam for devices: whatever backend computes, neutral code sees the same cache, plan and answers."""
 
 from __future__ import annotations
 
