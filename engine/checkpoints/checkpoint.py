@@ -61,9 +61,7 @@ class Checkpoint:
     longest: int = 0
 
     def float32_bytes(self) -> int:
-        """Estimate the memory of the model in packed float32: a tied embedding is held in its own dtype and packed
-        once.
-        """
+        """Estimate the model's memory in packed float32: a tied embedding is held in its own dtype and packed once."""
         extra = self.embedding_parameters * (2 if self.dtype != "float32" else 4) if self.tied else 0
         return self.parameters * 4 + extra
 

@@ -16,14 +16,14 @@ from engine.errors import LoadError
 __all__ = ["check_config", "check_gguf", "check_size"]
 
 _LARGEST: Final = 1 << 63
-"""Beyond what torch counts with."""
+"""torch counts with signed 64-bit numbers."""
 _DEEP: Final = re.compile(r"(^|_)(n_layer|layers|depths?|stages|blocks)$")
-"""Names of how often something is built; `max_window_layers` is none."""
+"""Keys that say how often something is built; `max_window_layers` is not one of them."""
 _MANY: Final = re.compile(r"^(num|n)_|(experts|groups|heads|codebooks|quantizers|channels|ngram)$")
-"""Names of how many of something there are, to go through one by one."""
+"""Keys that say how many of something there are; libraries go through them one by one."""
 _POSITIONS: Final = re.compile(r"positions?|ctx|embeddings$|_tokens?$")
 _SPARE_LAYERS: Final = 256
-"""Layers that a configuration may name beyond the number of tensors: of parts whose weights are rightly left out."""
+"""How many more layers than tensors a configuration may name: some parts have no weights in the files."""
 _MOST_MANY: Final = 1 << 16
 _MOST_POSITIONS: Final = 1 << 31
 _SPARE_VALUES: Final = 1 << 24

@@ -37,9 +37,9 @@ _ENDING_NAMES = frozenset(
 """Control tokens that end an answer whatever a file names: llama.cpp goes by these names, and files rely on it."""
 _CONTROL = 3  # of llama.cpp's types of tokens
 _HARMONY = {"<|return|>", "<|call|>", "<|end|>"}
-"""gpt-oss has all three, and ends only a part of its answer with the last."""
+"""Tokens of gpt-oss, which ends only a part of its answer with the last of them."""
 _MOST_KEYS, _MOST_TENSORS, _MOST_ENTRIES = 10_000, 100_000, 3_000_000
-"""Of a header: an entry costs 230 bytes of memory, however short it is. The largest vocabularies have 1.3 million."""
+"""Limits of a header: an entry costs 230 bytes of memory, however short. The largest vocabularies have 1.3 million."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +167,7 @@ def _check_counts(head: bytes) -> None:
 
 
 def reader_class() -> Any:
-    """Return gguf's reader, changed to read the arrays of the metadata in one pass: one second instead of half a
-    minute.
-    """
+    """Return gguf's reader, changed to read the metadata's arrays in one pass: a second, not half a minute."""
     from gguf import GGUFReader, GGUFValueType
 
     class Reader(GGUFReader):  # type: ignore[misc]

@@ -1,6 +1,6 @@
 """Complete a model that transformers read from a GGUF file with what it skips, or refuse the file.
 
-transformers skips keys and tensors that it does not know, and says so to nobody.
+transformers skips keys and tensors that it does not know, silently.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ADVICE = "its replies would be wrong. Serve the checkpoint that the file was ma
 _SCALED_BY_WIDTH = {("gemma2", 4608), ("gemma3", 5376)}
 """Architecture and hidden size of the 27B models, whose `query_pre_attn_scalar` is hidden size / heads, and not 256."""
 _NEUTRAL = frozenset({"rope.scaling.factor", "rope.scaling.attn_factor", "expert_weights_scale"})
-"""Factors that say nothing if they are 1, or 0 for absent."""
+"""Factors that change nothing if they are 1, or 0 for absent."""
 _HARMLESS = frozenset({"vocab_size", "context_length", "rope.scaling.finetuned", "use_parallel_residual"})
 """Keys of an architecture that change no number: sizes that the tensors have anyway, and remarks."""
 _CHECKED = {
@@ -70,9 +70,7 @@ def _is_read(architecture: str, key: str) -> bool:
 
 
 def by_function(architecture: str) -> bool:
-    """Tell whether transformers converts an architecture by a function of its own, and reports the tensors that it
-    drops.
-    """
+    """Tell whether transformers converts an architecture by a function of its own, which reports dropped tensors."""
     try:
         from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
     except ImportError:

@@ -18,16 +18,16 @@ log = logging.getLogger("verbatim.engine")
 
 
 _PLAIN_SPLITS = frozenset({"gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion", "granite-docling"})
-"""Values of `tokenizer.ggml.pre` whose words are split as GPT-2's, which is what transformers does by itself."""
+"""Values of `tokenizer.ggml.pre` for splitting words as GPT-2 does; transformers does so by itself."""
 _DIGIT_SPLITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
-"""Those that cut every digit off first, and then split as GPT-2 does."""
+"""Values for cutting every digit off first, and then splitting as GPT-2 does."""
 _WHOLE_WORDS = frozenset(
     {
         *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
         "tekken",
     }
 )
-"""Those that take a word that is a token whole, before any merge, and begin with BOS unless the file says otherwise."""
+"""Values for taking a word that is a token whole, before any merge, and beginning with BOS unless the file objects."""
 
 
 def complete_tokenizer(file: GGUFFile, tokenizer: Any, name: str) -> None:

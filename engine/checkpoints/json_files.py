@@ -16,11 +16,11 @@ from engine.errors import LoadError
 __all__ = ["check_file", "parse", "read_json"]
 
 MOST_BYTES: Final = 1 << 28
-"""Of a file. The largest tokenizer.json of a published model has 35 MB."""
+"""Bytes in a file. The largest tokenizer.json of a published model has 35 MB."""
 MOST_VALUES: Final = 6_000_000
-"""Of a file; one costs up to 100 bytes of memory, however short it is. The largest tokenizer.json has 2 million."""
+"""Values in a file; one costs up to 100 bytes of memory, however short. The largest tokenizer.json has 2 million."""
 MOST_LEVELS: Final = 64
-"""Lists and objects inside each other. Libraries go through them by recursion."""
+"""Levels of nested lists and objects. Libraries go through them by recursion."""
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
@@ -47,8 +47,7 @@ def check_file(path: Path, name: str) -> None:
 
 
 def parse(text: bytes) -> Any:
-    """Parse JSON within the bounds, refusing keys that occur twice in an object and numbers that are not finite or far
-    too long.
+    """Parse JSON within the bounds; refuse keys that occur twice in an object, NaN, and numbers of too many digits.
 
     Raises:
         ValueError: it is not; the message says why.

@@ -77,9 +77,7 @@ def ensure_noise_checkpoint(folder: Path | None = None) -> Path:
 
 
 def _seal(folder: Path) -> None:
-    """Flush all files to the disk, then write their digest: after a power cut the folder is whole, or is seen not to
-    be.
-    """
+    """Flush all files to the disk, then write their digest: after a power cut, damage is seen."""
     for path in folder.iterdir():
         with path.open("rb+") as file:
             os.fsync(file.fileno())

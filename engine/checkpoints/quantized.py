@@ -43,9 +43,7 @@ def check(config: ModelConfig, found: Checkpoint, device_map: Any, dtype: torch.
 
 
 def _parameters(config: ModelConfig, found: Checkpoint) -> int:
-    """Count the parameters of the model that its configuration describes: packed numbers cannot be counted in the
-    files.
-    """
+    """Count the parameters that the configuration describes: packed numbers cannot be counted in the files."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:

@@ -115,9 +115,9 @@ def _from_pretrained(
     if folder.is_dir():
         _check_size(auto, config, found)
     try:
-        with _place(config, folder) as place:
+        with _source(config, folder) as source:
             model, report = auto.from_pretrained(
-                **place,
+                **source,
                 dtype=dtype,
                 device_map=device_map,
                 use_safetensors=True,
@@ -188,11 +188,11 @@ def dropped_tensors(model: nn.Module, unexpected: Iterable[str], found: Checkpoi
 
 
 @contextmanager
-def _place(config: ModelConfig, folder: Path) -> Iterator[dict[str, Any]]:
+def _source(config: ModelConfig, folder: Path) -> Iterator[dict[str, Any]]:
     """Return the keywords that tell transformers where to look: a folder, or a GGUF file with nothing beside it."""
     if folder.is_file():
-        with gguf_file.alone(folder) as place:
-            yield place
+        with gguf_file.alone(folder) as source:
+            yield source
     else:
         yield {"pretrained_model_name_or_path": folder, "trust_remote_code": config.trust_remote_code}
 
@@ -271,8 +271,8 @@ def load_tokenizer(config: ModelConfig, folder: Path, file: GGUFFile | None) -> 
     if file is None:
         _settings(config, folder)  # the tokenizer's class is chosen by it, and would be blamed for it
     try:
-        with _place(config, folder) as place, gguf_file.fast_reading() if file else nullcontext():
-            tokenizer = AutoTokenizer.from_pretrained(**place, local_files_only=True)
+        with _source(config, folder) as source, gguf_file.fast_reading() if file else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
     except Exception as error:
         raise LoadError(f"{config.id}: cannot load the tokenizer of {folder}: {words(error)}") from error
     if not getattr(tokenizer, "is_fast", False):

@@ -29,7 +29,7 @@ except ImportError:  # no POSIX system: importing works, and nothing starts a ch
 __all__ = ["AVAILABLE", "HEAD", "NUMBER", "WALL", "as_json", "framed", "serve"]
 
 AVAILABLE: Final = hasattr(os, "fork") and resource is not None
-"""Whether there are such processes on this system: not on Windows."""
+"""Whether this system can fork and limit processes; Windows cannot."""
 WALL: Final = 4
 """A trial may last this many times its processor time: it shares the machine with the engine, and may just wait."""
 MAX_ANSWER: Final = 64 << 20  # bytes of JSON
@@ -57,9 +57,9 @@ class _Trial:
     deadline: float  # monotonic seconds
     answer: bytearray = field(default_factory=bytearray)
     fault: str = ""
-    """Why it was killed."""
+    """Why the warm child killed it; empty if it did not."""
     late: bool = False
-    """It was killed because of the clock."""
+    """Whether it was killed for taking too long."""
 
 
 def serve() -> None:

@@ -17,7 +17,7 @@ from engine.compute.kv_cache import KEY_BLOCK, LayerShape
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 _FARTHEST = 8192
-"""A longer window or chunk is tried at a thousand tokens: for the kernels it is a number like any other."""
+"""Longer windows and chunks are tried at a thousand tokens: to the kernels, one length is like another."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Allowed difference to float64, as a share of the largest result."""
 

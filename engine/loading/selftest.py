@@ -42,7 +42,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _ROUNDED_TOLERANCE = 2e-1
 """The same where weights and inputs are rounded to bytes, which the reference knows nothing of."""
 _TIE = 1e-1
-"""Allowed for one row of all: the last bit of a sum can decide which expert a router chooses."""
+"""Allowed difference of a single row: the last bit of a sum can decide which expert a router chooses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,9 +308,7 @@ class _Packed:
         self._model, self._backend, self._vocab_size, self._length = model, backend, vocab_size, length
 
     def run(self, texts: Seq[_Text], *, budget: int = 512, far: bool = False, single_rows: bool = False) -> list[_Run]:
-        """Generate through the real scheduler: `budget` tokens a step; `far`: rows at far positions are computed
-        beside.
-        """
+        """Generate through the real scheduler, `budget` tokens a step; `far`: with rows at far positions beside."""
         if not texts:
             return []
         blocks = sum(-(-(len(t.prompt) + _DECODED) // BLOCK_SIZE) for t in texts)

@@ -33,9 +33,7 @@ class AttentionPlan:
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def scratch(self, size: int) -> Tensor:
-        """Return `[≥ size] uint8` of scratch memory, the same for all layers of a step: fresh pages cost more than
-        their use.
-        """
+        """Return `[≥ size] uint8`, the same memory for all layers of a step: fresh pages cost time."""
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=torch.uint8)
         return self._scratch

@@ -136,9 +136,7 @@ def _plan(kernels: Kernels, cache: CpuCache) -> CpuPlan:
 
 
 def _watch(model: nn.Module, layers: nn.ModuleList, plan: CpuPlan, length: int) -> list[_Watched]:
-    """Run a few tokens, at positions from the first to the last that a sequence may have, and record what each layer
-    does.
-    """
+    """Run a few tokens, at positions from the first to the last there may be, and record what each layer does."""
     watched = [_Watched() for _ in layers]
     hooks: list[Any] = []
     for layer, seen in zip(layers, watched, strict=True):

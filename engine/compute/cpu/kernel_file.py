@@ -142,9 +142,7 @@ def _fault(library: Path) -> str | None:
 
 
 def _openmp() -> str:
-    """Return the file of the OpenMP runtime that this process has loaded and the kernels will use; empty if there is
-    none.
-    """
+    """Return the file of the OpenMP runtime that this process has loaded and the kernels use; empty if none."""
 
     class Info(ctypes.Structure):
         _fields_ = (

@@ -21,9 +21,7 @@ _HEAD = 16
 
 
 def main(library: str, runtime: str) -> None:
-    """Load a compiled file beside the OpenMP runtime that it is meant for, and try it. Exits with 1 if it computes
-    wrongly.
-    """
+    """Load a compiled file beside the OpenMP runtime that it is meant for, and try it. Exits with 1 if it is wrong."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
