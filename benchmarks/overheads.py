@@ -2,7 +2,7 @@
 
     python benchmarks/overheads.py [--model DIR] [--streams 16] [--tokens 256] [--repeat R] [--out DIR] [--quick]
 
-By default on the tiny random stand-in. CPU time, not time on the clock: two cores may be shared, microseconds of CPU
+By default on the noise checkpoint. CPU time, not time on the clock: two cores may be shared, microseconds of CPU
 are what a token takes from everybody else. Says nothing about how fast a model is.
 """
 
@@ -270,8 +270,8 @@ def server(report: Report, model: Path, streams: int, tokens: int, repeat: int) 
         "server with the forward pass",
         "µs CPU/streamed token",
         {name: summary(whole)},
-        note=f"the stand-in's pass on one kernel thread: {summary(forward)['median']:.0f} µs of it. The client saw "
-        f"{summary(reads)['median']:.2f} reads per token: below 1, events travel together, which is cheaper.",
+        note=f"the noise checkpoint's pass on one kernel thread: {summary(forward)['median']:.0f} µs of it. The client "
+        f"saw {summary(reads)['median']:.2f} reads per token: below 1, events travel together, which is cheaper.",
     )
 
 
@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--model",
         type=real_model.model,
-        help="a folder with a checkpoint, or smollm2; default: the tiny random stand-in",
+        help="a folder with a checkpoint, or smollm2; default: the noise checkpoint",
     )
     parser.add_argument("--label", help="the model's name in the report")
     parser.add_argument("--streams", type=int, default=16)
@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_environment(pull=False)
     model = arguments.model or ensure_noise_checkpoint()
     settings = {"streams": arguments.streams, "tokens": arguments.tokens, "repeat": arguments.repeat}
-    label = arguments.label or ("stand-in" if arguments.model is None else model.resolve().name)
+    label = arguments.label or ("noise" if arguments.model is None else model.resolve().name)
     commit, dirty = machine.commit()
     where = machine.describe(threads=1)
     report = Report("overheads", label, machine.utc_now(), commit, dirty, where, settings, arguments.quick)

@@ -1,4 +1,4 @@
-"""A server with keys in a folder of its own, on the tiny stand-in, and its ledger: where the soaks run."""
+"""A server with keys in a folder of its own, on the noise checkpoint, and its ledger: where the soaks run."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Place:
 
 @contextlib.contextmanager
 def place(model: Path | None = None, **server: Any) -> Iterator[Place]:
-    """A fresh one, with keys that have credit. `model`: a checkpoint's folder in place of the tiny stand-in."""
+    """A fresh one, with keys that have credit. `model`: a checkpoint's folder in place of the noise checkpoint."""
     with tempfile.TemporaryDirectory() as scratch:
         made = Place(Path(scratch))
         entry = {

@@ -25,7 +25,8 @@ from benchmarks import machine, real_model
 from benchmarks.common import RESULTS, ROOT, Summary, summary
 from benchmarks.report import Report
 from engine.config import ModelConfig
-from engine.loading.loader import LoadedModel, load
+from engine.loading.loader import load
+from engine.model import LoadedModel
 from engine.scheduling.schedule import Chunk, Schedule
 from engine.scheduling.sequence import Sequence
 from engine.types.sampling_params import SamplingParams

@@ -4,7 +4,7 @@
     python benchmarks/soak.py load [--clients 200] [--seconds 120]  good, bad, slow and vanishing clients at once
     python benchmarks/soak.py hostile [--rounds 2]                  every attack of attacks.py beside honest clients
 
-All start servers of their own on the tiny stand-in, with keys, in a folder that is removed afterwards.
+All start servers of their own on the noise checkpoint, with keys, in a folder that is removed afterwards.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, help="default: 20 of killing, 2 of attacks")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--model", type=Path, help="hostile: a folder with a checkpoint; default: the tiny stand-in")
+    parser.add_argument("--model", type=Path, help="hostile: a folder with a checkpoint; default: the noise checkpoint")
     parser.add_argument("--quick", action="store_true", help="toy settings; writes nothing unless --out is given")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: getattr(arguments, name) for name in ("rounds", "clients", "seconds")}
     report = Report(
         f"soak-{arguments.what}",
-        arguments.model.resolve().name if arguments.model else "stand-in",
+        arguments.model.resolve().name if arguments.model else "noise",
         machine.utc_now(),
         *machine.commit(),
         machine.describe(1),

@@ -18,10 +18,11 @@ import torch
 from benchmarks.common import fixed_prompt
 from engine.config import ModelConfig
 from engine.engine import Engine
-from engine.loading.loader import BLOCK_SIZE, LoadedModel, load
+from engine.loading.loader import load
+from engine.model import LoadedModel
 from engine.replies.reply_stream import TextStream
 from engine.sampling.sampler import Sampler
-from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.block_pool import BLOCK_SIZE, BlockPool
 from engine.scheduling.schedule import Schedule
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
@@ -61,6 +62,9 @@ class _TimedRunner:
 
     def forget(self, sequence: Any) -> None:
         self._inner.forget(sequence)
+
+    def release_memory(self) -> None:
+        self._inner.release_memory()
 
 
 class Steps:

@@ -1,6 +1,5 @@
 """The public face of the engine: what `server` and scripts may import. `__init__.py` reads this list."""
 
-from engine.checkpoints.checkpoint import address_space as address_space
 from engine.checkpoints.noise_checkpoint import ensure_noise_checkpoint as ensure_noise_checkpoint
 from engine.config import (
     ModelConfig as ModelConfig,
@@ -75,6 +74,7 @@ from engine.errors import (
 from engine.errors import (
     VerbatimError as VerbatimError,
 )
+from engine.host_memory import address_space as address_space
 from engine.llm import (
     LLM as LLM,
 )

@@ -21,7 +21,7 @@ from engine.compute.model_runner import ForwardResult
 from engine.errors import NumericalFault, OutOfMemory, ReplyFault, VerbatimError, first_line, out_of_memory, panicked
 from engine.grammar.compiler import GrammarState
 from engine.grammar.mask_worker import MaskWorker
-from engine.loading.loader import LoadedModel
+from engine.model import LoadedModel
 from engine.preparation import Preparer
 from engine.replies.reply_stream import TextStream
 from engine.sampling.sampler import Sampled, Sampler
@@ -333,8 +333,7 @@ class Engine:
     def _drop_largest(self, schedule: Schedule, error: BaseException) -> list[RequestOutput]:
         """A step did not fit in memory: end the request that asked for most of it, recompute the others."""
         self._undo(schedule)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self._runner.release_memory()
         largest = max(schedule.chunks, key=lambda c: (c.count, c.start))
         reason = OutOfMemory(
             f"memory ran out in a step that computed {largest.count} tokens of this request at position "

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from engine.compute.linear import give_back_memory
 from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported, panicked
 from engine.grammar.answer_grammar import ReplyGrammar
 from engine.grammar.reply_grammar import GrammarSource
 from engine.grammar.trial import GrammarTrial
-from engine.loading.loader import LoadedModel
+from engine.host_memory import give_back_memory
+from engine.model import LoadedModel
 from engine.prompts.chat_prompt import ChatPrompts, control_words
 from engine.prompts.content_guard import ControlWords
 from engine.prompts.prompt_encoder import CHARACTERS_PER_TOKEN, PromptEncoder

@@ -1,1 +1,1 @@
-"""A checkpoint's files: found, checked, and read into transformers' model and tokenizer."""
+"""Find a checkpoint's files, check them, and read them into transformers' model and tokenizer."""

@@ -1,4 +1,4 @@
-"""A checkpoint on disk, looked at before anything is loaded. Knows files and sizes; loads no tensor.
+"""Inspect a checkpoint on disk before anything is loaded. Knows files and sizes; loads no tensor.
 
 Everything that can be wrong with a folder is said here, in one sentence and with what to do about it.
 """
@@ -10,8 +10,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from engine.checkpoints.json_files import check_file, read_json
 from engine.checkpoints.noise_checkpoint import demo_model, ensure_noise_checkpoint
@@ -33,7 +31,7 @@ _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float6
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What the headers of a folder say.
+    """What the configuration and the headers of a checkpoint say.
 
     Attributes:
         folder: or a GGUF file.
@@ -63,13 +61,13 @@ class Checkpoint:
     longest: int = 0
 
     def float32_bytes(self) -> int:
-        """Memory for the model in packed float32: a tied embedding is held in its own dtype and packed once."""
+        """Estimate the model's memory in packed float32: a tied embedding is held in its own dtype and packed once."""
         extra = self.embedding_parameters * (2 if self.dtype != "float32" else 4) if self.tied else 0
         return self.parameters * 4 + extra
 
 
 def locate(config: ModelConfig, *, pull: bool) -> Path:
-    """The folder of an entry's checkpoint.
+    """Find the folder or GGUF file of an entry's checkpoint.
 
     Raises:
         LoadError: it is not there; says where it was looked for and what to do.
@@ -146,7 +144,7 @@ def inspect(folder: Path, name: str) -> Checkpoint:
 
 
 def _check_files(folder: Path, name: str) -> None:
-    """Refuse files beyond our bounds before a library reads them: most parse whatever comes, whole and by recursion."""
+    """Refuse files beyond our bounds before a library reads them: most libraries parse whatever comes, by recursion."""
     for file in _PARSED_BY_LIBRARIES:
         check_file(folder / file, name)
     for file in _READ_BY_LIBRARIES:
@@ -162,7 +160,7 @@ def _check_files(folder: Path, name: str) -> None:
 
 
 def _check_places(folder: Path, name: str) -> None:
-    """Refuse links that leave the folder, and what is no file: a pipe never ends, `/etc/passwd` is no template.
+    """Refuse links that leave the folder, and what is no regular file: a pipe never ends, `/etc/passwd` is no template.
 
     Weights may lie on another disk: what is no safetensors file is refused when it is read.
     """
@@ -186,7 +184,7 @@ def _check_places(folder: Path, name: str) -> None:
 
 
 def _check_kind(folder: Path, name: str) -> None:
-    """Refuse folders that are no checkpoint of a whole model, and those that are one and something more."""
+    """Refuse folders that hold no checkpoint of a whole model, or one and an adapter beside it."""
     adapter, whole = (folder / "adapter_config.json").exists(), (folder / "config.json").exists()
     merge = "peft's merge_and_unload() and save_pretrained() write the merged model"
     if adapter and not whole:
@@ -205,7 +203,7 @@ def _check_kind(folder: Path, name: str) -> None:
 
 
 def _weight_files(folder: Path, config: dict[str, Any], name: str) -> tuple[Path, ...]:
-    """The files that transformers loads: `model.safetensors`, or else what the index names."""
+    """Return the files that transformers loads: `model.safetensors`, or else those that the index names."""
     if _names_weights(config):
         raise LoadError(
             f"{name}: config.json names other weights in transformers_weights, which is not honoured: call them "
@@ -235,7 +233,7 @@ def _weight_files(folder: Path, config: dict[str, Any], name: str) -> tuple[Path
 
 
 def _names_weights(config: Any) -> bool:
-    """Whether a configuration, or one inside it, names files that transformers takes for the weights."""
+    """Tell whether a configuration, or one inside it, names files that transformers takes for the weights."""
     if not isinstance(config, dict):
         return False
     return config.get("transformers_weights") is not None or any(_names_weights(part) for part in config.values())
@@ -258,45 +256,19 @@ def _shards(index: Path, name: str) -> tuple[Path, ...]:
     return tuple(sorted(needed))
 
 
-def free_memory() -> int:
-    """Bytes this process may still take: what the system has available, or less in a container or under `ulimit -v`."""
-    free = int(psutil.virtual_memory().available)
-    space = address_space()
-    if space is not None:
-        free = min(free, max(space - int(psutil.Process().memory_info().vms), 0))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        allowed = limit.read_text().strip()
-        if allowed != "max":
-            free = min(free, max(int(allowed) - int(used.read_text()), 0))
-    except (OSError, ValueError):
-        pass
-    return free
-
-
-def address_space() -> int | None:
-    """Bytes of addresses that this process may use (`ulimit -v`); None where there is no limit."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return None if limit == resource.RLIM_INFINITY else limit
-
-
 def words(error: BaseException, most: int = 400) -> str:
-    """What an error says, in one line that is not too long; its class's name if it says nothing."""
+    """Return what an error says, in one line that is not too long; its class's name if it says nothing."""
     return line(str(error), most) or type(error).__name__
 
 
 def line(text: str, most: int) -> str:
-    """A text in one line of at most `most` characters, without those that a terminal obeys: it may be a stranger's."""
+    """Bring a stranger's text into one line of at most `most` characters, without those that a terminal obeys."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * most]).split())
     return text if len(text) <= most else f"{text[:most]} …"
 
 
 def human(count: float) -> str:
-    """Bytes for people: 1.5 GiB."""
+    """Write a number of bytes for people: 1.5 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -305,7 +277,7 @@ def human(count: float) -> str:
 
 
 def prepare_environment(*, pull: bool) -> None:
-    """Set what must stand in the process's environment before the first matrix product and the first hub call.
+    """Set what libraries read from the environment once: at the first matrix product and the first hub call.
 
     `MKL_CBWR`: attention's matrix products then keep their bits from shape to shape (docs/decisions/0002).
     `ONEDNN_MAX_CPU_ISA`: no AMX, whose bfloat16 products depend on the number of rows, and nothing that torch itself is

@@ -1,4 +1,4 @@
-"""What a configuration claims, compared with what the weights hold, before anything is built by it.
+"""Compare what a configuration claims with what the weights hold, before anything is built from it.
 
 transformers builds what a configuration says: ten million layers take minutes and a table of ten million rows
 gigabytes, and only then are the weights missed. Knows names and sizes; loads nothing.
@@ -16,14 +16,14 @@ from engine.errors import LoadError
 __all__ = ["check_config", "check_gguf", "check_size"]
 
 _LARGEST: Final = 1 << 63
-"""Beyond what torch counts with."""
+"""torch counts with signed 64-bit numbers."""
 _DEEP: Final = re.compile(r"(^|_)(n_layer|layers|depths?|stages|blocks)$")
-"""Names of how often something is built; `max_window_layers` is none."""
+"""Keys that say how often something is built; `max_window_layers` is not one of them."""
 _MANY: Final = re.compile(r"^(num|n)_|(experts|groups|heads|codebooks|quantizers|channels|ngram)$")
-"""Names of how many of something there are, to go through one by one."""
+"""Keys that say how many of something there are; libraries go through them one by one."""
 _POSITIONS: Final = re.compile(r"positions?|ctx|embeddings$|_tokens?$")
 _SPARE_LAYERS: Final = 256
-"""Layers that a configuration may name beyond the number of tensors: of parts whose weights are rightly left out."""
+"""How many more layers than tensors a configuration may name: some parts have no weights in the files."""
 _MOST_MANY: Final = 1 << 16
 _MOST_POSITIONS: Final = 1 << 31
 _SPARE_VALUES: Final = 1 << 24
@@ -32,7 +32,7 @@ _BUFFERS: Final = 1 << 31
 
 
 def check_config(found: Checkpoint, name: str) -> None:
-    """Refuse a configuration whose numbers cannot be: those that say how often something is built, above all.
+    """Refuse a configuration with impossible numbers, above all those that say how often something is built.
 
     Raises:
         LoadError: names the key, its value and what the files hold.
@@ -55,7 +55,7 @@ def check_config(found: Checkpoint, name: str) -> None:
 
 
 def check_gguf(metadata: Mapping[str, Any], sizes: Mapping[str, int], name: str) -> None:
-    """The same for the header of a GGUF file, whose keys transformers makes a configuration of."""
+    """Refuse a GGUF header with impossible numbers: transformers makes a configuration of its keys."""
     largest = max(sizes.values(), default=0)
     for key, value in metadata.items():
         if (
@@ -98,7 +98,7 @@ def _limit(name: str, key: str, value: int, most: int) -> None:
 
 
 def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """The whole numbers of a configuration and of those inside it, by dotted name. Its depth is bounded."""
+    """Collect the whole numbers of a configuration and of those inside it, by dotted name. Its depth is bounded."""
     for key, value in config.items():
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, dict):

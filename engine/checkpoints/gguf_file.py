@@ -1,4 +1,4 @@
-"""A GGUF file's header: what it says, read fast, by us and by transformers. Knows nothing of models and tokenizers.
+"""Read a GGUF file's header fast, for us and for transformers. Knows nothing of models and tokenizers.
 
 transformers builds configuration, weights and tokenizer from such a file. For most architectures it reads the header
 three times through the package gguf, which makes several arrays of each token of the vocabulary; and it reads what lies
@@ -37,14 +37,14 @@ _ENDING_NAMES = frozenset(
 """Control tokens that end an answer whatever a file names: llama.cpp goes by these names, and files rely on it."""
 _CONTROL = 3  # of llama.cpp's types of tokens
 _HARMONY = {"<|return|>", "<|call|>", "<|end|>"}
-"""gpt-oss has all three, and ends only a part of its answer with the last."""
+"""Tokens of gpt-oss, which ends only a part of its answer with the last of them."""
 _MOST_KEYS, _MOST_TENSORS, _MOST_ENTRIES = 10_000, 100_000, 3_000_000
-"""Of a header: an entry costs 230 bytes of memory, however short it is. The largest vocabularies have 1.3 million."""
+"""Limits of a header: an entry costs 230 bytes of memory, however short. The largest vocabularies have 1.3 million."""
 
 
 @dataclass(frozen=True, slots=True)
 class GGUFFile:
-    """The header of a file.
+    """The header of a GGUF file.
 
     Attributes:
         metadata: all keys; an array of strings or numbers is a list.
@@ -65,7 +65,7 @@ class GGUFFile:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: those that the file names, and control tokens with a name that says so."""
+        """Return ids that end an answer: those that the file names, and control tokens with a name that says so."""
         named = (self.metadata.get(f"tokenizer.ggml.{key}") for key in _ENDS)
         tokens, types = (self.metadata.get(f"tokenizer.ggml.{key}") or [] for key in ("tokens", "token_type"))
         spelled = {
@@ -79,7 +79,7 @@ class GGUFFile:
 
     @property
     def chat_templates(self) -> dict[str, str] | None:
-        """Its chat templates by name, `default` the unnamed one; None if it has none."""
+        """Return the file's chat templates by name, `default` the unnamed one; None if it has none."""
         found = {
             key.removeprefix(_TEMPLATE).removeprefix(".") or "default": value
             for key, value in self.metadata.items()
@@ -89,7 +89,7 @@ class GGUFFile:
 
 
 def inspect(file: GGUFFile) -> Checkpoint:
-    """What a file says of its weights."""
+    """Describe the weights of a GGUF file as a `Checkpoint`."""
     return Checkpoint(
         folder=file.path,
         files=(file.path,),
@@ -108,7 +108,7 @@ def inspect(file: GGUFFile) -> Checkpoint:
 
 
 def open_file(path: Path, name: str) -> GGUFFile:
-    """Read a header.
+    """Read a file's header, within bounds.
 
     Raises:
         LoadError: the file is damaged, cut short or one of several parts, or the package gguf is missing.
@@ -155,7 +155,7 @@ def open_file(path: Path, name: str) -> GGUFFile:
 
 
 def _check_counts(head: bytes) -> None:
-    """Refuse a header that has far more keys or tensors than any model: 24 bytes say how many."""
+    """Refuse a header that claims far more keys or tensors than any model has: 24 bytes can claim any number."""
     if len(head) < 24:
         raise ValueError("it is shorter than a header")
     swapped = head[4:6] == b"\0\0"  # written on a machine that puts the high byte first
@@ -167,7 +167,7 @@ def _check_counts(head: bytes) -> None:
 
 
 def reader_class() -> Any:
-    """gguf's reader, with the arrays of the metadata read in one pass: a second in place of half a minute."""
+    """Return gguf's reader, changed to read the metadata's arrays in one pass: a second, not half a minute."""
     from gguf import GGUFReader, GGUFValueType
 
     class Reader(GGUFReader):  # type: ignore[misc]
@@ -208,7 +208,7 @@ class _Text(bytes):
 
 
 def _strings(data: Any, at: int, count: int) -> tuple[list[_Text], int]:
-    """`count` strings from `at` on, and where they end."""
+    """Read `count` strings from `at` on; return them and where they end."""
     view = memoryview(data)
     if count > (len(view) - at) // 8:
         raise ValueError("an array is longer than the file")
@@ -222,7 +222,7 @@ def _strings(data: Any, at: int, count: int) -> tuple[list[_Text], int]:
 
 @contextmanager
 def fast_reading() -> Iterator[None]:
-    """Lend transformers, which imports both anew at each call, the reader above and tensor names that are made once.
+    """Lend transformers the reader above, and tensor names that are made once; it imports both anew at each call.
 
     It asks for the names of all tensors once for every module of the model, and gguf makes them anew each time.
     """
@@ -239,7 +239,7 @@ def fast_reading() -> Iterator[None]:
 
 @contextmanager
 def alone(path: Path) -> Iterator[dict[str, Any]]:
-    """Where transformers finds a file with nothing beside it, as keywords of its `from_pretrained`.
+    """Return the keywords with which transformers' `from_pretrained` finds a GGUF file and nothing beside it.
 
     A folder of downloads is no checkpoint: what lies there (`tokenizer_config.json`, an adapter) belongs to other
     files, and could change the tokens or name code to run.

@@ -1,6 +1,6 @@
-"""A model that transformers has read from a GGUF file: mended where it reads too little, refused where that changes it.
+"""Complete a model that transformers read from a GGUF file with what it skips, or refuse the file.
 
-transformers skips keys and tensors that it does not know, and says so to nobody.
+transformers skips keys and tensors that it does not know, silently.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ADVICE = "its replies would be wrong. Serve the checkpoint that the file was ma
 _SCALED_BY_WIDTH = {("gemma2", 4608), ("gemma3", 5376)}
 """Architecture and hidden size of the 27B models, whose `query_pre_attn_scalar` is hidden size / heads, and not 256."""
 _NEUTRAL = frozenset({"rope.scaling.factor", "rope.scaling.attn_factor", "expert_weights_scale"})
-"""Factors that say nothing if they are 1, or 0 for absent."""
+"""Factors that change nothing if they are 1, or 0 for absent."""
 _HARMLESS = frozenset({"vocab_size", "context_length", "rope.scaling.finetuned", "use_parallel_residual"})
 """Keys of an architecture that change no number: sizes that the tensors have anyway, and remarks."""
 _CHECKED = {
@@ -40,7 +40,7 @@ _CHECKED = {
 
 
 def complete_model(file: GGUFFile, model: nn.Module, name: str) -> None:
-    """Give a model what its file says and transformers does not read: factors of rotary embeddings, a scale of scores.
+    """Apply what the file says and transformers does not read: factors of rotary embeddings, a scale of scores.
 
     Raises:
         LoadError: the file says something that would change the model's numbers and is not understood.
@@ -60,7 +60,7 @@ def complete_model(file: GGUFFile, model: nn.Module, name: str) -> None:
 
 
 def _is_read(architecture: str, key: str) -> bool:
-    """Whether transformers reads a key of an architecture. It maps those that it knows and ignores to None."""
+    """Tell whether transformers reads a key of an architecture. It maps keys that it knows and ignores to None."""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     if by_function(architecture):
@@ -70,7 +70,7 @@ def _is_read(architecture: str, key: str) -> bool:
 
 
 def by_function(architecture: str) -> bool:
-    """Whether transformers has a function of its own for an architecture, and reports the tensors that it drops."""
+    """Tell whether transformers converts an architecture by a function of its own, which reports dropped tensors."""
     try:
         from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
     except ImportError:
@@ -79,7 +79,7 @@ def by_function(architecture: str) -> bool:
 
 
 def _agrees(key: str, value: Any, config: Any) -> bool:
-    """Whether a key that is skipped says only what the configuration says anyway."""
+    """Tell whether a key that is skipped says only what the configuration says anyway."""
     if key in _HARMLESS:
         return True
     if key == "rope.scaling.type":
@@ -119,7 +119,7 @@ def _check_tensors(file: GGUFFile, model: nn.Module, name: str) -> None:
 
 
 def _scale_scores(architecture: str, model: nn.Module, config: Any) -> None:
-    """Scale the scores of the largest Gemmas by their own number, which no key says: llama.cpp has it by heart, too."""
+    """Scale the scores of the largest Gemmas by their own number, which no key holds: llama.cpp goes by name."""
     if (architecture, config.hidden_size) not in _SCALED_BY_WIDTH:
         return
     config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads

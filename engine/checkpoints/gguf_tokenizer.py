@@ -1,4 +1,4 @@
-"""A tokenizer that transformers has made of a GGUF file's metadata: mended where it reads too little, or refused.
+"""Complete a tokenizer that transformers made of a GGUF file with what it skips, or refuse the file.
 
 llama.cpp's `llama-vocab.cpp` says what each key means and what holds where it is absent; files rely on it.
 """
@@ -18,20 +18,20 @@ log = logging.getLogger("verbatim.engine")
 
 
 _PLAIN_SPLITS = frozenset({"gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion", "granite-docling"})
-"""Values of `tokenizer.ggml.pre` whose words are split as GPT-2's, which is what transformers does by itself."""
+"""Values of `tokenizer.ggml.pre` for splitting words as GPT-2 does; transformers does so by itself."""
 _DIGIT_SPLITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
-"""Those that cut every digit off first, and then split as GPT-2 does."""
+"""Values for cutting every digit off first, and then splitting as GPT-2 does."""
 _WHOLE_WORDS = frozenset(
     {
         *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
         "tekken",
     }
 )
-"""Those that take a word that is a token whole, before any merge, and begin with BOS unless the file says otherwise."""
+"""Values for taking a word that is a token whole, before any merge, and beginning with BOS unless the file objects."""
 
 
 def complete_tokenizer(file: GGUFFile, tokenizer: Any, name: str) -> None:
-    """Split words as the file's vocabulary wants it, begin a text as it says, and take its own named chat templates.
+    """Apply what the file says of splitting words, of how a text begins, and of named chat templates.
 
     Raises:
         LoadError: the file names a way to split that is not known: text would become other tokens than in training.
@@ -66,7 +66,7 @@ def complete_tokenizer(file: GGUFFile, tokenizer: Any, name: str) -> None:
 
 
 def _add_no_space(tokenizer: Any) -> None:
-    """Let a sentencepiece vocabulary take a text as it is: transformers puts a space before it, and drops one after."""
+    """Keep transformers from putting a space before a sentencepiece vocabulary's text, and from dropping one after."""
     from tokenizers import decoders, normalizers, pre_tokenizers
 
     backend = tokenizer.backend_tokenizer
@@ -80,7 +80,7 @@ def _add_no_space(tokenizer: Any) -> None:
 
 
 def _known_splits() -> frozenset[str]:
-    """Ways to split that transformers follows by itself."""
+    """Return the ways to split words that transformers follows by itself."""
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
     except ImportError:

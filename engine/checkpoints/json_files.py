@@ -1,4 +1,4 @@
-"""A stranger's JSON file, read within bounds. Knows JSON; nothing of what the files are for.
+"""Read a stranger's JSON file within bounds. Knows JSON; nothing of what the files are for.
 
 Bounds come before the work that they bound: size before reading, the number of values before parsing, depth before
 anybody goes through it by recursion.
@@ -16,15 +16,15 @@ from engine.errors import LoadError
 __all__ = ["check_file", "parse", "read_json"]
 
 MOST_BYTES: Final = 1 << 28
-"""Of a file. The largest tokenizer.json of a published model has 35 MB."""
+"""Bytes in a file. The largest tokenizer.json of a published model has 35 MB."""
 MOST_VALUES: Final = 6_000_000
-"""Of a file; one costs up to 100 bytes of memory, however short it is. The largest tokenizer.json has 2 million."""
+"""Values in a file; one costs up to 100 bytes of memory, however short. The largest tokenizer.json has 2 million."""
 MOST_LEVELS: Final = 64
-"""Lists and objects inside each other. Libraries go through them by recursion."""
+"""Levels of nested lists and objects. Libraries go through them by recursion."""
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
-    """A JSON object from a file; LoadError if it is missing, broken, beyond the bounds or something else."""
+    """Read a JSON object from a file; LoadError if it is missing, broken, beyond the bounds or something else."""
     try:
         data = parse(_read(path))
     except FileNotFoundError:
@@ -37,7 +37,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def check_file(path: Path, name: str) -> None:
-    """Refuse a file that a library is about to parse and that is beyond the bounds; one that is not there is fine."""
+    """Refuse a file that a library is about to parse if it is beyond the bounds; a missing file is fine."""
     try:
         _check_count(_read(path))
     except FileNotFoundError:
@@ -47,7 +47,7 @@ def check_file(path: Path, name: str) -> None:
 
 
 def parse(text: bytes) -> Any:
-    """JSON within the bounds, in which each key of an object stands once and each number is one.
+    """Parse JSON within the bounds; refuse keys that occur twice in an object, NaN, and numbers of too many digits.
 
     Raises:
         ValueError: it is not; the message says why.

@@ -1,4 +1,4 @@
-"""The models that need no download: the demo model that comes with verbatim, and a tiny random checkpoint.
+"""Provide the models that need no download: the demo model that comes with verbatim, and the noise checkpoint.
 
 The random one is a Qwen3-type model with a byte-level tokenizer and a ChatML template, the same bytes on every machine.
 Its text is noise; everything else is real.
@@ -34,7 +34,7 @@ _TEMPLATE = (
 
 
 def demo_model() -> Path:
-    """The folder of the demo model: in a wheel inside the package, in a checkout where it is trained.
+    """Return the folder of the demo model: inside the package in a wheel, in `demo/` in a checkout.
 
     Raises:
         LoadError: this copy of verbatim came without it.
@@ -47,7 +47,7 @@ def demo_model() -> Path:
 
 
 def ensure_noise_checkpoint(folder: Path | None = None) -> Path:
-    """The folder of the random checkpoint, written if it is not there or not whole any more; never half-written.
+    """Return the folder of the noise checkpoint, written if it is missing or damaged; never half-written.
 
     Raises:
         LoadError: there is no folder to keep it in.
@@ -77,7 +77,7 @@ def ensure_noise_checkpoint(folder: Path | None = None) -> Path:
 
 
 def _seal(folder: Path) -> None:
-    """Bring all files down to the disk, then their digest: what a power cut leaves is whole, or is seen not to be."""
+    """Flush all files to the disk, then write their digest: after a power cut, damage is seen."""
     for path in folder.iterdir():
         with path.open("rb+") as file:
             os.fsync(file.fileno())
@@ -88,7 +88,7 @@ def _seal(folder: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a folder holds what was written, and this user or root owns it."""
+    """Tell whether a folder holds what was written, and this user or root owns it."""
     try:
         mine = not hasattr(os, "geteuid") or folder.lstat().st_uid in (os.geteuid(), 0)
         return mine and not folder.is_symlink() and (folder / _SEAL).read_text() == _digest(folder)

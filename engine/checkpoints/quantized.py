@@ -1,4 +1,4 @@
-"""Checkpoints that come quantised: whether transformers can load them here, asked before a weight is read.
+"""Ask transformers whether it can load a quantised checkpoint here, before a weight is read.
 
 Knows no method by name: transformers' own quantizers say what they need. Some (fine-grained FP8, MXFP4) widen the
 weights again where there is no GPU for them; then the model is like any other, and packed like it. Layers of the others
@@ -18,7 +18,7 @@ from engine.errors import LoadError
 
 
 def check(config: ModelConfig, found: Checkpoint, device_map: Any, dtype: torch.dtype) -> int | None:
-    """Bytes of memory that a quantised checkpoint needs when loaded, as far as can be told; None if it is not one.
+    """Estimate the bytes of memory that a quantised checkpoint needs when loaded; None if it is not one.
 
     Raises:
         LoadError: a package or a device is missing, in the words of transformers' quantizer, or the method is unknown.
@@ -43,7 +43,7 @@ def check(config: ModelConfig, found: Checkpoint, device_map: Any, dtype: torch.
 
 
 def _parameters(config: ModelConfig, found: Checkpoint) -> int:
-    """Of the model as its configuration describes it: packed numbers cannot be counted in the files."""
+    """Count the parameters that the configuration describes: packed numbers cannot be counted in the files."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:

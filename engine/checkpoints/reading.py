@@ -1,4 +1,4 @@
-"""A checkpoint's files → transformers' model and tokenizer, for text. Knows classes and files; packs and runs nothing.
+"""Read a checkpoint's files into transformers' model and tokenizer, for text. Packs and runs nothing.
 
 A checkpoint that also sees is loaded with the class that transformers has for it, and what it sees with is let go.
 """
@@ -35,7 +35,7 @@ _QUANTISED = re.compile(r"scale|zero|g_idx|absmax|quant|shape|packed")
 def load_model(
     config: ModelConfig, found: Checkpoint, dtype: torch.dtype, device_map: Any, file: GGUFFile | None
 ) -> nn.Module:
-    """The model, with all its weights, ready to compute. `file`: the header, if the checkpoint is a GGUF file.
+    """Load the model with all its weights, ready to compute. `file`: the header, if the checkpoint is a GGUF file.
 
     Raises:
         LoadError: transformers cannot load it, or weights are missing; NotEnoughMemory.
@@ -54,7 +54,7 @@ def load_model(
 
 
 def _from_folder(config: ModelConfig, found: Checkpoint, dtype: torch.dtype, device_map: Any) -> nn.Module:
-    """With the causal class if there is one and it finds its weights, else with the one for images and text."""
+    """Load with the causal class if there is one and it finds its weights, else with the one for images and text."""
     classes = _classes(config, found)
     for auto in classes[:-1]:
         try:
@@ -67,7 +67,7 @@ def _from_folder(config: ModelConfig, found: Checkpoint, dtype: torch.dtype, dev
 
 
 def _classes(config: ModelConfig, found: Checkpoint) -> list[Any]:
-    """transformers' auto classes that know a checkpoint's type, the one for text first.
+    """Return transformers' auto classes that know a checkpoint's type, the one for text first.
 
     Raises:
         LoadError: an encoder-decoder, or a model with a way to generate of its own: neither continues a text.
@@ -95,7 +95,7 @@ def _classes(config: ModelConfig, found: Checkpoint) -> list[Any]:
 
 
 def _settings(config: ModelConfig, folder: Path) -> Any:
-    """The configuration, as transformers reads it.
+    """Read the configuration as transformers does.
 
     Raises:
         LoadError: it is none, or of a type that this transformers does not know.
@@ -115,9 +115,9 @@ def _from_pretrained(
     if folder.is_dir():
         _check_size(auto, config, found)
     try:
-        with _place(config, folder) as place:
+        with _source(config, folder) as source:
             model, report = auto.from_pretrained(
-                **place,
+                **source,
                 dtype=dtype,
                 device_map=device_map,
                 use_safetensors=True,
@@ -167,7 +167,7 @@ def _check_size(auto: Any, config: ModelConfig, found: Checkpoint) -> None:
 
 
 def dropped_tensors(model: nn.Module, unexpected: Iterable[str], found: Checkpoint) -> list[str]:
-    """The tensors without which a model computes something else, among those that it had no place for.
+    """List the tensors that found no place in the model, and without which it computes something else.
 
     From a GGUF file all of them. From a folder, the parameters of modules that are there and have others: a bias of a
     linear layer without one. Modules that are not there may be left out for good reasons (what sees and hears, layers
@@ -188,11 +188,11 @@ def dropped_tensors(model: nn.Module, unexpected: Iterable[str], found: Checkpoi
 
 
 @contextmanager
-def _place(config: ModelConfig, folder: Path) -> Iterator[dict[str, Any]]:
-    """Where transformers is to look, as keywords: a folder, or a GGUF file with nothing beside it."""
+def _source(config: ModelConfig, folder: Path) -> Iterator[dict[str, Any]]:
+    """Return the keywords that tell transformers where to look: a folder, or a GGUF file with nothing beside it."""
     if folder.is_file():
-        with gguf_file.alone(folder) as place:
-            yield place
+        with gguf_file.alone(folder) as source:
+            yield source
     else:
         yield {"pretrained_model_name_or_path": folder, "trust_remote_code": config.trust_remote_code}
 
@@ -201,7 +201,7 @@ def _place(config: ModelConfig, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _drop_senses(model: nn.Module) -> None:
-    """Let go of the parts of a multimodal model that text does not pass through: the logits stay the same bits.
+    """Drop the parts of a multimodal model that text does not pass through; the logits keep their bits.
 
     Tried on a few tokens; an architecture whose text needs them keeps them.
     """
@@ -235,7 +235,7 @@ def _weighs(part: nn.Module) -> bool:
 
 
 def _texts(model: nn.Module) -> list[list[int]]:
-    """Token ids to try: ordinary ones, and those that stand for an image or a sound, which a text may spell."""
+    """Return token ids to try: ordinary ones, and those that stand for an image or a sound, which a text may spell."""
     settings: Any = model.config
     rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     named = [value for key, value in settings.to_dict().items() if key.endswith(("_token_id", "_token_index"))]
@@ -245,7 +245,7 @@ def _texts(model: nn.Module) -> list[list[int]]:
 
 @torch.inference_mode()
 def _logits(model: nn.Module, tokens: list[int]) -> torch.Tensor | None:
-    """A forward pass as the runners make it; None if the model cannot."""
+    """Run a forward pass as the runners do; None if the model cannot."""
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     ids = torch.tensor([tokens], device=device)
     try:
@@ -261,7 +261,7 @@ def _logits(model: nn.Module, tokens: list[int]) -> torch.Tensor | None:
 
 
 def load_tokenizer(config: ModelConfig, folder: Path, file: GGUFFile | None) -> Any:
-    """The tokenizer, with the chat templates that lie beside it.
+    """Load the tokenizer, with the chat templates that lie beside it.
 
     Raises:
         LoadError: it cannot be loaded, or has no fast form.
@@ -271,8 +271,8 @@ def load_tokenizer(config: ModelConfig, folder: Path, file: GGUFFile | None) -> 
     if file is None:
         _settings(config, folder)  # the tokenizer's class is chosen by it, and would be blamed for it
     try:
-        with _place(config, folder) as place, gguf_file.fast_reading() if file else nullcontext():
-            tokenizer = AutoTokenizer.from_pretrained(**place, local_files_only=True)
+        with _source(config, folder) as source, gguf_file.fast_reading() if file else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
     except Exception as error:
         raise LoadError(f"{config.id}: cannot load the tokenizer of {folder}: {words(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
@@ -299,7 +299,7 @@ def _complete_templates(tokenizer: Any, folder: Path, name: str) -> None:
 
 
 def _processor_templates(folder: Path, name: str) -> str | dict[str, str] | None:
-    """The templates of `chat_template.json`, where older processors of transformers keep them."""
+    """Read the templates of `chat_template.json`, where older processors of transformers keep them."""
     path = folder / "chat_template.json"
     if not path.exists():
         return None
@@ -313,7 +313,7 @@ def _processor_templates(folder: Path, name: str) -> str | dict[str, str] | None
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: Any, model: nn.Module) -> None:
-    """Refuse a tokenizer of another model: one whose ordinary tokens the embedding has no rows for.
+    """Refuse a tokenizer of another model: one with ordinary tokens for which the embedding has no rows.
 
     Added tokens may lie beyond it (Gemma 3's for images do); a request whose text holds one is refused.
     """

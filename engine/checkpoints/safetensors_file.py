@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read before its tensors are. Knows bytes and JSON; no torch.
+"""Read the header of a safetensors file before its tensors are read. Knows bytes and JSON; no torch.
 
 Format: 8 bytes length, JSON of that length, the tensors' bytes (https://github.com/huggingface/safetensors). What the
 header says must fit the file: nothing is allocated, multiplied or skipped to by numbers that were not checked.
@@ -13,18 +13,18 @@ from typing import Any, Final, NamedTuple
 from engine.checkpoints import json_files
 from engine.errors import LoadError
 
-__all__ = ["Tensor", "read_header"]
+__all__ = ["TensorEntry", "read_header"]
 
 _BITS: Final = {
     **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "C64": 64},
     **{"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8},
 }
-"""Of one value, for the types whose size is whole bytes."""
+"""Bits of one value, for the types whose size is whole bytes."""
 LONGEST_HEADER: Final = 100_000_000  # safetensors' own limit
 _MOST_AXES: Final = 64  # torch's own limit
 
 
-class Tensor(NamedTuple):
+class TensorEntry(NamedTuple):
     """What a header says of one tensor. `size`: in bytes."""
 
     dtype: str
@@ -36,11 +36,11 @@ class Tensor(NamedTuple):
         return math.prod(self.shape)
 
 
-def read_header(file: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of a file by name.
+def read_header(file: Path, name: str) -> dict[str, TensorEntry]:
+    """Return the tensors of a file, by name.
 
     Raises:
-        LoadError: the header is none, or says what cannot be.
+        LoadError: there is no header, or it says something impossible.
     """
     size = file.stat().st_size
     try:
@@ -64,7 +64,7 @@ def read_header(file: Path, name: str) -> dict[str, Tensor]:
 
 
 def _end(entry: Any, tensor: str) -> int:
-    """Where a tensor's bytes end, after checking that its entry is one."""
+    """Check a tensor's entry, and return where its bytes end."""
     if not isinstance(entry, dict):
         raise ValueError(f"the entry of {tensor[:100]!r} is not an object")
     dtype: Any
@@ -84,8 +84,8 @@ def _are_counts(numbers: Any) -> bool:
     return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
 
 
-def _tensor(entry: dict[str, Any], tensor: str) -> Tensor:
-    found = Tensor(entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+def _tensor(entry: dict[str, Any], tensor: str) -> TensorEntry:
+    found = TensorEntry(entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
     bits = _BITS.get(found.dtype)
     if bits is not None and found.numel * bits != found.size * 8:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Which keys a token sees, read off the mask function that transformers itself would use. Knows no model by name.
+"""Read which keys a token sees off the mask function that transformers itself would use. Knows no model by name.
 
 transformers describes every mask as a predicate `mask_function(batch, head, query, key) -> bool`. It is tried at many
 positions, far ones too, so that a window or a chunk is found however long it is. A predicate that is neither causal
@@ -21,7 +21,7 @@ _WHOLE, _NEAR = 1 << 17, 64
 
 
 class NotUnderstood(Exception):
-    """What the model wants of attention is nothing that is known here; the message says what."""
+    """A model asks something of attention that is not supported here; the message says what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class KeyRange:
     chunk: int | None = None
 
     def first(self, position: Tensor) -> Tensor:
-        """The first key that is seen: `[…] int64`, the same shape as `position`."""
+        """Return the first key that is seen: `[…] int64`, the same shape as `position`."""
         first = torch.zeros_like(position)
         if self.window is not None:
             first = torch.maximum(first, position - self.window + 1)
@@ -46,7 +46,7 @@ class KeyRange:
         return first
 
     def describe(self) -> str:
-        """For people: `all keys before`, `a window of 128`, `chunks of 8192`."""
+        """Describe the range for people: `all keys before`, `a window of 128`, `chunks of 8192`."""
         if self.window is not None:
             return f"a window of {self.window}"
         return f"chunks of {self.chunk}" if self.chunk is not None else "all keys before"
@@ -56,7 +56,7 @@ ALL_BEFORE = KeyRange()
 
 
 def read_mask(function: MaskFunction, length: int, device: torch.device | str = "cpu") -> KeyRange:
-    """The key range that a mask function describes, for sequences of up to `length` tokens.
+    """Find the key range that a mask function describes, for sequences of up to `length` tokens.
 
     Args:
         device: where the tensors are that the function may hold.
@@ -87,7 +87,7 @@ def read_mask(function: MaskFunction, length: int, device: torch.device | str = 
 
 
 def _agrees(candidate: KeyRange, sees: MaskOfRow, query: Tensor, length: int) -> bool:
-    """Whether a row of the mask is the candidate's: all keys, of very long rows a sample and all near borders."""
+    """Compare a row of the mask with the candidate's: all keys, or of very long rows a sample and all near borders."""
     first = candidate.first(query)
     if length <= _WHOLE:
         keys = torch.arange(length, device=query.device)
@@ -99,7 +99,7 @@ def _agrees(candidate: KeyRange, sees: MaskOfRow, query: Tensor, length: int) ->
 
 
 def _probes(keys: KeyRange, length: int) -> list[int]:
-    """Queries at both sides of every border that there may be, and far behind it."""
+    """List queries on both sides of every border that there may be, and far behind it."""
     size = keys.window or keys.chunk or length
     near = {0, 1, 2, 3, 17, length // 3, length // 2, length - 2, length - 1}
     borders = {n * size + off for n in (1, 2, 3, length // size) for off in (-2, -1, 0, 1)}

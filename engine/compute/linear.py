@@ -1,155 +1,36 @@
-"""Linear layers whose rows do not depend on each other's number. Replaces modules in place; knows no model by name.
+"""Batch-invariant linear layers in torch. Replaces modules in place; knows no model by name.
 
-On a CPU, `F.linear` in float32 rounds a row differently depending on how many rows are computed with it. Ways out:
+On a CPU, `F.linear` in float32 rounds a row differently depending on how many rows are computed with it. Two ways out:
 
-* `native`: our own kernels (`engine.compute.cpu.kernels`), where a C compiler is at hand. Every number has its own
-  chain of operations, so nothing else can matter; weights in bfloat16 are read as such and widened in a register.
 * `packed`: oneDNN with a prepacked weight, for two rows or more. The fastest float32 product torch has there.
 * `strict`: `F.linear` under `MKL_CBWR=…,STRICT` with the rows padded to a multiple of four. Slower for few rows.
 
-`int8` rounds weights and inputs to bytes, in groups of 128 numbers with a scale each (`quantization: int8`, native).
-
-Which of them keeps the promise depends on the library versions and the processor (oneDNN 3.12 does on AVX2, 3.10 does
-not), so `choose_kernel` tries them on the model's own shapes. Weights are packed one after the other and the originals
-freed, so that they are never held twice; a bfloat16 or float16 checkpoint widens to float32 exactly. Measured facts and
-their limits: docs/decisions/0002 and 0014.
+A third are compiled kernels (`engine.compute.cpu.linear`). Which of them keeps the promise depends on the library
+versions and the processor (oneDNN 3.12 does on AVX2, 3.10 does not), so they are tried on the model's own shapes.
+Weights are packed one after the other and the originals freed, so that they are never held twice; a bfloat16 or float16
+checkpoint widens to float32 exactly. Measured facts and their limits: docs/decisions/0002 and 0014.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.compute.cpu.kernels import Kernels, Product
+from engine.host_memory import give_back_memory
 
 _PROBED_ROWS: Final = 512
 _TRIM_EVERY: Final = 16
+_TELL_EVERY: Final = 32
 _PACK_HINT: Final = 16  # rows that the packed layout is tuned for: between one decode and a prompt
 _ROUNDED: Final = 1e-4
 """How far a kernel's result may be from torch's, as a share of the largest: beyond it something is broken."""
 
 Make = Callable[[Tensor, Tensor | None], nn.Module]
 """`weight [out, in]` and `bias [out]` → the layer that replaces them; neither is kept."""
-
-
-class NativeLinear(nn.Module):
-    """`x @ weight.T + bias` in float32 by our own kernels.
-
-    Attributes:
-        in_features, out_features: as in `nn.Linear`.
-        kind: how the weight is stored (`engine.compute.cpu.kernels.KINDS`).
-    """
-
-    def __init__(self, kernels: Kernels, kind: str, weight: Tensor, bias: Tensor | None) -> None:
-        """`weight [out, in]`, any float dtype; not kept. kind: `exact` or `int8`."""
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.kernels = kernels
-        self.packed = kernels.pack(weight, bias, kind)
-        self.kind = self.packed.kind
-        self._product: Product = kernels.group([self.packed])
-        self.shared: tuple[SharedInput, int] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.shared is not None:
-            group, index = self.shared
-            out = group.take(index, x)
-        else:
-            out = self._product(x.reshape(-1, self.in_features))[0]
-        return out.view(*x.shape[:-1], self.out_features)
-
-    @property
-    def weight(self) -> Tensor:
-        """A fresh float32 copy `[out, in]`, for the rare architecture that reads weights itself (Mamba)."""
-        # The product with the identity: all terms but one are zeros.
-        rows = self._product(torch.eye(self.in_features))[0]
-        return (rows - self.bias if self.bias is not None else rows).T.contiguous()
-
-    @property
-    def bias(self) -> Tensor | None:
-        """`[out]` float32."""
-        return self.packed.bias
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, native {self.kind}"
-
-
-class SharedInput:
-    """Several layers that a model gives the very same tensor (q, k and v; gate and up): computed together.
-
-    The first that is called computes all; the others take what is ready if they are given that same tensor, and compute
-    anew if not.
-    """
-
-    def __init__(self, layers: list[NativeLinear]) -> None:
-        self._product = layers[0].kernels.group([layer.packed for layer in layers])
-        self._in_features = layers[0].in_features
-        self._input: Tensor | None = None
-        self._ready: dict[int, Tensor] = {}
-
-    def take(self, index: int, x: Tensor) -> Tensor:
-        if self._input is not x or index not in self._ready:
-            self._input = x
-            self._ready = dict(enumerate(self._product(x.reshape(-1, self._in_features))))
-        out = self._ready.pop(index)
-        if not self._ready:
-            self._input = None
-        return out
-
-
-@torch.inference_mode()
-def merge_shared_projections(model: nn.Module) -> int:
-    """Find layers with the same input and let them be computed together. Returns how many groups there are.
-
-    Found by watching a pass over two tokens, and undone if a second pass then gives other bits (a model that changes an
-    input in place between two layers would).
-    """
-    layers = [module for module in model.modules() if isinstance(module, NativeLinear)]
-    seen: dict[int, list[NativeLinear]] = {}
-    kept: list[Tensor] = []  # a freed tensor's id could come back
-
-    def watch(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-        kept.append(arguments[0])
-        seen.setdefault(id(arguments[0]), []).append(layer)  # type: ignore[arg-type]
-
-    tokens = torch.zeros(1, 2, dtype=torch.int64)
-    hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
-    try:
-        before = model(tokens, use_cache=False).logits
-    except Exception:  # an architecture that wants to be called in another way goes without
-        return 0
-    finally:
-        for hook in hooks:
-            hook.remove()
-    groups = 0
-    for called in seen.values():
-        for alike in _alike(called):
-            shared = SharedInput(alike)
-            groups += 1
-            for index, layer in enumerate(alike):
-                layer.shared = (shared, index)
-    if not torch.equal(model(tokens, use_cache=False).logits, before):
-        for layer in layers:
-            layer.shared = None
-        return 0
-    return groups
-
-
-def _alike(layers: list[NativeLinear]) -> Iterator[list[NativeLinear]]:
-    """Layers of one kind, two or more of them, each called once."""
-    if len(set(map(id, layers))) < len(layers):
-        return
-    for kind in sorted({layer.kind for layer in layers}):
-        alike = [layer for layer in layers if layer.kind == kind]
-        if len(alike) > 1:
-            yield alike
 
 
 class PackedLinear(nn.Module):
@@ -160,7 +41,7 @@ class PackedLinear(nn.Module):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """`weight [out, in]`, any float dtype; not kept."""
+        """Pack `weight [out, in]`, of any float dtype; the original is not kept."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(torch.float32), _PACK_HINT)
@@ -212,28 +93,29 @@ class StrictLinear(nn.Module):
         return F.linear(rows, self.weight, self.bias)[:count].reshape(*x.shape[:-1], self.out_features)
 
 
-def kernels_here(native: Kernels | None) -> dict[str, Make]:
-    """The kernels there are for exact weights, fastest first."""
-    ours: dict[str, Make] = {} if native is None else {"native": partial(NativeLinear, native, "exact")}
-    return {**ours, "packed": PackedLinear, "strict": StrictLinear}
+TORCH_LINEARS: Final[Mapping[str, Make]] = {"packed": PackedLinear, "strict": StrictLinear}
+"""The kinds of this file, fastest first."""
 
 
-def choose_kernel(model: nn.Module, native: Kernels | None = None) -> tuple[str, Make]:
-    """The first kernel whose rows are independent here, on all shapes of the model; `packed` if none is.
+def choose_linear(model: nn.Module) -> tuple[str, Make]:
+    """Return the first kind whose rows are independent here, on all shapes of the model; `packed` if none is.
 
-    Probed, because it cannot be known: the self-test then says whether the whole model keeps the law.
+    Tried, because it cannot be known: the self-test then says whether the whole model keeps the law.
     """
+    sound = (name for name, make in TORCH_LINEARS.items() if is_sound_for(model, make))
+    name = next(sound, "packed")
+    return name, TORCH_LINEARS[name]
+
+
+def is_sound_for(model: nn.Module, make: Make) -> bool:
+    """Try a kind of linear layer on all shapes that the model has: see `is_sound`."""
     shapes = {(linear.in_features, min(linear.out_features, 2048)) for linear in _linears(model)}
-    here = kernels_here(native)
-    for name, make in here.items():
-        if all(is_sound(make, *shape) for shape in shapes):
-            return name, make
-    return "packed", here["packed"]
+    return all(is_sound(make, *shape) for shape in shapes)
 
 
 @torch.inference_mode()
 def is_sound(make: Make, in_features: int, out_features: int, tolerance: float = _ROUNDED) -> bool:
-    """Whether a kernel's rows are independent of each other's number, and are the product."""
+    """Check that a layer's rows do not depend on how many rows there are, and that it computes the product."""
     # Quasi-random numbers of every size and sign: a sum of equal terms would hide another order of summation.
     x = quasi_random(_PROBED_ROWS, in_features)
     weight = quasi_random(out_features, in_features)
@@ -247,7 +129,7 @@ def is_sound(make: Make, in_features: int, out_features: int, tolerance: float =
 
 
 def quasi_random(rows: int, columns: int) -> Tensor:
-    """`[rows, columns]` float32 between -0.5 and 0.5, the same everywhere: for trying what a layer computes."""
+    """Return `[rows, columns]` float32 between -0.5 and 0.5, the same on every machine, to try layers with."""
     index = torch.arange(rows * columns, dtype=torch.int64)
     return ((index * 2654435761) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24).sub_(0.5).view(rows, columns)
 
@@ -285,9 +167,9 @@ def pack_model(
     model: nn.Module,
     embedding_dtype: torch.dtype = torch.float32,
     make: Make = PackedLinear,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> int:
-    """Prepare a float32 model on a CPU in place: pack its linear layers, free the originals. Returns how many.
+    """Replace the linear layers of a float32 model on a CPU, in place, and free the originals. Returns how many.
 
     Every `nn.Linear` and transformers `Conv1D` is replaced. If the input embedding came from a checkpoint in
     `embedding_dtype` and goes back into it without loss, it is kept so, behind a `WideningEmbedding`.
@@ -306,8 +188,9 @@ def pack_model(
         del child, weight
         if number % _TRIM_EVERY == 0:
             give_back_memory()
-        if progress:
-            progress(number + 1, len(targets))
+        done = number + 1
+        if progress and (done == len(targets) or done % _TELL_EVERY == 0):
+            progress(f"packing layers {done}/{len(targets)}")
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     if isinstance(embedding, nn.Embedding) and embedding_dtype != torch.float32:
         narrow = embedding.weight.detach().to(embedding_dtype)
@@ -315,15 +198,6 @@ def pack_model(
             embedding.weight = nn.Parameter(narrow, requires_grad=False)
             model.set_input_embeddings(WideningEmbedding(embedding))  # type: ignore[operator]
     return len(targets)
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the system: glibc keeps what lies between blocks that are still in use.
-
-    Without it a packed model holds a third of its originals' memory for good. Does nothing on other C libraries.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_lossless(narrow: Tensor, wide: Tensor, rows: int = 4096) -> bool:

@@ -1,4 +1,4 @@
-"""One forward pass for everybody. Knows tokens, slots and logits; nothing of requests, sampling or text.
+"""Run one forward pass for all sequences of a step. Knows tokens, slots and logits; no request, sampling or text.
 
 Two runners with one face. `PackedRunner` computes all sequences of a step in one packed `[1, T]` pass over the block
 cache. `FallbackRunner` serves architectures that the packed pass does not reproduce (own attention, recurrent layers):
@@ -17,27 +17,24 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from engine.compute import rotary
-from engine.compute.attention import IMPLEMENTATION, ForwardContext, Span, attention_forward, forward_context, make_mask
+from engine.compute.attention import attention_through
 from engine.compute.attention_mask import NotUnderstood
+from engine.compute.backend import Backend, Span, StepPlan
+from engine.compute.discovery import CACHE_NAMES, cache_name, input_device
 from engine.compute.kv_cache import KVCache
 from engine.compute.row_safe import RowSafeFunctions
 from engine.errors import ReplyFault, out_of_memory
+from engine.scheduling.block_pool import BLOCK_SIZE
 from engine.scheduling.schedule import Schedule
 
 log = logging.getLogger("verbatim.engine")
 
-_CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
-"""What transformers' models have called the cache that they take and give back; the last two by recurrent models."""
-_KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "dense", "sparse"})
-"""Values of `layer_types` that say no more than which keys are seen, or which kind of feed-forward network there is."""
-
 
 @dataclass(frozen=True, slots=True)
 class ForwardResult:
-    """What a step's forward pass gave.
+    """The result of a step's forward pass.
 
     Attributes:
         logits: `[n, vocab] float32`, one row for each chunk that samples, in order.
@@ -56,103 +53,14 @@ class Runner(Protocol):
     def forward(self, schedule: Schedule) -> ForwardResult: ...
 
     def forget(self, sequence: Any) -> None:
-        """A sequence lost its place (finished, aborted or preempted)."""
+        """Drop what is kept for a sequence that lost its place: finished, aborted or preempted."""
 
-
-def register_attention() -> None:
-    """Tell transformers of our attention function; safe to call again."""
-    AttentionInterface.register(IMPLEMENTATION, attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, make_mask)
-
-
-def discover(model: nn.Module, length: int) -> ForwardContext:
-    """Run two tokens through the model and note what each attention layer stores and how it attends.
-
-    Args:
-        length: how many tokens a sequence may have.
-
-    Returns:
-        A context whose `layers` and `settings` are complete.
-
-    Raises:
-        NotUnderstood: the model does not send each of its layers through the attention interface once, or asks for
-            something that is not known here.
-    """
-    text = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    strange = sorted(set(getattr(text, "layer_types", None) or ()) - _KNOWN_LAYERS)
-    if strange:
-        raise NotUnderstood(f"it has layers of type {', '.join(strange)}")
-    context = _observe(model, length, use_cache=False)
-    if sorted(context.layers) != list(range(text.num_hidden_layers)):
-        raise NotUnderstood(
-            f"only {len(context.layers)} of its {text.num_hidden_layers} layers call the attention interface"
-        )
-    _check_positions(model, context)
-    return context
-
-
-def _observe(model: nn.Module, length: int, **arguments: Any) -> ForwardContext:
-    """A pass over two tokens, the last ones of a sequence of `length`, that attends to nothing."""
-    context = ForwardContext(spans=(), slots=torch.arange(2), num_rows=0, length=length)
-    device = input_device(model)
-    first = max(length - 2, 0)
-    positions = torch.arange(first, first + 2, device=device)[None]
-    with torch.inference_mode(), forward_context(context):
-        model(torch.zeros(1, 2, dtype=torch.int64, device=device), position_ids=positions, **arguments)
-    return context
-
-
-class _FarCache(DynamicCache):  # type: ignore[misc]
-    """Says that many tokens were seen, and keeps none."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self._length = length
-
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-        return self._length
-
-    def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
-        return self._length
-
-    def get_mask_sizes(self, query_length: Any, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        return self._length + 2, 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
-
-
-def _check_positions(model: nn.Module, context: ForwardContext) -> None:
-    """See that what reaches attention depends on the positions that the model is told.
-
-    Raises:
-        NotUnderstood: a layer asks its cache how many tokens were seen, and uses that (Llama 4's temperature): in the
-            packed pass there is no cache, and the number would be a row's in the step.
-    """
-    name = _cache_name(model)
-    if name is None:
-        return
-    other = _observe(model, context.length, use_cache=True, **{name: _FarCache(max(context.length - 2, 0))})
-    for layer, states in context.states.items():
-        pairs = zip(states, other.states.get(layer, ()), strict=True)
-        if not all(torch.allclose(one, two, rtol=1e-4, atol=1e-5) for one, two in pairs):
-            raise NotUnderstood(f"layer {layer} counts positions by its cache, not by those it is told")
-
-
-def _cache_name(model: nn.Module) -> str | None:
-    """The keyword by which the model takes a cache."""
-    known = inspect.signature(model.forward).parameters
-    return next((name for name in _CACHE_NAMES if name in known), None)
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where a model's token ids must be."""
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    return device
+    def release_memory(self) -> None:
+        """Give freed memory back to the device, after a step that did not fit."""
 
 
 class _Model:
-    """A causal LM called for the logits of some rows only."""
+    """A causal language model, called for the logits of some rows only."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -160,7 +68,7 @@ class _Model:
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def __call__(self, tokens: Tensor, rows: Tensor, **kwargs: Any) -> Any:
-        """`tokens [1, T] int64`, `rows [n] int64` → transformers' output, logits `[1, n, vocab]`."""
+        """Run `tokens [1, T] int64` and keep the logits of `rows [n] int64`: `[1, n, vocab]` in the model's output."""
         if self._keeps:
             return self.model(tokens, logits_to_keep=rows, **kwargs)
         output = self.model(tokens, **kwargs)
@@ -169,11 +77,12 @@ class _Model:
 
 
 class PackedRunner:
-    """All sequences of a step in one pass over the block cache."""
+    """Computes all sequences of a step in one pass over the block cache."""
 
     def __init__(
         self,
         model: nn.Module,
+        backend: Backend,
         cache: KVCache,
         vocab_size: int,
         *,
@@ -181,7 +90,7 @@ class PackedRunner:
         row_safe: bool = False,
         bystanders: Seq[int] = (),
     ) -> None:
-        """Of the keywords the self-test knows what the model needs.
+        """Serve a model from a cache that `backend` allocated; the self-test knows what the keywords must be.
 
         Args:
             single_rows: a row that is computed alone has the bits that it has among others.
@@ -192,41 +101,36 @@ class PackedRunner:
         self._fewest = 1 if single_rows else 2
         self._functions: Callable[[], AbstractContextManager[Any]] = RowSafeFunctions if row_safe else nullcontext
         self._bystanders = list(bystanders)
+        self._backend = backend
         self.cache = cache
         self.vocab_size = vocab_size
 
     @torch.inference_mode()
     def forward(self, schedule: Schedule) -> ForwardResult:
-        """Carry out a step's copies, compute its chunks, store their keys and values."""
+        """Copy the blocks that the schedule asks for, compute its chunks, store their keys and values."""
         self.cache.copy_blocks(schedule.copies)
-        size = self.cache.block_size
         tokens: list[int] = []
         positions: list[int] = []
-        slots: list[int] = []
         spans: list[Span] = []
         last_rows: list[int] = []
         for chunk in schedule.chunks:
             sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
-            spans.append(Span(len(tokens), chunk.count, start, tuple(sequence.block_table[: -(-end // size)])))
+            spans.append(Span(len(tokens), chunk.count, start, tuple(sequence.block_table[: -(-end // BLOCK_SIZE)])))
             tokens += chunk.tokens
             positions += range(start, end)
-            slots += [sequence.block_table[p // size] * size + p % size for p in range(start, end)]
             if chunk.samples:
                 last_rows += range(len(tokens) - 1 - len(chunk.draft), len(tokens))
-        context = ForwardContext(tuple(spans), torch.tensor(slots, dtype=torch.int64), len(tokens), self.cache)
-        logits = self._run(tokens, positions, last_rows, context)
-        assert context.finite is not None
-        finite = context.finite.cpu()
-        if context.plan is not None:  # noted by the kernel, after it was noted here
-            finite = finite & context.plan.finite
+        plan = self._backend.plan(self.cache, spans)
+        logits = self._run(tokens, positions, last_rows, plan)
+        finite = plan.finite()
         return ForwardResult(logits, tuple(bool(finite[s.row : s.row + s.count].all()) for s in spans))
 
-    def _run(self, tokens: list[int], positions: list[int], rows: list[int], context: ForwardContext) -> Tensor:
+    def _run(self, tokens: list[int], positions: list[int], rows: list[int], plan: StepPlan) -> Tensor:
         # A product with one row may take another path in a library than the same row among others.
         padding = self._bystanders or [0] * (self._fewest - len(tokens))
         device = self._model.device
         kept = rows + [0] * (self._fewest - len(rows))
-        with forward_context(context), self._functions():
+        with attention_through(plan), self._functions():
             output = self._model(
                 torch.tensor([tokens + [0] * len(padding)], device=device),
                 torch.tensor(kept, device=device),
@@ -237,35 +141,39 @@ class PackedRunner:
         return logits.to(torch.float32)
 
     def forget(self, sequence: Any) -> None:
-        """Nothing to do: the pool owns the blocks."""
+        """Do nothing: the pool owns the blocks."""
+
+    def release_memory(self) -> None:
+        self._backend.release_memory()
 
 
 class FallbackRunner:
-    """Each sequence alone, with transformers' own cache: slower, never wrong.
+    """Computes each sequence alone, with transformers' own cache: slower, never wrong.
 
     Needs a scheduler with `whole_prompts`: then a sequence's passes are always the same, one for the prompt and one per
     token, and nothing around it can change its bits.
     """
 
-    def __init__(self, model: nn.Module, vocab_size: int, *, positions: bool = True) -> None:
-        """`positions`: tell the model where its tokens stand, if it takes that (the self-test knows whether to).
+    def __init__(self, model: nn.Module, backend: Backend, vocab_size: int, *, positions: bool = True) -> None:
+        """Serve a model; `positions`: pass `position_ids`, if it takes them (the self-test knows whether to).
 
         Raises:
             NotUnderstood: the model takes no cache, so it cannot go on from where it was.
         """
         self._model = _Model(model)
+        self._backend = backend
         self.vocab_size = vocab_size
         self._caches: dict[Any, Any] = {}
-        name = _cache_name(model)
+        name = cache_name(model)
         if name is None:
-            raise NotUnderstood(f"{type(model).__name__} takes no cache ({', '.join(_CACHE_NAMES)})")
+            raise NotUnderstood(f"{type(model).__name__} takes no cache ({', '.join(CACHE_NAMES)})")
         self._cache_name = name
         self._takes_positions = positions and "position_ids" in inspect.signature(model.forward).parameters
         self._dynamic = rotary.dynamic(model)
 
     @torch.inference_mode()
     def forward(self, schedule: Schedule) -> ForwardResult:
-        """One pass for each chunk; one that fails is an error of its own, as nothing is shared."""
+        """Run one pass for each chunk; one that fails is an error of its own, as nothing is shared."""
         rows: list[Tensor] = []
         errors: dict[int, ReplyFault] = {}
         for number, chunk in enumerate(schedule.chunks):
@@ -283,7 +191,7 @@ class FallbackRunner:
         return ForwardResult(torch.stack([row.to(device) for row in rows]), finite, errors)
 
     def _pass(self, sequence: Any, start: int, end: int) -> Tensor:
-        """Compute a sequence's tokens `start … end - 1`: the logits `[vocab] float32` of the last one."""
+        """Compute a sequence's tokens `start … end - 1` and return the last one's logits, `[vocab] float32`."""
         device = self._model.device
         if self._dynamic:
             rotary.reset(self._model.model)
@@ -293,7 +201,7 @@ class FallbackRunner:
         tokens = torch.tensor([sequence.tokens(start, end)], device=device)
         last = torch.tensor([end - start - 1], device=device)
         output = self._model(tokens, last, use_cache=True, **arguments)
-        names = (self._cache_name, *_CACHE_NAMES)
+        names = (self._cache_name, *CACHE_NAMES)
         cache = next((found for name in names if (found := getattr(output, name, None)) is not None), None)
         if cache is None:
             raise NotUnderstood("it returns no cache: it cannot generate token by token")
@@ -303,3 +211,6 @@ class FallbackRunner:
 
     def forget(self, sequence: Any) -> None:
         self._caches.pop(sequence, None)
+
+    def release_memory(self) -> None:
+        self._backend.release_memory()

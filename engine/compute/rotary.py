@@ -1,4 +1,4 @@
-"""Rotary embeddings that transformers changes while it runs. Knows modules by what they keep, no model by name.
+"""Pin or reset rotary embeddings that transformers changes while it runs. Knows no model by name.
 
 Two kinds of scaling look at the longest sequence of a call (`max(position_ids)`, transformers' modeling_rope_utils), so
 in a packed step one long neighbour would change everybody's numbers:
@@ -20,7 +20,7 @@ _PINNED = "pinned"
 
 
 def _kinds(module: nn.Module) -> dict[str | None, str]:
-    """The scaling of a rotary module by type of layer (None: one for all); empty for any other module."""
+    """Return the scaling of a rotary module by type of layer (None: one for all); empty for any other module."""
     kinds = getattr(module, "rope_type", None)
     if isinstance(kinds, str):
         return {None: kinds}
@@ -59,7 +59,7 @@ def _pin(module: Any, layer_type: str | None, context_length: int) -> str | None
 
 
 def dynamic(model: nn.Module) -> bool:
-    """Whether a rotary module of the model changes with the longest sequence it has seen."""
+    """Tell whether a rotary module of the model changes with the longest sequence it has seen."""
     return any("dynamic" in kind for module in model.modules() for kind in _kinds(module).values())
 
 

@@ -1,4 +1,4 @@
-"""Activations whose bits do not depend on where a number stands in its tensor. Knows torch's functions; no model.
+"""Batch-invariant activations: bits that do not depend on a number's place in its tensor. Knows no model.
 
 On a CPU torch computes most numbers of a float32 tensor with vector instructions, and what is left at the end of each
 thread's share one by one, by another formula. For sigmoid, SiLU, softplus and GELU the two differ in their last bits,
@@ -48,7 +48,7 @@ _SAFE: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
 
 
 def _replacement(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What to call instead of one of torch's functions; itself where nothing is to be replaced."""
+    """Return the function to call instead of one of torch's: itself where nothing is to be replaced."""
     safe = _SAFE.get(function)
     if safe is None or "out" in kwargs:
         return function
@@ -57,7 +57,7 @@ def _replacement(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
 
 
 class RowSafeFunctions(TorchFunctionMode):
-    """Inside `with RowSafeFunctions():` torch's activations are those of this file.
+    """A mode in which torch's activations are replaced by those of this file.
 
     Attributes:
         used: whether one was called.

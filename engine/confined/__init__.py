@@ -1,1 +1,1 @@
-"""Functions of ours on untrusted input, in a child process with limits."""
+"""Run our own functions on untrusted input in a child process with limits."""

@@ -1,4 +1,4 @@
-"""The warm child of `engine.confined.process` from inside: it forks for each call, and only a fork runs the function.
+"""Run the warm child's side of `engine.confined.process`: fork for each call, and let only the fork run the function.
 
 Messages both ways are JSON behind their length; what comes back is data and never code. Imports nothing of the engine
 but what is asked for.
@@ -29,7 +29,7 @@ except ImportError:  # no POSIX system: importing works, and nothing starts a ch
 __all__ = ["AVAILABLE", "HEAD", "NUMBER", "WALL", "as_json", "framed", "serve"]
 
 AVAILABLE: Final = hasattr(os, "fork") and resource is not None
-"""Whether there are such processes on this system: not on Windows."""
+"""Whether this system can fork and limit processes; Windows cannot."""
 WALL: Final = 4
 """A trial may last this many times its processor time: it shares the machine with the engine, and may just wait."""
 MAX_ANSWER: Final = 64 << 20  # bytes of JSON
@@ -57,13 +57,13 @@ class _Trial:
     deadline: float  # monotonic seconds
     answer: bytearray = field(default_factory=bytearray)
     fault: str = ""
-    """Why it was killed."""
+    """Why the warm child killed it; empty if it did not."""
     late: bool = False
-    """It was killed because of the clock."""
+    """Whether it was killed for taking too long."""
 
 
 def serve() -> None:
-    """Be the warm child: messages on standard input, answers on standard output, until the input ends."""
+    """Run the warm child: messages on standard input, answers on standard output, until the input ends."""
     limits = json.loads(sys.argv[1])
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to us, too; whoever started us decides
         signal.signal(number, signal.SIG_IGN)
@@ -77,7 +77,7 @@ def serve() -> None:
 
 
 class _Warm:
-    """The warm child's loop: forks, gathers answers, ends what is late."""
+    """The warm child's loop: forks, gathers answers, ends trials that are late."""
 
     def __init__(self, limits: dict[str, Any], out: int) -> None:
         self._limits = limits
@@ -109,7 +109,7 @@ class _Warm:
                 os.kill(trial.pid, signal.SIGKILL)
 
     def _patience(self) -> float | None:
-        """Milliseconds until the first trial is late."""
+        """Return the milliseconds until the first trial is late."""
         deadlines = [trial.deadline for trial in self._trials.values() if not trial.fault]
         return max(0.0, min(deadlines) - time.monotonic()) * 1000 + 1 if deadlines else None
 
@@ -154,7 +154,7 @@ class _Warm:
         self._poll.register(answer, select.POLLIN)
 
     def _take(self, descriptor: int, data: bytes) -> None:
-        """A piece of a trial's answer; nothing: it has ended, since only it could write."""
+        """Read a piece of a trial's answer; nothing means that it has ended, since only it could write."""
         trial = self._trials[descriptor]
         if data:
             trial.answer += data if not trial.fault else b""
@@ -178,7 +178,7 @@ class _Warm:
         _write_all(self._out, framed(number.to_bytes(NUMBER) + answer))
 
     def _fault(self, status: int, complaints: bytes) -> str:
-        """Why a trial ended without an answer; empty: it did not."""
+        """Say why a trial ended without an answer; empty if it did not."""
         if status == 0:
             return ""
         number = os.waitstatus_to_exitcode(status)
@@ -190,7 +190,7 @@ class _Warm:
 
 
 def _try(job: tuple[str, tuple[Any, ...]], limits: dict[str, Any], out: int, errors: int, warm: int) -> NoReturn:
-    """Be a trial: run a function within the limits, write its answer, end."""
+    """Run a function within the limits, write its answer, and end this process: the fork's side of a trial."""
     import resource
 
     status = 1
@@ -222,7 +222,7 @@ def _try(job: tuple[str, tuple[Any, ...]], limits: dict[str, Any], out: int, err
 
 
 def _answer(function: str, arguments: tuple[Any, ...]) -> bytes:
-    """What a function returns or raises, as a message; nothing where memory ran out."""
+    """Return what a function returns or raises, as a message; nothing where memory ran out."""
     try:
         try:
             return as_json({"value": _function(function)(*arguments)})
@@ -235,7 +235,7 @@ def _answer(function: str, arguments: tuple[Any, ...]) -> bytes:
 
 
 def _addresses() -> int:
-    """Bytes of addresses that this process has mapped, where the system says so."""
+    """Return the bytes of addresses that this process has mapped, where the system says so."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -250,7 +250,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def _messages(unread: bytearray) -> Iterator[dict[str, Any]]:
-    """The whole messages at the beginning of what was read; they are taken out of it."""
+    """Take the whole messages from the beginning of what was read."""
     while len(unread) >= HEAD and len(unread) >= (end := HEAD + int.from_bytes(unread[:HEAD])):
         message = json.loads(unread[HEAD:end])
         del unread[:end]

@@ -1,4 +1,4 @@
-"""Functions of ours on what strangers sent, in a child process that may die of it. Knows nothing of grammars or models.
+"""Run our own functions on untrusted input in a child process that may die of it. Knows nothing of grammars or models.
 
     caller ──call("module:function", argument)──▶ Confined ══ pipes, JSON ══ the warm child ──fork──▶ a trial
                                                                              imports, `kept`     clock, memory, stack
@@ -41,7 +41,7 @@ _START: Final = (
 
 
 class ConfinedFault(Exception):
-    """A trial that went beyond its limits or crashed: `took longer than 5 seconds`, `ended by SIGSEGV`.
+    """A trial went beyond its limits or crashed: `took longer than 5 seconds`, `ended by SIGSEGV`.
 
     `passing`: the machine may be to blame (a real clock, a SIGKILL from outside): the same call may do well later.
     """
@@ -52,7 +52,7 @@ class ConfinedFault(Exception):
 
 
 class ConfinedError(Exception):
-    """What the function raised in the trial; `kind` is the name of the exception's class."""
+    """The function raised in the trial; `kind` is the name of the exception's class."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -97,7 +97,7 @@ class Confined:
             self._running()
 
     def call(self, function: str, argument: Any) -> Any:
-        """What `function` (`module:function`) returns for an argument; both are JSON.
+        """Run `function` (`module:function`) in a trial and return its result; argument and result are JSON.
 
         Raises:
             ConfinedFault: it went beyond a limit, or ended its process.
@@ -116,7 +116,7 @@ class Confined:
         raise RuntimeError(f"the process {self._limits['name']} ended twice, which no call should be able to cause")
 
     def close(self) -> None:
-        """End the child and what it runs; those who wait for it get a RuntimeError. Safe to call twice."""
+        """End the child and what it runs; callers that wait for it get a RuntimeError. Safe to call twice."""
         with self._lock:
             self._closed = True
             self._end()
@@ -229,7 +229,7 @@ class _Child:
             self._writing.release()
 
     def _write(self, data: bytes) -> None:
-        """Send a message; a child that does not read (somebody has stopped it) is ended."""
+        """Send a message; end the child if it does not read (somebody has stopped it)."""
         assert self._process.stdin is not None
         rest, late = memoryview(data), time.monotonic() + START_SECONDS
         try:
@@ -262,4 +262,4 @@ class _Child:
 
 
 def _nothing() -> None:
-    """No child has to be ended yet."""
+    """Do nothing: no child has to be ended yet."""

@@ -1,1 +1,1 @@
-"""From an entry of models.yaml to a model that is tried and ready to run."""
+"""Load an entry of models.yaml: place it, read it, try it, and make it ready to run."""

@@ -1,4 +1,4 @@
-"""Try attention alone, over more keys than a self-test's prompts could have. Knows tensors; nothing of models.
+"""Try attention alone, over more keys than a self-test's prompts have. Knows tensors; nothing of models.
 
 Windows and chunks of thousands of tokens, soft-capped scores and sinks are held against float64, around every border;
 and rows must have the same bits whatever the number of rows they are computed with.
@@ -11,38 +11,37 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.compute.attention import AttentionSettings, ForwardContext, Span, attend, forward_context
 from engine.compute.attention_mask import KeyRange
-from engine.compute.cpu.kernels import Kernels
-from engine.compute.kv_cache import KEY_BLOCK, KVCache, LayerShape
+from engine.compute.backend import AttentionSettings, Backend, Span
+from engine.compute.kv_cache import KEY_BLOCK, LayerShape
+from engine.scheduling.block_pool import BLOCK_SIZE
 
-_BLOCK = 16
 _FARTHEST = 8192
-"""A longer window or chunk is tried at a thousand tokens: for the kernels it is a number like any other."""
+"""Longer windows and chunks are tried at a thousand tokens: to the kernels, one length is like another."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Allowed difference to float64, as a share of the largest result."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionTrial:
-    """One way of attending that a model has.
+    """A trial of one way of attending that a model has.
 
     Attributes:
-        shape, settings: of a layer; kernels: our own, if they may serve it.
+        shape, settings: of a layer; backend: what computes its attention.
     """
 
     shape: LayerShape
     settings: AttentionSettings
-    kernels: Kernels | None
+    backend: Backend
 
     def describe(self) -> str:
-        """For people: which keys are seen, and what is special about the scores."""
+        """Describe the trial for people: which keys are seen, and what is special about the scores."""
         special = [("soft-capped scores", self.settings.softcap), ("sinks", self.settings.sinks is not None)]
         return ", ".join([self.shape.seen.describe(), *(name for name, there in special if there)])
 
     @torch.inference_mode()
     def is_right(self) -> bool:
-        """Whether attention is what float64 says, at both sides of each border and far behind."""
+        """Compare attention with float64, on both sides of each border and far behind."""
         seen = self.shape.seen
         size = seen.window or seen.chunk or 0
         if size > _FARTHEST:
@@ -51,7 +50,7 @@ class AttentionTrial:
         groups = self.settings.heads // self.shape.heads
         one = replace(self.shape, heads=1, seen=seen)
         sinks = None if self.settings.sinks is None else self.settings.sinks[:groups]
-        tried = _Tried(one, replace(self.settings, heads=groups, sinks=sinks), length, self.kernels)
+        tried = _Tried(one, replace(self.settings, heads=groups, sinks=sinks), length, self.backend)
         tried.store()
         starts = {0, 5, KEY_BLOCK - 2, size - 3, size, 2 * size - 2, length - 17}
         cases = [(start, min(5, length - start)) for start in starts if 0 <= start < length]
@@ -59,9 +58,9 @@ class AttentionTrial:
 
     @torch.inference_mode()
     def rows_agree(self) -> bool:
-        """Whether rows in crowds of 1, 3, 33 and 200 have the same bits, across two borders of the key span."""
+        """Check that rows in crowds of 1, 3, 33 and 200 have the same bits, across two borders of the key span."""
         length = 2 * KEY_BLOCK + 40
-        tried = _Tried(self.shape, self.settings, length, self.kernels)
+        tried = _Tried(self.shape, self.settings, length, self.backend)
         whole = tried.attend(0, length)
         cases = (
             (0, 1),
@@ -76,39 +75,32 @@ class AttentionTrial:
 
 
 class _Tried:
-    """A sequence of numbers of every size and sign, and a cache for it."""
+    """A sequence of numbers of every size and sign, and a cache that holds it."""
 
-    def __init__(self, shape: LayerShape, settings: AttentionSettings, length: int, kernels: Kernels | None) -> None:
+    def __init__(self, shape: LayerShape, settings: AttentionSettings, length: int, backend: Backend) -> None:
         self._shape, self._settings, self._length = shape, settings, length
-        self._table = tuple(range(-(-length // _BLOCK)))
-        self._cache = KVCache([shape], len(self._table), _BLOCK, kernels)
+        self._table = tuple(range(-(-length // BLOCK_SIZE)))
+        self._backend, self._cache = backend, backend.allocate([shape], len(self._table))
         self._query = self._numbers(settings.heads, shape.key_dim, 1)
         self._key = self._numbers(shape.heads, shape.key_dim, 2)
         self._value = self._numbers(shape.heads, shape.value_dim, 3)
 
     def _numbers(self, count: int, dim: int, shift: int) -> Tensor:
-        """`[count, length, dim]`, quasi-random: a sum of equal terms would hide another order of summation."""
+        """Make quasi-random `[count, length, dim]`: equal terms would hide another order of summation."""
         index = torch.arange(count * self._length * dim, dtype=torch.float64) * (2 * shift + 1) + shift
         data = index.mul_(0.618033988749).frac_().sub_(0.5).view(count, self._length, dim)
         return data.to(device=self._shape.device, dtype=self._shape.dtype)
 
     def store(self) -> None:
-        """Write all keys and values, at little cost: with our kernels each token looks at itself only."""
-        if not self._cache.native[0]:
-            self._cache.write(0, torch.arange(self._length, device=self._shape.device), self._key, self._value)
-            return
-        self._cache.layers = (replace(self._shape, seen=KeyRange(window=1)),)
-        self.attend(0, self._length)
-        self._cache.layers = (self._shape,)
+        """Write all keys and values."""
+        self._cache.write(0, torch.arange(self._length, device=self._shape.device), self._key, self._value)
 
     def attend(self, start: int, count: int) -> Tensor:
-        """`[count, heads, value_dim]`: tokens `start … start + count - 1`, over what is stored of those before."""
-        slots = torch.arange(start, start + count)
-        span = Span(0, count, start, self._table[: -(-(start + count) // _BLOCK)])
+        """Compute tokens `start … start + count - 1` over all keys that lie before: `[count, heads, value_dim]`."""
+        span = Span(0, count, start, self._table[: -(-(start + count) // BLOCK_SIZE)])
         part = slice(start, start + count)
-        context = ForwardContext((span,), slots, count, self._cache)
-        with forward_context(context):
-            return attend(context, 0, self._query[:, part], self._key[:, part], self._value[:, part], self._settings)
+        plan = self._backend.plan(self._cache, [span])
+        return plan.attend(0, self._query[:, part], self._key[:, part], self._value[:, part], self._settings)
 
     def is_right(self, start: int, count: int) -> bool:
         mine = self.attend(start, count).double()
@@ -117,7 +109,7 @@ class _Tried:
         return bool((mine - right).abs().max() <= bound)
 
     def _exact(self, start: int, count: int) -> Tensor:
-        """The same in float64, written down as the formula says."""
+        """Compute the same in float64, written down as the formula says."""
         settings, repeat = self._settings, self._settings.heads // self._shape.heads
         rows = torch.arange(start, start + count)[:, None]
         keys = torch.arange(start + count)[None]

@@ -1,4 +1,4 @@
-"""What the bits of a reply depend on, as a short digest. Knows files and versions; nothing of requests.
+"""Digest what the bits of a reply depend on. Knows files and versions; nothing of requests.
 
 Same fingerprint, same request ⇒ same bytes. So everything that can change a bit goes in, and nothing that cannot: not
 the path, the port, the number of sequences, the size of the cache, and not the number of threads as long as the law
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -29,7 +27,7 @@ _CHUNK = 1 << 22
 
 
 def weights_digest(files: Sequence[Path]) -> str:
-    """SHA-256 over the contents of the files with the weights, in the order given."""
+    """Hash the contents of the files with the weights, in the order given (SHA-256)."""
     with ThreadPoolExecutor(max_workers=min(4, len(files) or 1)) as pool:  # hashlib lets go of the interpreter lock
         digests = list(pool.map(_file_digest, files))
     return hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -44,40 +42,15 @@ def _file_digest(path: Path) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 over how a tokenizer makes tokens of text, and its special ones: whatever files they were read from."""
+    """Hash how a tokenizer makes tokens of text, and its special tokens, whatever files they came from."""
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     named = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     digest.update(json.dumps(named, sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def hardware(device: torch.device) -> dict[str, str]:
-    """What of the machine can change a bit: on a GPU its name; on a CPU its model, and the instruction set in use.
-
-    The model and not the instruction set alone: libraries choose block sizes by cache sizes, too.
-    """
-    if device.type == "cuda":
-        return {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
-    return {
-        "cpu": _cpu_model(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "mkl": os.environ.get("MKL_CBWR", ""),
-        "onednn": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    wanted = ("vendor_id", "cpu family", "model", "model name", "stepping", "cache size")
-    return "/".join(fields.get(key, "") for key in wanted) or platform.machine()
-
-
 def fingerprint(parts: Mapping[str, object]) -> str:
-    """`vb-` and 16 hex digits of the SHA-256 of `parts` as canonical JSON, with the library versions added.
+    """Return `vb-` and 16 hex digits of the SHA-256 of `parts` as canonical JSON, with the library versions added.
 
     A library outside the tried versions (engine/loading/versions.py) is added by its name.
     """

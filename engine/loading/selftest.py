@@ -1,4 +1,4 @@
-"""Try a loaded model on this machine: is it computed rightly, and do its bits depend on the request alone?
+"""Try a loaded model on this machine: is it computed rightly, and are its bits batch-invariant and deterministic?
 
 `Reference` is one plain pass of transformers, without a cache, over fixed prompts and what follows them; it is taken
 before the model is prepared for serving. `self_test` then generates the same tokens through the runner that will serve:
@@ -19,20 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from engine.compute import rotary
-from engine.compute.attention import IMPLEMENTATION, ForwardContext
-from engine.compute.cpu.kernels import Kernels
+from engine.compute.attention import IMPLEMENTATION, Discovery, register_attention
+from engine.compute.backend import Backend
+from engine.compute.discovery import discover, input_device
 from engine.compute.kv_cache import KVCache, LayerShape, runs_of
-from engine.compute.model_runner import FallbackRunner, PackedRunner, Runner, discover, input_device, register_attention
+from engine.compute.model_runner import FallbackRunner, PackedRunner, Runner
 from engine.compute.row_safe import RowSafeFunctions
 from engine.errors import LoadError, out_of_memory
 from engine.loading.attention_trial import AttentionTrial
-from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.block_pool import BLOCK_SIZE, BlockPool
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.types.model_info import ReproducibilityReport
 from engine.types.sampling_params import SamplingParams
 
-_BLOCK = 16
 _SHORT = (21, 9, 5, 3)
 _LONG = 200
 """Lengths of prompts. The long one leaves every tile of a kernel, and makes steps of hundreds of rows."""
@@ -42,13 +42,14 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _ROUNDED_TOLERANCE = 2e-1
 """The same where weights and inputs are rounded to bytes, which the reference knows nothing of."""
 _TIE = 1e-1
-"""Allowed for one row of all: the last bit of a sum can decide which expert a router chooses."""
+"""Allowed difference of a single row: the last bit of a sum can decide which expert a router chooses."""
 
 
 @dataclass(frozen=True, slots=True)
 class SelfTest:
-    """`layers` is None when the model needs the fallback runner; `report.reason` says why.
+    """The outcome: which runner serves the model, what that runner must be told, and whether the law holds.
 
+    `layers`: what each layer stores; None where the fallback runner serves, and `report.reason` says why.
     `single_rows`: a token that is computed alone needs no padding to keep its bits (packed runner).
     `row_safe`: the model calls functions of torch that need `RowSafeFunctions` (packed runner).
     `positions`: the model must be told positions (fallback runner).
@@ -63,7 +64,7 @@ class SelfTest:
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """A prompt, and the tokens that are taken to follow it, whatever the model would choose."""
+    """A prompt, and the tokens that are appended to it whatever the model would choose."""
 
     prompt: tuple[int, ...]
     rest: tuple[int, ...]
@@ -71,7 +72,7 @@ class _Text:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What a runner gave for one text.
+    """What a runner computed for one text.
 
     Attributes:
         logits: `[_DECODED, vocab] float32`: of the prompt's last token and of those that follow.
@@ -82,7 +83,7 @@ class _Run:
     stored: tuple[Tensor, ...] | None = None
 
     def equals(self, other: _Run) -> bool:
-        """Whether all bits are the same."""
+        """Tell whether all bits are the same."""
         if not torch.equal(self.logits, other.logits):
             return False
         pairs = zip(self.stored or (), other.stored or (), strict=True)
@@ -91,7 +92,7 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What plain transformers says: for each text `[_DECODED, vocab] float32` logits."""
+    """What plain transformers computes: for each text `[_DECODED, vocab] float32` logits."""
 
     texts: tuple[_Text, ...]
     logits: tuple[Tensor, ...]
@@ -99,7 +100,7 @@ class Reference:
     @classmethod
     @torch.inference_mode()
     def of(cls, model: nn.Module, vocab_size: int, length: int) -> Reference:
-        """Compute it: one pass for each text, without a cache.
+        """Run one pass of plain transformers for each text, without a cache.
 
         Args:
             length: how many tokens a sequence may have.
@@ -124,7 +125,7 @@ class Reference:
         return cls(texts, tuple(logits))
 
     def difference(self, runs: Seq[_Run], tolerance: float) -> str | None:
-        """How the runs differ from plain transformers, in words; None if they agree up to rounding.
+        """Say how the runs differ from plain transformers; None if they agree up to rounding.
 
         Numbers that a model masks out (infinite, or as good as) must be masked out in both.
         """
@@ -145,12 +146,12 @@ class Reference:
 
 
 def _is_said(logits: Tensor) -> Tensor:
-    """Where a logit is a number and not a mask."""
+    """Tell where a logit is a number and not a mask."""
     return ~(logits.abs() > 1e30)
 
 
 def _distance(mine: Tensor, right: Tensor) -> float:
-    """The largest difference of two rows, infinite if they do not mask out the same."""
+    """Return the largest difference of two rows; infinite if they do not mask out the same entries."""
     said = _is_said(right)
     if not torch.equal(said, _is_said(mine)) or not torch.equal(mine[~said], right[~said]):
         return float("inf")
@@ -159,19 +160,18 @@ def _distance(mine: Tensor, right: Tensor) -> float:
 
 def self_test(
     model: nn.Module,
+    backend: Backend,
     reference: Reference,
     vocab_size: int,
     dtype: torch.dtype,
     length: int,
     *,
-    kernels: Kernels | None = None,
     rounded: bool = False,
 ) -> SelfTest:
     """Choose the runner that serves the model, and try the law. Leaves the model with that runner's attention.
 
     Args:
         length: how many tokens a sequence may have.
-        kernels: our own, for attention.
         rounded: weights and inputs of linear layers are rounded to bytes.
 
     Raises:
@@ -179,16 +179,15 @@ def self_test(
     """
     own = getattr(model.config, "_attn_implementation", None) or "eager"
     tolerance = _ROUNDED_TOLERANCE if rounded else _TOLERANCE[dtype]
-    fallback = partial(_fallback, model, reference, vocab_size, tolerance, own)
+    fallback = partial(_fallback, model, backend, reference, vocab_size, tolerance, own)
     register_attention()
     try:
         if rotary.dynamic(model):
             return fallback("its rotary scaling is dynamic")
         model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
         with RowSafeFunctions() as functions:
-            context = discover(model, length)
-        layers = tuple(context.layers[i] for i in range(len(context.layers)))
-        packed = _Packed(model, layers, vocab_size, length, kernels, functions.used)
+            found = discover(model, length)
+        packed = _Packed(model, backend, found.shapes(), vocab_size, length, functions.used)
         alone = [packed.run([text])[0] for text in reference.texts]
         crowd = packed.run(reference.texts, far=True)
     except LoadError:
@@ -201,17 +200,17 @@ def self_test(
         difference = reference.difference(runs, tolerance)
         if difference:
             return fallback(f"{where} {difference}")
-    trials = _attention_trials(context, kernels)
+    trials = _attention_trials(found, backend)
     for trial in trials:
         if not trial.is_right():
             return fallback(f"attention is wrong over {trial.describe()}")
     return _law(model, reference, packed, alone, crowd, trials, dtype)
 
 
-def _attention_trials(context: ForwardContext, kernels: Kernels | None) -> list[AttentionTrial]:
-    """One for each way of attending that the model's layers have."""
-    ways = {(shape, context.settings[i].kind): i for i, shape in context.layers.items()}
-    return [AttentionTrial(context.layers[i], context.settings[i], kernels) for i in ways.values()]
+def _attention_trials(found: Discovery, backend: Backend) -> list[AttentionTrial]:
+    """Make one trial for each way of attending that the model's layers have."""
+    ways = {(shape, found.settings[i].kind): i for i, shape in found.layers.items()}
+    return [AttentionTrial(found.layers[i], found.settings[i], backend) for i in ways.values()]
 
 
 def _law(
@@ -223,7 +222,7 @@ def _law(
     trials: list[AttentionTrial],
     dtype: torch.dtype,
 ) -> SelfTest:
-    """Compare bits: what is the same, whatever the circumstances."""
+    """Compare the bits of the same texts under different circumstances."""
     short = [i for i, text in enumerate(reference.texts) if len(text.prompt) < _LONG]
     few, long = [reference.texts[i] for i in short], [t for t in reference.texts if len(t.prompt) >= _LONG]
     few_alone, long_alone = [alone[i] for i in short], [a for i, a in enumerate(alone) if i not in short]
@@ -242,7 +241,7 @@ def _law(
 
 
 def verdict(checks: Mapping[str, bool], model: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-    """Whether the law holds, and why, from what was tried.
+    """Decide from the trials whether the law holds, and say why.
 
     Trials find faults; what makes the promise is that every operation is known to treat each row by itself. On a GPU
     products are the vendor's library's, which picks a kernel by the number of rows: small models pass every trial (seen
@@ -257,9 +256,9 @@ def verdict(checks: Mapping[str, bool], model: str, dtype: torch.dtype, device: 
 
 
 def _fallback(
-    model: nn.Module, reference: Reference, vocab_size: int, tolerance: float, own: str, reason: str
+    model: nn.Module, backend: Backend, reference: Reference, vocab_size: int, tolerance: float, own: str, reason: str
 ) -> SelfTest:
-    """The fallback runner, if it computes what plain transformers does.
+    """Take the fallback runner, if it computes what plain transformers does.
 
     Raises:
         LoadError: it does not either; with both reasons.
@@ -272,7 +271,7 @@ def _fallback(
         raise LoadError(f"{name} cannot be served: not packed ({reason}); {first_line(error)}.") from error
     for positions in (True, False):  # some count their own, from another number than 0
         try:
-            difference = reference.difference(_alone(model, reference.texts, vocab_size, positions), tolerance)
+            difference = reference.difference(_alone(model, backend, reference.texts, vocab_size, positions), tolerance)
         except Exception as error:  # whatever an unknown architecture does
             if out_of_memory(error):
                 raise
@@ -284,13 +283,13 @@ def _fallback(
     raise LoadError(f"{name} cannot be served: not packed ({reason}), and each sequence alone {objections[0]}.")
 
 
-def _alone(model: nn.Module, texts: Seq[_Text], vocab_size: int, positions: bool) -> list[_Run]:
-    """Through the fallback runner, all at once: what one leaves behind must not reach another."""
-    blocks = sum(-(-(len(text.prompt) + _DECODED) // _BLOCK) for text in texts)
+def _alone(model: nn.Module, backend: Backend, texts: Seq[_Text], vocab_size: int, positions: bool) -> list[_Run]:
+    """Generate all texts at once through the fallback runner: what one leaves behind must not reach another."""
+    blocks = sum(-(-(len(text.prompt) + _DECODED) // BLOCK_SIZE) for text in texts)
     scheduler = Scheduler(
-        BlockPool(blocks, _BLOCK, caching=False), max_sequences=len(texts), max_batch_tokens=512, whole_prompts=True
+        BlockPool(blocks, BLOCK_SIZE, caching=False), max_sequences=len(texts), max_batch_tokens=512, whole_prompts=True
     )
-    return _generate(FallbackRunner(model, vocab_size, positions=positions), scheduler, texts)
+    return _generate(FallbackRunner(model, backend, vocab_size, positions=positions), scheduler, texts)
 
 
 class _Packed:
@@ -299,37 +298,38 @@ class _Packed:
     def __init__(
         self,
         model: nn.Module,
+        backend: Backend,
         layers: tuple[LayerShape, ...],
         vocab_size: int,
         length: int,
-        kernels: Kernels | None,
         row_safe: bool,
     ) -> None:
         self.layers, self.row_safe = layers, row_safe
-        self._model, self._vocab_size, self._length, self._kernels = model, vocab_size, length, kernels
+        self._model, self._backend, self._vocab_size, self._length = model, backend, vocab_size, length
 
     def run(self, texts: Seq[_Text], *, budget: int = 512, far: bool = False, single_rows: bool = False) -> list[_Run]:
-        """Through the real scheduler: `budget` tokens a step; `far`: rows at far positions are computed beside."""
+        """Generate through the real scheduler, `budget` tokens a step; `far`: with rows at far positions beside."""
         if not texts:
             return []
-        blocks = sum(-(-(len(t.prompt) + _DECODED) // _BLOCK) for t in texts)
-        cache = KVCache(self.layers, blocks, _BLOCK, self._kernels)
+        blocks = sum(-(-(len(t.prompt) + _DECODED) // BLOCK_SIZE) for t in texts)
+        cache = self._backend.allocate(self.layers, blocks)
         last = self._length - 1
         runner = PackedRunner(
             self._model,
+            self._backend,
             cache,
             self._vocab_size,
             single_rows=single_rows,
             row_safe=self.row_safe,
             bystanders=(last, last // 2, 0) if far else (),
         )
-        pool = BlockPool(blocks, _BLOCK, caching=False)
+        pool = BlockPool(blocks, BLOCK_SIZE, caching=False)
         scheduler = Scheduler(pool, max_sequences=len(texts), max_batch_tokens=budget)
         return _generate(runner, scheduler, texts, cache)
 
 
 def _generate(runner: Runner, scheduler: Scheduler, texts: Seq[_Text], cache: KVCache | None = None) -> list[_Run]:
-    """Let a runner compute the texts, all at once. `cache`: the runner's, if what is stored there is to be compared."""
+    """Compute all texts at once with a runner. `cache`: the runner's, if what is stored there is to be compared."""
     params = SamplingParams(max_tokens=_DECODED)
     sequences = [Sequence(str(i), 0, text.prompt, params, 0) for i, text in enumerate(texts)]
     rest = {sequence: text.rest for sequence, text in zip(sequences, texts, strict=True)}
@@ -355,10 +355,10 @@ def _generate(runner: Runner, scheduler: Scheduler, texts: Seq[_Text], cache: KV
 
 
 def _stored(cache: KVCache, table: Seq[int]) -> tuple[Tensor, ...]:
-    """Copies of a sequence's full blocks, of all layers: they show what the logits of a few rows may hide."""
+    """Copy a sequence's full blocks, of all layers: they show what the logits of a few rows may hide."""
     if len(table) < 2:
         return ()
-    runs = runs_of(table, _BLOCK, (len(table) - 1) * _BLOCK)
+    runs = runs_of(table, (len(table) - 1) * BLOCK_SIZE)
     tensors = (*cache.keys, *cache.values)
     return tuple(torch.cat([t[:, run.start : run.start + run.length] for run in runs], 1) for t in tensors)
 
@@ -377,12 +377,12 @@ def _on_one_thread(test: Callable[[], bool]) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a sentence."""
+    """Return the first line of an error, short enough for a sentence."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
 
 
 def _usable_ids(model: nn.Module, vocab_size: int) -> range:
-    """Token ids to try; padding is no text, and some models do not count it."""
+    """Return token ids to try; padding is no text, and some models do not count it."""
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)  # type: ignore[operator,union-attr]
     if not isinstance(padding, int) or not 0 <= padding < vocab_size:
         return range(vocab_size)

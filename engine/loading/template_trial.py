@@ -1,4 +1,4 @@
-"""A chat template's first renderings, in a child process that may die of it. Knows no tokens, no model, no HTTP.
+"""Render a chat template for the first time in a child process that may die of it. Knows no tokens and no model.
 
 A template belongs to a checkpoint and is a stranger's. Each rendering has a budget (`engine.templates.budget`), which
 refuses it by count; the child has a clock and a memory limit, for what nobody has counted. What has gone well there is
@@ -23,7 +23,7 @@ MEMORY: Final = 1 << 30
 
 
 def check(source: str | None, tool_use: str | None, special_tokens: Mapping[str, str]) -> None:
-    """Render what loading renders, in a child.
+    """Render everything that loading renders, in a child process.
 
     Raises:
         LoadError: the template is none, or went beyond the limits.
@@ -43,7 +43,7 @@ def check(source: str | None, tool_use: str | None, special_tokens: Mapping[str,
 
 
 def render(given: Mapping[str, Any]) -> None:
-    """All that loading renders: whether texts come in parts, how thoughts and calls are written."""
+    """Render everything that loading renders: whether texts come in parts, how thoughts and calls are written."""
     template = ChatTemplate(given["source"], given["special_tokens"], tool_use=given["tool_use"])
     reasoning.find_reasoning_format(template)
     tool_format.find_tool_format(template)

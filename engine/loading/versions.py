@@ -1,4 +1,4 @@
-"""The versions of libraries that this release was tried with, compared with those that are installed.
+"""Compare installed libraries with the versions that this release was tried with.
 
 `tried.json` is written with the lock (`make lock`): the libraries that the bits or the meaning of a reply depend on,
 and the releases that the test suite ran with. Knows metadata of packages; imports none of them.
@@ -19,12 +19,13 @@ TRIED = Path(__file__).with_name("tried.json")
 
 
 def tried() -> dict[str, tuple[str, ...]]:
-    """Releases by library, as locked."""
+    """Return the locked releases, by library."""
     return {name: tuple(releases) for name, releases in json.loads(TRIED.read_text(encoding="utf-8")).items()}
 
 
 def untried() -> dict[str, str]:
-    """Installed versions outside the tried ones, by library. One that is not installed is not used, and left out.
+    """Return installed versions outside the tried ones, by library. One that is not installed is not used, and left
+    out.
 
     The build of a release (`+cpu`, `+cu130`) is not compared: it is in the fingerprint in any case.
     """
@@ -40,7 +41,7 @@ def untried() -> dict[str, str]:
 
 
 def describe(found: Mapping[str, str]) -> str:
-    """`untried()` as part of a sentence: `torch 2.12.1 (tried: 2.13.0), numpy 2.3.0 (tried: 2.4.6)`."""
+    """Write `untried()` as part of a sentence: `torch 2.12.1 (tried: 2.13.0), numpy 2.3.0 (tried: 2.4.6)`."""
     known = tried()
     return ", ".join(f"{name} {version} (tried: {' '.join(known[name])})" for name, version in found.items())
 

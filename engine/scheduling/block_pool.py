@@ -21,6 +21,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+BLOCK_SIZE = 16
+"""Tokens in a block of every cache that is computed with; kernels are compiled for it."""
+
 Share = tuple[str, ...]
 """A share of the prefix cache. Requests find only prompts of their own share."""
 SHARED: Share = ()

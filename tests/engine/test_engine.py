@@ -198,6 +198,9 @@ class _TooBig:
     def forget(self, sequence: Any) -> None:
         self.inner.forget(sequence)
 
+    def release_memory(self) -> None:
+        self.inner.release_memory()
+
 
 ERRORS = {
     "gpu": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),

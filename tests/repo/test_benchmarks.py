@@ -54,21 +54,21 @@ def threads() -> Iterator[None]:
     [
         (
             "speculation",
-            ["benchmarks/speculation.py", "--model", "STAND-IN", "--threads", "1"],
+            ["benchmarks/speculation.py", "--model", "NOISE", "--threads", "1"],
             "decode, repeating text",
         ),
         ("soak-kill", ["benchmarks/soak.py", "kill"], "settled rows"),
         (
             "gpu",
-            ["benchmarks/gpu.py", "--device", "cpu", "--model", "STAND-IN", "--threads", "1"],
+            ["benchmarks/gpu.py", "--device", "cpu", "--model", "NOISE", "--threads", "1"],
             "decode, 8 streams",
         ),
         ("quality", ["benchmarks/quality.py", "--threads", "1"], "KL divergence from float32"),
-        ("compare", ["benchmarks/compare.py", "--model", "STAND-IN", "--threads", "1"], "decode, 8 streams"),
+        ("compare", ["benchmarks/compare.py", "--model", "NOISE", "--threads", "1"], "decode, 8 streams"),
     ],
 )
 def test_runners_as_scripts(tmp_path: Path, name: str, command: list[str], row: str) -> None:
-    command = [str(ensure_noise_checkpoint()) if part == "STAND-IN" else part for part in command]
+    command = [str(ensure_noise_checkpoint()) if part == "NOISE" else part for part in command]
     done = subprocess.run(
         [sys.executable, *command, "--quick", "--out", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,

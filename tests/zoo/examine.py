@@ -35,7 +35,6 @@ from engine import LLM, GenerationRequest, ModelConfig, VerbatimError
 from engine.checkpoints.checkpoint import prepare_environment
 from engine.compute.cpu.kernels import Kernels, KernelsUnavailable
 from engine.engine import Engine
-from engine.loading import loader
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.scheduler import Scheduler
 
@@ -148,7 +147,7 @@ def _no_kernels() -> Iterator[None]:
     def refuse(*args: Any, **kwargs: Any) -> Kernels:
         raise KernelsUnavailable("the zoo does without")
 
-    with unittest.mock.patch.object(loader.Kernels, "load", refuse):
+    with unittest.mock.patch.object(Kernels, "load", refuse):
         yield
 
 

@@ -1,8 +1,8 @@
-"""Decoder layers as one call each. Replaces modules in place; knows no model by name.
+"""Replace decoder layers by one kernel call each, in place. Knows no model by name.
 
 A token's way through a layer is a dozen small operations around four products. As modules they cost more than a fifth
 of a decode step, most of it in between: calls, allocations, threads that are woken and sent to sleep. A layer that is
-made of the usual parts is computed by one kernel instead (`engine.compute.cpu.kernels.LayerKernel`).
+made of the usual parts is computed by one kernel instead (`engine.compute.cpu.layer_kernel.LayerKernel`).
 
 Which layers are is found by watching a pass: which parts are called, on whose results. The kernel has the bits of the
 parts, so a layer is replaced only if it then gives the very same numbers, and stores the very same keys and values, at
@@ -20,19 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.compute.attention import (
-    IMPLEMENTATION,
-    AttentionSettings,
-    ForwardContext,
-    Span,
-    current_context,
-    forward_context,
-)
-from engine.compute.cpu.kernels import BLOCK_SIZE, Kernels, LayerKernel, LayerParts, NormParts
+from engine.compute.attention import IMPLEMENTATION, attention_through, current_plan, register_attention
+from engine.compute.backend import AttentionSettings, Span
+from engine.compute.cpu.attention import CpuCache, CpuPlan
+from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.layer_kernel import LayerKernel, LayerParts, NormParts
+from engine.compute.cpu.linear import NativeLinear
 from engine.compute.cpu.pointwise import NativeNorm, NativeSiLU
-from engine.compute.kv_cache import KVCache, LayerShape
-from engine.compute.linear import NativeLinear
-from engine.compute.model_runner import discover, register_attention
+from engine.compute.discovery import discover
+from engine.compute.kv_cache import LayerShape
 from engine.errors import out_of_memory
 
 log = logging.getLogger(__name__)
@@ -41,7 +37,7 @@ _ROWS = 5  # of the watched pass
 
 
 class NativeLayer(nn.Module):
-    """A decoder layer as one kernel, where a step's keys and values go into a block cache; else the layer itself."""
+    """A decoder layer that runs as one kernel in a step over a block cache, and as its own modules elsewhere."""
 
     def __init__(self, inner: nn.Module, kernel: LayerKernel, index: int) -> None:
         """inner: the layer as it came; index: its number in the cache."""
@@ -49,16 +45,16 @@ class NativeLayer(nn.Module):
         self.inner, self.kernel, self.index = inner, kernel, index
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        context = current_context()
-        if context is None or context.cache is None or not context.cache.native[self.index]:
+        plan = current_plan()
+        if not isinstance(plan, CpuPlan) or not plan.cache.native[self.index]:
             out: Tensor = self.inner(hidden_states, *args, **kwargs)
             return out
         cos, sin = kwargs["position_embeddings"]
-        keys, values = context.cache.keys[self.index], context.cache.values[self.index]
-        return self.kernel(context.for_kernel(), hidden_states[0], cos[0], sin[0], keys, values).unsqueeze(0)
+        keys, values = plan.cache.keys[self.index], plan.cache.values[self.index]
+        return self.kernel(plan.kernel_plan, hidden_states[0], cos[0], sin[0], keys, values).unsqueeze(0)
 
     def __getattr__(self, name: str) -> Any:
-        """What a model asks of its layers (which kind of attention, for example) is answered by the layer itself."""
+        """Let the replaced layer answer what a model asks of its layers, such as which kind of attention it has."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -67,7 +63,7 @@ class NativeLayer(nn.Module):
 
 @dataclass(slots=True)
 class _Watched:
-    """What was seen of one layer: its call, and the calls of its parts in order."""
+    """What one layer did in the watched pass: its own call, and the calls of its parts in order."""
 
     input: Tensor | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -117,30 +113,30 @@ def fuse_layers(model: nn.Module, kernels: Kernels, length: int) -> int:
 
 def _fuse(model: nn.Module, kernels: Kernels, length: int) -> int:
     found = discover(model, length)
-    shapes = [found.layers[i] for i in range(len(found.layers))]
-    cache, again = (KVCache(shapes, 1, BLOCK_SIZE, kernels) for _ in range(2))
+    shapes = found.shapes()
+    cache, again = (CpuCache(shapes, 1, kernels) for _ in range(2))
     if not all(cache.native):
         return 0
     fused = 0
     for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == len(shapes)]:
-        watched = _watch(model, layers, _context(cache), length)
-        context = _context(again)
+        watched = _watch(model, layers, _plan(kernels, cache), length)
+        plan = _plan(kernels, again)
         for index, seen in enumerate(watched):
             for parts in _readings(kernels, seen, found.settings[index], shapes[index]):
                 layer = NativeLayer(layers[index], kernels.layer(parts), index)
-                if _same(layer, seen, context, cache):
+                if _same(layer, seen, plan, cache):
                     layers[index] = layer
                     fused += 1
                     break
     return fused
 
 
-def _context(cache: KVCache) -> ForwardContext:
-    return ForwardContext((Span(0, _ROWS, 0, (0,)),), torch.arange(_ROWS), _ROWS, cache)
+def _plan(kernels: Kernels, cache: CpuCache) -> CpuPlan:
+    return CpuPlan(kernels, cache, [Span(0, _ROWS, 0, (0,))])
 
 
-def _watch(model: nn.Module, layers: nn.ModuleList, context: ForwardContext, length: int) -> list[_Watched]:
-    """A pass over a few tokens, with positions from the first to the last that a sequence may have."""
+def _watch(model: nn.Module, layers: nn.ModuleList, plan: CpuPlan, length: int) -> list[_Watched]:
+    """Run a few tokens, at positions from the first to the last there may be, and record what each layer does."""
     watched = [_Watched() for _ in layers]
     hooks: list[Any] = []
     for layer, seen in zip(layers, watched, strict=True):
@@ -151,7 +147,7 @@ def _watch(model: nn.Module, layers: nn.ModuleList, context: ForwardContext, len
     last = length - 1
     positions = torch.tensor([[0, 1, last // 5, last // 2, last]])
     try:
-        with forward_context(context):
+        with attention_through(plan):
             model(torch.arange(_ROWS)[None], position_ids=positions, use_cache=False)
     finally:
         for hook in hooks:
@@ -160,7 +156,7 @@ def _watch(model: nn.Module, layers: nn.ModuleList, context: ForwardContext, len
 
 
 def _readings(kernels: Kernels, seen: _Watched, settings: AttentionSettings, shape: LayerShape) -> Iterator[LayerParts]:
-    """What the layer may be, to be tried: the parts are known, not whether it knows positions."""
+    """List what the layer may be, each to be tried: its parts are known, but not whether it uses positions."""
     embeddings = seen.kwargs.get("position_embeddings")
     if not (isinstance(embeddings, tuple) and len(embeddings) == 2 and isinstance(seen.output, Tensor)):
         return
@@ -198,13 +194,12 @@ def _readings(kernels: Kernels, seen: _Watched, settings: AttentionSettings, sha
             yield parts
 
 
-def _same(layer: NativeLayer, seen: _Watched, context: ForwardContext, cache: KVCache) -> bool:
-    """Whether the layer gives the bits that were seen: its result, and what it stores."""
+def _same(layer: NativeLayer, seen: _Watched, plan: CpuPlan, cache: CpuCache) -> bool:
+    """Check that the layer gives the bits that were recorded: its result, and what it stores."""
     assert seen.input is not None
-    assert context.cache is not None
     arguments = {name: value for name, value in seen.kwargs.items() if name != "hidden_states"}
-    with forward_context(context):
+    with attention_through(plan):
         out = layer(seen.input, **arguments)
-    keys, values = context.cache.keys[layer.index], context.cache.values[layer.index]
+    keys, values = plan.cache.keys[layer.index], plan.cache.values[layer.index]
     stored = torch.equal(keys, cache.keys[layer.index]) and torch.equal(values, cache.values[layer.index])
     return stored and torch.equal(out, seen.output)

@@ -1,4 +1,4 @@
-"""How the functions of kernels.c are called: structures and signatures, for ctypes. Knows no torch."""
+"""Declare the functions of kernels.c for ctypes: structures and signatures. Knows no torch."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class Layer(ctypes.Structure):
 
 
 class Part(ctypes.Structure):
-    """One sequence's part of a step of attention."""
+    """One sequence's rows in a step of attention (a `Span`)."""
 
     _fields_ = (("row", LONG), ("count", LONG), ("start", LONG), ("table", POINTER), ("first_item", LONG))
 
 
 class Calls:
-    """The functions of a compiled library, each with its signature. What they do stands in kernels.c."""
+    """The functions of a compiled library, each with its signature. kernels.c says what they compute."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        """Raises AttributeError: the library lacks a function."""
+        """Look the functions up. Raises AttributeError: the library lacks one."""
         self.linear = _typed(library.verbatim_linear, [POINTER] * 4 + [LONG] * 3 + [INT] * 2)
         self.pack = _typed(library.verbatim_pack, [POINTER, POINTER, LONG, LONG, INT, INT], INT)
         self.packed_bytes = _typed(library.verbatim_packed_bytes, [LONG, LONG, INT], LONG)

@@ -1,4 +1,4 @@
-"""The kernels' compiled file: made by the machine's C compiler, tried, kept, and checked before it is loaded again.
+"""Compile the kernels with the machine's C compiler, try the file, keep it, and check it before it is loaded again.
 
 A shared library runs with all that this process may do, from the moment it is loaded, and one that is damaged ends the
 process with a signal. So a file is loaded only if it is whole (it ends with a checksum of itself, written once every
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from engine.cache_folder import cache_folder, make_private
+from engine.compute.processor import processor_fields
 
 __all__ = ["KernelsUnavailable", "load"]
 
@@ -36,11 +37,11 @@ _SEAL: Final = len(_MARK) + 64  # bytes: the mark, then the SHA-256 of all befor
 
 
 class KernelsUnavailable(Exception):
-    """There are no native kernels here; the message says why and what would help."""
+    """No compiled kernels can be had here; the message says why and what would help."""
 
 
 class _Distrusted(Exception):
-    """A file or a folder that somebody else may have written, or that is not whole."""
+    """A file or folder is not whole, or somebody else may have written it."""
 
 
 def load(
@@ -50,7 +51,7 @@ def load(
     circumstances: str,
     progress: Callable[[str], None] | None,
 ) -> ctypes.CDLL:
-    """The library, from the file that was kept or compiled (six seconds).
+    """Load the library from the kept file, or compile it (six seconds).
 
     Args:
         cache: the folder for compiled files; default `$XDG_CACHE_HOME/verbatim` or `~/.cache/verbatim`.
@@ -79,7 +80,7 @@ def load(
 
 
 def _compiled(command: Sequence[str], folder: Path | None, name: str, say: Callable[[str], None]) -> ctypes.CDLL:
-    """Compile, try, keep and load. What fails is done once more, elsewhere: a disk may be full, a file unlucky."""
+    """Compile, try, keep and load; on failure once more elsewhere, for the disk may be full."""
     fault: KernelsUnavailable | None = None
     for base in (folder, None):
         try:
@@ -102,7 +103,7 @@ def _compiled(command: Sequence[str], folder: Path | None, name: str, say: Calla
 
 
 def _compile(command: Sequence[str], target: Path) -> Path:
-    """The compiler's work, once it has been tried, with its checksum at its end."""
+    """Compile the source, try the result, and append its checksum."""
     try:
         done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True, timeout=_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -118,7 +119,7 @@ def _compile(command: Sequence[str], target: Path) -> Path:
 
 
 def _fault(library: Path) -> str | None:
-    """What goes wrong when every function of a compiled file is called in a process of its own; None if nothing."""
+    """Call every function of a compiled file in a child process; return what goes wrong, None if nothing does."""
     trial = "from engine.compute.cpu.kernel_trial import main; main(*sys.argv[2:])"
     code = f"import sys; sys.path.insert(0, sys.argv[1]); {trial}"
     root = Path(__file__).resolve().parents[3]
@@ -141,7 +142,7 @@ def _fault(library: Path) -> str | None:
 
 
 def _openmp() -> str:
-    """The file of the OpenMP runtime that this process has loaded, and the kernels will use; empty if there is none."""
+    """Return the file of the OpenMP runtime that this process has loaded and the kernels use; empty if none."""
 
     class Info(ctypes.Structure):
         _fields_ = (
@@ -160,8 +161,7 @@ def _openmp() -> str:
 
 
 def _keep(made: Path, target: Path) -> Path:
-    """Copy beside the target, down to the disk, then rename: whoever looks sees all of a file or none of it, however
-    many start at once and whenever the power goes."""
+    """Copy the file beside its target, flush it to the disk, then rename it: no reader ever sees a part of it."""
     handle, name = tempfile.mkstemp(prefix=".kernels-", dir=target.parent)
     os.close(handle)
     partial = Path(name)
@@ -221,7 +221,7 @@ def _check(path: Path) -> None:
 
 
 def _writable_by_others(status: os.stat_result) -> str | None:
-    """Who but this user and root may have written there."""
+    """Say how anybody but this user and root may have written there; None if nobody may."""
     if status.st_uid not in (os.geteuid(), 0):
         return "belongs to another user"
     if status.st_mode & 0o022:
@@ -230,7 +230,7 @@ def _writable_by_others(status: os.stat_result) -> str | None:
 
 
 def _folder(folder: Path | None) -> tuple[Path | None, str]:
-    """The folder, made if need be, or None if others could put a library there, or nobody can; and why."""
+    """Make the folder if it is missing, and return it; None, and why, if others could write there or nobody can."""
     if folder is None:
         return None, "there is no home to keep them in"
     try:
@@ -265,8 +265,5 @@ def _version(compiler: str) -> str:
 
 
 def _processor() -> bytes:
-    try:
-        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n")
-    except OSError:
-        return platform.processor().encode()
-    return b"".join(next((line for line in lines if line.startswith(key)), b"") for key in (b"model name", b"flags"))
+    fields = processor_fields()
+    return "|".join(fields.get(name, "") for name in ("model name", "flags")).encode() or platform.processor().encode()

@@ -1,4 +1,4 @@
-"""Calls every function of a compiled kernels' file once, in a process that may die of it.
+"""Call every function of a compiled kernels' file once, in a process that may die of it.
 
 Started by `engine.compute.cpu.kernel_file`. Imports no torch, so that it is quick: the numbers are arrays of ctypes.
 """
@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from engine.compute.cpu.kernel_calls import Calls, Layer, Matrix, Part
+from engine.scheduling.block_pool import BLOCK_SIZE
 
 __all__ = ["main"]
 
@@ -20,7 +21,7 @@ _HEAD = 16
 
 
 def main(library: str, runtime: str) -> None:
-    """Load a compiled file, beside the OpenMP runtime that it is meant for, and try it. Exits with 1 if it is wrong."""
+    """Load a compiled file beside the OpenMP runtime that it is meant for, and try it. Exits with 1 if it is wrong."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -70,7 +71,7 @@ def _product(calls: Calls, kind: int) -> Any:
 
 
 def _step(rows: int) -> tuple[Any, Any, Any, Any]:
-    """Slots, which rows are finite, the table of blocks, and the part of one sequence."""
+    """Make one sequence's step: slots, which rows are finite, the block table, and the part."""
     slots, finite = (ctypes.c_int64 * rows)(*range(rows)), (ctypes.c_uint8 * rows)(*[1] * rows)
     table = (ctypes.c_int32 * 1)(0)
     return slots, finite, table, (Part * 1)(Part(0, rows, 0, ctypes.addressof(table), 0))
@@ -80,9 +81,9 @@ def _attention(calls: Calls) -> Any:
     rows, heads = 3, 2
     slots, finite, _table, parts = _step(rows)
     query, key, value = _ones(heads * rows * _HEAD), _ones(rows * _HEAD), _ones(rows * _HEAD)
-    out, keys, values = _ones(rows * heads * _HEAD, 0.0), _ones(16 * _HEAD, 0.0), _ones(16 * _HEAD, 0.0)
+    out, keys, values = _ones(rows * heads * _HEAD, 0.0), _ones(BLOCK_SIZE * _HEAD, 0.0), _ones(BLOCK_SIZE * _HEAD, 0.0)
     strides = [rows * _HEAD, _HEAD] * 3
-    sizes = [rows, heads, 1, _HEAD, _HEAD, 16, 1, 0, 0]
+    sizes = [rows, heads, 1, _HEAD, _HEAD, BLOCK_SIZE, 1, 0, 0]
     calls.attention(
         query, key, value, *strides, out, keys, values, slots, finite, None, parts, *sizes, 0.25, 0.0, _THREADS
     )
@@ -132,11 +133,11 @@ def _layer(calls: Calls) -> None:
     )
     slots, finite, _table, parts = _step(rows)
     scratch = ctypes.create_string_buffer(rows * int(calls.layer_scratch(ctypes.byref(record))))
-    out, keys, values = _ones(rows * dim, 0.0), _ones(16 * _HEAD, 0.0), _ones(16 * _HEAD, 0.0)
+    out, keys, values = _ones(rows * dim, 0.0), _ones(BLOCK_SIZE * _HEAD, 0.0), _ones(BLOCK_SIZE * _HEAD, 0.0)
     angles = _ones(rows * _HEAD)
     calls.layer(
         ctypes.byref(record), _ones(rows * dim), angles, angles, out, scratch, keys, values, slots, finite, parts,
-        rows, rows, 16, 1, _THREADS,
+        rows, rows, BLOCK_SIZE, 1, _THREADS,
     )  # fmt: skip
     if not all(math.isfinite(number) for number in out):
         sys.exit("a layer's numbers are not finite")

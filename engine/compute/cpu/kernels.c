@@ -502,10 +502,12 @@ static void quantise_rows(const Call *call, long thread, long threads) {
  * be computed beside it. Keys of a block lie transposed, [dimension][key]; values as they are, [key][dimension]. */
 
 enum {
-    KEYS = 16,      /* in a block of the cache; engine/compute/cpu/kernels.py knows it, too */
+    KEYS = BLOCK_SIZE, /* in a block of the cache; given to the compiler (engine/scheduling/block_pool.py) */
     WIDEST = 256,   /* dimensions of a head */
     TILES = 16      /* tiles of rows that pass by a block of keys while it is in the cache */
 };
+
+_Static_assert(KEYS == 16, "attention is written for blocks of 16 keys: one vector with AVX-512, two with AVX2");
 
 #define V1(Y, r) Y(r, 0)
 #if LANES == 16

@@ -1,4 +1,4 @@
-"""Norms and SiLU in one pass each. Replaces modules in place, known by what they compute and not by their names.
+"""Replace norms and SiLU by kernels of one pass, in place, known by what they compute and not by their names.
 
 transformers writes them as four to six tensor operations, of which each costs more than what it does to one token.
 """
@@ -40,7 +40,7 @@ class NativeSiLU(nn.Module):
 
 @torch.inference_mode()
 def replace_pointwise(model: nn.Module, kernels: Kernels) -> int:
-    """Replace the layers that are RMS norms or SiLU. Returns how many."""
+    """Replace the modules that are RMS norms or SiLU. Returns how many."""
     targets = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
     count = 0
     for parent, name, child in targets:
@@ -52,7 +52,7 @@ def replace_pointwise(model: nn.Module, kernels: Kernels) -> int:
 
 
 def _takes_one(module: nn.Module) -> bool:
-    """Whether a module is given one tensor and nothing else: a gated norm without its gate looks like a plain one."""
+    """Tell whether a module takes one tensor and nothing else: a gated norm without its gate looks like a plain one."""
     return len(inspect.signature(module.forward).parameters) == 1
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoints import noise_checkpoint as standin
+from engine.checkpoints import noise_checkpoint
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return standin.ensure_noise_checkpoint(tmp_path_factory.mktemp("good"))
+    return noise_checkpoint.ensure_noise_checkpoint(tmp_path_factory.mktemp("good"))
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -30,10 +30,10 @@ def written(good: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         calls.append(folder)
         folder.mkdir()
         for name, content in _contents(good).items():
-            if name != standin._SEAL:
+            if name != noise_checkpoint._SEAL:
                 (folder / name).write_bytes(content)
 
-    monkeypatch.setattr(standin, "_write", write)
+    monkeypatch.setattr(noise_checkpoint, "_write", write)
     return calls
 
 
@@ -47,7 +47,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "an empty configuration": lambda folder: os.truncate(folder / "config.json", 0),
     "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
     "a file too many": lambda folder: (folder / "chat_template.jinja2").write_text("x"),
-    "no seal, as of an older release": lambda folder: (folder / standin._SEAL).unlink(),
+    "no seal, as of an older release": lambda folder: (folder / noise_checkpoint._SEAL).unlink(),
     "a link": lambda folder: (folder.rename(folder.parent / "other"), folder.symlink_to(folder.parent / "other")),
     "another user's": lambda folder: os.chown(folder, 65534, 65534) if os.geteuid() == 0 else pytest.skip("needs root"),
 }
@@ -57,11 +57,11 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_what_is_not_whole_is_written_again(
     good: Path, written: list[Path], tmp_path: Path, damage: Callable[[Path], object]
 ) -> None:
-    folder = standin.ensure_noise_checkpoint(tmp_path)
-    assert standin.ensure_noise_checkpoint(tmp_path) == folder
+    folder = noise_checkpoint.ensure_noise_checkpoint(tmp_path)
+    assert noise_checkpoint.ensure_noise_checkpoint(tmp_path) == folder
     assert len(written) == 1
     damage(folder)
-    assert _contents(standin.ensure_noise_checkpoint(tmp_path)) == _contents(good)
+    assert _contents(noise_checkpoint.ensure_noise_checkpoint(tmp_path)) == _contents(good)
     assert not folder.is_symlink()
     assert len(written) == 2
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".noise-")]
@@ -75,6 +75,6 @@ def test_another_process_may_be_faster(good: Path, tmp_path: Path, monkeypatch: 
         (folder / "slower").write_text("")
         shutil.copytree(good, tmp_path / good.name)
 
-    monkeypatch.setattr(standin, "_write", write)
-    assert _contents(standin.ensure_noise_checkpoint(tmp_path)) == _contents(good)
+    monkeypatch.setattr(noise_checkpoint, "_write", write)
+    assert _contents(noise_checkpoint.ensure_noise_checkpoint(tmp_path)) == _contents(good)
     assert [path.name for path in tmp_path.iterdir()] == [good.name]

@@ -136,7 +136,7 @@ def _write(folder: Path, family: str, tokenizer: Callable[[], Any]) -> Path:
     return folder
 
 
-def _standin() -> Any:
+def _noise_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(ensure_noise_checkpoint())
 
 
@@ -147,7 +147,7 @@ def _parameters(model: torch.nn.Module) -> int:
 @pytest.mark.parametrize("family", SEEING)
 def test_text_has_the_tokens_of_transformers_own_class(family: str, tmp_path: Path) -> None:
     """Also where positions have three axes (Qwen): a user without an image must not notice that there could be one."""
-    tokenizer = llama_like if family in ("mistral3", "llava") else _standin
+    tokenizer = llama_like if family in ("mistral3", "llava") else _noise_tokenizer
     folder = _write(tmp_path / family, family, tokenizer)
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     llm = LLM(folder)
@@ -181,7 +181,7 @@ def test_text_has_the_tokens_of_transformers_own_class(family: str, tmp_path: Pa
 def test_a_model_that_does_not_continue_a_text_is_refused_by_its_name(
     family: str, message: str, tmp_path: Path
 ) -> None:
-    folder = _write(tmp_path / "m", "llava", _standin)
+    folder = _write(tmp_path / "m", "llava", _noise_tokenizer)
     AutoConfig.for_model(family).save_pretrained(folder)
     with pytest.raises(LoadError, match=message):
         load(ModelConfig(id="m", path=folder))
@@ -190,8 +190,8 @@ def test_a_model_that_does_not_continue_a_text_is_refused_by_its_name(
 def test_a_token_that_stands_for_an_image_is_refused_where_the_model_has_no_row_for_it(tmp_path: Path) -> None:
     """Gemma 3's tokenizer has one more token than the text model has rows; it must not reach the embedding."""
     folder = tmp_path / "m"
-    tiny_models.write(folder, "gemma3_text", vocab_size=len(_standin()))
-    tokenizer = _standin()
+    tiny_models.write(folder, "gemma3_text", vocab_size=len(_noise_tokenizer()))
+    tokenizer = _noise_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
     tokenizer.save_pretrained(folder)
     llm = LLM(folder, content_special_tokens="parse")

@@ -14,13 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.compute.attention import IMPLEMENTATION, ForwardContext, Span, forward_context
+from engine.compute.attention import IMPLEMENTATION, attention_through, register_attention
+from engine.compute.backend import Span
+from engine.compute.cpu.attention import CpuCache, CpuPlan
+from engine.compute.cpu.attention_plan import AttentionPlan
 from engine.compute.cpu.decoder_layer import NativeLayer, fuse_layers
-from engine.compute.cpu.kernels import AttentionPlan, Kernels, LayerParts, NormParts, PackedWeight
+from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.layer_kernel import LayerParts, NormParts
+from engine.compute.cpu.linear import NativeLinear, merge_shared_projections
+from engine.compute.cpu.packed_weight import PackedWeight
 from engine.compute.cpu.pointwise import replace_pointwise
-from engine.compute.kv_cache import KVCache
-from engine.compute.linear import NativeLinear, merge_shared_projections, pack_model
-from engine.compute.model_runner import discover, register_attention
+from engine.compute.discovery import discover
+from engine.compute.linear import pack_model
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -243,16 +248,14 @@ def _logits(model: nn.Module, kernels: Kernels, positions: Tensor) -> list[Tenso
     register_attention()
     own = model.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
-    layers = discover(model, 2048).layers
-    cache = KVCache([layers[i] for i in range(len(layers))], 3, 16, kernels)
+    cache = CpuCache(discover(model, 2048).shapes(), 3, kernels)
     out = []
     with torch.inference_mode():
         for start, count in ((0, 19), (19, 1)):
-            slots = torch.tensor([(2, 1)[i // 16] * 16 + i % 16 for i in range(start, start + count)])
-            context = ForwardContext((Span(0, count, start, (2, 1)),), slots, count, cache)
+            plan = CpuPlan(kernels, cache, [Span(0, count, start, (2, 1))])
             tokens = torch.arange(start, start + count)[None] * 7 % 400
             part = positions[None, start : start + count]
-            with forward_context(context):
+            with attention_through(plan):
                 out.append(model(tokens, position_ids=part, use_cache=False).logits)
     model.set_attn_implementation(own)  # type: ignore[operator]
     return out

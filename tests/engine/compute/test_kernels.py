@@ -19,7 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.compute.cpu.kernels import BLOCK_SIZE, AttentionPlan, Kernels
+from engine.compute.cpu.attention_plan import AttentionPlan
+from engine.compute.cpu.kernels import Kernels
+from engine.scheduling.block_pool import BLOCK_SIZE
 
 _INSTRUCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     # name: (what the processor must have, how to compile for it)
@@ -436,7 +438,8 @@ def test_fewer_threads_than_asked_for_lose_no_work(kernels: Kernels) -> None:
     """OMP_THREAD_LIMIT, OMP_DYNAMIC or a container may grant less than torch believes to have."""
     code = (
         "import torch\n"
-        "from engine.compute.cpu.kernels import AttentionPlan, Kernels\n"
+        "from engine.compute.cpu.attention_plan import AttentionPlan\n"
+        "from engine.compute.cpu.kernels import Kernels\n"
         "torch.set_num_threads(4)\n"
         "k = Kernels.load()\n"
         "w, x = torch.randn(300, 64), torch.randn(9, 64)\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,15 +11,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from engine.compute.cpu.kernels import Kernels, KernelsUnavailable
+from engine.compute.cpu.linear import NativeLinear, merge_shared_projections
 from engine.compute.cpu.pointwise import replace_pointwise
 from engine.compute.linear import (
-    NativeLinear,
+    TORCH_LINEARS,
+    Make,
     PackedLinear,
     WideningEmbedding,
-    choose_kernel,
+    choose_linear,
     is_sound,
-    kernels_here,
-    merge_shared_projections,
+    is_sound_for,
     pack_model,
     quasi_random,
 )
@@ -31,12 +34,19 @@ def native() -> Kernels | None:
         return None
 
 
+def _kinds(native: Kernels | None) -> dict[str, Make]:
+    """The kinds of linear layers there are for exact weights on this machine."""
+    ours: dict[str, Make] = {} if native is None else {"native": partial(NativeLinear, native, "exact")}
+    return {**ours, **TORCH_LINEARS}
+
+
 @pytest.mark.parametrize(("k", "n"), [(64, 96), (1024, 512), (2048, 64), (96, 449)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_rows_are_independent(native: Kernels | None, k: int, n: int, bias: bool) -> None:
     """With the kernel that is chosen on this machine, whichever it is."""
     generator = torch.Generator().manual_seed(k + n)
-    _, make = choose_kernel(nn.Sequential(nn.Linear(k, n)), native)
+    model = nn.Sequential(nn.Linear(k, n))
+    make = next((make for make in _kinds(native).values() if is_sound_for(model, make)), choose_linear(model)[1])
     layer = make(torch.randn(n, k, generator=generator), torch.randn(n, generator=generator) if bias else None)
     x = torch.randn(130, k, generator=generator)
     whole = layer(x)
@@ -53,7 +63,7 @@ def test_rows_are_independent(native: Kernels | None, k: int, n: int, bias: bool
 
 @pytest.mark.parametrize("kernel", ["native", "packed", "strict"])
 def test_it_is_the_product(native: Kernels | None, kernel: str) -> None:
-    here = kernels_here(native)
+    here = _kinds(native)
     if kernel not in here:
         pytest.skip("no compiled kernels on this machine")
     linear = nn.Linear(48, 33)
@@ -146,7 +156,7 @@ class _Block(nn.Module):
 def test_layers_with_one_input_are_computed_together(native: Kernels | None) -> None:
     if native is None:
         pytest.skip("no compiled kernels on this machine")
-    _, make = choose_kernel(nn.Linear(16, 16), native)
+    make = _kinds(native)["native"]
     model = _Block()
     pack_model(model, make=make)
     ids = torch.tensor([[1, 2, 3], [3, 4, 5]])
@@ -163,7 +173,7 @@ def test_layers_with_one_input_are_computed_together(native: Kernels | None) -> 
 def test_an_input_that_changes_in_between_is_not_shared(native: Kernels | None) -> None:
     if native is None:
         pytest.skip("no compiled kernels on this machine")
-    _, make = choose_kernel(nn.Linear(16, 16), native)
+    make = _kinds(native)["native"]
     model = _Block(rude=True)
     pack_model(model, make=make)
     ids = torch.tensor([[1, 2, 3]])

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from engine import LLM, ConfigError, LoadError, ModelConfig, NotEnoughMemory
 from engine.checkpoints import checkpoint
-from engine.compute.cpu.kernels import Kernels, KernelsUnavailable, Product
+from engine.compute.cpu.kernels import Kernels, KernelsUnavailable
+from engine.compute.cpu.packed_weight import Product
 from engine.llm import Completion
-from engine.loading import loader
-from engine.loading.loader import _context_length, load
+from engine.loading import loader, placement
+from engine.loading.cache_size import context_length
+from engine.loading.loader import load
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def test_an_impossible_entry_is_named(
 
 
 def test_too_little_memory_says_how_much_is_needed_and_free(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "free_memory", lambda: 100_000)
+    monkeypatch.setattr(placement, "free_memory", lambda: 100_000)
     with pytest.raises(
         NotEnoughMemory, match=r"need \d+\.\d [KM]iB of memory as float32, 97\.7 KiB are free"
     ) as caught:
@@ -232,7 +234,7 @@ def test_a_part_that_is_replaced_wrongly_is_seen_with_int8_too(
         model.model.norm.weight.mul_(torch.linspace(0.2, 3, model.model.norm.weight.numel()))
         return 0
 
-    monkeypatch.setattr("engine.loading.loader.replace_pointwise", replace)
+    monkeypatch.setattr("engine.compute.cpu.backend.replace_pointwise", replace)
     with pytest.raises(LoadError, match="differs from plain transformers"):
         load(ModelConfig(id="m", path=folder, quantization="int8"))
 
@@ -242,9 +244,9 @@ def test_the_context_is_what_the_model_was_built_for_whatever_it_is_called(name:
     """A longer one would fail in the middle of a step (MPT calls it max_seq_len)."""
     text = SimpleNamespace(**{name: 300})
     model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
-    assert _context_length(ModelConfig(id="m", path=Path()), model) == 300
+    assert context_length(ModelConfig(id="m", path=Path()), model) == 300
     with pytest.raises(LoadError, match="built for 300"):
-        _context_length(ModelConfig(id="m", path=Path(), context_length=301), model)
+        context_length(ModelConfig(id="m", path=Path(), context_length=301), model)
 
 
 def test_without_a_compiler_a_model_is_served_and_int8_refused(

@@ -19,14 +19,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from engine.checkpoints.checkpoint import prepare_environment
-from engine.compute.attention import AttentionSettings
 from engine.compute.attention_mask import KeyRange
+from engine.compute.backend import AttentionSettings, Span
 from engine.compute.kv_cache import LayerShape
+from engine.compute.torch_attention import padded_length
+from engine.compute.torch_backend import TorchBackend
 from engine.errors import LoadError
 from engine.loading.attention_trial import AttentionTrial
 from engine.loading.selftest import Reference, SelfTest, self_test, verdict
 
 VOCAB, LENGTH = 448, 2048
+TORCH = TorchBackend(torch.device("cpu"))
 
 
 def _llama(family: str = "llama", **config: Any) -> nn.Module:
@@ -42,7 +45,8 @@ def _llama(family: str = "llama", **config: Any) -> nn.Module:
 
 
 def _try(model: nn.Module, *, reference: Reference | None = None, length: int = LENGTH) -> SelfTest:
-    return self_test(model, reference or Reference.of(model, VOCAB, length), VOCAB, torch.float32, length)
+    reference = reference or Reference.of(model, VOCAB, length)
+    return self_test(model, TORCH, reference, VOCAB, torch.float32, length)
 
 
 def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -131,7 +135,7 @@ def test_what_cannot_be_packed_rightly_runs_alone(name: str) -> None:
 
 
 def test_a_kind_of_layer_that_is_not_known_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.compute.model_runner._KNOWN_LAYERS", frozenset({"sliding_attention"}))
+    monkeypatch.setattr("engine.compute.discovery._KNOWN_LAYERS", frozenset({"sliding_attention"}))
     test = _try(_llama(layer_types=["full_attention"] * 2))
     assert test.layers is None
     assert "layers of type full_attention" in test.report.reason
@@ -317,23 +321,25 @@ def test_attention_in_torch_is_right_at_every_border(
     dtype: torch.dtype, seen: KeyRange, settings: AttentionSettings
 ) -> None:
     """Sums in float32 whatever the dtype: in float16 they overflow or lose what is far."""
-    trial = AttentionTrial(LayerShape(2, 16, 16, dtype, torch.device("cpu"), seen), settings, None)
+    trial = AttentionTrial(LayerShape(2, 16, 16, dtype, torch.device("cpu"), seen), settings, TORCH)
     assert trial.is_right()
 
 
 def test_a_window_that_is_off_by_one_is_seen() -> None:
     trial = AttentionTrial(
-        LayerShape(2, 16, 16, torch.float32, torch.device("cpu"), KeyRange(window=700)), AttentionSettings(4, 0.3), None
+        LayerShape(2, 16, 16, torch.float32, torch.device("cpu"), KeyRange(window=700)),
+        AttentionSettings(4, 0.3),
+        TORCH,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.compute.attention._additive_mask", _off_by_one)
+        patch.setattr("engine.compute.torch_attention._additive_mask", _off_by_one)
         assert not trial.is_right()
     assert trial.is_right()
 
 
 def _off_by_one(span: Any, seen: KeyRange, rows: int, repeat: int, like: Tensor) -> Tensor:
     queries = torch.arange(span.start, span.start + span.count)[:, None]
-    keys = torch.arange(span.padded)[None]
+    keys = torch.arange(padded_length(span))[None]
     window = (seen.window or 1_000_000) + 1
     mask = torch.where((keys > queries) | (keys <= queries - window), float("-inf"), 0.0).repeat(repeat, 1)
     return torch.cat([mask, mask[-1:].expand(rows - mask.shape[0], -1)])
@@ -341,15 +347,11 @@ def _off_by_one(span: Any, seen: KeyRange, rows: int, repeat: int, like: Tensor)
 
 def test_large_float16_keys_are_finite() -> None:
     """Their sum is not, in float16: 300 heads and dimensions of 300 each."""
-    from engine.compute.attention import ForwardContext, Span, attend
-    from engine.compute.kv_cache import KVCache
-
     shape = LayerShape(8, 64, 64, torch.float16, torch.device("cpu"))
-    context = ForwardContext((Span(0, 2, 0, (0,)),), torch.arange(2), 2, KVCache([shape], 1, 16))
+    plan = TORCH.plan(TORCH.allocate([shape], 1), [Span(0, 2, 0, (0,))])
     big = torch.full((8, 2, 64), 300.0, dtype=torch.float16)
-    attend(context, 0, big * 0.001, big * 0.001, big, AttentionSettings(8, 0.1))
-    assert context.finite is not None
-    assert context.finite.all()
+    plan.attend(0, big * 0.001, big * 0.001, big, AttentionSettings(8, 0.1))
+    assert plan.finite().all()
 
 
 @pytest.mark.parametrize(

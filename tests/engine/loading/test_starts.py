@@ -19,11 +19,11 @@ def _bits(completion: Completion) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("compiler", [True, False], ids=["compiler", "no compiler"])
-@pytest.mark.parametrize("model", ["stand-in", "demo"])
+@pytest.mark.parametrize("model", ["noise", "demo"])
 def test_a_start_with_and_without_a_compiler_serves_the_law(
     model: str, compiler: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """On the byte tokenizer of the stand-in and on the merged one of the demo model."""
+    """On the byte tokenizer of the noise checkpoint and on the merged one of the demo model."""
     if compiler:
         try:
             Kernels.load()

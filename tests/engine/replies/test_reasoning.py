@@ -219,6 +219,6 @@ def test_earlier_thoughts_reach_the_template(folder: Path, tmp_path: Path) -> No
 def test_a_model_that_does_not_think(folder: Path) -> None:
     llm = LLM(folder, cache_size="32MiB", context_length=256)
     if llm.engine.model.chat_format.reasoning is not None:
-        pytest.fail("the stand-in's template must know of no thoughts")
+        pytest.fail("the noise checkpoint's template must know of no thoughts")
     with pytest.raises(Unsupported, match="does not think"):
         llm.generate(HELLO, thinking_budget=3)

@@ -1,0 +1,112 @@
+"""The seam between neutral code and what computes on a device. Knows a step's tensors; no kernel and no request.
+
+A `Backend` allocates the cache, makes a plan of each step, replaces modules of a model by its own, and says what of it
+the bits of a reply depend on. `engine.compute.cpu.backend` computes with compiled kernels,
+`engine.compute.torch_backend` with torch's own operations. `engine.loading.placement` chooses one for a model; nobody
+else asks which it is.
+
+    PackedRunner ── plan(cache, spans) ──► StepPlan ◄── attend(layer, …) ── attention_forward ◄── a model's layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine.compute.kv_cache import KVCache, LayerShape
+from engine.scheduling.block_pool import BLOCK_SIZE
+
+Progress = Callable[[str], None]
+"""Told, in a few words, what takes long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The rows of one sequence in a packed step: `row … row + count - 1` are its tokens `start … start + count - 1`."""
+
+    row: int
+    count: int
+    start: int
+    table: tuple[int, ...]
+    """Blocks of tokens `0 … start + count - 1`."""
+
+    def slots(self) -> list[int]:
+        """List where each row's key and value are stored."""
+        table, end = self.table, self.start + self.count
+        return [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(self.start, end)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionSettings:
+    """How a layer attends.
+
+    Attributes:
+        heads: of the queries; scale: of the scores; softcap: their bound; sinks: `[heads]`.
+    """
+
+    heads: int
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def kind(self) -> tuple[int, float, float | None, bool]:
+        """A value that is equal for layers that differ only in the numbers of their sinks."""
+        return self.heads, self.scale, self.softcap, self.sinks is not None
+
+
+class StepPlan(Protocol):
+    """What attention needs to know of one step, made once and used by every layer."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+        """Store the step's keys and values in a layer's cache, then attend: each sequence over its own keys alone.
+
+        Args:
+            query: `[heads, T, key_dim]`; key and value `[kv_heads, T, dim]`, position-encoded. Rows beyond the spans'
+            are
+                padding; their result means nothing.
+
+        Returns:
+            `[T, heads, value_dim]`.
+        """
+
+    def finite(self) -> Tensor:
+        """Return `[rows] bool` on the CPU, once all layers have attended: False where a key or value was not finite.
+
+        What was not finite has been stored as zeros.
+        """
+
+
+class Backend(Protocol):
+    """What computes a model's layers and attention on one kind of device."""
+
+    @property
+    def linear(self) -> str:
+        """What computes the linear layers: a value of `ModelInfo.linear`."""
+
+    def allocate(self, layers: Sequence[LayerShape], num_blocks: int) -> KVCache:
+        """Allocate a cache of `num_blocks` blocks, all zeros."""
+
+    def plan(self, cache: KVCache, spans: Sequence[Span]) -> StepPlan:
+        """Plan a step over a cache that this backend allocated; the spans' rows follow each other from row 0 on."""
+
+    def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
+        """Replace linear layers, pointwise modules and decoder layers by the backend's own, in place.
+
+        Args:
+            stored: the dtype of the checkpoint, in which numbers may be kept if nothing is lost.
+            length: how many tokens a sequence may have.
+        """
+
+    def release_memory(self) -> None:
+        """Give freed memory back to the device and the operating system."""
+
+    def describe(self) -> Mapping[str, str]:
+        """Return what the bits depend on here, as named parts of the fingerprint: linear layers, libraries, hardware.
+
+        A backend with kernels whose bits change apart from `engine.loading.fingerprint.KERNELS` adds their version.
+        """

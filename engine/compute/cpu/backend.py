@@ -1,0 +1,62 @@
+"""The CPU backend: float32 models by kernels that are compiled for the machine at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from engine.compute.backend import Progress, Span, StepPlan
+from engine.compute.cpu.attention import CpuCache, CpuPlan
+from engine.compute.cpu.decoder_layer import fuse_layers
+from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.linear import NativeLinear, merge_shared_projections
+from engine.compute.cpu.pointwise import replace_pointwise
+from engine.compute.kv_cache import KVCache, LayerShape
+from engine.compute.linear import is_sound, is_sound_for, pack_model
+from engine.compute.torch_attention import TorchPlan
+from engine.compute.torch_backend import hardware
+from engine.host_memory import give_back_memory
+
+
+class CpuBackend:
+    """Computes with compiled kernels (see `engine.compute.backend.Backend`)."""
+
+    def __init__(self, kernels: Kernels, quantization: str | None = None) -> None:
+        """quantization: `int8`, or None for weights of which no number is rounded."""
+        self.linear = f"native {quantization}" if quantization else "native"
+        self._kernels, self._quantization = kernels, quantization
+        self._make = partial(NativeLinear, kernels, quantization or "exact")
+
+    def is_sound(self, model: nn.Module) -> bool:
+        """Try the linear layers: on all shapes of the model, or if they round, whether they compute rightly at all."""
+        if self._quantization:
+            return is_sound(self._make, 192, 80, tolerance=0.1)
+        return is_sound_for(model, self._make)
+
+    def allocate(self, layers: Sequence[LayerShape], num_blocks: int) -> KVCache:
+        """Allocate a cache in the attention kernel's layout."""
+        return CpuCache(layers, num_blocks, self._kernels)
+
+    def plan(self, cache: KVCache, spans: Sequence[Span]) -> StepPlan:
+        """Plan a step of the attention kernel; of torch's, where it serves no layer."""
+        assert isinstance(cache, CpuCache), "a backend plans over caches that it allocated"
+        return CpuPlan(self._kernels, cache, spans) if any(cache.native) else TorchPlan(cache, spans)
+
+    def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
+        """Replace linear layers, norms, activations and the decoder layers that are made of the usual parts."""
+        pack_model(model, stored, self._make, progress)
+        replace_pointwise(model, self._kernels)
+        merge_shared_projections(model)
+        fused = fuse_layers(model, self._kernels, length)
+        progress(f"{fused} layers run as one kernel each ({self._kernels.target})")
+
+    def release_memory(self) -> None:
+        """Give freed memory back to the operating system."""
+        give_back_memory()
+
+    def describe(self) -> Mapping[str, str]:
+        """Return the kind of linear layers and the processor."""
+        return {"linear": self.linear, **hardware(torch.device("cpu"))}

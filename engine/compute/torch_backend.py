@@ -1,0 +1,59 @@
+"""The backend that needs nothing but torch: for machines without compiled kernels, for narrow dtypes, and for GPUs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from engine.compute.backend import Progress, Span
+from engine.compute.kv_cache import KVCache, LayerShape
+from engine.compute.linear import Make, pack_model
+from engine.compute.processor import processor_model
+from engine.compute.torch_attention import TorchPlan
+from engine.host_memory import give_back_memory
+
+
+class TorchBackend:
+    """Computes with torch's own operations (see `engine.compute.backend.Backend`)."""
+
+    def __init__(self, device: torch.device, linear: str = "torch", make: Make | None = None) -> None:
+        """linear, make: the linear layers' kind and how they are made; without `make` they stay as they are."""
+        self.device, self.linear, self._make = device, linear, make
+
+    def allocate(self, layers: Sequence[LayerShape], num_blocks: int) -> KVCache:
+        """Allocate a cache of plain layout."""
+        return KVCache(layers, num_blocks)
+
+    def plan(self, cache: KVCache, spans: Sequence[Span]) -> TorchPlan:
+        """Plan a step of torch's attention."""
+        return TorchPlan(cache, spans)
+
+    def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
+        """Replace linear layers, where a kind was chosen; everything else stays as it is."""
+        if self._make is not None:
+            pack_model(model, stored, self._make, progress)
+
+    def release_memory(self) -> None:
+        """Give freed memory back to the operating system, and what torch keeps of a GPU's to the GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        give_back_memory()
+
+    def describe(self) -> Mapping[str, str]:
+        """Return the kind of linear layers and the hardware."""
+        return {"linear": self.linear, **hardware(self.device)}
+
+
+def hardware(device: torch.device) -> dict[str, str]:
+    """Return what of the machine can change a bit: of a GPU its name; of a CPU its model and instruction set."""
+    if device.type == "cuda":
+        return {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
+    return {
+        "cpu": processor_model(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "mkl": os.environ.get("MKL_CBWR", ""),
+        "onednn": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
+    }

@@ -1,0 +1,50 @@
+"""The memory of this machine and process: how much is free, how much may be addressed, and giving freed memory back."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from pathlib import Path
+
+import psutil
+
+__all__ = ["address_space", "free_memory", "give_back_memory"]
+
+
+def free_memory() -> int:
+    """Count the bytes that this process may still take.
+
+    That is what the system has available, or less in a container or under `ulimit -v`.
+    """
+    free = int(psutil.virtual_memory().available)
+    space = address_space()
+    if space is not None:
+        free = min(free, max(space - int(psutil.Process().memory_info().vms), 0))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        allowed = limit.read_text().strip()
+        if allowed != "max":
+            free = min(free, max(int(allowed) - int(used.read_text()), 0))
+    except (OSError, ValueError):
+        pass
+    return free
+
+
+def address_space() -> int | None:
+    """Return how many bytes of addresses this process may use (`ulimit -v`); None where there is no limit."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the operating system. Does nothing with C libraries other than glibc.
+
+    glibc keeps freed memory that lies between blocks still in use: a packed model would hold a third of its originals'
+    memory for good.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

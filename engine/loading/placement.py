@@ -1,0 +1,144 @@
+"""Decide where a model is computed: device, dtype, whether it fits, and which backend. The only choice of a backend."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.checkpoints import quantized
+from engine.checkpoints.checkpoint import Checkpoint, human
+from engine.compute.backend import Backend, Progress
+from engine.compute.cpu.backend import CpuBackend
+from engine.compute.cpu.kernels import Kernels, KernelsUnavailable
+from engine.compute.linear import choose_linear
+from engine.compute.torch_backend import TorchBackend
+from engine.config import ModelConfig
+from engine.errors import LoadError, NotEnoughMemory
+from engine.host_memory import free_memory
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The dtypes that a model can be computed in, by the names that entries and checkpoints have for them."""
+
+log = logging.getLogger("verbatim.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model is computed, and in which dtype.
+
+    Attributes:
+        device: where logits arrive; device_map: accelerate's, for all modules.
+        stored: the checkpoint's dtype, as far as a model could be computed in it.
+    """
+
+    device: torch.device
+    device_map: Any
+    dtype: torch.dtype
+    stored: torch.dtype
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether compiled kernels exist for this placement: float32 on a CPU."""
+        return self.on_cpu and self.dtype == torch.float32
+
+    def cache_room(self) -> int:
+        """Return how many bytes the cache may take unasked: a quarter of a CPU's free memory, 80 % of a GPU's."""
+        return free_memory() // 4 if self.on_cpu else int(torch.cuda.mem_get_info(self.device)[0] * 0.8)
+
+
+def place(config: ModelConfig, found: Checkpoint) -> Placement:
+    """Choose device and dtype, and compare needed with free memory before a weight is read.
+
+    Raises:
+        LoadError: the device does not exist, or the entry's quantisation is not for it; NotEnoughMemory.
+    """
+    device, device_map = _resolve_device(config)
+    stored = DTYPES.get(found.dtype, torch.float32)
+    unasked = torch.float32 if device.type == "cpu" else stored
+    dtype = unasked if config.dtype == "auto" else DTYPES[config.dtype]
+    placement = Placement(device, device_map, dtype, stored)
+    if config.quantization and not placement.has_kernels:
+        raise LoadError(
+            f"{config.id}: quantization: {config.quantization} is for float32 on a CPU, not {dtype} on {device}."
+        )
+    _check_memory(config, found, placement)
+    return placement
+
+
+def choose_backend(config: ModelConfig, placement: Placement, model: nn.Module, progress: Progress) -> Backend:
+    """Choose what computes the model: compiled kernels where they exist and compute rightly, else torch.
+
+    Raises:
+        LoadError: the entry asks for a quantisation that only compiled kernels have, and they are not to be had.
+    """
+    if not placement.has_kernels:
+        return TorchBackend(placement.device)
+    kernels, why = None, ""
+    try:
+        kernels = Kernels.load(progress=progress)
+    except KernelsUnavailable as error:
+        why = str(error)
+    if kernels is None and config.quantization:
+        raise LoadError(f"{config.id}: quantization: {config.quantization} needs compiled kernels: {why}.")
+    if kernels is not None:
+        backend = CpuBackend(kernels, config.quantization)
+        if backend.is_sound(model):
+            return backend
+        if config.quantization:
+            raise LoadError(
+                f"{config.id}: quantization: {config.quantization} does not compute rightly on this machine."
+            )
+        log.warning("%s: the compiled kernels do not compute rightly here: linear layers run in torch", config.id)
+    else:
+        log.warning("%s: no compiled kernels (%s): linear layers run in torch", config.id, why)
+    return TorchBackend(placement.device, *choose_linear(model))
+
+
+def _resolve_device(config: ModelConfig) -> tuple[torch.device, Any]:
+    """Return the device that logits come to, and accelerate's device map."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.version.cuda:
+            log.warning(
+                "%s: this build of torch is for CUDA %s and sees no GPU: taking the CPU", config.id, torch.version.cuda
+            )
+    if name == "cpu":
+        return torch.device("cpu"), {"": "cpu"}
+    if not torch.cuda.is_available():
+        raise LoadError(
+            f"{config.id}: device {config.device!r} was asked for, but torch {torch.__version__} sees no GPU."
+        )
+    if not name.startswith("cuda"):
+        return torch.device("cuda:0"), name
+    device = torch.device(name if ":" in name else "cuda:0")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise LoadError(f"{config.id}: there is no {device}; this machine has {torch.cuda.device_count()} GPU(s).")
+    return device, {"": str(device)}
+
+
+def _check_memory(config: ModelConfig, found: Checkpoint, placement: Placement) -> None:
+    dtype = placement.dtype
+    needed = quantized.check(config, found, placement.device_map, dtype)
+    if needed is None:
+        needed = found.float32_bytes() if placement.has_kernels else found.parameters * dtype.itemsize
+    if placement.on_cpu:
+        free = free_memory()
+    else:
+        free = sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+    if needed > free:
+        place = "memory" if placement.on_cpu else "GPU memory"
+        raise NotEnoughMemory(
+            f"{config.id}: the weights need {human(needed)} of {place} as {str(dtype).removeprefix('torch.')}, "
+            f"{human(free)} are free.",
+            needed=needed,
+            free=free,
+        )

@@ -1,0 +1,40 @@
+"""A model that is loaded and ready to serve, as one value. Knows its parts; computes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.compute.model_runner import Runner
+from engine.config import ModelConfig
+from engine.grammar.compiler import GrammarCompiler
+from engine.replies.chat_format import ChatFormat
+from engine.scheduling.scheduler import Scheduler
+from engine.templates.chat_template import ChatTemplate
+from engine.text.vocabulary import Vocabulary
+from engine.types.model_info import ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Everything a model needs to serve, each part made once at load.
+
+    Attributes:
+        closing_ids: the tokens that end the model's thoughts when they grow too long.
+        device: where logits arrive.
+    """
+
+    config: ModelConfig
+    info: ModelInfo
+    tokenizer: Any
+    vocabulary: Vocabulary
+    template: ChatTemplate
+    end_ids: tuple[int, ...]
+    grammars: GrammarCompiler
+    chat_format: ChatFormat
+    closing_ids: tuple[int, ...]
+    runner: Runner
+    scheduler: Scheduler
+    device: torch.device
