@@ -320,7 +320,7 @@ def test_every_preemption_is_counted_and_nobody_is_admitted_in_its_step() -> Non
 
 
 def test_a_shared_block_is_copied_although_a_preemption_left_it_two_owners() -> None:
-    """Three choices share the prompt's last block; the third goes to make room; the first must still not write in it."""
+    """Three choices share the prompt's last block and the third is preempted: the first must still not write in it."""
     scheduler = _scheduler(blocks=2, size=4)
     scheduler.add(_request("n", [1, 2], n=3, max_tokens=2))
     schedule = scheduler.schedule()
