@@ -319,18 +319,39 @@ def test_every_preemption_is_counted_and_nobody_is_admitted_in_its_step() -> Non
     assert scheduler.num_preemptions == before + 2
 
 
-def test_a_shared_block_is_copied_although_a_preemption_left_it_two_owners() -> None:
-    """Three choices share the prompt's last block and the third is preempted: the first must still not write in it."""
+def test_a_shared_block_is_copied_also_when_its_place_comes_from_a_preemption() -> None:
+    """Two choices share the prompt's last block, and the youngest request goes so that one of them gets its own."""
     scheduler = _scheduler(blocks=2, size=4)
-    scheduler.add(_request("n", [1, 2], n=3, max_tokens=2))
+    [first, second] = _request("n", [1, 2], n=2, max_tokens=2)
+    scheduler.add([first, second])
+    _sample(scheduler, scheduler.schedule(), random.Random(0))
+    [young] = _request("young", [9], max_tokens=3)
+    scheduler.add([young])
+    _sample(scheduler, scheduler.schedule(held=[first, second]), random.Random(0))
+    assert first.block_table == second.block_table
     schedule = scheduler.schedule()
-    _sample(scheduler, schedule, random.Random(0))
-    first, second, third = (schedule.chunks[0].sequence, *schedule.chunks[0].forks)
-    scheduler.pool.allocate(1, "a neighbour")
-    schedule = scheduler.schedule()
-    assert third.state is SequenceState.WAITING
-    writing = [s.block_table for s in (first, second) if s.state is SequenceState.RUNNING]
-    assert len(writing) == len({tuple(table) for table in writing}), "two sequences write into one block"
+    assert young.state is SequenceState.WAITING
+    assert len(schedule.copies) == 1
+    assert first.block_table != second.block_table
+    scheduler.check()
+
+
+def test_check_names_the_damage() -> None:
+    """The random walks find nothing that `check` does not see."""
+    for change, told in [
+        (lambda s, one: setattr(one, "num_computed", len(one)), "nothing is left to compute"),
+        (lambda s, one: one.block_table.clear(), ""),
+        (lambda s, one: s.pool.share(one.block_table[0]), "references are lost"),
+        (lambda s, one: setattr(one, "state", SequenceState.WAITING), ""),
+        (lambda s, one: s.waiting.append(one), ""),
+        (lambda s, one: setattr(s, "max_sequences", 0), ""),
+    ]:
+        scheduler = _scheduler()
+        [sequence] = _prefilled(scheduler, [1, 2, 3])
+        scheduler.check()
+        change(scheduler, sequence)
+        with pytest.raises(AssertionError, match=f"^{told}"):
+            scheduler.check()
 
 
 def test_the_keys_of_a_failed_step_serve_nobody() -> None:
