@@ -86,6 +86,39 @@ def test_owners_grow_in_runs_of_their_own_while_there_is_room() -> None:
     assert two == list(range(two[0], two[0] + 8))
 
 
+def test_an_owner_with_a_shared_prefix_grows_right_behind_it() -> None:
+    pool = BlockPool(16, 1)
+    gone, prefix = pool.allocate(4, "gone", expected=4), pool.allocate(2, "prefix", expected=2)
+    rest = pool.allocate(10, "rest", expected=10)
+    pool.release(gone, "gone")
+    pool.release(rest[:-1], "rest")  # the last block stays taken
+    assert pool.allocate(1, "one", after=prefix[-1], expected=4) == [6]
+    assert pool.allocate(1, "two", expected=4) == [0], "there is room for all of it in front"
+    assert pool.allocate(1, "three", expected=4) == [10], "what one may need is kept for it"
+    assert pool.allocate(3, "one", after=6) == [7, 8, 9]
+    pool.check()
+
+
+def test_a_run_behind_a_prefix_ends_at_the_next_block_that_is_taken() -> None:
+    pool = BlockPool(16, 1)
+    prefix, gap, wall = (pool.allocate(n, name, expected=n) for n, name in ((2, "prefix"), (3, "gap"), (1, "wall")))
+    pool.release(gap, "gap")
+    assert pool.allocate(1, "one", after=prefix[-1], expected=9) == [2]
+    assert pool.allocate(1, "two", expected=2) == [wall[0] + 1], (
+        "blocks 3 and 4 are kept, and those behind the wall not"
+    )
+    pool.check()
+
+
+def test_a_run_behind_a_prefix_ends_with_the_pool() -> None:
+    pool = BlockPool(8, 1)
+    gone, prefix = pool.allocate(5, "gone", expected=5), pool.allocate(2, "prefix", expected=2)
+    pool.release(gone, "gone")
+    assert pool.allocate(1, "one", after=prefix[-1], expected=9) == [7]
+    assert pool.allocate(1, "two", expected=5) == [0], "nothing else is kept"
+    pool.check()
+
+
 def test_a_kept_run_is_given_away_when_nothing_else_is_left() -> None:
     pool = BlockPool(4, 1)
     pool.allocate(1, "one", expected=4)
