@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,26 @@ def test_a_model_that_leaves_out_the_end() -> None:
     assert read(HERMES, ['<tool_call>{"arguments":{},"name":"ping"}</tool_call>']) == ("", [PING])
     assert read(LISTED, ['[TOOL_CALLS] [{"name": "ping", "arguments": {}}]']) == ("", [PING])
     assert read(BARE, ['{"name":"ping","parameters":{}}']) == ("", [PING])
+
+
+@pytest.mark.parametrize("call", [OSLO, PING], ids=["oslo", "ping"])
+@pytest.mark.parametrize(
+    ("found", "cut"),
+    [
+        (XML, "\n</tool_call>"),
+        (XML, "</tool_call>"),
+        (XML, "call>"),
+        (KEYED, "tool_call>"),
+        (KEYED, "call>"),
+        (KEYED, ">"),
+    ],
+)
+def test_arguments_one_by_one_and_no_end(found: ToolFormat, cut: str, call: tuple[str, Any]) -> None:
+    """As much of the end has to be there that no argument can follow: what may yet begin one is no call."""
+    whole = written(found, [call])
+    assert read(found, list(whole.removesuffix(cut))) == ("", [call])
+    begun = whole[: whole.index(found.close.strip()) + 1]
+    assert read(found, list(begun)) == (begun, [])
 
 
 @pytest.mark.parametrize("value", ["[" * 5000, "NaN", '"\\ud800"', "1e999", "9" * 5000, "\x00", "]"])
@@ -282,6 +303,20 @@ def test_reading_takes_time_in_proportion(found: ToolFormat, begin: str, part: s
 def test_under_a_grammar_only_what_the_form_writes_is_a_call(found: ToolFormat, text: str) -> None:
     assert read(found, [text], exact=True) == (text, [])
     assert read(found, list(text), exact=True) == (text, [])
+
+
+def test_arguments_are_found_by_the_forms_own_name_and_by_the_usual_ones() -> None:
+    own = replace(HERMES, middle='", "args": ')
+    for key in ("args", "arguments", "parameters"):
+        text = f'<tool_call>\n{{"name": "ping", "{key}": {{"a": 1}}}}\n</tool_call>'
+        assert read(own, [text]) == ("", [("ping", {"a": 1})]), key
+
+
+def test_under_a_grammar_white_space_is_free_and_what_begins_no_call_is_shown_at_once() -> None:
+    assert read(BARE, list('{"name":"ping", "parameters":{}}'), exact=True) == ("", [PING])
+    reader = CallReader(BARE, TOOLS, exact=True)
+    assert reader.push('{"na')[0] == ""
+    assert reader.push('ture": 1') == ('{"nature": 1', [])
 
 
 @pytest.mark.parametrize("name", FORMATS)
