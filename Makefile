@@ -23,7 +23,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 LOCKED := install --quiet --require-hashes --no-deps --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test quick newest check lint types format docs bench zoo demo-model lock clean
+.PHONY: help install serve test quick newest check lint types format docs bench zoo mutants demo-model lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -89,6 +89,14 @@ bench: $(STAMP)  ## measure speed (see benchmarks/README.md)
 zoo: $(STAMP)  ## examine every architecture; write docs/reference/architectures.md
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m zoo.sweep --page docs/reference/architectures.md $(ARGS)
 
+# mutmut lives in an environment of its own, which also sees what the lock has installed.
+mutants: $(STAMP)  ## break the code in small ways and count what no test notices (ARGS="--size 0 FILE": all of one)
+	test -x .venv-mutants/bin/mutmut || { $(PYTHON) -m venv --clear .venv-mutants \
+	  && $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(.venv-mutants/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth" \
+	  && .venv-mutants/bin/python -m pip install --quiet mutmut==3.8.1; }
+	nice .venv-mutants/bin/python tests/mutants.py $(ARGS)
+
 demo-model: $(STAMP)  ## train the demo model again into demo/model (about two hours on two cores)
 	$(BIN)/python -m demo.train $(ARGS)
 
@@ -97,4 +105,4 @@ lock:  ## lock again after a change in pyproject.toml (ARGS="--upgrade" for the 
 	$(PYTHON) requirements/lock.py .venv-lock/bin/uv $(ARGS)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .venv-newest .venv-lock build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-lock .venv-mutants build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

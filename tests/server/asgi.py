@@ -32,6 +32,8 @@ class Exchange:
     body: Iterable[bytes]
     messages: list[Message] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
+    faults: list[str] = field(default_factory=list)
+    """Breaches of the protocol, also of tasks that nobody awaits."""
 
     def __post_init__(self) -> None:
         parts = list(self.body) or [b""]
@@ -49,16 +51,22 @@ class Exchange:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        kinds = [m["type"] for m in self.messages]
-        if message["type"] == "http.response.start":
-            assert not kinds, "two responses to one request"
-        else:
-            assert kinds, "a body before its status"
-            assert len(kinds) == 1 or self.messages[-1].get("more_body"), "a body after the end"
+        fault = self._fault(message)
+        if fault:
+            self.faults.append(fault)
+            raise AssertionError(fault)
         if self.on_send:
             await self.on_send(message)
         self.messages.append(message)
         self._news.set()
+
+    def _fault(self, message: Message) -> str:
+        if message["type"] == "http.response.start":
+            return "two responses to one request" if self.messages else ""
+        if not self.messages:
+            return "a body before its status"
+        ended = len(self.messages) > 1 and not self.messages[-1].get("more_body")
+        return "a body after the end" if ended else ""
 
     def disconnect(self) -> None:
         self._gone.set()
@@ -85,6 +93,7 @@ class Exchange:
 
     @property
     def answer(self) -> Answer:
+        assert not self.faults, self.faults
         start = self.messages[0]
         assert not self.messages[-1].get("more_body", False), "the response was not ended"
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in start["headers"]}

@@ -64,8 +64,11 @@ class PairsCall:
             if not going:
                 return None
         stop = self._format.stop or ""
-        at = held.find(stop, self._at)
-        return at + len(stop) if at >= 0 and stop else None
+        at = held.find(stop, self._at) if stop else -1
+        if at >= 0:
+            return at + len(stop)
+        self._at = max(self._at, len(held) - len(stop) + 1)  # what was searched is not searched again
+        return None
 
     def read(self, text: str) -> tuple[str, str] | None:
         """Return the name and the arguments of the call that `end` or `unfinished` found; None if it was none."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,26 @@ def test_a_model_that_leaves_out_the_end() -> None:
     assert read(HERMES, ['<tool_call>{"arguments":{},"name":"ping"}</tool_call>']) == ("", [PING])
     assert read(LISTED, ['[TOOL_CALLS] [{"name": "ping", "arguments": {}}]']) == ("", [PING])
     assert read(BARE, ['{"name":"ping","parameters":{}}']) == ("", [PING])
+
+
+@pytest.mark.parametrize("call", [OSLO, PING], ids=["oslo", "ping"])
+@pytest.mark.parametrize(
+    ("found", "cut"),
+    [
+        (XML, "\n</tool_call>"),
+        (XML, "</tool_call>"),
+        (XML, "call>"),
+        (KEYED, "tool_call>"),
+        (KEYED, "call>"),
+        (KEYED, ">"),
+    ],
+)
+def test_arguments_one_by_one_and_no_end(found: ToolFormat, cut: str, call: tuple[str, Any]) -> None:
+    """As much of the end has to be there that no argument can follow: what may yet begin one is no call."""
+    whole = written(found, [call])
+    assert read(found, list(whole.removesuffix(cut))) == ("", [call])
+    begun = whole[: whole.index(found.close.strip()) + 1]
+    assert read(found, list(begun)) == (begun, [])
 
 
 @pytest.mark.parametrize("value", ["[" * 5000, "NaN", '"\\ud800"', "1e999", "9" * 5000, "\x00", "]"])
@@ -221,20 +243,54 @@ def test_half_a_call_is_never_told(found: ToolFormat) -> None:
     assert told.count(True) > 5, "most of the closing delimiter may be missing"
 
 
-def test_reading_takes_time_in_proportion() -> None:
-    """What a model writes is not its reader's to choose: steps are counted by the pieces of a long reply."""
-    for text in (
-        "<tool_call>\n<function=ping>\n<parameter=a>\n" + " " * 50_000,
-        "<tool_call>\n<function=ping>\n<parameter=a>\n" + "</parameter" * 5_000,
-        "<tool_call>\n<function=ping>\n<parameter=" + " " * 50_000,
-        "<tool_call>\n<function=ping>\n" + "<" * 50_000,
-        "<tool_call>\n<function=ping>" + " " * 50_000,
-        "<tool_call>\n<function=ping>\n<parameter=a>\nx\n</parameter>" + " " * 50_000,
-        "<tool_call>\n<function=" + "p" * 50_000,
-    ):
-        whole = f"{text}\n</function>\n</tool_call>"
-        calls = read(XML, [whole[i : i + 50] for i in range(0, len(whole), 50)])[1]
-        assert [name for name, _ in calls] in ([], ["ping"])
+def processor_time(found: ToolFormat, text: str) -> float:
+    """Seconds of this thread's processor time that reading a text in pieces takes: the least of three."""
+    took = []
+    for _ in range(3):
+        before = time.thread_time()
+        read(found, [text[i : i + 50] for i in range(0, len(text), 50)])
+        took.append(time.thread_time() - before)
+    return min(took)
+
+
+FUNCTION = "<tool_call>\n<function=ping>"
+OBJECT = '<tool_call>\n{"name": "ping", "arguments": {"a": "'
+
+
+@pytest.mark.parametrize(
+    ("found", "begin", "part"),
+    [
+        (XML, f"{FUNCTION}\n<parameter=a>\n", " "),
+        (XML, f"{FUNCTION}\n<parameter=a>\n", "</parameter"),
+        (XML, f"{FUNCTION}\n<parameter=a>\n", "</parameter>"),
+        (XML, f"{FUNCTION}\n<parameter=", " "),
+        (XML, FUNCTION, " "),
+        (XML, f"{FUNCTION}\n", "<"),
+        (XML, f"{FUNCTION}\n<parameter=a>\nx\n</parameter>", " "),
+        (XML, "<tool_call>\n<function=", "p"),
+        (HERMES, "", "<tool_call>"),
+        (HERMES, "<tool_call>\n", "{"),
+        (HERMES, OBJECT, "</tool_call>"),
+        (HERMES, OBJECT, '"</tool_call>'),
+        (HERMES, OBJECT, '</tool_call>", "b": "'),
+        (HERMES, OBJECT, "\\"),
+        (KEYED, "<tool_call>ping\n<arg_key>", "</arg_key>\n"),
+    ],
+)
+def test_reading_takes_time_in_proportion(found: ToolFormat, begin: str, part: str) -> None:
+    """A long reply must not hold up everybody's next step: four times the text takes about four times the work.
+
+    Going over what was read before for each piece would take sixteen times. A busy machine may spoil a measurement, so
+    one good one of several is enough.
+    """
+    end = found.close
+    short, long = (begin + part * (size // len(part)) + end for size in (4_000, 16_000))
+    ratios: list[float] = []
+    while len(ratios) < 6:
+        ratios.append(processor_time(found, long) / processor_time(found, short))
+        if ratios[-1] < 8:
+            return
+    pytest.fail(f"four times the text took {min(ratios):.1f} times the work")
 
 
 @pytest.mark.parametrize(
@@ -249,6 +305,20 @@ def test_reading_takes_time_in_proportion() -> None:
 def test_under_a_grammar_only_what_the_form_writes_is_a_call(found: ToolFormat, text: str) -> None:
     assert read(found, [text], exact_calls=True) == (text, [])
     assert read(found, list(text), exact_calls=True) == (text, [])
+
+
+def test_arguments_are_found_by_the_forms_own_name_and_by_the_usual_ones() -> None:
+    own = replace(HERMES, middle='", "args": ')
+    for key in ("args", "arguments", "parameters"):
+        text = f'<tool_call>\n{{"name": "ping", "{key}": {{"a": 1}}}}\n</tool_call>'
+        assert read(own, [text]) == ("", [("ping", {"a": 1})]), key
+
+
+def test_under_a_grammar_white_space_is_free_and_what_begins_no_call_is_shown_at_once() -> None:
+    assert read(BARE, list('{"name":"ping", "parameters":{}}'), exact_calls=True) == ("", [PING])
+    reader = CallReader(BARE, ReplyFormat(tools=TOOLS, exact_calls=True))
+    assert reader.push('{"na')[0] == ""
+    assert reader.push('ture": 1') == ('{"nature": 1', [])
 
 
 @pytest.mark.parametrize("name", FORMATS)

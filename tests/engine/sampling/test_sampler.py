@@ -378,6 +378,19 @@ def test_a_faulty_row_fails_alone(value: float, p: SamplingParams) -> None:
     assert [type(r) for r in PLAIN.sample(logits[1:2], [rows[1]])] == [NumericalFault]
 
 
+def test_a_mask_holds_beside_a_row_that_fails() -> None:
+    """The rows that are left are sampled again: each with its own mask, and with its own row of logits."""
+    logits = torch.zeros(3, VOCAB)
+    logits[0] = math.nan
+    logits[1, 30], logits[2, 31] = 9.0, 9.0
+    allowed = torch.ones(3, VOCAB, dtype=torch.bool)
+    allowed[1] = allowed[2] = False
+    allowed[1, 9] = allowed[2, 11] = True
+    fault, one, two = PLAIN.sample(logits, [sequence(params(), seed) for seed in range(3)], allowed=allowed)
+    assert isinstance(fault, NumericalFault)
+    assert tokens_of([one, two]) == [9, 11]
+
+
 def test_a_grammar_has_the_last_word() -> None:
     """No bias lifts a token that the grammar forbids; what it allows is drawn as if there were nothing else."""
     allowed = torch.zeros(2, VOCAB, dtype=torch.bool)

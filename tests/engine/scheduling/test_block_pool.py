@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -84,6 +86,39 @@ def test_owners_grow_in_runs_of_their_own_while_there_is_room() -> None:
     assert two == list(range(two[0], two[0] + 8))
 
 
+def test_an_owner_with_a_shared_prefix_grows_right_behind_it() -> None:
+    pool = BlockPool(16, 1)
+    gone, prefix = pool.allocate(4, "gone", expected=4), pool.allocate(2, "prefix", expected=2)
+    rest = pool.allocate(10, "rest", expected=10)
+    pool.release(gone, "gone")
+    pool.release(rest[:-1], "rest")  # the last block stays taken
+    assert pool.allocate(1, "one", after=prefix[-1], expected=4) == [6]
+    assert pool.allocate(1, "two", expected=4) == [0], "there is room for all of it in front"
+    assert pool.allocate(1, "three", expected=4) == [10], "what one may need is kept for it"
+    assert pool.allocate(3, "one", after=6) == [7, 8, 9]
+    pool.check()
+
+
+def test_a_run_behind_a_prefix_ends_at_the_next_block_that_is_taken() -> None:
+    pool = BlockPool(16, 1)
+    prefix, gap, wall = (pool.allocate(n, name, expected=n) for n, name in ((2, "prefix"), (3, "gap"), (1, "wall")))
+    pool.release(gap, "gap")
+    assert pool.allocate(1, "one", after=prefix[-1], expected=9) == [2]
+    assert pool.allocate(1, "two", expected=2) == [wall[0] + 1], (
+        "blocks 3 and 4 are kept, and those behind the wall not"
+    )
+    pool.check()
+
+
+def test_a_run_behind_a_prefix_ends_with_the_pool() -> None:
+    pool = BlockPool(8, 1)
+    gone, prefix = pool.allocate(5, "gone", expected=5), pool.allocate(2, "prefix", expected=2)
+    pool.release(gone, "gone")
+    assert pool.allocate(1, "one", after=prefix[-1], expected=9) == [7]
+    assert pool.allocate(1, "two", expected=5) == [0], "nothing else is kept"
+    pool.check()
+
+
 def test_a_kept_run_is_given_away_when_nothing_else_is_left() -> None:
     pool = BlockPool(4, 1)
     pool.allocate(1, "one", expected=4)
@@ -98,6 +133,64 @@ def test_without_caching_nothing_is_found() -> None:
     pool.release(_fill(pool, "a", (1,), (2,)), "a")
     assert pool.match([1, 2, 3], limit=2).blocks == ()
     assert pool.num_free == 4
+
+
+@pytest.mark.parametrize(("blocks", "size"), [(0, 1), (1, 0), (-1, 4), (4, -1)])
+def test_a_pool_without_room_for_a_token_is_refused(blocks: int, size: int) -> None:
+    with pytest.raises(ValueError, match=f"not {blocks} of {size}"):
+        BlockPool(blocks, size)
+
+
+def test_a_prefix_that_goes_on_after_a_hit_is_found_whole() -> None:
+    pool = BlockPool(8, 2)
+    pool.release(_fill(pool, "a", (1, 2), (3, 4)), "a")
+    match = pool.match([1, 2, 3, 4, 5, 6, 7], limit=6)
+    for block in match.blocks:
+        pool.share(block)
+    [more] = pool.allocate(1, "b", after=match.blocks[-1])
+    pool.register(more, match.uids[-1], (5, 6))
+    pool.release([*match.blocks, more], "b")
+    assert pool.match([1, 2, 3, 4, 5, 6, 7], limit=6).blocks == (*match.blocks, more)
+
+
+def test_a_block_that_is_registered_anew_has_only_its_new_content() -> None:
+    pool = BlockPool(4, 2)
+    [block] = _fill(pool, "a", (1,))
+    pool.register(block, SHARED, (1, 2))
+    pool.check()
+    assert pool.match([1, 2, 3], limit=2).blocks == (block,)
+    pool.release([block], "a")
+    pool.check()
+    assert pool.num_free == 4
+
+
+def test_check_names_the_damage() -> None:
+    """The random walks find nothing that `check` does not see."""
+
+    def damaged(change: Callable[[BlockPool], object]) -> BlockPool:
+        pool = BlockPool(6, 2)
+        _fill(pool, "held", (1, 2))
+        pool.release(_fill(pool, "cached", (3, 4)), "cached")
+        pool.check()
+        change(pool)
+        return pool
+
+    held, cached, blank = 0, 1, 5
+    for change, told in [
+        (lambda pool: pool._blank.update({held: None}), "a block is in two states"),
+        (lambda pool: pool._cached.update({held: None}), "a block is in two states"),
+        (lambda pool: pool._blank.update({cached: None}), "a block is in two states"),
+        (lambda pool: pool._blank.pop(blank), "a block is lost"),
+        (lambda pool: pool._references.__setitem__(held, 0), "a block is lost"),
+        (lambda pool: pool._contents.pop(cached), "a cached block without content"),
+        (lambda pool: pool._contents.update({blank: pool._contents[held]}), "a blank block with content"),
+        (lambda pool: pool._kept.update({"x": range(2, 4), "y": range(3, 5)}), "a block is kept for two owners"),
+        (lambda pool: pool._open.__setitem__(blank, 0), f"block {blank} is wrongly open"),
+        (lambda pool: pool._index.clear(), ""),
+        (lambda pool: pool._children.clear(), ""),
+    ]:
+        with pytest.raises(AssertionError, match=f"^{told}"):
+            damaged(change).check()
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -144,6 +237,8 @@ class PoolMachine(RuleBasedStateMachine):
             self.owners[table[number]] = share
             self.truth[table[number]] = tuple(text[: (number + 1) * self.pool.block_size])
         self.tables[name], self.texts[name], self.uids[name] = table, text, uids
+        whole = self.pool.match(text, len(text), share)
+        assert whole.uids == tuple(uids), "what has just been registered is not found"
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data(), keep=st.booleans())

@@ -211,6 +211,173 @@ def test_who_was_away_has_saved_no_turns() -> None:
     assert _admissions(scheduler, 20, {3: late}) == ["a0", "a1", "a2", "b0", "a3", "b1", "a4", "b2", "a5"]
 
 
+def _prefilled(scheduler: Scheduler, *prompts: list[int], max_tokens: int = 50) -> list[Sequence]:
+    """Sequences whose prompts are computed and whose first token is drawn."""
+    made = [_request(f"r{i}", prompt, max_tokens)[0] for i, prompt in enumerate(prompts)]
+    for sequence in made:
+        scheduler.add([sequence])
+    while any(not sequence.position for sequence in made):
+        _sample(scheduler, scheduler.schedule(), random.Random(0))
+    return made
+
+
+def _planned(schedule: Schedule) -> list[tuple[str, int, int]]:
+    return [(c.sequence.request_id, c.start, c.count) for c in schedule.chunks]
+
+
+def test_the_token_budget_is_spent_in_order_of_turn_and_not_exceeded() -> None:
+    scheduler = _scheduler(budget=10)
+    for name, length in (("a", 4), ("b", 3), ("c", 8), ("d", 2)):
+        scheduler.add(_request(name, list(range(ord(name), ord(name) + length))))
+    assert _planned(scheduler.schedule()) == [("a", 0, 4), ("b", 0, 3), ("c", 0, 3)]
+
+
+def test_a_decode_runs_although_a_prompt_before_it_has_spent_the_budget() -> None:
+    scheduler = _scheduler(budget=4)
+    [long], [short] = _request("long", list(range(40))), _request("short", [7], max_tokens=9)
+    scheduler.add([long])
+    _sample(scheduler, scheduler.schedule(), random.Random(0))
+    scheduler.add([short])
+    _sample(scheduler, scheduler.schedule(held=[long]), random.Random(0))
+    assert _planned(scheduler.schedule()) == [("long", 4, 3), ("short", 1, 1)]
+
+
+def test_a_waiting_request_that_is_aborted_leaves_the_others_in_their_order() -> None:
+    scheduler = _scheduler(running=1)
+    requests = [_request(name, [i])[0] for i, name in enumerate("abcd")]
+    for sequence in requests:
+        scheduler.add([sequence])
+    scheduler.finish(requests[2])
+    scheduler.finish(requests[2])  # once more is nothing
+    assert requests[2].state is SequenceState.FINISHED
+    assert [s.request_id for s in scheduler.waiting] == ["a", "b", "d"]
+
+
+def test_draft_tokens_are_taken_from_the_budget_and_one_block_is_left_for_each_other_sequence() -> None:
+    scheduler = _scheduler(blocks=64, size=4, budget=5)
+    one, two = _prefilled(scheduler, [1, 2], [3, 4])
+    one.draft = two.draft = (5, 6, 7)
+    schedule = scheduler.schedule()
+    assert [c.draft for c in schedule.chunks] == [(5, 6, 7), ()], "five tokens: two decodes and three drafts"
+    assert [c.tokens for c in schedule.chunks] == [[one.token(2), 5, 6, 7], [two.token(2)]]
+    scheduler = _scheduler(blocks=4, size=4)
+    one, two = _prefilled(scheduler, [1, 2], [3, 4])
+    one.draft = two.draft = (5, 6, 7)
+    schedule = scheduler.schedule()
+    assert [c.draft for c in schedule.chunks] == [(), ()], "of two free blocks each may need one"
+    scheduler = _scheduler(blocks=5, size=4)
+    [one, _] = _prefilled(scheduler, [1, 2], [3, 4])
+    one.draft = (5, 6, 7)
+    assert [c.draft for c in scheduler.schedule().chunks] == [(5, 6, 7), ()], "and the fifth is to spare"
+
+
+def test_a_right_draft_token_counts_as_computed() -> None:
+    scheduler = _scheduler()
+    [sequence] = _prefilled(scheduler, [1, 2])
+    sequence.draft = (5, 6, 7)
+    schedule = scheduler.schedule()
+    scheduler.commit(schedule)
+    assert sequence.num_computed == 3
+    for token in (5, 6):
+        sequence.append(token)
+        scheduler.accept(sequence)
+    sequence.append(9)
+    assert sequence.num_computed == 5
+    assert _planned(scheduler.schedule()) == [("r0", 5, 1)]
+
+
+def test_the_oldest_goes_on_in_the_very_step_in_which_the_youngest_is_preempted() -> None:
+    scheduler = _scheduler(blocks=3, size=2)
+    old, young = _prefilled(scheduler, [1, 2], [3], max_tokens=4)
+    assert (len(old.block_table), len(young.block_table), scheduler.num_preemptions) == (1, 1, 0)
+    seen: list[list[str]] = []
+    while scheduler.num_preemptions == 0:
+        schedule = scheduler.schedule()
+        seen.append([c.sequence.request_id for c in schedule.chunks])
+        _sample(scheduler, schedule, random.Random(0))
+    assert seen[-1] == ["r0"]
+    assert young.state is SequenceState.WAITING
+
+
+def test_every_preemption_is_counted_and_nobody_is_admitted_in_its_step() -> None:
+    scheduler = _scheduler(blocks=3, size=2)
+    _prefilled(scheduler, [1, 2], [3], max_tokens=4)
+    [hungry] = _request("hungry", [9], max_tokens=1)
+    scheduler.add([hungry])
+    counts = [scheduler.num_preemptions]
+    for _ in range(12):
+        schedule = scheduler.schedule()
+        if scheduler.num_preemptions > counts[-1]:
+            assert all(c.start or c.sequence.request_id == "r0" for c in schedule.chunks)
+        counts.append(scheduler.num_preemptions)
+        _sample(scheduler, schedule, random.Random(0))
+    assert counts == sorted(counts)
+    sequences = [_request(f"n{i}", [i, i], max_tokens=3)[0] for i in range(2)]
+    for sequence in sequences:
+        scheduler.add([sequence])
+    before = scheduler.num_preemptions
+    scheduler.rollback(scheduler.schedule())
+    assert scheduler.num_preemptions == before + 2
+
+
+def test_a_shared_block_is_copied_also_when_its_place_comes_from_a_preemption() -> None:
+    """Two choices share the prompt's last block, and the youngest request goes so that one of them gets its own."""
+    scheduler = _scheduler(blocks=2, size=4)
+    [first, second] = _request("n", [1, 2], n=2, max_tokens=2)
+    scheduler.add([first, second])
+    _sample(scheduler, scheduler.schedule(), random.Random(0))
+    [young] = _request("young", [9], max_tokens=3)
+    scheduler.add([young])
+    _sample(scheduler, scheduler.schedule(held=[first, second]), random.Random(0))
+    assert first.block_table == second.block_table
+    schedule = scheduler.schedule()
+    assert young.state is SequenceState.WAITING
+    assert len(schedule.copies) == 1
+    assert first.block_table != second.block_table
+    scheduler.check()
+
+
+def test_check_names_the_damage() -> None:
+    """The random walks find nothing that `check` does not see."""
+    for change, told in [
+        (lambda s, one: setattr(one, "num_computed", len(one)), "nothing is left to compute"),
+        (lambda s, one: one.block_table.clear(), ""),
+        (lambda s, one: s.pool.share(one.block_table[0]), "references are lost"),
+        (lambda s, one: setattr(one, "state", SequenceState.WAITING), ""),
+        (lambda s, one: s.waiting.append(one), ""),
+        (lambda s, one: setattr(s, "max_sequences", 0), ""),
+    ]:
+        scheduler = _scheduler()
+        [sequence] = _prefilled(scheduler, [1, 2, 3])
+        scheduler.check()
+        change(scheduler, sequence)
+        with pytest.raises(AssertionError, match=f"^{told}"):
+            scheduler.check()
+
+
+def test_the_keys_of_a_failed_step_serve_nobody() -> None:
+    for reusable in (True, False):
+        scheduler = _scheduler(size=4)
+        [sequence] = _prefilled(scheduler, [1, 2, 3, 4, 5, 6])
+        scheduler.finish(sequence, reusable=reusable)
+        match = scheduler.pool.match([1, 2, 3, 4, 5, 6, 7], 6)
+        assert (len(match.blocks), match.tail_tokens) == (1, 2 if reusable else 0)
+
+
+def test_sequences_grow_in_consecutive_blocks_also_after_others_have_gone() -> None:
+    """Attention copies what is not consecutive: a finished sequence must leave no claim on the place it had."""
+    scheduler = _scheduler(blocks=16, size=1)
+    for _ in range(3):
+        pair = _prefilled(scheduler, [1], [2], max_tokens=6)
+        while all(sequence.position < 5 for sequence in pair):
+            _sample(scheduler, scheduler.schedule(), random.Random(0))
+        for sequence in pair:
+            table = sequence.block_table
+            assert table == list(range(table[0], table[0] + len(table)))
+            scheduler.finish(sequence)
+        scheduler.pool.clear_cache()
+
+
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(4, 24), st.integers(1, 5), st.integers(1, 6), st.integers(1, 20))

@@ -477,7 +477,7 @@ def test_models_of_a_key(desk: Desk) -> None:
     key = desk.key(models=["fake"])
     assert desk.ask(key, chat()).status == 200
     answer = desk.ask(key, chat(model="other"))
-    assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+    assert (answer.status, answer.error["code"], answer.error["param"]) == (404, "model_not_found", "model")
     assert [model["id"] for model in desk.ask(key, path="/v1/models").json["data"]] == ["fake"]
     assert desk.ask(key, path="/v1/models/other").status == 404
     assert desk.ask(desk.key("bob"), path="/v1/models/other").status == 200
@@ -499,6 +499,7 @@ def test_the_context_of_a_key(desk: Desk) -> None:
     short = desk.ask(desk.key("bob", limits=Limits(context=5)), chat())
     assert (short.status, short.error["code"]) == (400, "context_length_exceeded")
     assert (short.error["prompt_tokens"], short.error["context_length"]) == (5, 5)
+    assert short.error["param"] == "messages"
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------

@@ -228,11 +228,19 @@ def test_a_busy_stream_has_no_comments() -> None:
 
 
 def test_no_comment_comes_after_the_end() -> None:
-    """The protocol check in `send` fails if it does."""
+    """Comments are a task's own affair, which may outlive the stream: what it sends then, nobody awaits."""
+
+    def script(request: PreparedRequest) -> Iterable[Step]:
+        yield 0.05
+        yield output(request, [ChoiceDelta(0, "a", (1,), None, "stop")], 1, finished=True)
 
     async def wait_after() -> None:
-        await begin(make_app(keepalive_seconds=0.01), chat(stream=True)).ended()
-        await asyncio.sleep(0.05)
+        exchange = begin(make_app(FakeEngine(script), keepalive_seconds=0.01), chat(stream=True))
+        answer = await exchange.ended()
+        assert b"keep-alive" in answer.body
+        sent = len(exchange.messages)
+        await asyncio.sleep(0.1)
+        assert (exchange.faults, len(exchange.messages)) == ([], sent)
 
     run(wait_after())
 
