@@ -107,3 +107,16 @@ class Schedule:
                 self.draws.append(Draw(chunk.sequence, row + count, chunk.draft[:count], guess))
             self.draws += [Draw(fork, row) for fork in chunk.forks if fork.state is SequenceState.RUNNING]
             row += chunk.num_rows
+
+    def check(self) -> None:
+        """Assert every invariant of the draws. Tests call it after each step of their random walks."""
+        assert {draw.row for draw in self.draws} == set(range(sum(chunk.num_rows for chunk in self.chunks)))
+        places: dict[int, list[Draw]] = {}
+        for before, draw in zip([None, *self.draws], self.draws, strict=False):
+            mine = places.setdefault(id(draw.sequence), [])
+            assert not mine or (before is not None and before.sequence is draw.sequence), "a sequence's draws are apart"
+            assert draw.sequence.state is SequenceState.RUNNING
+            assert draw.draft == tuple(previous.guess for previous in mine)
+            assert not mine or draw.row == mine[-1].row + 1
+            mine.append(draw)
+        assert all(draws[-1].guess is None for draws in places.values())

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from engine import InvalidParameter, ReplyFormat, Tool, ToolChoice
+from engine import (
+    LLM,
+    ChatMessage,
+    InvalidParameter,
+    ReplyFormat,
+    RequestError,
+    Tool,
+    ToolChoice,
+    ensure_noise_checkpoint,
+)
 from engine.templates.chat_template import definition_of
 
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"b": {}, "a": {}}}
@@ -50,3 +59,25 @@ def test_a_reply_format_crosses_processes_whole() -> None:
     assert pickle.loads(pickle.dumps(whole)) == whole
     assert whole.tool("g") == Tool("g")
     assert whole.tool("h") is None
+
+
+@pytest.fixture(scope="module")
+def noise() -> LLM:
+    return LLM(ensure_noise_checkpoint(), cache_size="8MiB", context_length=256)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words", "param"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools.0 must be a Tool, not dict", "tools.0"),
+        ({"tools": [Tool("f")], "tool_choice": "required"}, "must be a ToolChoice, not str", "tool_choice"),
+        ({"tools": [Tool("f")], "tool_choice": ToolChoice("function", "g")}, "there is no tool 'g'", "tool_choice"),
+        ({"tool_choice": ToolChoice("function", "g")}, "there is no tool 'g'", "tool_choice"),
+    ],
+)
+def test_a_script_hears_what_is_wrong_with_its_tools(
+    noise: LLM, fields: dict[str, Any], words: str, param: str
+) -> None:
+    with pytest.raises(RequestError, match=words) as raised:
+        noise.generate([ChatMessage("user", "Hello")], **fields)
+    assert raised.value.param == param

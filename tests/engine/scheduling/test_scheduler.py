@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import groupby
 
 import pytest
 from hypothesis import given, settings
@@ -28,18 +29,18 @@ def _scheduler(
 
 
 def _sample(scheduler: Scheduler, schedule: Schedule, draw: random.Random) -> None:
-    """Play the engine: note the step, append a token to whoever samples, let the finished go."""
+    """Play the engine: note the step, append a token for each draw while drafts are right, let the finished go."""
+    schedule.check()
     scheduler.commit(schedule)
-    for chunk in schedule.chunks:
-        for sequence in (chunk.sequence, *chunk.forks):
-            if chunk.samples and sequence.state is SequenceState.RUNNING:
-                for number in range(draw.randrange(len(chunk.draft) + 1) + 1):
-                    if number:
-                        scheduler.accept(sequence)
-                    sequence.append(draw.randrange(3))
-                    if sequence.position == sequence.params.max_tokens:
-                        scheduler.finish(sequence)
-                        break
+    for sequence, draws in groupby(schedule.draws, lambda drawn: drawn.sequence):
+        drawn = list(draws)
+        for number in range(draw.randrange(len(drawn)) + 1):
+            if number:
+                scheduler.accept(sequence)
+            sequence.append(draw.randrange(3))
+            if sequence.position == sequence.params.max_tokens:
+                scheduler.finish(sequence)
+                break
 
 
 def test_a_long_prompt_is_cut_and_does_not_stop_the_others_from_decoding() -> None:
