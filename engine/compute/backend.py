@@ -66,9 +66,8 @@ class StepPlan(Protocol):
         """Store the step's keys and values in a layer's cache, then attend: each sequence over its own keys alone.
 
         Args:
-            query: `[heads, T, key_dim]`; key and value `[kv_heads, T, dim]`, position-encoded. Rows beyond the spans'
-            are
-                padding; their result means nothing.
+            query: `[heads, T, key_dim]`; key and value `[kv_heads, T, dim]`, position-encoded. Rows beyond the
+                spans' are padding; their result means nothing.
 
         Returns:
             `[T, heads, value_dim]`.

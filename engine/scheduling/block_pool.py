@@ -1,8 +1,7 @@
 """Tracks the cache's blocks: who holds each, what it contains, which is reused next. Knows no tensor and no request.
 
     block ──┬── held    reference count > 0: in the table of one or more sequences
-            ├── cached  count 0, content known: a request with the same tokens can take it back; the oldest is reused
-            first
+            ├── cached  count 0, content known: a request with the same tokens takes it back; oldest reused first
             └── blank   count 0, content meaningless
 
 A cached content is addressed by its token ids and by what it follows: the uid of the content before it, or, for a first

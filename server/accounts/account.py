@@ -20,8 +20,8 @@ class Account:
     """The account of a request that came without a key: nothing is limited, held or charged.
 
     Attributes:
-        group: identifies the key. Requests of different groups are scheduled fairly, and share no prompts in the prefix
-            cache.
+        group: identifies the key. Requests of different groups are scheduled fairly, and share no prompts in the
+            prefix cache.
         context_limit: tokens of prompt and reply together that a request may have; None: as many as the model has.
         sent: whether a part of the reply has reached the client. Whoever sends it says so.
     """
