@@ -406,7 +406,7 @@ def test_a_reply_is_clamped_to_the_callers_context(engine: AsyncEngine, limit: i
 
 
 @pytest.mark.parametrize(
-    ("tokens", "limit", "whose"), [(5, 5, "this key's"), (9, 5, "this key's"), (512, 5, "this model's")]
+    ("tokens", "limit", "whose"), [(5, 5, "this caller's"), (9, 5, "this caller's"), (512, 5, "this model's")]
 )
 def test_a_prompt_over_the_callers_context_is_refused(engine: AsyncEngine, tokens: int, limit: int, whose: str) -> None:
     """Before it is queued, and with the limit that it exceeds."""
