@@ -457,3 +457,18 @@ def test_without_tools_nothing_is_read(llm: LLM) -> None:
     text = written(GENERIC, [PING])
     [answer] = llm.generate(HELLO, constraint=Constraint("choice", [text]), seed=1)
     assert (answer.text, answer.finish_reason, answer.tool_calls) == (text, "stop", ())
+
+
+def test_a_call_that_turns_out_to_be_none_is_shown_with_its_end() -> None:
+    """Not held back until the reply ends, also if its last delimiter comes in pieces."""
+    reader = CallReader(XML, ReplyFormat(tools=TOOLS))
+    pieces = [f"{FUNCTION}\n<no parameter", " here", "\n</tool", "_call>", " and on"]
+    shown = [reader.push(piece)[0] for piece in pieces]
+    assert shown == ["", "", "", f"{FUNCTION}\n<no parameter here\n</tool_call>", " and on"]
+
+
+def test_names_and_values_of_pairs_stay_as_they_are_written() -> None:
+    tool = Tool("ping", parameters={"properties": {"größe": {"type": "string"}}})
+    text = f"{FUNCTION}\n<parameter=größe>\nsehr groß\n</parameter>\n</function>\n</tool_call>"
+    reader = CallReader(XML, ReplyFormat(tools=(tool,)))
+    assert reader.push(text) == ("", [("ping", '{"größe": "sehr groß"}')])
