@@ -72,8 +72,8 @@ class ModelConfig(BaseModel):
     """Let the prompts of one key find those of another in that cache. What was found, and how soon a reply begins, then
     tell a key how another key's prompts began. Default: each key finds its own."""
     speculation: Literal["off", "ngram"] = "off"
-    """`ngram`: guess what came after the same tokens before. Replies are the same, sooner where text repeats itself.
-    Left out where the self-test finds that bits depend on the rows of a step."""
+    """`ngram`: draft the tokens that followed the same tokens earlier in the text. Replies are the same, and arrive
+    sooner where text repeats itself. Not used where the self-test finds that bits depend on the rows of a step."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads. Default: one per core. Bits do not depend on it; time does."""
     chat_template: Path | None = None

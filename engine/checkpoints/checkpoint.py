@@ -256,26 +256,6 @@ def _shards(index: Path, name: str) -> tuple[Path, ...]:
     return tuple(sorted(needed))
 
 
-def words(error: BaseException, most: int = 400) -> str:
-    """Return what an error says, in one line that is not too long; its class's name if it says nothing."""
-    return line(str(error), most) or type(error).__name__
-
-
-def line(text: str, most: int) -> str:
-    """Bring a stranger's text into one line of at most `most` characters, without those that a terminal obeys."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * most]).split())
-    return text if len(text) <= most else f"{text[:most]} …"
-
-
-def human(count: float) -> str:
-    """Write a number of bytes for people: 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
 def prepare_environment(*, pull: bool) -> None:
     """Set what libraries read from the environment once: at the first matrix product and the first hub call.
 

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from engine.checkpoints.checkpoint import Checkpoint, human
+from engine.checkpoints.checkpoint import Checkpoint
 from engine.errors import LoadError
+from engine.host_memory import format_bytes
 
 __all__ = ["check_config", "check_gguf", "check_size"]
 
@@ -89,7 +90,7 @@ def check_size(parameters: int, buffers: int, found: Checkpoint, name: str) -> N
             "numbers: it is not theirs."
         )
     if buffers > _BUFFERS + found.stored_bytes:
-        raise LoadError(f"{name}: config.json describes a model whose tables need {human(buffers)}.")
+        raise LoadError(f"{name}: config.json describes a model whose tables need {format_bytes(buffers)}.")
 
 
 def _limit(name: str, key: str, value: int, most: int) -> None:

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from engine.checkpoints.checkpoint import Checkpoint, words
+from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.claims import check_gguf
-from engine.errors import LoadError
+from engine.errors import LoadError, one_line
 
 __all__ = ["GGUFFile", "alone", "fast_reading", "inspect", "open_file", "reader_class"]
 
@@ -131,7 +131,7 @@ def open_file(path: Path, name: str) -> GGUFFile:
     except AttributeError:
         raise  # a release of gguf that this was not written for, and no fault of the file
     except Exception as error:  # the reader trusts what it reads: anything may come out of a damaged file
-        raise LoadError(f"{name}: {path.name} is not a readable GGUF file ({words(error)}).") from None
+        raise LoadError(f"{name}: {path.name} is not a readable GGUF file ({one_line(error)}).") from None
     if end > path.stat().st_size:
         raise LoadError(f"{name}: {path.name} is cut short: {path.stat().st_size} bytes of {end}. Copy it again.")
     parts = metadata.get("split.count", 0)

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from engine.checkpoints import claims, gguf_file, gguf_model, gguf_tokenizer
-from engine.checkpoints.checkpoint import Checkpoint, words
+from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.json_files import read_json
 from engine.config import ModelConfig
-from engine.errors import LoadError, NotEnoughMemory, out_of_memory
+from engine.errors import LoadError, NotEnoughMemory, one_line, out_of_memory
 
 __all__ = ["check_vocabulary", "dropped_tensors", "load_model", "load_tokenizer"]
 
@@ -105,7 +105,9 @@ def _settings(config: ModelConfig, folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a configuration may be wrong in any way; the words are what helps
-        raise LoadError(f"{config.id}: transformers cannot load the config.json of {folder}: {words(error)}") from error
+        raise LoadError(
+            f"{config.id}: transformers cannot load the config.json of {folder}: {one_line(error)}"
+        ) from error
 
 
 def _from_pretrained(
@@ -127,8 +129,10 @@ def _from_pretrained(
             )
     except Exception as error:  # any of a hundred architectures may object in its own way; the words are what helps
         if out_of_memory(error):
-            raise NotEnoughMemory(f"{config.id}: memory ran out while the weights were read: {words(error)}") from error
-        raise LoadError(f"{config.id}: transformers cannot load {folder}: {words(error)}") from error
+            raise NotEnoughMemory(
+                f"{config.id}: memory ran out while the weights were read: {one_line(error)}"
+            ) from error
+        raise LoadError(f"{config.id}: transformers cannot load {folder}: {one_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would fill them with random numbers and answer noise
         raise LoadError(
@@ -274,7 +278,7 @@ def load_tokenizer(config: ModelConfig, folder: Path, file: GGUFFile | None) -> 
         with _source(config, folder) as source, gguf_file.fast_reading() if file else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
     except Exception as error:
-        raise LoadError(f"{config.id}: cannot load the tokenizer of {folder}: {words(error)}") from error
+        raise LoadError(f"{config.id}: cannot load the tokenizer of {folder}: {one_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise LoadError(
             f"{config.id}: {type(tokenizer).__name__} has no tokenizer.json; only fast tokenizers are served."

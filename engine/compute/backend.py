@@ -88,6 +88,13 @@ class Backend(Protocol):
     def linear(self) -> str:
         """What computes the linear layers: a value of `ModelInfo.linear`."""
 
+    @property
+    def breaks_law(self) -> str | None:
+        """Why the law cannot be promised here, even if every trial passes; None where it can.
+
+        Trials can only find faults. The law is promised where every operation is known to treat each row by itself.
+        """
+
     def allocate(self, layers: Sequence[LayerShape], num_blocks: int) -> KVCache:
         """Allocate a cache of `num_blocks` blocks, all zeros."""
 

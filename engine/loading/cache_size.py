@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from engine.checkpoints.checkpoint import human
 from engine.compute.kv_cache import KEY_BLOCK, LayerShape
 from engine.config import ModelConfig
 from engine.errors import LoadError, NotEnoughMemory
+from engine.host_memory import format_bytes
 from engine.loading.placement import Placement
 from engine.scheduling.block_pool import BLOCK_SIZE
 
@@ -65,8 +65,8 @@ def size_cache(
     least = -(-(config.context_length or 2) // BLOCK_SIZE)
     if blocks < least:
         raise NotEnoughMemory(
-            f"{config.id}: the cache for {least * BLOCK_SIZE} tokens needs {human(least * per_block + spare)}, "
-            f"{human(room)} are given to it; lower context_length or raise cache_size.",
+            f"{config.id}: the cache for {least * BLOCK_SIZE} tokens needs {format_bytes(least * per_block + spare)}, "
+            f"{format_bytes(room)} are given to it; lower context_length or raise cache_size.",
             needed=least * per_block + spare,
             free=room,
         )

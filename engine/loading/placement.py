@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from engine.checkpoints import quantized
-from engine.checkpoints.checkpoint import Checkpoint, human
+from engine.checkpoints.checkpoint import Checkpoint
 from engine.compute.backend import Backend, Progress
 from engine.compute.cpu.backend import CpuBackend
 from engine.compute.cpu.kernels import Kernels, KernelsUnavailable
@@ -18,7 +18,7 @@ from engine.compute.linear import choose_linear
 from engine.compute.torch_backend import TorchBackend
 from engine.config import ModelConfig
 from engine.errors import LoadError, NotEnoughMemory
-from engine.host_memory import free_memory
+from engine.host_memory import format_bytes, free_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The dtypes that a model can be computed in, by the names that entries and checkpoints have for them."""
@@ -137,8 +137,8 @@ def _check_memory(config: ModelConfig, found: Checkpoint, placement: Placement) 
     if needed > free:
         place = "memory" if placement.on_cpu else "GPU memory"
         raise NotEnoughMemory(
-            f"{config.id}: the weights need {human(needed)} of {place} as {str(dtype).removeprefix('torch.')}, "
-            f"{human(free)} are free.",
+            f"{config.id}: the weights need {format_bytes(needed)} of {place} as {str(dtype).removeprefix('torch.')}, "
+            f"{format_bytes(free)} are free.",
             needed=needed,
             free=free,
         )

@@ -25,7 +25,7 @@ from engine.compute.discovery import discover, input_device
 from engine.compute.kv_cache import KVCache, LayerShape, runs_of
 from engine.compute.model_runner import FallbackRunner, PackedRunner, Runner
 from engine.compute.row_safe import RowSafeFunctions
-from engine.errors import LoadError, out_of_memory
+from engine.errors import LoadError, first_line, out_of_memory
 from engine.loading.attention_trial import AttentionTrial
 from engine.scheduling.block_pool import BLOCK_SIZE, BlockPool
 from engine.scheduling.scheduler import Scheduler
@@ -204,7 +204,7 @@ def self_test(
     for trial in trials:
         if not trial.is_right():
             return fallback(f"attention is wrong over {trial.describe()}")
-    return _law(model, reference, packed, alone, crowd, trials, dtype)
+    return _law(model, backend, reference, packed, alone, crowd, trials, dtype)
 
 
 def _attention_trials(found: Discovery, backend: Backend) -> list[AttentionTrial]:
@@ -215,6 +215,7 @@ def _attention_trials(found: Discovery, backend: Backend) -> list[AttentionTrial
 
 def _law(
     model: nn.Module,
+    backend: Backend,
     reference: Reference,
     packed: _Packed,
     alone: list[_Run],
@@ -235,23 +236,24 @@ def _law(
         "threads": threads,
         "key spans": all(trial.rows_agree() for trial in trials),
     }
-    holds, reason = verdict(checks, type(model).__name__, dtype, packed.layers[0].device)
+    where = f"({type(model).__name__}, {dtype}, {packed.layers[0].device})".replace("torch.", "")
+    holds, reason = verdict(checks, backend.breaks_law, where)
     single = holds and _equal(few_alone[:2], [packed.run([text], single_rows=True)[0] for text in few[:2]])
     return SelfTest(packed.layers, ReproducibilityReport(holds, reason, tuple(checks.items())), single, packed.row_safe)
 
 
-def verdict(checks: Mapping[str, bool], model: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-    """Decide from the trials whether the law holds, and say why.
+def verdict(checks: Mapping[str, bool], breaks_law: str | None, where: str) -> tuple[bool, str]:
+    """Decide whether the law holds, and say why.
 
-    Trials find faults; what makes the promise is that every operation is known to treat each row by itself. On a GPU
-    products are the vendor's library's, which picks a kernel by the number of rows: small models pass every trial (seen
-    on an H100 in bfloat16) and real ones do not, so it is not promised there, whatever the trials say.
+    Args:
+        checks: which trials found equal bits, by name.
+        breaks_law: why the backend cannot keep the law, whatever the trials say; None if it can.
+        where: model, dtype and device, for the message.
     """
-    where = f"({model}, {dtype}, {device})".replace("torch.", "")
     if wrong := [name for name, right in checks.items() if not right]:
         return False, f"bits differ: {', '.join(wrong)} {where}"
-    if device.type != "cpu":
-        return False, f"no trial found other bits, but products on a GPU depend on the number of rows {where}"
+    if breaks_law is not None:
+        return False, f"no trial found other bits, but {breaks_law} {where}"
     return True, "the same bits alone, packed, chunked and on one thread"
 
 
@@ -374,11 +376,6 @@ def _on_one_thread(test: Callable[[], bool]) -> bool:
         return test()
     finally:
         torch.set_num_threads(threads)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error, short enough for a sentence."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
 
 
 def _usable_ids(model: nn.Module, vocab_size: int) -> range:

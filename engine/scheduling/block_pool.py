@@ -57,7 +57,7 @@ class _Content:
 class BlockPool:
     """Hands out `num_blocks` blocks of `block_size` tokens each.
 
-    Ownership: a sequence's table holds one reference to each of its blocks, taken by `allocate`, `share` or `fork`
+    Ownership: a sequence's table holds one reference to each of its blocks, taken by `allocate`, `reuse` or `fork`
     and given back by `release`, on every way out.
     """
 
@@ -88,10 +88,6 @@ class BlockPool:
     def references(self, block: int) -> int:
         return self._references[block]
 
-    def is_cached(self, block: int) -> bool:
-        """Whether its content can be found by `match`."""
-        return block in self._contents
-
     # -- taking blocks ------------------------------------------------------------------------------------------
 
     def allocate(self, count: int, owner: Hashable, *, after: int | None = None, expected: int = 0) -> list[int]:
@@ -117,7 +113,7 @@ class BlockPool:
             taken.append(after)
         return taken
 
-    def share(self, block: int) -> None:
+    def reuse(self, block: int) -> None:
         """Take one more reference to a block that is held or cached."""
         if self._references[block] == 0:
             del self._cached[block]

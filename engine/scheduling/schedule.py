@@ -47,14 +47,14 @@ class Draw:
     Attributes:
         sequence: the choice that draws.
         row: the row of the step's logits to draw from; the choices of a prompt share one.
-        draft: draft tokens between the sequence and this place, taken to be right.
-        guess: the draft token that stands at this place; None behind the last one.
+        draft: the draft tokens before this position, assumed to be right.
+        draft_token: the draft token at this position; None behind the last one.
     """
 
     sequence: Sequence
     row: int
     draft: tuple[int, ...] = ()
-    guess: int | None = None
+    draft_token: int | None = None
 
     @property
     def params(self) -> SamplingParams:
@@ -102,8 +102,8 @@ class Schedule:
         for chunk in self.chunks:
             if not chunk.samples:
                 continue
-            guesses: tuple[int | None, ...] = (*chunk.draft, None)
-            for count, guess in enumerate(guesses):
-                self.draws.append(Draw(chunk.sequence, row + count, chunk.draft[:count], guess))
+            draft_tokens: tuple[int | None, ...] = (*chunk.draft, None)
+            for count, draft_token in enumerate(draft_tokens):
+                self.draws.append(Draw(chunk.sequence, row + count, chunk.draft[:count], draft_token))
             self.draws += [Draw(fork, row) for fork in chunk.forks if fork.state is SequenceState.RUNNING]
             row += chunk.num_rows

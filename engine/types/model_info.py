@@ -64,5 +64,5 @@ class EngineStats:
     blocks_total: int
     blocks_free: int
     drafted_tokens: int = 0
-    """Tokens that were guessed, of which `accepted_tokens` came."""
+    """Draft tokens computed; `accepted_tokens` of them were kept."""
     accepted_tokens: int = 0

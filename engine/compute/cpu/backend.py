@@ -30,6 +30,10 @@ class CpuBackend:
         self._kernels, self._quantization = kernels, quantization
         self._make = partial(NativeLinear, kernels, quantization or "exact")
 
+    @property
+    def breaks_law(self) -> None:
+        """None: each number of a result has a chain of operations of its own (kernels.c)."""
+
     def is_sound(self, model: nn.Module) -> bool:
         """Try the linear layers: on all shapes of the model, or if they round, whether they compute rightly at all."""
         if self._quantization:

@@ -367,6 +367,7 @@ def test_what_no_trial_disproves_is_promised_only_where_it_is_known_why(
     checks: dict[str, bool], device: str, holds: bool, says: str
 ) -> None:
     """On a GPU small models pass every trial, and real ones with the same kernels' names do not."""
-    found, reason = verdict(checks, "M", torch.bfloat16, torch.device(device))
+    backend = TorchBackend(torch.device(device))
+    found, reason = verdict(checks, backend.breaks_law, f"(M, bfloat16, {device})")
     assert found is holds
     assert says in reason
