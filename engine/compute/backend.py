@@ -5,7 +5,7 @@ the bits of a reply depend on. `engine.compute.cpu.backend` computes with compil
 `engine.compute.torch_backend` with torch's own operations. `engine.loading.placement` chooses one for a model; nobody
 else asks which it is.
 
-    PackedRunner ── plan(cache, spans) ──► StepPlan ◄── attend(layer, …) ── attention_forward ◄── a model's layer
+    PackedRunner ── plan(cache, chunks) ──► StepPlan ◄── attend(layer, …) ── attention_forward ◄── a model's layer
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """The rows of one sequence in a packed step: `row … row + count - 1` are its tokens `start … start + count - 1`."""
+class PackedChunk:
+    """A chunk in a packed step: rows `row … row + count - 1` hold a sequence's tokens `start … start + count - 1`."""
 
     row: int
     count: int
@@ -66,7 +66,7 @@ class StepPlan(Protocol):
         """Store the step's keys and values in a layer's cache, then attend: each sequence over its own keys alone.
 
         Args:
-            query: `[heads, T, key_dim]`; key and value `[kv_heads, T, dim]`, position-encoded. Rows beyond the spans'
+            query: `[heads, T, key_dim]`; key and value `[kv_heads, T, dim]`, position-encoded. Rows beyond the chunks'
             are
                 padding; their result means nothing.
 
@@ -98,8 +98,8 @@ class Backend(Protocol):
     def allocate(self, layers: Sequence[LayerShape], num_blocks: int) -> KVCache:
         """Allocate a cache of `num_blocks` blocks, all zeros."""
 
-    def plan(self, cache: KVCache, spans: Sequence[Span]) -> StepPlan:
-        """Plan a step over a cache that this backend allocated; the spans' rows follow each other from row 0 on."""
+    def plan(self, cache: KVCache, chunks: Sequence[PackedChunk]) -> StepPlan:
+        """Plan a step over a cache that this backend allocated; the chunks' rows follow each other from row 0 on."""
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
         """Replace linear layers, pointwise modules and decoder layers by the backend's own, in place.

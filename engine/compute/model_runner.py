@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from engine.compute import rotary
 from engine.compute.attention import attention_through
 from engine.compute.attention_mask import NotUnderstood
-from engine.compute.backend import Backend, Span, StepPlan
+from engine.compute.backend import Backend, PackedChunk, StepPlan
 from engine.compute.discovery import CACHE_NAMES, cache_name, input_device
 from engine.compute.kv_cache import KVCache
 from engine.compute.row_safe import RowSafeFunctions
@@ -111,19 +111,21 @@ class PackedRunner:
         self.cache.copy_blocks(schedule.copies)
         tokens: list[int] = []
         positions: list[int] = []
-        spans: list[Span] = []
+        packed: list[PackedChunk] = []
         last_rows: list[int] = []
         for chunk in schedule.chunks:
             sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
-            spans.append(Span(len(tokens), chunk.count, start, tuple(sequence.block_table[: -(-end // BLOCK_SIZE)])))
+            packed.append(
+                PackedChunk(len(tokens), chunk.count, start, tuple(sequence.block_table[: -(-end // BLOCK_SIZE)]))
+            )
             tokens += chunk.tokens
             positions += range(start, end)
             if chunk.samples:
                 last_rows += range(len(tokens) - 1 - len(chunk.draft), len(tokens))
-        plan = self._backend.plan(self.cache, spans)
+        plan = self._backend.plan(self.cache, packed)
         logits = self._run(tokens, positions, last_rows, plan)
         finite = plan.finite()
-        return ForwardResult(logits, tuple(bool(finite[s.row : s.row + s.count].all()) for s in spans))
+        return ForwardResult(logits, tuple(bool(finite[s.row : s.row + s.count].all()) for s in packed))
 
     def _run(self, tokens: list[int], positions: list[int], rows: list[int], plan: StepPlan) -> Tensor:
         # A product with one row may take another path in a library than the same row among others.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from engine.compute.backend import Progress, Span
+from engine.compute.backend import PackedChunk, Progress
 from engine.compute.kv_cache import KVCache, LayerShape
 from engine.compute.linear import Make, pack_model
 from engine.compute.processor import processor_model
@@ -35,9 +35,9 @@ class TorchBackend:
         """Allocate a cache of plain layout."""
         return KVCache(layers, num_blocks)
 
-    def plan(self, cache: KVCache, spans: Sequence[Span]) -> TorchPlan:
+    def plan(self, cache: KVCache, chunks: Sequence[PackedChunk]) -> TorchPlan:
         """Plan a step of torch's attention."""
-        return TorchPlan(cache, spans)
+        return TorchPlan(cache, chunks)
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
         """Replace linear layers, where a kind was chosen; everything else stays as it is."""

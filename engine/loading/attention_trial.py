@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.compute.attention_mask import KeyRange
-from engine.compute.backend import AttentionSettings, Backend, Span
+from engine.compute.backend import AttentionSettings, Backend, PackedChunk
 from engine.compute.kv_cache import KEY_BLOCK, LayerShape
 from engine.scheduling.block_pool import BLOCK_SIZE
 
@@ -97,9 +97,9 @@ class _Tried:
 
     def attend(self, start: int, count: int) -> Tensor:
         """Compute tokens `start … start + count - 1` over all keys that lie before: `[count, heads, value_dim]`."""
-        span = Span(0, count, start, self._table[: -(-(start + count) // BLOCK_SIZE)])
+        chunk = PackedChunk(0, count, start, self._table[: -(-(start + count) // BLOCK_SIZE)])
         part = slice(start, start + count)
-        plan = self._backend.plan(self._cache, [span])
+        plan = self._backend.plan(self._cache, [chunk])
         return plan.attend(0, self._query[:, part], self._key[:, part], self._value[:, part], self._settings)
 
     def is_right(self, start: int, count: int) -> bool:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from engine.compute.backend import Progress, Span, StepPlan
+from engine.compute.backend import PackedChunk, Progress, StepPlan
 from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.decoder_layer import fuse_layers
 from engine.compute.cpu.kernels import Kernels
@@ -44,10 +44,10 @@ class CpuBackend:
         """Allocate a cache in the attention kernel's layout."""
         return CpuCache(layers, num_blocks, self._kernels)
 
-    def plan(self, cache: KVCache, spans: Sequence[Span]) -> StepPlan:
+    def plan(self, cache: KVCache, chunks: Sequence[PackedChunk]) -> StepPlan:
         """Plan a step of the attention kernel; of torch's, where it serves no layer."""
         assert isinstance(cache, CpuCache), "a backend plans over caches that it allocated"
-        return CpuPlan(self._kernels, cache, spans) if any(cache.native) else TorchPlan(cache, spans)
+        return CpuPlan(self._kernels, cache, chunks) if any(cache.native) else TorchPlan(cache, chunks)
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
         """Replace linear layers, norms, activations and the decoder layers that are made of the usual parts."""

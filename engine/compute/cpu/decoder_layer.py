@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.compute.attention import IMPLEMENTATION, attention_through, current_plan, register_attention
-from engine.compute.backend import AttentionSettings, Span
+from engine.compute.backend import AttentionSettings, PackedChunk
 from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.layer_kernel import LayerKernel, LayerParts, NormParts
@@ -132,7 +132,7 @@ def _fuse(model: nn.Module, kernels: Kernels, length: int) -> int:
 
 
 def _plan(kernels: Kernels, cache: CpuCache) -> CpuPlan:
-    return CpuPlan(kernels, cache, [Span(0, _ROWS, 0, (0,))])
+    return CpuPlan(kernels, cache, [PackedChunk(0, _ROWS, 0, (0,))])
 
 
 def _watch(model: nn.Module, layers: nn.ModuleList, plan: CpuPlan, length: int) -> list[_Watched]:
