@@ -1,8 +1,8 @@
 """Compile the kernels with the machine's C compiler, try the file, keep it, and check it before it is loaded again.
 
-A shared library runs with all that this process may do, from the moment it is loaded, and one that is damaged ends the
-process with a signal. So a file is loaded only if it is whole (it ends with a checksum of itself, written once every
-function had been called in a child process) and nobody else can have written it. Anything else is compiled anew.
+A shared library has all rights of this process from the moment it is loaded, and a damaged one ends the process with a
+signal. So a file is loaded only if it is whole (it ends with a checksum of itself, written after a child process had
+called every function) and nobody else can have written it. Otherwise the kernels are compiled anew.
 Knows compilers and files; nothing of torch, tensors or what the kernels compute.
 """
 
@@ -55,7 +55,7 @@ def load(
 
     Args:
         cache: the folder for compiled files; default `$XDG_CACHE_HOME/verbatim` or `~/.cache/verbatim`.
-        circumstances: whatever else the file was tried with, such as torch's version: it is tried anew with others.
+        circumstances: what else the trial depends on, such as torch's version; with others the file is made anew.
         progress: told when it has to be compiled, and why again.
 
     Raises:
@@ -66,7 +66,7 @@ def load(
     version = _version(compiler)
     # clang takes 39 seconds for -O3, six for -O2, and gains nothing by it; gcc vectorises less at -O2.
     flags = ("-O2" if "clang" in version else "-O3", *_FLAGS, *flags)
-    # -march=native means another thing on another processor, and a home may be shared by several machines.
+    # -march=native depends on the processor, and several machines may share a home.
     parts = (source.read_bytes(), version.encode(), " ".join(flags).encode(), _processor(), circumstances.encode())
     name = f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
     folder, why = _folder(cache or cache_folder())
@@ -190,7 +190,7 @@ def _open(path: Path) -> ctypes.CDLL:
     """Load a file that `_compile` has sealed.
 
     Raises:
-        _Distrusted: it is not that, or not any more.
+        _Distrusted: it has no valid seal, or does not load.
     """
     _check(path)
     try:
