@@ -12,9 +12,9 @@ VerbatimError
 ├── LoadError                 the checkpoint cannot be loaded
 │   └── NotEnoughMemory              carries needed and free bytes
 ├── ReplyFault                a fault of this program, in reading or checking one reply; the engine goes on
-└── Unavailable               nobody's fault; another time or another place may work
+└── Unavailable               not the caller's fault; the same request may succeed later or on another server
     ├── QueueFull
-    ├── QueueTimeout                 it has waited for its turn as long as `max_queue_seconds` allows
+    ├── QueueTimeout                 the request has waited for `max_queue_seconds`
     ├── ModelLoading
     ├── EngineDead                   carries the cause
     ├── OutOfMemory                  this request's step did not fit; the engine goes on

@@ -1,4 +1,4 @@
-"""Size the context and the cache from the entry, the model and the memory there is."""
+"""Size the context and the cache by the entry, the model and the free memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def context_length(config: ModelConfig, model: nn.Module) -> int:
     """
     text = model.config.get_text_config()  # type: ignore[operator,union-attr]
     said = (getattr(text, name, None) for name in _CONTEXT_NAMES)
-    # Not said, or without an end: a length that most machines can hold.
+    # Missing or unbounded: a length that most machines can hold.
     trained = next((int(number) for number in said if isinstance(number, int) and number > 0), 32768)
     if config.context_length and config.context_length > trained:
         raise LoadError(f"{config.id}: context_length is {config.context_length}, the model was built for {trained}.")

@@ -1,4 +1,4 @@
-"""Load an entry of models.yaml: from a name to a model that is tried and ready to run.
+"""Load an entry of models.yaml: from its checkpoint to a tested model that is ready to run.
 
 Order: look at the files, compare needed and free memory, read the weights, replace modules by the backend's, run the
 self-test, size the cache. Safetensors and GGUF files, nothing pickled; no network; no remote code unless the entry says
@@ -70,7 +70,7 @@ def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
     placement = place(config, found)
     if config.threads:
         torch.set_num_threads(config.threads)
-    with ThreadPoolExecutor(max_workers=2) as pool:  # the files are hashed, and templates tried, while others are read
+    with ThreadPoolExecutor(max_workers=2) as pool:  # hashes files and tries templates while weights are read
         digest = pool.submit(fingerprint.weights_digest, found.files)
         say(f"reading {format_bytes(found.stored_bytes)} of weights")
         files = TextFiles.read(config, folder, file)
@@ -91,7 +91,7 @@ def _prepare(
     weights: Callable[[], str],
     say: Progress,
 ) -> ReadyModel:
-    """Read the weights, give the model its backend, and try it."""
+    """Read the weights, fuse the model for its backend, and test it."""
     model = load_model(config, found, placement.dtype, placement.device_map, file)
     check_vocabulary(config, files.tokenizer, model)
     vocab_size, length = _vocab_size(model), context_length(config, model)

@@ -1,4 +1,4 @@
-"""Decide where a model is computed: device, dtype, whether it fits, and which backend. The only choice of a backend."""
+"""Decide where a model is computed: device, dtype, backend, and whether it fits. Only this file chooses a backend."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Placement:
 
     Attributes:
         device: where logits arrive; device_map: accelerate's, for all modules.
-        stored: the checkpoint's dtype, as far as a model could be computed in it.
+        stored: the checkpoint's dtype; float32 if no model can be computed in that one.
     """
 
     device: torch.device
@@ -74,10 +74,10 @@ def place(config: ModelConfig, found: Checkpoint) -> Placement:
 
 
 def choose_backend(config: ModelConfig, placement: Placement, model: nn.Module, progress: Progress) -> Backend:
-    """Choose what computes the model: compiled kernels where they exist and compute rightly, else torch.
+    """Choose the model's backend: compiled kernels where they exist and compute rightly, else torch.
 
     Raises:
-        LoadError: the entry asks for a quantisation that only compiled kernels have, and they are not to be had.
+        LoadError: the entry asks for a quantisation that only compiled kernels have, and there are none that work.
     """
     if not placement.has_kernels:
         return TorchBackend(placement.device)
@@ -103,7 +103,7 @@ def choose_backend(config: ModelConfig, placement: Placement, model: nn.Module, 
 
 
 def _resolve_device(config: ModelConfig) -> tuple[torch.device, Any]:
-    """Return the device that logits come to, and accelerate's device map."""
+    """Return the device on which logits arrive, and accelerate's device map."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

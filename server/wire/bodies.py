@@ -1,7 +1,7 @@
 """Reads and parses request bodies, bounded in size, in time, and in the memory of all of them together.
 
-Memory for a body is reserved before it is read and returned once the request is prepared; a body without room is
-refused. All but small bodies are parsed on one separate thread, so that the event loop is not blocked.
+Memory for a body is reserved before it is read and returned once the request is prepared; a body for which too
+little is left is refused. All but small bodies are parsed on one separate thread, so as not to block the event loop.
 """
 
 from __future__ import annotations
