@@ -13,7 +13,7 @@ from engine.checkpoints import quantized
 from engine.checkpoints.checkpoint import Checkpoint
 from engine.compute.backend import Backend, Progress
 from engine.compute.cpu.backend import CpuBackend
-from engine.compute.cpu.kernels import Kernels, KernelsUnavailable
+from engine.compute.cpu.kernels import Kernels, NoKernels
 from engine.compute.linear import choose_linear
 from engine.compute.torch_backend import TorchBackend
 from engine.config import ModelConfig
@@ -84,7 +84,7 @@ def choose_backend(config: ModelConfig, placement: Placement, model: nn.Module, 
     kernels, why = None, ""
     try:
         kernels = Kernels.load(progress=progress)
-    except KernelsUnavailable as error:
+    except NoKernels as error:
         why = str(error)
     if kernels is None and config.quantization:
         raise LoadError(f"{config.id}: quantization: {config.quantization} needs compiled kernels: {why}.")

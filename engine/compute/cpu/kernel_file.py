@@ -25,7 +25,7 @@ from typing import Final
 from engine.cache_folder import cache_folder, make_private
 from engine.compute.processor import processor_fields
 
-__all__ = ["KernelsUnavailable", "load"]
+__all__ = ["NoKernels", "load"]
 
 # Contraction off: where a product is fused with a sum is written down, not left to the compiler.
 _FLAGS: Final = ("-march=native", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC")
@@ -36,7 +36,7 @@ _MARK: Final = b"\nverbatim "
 _SEAL: Final = len(_MARK) + 64  # bytes: the mark, then the SHA-256 of all before it
 
 
-class KernelsUnavailable(Exception):
+class NoKernels(Exception):
     """No compiled kernels can be had here; the message says why and what would help."""
 
 
@@ -59,7 +59,7 @@ def load(
         progress: told when it has to be compiled, and why again.
 
     Raises:
-        KernelsUnavailable: no compiler, one that fails, or one whose work fails when it is tried.
+        NoKernels: no compiler, one that fails, or one whose work fails when it is tried.
     """
     say = progress or (lambda text: None)
     compiler = _find_compiler()
@@ -81,7 +81,7 @@ def load(
 
 def _compiled(command: Sequence[str], folder: Path | None, name: str, say: Callable[[str], None]) -> ctypes.CDLL:
     """Compile, try, keep and load; on failure once more elsewhere, for the disk may be full."""
-    fault: KernelsUnavailable | None = None
+    fault: NoKernels | None = None
     for base in (folder, None):
         try:
             with tempfile.TemporaryDirectory(prefix=".kernels-", dir=base) as work:
@@ -92,12 +92,12 @@ def _compiled(command: Sequence[str], folder: Path | None, name: str, say: Calla
                     except OSError as error:
                         say(f"the kernels are compiled for this process alone: {folder}: {error.strerror}")
                 return _open(made)
-        except KernelsUnavailable as error:
+        except NoKernels as error:
             fault = error
         except _Distrusted as error:
-            fault = KernelsUnavailable(f"the compiled file {error}")
+            fault = NoKernels(f"the compiled file {error}")
         except OSError as error:  # a full disk
-            fault = KernelsUnavailable(f"they cannot be written: {error}")
+            fault = NoKernels(f"they cannot be written: {error}")
     assert fault is not None
     raise fault
 
@@ -107,13 +107,13 @@ def _compile(command: Sequence[str], target: Path) -> Path:
     try:
         done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True, timeout=_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelsUnavailable(f"{command[0]} cannot compile them: {error}") from error
+        raise NoKernels(f"{command[0]} cannot compile them: {error}") from error
     if done.returncode:
         first = (done.stderr.strip().splitlines() or ["?"])[0]
-        raise KernelsUnavailable(f"{command[0]} cannot compile them: {first}")
+        raise NoKernels(f"{command[0]} cannot compile them: {first}")
     content = target.read_bytes()
     if fault := _fault(target):
-        raise KernelsUnavailable(f"{command[0]} compiles them, but they fail when they are tried: {fault}")
+        raise NoKernels(f"{command[0]} compiles them, but they fail when they are tried: {fault}")
     _write(target, content + _MARK + hashlib.sha256(content).hexdigest().encode())
     return target
 
@@ -254,14 +254,14 @@ def _find_compiler() -> str:
         found = shutil.which(name) if name else None
         if found:
             return found
-    raise KernelsUnavailable("no C compiler was found; install one (gcc or clang) for about three times the speed")
+    raise NoKernels("no C compiler was found; install one (gcc or clang) for about three times the speed")
 
 
 def _version(compiler: str) -> str:
     try:
         return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelsUnavailable(f"{compiler} does not run: {error}") from error
+        raise NoKernels(f"{compiler} does not run: {error}") from error
 
 
 def _processor() -> bytes:

@@ -20,12 +20,12 @@ from torch import Tensor
 from engine.compute.cpu import kernel_file
 from engine.compute.cpu.attention_plan import AttentionPlan
 from engine.compute.cpu.kernel_calls import Calls
-from engine.compute.cpu.kernel_file import KernelsUnavailable
+from engine.compute.cpu.kernel_file import NoKernels
 from engine.compute.cpu.layer_kernel import LayerKernel, LayerParts
 from engine.compute.cpu.packed_weight import PackedWeight, Product, checked, pack_weight
 from engine.scheduling.block_pool import BLOCK_SIZE
 
-__all__ = ["WIDEST_HEAD", "Kernels", "KernelsUnavailable"]
+__all__ = ["WIDEST_HEAD", "Kernels", "NoKernels"]
 
 _SOURCE: Final = Path(__file__).with_name("kernels.c")
 
@@ -57,13 +57,13 @@ class Kernels:
             progress: told when they have to be compiled.
 
         Raises:
-            KernelsUnavailable: no compiler, one that fails, or a processor that is not supported.
+            NoKernels: no compiler, one that fails, or a processor that is not supported.
         """
         if os.name != "posix" or platform.machine() != "x86_64":
-            raise KernelsUnavailable(f"there are none for {platform.system()} on {platform.machine()} processors yet")
+            raise NoKernels(f"there are none for {platform.system()} on {platform.machine()} processors yet")
         capability = torch.backends.cpu.get_cpu_capability()
         if not capability.startswith("AVX"):
-            raise KernelsUnavailable("this processor lacks AVX2, or ATEN_CPU_CAPABILITY forbids it")
+            raise NoKernels("this processor lacks AVX2, or ATEN_CPU_CAPABILITY forbids it")
         # No wider vectors than torch's own, so that ATEN_CPU_CAPABILITY=avx2 holds for everything.
         narrow = () if capability == "AVX512" else ("-mno-avx512f",)
         return cls(
