@@ -1,4 +1,4 @@
-"""The memory of this machine and process: measure it, write sizes for people, and give freed memory back."""
+"""Measure the memory of this machine and process, give freed memory back, and write sizes for people."""
 
 from __future__ import annotations
 

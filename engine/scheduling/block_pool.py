@@ -1,8 +1,7 @@
-"""Tracks the cache's blocks: who holds each, what it contains, which is reused next. Knows no tensor and no request.
+"""Tracks the cache's blocks: who holds each, what it contains, which is taken next. Knows no tensor and no request.
 
     block ──┬── held    reference count > 0: in the table of one or more sequences
-            ├── cached  count 0, content known: a request with the same tokens can take it back; the oldest is reused
-            first
+            ├── cached  count 0, content known: a request with the same tokens can reuse it; the oldest is taken first
             └── blank   count 0, content meaningless
 
 A cached content is addressed by its token ids and by what it follows: the uid of the content before it, or, for a first
@@ -114,7 +113,7 @@ class BlockPool:
         return taken
 
     def reuse(self, block: int) -> None:
-        """Take one more reference to a block that is held or cached."""
+        """Take one more reference to a block that is held or cached, for a sequence that reads its content."""
         if self._references[block] == 0:
             del self._cached[block]
         self._references[block] += 1
