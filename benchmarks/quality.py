@@ -42,7 +42,7 @@ def logits_of(model: LoadedModel, tokens: tuple[int, ...]) -> Iterator[Tensor]:
     sequence.block_table = pool.allocate(pool.blocks_for(len(tokens)), sequence)
     for start in range(0, len(tokens), _PART):
         part = tokens[start : start + _PART]
-        # As if all but the first had been guessed: then logits are wanted for every row.
+        # As if all but the first were draft tokens: then every row has logits.
         chunk = Chunk(sequence, start, len(part), samples=True, draft=part[1:])
         yield model.runner.forward(Schedule([chunk])).logits
     pool.release(sequence.block_table, sequence)

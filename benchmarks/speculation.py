@@ -1,4 +1,4 @@
-"""Decoding with and without guesses (`speculation: ngram`), on one model in one process, alternating.
+"""Decoding with and without draft tokens (`speculation: ngram`), on one model in one process, alternating.
 
     python benchmarks/speculation.py --model DIR [--tokens 96] [--repeat 5]
 
@@ -29,9 +29,9 @@ def measure(report: Report, llm: LLM, tokens: int, repeat: int) -> None:
     """Tokens per second after the first one, of both sides of each case."""
     replies: dict[tuple[str, int], dict[bool, tuple[int, ...]]] = {}
 
-    def run(case: str, guess: bool) -> Any:
+    def run(case: str, drafts: bool) -> Any:
         def once(number: int) -> float:
-            llm.engine.speculates = guess
+            llm.engine.speculates = drafts
             prompt = f"{number}: " + "def add(a, b):\n    return a + b\n\n" * 8
             began, ids = 0.0, []
             for output in llm.stream(prompt, max_tokens=tokens, ignore_eos=True, seed=number, **CASES[case]):
@@ -39,7 +39,7 @@ def measure(report: Report, llm: LLM, tokens: int, repeat: int) -> None:
                 ids += [token for delta in output.deltas for token in delta.token_ids]
             seconds = time.perf_counter() - began
             known = replies.setdefault((case, number), {})
-            known[guess] = tuple(ids)
+            known[drafts] = tuple(ids)
             if len(set(known.values())) != 1:
                 raise RuntimeError(f"{case}, repetition {number}: the replies differ")
             return (tokens - 1) / seconds
@@ -47,14 +47,14 @@ def measure(report: Report, llm: LLM, tokens: int, repeat: int) -> None:
         return once
 
     for case in CASES:
-        sides = {"with guesses": run(case, True), "without": run(case, False)}
+        sides = {"with drafts": run(case, True), "without": run(case, False)}
         alternate(sides, 1, first=10_000)  # thrown away
         before = llm.engine.stats()
         found = alternate(sides, repeat)
         after = llm.engine.stats()
         drafted = after.drafted_tokens - before.drafted_tokens
         accepted = after.accepted_tokens - before.accepted_tokens
-        gain = ratios(found["with guesses"], found["without"])
+        gain = ratios(found["with drafts"], found["without"])
         least = 1.5 if case == "repeating" else 0.97
         report.add(
             f"decode, {case} text",
@@ -64,7 +64,7 @@ def measure(report: Report, llm: LLM, tokens: int, repeat: int) -> None:
             ratio_of="of without",
             goal=f"at least {least}",
             met=gain["median"] >= least,
-            note=f"{accepted} of {drafted} guessed tokens came; the replies are the same.",
+            note=f"{accepted} of {drafted} draft tokens were kept; the replies are the same.",
         )
 
 

@@ -1,4 +1,4 @@
-"""models.yaml → `ModelConfig`. Reads and checks a file; loads nothing, knows nothing of torch or of HTTP.
+"""Read models.yaml into `ModelConfig`s. Reads and checks a file; loads nothing, knows nothing of torch or of HTTP.
 
 Every key is checked: an unknown one is an error that suggests the nearest known one.
 """
@@ -38,8 +38,8 @@ class ModelConfig(BaseModel):
     repo: str | None = None
     """A hub id, looked up in the local hub cache (and pulled only if the server was started with --pull)."""
     builtin: Literal["demo", "noise"] | None = None
-    """`demo`: the very small chat model that comes with verbatim. `noise`: a tiny random model, written on first use,
-    for tests of what surrounds a model."""
+    """`demo`: the very small chat model that comes with verbatim. `noise`: a tiny model with random weights, written
+    on first use, for tests."""
     revision: str | None = None
     """With repo: a branch, tag or commit. Default: main."""
     device: str = "auto"
@@ -47,13 +47,14 @@ class ModelConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: float32 on a CPU (a bfloat16 checkpoint widens exactly), the checkpoint's own on a GPU."""
     quantization: Literal["int8"] | None = None
-    """`int8`: weights and inputs of linear layers are rounded to bytes at load, on a CPU. Less memory, and faster;
-    other replies than without, as reproducible. Needs a C compiler."""
+    """`int8`: weights and inputs of linear layers are rounded to bytes at load, on a CPU. Takes less memory and
+    is faster; replies differ from those without it and are just as reproducible. Needs a C compiler."""
     context_length: int | None = Field(default=None, ge=2)
-    """Prompt and answer together, tokens. Default: what the checkpoint says, as far as the cache holds it. A model with
+    """Tokens of prompt and answer together. Default: the checkpoint's, as far as the cache holds it. A model with
     LongRoPE uses its long factors if this is beyond its original context (docs/decisions/0017)."""
     cache_size: int | None = Field(default=None, gt=0)
-    """Bytes for keys and values, also as '4GiB'. Default: a quarter of the free memory, within reason."""
+    """Bytes for keys and values, also as '4GiB'. Default: a quarter of the free memory on a CPU, 80 % of a GPU's, never
+    more than all sequences can use."""
     max_sequences: int = Field(default=16, ge=1, le=1024)
     """Choices that run at once; more wait."""
     max_batch_tokens: int = Field(default=512, ge=1)
@@ -61,33 +62,33 @@ class ModelConfig(BaseModel):
     max_queue: int = Field(default=256, ge=0)
     """Requests that may wait; one more is refused."""
     max_queue_seconds: float | None = Field(default=None, gt=0)
-    """A request that has waited longer for its turn is refused. Default: it waits."""
+    """A request that has waited longer in the queue is refused. Default: no limit."""
     max_choices: int = Field(default=16, ge=1)
     """The largest `n`."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """The server's own cap on generated tokens."""
     prefix_cache: bool = True
-    """Keep the keys and values of finished requests, as long as there is room, for prompts that begin alike."""
+    """Keep the keys and values of finished requests, while there is memory, for prompts with the same beginning."""
     share_prefix_cache: bool = False
-    """Let the prompts of one key find those of another in that cache. What was found, and how soon a reply begins, then
-    tell a key how another key's prompts began. Default: each key finds its own."""
+    """Let requests of one key use the cached prompts of another. The number of cached tokens, and how soon a reply
+    begins, then tell a key how another key's prompts begin. Default: each key finds its own prompts only."""
     speculation: Literal["off", "ngram"] = "off"
-    """`ngram`: guess what came after the same tokens before. Replies are the same, sooner where text repeats itself.
-    Left out where the self-test finds that bits depend on the rows of a step."""
+    """`ngram`: draft the tokens that followed the same tokens earlier in the text. Replies are the same, and arrive
+    sooner where text repeats itself. Not used where the self-test finds that bits depend on the rows of a step."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads. Default: one per core. Bits do not depend on it; time does."""
     chat_template: Path | None = None
     """A Jinja file in place of the checkpoint's own template."""
     response_template: Path | None = None
-    """A JSON file that says how replies are to be taken apart, in place of the tokenizer's own and of what is derived
-    from the chat template. The format is transformers'."""
+    """A JSON file that says how to split replies into thoughts, answer and tool calls, in place of the tokenizer's own
+    and of what is derived from the chat template. The format is transformers'."""
     content_special_tokens: Literal["split", "parse"] = "split"
-    """What becomes of messages that spell control tokens (`<|im_end|>`): `split` reads them as the text that they are,
-    `parse` as the tokens, as if the template had written them (docs/decisions/0021)."""
+    """How control tokens in messages (`<|im_end|>`) are read: `split` reads them as plain text, `parse` as the tokens,
+    as if the template had written them (docs/decisions/0021)."""
     template_clock: dt.datetime | None = None
     """What `strftime_now` sees in templates that print today's date. Default: the real clock."""
     sampling: dict[str, Any] = Field(default_factory=dict)
-    """Defaults for sampling fields that a request leaves out; wins over the checkpoint's generation_config.json."""
+    """Defaults for sampling fields that a request leaves out; they override the checkpoint's generation_config.json."""
     trust_remote_code: bool = False
     """Run Python files that come with the checkpoint. They can do anything on this machine."""
     stall_timeout: float = Field(default=120.0, gt=0)
@@ -155,7 +156,7 @@ def parse_models(entries: Any, *, base: Path, where: str) -> tuple[ModelConfig, 
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The top-level mapping of a YAML file.
+    """Return the top-level mapping of a YAML file.
 
     Raises:
         ConfigError: the file is missing, unreadable or not a mapping.
@@ -172,12 +173,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def entry_of(model: str, where: str, name: str | None = None) -> dict[str, Any]:
-    """The entry for what a person names: a folder, a GGUF file or a hub id; its id is `name`, or theirs.
+    """Build the entry for a model that is a folder, a GGUF file or a hub id. Its id is `name`, or derived from it.
 
     Raises:
-        ConfigError: it is none of these; `where` says who asked.
+        ConfigError: it is none of these. `where`: begins the message.
     """
-    path = Path(os.path.abspath(Path(model).expanduser()))  # links stay: in the hub's cache the file behind has no name
+    path = Path(os.path.abspath(Path(model).expanduser()))  # links stay: in the hub's cache only the link has a name
     if path.is_dir() or path.is_file():
         return {"id": name or (path.stem if path.suffix == ".gguf" else path.name), "path": path}
     if model.count("/") == 1 and not model.startswith((".", "/", "~")) and path.suffix != ".gguf":
@@ -188,7 +189,7 @@ def entry_of(model: str, where: str, name: str | None = None) -> dict[str, Any]:
 
 
 def validate(model: type[M], data: dict[str, Any], where: str) -> M:
-    """Build `model` from `data`, turning pydantic's report into one readable ConfigError."""
+    """Build `model` from `data`; turn pydantic's report into one readable ConfigError."""
     try:
         return model(**data)
     except ValidationError as error:

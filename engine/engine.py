@@ -289,7 +289,7 @@ class Engine:
                 if isinstance(found, VerbatimError):
                     raise found
                 deltas.append(choice.advance(found))
-                if deltas[-1].finish_reason or found.token_id != draw.guess:
+                if deltas[-1].finish_reason or found.token_id != draw.draft_token:
                     break
                 self._scheduler.accept(sequence)
         finally:

@@ -12,9 +12,9 @@ VerbatimError
 ├── LoadError                 the checkpoint cannot be loaded
 │   └── NotEnoughMemory              carries needed and free bytes
 ├── ReplyFault                a fault of this program, in reading or checking one reply; the engine goes on
-└── Unavailable               nobody's fault; another time or another place may work
+└── Unavailable               not the caller's fault; the same request may succeed later or on another server
     ├── QueueFull
-    ├── QueueTimeout                 it has waited for its turn as long as `max_queue_seconds` allows
+    ├── QueueTimeout                 the request has waited for `max_queue_seconds`
     ├── ModelLoading
     ├── EngineDead                   carries the cause
     ├── OutOfMemory                  this request's step did not fit; the engine goes on
@@ -151,22 +151,29 @@ class NumericalFault(Unavailable):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, short enough for a sentence; its type if it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    """Return the first line of an error's message, at most 200 characters, without its full stop; else its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
 
 
-def one_line(text: str) -> str:
-    """Return a library's words on one line, short enough for a sentence."""
-    return " ".join(text.split())[:300]
+def one_line(message: str | BaseException, most: int = 400) -> str:
+    """Return a text or an error's whole message on one line of at most `most` characters; else the error's type.
+
+    The text may be a stranger's: characters that control a terminal are dropped.
+    """
+    text = str(message)[: 4 * most]
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    if not text and isinstance(message, BaseException):
+        return type(message).__name__
+    return text if len(text) <= most else f"{text[:most]} …"
 
 
 def panicked(error: BaseException) -> bool:
-    """Whether an error is a panic of a library in Rust (tokenizers, llguidance), which is no `Exception`."""
+    """Tell whether an error is a panic of a library in Rust (tokenizers, llguidance), which is no `Exception`."""
     return type(error).__name__ == "PanicException"
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; torch's allocator for the CPU raises a plain RuntimeError."""
+    """Tell whether an error says that memory ran out; torch's allocator for the CPU raises a plain RuntimeError."""
     said = str(error)
     kinds = {kind.__name__ for kind in type(error).__mro__}  # torch is not imported here
     return (

@@ -1,4 +1,4 @@
-"""The memory of this machine and process: how much is free, how much may be addressed, and giving freed memory back."""
+"""Measure the memory of this machine and process, give freed memory back, and write sizes for people."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["address_space", "free_memory", "give_back_memory"]
+__all__ = ["address_space", "format_bytes", "free_memory", "give_back_memory"]
 
 
 def free_memory() -> int:
@@ -38,6 +38,15 @@ def address_space() -> int | None:
         return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return None if limit == resource.RLIM_INFINITY else limit
+
+
+def format_bytes(count: float) -> str:
+    """Write a number of bytes for people: `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
 
 
 def give_back_memory() -> None:

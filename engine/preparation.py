@@ -1,4 +1,4 @@
-"""From what a caller wants to what the engine runs: template, tokens, defaults, limits.
+"""Turn a request into what the engine runs: render the template, encode tokens, fill in defaults, check limits.
 
 Everything that can be refused is refused here, before anything is queued. Knows the tokenizer and the model's limits;
 computes nothing with the model.
@@ -29,13 +29,13 @@ from engine.types.sampling_params import SamplingParams
 from engine.types.tools import Tool, ToolChoice
 
 _DRAWN_SEED_BITS = 53
-"""A seed that the engine draws survives a client whose numbers are doubles."""
+"""Bits of a seed that the engine draws: few enough for clients whose numbers are doubles."""
 
 _SHORT: Final = 1 << 17
-"""Characters of a prompt whose tokens are counted even if there must be too many: the exact number helps a client."""
+"""Prompts of up to this many characters are always counted in full: the exact number of tokens helps a client."""
 
 _LONG: Final = 1 << 20
-"""Characters of a prompt whose reading takes so much memory that it is given back at once."""
+"""Longer prompts, in characters, take so much memory to encode that it is given back at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Preparer:
         self._token_ids = frozenset(range(model.info.vocab_size)) - invalid
 
     def warm(self) -> None:
-        """Make ready what the first request with a grammar needs."""
+        """Prepare the process in which grammars are tried, so that the first one need not wait."""
         self._trial.warm()
 
     def close(self) -> None:
@@ -76,7 +76,7 @@ class Preparer:
         self._trial.close()
 
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
-        """Check, render, tokenise.
+        """Check, render and encode a request.
 
         Raises:
             InvalidFormat, TemplateRefused, ContextLengthExceeded: see their codes.
@@ -86,7 +86,7 @@ class Preparer:
         try:
             return self._prepare(request)
         except BaseException as error:
-            if panicked(error):  # it is no Exception, and whoever waits for this expects one
+            if panicked(error):  # a panic is no Exception, and callers expect one
                 raise RuntimeError(f"a library panicked: {error}"[:300]) from error
             raise
 
@@ -137,7 +137,7 @@ class Preparer:
     def _grammar(
         self, request: GenerationRequest, thoughts: ReasoningFormat | None, opened: bool
     ) -> ReplyGrammar | None:
-        """What the reply is held to, if it is held to anything."""
+        """Compile the grammar that the reply must satisfy; None for free text."""
         choice, tools, form, written = request.tool_choice, request.tools, request.constraint, None
         if tools and choice.kind == "auto" and form is None and not any(tool.strict for tool in tools):
             return None
@@ -155,7 +155,7 @@ class Preparer:
         return self._trial.grammar(GrammarSource(form, tools, written, choice, several, thoughts, opened))
 
     def _variables(self, request: GenerationRequest) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """The template's variables, and whether an effort was asked for that they cannot express."""
+        """Return the template's variables, and the fields that they cannot express (`reasoning_effort`)."""
         given = dict(request.chat_template_kwargs)
         for key in given:
             if not isinstance(key, str):
@@ -206,7 +206,7 @@ class Preparer:
 
     @contextlib.contextmanager
     def _reading(self, text: str, param: str) -> Iterator[None]:
-        """Refuse a text that is too long before it is read, and give back what reading a long one took."""
+        """Refuse a text that is too long before it is encoded; give memory back after a long one."""
         limit = self._info.context_length
         least = self._encoder.at_least(text) if len(text) > _SHORT else 0
         if least is not None and least >= limit:
@@ -258,7 +258,7 @@ class Preparer:
         return found.replace(prompt.mark, "") if prompt.mark else found
 
     def _complete(self, params: SamplingParams, prompt_tokens: int, context_limit: int | None) -> SamplingParams:
-        """Fill in what the request left open, the length and the seed. Clamp the length to the context."""
+        """Fill in the length and the seed if the request left them out. Clamp the length to the context."""
         contexts = (self._info.context_length, context_limit)
         room = min(limit for limit in contexts if limit is not None) - prompt_tokens
         caps = (room, params.max_tokens, self._config.max_completion_tokens)
@@ -270,7 +270,7 @@ class Preparer:
 
 
 def _check_tools(request: GenerationRequest) -> None:
-    """Refuse tools of another type (the dicts of an OpenAI client, say), and a choice of a tool that is not there."""
+    """Refuse tools of another type (the dicts of an OpenAI client, say), and a choice of a tool that is not offered."""
     for i, tool in enumerate(request.tools):
         if not isinstance(tool, Tool):
             raise InvalidFormat(f"tools.{i} must be a Tool, not {type(tool).__name__}.", param=f"tools.{i}")

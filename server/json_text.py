@@ -18,11 +18,11 @@ __all__ = [
     "MAX_DEPTH",
     "MAX_NAMES",
     "MAX_VALUES",
+    "escape_line_breaks",
     "excess_of",
     "kind_of",
     "load_body",
     "load_text",
-    "one_line",
     "shown",
     "to_json",
 ]
@@ -187,10 +187,10 @@ def shown(value: Any) -> str:
 
 def to_json(data: Any) -> str:
     """Write compact JSON on one line, whichever characters the reader splits lines at."""
-    return one_line(_ENCODER.encode(data))
+    return escape_line_breaks(_ENCODER.encode(data))
 
 
-def one_line(text: str) -> str:
+def escape_line_breaks(text: str) -> str:
     """Escape the characters of a JSON text that some readers split lines at."""
     if not text.isascii():
         for character, escape in _BREAKS:  # they occur only inside strings, so replacing them is correct

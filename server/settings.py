@@ -42,7 +42,7 @@ class ServerSettings(BaseModel):
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
     """A larger request body is refused while it is read."""
     max_bodies_bytes: int | None = Field(default=None, ge=4096)
-    """Memory for all bodies that are being read or parsed; a request without room is refused with `Retry-After`. A key
+    """Memory for all bodies that are being read or parsed; a request beyond it is refused with `Retry-After`. A key
     may use half of it. At least twice `max_body_bytes`; default: eight times."""
     max_connections: int = Field(default=1024, ge=8)
     """Connections that may be open at once; fewer where the system allows the process fewer files. For one more, the

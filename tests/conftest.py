@@ -45,11 +45,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-d
 @pytest.fixture(scope="session")
 def kernels() -> Kernels:
     """The compiled kernels; tests of them are skipped where there are none."""
-    from engine.compute.cpu.kernels import Kernels, KernelsUnavailable
+    from engine.compute.cpu.kernels import Kernels, NoKernels
 
     try:
         return Kernels.load()
-    except KernelsUnavailable as error:
+    except NoKernels as error:
         pytest.skip(f"no compiled kernels on this machine: {error}")
 
 

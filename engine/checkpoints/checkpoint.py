@@ -1,6 +1,6 @@
 """Inspect a checkpoint on disk before anything is loaded. Knows files and sizes; loads no tensor.
 
-Everything that can be wrong with a folder is said here, in one sentence and with what to do about it.
+Reports everything that can be wrong with a folder, in one sentence that says what to do about it.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class Checkpoint:
     """What the configuration and the headers of a checkpoint say.
 
     Attributes:
-        folder: or a GGUF file.
-        files: with the weights that are loaded, sorted; others may lie beside them.
+        folder: the checkpoint's folder, or a GGUF file.
+        files: the files with the weights that are loaded, sorted; the folder may hold others.
         parameters: number of floating-point values stored.
         stored_bytes: size of the tensors on disk.
         dtype: the most common floating-point type, as torch names it.
         embedding_parameters: those of the input embedding, if its name is known, else 0.
         tied: whether the output layer is the input embedding.
         created: Unix seconds of the newest file.
-        end_ids: tokens that end an answer, as far as a GGUF file names them.
-        tensors, values, longest: how many tensors there are, and numbers in them; the longest axis of one.
+        end_ids: tokens that end an answer, if a GGUF file names them.
+        tensors, values, longest: the number of tensors, of values in all of them, and the longest axis.
     """
 
     folder: Path
@@ -70,7 +70,7 @@ def locate(config: ModelConfig, *, pull: bool) -> Path:
     """Find the folder or GGUF file of an entry's checkpoint.
 
     Raises:
-        LoadError: it is not there; says where it was looked for and what to do.
+        LoadError: it does not exist; says where it was looked for and what to do.
     """
     if config.path is not None:
         if config.path.suffix == ".gguf" and config.path.is_file():
@@ -144,7 +144,7 @@ def inspect(folder: Path, name: str) -> Checkpoint:
 
 
 def _check_files(folder: Path, name: str) -> None:
-    """Refuse files beyond our bounds before a library reads them: most libraries parse whatever comes, by recursion."""
+    """Refuse files beyond our bounds before a library reads them: most libraries parse anything, by recursion."""
     for file in _PARSED_BY_LIBRARIES:
         check_file(folder / file, name)
     for file in _READ_BY_LIBRARIES:
@@ -155,14 +155,14 @@ def _check_files(folder: Path, name: str) -> None:
         if isinstance(added := data.get("added_tokens_decoder"), dict):
             ids += [int(i) for i in added if i.isdecimal()]
         highest = max((i for i in ids if isinstance(i, int)), default=0)
-        if highest > _HIGHEST_ID:  # transformers fills the gap before it, token by token
+        if highest > _HIGHEST_ID:  # transformers fills the gap below it, token by token
             raise LoadError(f"{name}: {file} names a token {highest}; ids beyond {_HIGHEST_ID} are not read.")
 
 
 def _check_places(folder: Path, name: str) -> None:
     """Refuse links that leave the folder, and what is no regular file: a pipe never ends, `/etc/passwd` is no template.
 
-    Weights may lie on another disk: what is no safetensors file is refused when it is read.
+    Weights may lie on another disk: reading them refuses any file that is not in safetensors format.
     """
     home = folder.resolve()
     inside = [home]
@@ -256,32 +256,12 @@ def _shards(index: Path, name: str) -> tuple[Path, ...]:
     return tuple(sorted(needed))
 
 
-def words(error: BaseException, most: int = 400) -> str:
-    """Return what an error says, in one line that is not too long; its class's name if it says nothing."""
-    return line(str(error), most) or type(error).__name__
-
-
-def line(text: str, most: int) -> str:
-    """Bring a stranger's text into one line of at most `most` characters, without those that a terminal obeys."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * most]).split())
-    return text if len(text) <= most else f"{text[:most]} …"
-
-
-def human(count: float) -> str:
-    """Write a number of bytes for people: 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
 def prepare_environment(*, pull: bool) -> None:
-    """Set what libraries read from the environment once: at the first matrix product and the first hub call.
+    """Set the environment variables that libraries read once: at the first matrix product and the first hub call.
 
     `MKL_CBWR`: attention's matrix products then keep their bits from shape to shape (docs/decisions/0002).
-    `ONEDNN_MAX_CPU_ISA`: no AMX, whose bfloat16 products depend on the number of rows, and nothing that torch itself is
-    kept from by `ATEN_CPU_CAPABILITY`. Values that the user has set are left alone; the self-test judges them.
+    `ONEDNN_MAX_CPU_ISA`: no AMX, whose bfloat16 products depend on the number of rows, and no instructions that
+    `ATEN_CPU_CAPABILITY` forbids torch. Values that the user has set are kept; the self-test judges them.
     """
     import torch
 

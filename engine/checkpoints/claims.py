@@ -1,7 +1,7 @@
 """Compare what a configuration claims with what the weights hold, before anything is built from it.
 
-transformers builds what a configuration says: ten million layers take minutes and a table of ten million rows
-gigabytes, and only then are the weights missed. Knows names and sizes; loads nothing.
+transformers builds what a configuration says: ten million layers take minutes, and a table of ten million rows takes
+gigabytes, before anything notices that the weights are missing. Knows names and sizes; loads nothing.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from engine.checkpoints.checkpoint import Checkpoint, human
+from engine.checkpoints.checkpoint import Checkpoint
 from engine.errors import LoadError
+from engine.host_memory import format_bytes
 
 __all__ = ["check_config", "check_gguf", "check_size"]
 
@@ -28,11 +29,11 @@ _MOST_MANY: Final = 1 << 16
 _MOST_POSITIONS: Final = 1 << 31
 _SPARE_VALUES: Final = 1 << 24
 _BUFFERS: Final = 1 << 31
-"""Bytes of tables that a model computes for itself. The largest are masks of some hundred MiB."""
+"""Bytes of the tables that a model computes itself. The largest are masks of some hundred MiB."""
 
 
 def check_config(found: Checkpoint, name: str) -> None:
-    """Refuse a configuration with impossible numbers, above all those that say how often something is built.
+    """Refuse a configuration with impossible numbers, above all numbers of layers and other parts to build.
 
     Raises:
         LoadError: names the key, its value and what the files hold.
@@ -89,7 +90,7 @@ def check_size(parameters: int, buffers: int, found: Checkpoint, name: str) -> N
             "numbers: it is not theirs."
         )
     if buffers > _BUFFERS + found.stored_bytes:
-        raise LoadError(f"{name}: config.json describes a model whose tables need {human(buffers)}.")
+        raise LoadError(f"{name}: config.json describes a model whose tables need {format_bytes(buffers)}.")
 
 
 def _limit(name: str, key: str, value: int, most: int) -> None:

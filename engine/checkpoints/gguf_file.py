@@ -1,8 +1,8 @@
-"""Read a GGUF file's header fast, for us and for transformers. Knows nothing of models and tokenizers.
+"""Read a GGUF file's header fast, for this engine and for transformers. Knows nothing of models and tokenizers.
 
 transformers builds configuration, weights and tokenizer from such a file. For most architectures it reads the header
-three times through the package gguf, which makes several arrays of each token of the vocabulary; and it reads what lies
-beside the file. Here the header is read in a second, and transformers is shown the file alone.
+three times through the package gguf, which makes several arrays of each token of the vocabulary; and it reads the files
+beside it. Here the header is read in a second, and transformers sees the file alone.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from engine.checkpoints.checkpoint import Checkpoint, words
+from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.claims import check_gguf
-from engine.errors import LoadError
+from engine.errors import LoadError, one_line
 
 __all__ = ["GGUFFile", "alone", "fast_reading", "inspect", "open_file", "reader_class"]
 
@@ -34,8 +34,8 @@ _ENDING_NAMES = frozenset(
         "<｜end▁of▁sentence｜>",
     }
 )
-"""Control tokens that end an answer whatever a file names: llama.cpp goes by these names, and files rely on it."""
-_CONTROL = 3  # of llama.cpp's types of tokens
+"""Control tokens that end an answer whatever the file names: llama.cpp decides by these names, and files rely on it."""
+_CONTROL = 3  # llama.cpp's type of control tokens
 _HARMONY = {"<|return|>", "<|call|>", "<|end|>"}
 """Tokens of gpt-oss, which ends only a part of its answer with the last of them."""
 _MOST_KEYS, _MOST_TENSORS, _MOST_ENTRIES = 10_000, 100_000, 3_000_000
@@ -65,7 +65,7 @@ class GGUFFile:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Return ids that end an answer: those that the file names, and control tokens with a name that says so."""
+        """Return the ids that end an answer: those that the file names, and control tokens in `_ENDING_NAMES`."""
         named = (self.metadata.get(f"tokenizer.ggml.{key}") for key in _ENDS)
         tokens, types = (self.metadata.get(f"tokenizer.ggml.{key}") or [] for key in ("tokens", "token_type"))
         spelled = {
@@ -131,7 +131,7 @@ def open_file(path: Path, name: str) -> GGUFFile:
     except AttributeError:
         raise  # a release of gguf that this was not written for, and no fault of the file
     except Exception as error:  # the reader trusts what it reads: anything may come out of a damaged file
-        raise LoadError(f"{name}: {path.name} is not a readable GGUF file ({words(error)}).") from None
+        raise LoadError(f"{name}: {path.name} is not a readable GGUF file ({one_line(error)}).") from None
     if end > path.stat().st_size:
         raise LoadError(f"{name}: {path.name} is cut short: {path.stat().st_size} bytes of {end}. Copy it again.")
     parts = metadata.get("split.count", 0)
@@ -222,9 +222,9 @@ def _strings(data: Any, at: int, count: int) -> tuple[list[_Text], int]:
 
 @contextmanager
 def fast_reading() -> Iterator[None]:
-    """Lend transformers the reader above, and tensor names that are made once; it imports both anew at each call.
+    """Give transformers the fast reader and cached tensor names inside the `with` block: it imports both at each call.
 
-    It asks for the names of all tensors once for every module of the model, and gguf makes them anew each time.
+    It asks for the names of all tensors once for every module of the model, and gguf computes them anew each time.
     """
     import gguf
     from gguf.gguf_reader import GGUFReader
@@ -239,10 +239,10 @@ def fast_reading() -> Iterator[None]:
 
 @contextmanager
 def alone(path: Path) -> Iterator[dict[str, Any]]:
-    """Return the keywords with which transformers' `from_pretrained` finds a GGUF file and nothing beside it.
+    """Yield the keywords with which transformers' `from_pretrained` finds a GGUF file and no file beside it.
 
-    A folder of downloads is no checkpoint: what lies there (`tokenizer_config.json`, an adapter) belongs to other
-    files, and could change the tokens or name code to run.
+    A folder of downloads is no checkpoint: files there (`tokenizer_config.json`, an adapter) belong to other models,
+    and could change the tokens or name code to run.
     """
     with tempfile.TemporaryDirectory(prefix="verbatim-gguf-") as folder:
         (Path(folder) / "model.gguf").symlink_to(path.resolve())

@@ -36,11 +36,11 @@ _CHECKED = {
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
     "rope.scaling.original_context_length": "max_position_embeddings",
 }
-"""Keys that transformers may skip, and the attribute of its configuration that must then have their value."""
+"""Keys that transformers may skip, and the attribute of its configuration that must then equal them."""
 
 
 def complete_model(file: GGUFFile, model: nn.Module, name: str) -> None:
-    """Apply what the file says and transformers does not read: factors of rotary embeddings, a scale of scores.
+    """Apply settings that transformers does not read: factors of rotary embeddings, a scale of scores.
 
     Raises:
         LoadError: the file says something that would change the model's numbers and is not understood.
@@ -79,7 +79,7 @@ def by_function(architecture: str) -> bool:
 
 
 def _agrees(key: str, value: Any, config: Any) -> bool:
-    """Tell whether a key that is skipped says only what the configuration says anyway."""
+    """Tell whether the configuration already has the value of a skipped key."""
     if key in _HARMLESS:
         return True
     if key == "rope.scaling.type":
@@ -104,7 +104,7 @@ def _agrees(key: str, value: Any, config: Any) -> bool:
 def _check_tensors(file: GGUFFile, model: nn.Module, name: str) -> None:
     """Refuse tensors that transformers has dropped because the model has no place for them (a bias, say)."""
     longrope = [tensor for tensor in file.sizes if tensor.startswith("rope_factors_")]
-    if by_function(file.architecture):  # engine/checkpoints/reading.py looks at what was reported
+    if by_function(file.architecture):  # engine/checkpoints/reading.py checks the tensors that it reports
         dropped = longrope
     else:
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map

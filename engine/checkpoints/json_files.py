@@ -1,7 +1,7 @@
-"""Read a stranger's JSON file within bounds. Knows JSON; nothing of what the files are for.
+"""Read an untrusted JSON file within bounds. Knows JSON; nothing of what the files are for.
 
-Bounds come before the work that they bound: size before reading, the number of values before parsing, depth before
-anybody goes through it by recursion.
+Each bound is checked before the work that it bounds: size before reading, the number of values before parsing, depth
+before any recursion.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def parse(text: bytes) -> Any:
     """Parse JSON within the bounds; refuse keys that occur twice in an object, NaN, and numbers of too many digits.
 
     Raises:
-        ValueError: it is not; the message says why.
+        ValueError: the text breaks one of these rules, or is not JSON; the message says which.
     """
     _check_count(text)
     try:
@@ -58,7 +58,7 @@ def parse(text: bytes) -> Any:
     except RecursionError:
         raise _too_deep() from None
     level = [data]
-    for _ in range(MOST_LEVELS + 1):  # as far as there is something inside
+    for _ in range(MOST_LEVELS + 1):  # level by level, without recursion
         level = [part for value in level for part in _parts(value)]
     if level:
         raise _too_deep()
@@ -66,7 +66,7 @@ def parse(text: bytes) -> Any:
 
 
 def _check_count(text: bytes) -> None:
-    values = sum(text.count(mark) for mark in (b",", b"[", b"{"))  # those inside texts are counted, too
+    values = sum(text.count(character) for character in (b",", b"[", b"{"))  # those inside texts are counted, too
     if values > MOST_VALUES:
         raise ValueError(f"it holds up to {values} values; more than {MOST_VALUES} are not read")
 

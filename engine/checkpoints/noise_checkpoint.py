@@ -1,7 +1,7 @@
 """Provide the models that need no download: the demo model that comes with verbatim, and the noise checkpoint.
 
-The random one is a Qwen3-type model with a byte-level tokenizer and a ChatML template, the same bytes on every machine.
-Its text is noise; everything else is real.
+The noise checkpoint is a Qwen3-type model with a byte-level tokenizer and a ChatML template, the same bytes on every
+machine. Its text is noise; everything else is real.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VERSION = "3"
 """Part of the folder's name: raised when the recipe changes."""
 
 _SEAL = ".sha256"
-"""The file in it that says what the others are."""
+"""The file in the folder that holds a digest of the others."""
 
 _TEXT = """the bits of a reply depend on the model, the prompt, the parameters and the seed, and on nothing else.
 every parameter is honoured exactly or refused by name. a seed chooses one reply among all that are possible; the same
@@ -58,7 +58,7 @@ def ensure_noise_checkpoint(folder: Path | None = None) -> Path:
     target = parent / f"noise-{VERSION}"
     if _is_whole(target):
         return target
-    make_private(parent)  # compiled kernels are kept there, too
+    make_private(parent)  # the folder holds compiled kernels, too
     scratch = Path(tempfile.mkdtemp(prefix=".noise-", dir=parent))
     try:
         _write(scratch / "new")

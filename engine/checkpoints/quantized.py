@@ -14,7 +14,7 @@ import torch
 
 from engine.checkpoints.checkpoint import Checkpoint
 from engine.config import ModelConfig
-from engine.errors import LoadError
+from engine.errors import LoadError, one_line
 
 
 def check(config: ModelConfig, found: Checkpoint, device_map: Any, dtype: torch.dtype) -> int | None:
@@ -33,7 +33,7 @@ def check(config: ModelConfig, found: Checkpoint, device_map: Any, dtype: torch.
         quantizer = AutoHfQuantizer.from_config(copy.deepcopy(given), pre_quantized=True)
         quantizer.validate_environment(device_map=device_map, dtype=dtype)
     except Exception as error:  # each method has its own; what it says is what helps
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise LoadError(
             f"{config.id}: the checkpoint is quantised ({method}), and cannot be loaded here: {reason}"
         ) from error

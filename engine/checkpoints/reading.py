@@ -1,6 +1,6 @@
 """Read a checkpoint's files into transformers' model and tokenizer, for text. Packs and runs nothing.
 
-A checkpoint that also sees is loaded with the class that transformers has for it, and what it sees with is let go.
+A multimodal checkpoint is loaded with transformers' class for it; the parts that text does not use are dropped.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from engine.checkpoints import claims, gguf_file, gguf_model, gguf_tokenizer
-from engine.checkpoints.checkpoint import Checkpoint, words
+from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.json_files import read_json
 from engine.config import ModelConfig
-from engine.errors import LoadError, NotEnoughMemory, out_of_memory
+from engine.errors import LoadError, NotEnoughMemory, one_line, out_of_memory
 
 __all__ = ["check_vocabulary", "dropped_tensors", "load_model", "load_tokenizer"]
 
@@ -49,12 +49,12 @@ def load_model(
             model = _from_pretrained(AutoModelForCausalLM, config, found, dtype, device_map)
             gguf_model.complete_model(file, model, config.id)
     model.eval().requires_grad_(False)
-    _drop_senses(model)
+    _drop_other_modalities(model)
     return model
 
 
 def _from_folder(config: ModelConfig, found: Checkpoint, dtype: torch.dtype, device_map: Any) -> nn.Module:
-    """Load with the causal class if there is one and it finds its weights, else with the one for images and text."""
+    """Load with the causal class if it exists and finds its weights, else with the class for images and text."""
     classes = _classes(config, found)
     for auto in classes[:-1]:
         try:
@@ -98,14 +98,16 @@ def _settings(config: ModelConfig, folder: Path) -> Any:
     """Read the configuration as transformers does.
 
     Raises:
-        LoadError: it is none, or of a type that this transformers does not know.
+        LoadError: it is not valid, or of a type that this transformers does not know.
     """
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a configuration may be wrong in any way; the words are what helps
-        raise LoadError(f"{config.id}: transformers cannot load the config.json of {folder}: {words(error)}") from error
+        raise LoadError(
+            f"{config.id}: transformers cannot load the config.json of {folder}: {one_line(error)}"
+        ) from error
 
 
 def _from_pretrained(
@@ -123,12 +125,14 @@ def _from_pretrained(
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, by name; transformers only says that there are some
+                ignore_mismatched_sizes=True,  # reported below, by name; transformers does not name them
             )
     except Exception as error:  # any of a hundred architectures may object in its own way; the words are what helps
         if out_of_memory(error):
-            raise NotEnoughMemory(f"{config.id}: memory ran out while the weights were read: {words(error)}") from error
-        raise LoadError(f"{config.id}: transformers cannot load {folder}: {words(error)}") from error
+            raise NotEnoughMemory(
+                f"{config.id}: memory ran out while the weights were read: {one_line(error)}"
+            ) from error
+        raise LoadError(f"{config.id}: transformers cannot load {folder}: {one_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would fill them with random numbers and answer noise
         raise LoadError(
@@ -152,7 +156,7 @@ def _from_pretrained(
 
 def _check_size(auto: Any, config: ModelConfig, found: Checkpoint) -> None:
     """Refuse a configuration of a far larger model, before transformers allocates what the files do not hold."""
-    if config.trust_remote_code:  # its code may do what it likes anyway
+    if config.trust_remote_code:  # its code can allocate anything anyway
         return
     settings = _settings(config, found.folder)
     if hasattr(settings, "quantization_config"):
@@ -160,18 +164,18 @@ def _check_size(auto: Any, config: ModelConfig, found: Checkpoint) -> None:
     try:
         with torch.device("meta"):
             model = auto.from_config(settings, trust_remote_code=False)
-    except Exception:  # it will be told when the weights are read
+    except Exception:  # reading the weights will report it
         return
     parameters = sum(parameter.numel() for parameter in model.parameters())
     claims.check_size(parameters, sum(b.numel() * b.itemsize for b in model.buffers()), found, config.id)
 
 
 def dropped_tensors(model: nn.Module, unexpected: Iterable[str], found: Checkpoint) -> list[str]:
-    """List the tensors that found no place in the model, and without which it computes something else.
+    """List the tensors that the model has no place for, although its results depend on them.
 
-    From a GGUF file all of them. From a folder, the parameters of modules that are there and have others: a bias of a
-    linear layer without one. Modules that are not there may be left out for good reasons (what sees and hears, layers
-    that predict several tokens, heads of another task), as may buffers that are computed, and scales of another dtype.
+    From a GGUF file all of them. From a folder, parameters of modules that exist and have others: a bias of a linear
+    layer without one, say. Missing modules may have good reasons (images and sound, layers that predict several tokens,
+    heads of another task), as may buffers that are computed and scales of another dtype.
     """
     if found.folder.is_file():
         return sorted(set(unexpected) - {"rope_freqs.weight"})
@@ -189,7 +193,7 @@ def dropped_tensors(model: nn.Module, unexpected: Iterable[str], found: Checkpoi
 
 @contextmanager
 def _source(config: ModelConfig, folder: Path) -> Iterator[dict[str, Any]]:
-    """Return the keywords that tell transformers where to look: a folder, or a GGUF file with nothing beside it."""
+    """Yield the keywords that tell transformers where to look: a folder, or a GGUF file with no file beside it."""
     if folder.is_file():
         with gguf_file.alone(folder) as source:
             yield source
@@ -197,13 +201,13 @@ def _source(config: ModelConfig, folder: Path) -> Iterator[dict[str, Any]]:
         yield {"pretrained_model_name_or_path": folder, "trust_remote_code": config.trust_remote_code}
 
 
-# -- the parts that see and hear --------------------------------------------------------------------------------------
+# -- the parts for images and sound -----------------------------------------------------------------------------------
 
 
-def _drop_senses(model: nn.Module) -> None:
+def _drop_other_modalities(model: nn.Module) -> None:
     """Drop the parts of a multimodal model that text does not pass through; the logits keep their bits.
 
-    Tried on a few tokens; an architecture whose text needs them keeps them.
+    A few tokens are computed before and after; if their logits differ, the parts stay.
     """
     settings: Any = model.config
     base = getattr(model, "base_model", model)
@@ -211,10 +215,12 @@ def _drop_senses(model: nn.Module) -> None:
         return
     try:
         text = model.get_decoder()  # type: ignore[operator]
-    except Exception:  # not every class has one; then nothing is known, and everything stays
+    except Exception:  # not every class has a decoder; without one, everything stays
         return
     inside = set(text.modules())
-    others = {n: part for n, part in base.named_children() if not inside & set(part.modules()) and _weighs(part)}
+    others = {
+        n: part for n, part in base.named_children() if not inside & set(part.modules()) and _has_parameters(part)
+    }
     if text is base or not others:
         return
     texts = _texts(model)
@@ -230,7 +236,7 @@ def _drop_senses(model: nn.Module) -> None:
         base._modules.update(others)
 
 
-def _weighs(part: nn.Module) -> bool:
+def _has_parameters(part: nn.Module) -> bool:
     return next(part.parameters(), None) is not None
 
 
@@ -239,8 +245,8 @@ def _texts(model: nn.Module) -> list[list[int]]:
     settings: Any = model.config
     rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     named = [value for key, value in settings.to_dict().items() if key.endswith(("_token_id", "_token_index"))]
-    marks = sorted({value for value in named if isinstance(value, int) and 0 <= value < rows})
-    return [list(range(3, 11)), [3, *marks, 4]]
+    placeholders = sorted({value for value in named if isinstance(value, int) and 0 <= value < rows})
+    return [list(range(3, 11)), [3, *placeholders, 4]]
 
 
 @torch.inference_mode()
@@ -269,12 +275,12 @@ def load_tokenizer(config: ModelConfig, folder: Path, file: GGUFFile | None) -> 
     from transformers import AutoTokenizer
 
     if file is None:
-        _settings(config, folder)  # the tokenizer's class is chosen by it, and would be blamed for it
+        _settings(config, folder)  # it chooses the tokenizer's class, whose error would hide its own
     try:
         with _source(config, folder) as source, gguf_file.fast_reading() if file else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
     except Exception as error:
-        raise LoadError(f"{config.id}: cannot load the tokenizer of {folder}: {words(error)}") from error
+        raise LoadError(f"{config.id}: cannot load the tokenizer of {folder}: {one_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise LoadError(
             f"{config.id}: {type(tokenizer).__name__} has no tokenizer.json; only fast tokenizers are served."

@@ -1,8 +1,8 @@
-"""The attention function that transformers' models call. Knows no model by name, and no way of computing attention.
+"""The attention function that transformers' models call. Knows no model by name and computes nothing itself.
 
-All sequences of a step travel as one packed row of tokens, `[1, T]`. The step's plan, which knows whose rows are whose,
+All sequences of a step form one packed row of tokens, `[1, T]`. The step's plan, which knows the rows of each sequence,
 reaches this file through a context variable, because many models drop keywords on the way to their layers. Before a
-model is served, a `Discovery` stands in the plan's place and records what each layer asks for.
+model is served, a `Discovery` takes the plan's place and records what each layer asks for.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ IMPLEMENTATION = "verbatim"
 """The name under which transformers finds `attention_forward`."""
 
 _HARMLESS = frozenset({"dropout", "position_ids", "use_cache", "return_dict", "logits_to_keep"})
-"""Keywords of the attention interface that change nothing here, like those that say what else to return (`output_…`):
-models are served in evaluation mode, and positions are in the queries and keys already."""
+"""Keywords of the attention interface that have no effect here, like those that ask for more output (`output_…`):
+models are served in evaluation mode, and queries and keys contain their positions already."""
 
 
 @dataclass(slots=True)
@@ -42,8 +42,8 @@ class Discovery:
     states: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     """By layer: queries, keys and values as they reached the attention interface."""
     masks: list[KeyRange | None] = field(default_factory=list)
-    """Of the masks that transformers has made in this pass; None: not understood. Mask n travels through the model as a
-    tensor of numbers n + 1."""
+    """The key ranges of the masks made in this pass; None: not understood. Mask n passes through the model as a tensor
+    filled with n + 1."""
 
     def shapes(self) -> tuple[LayerShape, ...]:
         """Return what each layer stores, in order."""
@@ -53,7 +53,7 @@ class Discovery:
         """Read which keys a mask function shows; return the number that stands for the mask."""
         try:
             self.masks.append(read_mask(function, self.length, device))
-        except NotUnderstood:  # there may be no layer that uses it
+        except NotUnderstood:  # perhaps no layer uses it
             self.masks.append(None)
         return float(len(self.masks))
 
@@ -127,8 +127,7 @@ def register_attention() -> None:
 def make_mask(*, mask_function: Any, q_length: int, device: torch.device | str = "cpu", **kwargs: Any) -> Tensor | None:
     """Implement transformers' mask interface: note which keys the mask function shows.
 
-    Returns a tensor by which `attention_forward` knows the mask again; None in a step, where the layers' masks are
-    known.
+    Returns a tensor by which `attention_forward` recognises the mask; None in a step: the layers' masks are known.
     """
     receiver = _receiver.get()
     if not isinstance(receiver, Discovery):
@@ -150,7 +149,7 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Implement transformers' attention interface by the running step's plan.
+    """Implement transformers' attention interface with the running step's plan.
 
     Args:
         query: `[1, heads, T, key_dim]`; key and value `[1, kv_heads, T, dim]`, position-encoded.

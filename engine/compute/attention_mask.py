@@ -1,8 +1,8 @@
-"""Read which keys a token sees off the mask function that transformers itself would use. Knows no model by name.
+"""Find which keys a token sees, from the mask function that transformers would use. Knows no model by name.
 
-transformers describes every mask as a predicate `mask_function(batch, head, query, key) -> bool`. It is tried at many
-positions, far ones too, so that a window or a chunk is found however long it is. A predicate that is neither causal
-attention, a sliding window nor chunks is not guessed: `NotUnderstood`.
+transformers describes every mask as a predicate `mask_function(batch, head, query, key) -> bool`. It is called at many
+positions, far ones too, so that a window or a chunk of any length is found. A predicate that is neither causal, a
+sliding window nor chunks raises `NotUnderstood`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 MaskOfRow = Callable[[Tensor, Tensor], Tensor]
 
 _WHOLE, _NEAR = 1 << 17, 64
-"""Rows up to so many keys are compared whole; of longer ones so many keys, and these on either side of each border."""
+"""Rows of up to `_WHOLE` keys are compared in full; of longer ones a sample, and `_NEAR` on each side of a border."""
 
 
 class NotUnderstood(Exception):
-    """A model asks something of attention that is not supported here; the message says what."""
+    """A model asks for something that a runner does not support; the message says what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class KeyRange:
     """The keys that a token sees: from `first(position)` to its own.
 
     Attributes:
-        window: at most so many, its own included; None: no such bound.
-        chunk: only those of its own chunk, where chunks have so many tokens; None: no such bound.
+        window: the most keys that are seen, the token's own included; None: no such bound.
+        chunk: the length of a chunk; only keys of the token's own chunk are seen; None: no such bound.
     """
 
     window: int | None = None
@@ -71,7 +71,7 @@ def read_mask(function: MaskFunction, length: int, device: torch.device | str = 
 
     try:
         every = torch.arange(length, device=device)
-        hidden = ~sees(every, zero)  # from which token on the first key is out of sight
+        hidden = ~sees(every, zero)  # True from the first token on that does not see key 0
         if not bool(hidden.any()):
             candidates = [KeyRange()]
         else:
@@ -99,7 +99,7 @@ def _agrees(candidate: KeyRange, sees: MaskOfRow, query: Tensor, length: int) ->
 
 
 def _probes(keys: KeyRange, length: int) -> list[int]:
-    """List queries on both sides of every border that there may be, and far behind it."""
+    """List queries on both sides of each possible border, and far beyond it."""
     size = keys.window or keys.chunk or length
     near = {0, 1, 2, 3, 17, length // 3, length // 2, length - 2, length - 1}
     borders = {n * size + off for n in (1, 2, 3, length // size) for off in (-2, -1, 0, 1)}

@@ -1,11 +1,10 @@
-"""The seam between neutral code and what computes on a device. Knows a step's tensors; no kernel and no request.
+"""The interface between device-neutral code and the code for one kind of device. Knows no kernel and no request.
 
-A `Backend` allocates the cache, makes a plan of each step, replaces modules of a model by its own, and says what of it
-the bits of a reply depend on. `engine.compute.cpu.backend` computes with compiled kernels,
-`engine.compute.torch_backend` with torch's own operations. `engine.loading.placement` chooses one for a model; nobody
-else asks which it is.
+A `Backend` allocates the cache, plans each step, replaces modules of a model by its own, and names what the bits of a
+reply depend on. `engine.compute.cpu.backend` computes with compiled kernels, `engine.compute.torch_backend` with
+torch's own operations. `engine.loading.placement` chooses one for a model; no other code asks which one it is.
 
-    PackedRunner ── plan(cache, spans) ──► StepPlan ◄── attend(layer, …) ── attention_forward ◄── a model's layer
+    PackedRunner ── plan(cache, chunks) ──► StepPlan ◄── attend(layer, …) ── attention_forward ◄── a model's layer
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from engine.compute.kv_cache import KVCache, LayerShape
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 Progress = Callable[[str], None]
-"""Told, in a few words, what takes long."""
+"""Called with a few words about what is taking long."""
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """The rows of one sequence in a packed step: `row … row + count - 1` are its tokens `start … start + count - 1`."""
+class PackedChunk:
+    """A chunk in a packed step: rows `row … row + count - 1` hold a sequence's tokens `start … start + count - 1`."""
 
     row: int
     count: int
@@ -42,7 +41,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionSettings:
-    """How a layer attends.
+    """A layer's query heads, and how it computes scores.
 
     Attributes:
         heads: of the queries; scale: of the scores; softcap: their bound; sinks: `[heads]`.
@@ -60,14 +59,14 @@ class AttentionSettings:
 
 
 class StepPlan(Protocol):
-    """What attention needs to know of one step, made once and used by every layer."""
+    """One step's attention: made once per step and used by every layer."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """Store the step's keys and values in a layer's cache, then attend: each sequence over its own keys alone.
 
         Args:
-            query: `[heads, T, key_dim]`; key and value `[kv_heads, T, dim]`, position-encoded. Rows beyond the
-                spans' are padding; their result means nothing.
+            query: `[heads, T, key_dim]`; key and value `[kv_heads, T, dim]`, position-encoded. Rows after
+                those of the chunks are padding; their result means nothing.
 
         Returns:
             `[T, heads, value_dim]`.
@@ -76,28 +75,35 @@ class StepPlan(Protocol):
     def finite(self) -> Tensor:
         """Return `[rows] bool` on the CPU, once all layers have attended: False where a key or value was not finite.
 
-        What was not finite has been stored as zeros.
+        Such a row's keys and values are stored as zeros.
         """
 
 
 class Backend(Protocol):
-    """What computes a model's layers and attention on one kind of device."""
+    """Computes a model's layers and attention on one kind of device."""
 
     @property
     def linear(self) -> str:
         """What computes the linear layers: a value of `ModelInfo.linear`."""
 
+    @property
+    def breaks_law(self) -> str | None:
+        """Why the law cannot be promised here, even if every trial passes; None where it can.
+
+        Trials can only find faults. The law is promised where every operation is known to treat each row by itself.
+        """
+
     def allocate(self, layers: Sequence[LayerShape], num_blocks: int) -> KVCache:
         """Allocate a cache of `num_blocks` blocks, all zeros."""
 
-    def plan(self, cache: KVCache, spans: Sequence[Span]) -> StepPlan:
-        """Plan a step over a cache that this backend allocated; the spans' rows follow each other from row 0 on."""
+    def plan(self, cache: KVCache, chunks: Sequence[PackedChunk]) -> StepPlan:
+        """Plan a step over a cache that this backend allocated; the chunks' rows follow each other from row 0 on."""
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
         """Replace linear layers, pointwise modules and decoder layers by the backend's own, in place.
 
         Args:
-            stored: the dtype of the checkpoint, in which numbers may be kept if nothing is lost.
+            stored: the checkpoint's dtype; numbers may be kept in it where that loses nothing.
             length: how many tokens a sequence may have.
         """
 
@@ -105,7 +111,7 @@ class Backend(Protocol):
         """Give freed memory back to the device and the operating system."""
 
     def describe(self) -> Mapping[str, str]:
-        """Return what the bits depend on here, as named parts of the fingerprint: linear layers, libraries, hardware.
+        """Return what the bits depend on, as named parts of the fingerprint: linear layers, libraries, hardware.
 
-        A backend with kernels whose bits change apart from `engine.loading.fingerprint.KERNELS` adds their version.
+        A backend whose kernels have a version apart from `engine.loading.fingerprint.KERNELS` adds it.
         """

@@ -13,9 +13,9 @@ from engine.compute.attention import Discovery, attention_through
 from engine.compute.attention_mask import NotUnderstood
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
-"""What transformers' models have called the cache that they take and give back; the last two by recurrent models."""
+"""Names of the cache in transformers' models, as argument and in their output; recurrent models use the last two."""
 _KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "dense", "sparse"})
-"""Values of `layer_types` that say no more than which keys are seen, or which kind of feed-forward network there is."""
+"""Values of `layer_types` that concern only which keys are seen, or the kind of feed-forward network."""
 
 
 def discover(model: nn.Module, length: int) -> Discovery:
@@ -56,7 +56,7 @@ def _observe(model: nn.Module, length: int, **arguments: Any) -> Discovery:
 
 
 class _FarCache(DynamicCache):  # type: ignore[misc]
-    """A cache that claims to have seen many tokens, and keeps none."""
+    """A cache that claims to have seen many tokens and stores none."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -79,8 +79,8 @@ def _check_positions(model: nn.Module, discovery: Discovery) -> None:
     """Check that what reaches attention depends on the positions that the model is told.
 
     Raises:
-        NotUnderstood: a layer asks its cache how many tokens were seen, and uses that (Llama 4's temperature): in the
-            packed pass there is no cache, and the number would be a row's in the step.
+        NotUnderstood: a layer uses the number of tokens that its cache has seen (Llama 4's temperature): the
+            packed pass has no such cache.
     """
     name = cache_name(model)
     if name is None:

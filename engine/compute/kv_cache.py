@@ -2,8 +2,8 @@
 
 A slot holds one token: block b holds slots `b·BLOCK_SIZE … (b+1)·BLOCK_SIZE − 1`. Keys and values are laid out `[heads,
 slots, dim]`, so that consecutive slots of one head are consecutive in memory and a run of consecutive blocks is read as
-a view. A backend may lay out the inside of a block in another way. Everything is finite at all times (zeroed at birth,
-only finite values are written): a masked slot then contributes an exact zero, whatever it holds.
+a view. A backend may lay out the inside of a block in another way. Everything is finite at all times (allocated as
+zeros, only finite values are written): a masked slot then contributes an exact zero, whatever it holds.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _zeros(shape: tuple[int, int, int], layer: LayerShape) -> Tensor:
 
 
 def gather(pool: Tensor, runs: Sequence[Run], padded: int) -> Tensor:
-    """Read some runs of `pool [heads, slots, dim]` and whatever lies behind: `[heads, padded, dim]`.
+    """Read runs of `pool [heads, slots, dim]`, padded with the slots behind the last: `[heads, padded, dim]`.
 
     One run is a view; several are gathered into a copy.
     """

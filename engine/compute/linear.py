@@ -5,7 +5,7 @@ On a CPU, `F.linear` in float32 rounds a row differently depending on how many r
 * `packed`: oneDNN with a prepacked weight, for two rows or more. The fastest float32 product torch has there.
 * `strict`: `F.linear` under `MKL_CBWR=…,STRICT` with the rows padded to a multiple of four. Slower for few rows.
 
-A third are compiled kernels (`engine.compute.cpu.linear`). Which of them keeps the promise depends on the library
+Compiled kernels (`engine.compute.cpu.linear`) are a third. Which of them keeps the law depends on the library
 versions and the processor (oneDNN 3.12 does on AVX2, 3.10 does not), so they are tried on the model's own shapes.
 Weights are packed one after the other and the originals freed, so that they are never held twice; a bfloat16 or float16
 checkpoint widens to float32 exactly. Measured facts and their limits: docs/decisions/0002 and 0014.
@@ -27,7 +27,7 @@ _TRIM_EVERY: Final = 16
 _TELL_EVERY: Final = 32
 _PACK_HINT: Final = 16  # rows that the packed layout is tuned for: between one decode and a prompt
 _ROUNDED: Final = 1e-4
-"""How far a kernel's result may be from torch's, as a share of the largest: beyond it something is broken."""
+"""Allowed difference to torch's product, as a fraction of its largest number: beyond it something is broken."""
 
 Make = Callable[[Tensor, Tensor | None], nn.Module]
 """`weight [out, in]` and `bias [out]` → the layer that replaces them; neither is kept."""
@@ -51,7 +51,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        single = rows.shape[0] == 1  # one row may take another path in the library
+        single = rows.shape[0] == 1  # a single row may take another path in the library
         if single:
             rows = F.pad(rows, (0, 0, 0, 1))
         out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
@@ -100,7 +100,7 @@ TORCH_LINEARS: Final[Mapping[str, Make]] = {"packed": PackedLinear, "strict": St
 def choose_linear(model: nn.Module) -> tuple[str, Make]:
     """Return the first kind whose rows are independent here, on all shapes of the model; `packed` if none is.
 
-    Tried, because it cannot be known: the self-test then says whether the whole model keeps the law.
+    Each kind is tried, because it depends on libraries and processor. The self-test then tries the whole model.
     """
     sound = (name for name, make in TORCH_LINEARS.items() if is_sound_for(model, make))
     name = next(sound, "packed")
@@ -108,7 +108,7 @@ def choose_linear(model: nn.Module) -> tuple[str, Make]:
 
 
 def is_sound_for(model: nn.Module, make: Make) -> bool:
-    """Try a kind of linear layer on all shapes that the model has: see `is_sound`."""
+    """Test a kind of linear layer on all shapes that the model has: see `is_sound`."""
     shapes = {(linear.in_features, min(linear.out_features, 2048)) for linear in _linears(model)}
     return all(is_sound(make, *shape) for shape in shapes)
 

@@ -1,8 +1,8 @@
 """Run one forward pass for all sequences of a step. Knows tokens, slots and logits; no request, sampling or text.
 
-Two runners with one face. `PackedRunner` computes all sequences of a step in one packed `[1, T]` pass over the block
+Two runners with one interface. `PackedRunner` computes all sequences of a step in one `[1, T]` pass over the block
 cache. `FallbackRunner` serves architectures that the packed pass does not reproduce (own attention, recurrent layers):
-each sequence alone, with transformers' own cache. Which one a model gets is decided by the self-test, not by its name.
+each sequence alone, with transformers' own cache. The self-test decides which one a model gets, not its name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from engine.compute import rotary
 from engine.compute.attention import attention_through
 from engine.compute.attention_mask import NotUnderstood
-from engine.compute.backend import Backend, Span, StepPlan
+from engine.compute.backend import Backend, PackedChunk, StepPlan
 from engine.compute.discovery import CACHE_NAMES, cache_name, input_device
 from engine.compute.kv_cache import KVCache
 from engine.compute.row_safe import RowSafeFunctions
@@ -48,12 +48,14 @@ class ForwardResult:
 
 
 class Runner(Protocol):
+    """Computes the forward pass of each step."""
+
     vocab_size: int
 
     def forward(self, schedule: Schedule) -> ForwardResult: ...
 
     def forget(self, sequence: Any) -> None:
-        """Drop what is kept for a sequence that lost its place: finished, aborted or preempted."""
+        """Drop the state of a sequence that was finished, aborted or preempted."""
 
     def release_memory(self) -> None:
         """Give freed memory back to the device, after a step that did not fit."""
@@ -90,12 +92,12 @@ class PackedRunner:
         row_safe: bool = False,
         bystanders: Seq[int] = (),
     ) -> None:
-        """Serve a model from a cache that `backend` allocated; the self-test knows what the keywords must be.
+        """Serve a model from a cache that `backend` allocated; the self-test decides the keywords.
 
         Args:
-            single_rows: a row that is computed alone has the bits that it has among others.
+            single_rows: a row computed alone has the same bits as among others, so it needs no padding.
             row_safe: the model calls functions of torch that need `RowSafeFunctions`.
-            bystanders: positions of rows that belong to nobody and are computed in every step, for the self-test.
+            bystanders: positions of rows that belong to no sequence and are computed in every step, for the self-test.
         """
         self._model = _Model(model)
         self._fewest = 1 if single_rows else 2
@@ -107,23 +109,25 @@ class PackedRunner:
 
     @torch.inference_mode()
     def forward(self, schedule: Schedule) -> ForwardResult:
-        """Copy the blocks that the schedule asks for, compute its chunks, store their keys and values."""
+        """Copy the blocks that the schedule names, compute its chunks and store their keys and values."""
         self.cache.copy_blocks(schedule.copies)
         tokens: list[int] = []
         positions: list[int] = []
-        spans: list[Span] = []
+        packed: list[PackedChunk] = []
         last_rows: list[int] = []
         for chunk in schedule.chunks:
             sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
-            spans.append(Span(len(tokens), chunk.count, start, tuple(sequence.block_table[: -(-end // BLOCK_SIZE)])))
+            packed.append(
+                PackedChunk(len(tokens), chunk.count, start, tuple(sequence.block_table[: -(-end // BLOCK_SIZE)]))
+            )
             tokens += chunk.tokens
             positions += range(start, end)
             if chunk.samples:
                 last_rows += range(len(tokens) - 1 - len(chunk.draft), len(tokens))
-        plan = self._backend.plan(self.cache, spans)
+        plan = self._backend.plan(self.cache, packed)
         logits = self._run(tokens, positions, last_rows, plan)
         finite = plan.finite()
-        return ForwardResult(logits, tuple(bool(finite[s.row : s.row + s.count].all()) for s in spans))
+        return ForwardResult(logits, tuple(bool(finite[s.row : s.row + s.count].all()) for s in packed))
 
     def _run(self, tokens: list[int], positions: list[int], rows: list[int], plan: StepPlan) -> Tensor:
         # A product with one row may take another path in a library than the same row among others.
@@ -148,17 +152,17 @@ class PackedRunner:
 
 
 class FallbackRunner:
-    """Computes each sequence alone, with transformers' own cache: slower, never wrong.
+    """Computes each sequence alone, with transformers' own cache: for architectures that cannot be packed.
 
     Needs a scheduler with `whole_prompts`: then a sequence's passes are always the same, one for the prompt and one per
-    token, and nothing around it can change its bits.
+    token, and no other sequence can change its bits.
     """
 
     def __init__(self, model: nn.Module, backend: Backend, vocab_size: int, *, positions: bool = True) -> None:
-        """Serve a model; `positions`: pass `position_ids`, if it takes them (the self-test knows whether to).
+        """Serve a model. `positions`: pass `position_ids` if the model takes them; the self-test decides.
 
         Raises:
-            NotUnderstood: the model takes no cache, so it cannot go on from where it was.
+            NotUnderstood: the model takes no cache, so it cannot continue a sequence.
         """
         self._model = _Model(model)
         self._backend = backend
@@ -173,13 +177,13 @@ class FallbackRunner:
 
     @torch.inference_mode()
     def forward(self, schedule: Schedule) -> ForwardResult:
-        """Run one pass for each chunk; one that fails is an error of its own, as nothing is shared."""
+        """Run one pass for each chunk. A pass that fails is an error of its chunk alone, because nothing is shared."""
         rows: list[Tensor] = []
         errors: dict[int, ReplyFault] = {}
         for number, chunk in enumerate(schedule.chunks):
             try:
                 rows.append(self._pass(chunk.sequence, chunk.start, chunk.start + chunk.count))
-            except Exception as error:  # whatever an architecture does with a text that it cannot take
+            except Exception as error:  # an architecture may raise anything for a text that it cannot take
                 if out_of_memory(error):
                     raise
                 log.exception("a fault in computing a reply")

@@ -1,4 +1,4 @@
-"""What `/proc/cpuinfo` says of this machine's processor. Knows no torch."""
+"""Read this machine's processor from `/proc/cpuinfo`. Knows no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def processor_fields() -> Mapping[str, str]:
 def processor_model() -> str:
     """Return vendor, family, model, stepping and cache size in one line.
 
-    Libraries choose the sizes of their tiles by the cache, so the instruction set alone would not do.
+    Libraries choose tile sizes by the cache size, so the instruction set alone does not determine the bits.
     """
     fields = processor_fields()
     if not fields:

@@ -43,7 +43,7 @@ def pin(model: nn.Module, context_length: int) -> str | None:
 
 
 def _pin(module: Any, layer_type: str | None, context_length: int) -> str | None:
-    # transformers itself chooses: it is asked for the last position of the context, and then not any more.
+    # transformers chooses the set when it is called with the last position of the context; then the set is pinned.
     prefix = "" if layer_type is None else f"{layer_type}_"
     device = getattr(module, f"{prefix}inv_freq").device
     last = torch.tensor([[context_length - 1]], device=device)

@@ -1,9 +1,9 @@
-"""Batch-invariant activations: bits that do not depend on a number's place in its tensor. Knows no model.
+"""Batch-invariant activations: a result's bits do not depend on its place in the tensor. Knows no model.
 
-On a CPU torch computes most numbers of a float32 tensor with vector instructions, and what is left at the end of each
-thread's share one by one, by another formula. For sigmoid, SiLU, softplus and GELU the two differ in their last bits,
-and which numbers are left depends on the number of rows. `exp`, `log1p`, `tanh`, `erf` and arithmetic do not differ, so
-here the four are written with those (measured on AVX2 and AVX-512, docs/log.md, 2026-11-26).
+On a CPU torch computes most numbers of a float32 tensor with vector instructions, and the last few of each
+thread's part one by one, by another formula. For sigmoid, SiLU, softplus and GELU the two differ in their last bits,
+and which numbers come last depends on the number of rows. `exp`, `log1p`, `tanh`, `erf` and arithmetic do not differ,
+so the four are computed with those here (measured on AVX2 and AVX-512, docs/log.md, 2026-11-26).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _SAFE: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
 
 
 def _replacement(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return the function to call instead of one of torch's: itself where nothing is to be replaced."""
+    """Return the function to call in place of `function`: itself if it needs no replacement."""
     safe = _SAFE.get(function)
     if safe is None or "out" in kwargs:
         return function

@@ -1,4 +1,4 @@
-"""Attention in torch, over a cache of plain layout. Knows spans and slots; no model and no request.
+"""Attention in torch, over a cache of plain layout. Knows chunks and slots; no model and no request.
 
 Each sequence attends alone, over its own keys, so no neighbour can change its bits. Two rules make a row's bits
 independent of how its prompt was cut into chunks (measured, docs/decisions/0002):
@@ -17,25 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.compute.attention_mask import KeyRange
-from engine.compute.backend import AttentionSettings, Span
+from engine.compute.backend import AttentionSettings, PackedChunk
 from engine.compute.kv_cache import KEY_BLOCK, KVCache, Run, gather, runs_of
 
 ROWS = 4
 """Query rows are padded to a multiple of this many."""
 
 
-def padded_length(span: Span) -> int:
+def padded_length(chunk: PackedChunk) -> int:
     """Return the length of the key span that a sequence's rows are computed over."""
-    return -(-(span.start + span.count) // KEY_BLOCK) * KEY_BLOCK
+    return -(-(chunk.start + chunk.count) // KEY_BLOCK) * KEY_BLOCK
 
 
 class TorchPlan:
     """A step's attention by torch: slots, masks and runs of slots, each made once for all layers."""
 
-    def __init__(self, cache: KVCache, spans: Sequence[Span]) -> None:
+    def __init__(self, cache: KVCache, chunks: Sequence[PackedChunk]) -> None:
         self.cache = cache
-        self.spans = tuple(spans)
-        self.slots = torch.tensor([slot for span in spans for slot in span.slots()], dtype=torch.int64)
+        self.chunks = tuple(chunks)
+        self.slots = torch.tensor([slot for chunk in chunks for slot in chunk.slots()], dtype=torch.int64)
         """`[rows] int64`: where each row's key and value are stored."""
         self._finite = torch.ones(len(self.slots), dtype=torch.bool)
         self._runs: dict[int, tuple[Run, ...]] = {}
@@ -49,38 +49,38 @@ class TorchPlan:
         seen = self.cache.layers[layer].seen
         plain = not softcap and sinks is None and key.shape[-1] == value.shape[-1]
         output = query.new_zeros(query.shape[1], query.shape[0], value.shape[-1])
-        for span in self.spans:
-            runs, padded = self._runs_of(span), padded_length(span)
+        for chunk in self.chunks:
+            runs, padded = self._runs_of(chunk), padded_length(chunk)
             keys, values = gather(self.cache.keys[layer], runs, padded), gather(self.cache.values[layer], runs, padded)
-            rows = query[:, span.row : span.row + span.count]
+            rows = query[:, chunk.row : chunk.row + chunk.count]
             if plain:
-                result = _fused(self, span, rows, keys, values, seen, scale)
+                result = _fused(self, chunk, rows, keys, values, seen, scale)
             else:
-                result = _blockwise(self, span, rows, keys, values, seen, scale, softcap, sinks)
-            output[span.row : span.row + span.count] = result.transpose(0, 1)
+                result = _blockwise(self, chunk, rows, keys, values, seen, scale, softcap, sinks)
+            output[chunk.row : chunk.row + chunk.count] = result.transpose(0, 1)
         return output
 
     def finite(self) -> Tensor:
         """Return which rows' keys and values were finite in all layers: `[rows] bool`, on the CPU."""
         return self._finite
 
-    def mask(self, span: Span, seen: KeyRange, rows: int, repeat: int, like: Tensor) -> Tensor:
-        """Return the additive mask `[rows, padded_length(span)]`, built once per step and shape for all layers.
+    def mask(self, chunk: PackedChunk, seen: KeyRange, rows: int, repeat: int, like: Tensor) -> Tensor:
+        """Return the additive mask `[rows, padded_length(chunk)]`, built once per step and shape for all layers.
 
-        Queries are laid out as `repeat` copies of the span's rows, then padding.
+        Queries are laid out as `repeat` copies of the chunk's rows, then padding.
         """
-        key = (span.row, seen, rows, repeat, like.device, like.dtype)
+        key = (chunk.row, seen, rows, repeat, like.device, like.dtype)
         mask = self._masks.get(key)
         if mask is None:
-            mask = _additive_mask(span, seen, rows, repeat, like)
+            mask = _additive_mask(chunk, seen, rows, repeat, like)
             self._masks[key] = mask
         return mask
 
-    def _runs_of(self, span: Span) -> tuple[Run, ...]:
-        """Return the slots of a span's tokens and of all before them."""
-        if span.row not in self._runs:
-            self._runs[span.row] = runs_of(span.table, span.start + span.count)
-        return self._runs[span.row]
+    def _runs_of(self, chunk: PackedChunk) -> tuple[Run, ...]:
+        """Return the slots of a chunk's tokens and of all before them."""
+        if chunk.row not in self._runs:
+            self._runs[chunk.row] = runs_of(chunk.table, chunk.start + chunk.count)
+        return self._runs[chunk.row]
 
     def _store(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Write the step's keys and values; a row that is not finite is written as zeros and noted."""
@@ -96,11 +96,11 @@ class TorchPlan:
         self.cache.write(layer, self._slots_on[keys.device], keys, values)
 
 
-def _additive_mask(span: Span, seen: KeyRange, rows: int, repeat: int, like: Tensor) -> Tensor:
-    queries = torch.arange(span.start, span.start + span.count, device=like.device)[:, None]
-    keys = torch.arange(padded_length(span), device=like.device)[None, :]
+def _additive_mask(chunk: PackedChunk, seen: KeyRange, rows: int, repeat: int, like: Tensor) -> Tensor:
+    queries = torch.arange(chunk.start, chunk.start + chunk.count, device=like.device)[:, None]
+    keys = torch.arange(padded_length(chunk), device=like.device)[None, :]
     hidden = (keys > queries) | (keys < seen.first(queries))
-    mask = torch.zeros(span.count, padded_length(span), dtype=like.dtype, device=like.device)
+    mask = torch.zeros(chunk.count, padded_length(chunk), dtype=like.dtype, device=like.device)
     mask = mask.masked_fill_(hidden, float("-inf")).repeat(repeat, 1)
     # Padding rows repeat the last one: their result is thrown away, but a row that sees nothing would be NaN.
     padding = mask[-1:].expand(rows - mask.shape[0], -1)
@@ -108,7 +108,7 @@ def _additive_mask(span: Span, seen: KeyRange, rows: int, repeat: int, like: Ten
 
 
 def _fused(
-    plan: TorchPlan, span: Span, query: Tensor, keys: Tensor, values: Tensor, seen: KeyRange, scale: float
+    plan: TorchPlan, chunk: PackedChunk, query: Tensor, keys: Tensor, values: Tensor, seen: KeyRange, scale: float
 ) -> Tensor:
     """Attend by torch's fused kernel: `[heads, count, dim]`.
 
@@ -120,11 +120,11 @@ def _fused(
     groups = heads // kv_heads
     if count * groups <= 4 * ROWS or groups == 1:
         grouped = _pad_rows(query.reshape(kv_heads, groups * count, dim))
-        mask = plan.mask(span, seen, grouped.shape[1], groups, query)
+        mask = plan.mask(chunk, seen, grouped.shape[1], groups, query)
         out = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], attn_mask=mask, scale=scale)
         return out[0, :, : groups * count].reshape(heads, count, -1)
     grouped = _pad_rows(query.reshape(kv_heads, groups, count, dim))
-    mask = plan.mask(span, seen, grouped.shape[2], 1, query)
+    mask = plan.mask(chunk, seen, grouped.shape[2], 1, query)
     out = F.scaled_dot_product_attention(
         grouped,
         keys[:, None].expand(-1, groups, -1, -1),
@@ -137,7 +137,7 @@ def _fused(
 
 def _blockwise(
     plan: TorchPlan,
-    span: Span,
+    chunk: PackedChunk,
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -156,7 +156,7 @@ def _blockwise(
     heads, count, _ = query.shape
     kv_heads, groups = keys.shape[0], heads // keys.shape[0]
     rows = _pad_rows(query.reshape(kv_heads, groups * count, -1)).float()
-    mask = plan.mask(span, seen, rows.shape[1], groups, rows)
+    mask = plan.mask(chunk, seen, rows.shape[1], groups, rows)
     if sinks is None:
         peak = rows.new_full(rows.shape[:2], float("-inf"))
         total = torch.zeros_like(peak)
@@ -165,7 +165,7 @@ def _blockwise(
         peak = F.pad(per_row, (0, rows.shape[1] - per_row.shape[1]))
         total = torch.ones_like(peak)
     result = rows.new_zeros(kv_heads, rows.shape[1], values.shape[-1])
-    for start in range(0, padded_length(span), KEY_BLOCK):
+    for start in range(0, padded_length(chunk), KEY_BLOCK):
         scores = torch.matmul(rows, keys[:, start : start + KEY_BLOCK].float().transpose(1, 2)) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)

@@ -1,7 +1,7 @@
 """Run the warm child's side of `engine.confined.process`: fork for each call, and let only the fork run the function.
 
 Messages both ways are JSON behind their length; what comes back is data and never code. Imports nothing of the engine
-but what is asked for.
+except the modules of the functions it is asked to run.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Trial:
 
     number: int
     pid: int
-    complaints: int  # a descriptor: what it writes on standard error, which never makes it wait
+    complaints: int  # the descriptor of its standard error, whose writes never block
     deadline: float  # monotonic seconds
     answer: bytearray = field(default_factory=bytearray)
     fault: str = ""
@@ -65,19 +65,19 @@ class _Trial:
 def serve() -> None:
     """Run the warm child: messages on standard input, answers on standard output, until the input ends."""
     limits = json.loads(sys.argv[1])
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to us, too; whoever started us decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to this process, too; its parent decides
         signal.signal(number, signal.SIG_IGN)
-    for number in (signal.SIGCHLD, signal.SIGPROF):  # what our caller ignores or blocks, we inherit
+    for number in (signal.SIGCHLD, signal.SIGPROF):  # undo what was inherited from the parent
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     out = os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # a print of some library is no answer
+    os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # so that no library prints into an answer
     _Warm(limits, out).run()
 
 
 class _Warm:
-    """The warm child's loop: forks, gathers answers, ends trials that are late."""
+    """The warm child's loop: forks, collects answers, ends late trials."""
 
     def __init__(self, limits: dict[str, Any], out: int) -> None:
         self._limits = limits
@@ -128,7 +128,7 @@ class _Warm:
             self._kept = (_function(message["keep"])(message["argument"]),)
             return
         with contextlib.suppress(Exception):
-            _function(message["function"])  # imported here, once; what is wrong with it is said in the trial
+            _function(message["function"])  # imported here, once; the trial reports what is wrong with it
         gc.collect()
         gc.freeze()  # pages that a trial's garbage collector does not touch stay shared
         pipes: list[int] = []
@@ -139,7 +139,7 @@ class _Warm:
             os.set_blocking(to_complaints, False)
             warm = os.getpid()
             pid = os.fork()
-        except OSError as error:  # a bound on processes, descriptors or memory: the next one may do better
+        except OSError as error:  # processes, descriptors or memory ran out; a later call may succeed
             for descriptor in pipes:
                 os.close(descriptor)
             self._reply(message["number"], as_json({"unable": f"no process can be started to try it in: {error}"}))
@@ -154,7 +154,7 @@ class _Warm:
         self._poll.register(answer, select.POLLIN)
 
     def _take(self, descriptor: int, data: bytes) -> None:
-        """Read a piece of a trial's answer; nothing means that it has ended, since only it could write."""
+        """Read a piece of a trial's answer; an empty one means that the trial has ended, since only it could write."""
         trial = self._trials[descriptor]
         if data:
             trial.answer += data if not trial.fault else b""

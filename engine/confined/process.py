@@ -1,11 +1,11 @@
-"""Run our own functions on untrusted input in a child process that may die of it. Knows nothing of grammars or models.
+"""Run our own functions on untrusted input in a child process that may crash. Knows nothing of grammars or models.
 
     caller ──call("module:function", argument)──▶ Confined ══ pipes, JSON ══ the warm child ──fork──▶ a trial
                                                                              imports, `kept`     clock, memory, stack
 
-The warm child is a second interpreter that imports what is asked for once and forks for every call. Only the fork (a
+The warm child is a second interpreter that imports each function once and forks for every call. Only the fork (a
 trial) runs the function: within a bound on processor time and one on memory, on a stack of its own size. A trial that
-crashes, hangs or grows costs its own call and nothing else, and nothing it did is left behind. What comes back is JSON
+crashes, hangs or grows fails its own call and nothing else, and leaves nothing behind. What comes back is JSON
 and never code. A trial ends with the warm child, and that one with the process that started it.
 """
 
@@ -30,7 +30,7 @@ from engine.confined.child import AVAILABLE, HEAD, NUMBER, WALL, as_json, framed
 __all__ = ["AVAILABLE", "Confined", "ConfinedError", "ConfinedFault"]
 
 START_SECONDS: Final = 60.0
-"""For the warm child to import and to make what it keeps; it is ours, so this only ends what hangs."""
+"""Time for the warm child to import modules and make what it keeps; only a child that hangs takes longer."""
 _FAREWELL: Final = 2.0  # seconds for the warm child to end by itself
 _PASSED_ON: Final = ("PATH", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "VIRTUAL_ENV")
 _ENVIRONMENT: Final = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
@@ -43,7 +43,7 @@ _START: Final = (
 class ConfinedFault(Exception):
     """A trial went beyond its limits or crashed: `took longer than 5 seconds`, `ended by SIGSEGV`.
 
-    `passing`: the machine may be to blame (a real clock, a SIGKILL from outside): the same call may do well later.
+    `passing`: the cause may be the machine (real time, a SIGKILL from outside): the same call may succeed later.
     """
 
     def __init__(self, message: str, *, passing: bool = False) -> None:
@@ -65,7 +65,7 @@ class Confined:
     Args:
         name: shown in the list of processes.
         seconds: processor time of one call.
-        memory_bytes: what one call may take beside what the warm child holds.
+        memory_bytes: what one call may take in addition to the warm child's memory.
         stack_bytes: the stack that a function runs on.
         at_once: calls that run at the same time; others wait.
         kept: a function (`module:function`) and what makes its argument: called once in each warm child; every call's
@@ -178,7 +178,7 @@ class _Child:
             with self._writing:
                 self._write(data)
             found = json.loads(answer.result(seconds + START_SECONDS))
-        except TimeoutError:  # the warm child ends every trial before that: it is the one that hangs
+        except TimeoutError:  # the warm child ends every trial earlier, so the child itself hangs
             self._abandon()
         except (ValueError, RecursionError):
             raise ConfinedFault("ended without an answer") from None
@@ -197,7 +197,7 @@ class _Child:
         """Close the pipes, which ends the child, and wait for it."""
         assert self._process.stdin is not None
         if not self._writing.acquire(blocking=False):
-            self._process.kill()  # whoever is writing notices: nothing could be closed under it
+            self._process.kill()  # the thread that is writing then fails, and lets go of the pipe
             self._writing.acquire()
         with contextlib.suppress(OSError):
             self._process.stdin.close()
@@ -223,13 +223,13 @@ class _Child:
         except _GoneError:
             pass  # the reader has seen it
         except BaseException:
-            self._process.kill()  # nobody may wait for what never comes
+            self._process.kill()  # otherwise callers would wait for ever
             raise
         finally:
             self._writing.release()
 
     def _write(self, data: bytes) -> None:
-        """Send a message; end the child if it does not read (somebody has stopped it)."""
+        """Send a message; end the child if it does not read (a stopped process)."""
         assert self._process.stdin is not None
         rest, late = memoryview(data), time.monotonic() + START_SECONDS
         try:

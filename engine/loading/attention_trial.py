@@ -1,7 +1,7 @@
-"""Try attention alone, over more keys than a self-test's prompts have. Knows tensors; nothing of models.
+"""Test attention alone, over more keys than the self-test's prompts have. Knows tensors; nothing of models.
 
-Windows and chunks of thousands of tokens, soft-capped scores and sinks are held against float64, around every border;
-and rows must have the same bits whatever the number of rows they are computed with.
+Windows and chunks of thousands of tokens, soft-capped scores and sinks are compared with float64 around every border;
+and a row must have the same bits whatever the number of rows it is computed with.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from engine.compute.attention_mask import KeyRange
-from engine.compute.backend import AttentionSettings, Backend, Span
+from engine.compute.backend import AttentionSettings, Backend, PackedChunk
 from engine.compute.kv_cache import KEY_BLOCK, LayerShape
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 _FARTHEST = 8192
-"""Longer windows and chunks are tried at a thousand tokens: to the kernels, one length is like another."""
+"""Longer windows and chunks are tried with a thousand tokens: the kernels treat every length alike."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Allowed difference to float64, as a share of the largest result."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionTrial:
-    """A trial of one way of attending that a model has.
+    """A trial of one layer's attention.
 
     Attributes:
         shape, settings: of a layer; backend: what computes its attention.
@@ -58,7 +58,7 @@ class AttentionTrial:
 
     @torch.inference_mode()
     def rows_agree(self) -> bool:
-        """Check that rows in crowds of 1, 3, 33 and 200 have the same bits, across two borders of the key span."""
+        """Check that rows computed 1, 3, 33 and 200 at a time have equal bits, across two borders of the key span."""
         length = 2 * KEY_BLOCK + 40
         tried = _Tried(self.shape, self.settings, length, self.backend)
         whole = tried.attend(0, length)
@@ -75,7 +75,7 @@ class AttentionTrial:
 
 
 class _Tried:
-    """A sequence of numbers of every size and sign, and a cache that holds it."""
+    """A sequence with queries, keys and values of every size and sign, and a cache for it."""
 
     def __init__(self, shape: LayerShape, settings: AttentionSettings, length: int, backend: Backend) -> None:
         self._shape, self._settings, self._length = shape, settings, length
@@ -97,9 +97,9 @@ class _Tried:
 
     def attend(self, start: int, count: int) -> Tensor:
         """Compute tokens `start … start + count - 1` over all keys that lie before: `[count, heads, value_dim]`."""
-        span = Span(0, count, start, self._table[: -(-(start + count) // BLOCK_SIZE)])
+        chunk = PackedChunk(0, count, start, self._table[: -(-(start + count) // BLOCK_SIZE)])
         part = slice(start, start + count)
-        plan = self._backend.plan(self._cache, [span])
+        plan = self._backend.plan(self._cache, [chunk])
         return plan.attend(0, self._query[:, part], self._key[:, part], self._value[:, part], self._settings)
 
     def is_right(self, start: int, count: int) -> bool:
@@ -109,7 +109,7 @@ class _Tried:
         return bool((mine - right).abs().max() <= bound)
 
     def _exact(self, start: int, count: int) -> Tensor:
-        """Compute the same in float64, written down as the formula says."""
+        """Compute the same in float64, straight from the formula."""
         settings, repeat = self._settings, self._settings.heads // self._shape.heads
         rows = torch.arange(start, start + count)[:, None]
         keys = torch.arange(start + count)[None]

@@ -1,4 +1,4 @@
-"""Size the context and the cache from the entry, the model and the memory there is."""
+"""Size the context and the cache by the entry, the model and the free memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from engine.checkpoints.checkpoint import human
 from engine.compute.kv_cache import KEY_BLOCK, LayerShape
 from engine.config import ModelConfig
 from engine.errors import LoadError, NotEnoughMemory
+from engine.host_memory import format_bytes
 from engine.loading.placement import Placement
 from engine.scheduling.block_pool import BLOCK_SIZE
 
@@ -37,7 +37,7 @@ def context_length(config: ModelConfig, model: nn.Module) -> int:
     """
     text = model.config.get_text_config()  # type: ignore[operator,union-attr]
     said = (getattr(text, name, None) for name in _CONTEXT_NAMES)
-    # Not said, or without an end: a length that most machines can hold.
+    # Missing or unbounded: a length that most machines can hold.
     trained = next((int(number) for number in said if isinstance(number, int) and number > 0), 32768)
     if config.context_length and config.context_length > trained:
         raise LoadError(f"{config.id}: context_length is {config.context_length}, the model was built for {trained}.")
@@ -65,8 +65,8 @@ def size_cache(
     least = -(-(config.context_length or 2) // BLOCK_SIZE)
     if blocks < least:
         raise NotEnoughMemory(
-            f"{config.id}: the cache for {least * BLOCK_SIZE} tokens needs {human(least * per_block + spare)}, "
-            f"{human(room)} are given to it; lower context_length or raise cache_size.",
+            f"{config.id}: the cache for {least * BLOCK_SIZE} tokens needs {format_bytes(least * per_block + spare)}, "
+            f"{format_bytes(room)} are given to it; lower context_length or raise cache_size.",
             needed=least * per_block + spare,
             free=room,
         )

@@ -1,8 +1,8 @@
 """Digest what the bits of a reply depend on. Knows files and versions; nothing of requests.
 
-Same fingerprint, same request ⇒ same bytes. So everything that can change a bit goes in, and nothing that cannot: not
-the path, the port, the number of sequences, the size of the cache, and not the number of threads as long as the law
-holds (if it does not, that is in, too).
+Same fingerprint, same request ⇒ same bytes. So it covers everything that can change a bit, and nothing else: not the
+path, the port, the number of sequences or the size of the cache; the number of threads only where the law does not
+hold.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _file_digest(path: Path) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Hash how a tokenizer makes tokens of text, and its special tokens, whatever files they came from."""
+    """Hash a tokenizer's rules and special tokens, whatever files they came from."""
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     named = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     digest.update(json.dumps(named, sort_keys=True).encode())

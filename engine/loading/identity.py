@@ -31,7 +31,7 @@ log = logging.getLogger("verbatim.engine")
 
 @dataclass(frozen=True, slots=True)
 class ReadyModel:
-    """The weights' side of a model, once it is prepared for serving and tried.
+    """A model that is prepared for serving and tested, without its text side.
 
     Attributes:
         weights: SHA-256 of the files; longrope: which rotary frequencies were pinned, if it has two sets.
@@ -52,7 +52,7 @@ class ReadyModel:
 
 
 def describe(config: ModelConfig, found: Checkpoint, ready: ReadyModel, text: TextSide, size: CacheSize) -> ModelInfo:
-    """Gather what is known of a model, its fingerprint included."""
+    """Gather everything in `ModelInfo`, the fingerprint included."""
     reasoning = text.chat_format.reasoning
     defaults = _default_sampling(config, found.folder)
     return ModelInfo(
@@ -91,7 +91,7 @@ def _parts(
         "dtype": str(ready.placement.dtype),
         "runner": ready.runner,
         "longrope": ready.longrope,
-        # What a request leaves open is filled in from these.
+        # They fill in the fields that a request leaves out.
         "defaults": defaults,
         "end_ids": text.end_ids,
         "template_clock": config.template_clock,

@@ -1,4 +1,4 @@
-"""Load an entry of models.yaml: from a name to a model that is tried and ready to run.
+"""Load an entry of models.yaml: from its checkpoint to a tested model that is ready to run.
 
 Order: look at the files, compare needed and free memory, read the weights, replace modules by the backend's, run the
 self-test, size the cache. Safetensors and GGUF files, nothing pickled; no network; no remote code unless the entry says
@@ -14,14 +14,15 @@ import torch
 from torch import nn
 
 from engine.checkpoints import checkpoint, claims, gguf_file
-from engine.checkpoints.checkpoint import Checkpoint, human, words
+from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.reading import check_vocabulary, load_model
 from engine.compute import rotary
 from engine.compute.backend import Progress
 from engine.compute.model_runner import FallbackRunner, PackedRunner, Runner
 from engine.config import ModelConfig
-from engine.errors import LoadError, NotEnoughMemory, VerbatimError, out_of_memory, panicked
+from engine.errors import LoadError, NotEnoughMemory, VerbatimError, one_line, out_of_memory, panicked
+from engine.host_memory import format_bytes
 from engine.loading import fingerprint, identity, versions
 from engine.loading.cache_size import CacheSize, context_length, size_cache
 from engine.loading.identity import ReadyModel
@@ -44,7 +45,7 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
     try:
         return _load(config, pull, progress or (lambda _: None))
     except VerbatimError as error:
-        told = checkpoint.line(error.message, _LONGEST_MESSAGE)  # it may quote a stranger's file
+        told = one_line(error.message, _LONGEST_MESSAGE)  # it may quote a stranger's file
         if isinstance(error, LoadError) and told.startswith(f"{config.id}: "):
             error.message, error.args = told, (told,)
             raise
@@ -53,8 +54,10 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
         if not isinstance(error, Exception) and not panicked(error):
             raise
         if out_of_memory(error):
-            raise NotEnoughMemory(f"{config.id}: memory ran out while the model was loaded: {words(error)}") from error
-        raise LoadError(f"{config.id}: cannot be loaded: {type(error).__name__}: {words(error)}") from error
+            raise NotEnoughMemory(
+                f"{config.id}: memory ran out while the model was loaded: {one_line(error)}"
+            ) from error
+        raise LoadError(f"{config.id}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
@@ -67,9 +70,9 @@ def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
     placement = place(config, found)
     if config.threads:
         torch.set_num_threads(config.threads)
-    with ThreadPoolExecutor(max_workers=2) as pool:  # the files are hashed, and templates tried, while others are read
+    with ThreadPoolExecutor(max_workers=2) as pool:  # hashes files and tries templates while weights are read
         digest = pool.submit(fingerprint.weights_digest, found.files)
-        say(f"reading {human(found.stored_bytes)} of weights")
+        say(f"reading {format_bytes(found.stored_bytes)} of weights")
         files = TextFiles.read(config, folder, file)
         trials = files.start_trials(pool)
         ready = _prepare(config, found, file, placement, files, digest.result, say)
@@ -88,7 +91,7 @@ def _prepare(
     weights: Callable[[], str],
     say: Progress,
 ) -> ReadyModel:
-    """Read the weights, give the model its backend, and try it."""
+    """Read the weights, fuse the model for its backend, and test it."""
     model = load_model(config, found, placement.dtype, placement.device_map, file)
     check_vocabulary(config, files.tokenizer, model)
     vocab_size, length = _vocab_size(model), context_length(config, model)

@@ -1,4 +1,4 @@
-"""Decide where a model is computed: device, dtype, whether it fits, and which backend. The only choice of a backend."""
+"""Decide where a model is computed: device, dtype, backend, and whether it fits. Only this file chooses a backend."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from engine.checkpoints import quantized
-from engine.checkpoints.checkpoint import Checkpoint, human
+from engine.checkpoints.checkpoint import Checkpoint
 from engine.compute.backend import Backend, Progress
 from engine.compute.cpu.backend import CpuBackend
-from engine.compute.cpu.kernels import Kernels, KernelsUnavailable
+from engine.compute.cpu.kernels import Kernels, NoKernels
 from engine.compute.linear import choose_linear
 from engine.compute.torch_backend import TorchBackend
 from engine.config import ModelConfig
 from engine.errors import LoadError, NotEnoughMemory
-from engine.host_memory import free_memory
+from engine.host_memory import format_bytes, free_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The dtypes that a model can be computed in, by the names that entries and checkpoints have for them."""
@@ -32,7 +32,7 @@ class Placement:
 
     Attributes:
         device: where logits arrive; device_map: accelerate's, for all modules.
-        stored: the checkpoint's dtype, as far as a model could be computed in it.
+        stored: the checkpoint's dtype; float32 if no model can be computed in that one.
     """
 
     device: torch.device
@@ -74,17 +74,17 @@ def place(config: ModelConfig, found: Checkpoint) -> Placement:
 
 
 def choose_backend(config: ModelConfig, placement: Placement, model: nn.Module, progress: Progress) -> Backend:
-    """Choose what computes the model: compiled kernels where they exist and compute rightly, else torch.
+    """Choose the model's backend: compiled kernels where they exist and compute rightly, else torch.
 
     Raises:
-        LoadError: the entry asks for a quantisation that only compiled kernels have, and they are not to be had.
+        LoadError: the entry asks for a quantisation that only compiled kernels have, and there are none that work.
     """
     if not placement.has_kernels:
         return TorchBackend(placement.device)
     kernels, why = None, ""
     try:
         kernels = Kernels.load(progress=progress)
-    except KernelsUnavailable as error:
+    except NoKernels as error:
         why = str(error)
     if kernels is None and config.quantization:
         raise LoadError(f"{config.id}: quantization: {config.quantization} needs compiled kernels: {why}.")
@@ -103,7 +103,7 @@ def choose_backend(config: ModelConfig, placement: Placement, model: nn.Module, 
 
 
 def _resolve_device(config: ModelConfig) -> tuple[torch.device, Any]:
-    """Return the device that logits come to, and accelerate's device map."""
+    """Return the device on which logits arrive, and accelerate's device map."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,8 +137,8 @@ def _check_memory(config: ModelConfig, found: Checkpoint, placement: Placement) 
     if needed > free:
         place = "memory" if placement.on_cpu else "GPU memory"
         raise NotEnoughMemory(
-            f"{config.id}: the weights need {human(needed)} of {place} as {str(dtype).removeprefix('torch.')}, "
-            f"{human(free)} are free.",
+            f"{config.id}: the weights need {format_bytes(needed)} of {place} as {str(dtype).removeprefix('torch.')}, "
+            f"{format_bytes(free)} are free.",
             needed=needed,
             free=free,
         )

@@ -1,6 +1,6 @@
-"""Try a loaded model on this machine: is it computed rightly, and are its bits batch-invariant and deterministic?
+"""Test a loaded model on this machine: that it is computed rightly, and that its bits are batch-invariant.
 
-`Reference` is one plain pass of transformers, without a cache, over fixed prompts and what follows them; it is taken
+`Reference` is one plain pass of transformers, without a cache, over fixed prompts and continuations; it is computed
 before the model is prepared for serving. `self_test` then generates the same tokens through the runner that will serve:
 
     packed, if it agrees with the reference  →  fallback, if it agrees  →  refused, with the numbers
@@ -25,7 +25,7 @@ from engine.compute.discovery import discover, input_device
 from engine.compute.kv_cache import KVCache, LayerShape, runs_of
 from engine.compute.model_runner import FallbackRunner, PackedRunner, Runner
 from engine.compute.row_safe import RowSafeFunctions
-from engine.errors import LoadError, out_of_memory
+from engine.errors import LoadError, first_line, out_of_memory
 from engine.loading.attention_trial import AttentionTrial
 from engine.scheduling.block_pool import BLOCK_SIZE, BlockPool
 from engine.scheduling.scheduler import Scheduler
@@ -35,12 +35,12 @@ from engine.types.sampling_params import SamplingParams
 
 _SHORT = (21, 9, 5, 3)
 _LONG = 200
-"""Lengths of prompts. The long one leaves every tile of a kernel, and makes steps of hundreds of rows."""
+"""Lengths of prompts. The long one spans several tiles of every kernel, and makes steps of hundreds of rows."""
 _DECODED = 3
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Allowed difference to plain transformers, as a share of the largest logit."""
 _ROUNDED_TOLERANCE = 2e-1
-"""The same where weights and inputs are rounded to bytes, which the reference knows nothing of."""
+"""The same where weights and inputs are rounded to bytes, which they are not in the reference."""
 _TIE = 1e-1
 """Allowed difference of a single row: the last bit of a sum can decide which expert a router chooses."""
 
@@ -50,7 +50,7 @@ class SelfTest:
     """The outcome: which runner serves the model, what that runner must be told, and whether the law holds.
 
     `layers`: what each layer stores; None where the fallback runner serves, and `report.reason` says why.
-    `single_rows`: a token that is computed alone needs no padding to keep its bits (packed runner).
+    `single_rows`: a token computed alone has the same bits as among others, without padding (packed runner).
     `row_safe`: the model calls functions of torch that need `RowSafeFunctions` (packed runner).
     `positions`: the model must be told positions (fallback runner).
     """
@@ -64,7 +64,7 @@ class SelfTest:
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """A prompt, and the tokens that are appended to it whatever the model would choose."""
+    """A prompt, and fixed tokens that are appended to it in place of the model's own."""
 
     prompt: tuple[int, ...]
     rest: tuple[int, ...]
@@ -76,7 +76,7 @@ class _Run:
 
     Attributes:
         logits: `[_DECODED, vocab] float32`: of the prompt's last token and of those that follow.
-        stored: keys and values of the text's full blocks, of all layers; None in the fallback runner.
+        stored: the keys and values of the text's full blocks in all layers; None in the fallback runner.
     """
 
     logits: Tensor
@@ -129,7 +129,7 @@ class Reference:
 
         Numbers that a model masks out (infinite, or as good as) must be masked out in both.
         """
-        scale = max(max(float(plain[_is_said(plain)].abs().max()) for plain in self.logits), 1e-6)
+        scale = max(max(float(plain[_is_unmasked(plain)].abs().max()) for plain in self.logits), 1e-6)
         rows = [
             _distance(mine, right) / scale
             for run, plain in zip(runs, self.logits, strict=True)
@@ -145,17 +145,17 @@ class Reference:
         )
 
 
-def _is_said(logits: Tensor) -> Tensor:
+def _is_unmasked(logits: Tensor) -> Tensor:
     """Tell where a logit is a number and not a mask."""
     return ~(logits.abs() > 1e30)
 
 
 def _distance(mine: Tensor, right: Tensor) -> float:
     """Return the largest difference of two rows; infinite if they do not mask out the same entries."""
-    said = _is_said(right)
-    if not torch.equal(said, _is_said(mine)) or not torch.equal(mine[~said], right[~said]):
+    unmasked = _is_unmasked(right)
+    if not torch.equal(unmasked, _is_unmasked(mine)) or not torch.equal(mine[~unmasked], right[~unmasked]):
         return float("inf")
-    return float((mine[said] - right[said]).abs().max())
+    return float((mine[unmasked] - right[unmasked]).abs().max())
 
 
 def self_test(
@@ -168,7 +168,7 @@ def self_test(
     *,
     rounded: bool = False,
 ) -> SelfTest:
-    """Choose the runner that serves the model, and try the law. Leaves the model with that runner's attention.
+    """Choose the runner that serves the model, and test the law. Leaves the model with that runner's attention.
 
     Args:
         length: how many tokens a sequence may have.
@@ -204,17 +204,18 @@ def self_test(
     for trial in trials:
         if not trial.is_right():
             return fallback(f"attention is wrong over {trial.describe()}")
-    return _law(model, reference, packed, alone, crowd, trials, dtype)
+    return _law(model, backend, reference, packed, alone, crowd, trials, dtype)
 
 
 def _attention_trials(found: Discovery, backend: Backend) -> list[AttentionTrial]:
-    """Make one trial for each way of attending that the model's layers have."""
+    """Make one trial for each combination of shape and settings that the model's layers have."""
     ways = {(shape, found.settings[i].kind): i for i, shape in found.layers.items()}
     return [AttentionTrial(found.layers[i], found.settings[i], backend) for i in ways.values()]
 
 
 def _law(
     model: nn.Module,
+    backend: Backend,
     reference: Reference,
     packed: _Packed,
     alone: list[_Run],
@@ -235,33 +236,34 @@ def _law(
         "threads": threads,
         "key spans": all(trial.rows_agree() for trial in trials),
     }
-    holds, reason = verdict(checks, type(model).__name__, dtype, packed.layers[0].device)
+    where = f"({type(model).__name__}, {dtype}, {packed.layers[0].device})".replace("torch.", "")
+    holds, reason = verdict(checks, backend.breaks_law, where)
     single = holds and _equal(few_alone[:2], [packed.run([text], single_rows=True)[0] for text in few[:2]])
     return SelfTest(packed.layers, ReproducibilityReport(holds, reason, tuple(checks.items())), single, packed.row_safe)
 
 
-def verdict(checks: Mapping[str, bool], model: str, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-    """Decide from the trials whether the law holds, and say why.
+def verdict(checks: Mapping[str, bool], breaks_law: str | None, where: str) -> tuple[bool, str]:
+    """Decide whether the law holds, and say why.
 
-    Trials find faults; what makes the promise is that every operation is known to treat each row by itself. On a GPU
-    products are the vendor's library's, which picks a kernel by the number of rows: small models pass every trial (seen
-    on an H100 in bfloat16) and real ones do not, so it is not promised there, whatever the trials say.
+    Args:
+        checks: which trials found equal bits, by name.
+        breaks_law: why the backend cannot keep the law, whatever the trials say; None if it can.
+        where: model, dtype and device, for the message.
     """
-    where = f"({model}, {dtype}, {device})".replace("torch.", "")
     if wrong := [name for name, right in checks.items() if not right]:
         return False, f"bits differ: {', '.join(wrong)} {where}"
-    if device.type != "cpu":
-        return False, f"no trial found other bits, but products on a GPU depend on the number of rows {where}"
+    if breaks_law is not None:
+        return False, f"no trial found other bits, but {breaks_law} {where}"
     return True, "the same bits alone, packed, chunked and on one thread"
 
 
 def _fallback(
     model: nn.Module, backend: Backend, reference: Reference, vocab_size: int, tolerance: float, own: str, reason: str
 ) -> SelfTest:
-    """Take the fallback runner, if it computes what plain transformers does.
+    """Choose the fallback runner if it agrees with plain transformers.
 
     Raises:
-        LoadError: it does not either; with both reasons.
+        LoadError: it does not agree either; names both reasons.
     """
     name = type(model).__name__
     objections: list[str] = []
@@ -269,7 +271,7 @@ def _fallback(
         model.set_attn_implementation(own)  # type: ignore[operator]
     except Exception as error:
         raise LoadError(f"{name} cannot be served: not packed ({reason}); {first_line(error)}.") from error
-    for positions in (True, False):  # some count their own, from another number than 0
+    for positions in (True, False):  # some models count positions themselves, and not from 0
         try:
             difference = reference.difference(_alone(model, backend, reference.texts, vocab_size, positions), tolerance)
         except Exception as error:  # whatever an unknown architecture does
@@ -284,7 +286,7 @@ def _fallback(
 
 
 def _alone(model: nn.Module, backend: Backend, texts: Seq[_Text], vocab_size: int, positions: bool) -> list[_Run]:
-    """Generate all texts at once through the fallback runner: what one leaves behind must not reach another."""
+    """Generate all texts at once through the fallback runner, so that state leaking between sequences shows."""
     blocks = sum(-(-(len(text.prompt) + _DECODED) // BLOCK_SIZE) for text in texts)
     scheduler = Scheduler(
         BlockPool(blocks, BLOCK_SIZE, caching=False), max_sequences=len(texts), max_batch_tokens=512, whole_prompts=True
@@ -329,7 +331,7 @@ class _Packed:
 
 
 def _generate(runner: Runner, scheduler: Scheduler, texts: Seq[_Text], cache: KVCache | None = None) -> list[_Run]:
-    """Compute all texts at once with a runner. `cache`: the runner's, if what is stored there is to be compared."""
+    """Compute all texts at once with a runner. `cache`: the runner's, if its contents are to be compared."""
     params = SamplingParams(max_tokens=_DECODED)
     sequences = [Sequence(str(i), 0, text.prompt, params, 0) for i, text in enumerate(texts)]
     rest = {sequence: text.rest for sequence, text in zip(sequences, texts, strict=True)}
@@ -355,7 +357,7 @@ def _generate(runner: Runner, scheduler: Scheduler, texts: Seq[_Text], cache: KV
 
 
 def _stored(cache: KVCache, table: Seq[int]) -> tuple[Tensor, ...]:
-    """Copy a sequence's full blocks, of all layers: they show what the logits of a few rows may hide."""
+    """Copy a sequence's full blocks in all layers: they show differences that the logits of a few rows may hide."""
     if len(table) < 2:
         return ()
     runs = runs_of(table, (len(table) - 1) * BLOCK_SIZE)
@@ -376,13 +378,8 @@ def _on_one_thread(test: Callable[[], bool]) -> bool:
         torch.set_num_threads(threads)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error, short enough for a sentence."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
-
-
 def _usable_ids(model: nn.Module, vocab_size: int) -> range:
-    """Return token ids to try; padding is no text, and some models do not count it."""
+    """Return the ids to try; not the padding token, which some models do not count as a position."""
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)  # type: ignore[operator,union-attr]
     if not isinstance(padding, int) or not 0 <= padding < vocab_size:
         return range(vocab_size)

@@ -1,8 +1,8 @@
-"""Render a chat template for the first time in a child process that may die of it. Knows no tokens and no model.
+"""Render a chat template for the first time in a child process, which may crash. Knows no tokens and no model.
 
-A template belongs to a checkpoint and is a stranger's. Each rendering has a budget (`engine.templates.budget`), which
-refuses it by count; the child has a clock and a memory limit, for what nobody has counted. What has gone well there is
-done again here. Where a system has no such processes (Windows), the budget alone holds.
+A template comes with a checkpoint and is untrusted. Each rendering has a budget (`engine.templates.budget`), which
+limits counted work; the child limits time and memory, for work that is not counted. What succeeds there is rendered
+again in this process. Where a system has no such child processes (Windows), only the budget applies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.templates.chat_template import ChatTemplate
 __all__ = ["check", "render"]
 
 SECONDS: Final = 20.0
-"""Of processor time, for the dozen renderings below. Those of published templates take 5 milliseconds together."""
+"""Processor time for the dozen renderings below. A published template takes 5 milliseconds for all of them."""
 MEMORY: Final = 1 << 30
 
 
@@ -26,7 +26,7 @@ def check(source: str | None, tool_use: str | None, special_tokens: Mapping[str,
     """Render everything that loading renders, in a child process.
 
     Raises:
-        LoadError: the template is none, or went beyond the limits.
+        LoadError: the template is not valid, or exceeds the limits.
     """
     if source is None or not AVAILABLE:
         return
@@ -43,7 +43,7 @@ def check(source: str | None, tool_use: str | None, special_tokens: Mapping[str,
 
 
 def render(given: Mapping[str, Any]) -> None:
-    """Render everything that loading renders: whether texts come in parts, how thoughts and calls are written."""
+    """Render everything that loading renders: to find how content, thoughts and calls are written."""
     template = ChatTemplate(given["source"], given["special_tokens"], tool_use=given["tool_use"])
     reasoning.find_reasoning_format(template)
     tool_format.find_tool_format(template)

@@ -49,7 +49,7 @@ class TextFiles:
         return cls(tokenizer, template, given, shipped if isinstance(shipped, dict) else None)
 
     def start_trials(self, pool: Executor) -> list[Future[None]]:
-        """Start to try the templates in child processes; the results raise LoadError where one is not to be trusted."""
+        """Start trials of the templates in child processes; the results raise LoadError for one that fails."""
         sources = ChatTemplate.sources(self.tokenizer, self.template)
         expressions = self.given if self.given is not None else self.shipped
         return [
@@ -60,7 +60,7 @@ class TextFiles:
 
 @dataclass(frozen=True, slots=True)
 class TextSide:
-    """What turns messages into tokens and tokens into replies, for one model.
+    """Everything that turns messages into tokens and tokens into replies, for one model.
 
     Attributes:
         end_ids: the tokens that end an answer.
@@ -133,8 +133,8 @@ def _end_ids(found: Checkpoint, model: nn.Module, tokenizer: Any, vocab_size: in
 
 
 def _plain_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    """Return a function from text to ids for which the name of a special token is text like any other."""
-    plain = copy.deepcopy(tokenizer.backend_tokenizer)  # the switch is the tokenizer's, and prompts want it off
+    """Return a function from text to ids that reads the names of special tokens as ordinary text."""
+    plain = copy.deepcopy(tokenizer.backend_tokenizer)  # a copy, because prompts need the switch off
     plain.encode_special_tokens = True
     plain.no_truncation()
     plain.no_padding()

@@ -24,8 +24,7 @@ def tried() -> dict[str, tuple[str, ...]]:
 
 
 def untried() -> dict[str, str]:
-    """Return installed versions outside the tried ones, by library. One that is not installed is not used, and left
-    out.
+    """Return installed versions outside the tried ones, by library; a library that is not installed is left out.
 
     The build of a release (`+cpu`, `+cu130`) is not compared: it is in the fingerprint in any case.
     """

@@ -91,7 +91,7 @@ class Filters:
     def __iter__(self) -> Iterator[Filter]:
         return iter(self._filters)
 
-    def span(self, start: int, end: int) -> Filters:
+    def part(self, start: int, end: int) -> Filters:
         return self if end - start == len(self) else Filters(self._filters[start:end], self._table[start:end])
 
     def pick(self, rows: list[int]) -> Filters:
@@ -256,7 +256,7 @@ def keep_all(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters) -
     return Kept(rows, scores, None)
 
 
-def keep_first(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters, span: int | None = None) -> list[Kept]:
+def keep_first(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters, head: int | None = None) -> list[Kept]:
     """Apply top_k, then top_p, then min_p to tokens in order: likeliest first, equals by lowest id.
 
     top_k keeps exactly k. top_p keeps the shortest run whose mass is at least top_p of what top_k left, and at least
@@ -264,21 +264,21 @@ def keep_first(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters,
     place where the mass is reached, which costs more than sorting a few and much less than sorting all.
 
     Args: as `keep_all`, but every filter must be one that sorts, and
-        span: how many tokens to sort at first; changes nothing but the cost. None: what is cheapest.
+        head: how many tokens to sort at first; changes nothing but the cost. None: what is cheapest.
 
     Returns:
         One or two parts, which together hold all rows.
     """
     assert all(c.sorts for c in filters)
     width = logits.shape[-1]
-    if span is None:
-        span = width if logits.numel() <= _SMALL else _FEW
-    span = min(width, max(span, *(c.top_k for c in filters)))
+    if head is None:
+        head = width if logits.numel() <= _SMALL else _FEW
+    head = min(width, max(head, *(c.top_k for c in filters)))
     totals = _totals(logits, peaks, filters)
-    ids = largest(order_keys(logits), span)
+    ids = largest(order_keys(logits), head)
     scores = scaled(logits.gather(1, ids), peaks, filters.temperatures)
     reached = _ban_rest(scores, totals, filters)
-    if span == width or all(reached):
+    if head == width or all(reached):
         filters.apply_min_p(scores)
         return [Kept(rows, scores, ids)]
     parts = []
@@ -306,7 +306,7 @@ def _totals(logits: Tensor, peaks: Tensor, filters: Filters) -> Tensor:
 
 
 def _ban_rest(scores: Tensor, totals: Tensor, filters: Filters) -> list[bool]:
-    """Ban what top_k and top_p leave out of sorted `scores` `[n, span]`, in place. Returns which rows that settles."""
+    """Ban what top_k and top_p leave out of sorted `scores` `[n, head]`, in place. Returns which rows that settles."""
     mass = None
     if any(c.top_k for c in filters):
         outside = torch.arange(scores.shape[-1], device=scores.device) >= filters.firsts

@@ -251,7 +251,7 @@ class Sampler:
         while start < len(ways):
             after = bisect_right(ways, ways[start])
             for i, j in self._parts(start, after):
-                group = list(range(i, j)), work[i:j], peaks[i:j], filters.span(i - first, j - first)
+                group = list(range(i, j)), work[i:j], peaks[i:j], filters.part(i - first, j - first)
                 for kept in [keep_all(*group)] if ways[start] == 1 else keep_first(*group):
                     self._draw(answers, kept, _take(key, [row - first for row in kept.rows]), work)
             start = after

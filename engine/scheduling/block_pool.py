@@ -1,7 +1,7 @@
-"""Tracks the cache's blocks: who holds each, what it contains, which is reused next. Knows no tensor and no request.
+"""Tracks the cache's blocks: who holds each, what it contains, which is taken next. Knows no tensor and no request.
 
     block ──┬── held    reference count > 0: in the table of one or more sequences
-            ├── cached  count 0, content known: a request with the same tokens takes it back; oldest reused first
+            ├── cached  count 0, content known: a request with the same tokens reuses it; oldest taken first
             └── blank   count 0, content meaningless
 
 A cached content is addressed by its token ids and by what it follows: the uid of the content before it, or, for a first
@@ -56,7 +56,7 @@ class _Content:
 class BlockPool:
     """Hands out `num_blocks` blocks of `block_size` tokens each.
 
-    Ownership: a sequence's table holds one reference to each of its blocks, taken by `allocate`, `share` or `fork`
+    Ownership: a sequence's table holds one reference to each of its blocks, taken by `allocate`, `reuse` or `fork`
     and given back by `release`, on every way out.
     """
 
@@ -87,10 +87,6 @@ class BlockPool:
     def references(self, block: int) -> int:
         return self._references[block]
 
-    def is_cached(self, block: int) -> bool:
-        """Whether its content can be found by `match`."""
-        return block in self._contents
-
     # -- taking blocks ------------------------------------------------------------------------------------------
 
     def allocate(self, count: int, owner: Hashable, *, after: int | None = None, expected: int = 0) -> list[int]:
@@ -116,8 +112,8 @@ class BlockPool:
             taken.append(after)
         return taken
 
-    def share(self, block: int) -> None:
-        """Take one more reference to a block that is held or cached."""
+    def reuse(self, block: int) -> None:
+        """Take one more reference to a block that is held or cached, for a sequence that reads its content."""
         if self._references[block] == 0:
             del self._cached[block]
         self._references[block] += 1

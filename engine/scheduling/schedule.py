@@ -47,14 +47,14 @@ class Draw:
     Attributes:
         sequence: the choice that draws.
         row: the row of the step's logits to draw from; the choices of a prompt share one.
-        draft: draft tokens between the sequence and this place, taken to be right.
-        guess: the draft token that stands at this place; None behind the last one.
+        draft: the draft tokens before this position, assumed to be right.
+        draft_token: the draft token at this position; None behind the last one.
     """
 
     sequence: Sequence
     row: int
     draft: tuple[int, ...] = ()
-    guess: int | None = None
+    draft_token: int | None = None
 
     @property
     def params(self) -> SamplingParams:
@@ -102,9 +102,9 @@ class Schedule:
         for chunk in self.chunks:
             if not chunk.samples:
                 continue
-            guesses: tuple[int | None, ...] = (*chunk.draft, None)
-            for count, guess in enumerate(guesses):
-                self.draws.append(Draw(chunk.sequence, row + count, chunk.draft[:count], guess))
+            draft_tokens: tuple[int | None, ...] = (*chunk.draft, None)
+            for count, draft_token in enumerate(draft_tokens):
+                self.draws.append(Draw(chunk.sequence, row + count, chunk.draft[:count], draft_token))
             self.draws += [Draw(fork, row) for fork in chunk.forks if fork.state is SequenceState.RUNNING]
             row += chunk.num_rows
 
@@ -116,7 +116,7 @@ class Schedule:
             mine = places.setdefault(id(draw.sequence), [])
             assert not mine or (before is not None and before.sequence is draw.sequence), "a sequence's draws are apart"
             assert draw.sequence.state is SequenceState.RUNNING
-            assert draw.draft == tuple(previous.guess for previous in mine)
+            assert draw.draft == tuple(previous.draft_token for previous in mine)
             assert not mine or draw.row == mine[-1].row + 1
             mine.append(draw)
-        assert all(draws[-1].guess is None for draws in places.values())
+        assert all(draws[-1].draft_token is None for draws in places.values())

@@ -197,7 +197,7 @@ class Scheduler:
         if needed + revived > self.pool.num_free:
             return False
         for block in match.blocks:
-            self.pool.share(block)
+            self.pool.reuse(block)
         sequence.block_table = list(match.blocks)
         sequence.block_uids = list(match.uids)
         sequence.num_computed = len(match.blocks) * self.pool.block_size

@@ -1,4 +1,4 @@
-"""A conversation: its messages, and the tool calls in them."""
+"""The messages of a conversation, and the tool calls in them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn. `role` is one of `system`, `developer`, `user`, `assistant`, `tool`.
+    """One message. `role` is one of `system`, `developer`, `user`, `assistant`, `tool`.
 
-    `reasoning_content`: an assistant's thoughts, for templates that show earlier ones to the model. `tool_calls`: what
-    an assistant called; `tool_call_id`: the call that a `tool` turn answers.
+    `reasoning_content`: an assistant's thoughts, for templates that show earlier thoughts to the model. `tool_calls`:
+    what an assistant called; `tool_call_id`: the call that a `tool` message answers.
     """
 
     role: str

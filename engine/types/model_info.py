@@ -1,4 +1,4 @@
-"""What is known of a loaded model, and of the engine that runs it."""
+"""Facts about a loaded model, and counters of the engine that runs it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class ReproducibilityReport:
-    """What the load-time self-test found: do the bits of a reply depend on the request alone, here?"""
+    """Whether the law holds for a loaded model on this machine, as its self-test found."""
 
     holds: bool
     reason: str
-    """One sentence; why not, if not."""
+    """Why the law holds or does not, in one sentence."""
     checks: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What is known of a loaded model."""
+    """Facts about a loaded model."""
 
     id: str
     created: int
@@ -39,17 +39,17 @@ class ModelInfo:
     linear: str = "torch"
     """What computes the linear layers: `native` (compiled here), `native int8`, `packed`, `strict` or `torch`."""
     reasoning: tuple[str, str] | None = None
-    """What stands before and after the model's thoughts; None if its template knows of none."""
+    """The delimiters before and after the model's thoughts; None if its template has none."""
     tool_calls: str = ""
-    """How the model is taken to write a tool call."""
+    """How the model writes a tool call, as far as it is known."""
     tool_calls_source: str = "generic"
-    """Where that was learnt: `models.yaml`, `tokenizer`, `chat template`, `table (NAME)`, or `generic`: the template
-    knows no tools, and they are explained in a system turn."""
+    """Where this was learnt: `models.yaml`, `tokenizer`, `chat template`, `table (NAME)`, or `generic`: the template
+    knows no tools, and a system message explains them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """A snapshot, cheap enough to be asked for at every scrape."""
+    """A snapshot of the engine's state and counters, cheap enough for every scrape."""
 
     alive: bool
     stalled: bool
@@ -64,5 +64,5 @@ class EngineStats:
     blocks_total: int
     blocks_free: int
     drafted_tokens: int = 0
-    """Tokens that were guessed, of which `accepted_tokens` came."""
+    """Draft tokens computed; `accepted_tokens` of them were kept."""
     accepted_tokens: int = 0

@@ -1,4 +1,4 @@
-"""What comes back step by step: `RequestOutput`, its deltas, and what was used."""
+"""What the engine returns step by step: `RequestOutput`, its deltas, and token counts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from engine.types.messages import ToolCall
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 NEGATIVE_INFINITY_LOGPROB: Final = -9999.0
-"""What a log-probability of minus infinity is written as: JSON has no infinities (the OpenAI API does the same)."""
+"""Stands for a log-probability of minus infinity, which JSON cannot write (as in the OpenAI API)."""
 
 
 @dataclass(frozen=True, slots=True)
 class TopLogprob:
-    """`token` is text, or `bytes:\\xe2\\x80` for a token that is no whole character; `bytes` its true bytes."""
+    """An alternative. `token` is text, or `bytes:\\xe2\\x80` for an incomplete character; `bytes`: its true bytes."""
 
     token_id: int
     token: str
@@ -38,7 +38,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceDelta:
-    """What one step added to one choice. Joined over all steps they are the whole answer."""
+    """What one step added to one choice. The deltas of all steps, joined, are the whole reply."""
 
     index: int
     text: str
@@ -47,13 +47,15 @@ class ChoiceDelta:
     finish_reason: FinishReason | None = None
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
-    """Calls that became whole in this step."""
+    """Calls completed in this step."""
     schema_error: str | None = None
     """With the finish reason, where a schema could not be enforced whole: why the text is not valid; empty if it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """How many tokens a request has used."""
+
     prompt_tokens: int
     completion_tokens: int
     """Over all choices."""
@@ -68,7 +70,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What one step did for one request. `finished` is set exactly once, on the last output; `error` only there."""
+    """One step's result for one request. `finished` is set exactly once, on the last output; `error` only there."""
 
     request_id: str
     deltas: tuple[ChoiceDelta, ...]
@@ -78,5 +80,5 @@ class RequestOutput:
 
 
 def clean_logprob(value: float) -> float:
-    """A log-probability as JSON can carry it."""
+    """Return a log-probability that JSON can write."""
     return value if math.isfinite(value) else NEGATIVE_INFINITY_LOGPROB

@@ -1,4 +1,4 @@
-"""`ReplyFormat`: how a reply is to be read."""
+"""`ReplyFormat`: how to read a reply."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from engine.types.tools import Tool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplyFormat:
-    """How one request's replies are taken apart into thoughts, answer and tool calls, and checked when they end.
+    """How to split one request's replies into thoughts, answer and tool calls, and what to check at their end.
 
-    Plain data: what the request and its prompt decide. How the model writes each part is its chat format.
+    Plain data, decided by the request and its prompt. The chat format says how the model writes each part.
     """
 
     chat: bool = False

@@ -14,7 +14,7 @@ from engine.types.tools import AUTO, Tool, ToolChoice
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What a reply must be. `param` is the request's field that asks for it, for messages.
+    """The form that a reply must have. `param`: the request's field that asks for it, for error messages.
 
     `kind` and `value`: `json`, a JSON schema (with `strict`, enforced whole or refused); `regex`, an expression;
     `choice`, a list of texts; `grammar`, Lark in llguidance's dialect.
@@ -28,7 +28,7 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """What a caller wants. Exactly one of `messages`, `prompt` and `prompt_token_ids` is given.
+    """What a caller asks for. Exactly one of `messages`, `prompt` and `prompt_token_ids` is given.
 
     `sampling` holds only the fields that were given, so that the model's own defaults can fill the rest.
     """
@@ -42,21 +42,21 @@ class GenerationRequest:
     constraint: Constraint | None = None
     reasoning_effort: str | None = None
     tools: tuple[Tool, ...] = ()
-    """What the model may call. Without any, calls in the reply are text."""
+    """The tools that the model may call. Without any, calls in the reply are text."""
     parallel_tool_calls: bool = True
     tool_choice: ToolChoice = AUTO
     group: str = ""
-    """Whose request it is. Where requests wait, groups take turns; each has a prefix cache of its own, unless the
-    entry shares one. A reply does not depend on it."""
+    """The group that the request belongs to: its key's. Waiting groups are served in turn; each has a prefix cache of
+    its own, unless the entry shares one. A reply does not depend on it."""
     context_limit: int | None = None
     """Tokens, prompt and reply together, that the caller may use; None: as many as the model's context holds."""
     cache_salt: str = ""
-    """A share of the prefix cache of its own, within the group's: only requests with the same salt find each other."""
+    """Only requests with the same salt find each other's prompts in the group's prefix cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedRequest:
-    """A request that nothing can refuse any more but a full queue.
+    """A request that passed all checks: only a full queue can still refuse it.
 
     `params.max_tokens` and `params.seed` are filled in; `prompt_token_ids` is not empty and leaves room for one token.
     """
@@ -71,4 +71,4 @@ class PreparedRequest:
     """Fields that have no effect on this model."""
     group: str = ""
     cache_share: tuple[str, ...] = ()
-    """Whose prompts may be found in the prefix cache, and may find this one there."""
+    """The share of the prefix cache that the request reads and fills."""

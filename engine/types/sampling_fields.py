@@ -25,11 +25,11 @@ class Kind(Protocol):
 
     @property
     def json_types(self) -> tuple[type, ...]:
-        """The Python types that the field's JSON values are read as."""
+        """Return the Python types of the field's JSON values."""
 
     @property
     def words(self) -> str:
-        """The type in words: "NAME must be WORDS"."""
+        """Return the type in words: "NAME must be WORDS"."""
 
     def checked(self, name: str, value: Any) -> Any:
         """Check a value and return it in the form that the engine uses.
@@ -40,7 +40,7 @@ class Kind(Protocol):
         """
 
     def schema(self) -> dict[str, Any]:
-        """The JSON schema of the field's values."""
+        """Return the JSON schema of the field's values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class SamplingField:
         return None if value is None and self.default is None else self.kind.checked(name, value)
 
     def schema(self) -> dict[str, Any]:
-        """The JSON schema of the field, with its default and its description."""
+        """Return the JSON schema of the field, with its default and its description."""
         default = {"default": _plain(self.default)} if isinstance(self.default, int | float | str) else {}
         prefix = "Extension. " if self.extension else ""
         return {**self.kind.schema(), **default, "description": prefix + self.description}
@@ -75,7 +75,7 @@ def sampling_field(default: Any, kind: Kind, description: str, *, extension: boo
 
 
 def sampling_fields(cls: type[Any]) -> dict[str, SamplingField]:
-    """The fields that a dataclass declares with `sampling_field`, by name."""
+    """Return the fields that a dataclass declares with `sampling_field`, by name."""
     return {field.name: field.metadata[_METADATA] for field in dataclasses.fields(cls)}
 
 
@@ -251,5 +251,5 @@ def _digits(key: object) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """A number as JSON shows it best: 1 for 1.0."""
+    """Return a number as JSON shows it best: 1 for 1.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

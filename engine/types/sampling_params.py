@@ -73,7 +73,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = sampling_field(
         (), TokenIds(most=256), "Token ids that end the answer.", extension=True
     )
-    min_tokens: int = sampling_field(0, Integer(0), "Nothing ends the answer before.", extension=True)
+    min_tokens: int = sampling_field(0, Integer(0), "The answer does not end before this many tokens.", extension=True)
     ignore_eos: bool = sampling_field(False, Flag(), "Go on after the end token.", extension=True)
     logprobs: bool = sampling_field(False, Flag(), "One entry per generated token.")
     top_logprobs: int = sampling_field(0, Integer(0, 20), "Alternatives returned per token; requires logprobs.")
@@ -85,7 +85,7 @@ class SamplingParams:
     )
     return_token_ids: bool = sampling_field(False, Flag(), "`token_ids` beside each choice.", extension=True)
     thinking_budget: int | None = sampling_field(
-        None, Integer(0), "Tokens of thought after which they are closed by force.", extension=True
+        None, Integer(0), "Tokens of thought after which the engine closes the thoughts.", extension=True
     )
 
     def __post_init__(self) -> None:

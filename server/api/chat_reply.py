@@ -21,7 +21,7 @@ from engine import (
     clean_logprob,
 )
 from server.api.generation import Reply, event
-from server.json_text import one_line, to_json
+from server.json_text import escape_line_breaks, to_json
 
 DONE = b"data: [DONE]\n\n"
 
@@ -164,9 +164,9 @@ class ChunkWriter:
     def _delta(self, delta: ChoiceDelta) -> bytes:
         events = b""
         if delta.text or delta.reasoning or delta.logprobs or self._token_ids:
-            text = '{"content":' + one_line(encode_basestring(delta.text)) + "}"
+            text = '{"content":' + escape_line_breaks(encode_basestring(delta.text)) + "}"
             if delta.reasoning:
-                thought = '{"reasoning_content":' + one_line(encode_basestring(delta.reasoning))
+                thought = '{"reasoning_content":' + escape_line_breaks(encode_basestring(delta.reasoning))
                 text = thought + "," + text[1:] if delta.text else thought + "}"
             logprobs = "null" if delta.logprobs is None else to_json(_logprobs(delta.logprobs))
             extra = f',"token_ids":{list(delta.token_ids)}' if self._token_ids else ""

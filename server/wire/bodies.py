@@ -1,7 +1,7 @@
 """Reads and parses request bodies, bounded in size, in time, and in the memory of all of them together.
 
-Memory for a body is reserved before it is read and returned once the request is prepared; a body without room is
-refused. All but small bodies are parsed on one separate thread, so that the event loop is not blocked.
+Memory for a body is reserved before it is read and returned once the request is prepared; a body for which too
+little is left is refused. All but small bodies are parsed on one separate thread, so as not to block the event loop.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from fastapi import Request
 from server.errors import BodiesFull, BodyTooLarge, BodyTooSlow, ClientGone
 from server.settings import ServerSettings
 
-__all__ = ["Bodies", "Room"]
+__all__ = ["Bodies", "BodyMemory"]
 
 T = TypeVar("T")
 Parse = Callable[[bytes, str], T]
 """A body and the request's id → the parsed request."""
 
 SMALL: Final = 64 * 2**10
-"""A body up to this many bytes may use the last eighth of the room, so that large ones never keep small ones out."""
+"""A body up to this many bytes may use the last eighth of the memory, so that large ones never keep small ones out."""
 INLINE: Final = 32 * 2**10
 """A body up to this many bytes is parsed on the event loop: 2 ms at worst, less than switching threads may take."""
 
 
-class Room:
+class BodyMemory:
     """Counts the memory that bodies take, in bytes.
 
     Args:
@@ -66,21 +66,21 @@ class Room:
             del self.taken[group]
 
 
-class _Share:
-    """The memory reserved for one body. It grows, and is returned as a whole."""
+class _Reservation:
+    """The memory reserved for one body: it grows, and is given back as a whole."""
 
-    def __init__(self, room: Room, group: str) -> None:
-        self._room = room
+    def __init__(self, memory: BodyMemory, group: str) -> None:
+        self._memory = memory
         self._group = group
         self._size = 0
 
     def grow(self, size: int) -> None:
         if size > self._size:
-            self._room.take(size - self._size, self._group, small=size <= SMALL)
+            self._memory.take(size - self._size, self._group, small=size <= SMALL)
             self._size = size
 
     def close(self) -> None:
-        self._room.give(self._size, self._group)
+        self._memory.give(self._size, self._group)
 
 
 class Bodies:
@@ -89,7 +89,7 @@ class Bodies:
     def __init__(self, settings: ServerSettings) -> None:
         self._limit = settings.max_body_bytes
         self._seconds = settings.body_seconds
-        self.room = Room(settings.max_bodies_bytes or 8 * settings.max_body_bytes)
+        self.memory = BodyMemory(settings.max_bodies_bytes or 8 * settings.max_body_bytes)
         self._parser = ThreadPoolExecutor(1, "bodies")
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class Bodies:
 
     @asynccontextmanager
     async def of(self, request: Request, group: str, parse: Parse[T]) -> AsyncIterator[Callable[[str], Awaitable[T]]]:
-        """Yield a function that reads and parses the body under a request's id. Holds its room until the block ends.
+        """Yield a function that reads and parses the body under a request's id. Holds its memory until the block ends.
 
         Raises:
             BodyTooLarge: it exceeds the limit, by its `Content-Length` or while it is read.
@@ -106,12 +106,12 @@ class Bodies:
             ClientGone: the client disconnected before the body was complete.
             InvalidFormat, InvalidParameter: as `parse`.
         """
-        with contextlib.closing(_Share(self.room, group)) as share:
+        with contextlib.closing(_Reservation(self.memory, group)) as reservation:
 
             async def checked(request_id: str) -> T:
                 try:
                     async with asyncio.timeout(self._seconds):
-                        raw = await self._read(request, share)
+                        raw = await self._read(request, reservation)
                 except TimeoutError:
                     raise BodyTooSlow(f"The body did not arrive within {self._seconds:g} seconds.") from None
                 if len(raw) <= INLINE:
@@ -121,12 +121,12 @@ class Bodies:
 
             yield checked
 
-    async def _read(self, request: Request, share: _Share) -> bytes:
+    async def _read(self, request: Request, reservation: _Reservation) -> bytes:
         announced = request.headers.get("content-length", "")
         if announced.isascii() and announced.isdigit():
             if int(announced[:20]) > self._limit:
                 raise _too_large(f"{announced[:20]} bytes", self._limit)
-            share.grow(int(announced[:20]))
+            reservation.grow(int(announced[:20]))
         data = io.BytesIO()
         while True:
             message = await request.receive()
@@ -135,7 +135,7 @@ class Bodies:
             data.write(message.get("body", b""))
             if data.tell() > self._limit:
                 raise _too_large(f"more than {self._limit} bytes", self._limit)
-            share.grow(data.tell())
+            reservation.grow(data.tell())
             if not message.get("more_body", False):
                 return data.getvalue()
 

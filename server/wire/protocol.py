@@ -97,7 +97,7 @@ class _BoundedProtocol(HttpToolsProtocol):
     head_seconds: float
     send_seconds: float
     retry_after: int
-    room: Connections
+    open_connections: Connections
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -114,14 +114,14 @@ class _BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         self._give_up_in(self.head_seconds, "head")
-        if not self.room.admit(self):
+        if not self.open_connections.admit(self):
             self._deaf = True
             self.transport.write(_answer(_Refused(*_FULL), self.retry_after))
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._deaf = True
-        self.room.drop(self)
+        self.open_connections.drop(self)
         super().connection_lost(exc)
         for cycle in self._unanswered:  # uvicorn tells only the last one, and an earlier one may be running
             cycle.disconnected = True
@@ -261,11 +261,11 @@ class _BoundedProtocol(HttpToolsProtocol):
     def _note(self) -> None:
         """Tell `Connections` what this connection waits for."""
         if not self._unanswered:
-            self.room.note(self, "idle")
+            self.open_connections.note(self, "idle")
         elif len(self._unanswered) == 1 and self.cycle.more_body:
-            self.room.note(self, "body")
+            self.open_connections.note(self, "body")
         else:
-            self.room.note(self, "no")
+            self.open_connections.note(self, "no")
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -348,7 +348,7 @@ def bounded_protocol(
 ) -> type[HttpToolsProtocol]:
     """Build the protocol class with these limits, as uvicorn expects it."""
     limits = {
-        "room": connections,
+        "open_connections": connections,
         "head_seconds": head_seconds,
         "send_seconds": send_seconds,
         "retry_after": retry_after,

@@ -33,7 +33,7 @@ from zoo.overrides import REFERENCE
 
 from engine import LLM, GenerationRequest, ModelConfig, VerbatimError
 from engine.checkpoints.checkpoint import prepare_environment
-from engine.compute.cpu.kernels import Kernels, KernelsUnavailable
+from engine.compute.cpu.kernels import Kernels, NoKernels
 from engine.engine import Engine
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.scheduler import Scheduler
@@ -145,7 +145,7 @@ def _no_kernels() -> Iterator[None]:
     """As on a machine without a compiler."""
 
     def refuse(*args: Any, **kwargs: Any) -> Kernels:
-        raise KernelsUnavailable("the zoo does without")
+        raise NoKernels("the zoo does without")
 
     with unittest.mock.patch.object(Kernels, "load", refuse):
         yield

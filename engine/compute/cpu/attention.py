@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.compute.backend import AttentionSettings, Span
+from engine.compute.backend import AttentionSettings, PackedChunk
 from engine.compute.cpu.attention_plan import AttentionPlan
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.kv_cache import KVCache, LayerShape
@@ -40,11 +40,11 @@ class CpuCache(KVCache):
 class CpuPlan:
     """A step's attention by the kernel, and by torch for layers that it does not serve."""
 
-    def __init__(self, kernels: Kernels, cache: CpuCache, spans: Sequence[Span]) -> None:
+    def __init__(self, kernels: Kernels, cache: CpuCache, chunks: Sequence[PackedChunk]) -> None:
         self.cache = cache
         self._kernels = kernels
-        self._torch = TorchPlan(cache, spans)
-        parts = [(span.row, span.count, span.start, span.table) for span in spans]
+        self._torch = TorchPlan(cache, chunks)
+        parts = [(chunk.row, chunk.count, chunk.start, chunk.table) for chunk in chunks]
         self.kernel_plan = AttentionPlan(parts, self._torch.slots)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the attention kernel needs to know of a step, in the form that kernels.c reads."""
+"""Lay out a step for the attention kernel, as the structures that kernels.c reads."""
 
 from __future__ import annotations
 

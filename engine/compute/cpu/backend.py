@@ -1,4 +1,4 @@
-"""The CPU backend: float32 models by kernels that are compiled for the machine at hand."""
+"""The CPU backend: computes float32 models with kernels that are compiled for this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from engine.compute.backend import Progress, Span, StepPlan
+from engine.compute.backend import PackedChunk, Progress, StepPlan
 from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.decoder_layer import fuse_layers
 from engine.compute.cpu.kernels import Kernels
@@ -25,13 +25,17 @@ class CpuBackend:
     """Computes with compiled kernels (see `engine.compute.backend.Backend`)."""
 
     def __init__(self, kernels: Kernels, quantization: str | None = None) -> None:
-        """quantization: `int8`, or None for weights of which no number is rounded."""
+        """quantization: `int8`, or None to round no weight."""
         self.linear = f"native {quantization}" if quantization else "native"
         self._kernels, self._quantization = kernels, quantization
         self._make = partial(NativeLinear, kernels, quantization or "exact")
 
+    @property
+    def breaks_law(self) -> None:
+        """None: each number of a result has a chain of operations of its own (kernels.c)."""
+
     def is_sound(self, model: nn.Module) -> bool:
-        """Try the linear layers: on all shapes of the model, or if they round, whether they compute rightly at all."""
+        """Test the linear layers on all shapes of the model; quantised ones on one shape, within their rounding."""
         if self._quantization:
             return is_sound(self._make, 192, 80, tolerance=0.1)
         return is_sound_for(model, self._make)
@@ -40,13 +44,13 @@ class CpuBackend:
         """Allocate a cache in the attention kernel's layout."""
         return CpuCache(layers, num_blocks, self._kernels)
 
-    def plan(self, cache: KVCache, spans: Sequence[Span]) -> StepPlan:
-        """Plan a step of the attention kernel; of torch's, where it serves no layer."""
+    def plan(self, cache: KVCache, chunks: Sequence[PackedChunk]) -> StepPlan:
+        """Plan a step for the attention kernel, or for torch if the kernel serves no layer."""
         assert isinstance(cache, CpuCache), "a backend plans over caches that it allocated"
-        return CpuPlan(self._kernels, cache, spans) if any(cache.native) else TorchPlan(cache, spans)
+        return CpuPlan(self._kernels, cache, chunks) if any(cache.native) else TorchPlan(cache, chunks)
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
-        """Replace linear layers, norms, activations and the decoder layers that are made of the usual parts."""
+        """Replace linear layers, norms, activations, and decoder layers made of the usual parts."""
         pack_model(model, stored, self._make, progress)
         replace_pointwise(model, self._kernels)
         merge_shared_projections(model)

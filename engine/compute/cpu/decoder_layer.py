@@ -1,12 +1,12 @@
 """Replace decoder layers by one kernel call each, in place. Knows no model by name.
 
 A token's way through a layer is a dozen small operations around four products. As modules they cost more than a fifth
-of a decode step, most of it in between: calls, allocations, threads that are woken and sent to sleep. A layer that is
-made of the usual parts is computed by one kernel instead (`engine.compute.cpu.layer_kernel.LayerKernel`).
+of a decode step, most of it between the operations: calls, allocations, threads that wake and sleep. A layer made of
+the usual parts is computed by one kernel instead (`engine.compute.cpu.layer_kernel.LayerKernel`).
 
-Which layers are is found by watching a pass: which parts are called, on whose results. The kernel has the bits of the
-parts, so a layer is replaced only if it then gives the very same numbers, and stores the very same keys and values, at
-positions near and far. What is not of that kind stays as it is.
+A watched pass shows which layers are: it records which parts are called, with which inputs. The kernel gives the same
+bits as the parts one by one. So a layer is replaced only if it then returns the same numbers and stores the same keys
+and values, at positions near and far. All others stay as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.compute.attention import IMPLEMENTATION, attention_through, current_plan, register_attention
-from engine.compute.backend import AttentionSettings, Span
+from engine.compute.backend import AttentionSettings, PackedChunk
 from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.layer_kernel import LayerKernel, LayerParts, NormParts
@@ -54,7 +54,7 @@ class NativeLayer(nn.Module):
         return self.kernel(plan.kernel_plan, hidden_states[0], cos[0], sin[0], keys, values).unsqueeze(0)
 
     def __getattr__(self, name: str) -> Any:
-        """Let the replaced layer answer what a model asks of its layers, such as which kind of attention it has."""
+        """Read missing attributes from the replaced layer: models ask their layers for the kind of attention, say."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -73,7 +73,7 @@ class _Watched:
     activations: int = 0
 
     def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A copy: what is changed in place later must not look as if it had come so.
+        # A copy, because a layer may change its input in place.
         self.input, self.kwargs = (args[0] if args else kwargs["hidden_states"]).clone(), dict(kwargs)
 
     def leave(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -92,9 +92,8 @@ class _Watched:
 def fuse_layers(model: nn.Module, kernels: Kernels, length: int) -> int:
     """Replace the decoder layers that are made of the usual parts, for sequences of up to `length` tokens.
 
-    Returns how many were replaced.
-
-    A model that cannot be called with our attention function stays as it is; the self-test says why.
+    Returns how many were replaced. A model that cannot be called with our attention function stays as it is; the
+    self-test says why.
     """
     register_attention()
     own = getattr(model.config, "_attn_implementation", None) or "eager"
@@ -132,7 +131,7 @@ def _fuse(model: nn.Module, kernels: Kernels, length: int) -> int:
 
 
 def _plan(kernels: Kernels, cache: CpuCache) -> CpuPlan:
-    return CpuPlan(kernels, cache, [Span(0, _ROWS, 0, (0,))])
+    return CpuPlan(kernels, cache, [PackedChunk(0, _ROWS, 0, (0,))])
 
 
 def _watch(model: nn.Module, layers: nn.ModuleList, plan: CpuPlan, length: int) -> list[_Watched]:
@@ -156,11 +155,11 @@ def _watch(model: nn.Module, layers: nn.ModuleList, plan: CpuPlan, length: int) 
 
 
 def _readings(kernels: Kernels, seen: _Watched, settings: AttentionSettings, shape: LayerShape) -> Iterator[LayerParts]:
-    """List what the layer may be, each to be tried: its parts are known, but not whether it uses positions."""
+    """Yield what the layer may be, to be tried in turn: its parts are known, but not whether it uses positions."""
     embeddings = seen.kwargs.get("position_embeddings")
     if not (isinstance(embeddings, tuple) and len(embeddings) == 2 and isinstance(seen.output, Tensor)):
         return
-    # Also where a list of modules was not called.
+    # This refuses a layer that was not called, too.
     if len(seen.linears) != 7 or len(seen.norms) not in (2, 4) or seen.activations != 1:
         return
     (q, n1), (k, n2), (v, n3), (o, _), (gate, m1), (up, m2), (down, _) = seen.linears

@@ -31,7 +31,7 @@ class Layer(ctypes.Structure):
 
 
 class Part(ctypes.Structure):
-    """One sequence's rows in a step of attention (a `Span`)."""
+    """One sequence's rows in a step of attention (a `PackedChunk`)."""
 
     _fields_ = (("row", LONG), ("count", LONG), ("start", LONG), ("table", POINTER), ("first_item", LONG))
 

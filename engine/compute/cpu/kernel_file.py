@@ -1,8 +1,8 @@
 """Compile the kernels with the machine's C compiler, try the file, keep it, and check it before it is loaded again.
 
-A shared library runs with all that this process may do, from the moment it is loaded, and one that is damaged ends the
-process with a signal. So a file is loaded only if it is whole (it ends with a checksum of itself, written once every
-function had been called in a child process) and nobody else can have written it. Anything else is compiled anew.
+A shared library has all rights of this process from the moment it is loaded, and a damaged one ends the process with a
+signal. So a file is loaded only if it is whole (it ends with a checksum of itself, written after a child process had
+called every function) and nobody else can have written it. Otherwise the kernels are compiled anew.
 Knows compilers and files; nothing of torch, tensors or what the kernels compute.
 """
 
@@ -25,7 +25,7 @@ from typing import Final
 from engine.cache_folder import cache_folder, make_private
 from engine.compute.processor import processor_fields
 
-__all__ = ["KernelsUnavailable", "load"]
+__all__ = ["NoKernels", "load"]
 
 # Contraction off: where a product is fused with a sum is written down, not left to the compiler.
 _FLAGS: Final = ("-march=native", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC")
@@ -36,7 +36,7 @@ _MARK: Final = b"\nverbatim "
 _SEAL: Final = len(_MARK) + 64  # bytes: the mark, then the SHA-256 of all before it
 
 
-class KernelsUnavailable(Exception):
+class NoKernels(Exception):
     """No compiled kernels can be had here; the message says why and what would help."""
 
 
@@ -55,18 +55,18 @@ def load(
 
     Args:
         cache: the folder for compiled files; default `$XDG_CACHE_HOME/verbatim` or `~/.cache/verbatim`.
-        circumstances: whatever else the file was tried with, such as torch's version: it is tried anew with others.
+        circumstances: what else the trial depends on, such as torch's version; with others the file is made anew.
         progress: told when it has to be compiled, and why again.
 
     Raises:
-        KernelsUnavailable: no compiler, one that fails, or one whose work fails when it is tried.
+        NoKernels: no compiler, one that fails, or one whose work fails when it is tried.
     """
     say = progress or (lambda text: None)
     compiler = _find_compiler()
     version = _version(compiler)
     # clang takes 39 seconds for -O3, six for -O2, and gains nothing by it; gcc vectorises less at -O2.
     flags = ("-O2" if "clang" in version else "-O3", *_FLAGS, *flags)
-    # -march=native means another thing on another processor, and a home may be shared by several machines.
+    # -march=native depends on the processor, and several machines may share a home.
     parts = (source.read_bytes(), version.encode(), " ".join(flags).encode(), _processor(), circumstances.encode())
     name = f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
     folder, why = _folder(cache or cache_folder())
@@ -81,7 +81,7 @@ def load(
 
 def _compiled(command: Sequence[str], folder: Path | None, name: str, say: Callable[[str], None]) -> ctypes.CDLL:
     """Compile, try, keep and load; on failure once more elsewhere, for the disk may be full."""
-    fault: KernelsUnavailable | None = None
+    fault: NoKernels | None = None
     for base in (folder, None):
         try:
             with tempfile.TemporaryDirectory(prefix=".kernels-", dir=base) as work:
@@ -92,12 +92,12 @@ def _compiled(command: Sequence[str], folder: Path | None, name: str, say: Calla
                     except OSError as error:
                         say(f"the kernels are compiled for this process alone: {folder}: {error.strerror}")
                 return _open(made)
-        except KernelsUnavailable as error:
+        except NoKernels as error:
             fault = error
         except _Distrusted as error:
-            fault = KernelsUnavailable(f"the compiled file {error}")
+            fault = NoKernels(f"the compiled file {error}")
         except OSError as error:  # a full disk
-            fault = KernelsUnavailable(f"they cannot be written: {error}")
+            fault = NoKernels(f"they cannot be written: {error}")
     assert fault is not None
     raise fault
 
@@ -107,13 +107,13 @@ def _compile(command: Sequence[str], target: Path) -> Path:
     try:
         done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True, timeout=_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelsUnavailable(f"{command[0]} cannot compile them: {error}") from error
+        raise NoKernels(f"{command[0]} cannot compile them: {error}") from error
     if done.returncode:
         first = (done.stderr.strip().splitlines() or ["?"])[0]
-        raise KernelsUnavailable(f"{command[0]} cannot compile them: {first}")
+        raise NoKernels(f"{command[0]} cannot compile them: {first}")
     content = target.read_bytes()
     if fault := _fault(target):
-        raise KernelsUnavailable(f"{command[0]} compiles them, but they fail when they are tried: {fault}")
+        raise NoKernels(f"{command[0]} compiles them, but they fail when they are tried: {fault}")
     _write(target, content + _MARK + hashlib.sha256(content).hexdigest().encode())
     return target
 
@@ -190,7 +190,7 @@ def _open(path: Path) -> ctypes.CDLL:
     """Load a file that `_compile` has sealed.
 
     Raises:
-        _Distrusted: it is not that, or not any more.
+        _Distrusted: it has no valid seal, or does not load.
     """
     _check(path)
     try:
@@ -254,14 +254,14 @@ def _find_compiler() -> str:
         found = shutil.which(name) if name else None
         if found:
             return found
-    raise KernelsUnavailable("no C compiler was found; install one (gcc or clang) for about three times the speed")
+    raise NoKernels("no C compiler was found; install one (gcc or clang) for about three times the speed")
 
 
 def _version(compiler: str) -> str:
     try:
         return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelsUnavailable(f"{compiler} does not run: {error}") from error
+        raise NoKernels(f"{compiler} does not run: {error}") from error
 
 
 def _processor() -> bytes:

@@ -1,4 +1,4 @@
-"""Call every function of a compiled kernels' file once, in a process that may die of it.
+"""Call every function of a compiled kernel library once, in a process that may crash.
 
 Started by `engine.compute.cpu.kernel_file`. Imports no torch, so that it is quick: the numbers are arrays of ctypes.
 """
@@ -21,11 +21,11 @@ _HEAD = 16
 
 
 def main(library: str, runtime: str) -> None:
-    """Load a compiled file beside the OpenMP runtime that it is meant for, and try it. Exits with 1 if it is wrong."""
+    """Load a compiled file beside its OpenMP runtime and try it. Exits with 1 if a result is wrong."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it may crash: that is what it is for
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it may crash, and a core dump would be of no use
     if runtime:
         ctypes.CDLL(runtime, ctypes.RTLD_GLOBAL)
     try:

@@ -1,5 +1,5 @@
-/* What a model's layers compute, on a CPU: products, attention, norms, activations, and a whole decoder layer of these. Compiled
- * for the machine at hand by engine/compute/cpu/kernels.py. Knows arrays; nothing of tensors or models.
+/* Compute a model's layers on a CPU: products, attention, norms, activations, and a whole decoder layer of these. Compiled
+ * for the machine that runs it by engine/compute/cpu/kernels.py. Knows arrays; nothing of tensors or models.
  *
  * The promise, for every function here: a row of the result depends on that row of the input alone, not on how many rows
  * are computed with it, nor on the number of threads, nor on the width of the processor's vectors. It is kept by giving
@@ -22,12 +22,12 @@
 #include <stdint.h>
 #include <string.h>
 
-/* OpenMP by its own entry points: they are taken from the runtime that torch has loaded, so that both share one pool of
- * threads, whichever compiler this is. */
+/* OpenMP by its entry points, which come from the runtime that torch has loaded: both then share one pool of threads,
+ * whichever compiler this is. */
 extern void GOMP_parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags);
 extern void GOMP_barrier(void);
 extern int omp_get_thread_num(void);
-extern int omp_get_num_threads(void); /* may be fewer than were asked for: shares of the work are cut by this */
+extern int omp_get_num_threads(void); /* may be fewer than were asked for: the work is divided by this */
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -77,7 +77,7 @@ enum {
     CACHED = 256 << 10 /* bytes of weights that stay in a core's second-level cache while all rows pass by */
 };
 
-/* One matrix of a call. Layout shared with engine/compute/cpu/kernels.py. */
+/* One matrix of a call. Layout shared with engine/compute/cpu/kernel_calls.py. */
 typedef struct {
     const char *weight; /* packed */
     const float *bias;  /* [columns] or NULL */
@@ -98,7 +98,7 @@ INLINE int height(long rows) {
     return rows <= TALLEST ? (int)rows : rows < 2 * TALLEST ? (int)((rows + 1) / 2) : TALLEST;
 }
 
-/* A tile's sums stand in named registers, which no compiler has to be talked into: V2, V4, V8 name the vectors of a row,
+/* A tile's sums are named variables, which every compiler keeps in registers: V2, V4, V8 name the vectors of a row,
  * R1 … R6 the rows. */
 #define V2(Y, r) Y(r, 0) Y(r, 1)
 #define V4(Y, r) V2(Y, r) Y(r, 2) Y(r, 3)
@@ -214,7 +214,7 @@ INLINE void float_tile(int kind, int ahead, int rows, int panels, const float *x
 
 INLINE size_t float_stride(int kind, long depth) { return (size_t)(kind == BFLOAT16 ? (depth + 1) / 2 : depth) * PANEL * 4; }
 
-/* Panels that all rows pass by before the next ones come. With few rows it is soon time to fetch again. */
+/* How many panels stay in the cache while all rows are multiplied with them. With few rows, few: the next are needed soon. */
 INLINE long panels_at_once(long rows, size_t bytes) {
     return rows <= 2 * TALLEST || bytes >= CACHED / 4 ? 4 : (long)(CACHED / bytes);
 }
@@ -518,7 +518,7 @@ _Static_assert(KEYS == 16, "attention is written for blocks of 16 keys: one vect
 #define STEP_VKEYS STEP_V2
 #endif
 
-/* One sequence's part of a step. Layout shared with engine/compute/cpu/kernels.py. */
+/* One sequence's chunk in a step. Layout shared with engine/compute/cpu/kernel_calls.py. */
 typedef struct {
     long row, count, start; /* rows row … row + count - 1 are its tokens start … start + count - 1 */
     const int32_t *table;   /* its blocks */
@@ -536,7 +536,7 @@ typedef struct {
     const float *sinks;    /* [heads] or NULL */
     Part *parts;
     long rows, heads, kv_heads, key_dim, value_dim, cache_slots, count, items;
-    long window, chunk;    /* tokens that are seen; the length of a chunk that is never looked out of; 0: no such bound */
+    long window, chunk;    /* tokens that are seen; the length of a chunk, whose tokens see no other chunk; 0: no such bound */
     float scale, softcap;
     long next;
 } Attention;
@@ -618,7 +618,7 @@ INLINE float largest_of(const float *p, float least) {
     return found > least ? found : least;
 }
 
-/* What is known of a tile's rows while keys pass by. */
+/* The state of a tile's rows while it goes through the keys. */
 typedef struct {
     int rows;
     long position[TALLEST];
@@ -1045,9 +1045,9 @@ int verbatim_lanes(void) { return LANES; }
 
 /* ---- a decoder layer -------------------------------------------------------------------------------------------------- *
  * x + o(attention(rotary(norm(q(n))), rotary(norm(k(n))), v(n))), n = norm(x); then that + down(silu(gate(m)) * up(m)),
- * m = norm of it. All in one parallel region: between two steps threads meet at a barrier, and nobody has to be woken. */
+ * m = norm of it. All in one parallel region: threads wait for each other at barriers and need not be woken. */
 
-/* Layout shared with engine/compute/cpu/kernels.py. */
+/* Layout shared with engine/compute/cpu/kernel_calls.py. */
 typedef struct {
     const float *first_norm, *second_norm;     /* [dim] */
     const float *query_norm, *key_norm;        /* [key_dim], or NULL */

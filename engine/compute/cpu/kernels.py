@@ -1,8 +1,8 @@
-"""Kernels compiled for the machine at hand. Knows arrays and pointers; nothing of models or layers.
+"""Call the kernels that are compiled for this machine. Knows arrays and pointers; nothing of models or layers.
 
-`kernels.c` is compiled once, by the C compiler that is there, and kept (`engine.compute.cpu.kernel_file`). Without a
-compiler, or on a processor without AVX2, there are none: `Kernels.load` says why, and torch computes. What a kernel
-promises stands at the top of the C file.
+`kernels.c` is compiled once, by the machine's C compiler, and the result is kept (`engine.compute.cpu.kernel_file`).
+Without a compiler, or on a processor without AVX2, there are no kernels: `Kernels.load` says why, and torch computes.
+The top of the C file says what every kernel promises.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch import Tensor
 from engine.compute.cpu import kernel_file
 from engine.compute.cpu.attention_plan import AttentionPlan
 from engine.compute.cpu.kernel_calls import Calls
-from engine.compute.cpu.kernel_file import KernelsUnavailable
+from engine.compute.cpu.kernel_file import NoKernels
 from engine.compute.cpu.layer_kernel import LayerKernel, LayerParts
 from engine.compute.cpu.packed_weight import PackedWeight, Product, checked, pack_weight
 from engine.scheduling.block_pool import BLOCK_SIZE
 
-__all__ = ["WIDEST_HEAD", "Kernels", "KernelsUnavailable"]
+__all__ = ["WIDEST_HEAD", "Kernels", "NoKernels"]
 
 _SOURCE: Final = Path(__file__).with_name("kernels.c")
 
 WIDEST_HEAD: Final = 256
-"""Dimensions of a head that the attention kernel takes at most."""
+"""The most dimensions of a head that the attention kernel takes."""
 
 
 class Kernels:
@@ -41,7 +41,7 @@ class Kernels:
         self.lanes = int(calls.lanes())
         """float32 numbers in a vector: 16 with AVX-512, else 8."""
         self.target = str(calls.target().decode())
-        """The instructions that they use, for people."""
+        """The instruction set that the kernels use, for people."""
 
     @classmethod
     def load(
@@ -57,14 +57,14 @@ class Kernels:
             progress: told when they have to be compiled.
 
         Raises:
-            KernelsUnavailable: no compiler, one that fails, or a processor that is not supported.
+            NoKernels: no compiler, one that fails, or a processor that is not supported.
         """
         if os.name != "posix" or platform.machine() != "x86_64":
-            raise KernelsUnavailable(f"there are none for {platform.system()} on {platform.machine()} processors yet")
+            raise NoKernels(f"there are none for {platform.system()} on {platform.machine()} processors yet")
         capability = torch.backends.cpu.get_cpu_capability()
         if not capability.startswith("AVX"):
-            raise KernelsUnavailable("this processor lacks AVX2, or ATEN_CPU_CAPABILITY forbids it")
-        # No wider vectors than torch's own: ATEN_CPU_CAPABILITY=avx2 makes a processor an older one, for everything.
+            raise NoKernels("this processor lacks AVX2, or ATEN_CPU_CAPABILITY forbids it")
+        # No wider vectors than torch's own, so that ATEN_CPU_CAPABILITY=avx2 holds for everything.
         narrow = () if capability == "AVX512" else ("-mno-avx512f",)
         return cls(
             kernel_file.load(
@@ -116,9 +116,9 @@ class Kernels:
 
         Args:
             query: `[heads, T, key_dim]`, key: `[kv_heads, T, key_dim]`, value: `[kv_heads, T, value_dim]`, the last
-                dimension dense. Rows beyond the plan's are padding: theirs is a result of zeros.
+                dimension dense. Rows beyond the plan's are padding: their results are zeros.
             keys, values: the cache, `[kv_heads, slots, dim]`; each block of 16 keys is transposed, `[dim, 16]`.
-            window: tokens seen, the query's own included; chunk: the length of a chunk, out of which no token looks;
+            window: tokens seen, the query's own included; chunk: its length; no token sees another chunk's keys;
             softcap: bound of the scores; sinks: `[heads]`.
 
         Returns:
@@ -170,7 +170,7 @@ class Kernels:
         return parts.fit() and self.can_attend(parts.key_dim, parts.value_dim)
 
     def layer(self, parts: LayerParts) -> LayerKernel:
-        """Make a whole decoder layer one call. Raises ValueError if `can_compute` says no."""
+        """Build a kernel that computes a whole decoder layer. Raises ValueError if `can_compute` returns False."""
         if not self.can_compute(parts):
             raise ValueError("these parts are no layer that there is a kernel for")
         return LayerKernel(self._calls, parts)

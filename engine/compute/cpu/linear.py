@@ -101,7 +101,7 @@ def merge_shared_projections(model: nn.Module) -> int:
     hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
     try:
         before = model(tokens, use_cache=False).logits
-    except Exception:  # an architecture that wants to be called in another way goes without
+    except Exception:  # an architecture that is called in another way is not merged
         return 0
     finally:
         for hook in hooks:

@@ -1,6 +1,6 @@
-"""Replace norms and SiLU by kernels of one pass, in place, known by what they compute and not by their names.
+"""Replace RMS norms and SiLU by single-pass kernels, in place. Recognises modules by their results, not their names.
 
-transformers writes them as four to six tensor operations, of which each costs more than what it does to one token.
+transformers computes them in four to six tensor operations, each of which costs more than its arithmetic on one token.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _as_norm(module: nn.Module, kernels: Kernels) -> NativeNorm | None:
         or weight.device.type != "cpu"
     ):
         return None
-    # Small numbers, too: there the epsilon is what is left.
+    # Small numbers, too: there the epsilon decides.
     x = quasi_random(3, weight.shape[0]) * torch.tensor([[1.0], [1e-3], [1e3]])
     for candidate in (weight, 1 + weight):  # Gemma keeps the difference to one
         norm = NativeNorm(kernels, candidate, epsilon)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.compute.attention_mask import KeyRange
-from engine.compute.backend import AttentionSettings, Backend, Span
+from engine.compute.backend import AttentionSettings, Backend, PackedChunk
 from engine.compute.cpu.backend import CpuBackend
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.kv_cache import KVCache, LayerShape
@@ -33,7 +33,7 @@ SETTINGS = [AttentionSettings(4, 0.2), AttentionSettings(4, 0.1, softcap=5.0), A
 
 
 def _attend(backend: Backend, cache: KVCache, start: int, count: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    plan = backend.plan(cache, [Span(0, count, start, TABLE[: -(-(start + count) // BLOCK_SIZE)])])
+    plan = backend.plan(cache, [PackedChunk(0, count, start, TABLE[: -(-(start + count) // BLOCK_SIZE)])])
     part = slice(start, start + count)
     layers = enumerate(zip(STATES, SETTINGS, strict=True))
     found = [plan.attend(i, *(t[:, part] for t in states), settings) for i, (states, settings) in layers]
@@ -55,7 +55,7 @@ def test_backends_agree_layer_by_layer(kernels: Kernels) -> None:
 def _written(backend: Backend) -> KVCache:
     """A cache that holds the whole sequence, through the face that neutral code has."""
     cache = backend.allocate(SHAPES, 4)
-    slots = torch.tensor(Span(0, LENGTH, 0, TABLE).slots())
+    slots = torch.tensor(PackedChunk(0, LENGTH, 0, TABLE).slots())
     for layer, (_, key, value) in enumerate(STATES):
         cache.write(layer, slots, key, value)
     return cache
@@ -75,7 +75,7 @@ def test_what_is_written_is_what_a_step_stores(kernels: Kernels) -> None:
 def test_a_row_that_is_not_finite_is_told_by_any_layer(kernels: Kernels, layer: int) -> None:
     for backend in (CpuBackend(kernels), TorchBackend(CPU)):
         cache = backend.allocate(SHAPES, 1)
-        plan = backend.plan(cache, [Span(0, 3, 0, (0,))])
+        plan = backend.plan(cache, [PackedChunk(0, 3, 0, (0,))])
         for i, (states, settings) in enumerate(zip(STATES, SETTINGS, strict=True)):
             query, key, value = (t[:, :3].clone() for t in states)
             if i == layer:

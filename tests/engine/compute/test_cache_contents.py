@@ -85,7 +85,7 @@ class Shadow:
 
 @dataclass
 class Walk:
-    """Plays the engine core (engine/engine.py) with random tokens: only two, so that guesses often come true."""
+    """Plays the engine core (engine/engine.py) with random tokens: only two, so that draft tokens are often right."""
 
     draw: random.Random
     scheduler: Scheduler
@@ -167,8 +167,8 @@ class Walk:
             self.seen |= {"forks"} if chunk.forks else set()
 
     def advance(self, sequence: Sequence, draft: Prefix) -> None:
-        """Draw a token, and one more for each guess that was right; sometimes others are forced behind it."""
-        for number, guess in enumerate((*draft, None)):
+        """Draw a token, and one more for each draft token that was right; sometimes others are forced behind it."""
+        for number, draft_token in enumerate((*draft, None)):
             [token] = self._tokens(1)
             forced = self._tokens(self.draw.randrange(1, 4)) if not draft and self.chance(0.1) else []
             for appended in (token, *forced):
@@ -177,7 +177,7 @@ class Walk:
                     self.past.append(tuple(sequence.tokens(0, len(sequence))))
                     self.scheduler.finish(sequence)
                     return
-            if token != guess:
+            if token != draft_token:
                 self.seen |= {"draft cut"} if number < len(draft) and number else set()
                 return
             self.scheduler.accept(sequence)
@@ -225,7 +225,7 @@ def test_a_key_is_read_by_nobody_but_the_tokens_it_was_computed_for(
 
 
 def test_the_walk_goes_where_it_hurts() -> None:
-    """Without copies, hits, forks, cut guesses, undone steps and preemptions the test above would prove little."""
+    """Without copies, hits, forks, cut drafts, undone steps and preemptions the test above would prove little."""
     walks = [_walk(seed, 8 + seed % 8, 3 + seed % 3, 4, 16) for seed in range(40)]
     assert set.union(*(walk.seen for walk in walks)) == {
         "damage", "draft cut", "forks", "rollback", "rollback before copies",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.compute.attention import IMPLEMENTATION, attention_through, register_attention
-from engine.compute.backend import Span
+from engine.compute.backend import PackedChunk
 from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.attention_plan import AttentionPlan
 from engine.compute.cpu.decoder_layer import NativeLayer, fuse_layers
@@ -252,7 +252,7 @@ def _logits(model: nn.Module, kernels: Kernels, positions: Tensor) -> list[Tenso
     out = []
     with torch.inference_mode():
         for start, count in ((0, 19), (19, 1)):
-            plan = CpuPlan(kernels, cache, [Span(0, count, start, (2, 1))])
+            plan = CpuPlan(kernels, cache, [PackedChunk(0, count, start, (2, 1))])
             tokens = torch.arange(start, start + count)[None] * 7 % 400
             part = positions[None, start : start + count]
             with attention_through(plan):

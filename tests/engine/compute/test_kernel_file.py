@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from engine.compute.cpu import kernel_file
-from engine.compute.cpu.kernels import Kernels, KernelsUnavailable
+from engine.compute.cpu.kernels import Kernels, NoKernels
 
 _QUICK = ("-O0",)
 """Flags for tests that compile: a second instead of five."""
@@ -318,7 +318,7 @@ def test_disks_that_are_all_full_are_told(
     monkeypatch.setattr(kernel_file.tempfile, "mkdtemp", full)
     if folder == "no cache":
         (tmp_path / "cache").write_text("")
-    with pytest.raises(KernelsUnavailable, match=r"cannot be written: .*No space left on device"):
+    with pytest.raises(NoKernels, match=r"cannot be written: .*No space left on device"):
         Kernels.load(tmp_path / "cache")
 
 
@@ -375,13 +375,13 @@ def test_without_a_compiler_the_reason_and_the_way_out_are_told(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(KernelsUnavailable, match="no C compiler was found; install one"):
+    with pytest.raises(NoKernels, match="no C compiler was found; install one"):
         Kernels.load()
 
 
 def test_a_compiler_that_fails_is_named_and_leaves_nothing(compiler: Compiler, tmp_path: Path) -> None:
     compiler.does("echo 'no such thing as -march=native' >&2; exit 1")
-    with pytest.raises(KernelsUnavailable, match="own-cc cannot compile them: no such thing"):
+    with pytest.raises(NoKernels, match="own-cc cannot compile them: no such thing"):
         Kernels.load(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -429,7 +429,7 @@ def test_what_fails_is_compiled_once_more_and_then_left_out(
     monkeypatch.setattr(kernel_file, "_TRIAL_SECONDS", 2.0 if "no end" in words else 60.0)
     compiler = Compiler(tmp_path, monkeypatch)
     compiler.does(f'cp {broken} "$out"')
-    with pytest.raises(KernelsUnavailable, match="own-cc compiles them, but they fail when they are tried: ") as caught:
+    with pytest.raises(NoKernels, match="own-cc compiles them, but they fail when they are tried: ") as caught:
         Kernels.load(tmp_path / "cache")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from engine.compute.cpu.kernels import Kernels, KernelsUnavailable
+from engine.compute.cpu.kernels import Kernels, NoKernels
 from engine.compute.cpu.linear import NativeLinear, merge_shared_projections
 from engine.compute.cpu.pointwise import replace_pointwise
 from engine.compute.linear import (
@@ -30,7 +30,7 @@ from engine.compute.linear import (
 def native() -> Kernels | None:
     try:
         return Kernels.load()
-    except KernelsUnavailable:
+    except NoKernels:
         return None
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from engine import LLM, ConfigError, LoadError, ModelConfig, NotEnoughMemory
 from engine.checkpoints import checkpoint
-from engine.compute.cpu.kernels import Kernels, KernelsUnavailable
+from engine.compute.cpu.kernels import Kernels, NoKernels
 from engine.compute.cpu.packed_weight import Product
 from engine.llm import Completion
 from engine.loading import loader, placement
@@ -203,7 +203,7 @@ def test_gpu_free_paths_do_not_touch_cuda() -> None:
 def _compiled() -> bool:
     try:
         Kernels.load()
-    except KernelsUnavailable:
+    except NoKernels:
         return False
     return True
 

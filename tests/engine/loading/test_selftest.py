@@ -20,7 +20,7 @@ from transformers.models.llama import modeling_llama
 
 from engine.checkpoints.checkpoint import prepare_environment
 from engine.compute.attention_mask import KeyRange
-from engine.compute.backend import AttentionSettings, Span
+from engine.compute.backend import AttentionSettings, PackedChunk
 from engine.compute.kv_cache import LayerShape
 from engine.compute.torch_attention import padded_length
 from engine.compute.torch_backend import TorchBackend
@@ -337,9 +337,9 @@ def test_a_window_that_is_off_by_one_is_seen() -> None:
     assert trial.is_right()
 
 
-def _off_by_one(span: Any, seen: KeyRange, rows: int, repeat: int, like: Tensor) -> Tensor:
-    queries = torch.arange(span.start, span.start + span.count)[:, None]
-    keys = torch.arange(padded_length(span))[None]
+def _off_by_one(chunk: Any, seen: KeyRange, rows: int, repeat: int, like: Tensor) -> Tensor:
+    queries = torch.arange(chunk.start, chunk.start + chunk.count)[:, None]
+    keys = torch.arange(padded_length(chunk))[None]
     window = (seen.window or 1_000_000) + 1
     mask = torch.where((keys > queries) | (keys <= queries - window), float("-inf"), 0.0).repeat(repeat, 1)
     return torch.cat([mask, mask[-1:].expand(rows - mask.shape[0], -1)])
@@ -348,7 +348,7 @@ def _off_by_one(span: Any, seen: KeyRange, rows: int, repeat: int, like: Tensor)
 def test_large_float16_keys_are_finite() -> None:
     """Their sum is not, in float16: 300 heads and dimensions of 300 each."""
     shape = LayerShape(8, 64, 64, torch.float16, torch.device("cpu"))
-    plan = TORCH.plan(TORCH.allocate([shape], 1), [Span(0, 2, 0, (0,))])
+    plan = TORCH.plan(TORCH.allocate([shape], 1), [PackedChunk(0, 2, 0, (0,))])
     big = torch.full((8, 2, 64), 300.0, dtype=torch.float16)
     plan.attend(0, big * 0.001, big * 0.001, big, AttentionSettings(8, 0.1))
     assert plan.finite().all()
@@ -367,6 +367,7 @@ def test_what_no_trial_disproves_is_promised_only_where_it_is_known_why(
     checks: dict[str, bool], device: str, holds: bool, says: str
 ) -> None:
     """On a GPU small models pass every trial, and real ones with the same kernels' names do not."""
-    found, reason = verdict(checks, "M", torch.bfloat16, torch.device(device))
+    backend = TorchBackend(torch.device(device))
+    found, reason = verdict(checks, backend.breaks_law, f"(M, bfloat16, {device})")
     assert found is holds
     assert says in reason

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine import LLM, ensure_noise_checkpoint
-from engine.compute.cpu.kernels import Kernels, KernelsUnavailable
+from engine.compute.cpu.kernels import Kernels, NoKernels
 from engine.llm import Completion
 
 DEMO = Path(__file__).resolve().parents[3] / "demo" / "model"
@@ -27,7 +27,7 @@ def test_a_start_with_and_without_a_compiler_serves_the_law(
     if compiler:
         try:
             Kernels.load()
-        except KernelsUnavailable as error:
+        except NoKernels as error:
             pytest.skip(f"no compiled kernels on this machine: {error}")
     else:
         monkeypatch.setenv("PATH", str(tmp_path))

@@ -113,8 +113,8 @@ def test_kept_sets_equal_the_definition(batch: list[tuple[list[float], Filter]])
         assert all(expected.values())
         logits = torch.tensor([v for v, _ in part])
         filters = Filters.of([c for _, c in part], logits.device)
-        for span in (1, 3, 64, 70) if sorts else ():
-            assert kept_sets(keep_first(list(expected), logits, peaks_of(logits), filters, span=span)) == expected
+        for head in (1, 3, 64, 70) if sorts else ():
+            assert kept_sets(keep_first(list(expected), logits, peaks_of(logits), filters, head=head)) == expected
         if not sorts:
             assert kept_sets([keep_all(list(expected), logits, peaks_of(logits), filters)]) == expected
         assert logits.tolist() == [v for v, _ in part]
@@ -148,8 +148,8 @@ def test_filters_on_scripted_logits(values: list[float], cut: Filter, kept: set[
     logits = row_of(values)
     filters = Filters.of([cut], logits.device)
     if cut.sorts:
-        for span in (1, 2, 64):
-            assert kept_sets(keep_first([0], logits, peaks_of(logits), filters, span=span)) == {0: kept}
+        for head in (1, 2, 64):
+            assert kept_sets(keep_first([0], logits, peaks_of(logits), filters, head=head)) == {0: kept}
     else:
         assert kept_sets([keep_all([0], logits, peaks_of(logits), filters)]) == {0: kept}
 
@@ -161,7 +161,7 @@ def test_filters_on_a_real_width() -> None:
     for top_p, temperature in ((0.3, 1.0), (0.95, 1.0), (0.9, 0.3), (0.999, 2.0)):
         filters = Filters.of([Filter(temperature, top_p=top_p)] * len(rows), rows.device)
         search, full = (
-            kept_sets(keep_first([0, 1, 2, 3], rows, peaks_of(rows), filters, span=s)) for s in (1, rows.shape[1])
+            kept_sets(keep_first([0, 1, 2, 3], rows, peaks_of(rows), filters, head=s)) for s in (1, rows.shape[1])
         )
         assert search == full
         assert len(full[3]) == math.ceil(top_p * 151_936)

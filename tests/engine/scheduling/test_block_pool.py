@@ -70,7 +70,7 @@ def test_use_makes_young_again() -> None:
     a, b = _fill(pool, "a", (1,)), _fill(pool, "b", (2,))
     pool.release(a, "a")
     pool.release(b, "b")
-    pool.share(a[0])
+    pool.reuse(a[0])
     pool.release(a, "a")
     assert pool.allocate(1, "x") == b
 
@@ -146,7 +146,7 @@ def test_a_prefix_that_goes_on_after_a_hit_is_found_whole() -> None:
     pool.release(_fill(pool, "a", (1, 2), (3, 4)), "a")
     match = pool.match([1, 2, 3, 4, 5, 6, 7], limit=6)
     for block in match.blocks:
-        pool.share(block)
+        pool.reuse(block)
     [more] = pool.allocate(1, "b", after=match.blocks[-1])
     pool.register(more, match.uids[-1], (5, 6))
     pool.release([*match.blocks, more], "b")
@@ -225,7 +225,7 @@ class PoolMachine(RuleBasedStateMachine):
         if needed + revived > self.pool.num_free:
             return
         for block in match.blocks:
-            self.pool.share(block)
+            self.pool.reuse(block)
         name, self.names = self.names, self.names + 1
         table = list(match.blocks)
         table += self.pool.allocate(needed, name, after=table[-1] if table else None, expected=needed + 2)

@@ -1,4 +1,4 @@
-"""Guesses: what repeats itself is guessed, what does not is left alone; replies are the same with them or without."""
+"""Draft tokens: text that repeats itself is drafted, other text is not; replies are the same with drafts or without."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sequence(prompt: list[int], output: list[int] | None = None) -> Sequence:
     return made
 
 
-def test_what_came_after_the_same_tokens_is_guessed() -> None:
+def test_what_came_after_the_same_tokens_is_drafted() -> None:
     drafter = Drafter()
     assert drafter.propose(sequence([1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3]), 10) == (4, 5, 6, 7)
     assert drafter.propose(sequence([1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3]), 2) == (4, 5)
@@ -43,32 +43,32 @@ def test_the_last_time_counts_and_a_cycle_goes_on() -> None:
 
 
 @given(tokens=st.lists(st.integers(0, 3), min_size=1, max_size=60), cuts=st.lists(st.integers(0, 59), max_size=8))
-def test_a_guess_does_not_depend_on_when_it_was_asked_before(tokens: list[int], cuts: list[int]) -> None:
+def test_a_draft_does_not_depend_on_when_it_was_asked_before(tokens: list[int], cuts: list[int]) -> None:
     growing, drafter = sequence(tokens[:1]), Drafter()
     for at in range(1, len(tokens)):
         if at in cuts:
             drafter.propose(growing, 8)
         growing.append(tokens[at])
-    guess = drafter.propose(growing, 8)
-    assert guess == Drafter().propose(sequence(tokens), 8)
+    draft = drafter.propose(growing, 8)
+    assert draft == Drafter().propose(sequence(tokens), 8)
     places = [i for i in range(NGRAM, len(tokens)) if tokens[i - NGRAM : i] == tokens[-NGRAM:]]
-    assert bool(guess) == bool(places)
+    assert bool(draft) == bool(places)
     if places:
-        assert guess[0] == tokens[places[-1]]
+        assert draft[0] == tokens[places[-1]]
 
 
-def test_guesses_grow_with_success_and_rest_after_failure() -> None:
+def test_drafts_grow_with_success_and_rest_after_failure() -> None:
     drafter, repeating = Drafter(), sequence([5] * 40)
     for _ in range(4):
         drafter.learn(len(drafter.propose(repeating, 99)), drafter.limit)
     assert len(drafter.propose(repeating, 99)) == MOST
     asked = 0
     for _ in range(400):
-        guess = drafter.propose(repeating, 99)
-        if guess:
-            drafter.learn(len(guess), 0)
+        draft = drafter.propose(repeating, 99)
+        if draft:
+            drafter.learn(len(draft), 0)
             asked += 1
-    assert asked < 16, "what never comes is hardly guessed"
+    assert asked < 16, "what never comes is hardly drafted"
     drafter = Drafter()
     drafter.learn(4, 0)
     drafter.learn(2, 1)
@@ -89,7 +89,7 @@ PARAMS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def models(tiny: Callable[[str], Path]) -> tuple[LLM, LLM]:
-    """The same model without and with guesses."""
+    """The same model without and with drafts."""
     how: dict[str, Any] = {"cache_size": "32MiB", "context_length": 512}
     return LLM(tiny("qwen3"), **how), LLM(tiny("qwen3"), speculation="ngram", **how)
 
@@ -114,21 +114,21 @@ def test_replies_are_the_same_and_take_fewer_steps(models: tuple[LLM, LLM], para
 
 def test_neighbours_grammars_and_preemption(models: tuple[LLM, LLM]) -> None:
     """Guessing sequences beside others, in a cache that is too small: the same replies, and every block comes back."""
-    plain, guessing = models
+    plain, drafting = models
     prompts = [REPEATING, "one two three one two three one two", "nothing of the kind", REPEATING[:50]]
     expected = [plain.generate(p, max_tokens=60, temperature=0, ignore_eos=True, seed=1)[0].token_ids for p in prompts]
-    pool = guessing.engine.model.scheduler.pool
+    pool = drafting.engine.model.scheduler.pool
     hog = pool.allocate(pool.num_free - 20, "a hog")
     params = {"max_tokens": 60, "temperature": 0, "ignore_eos": True, "seed": 1}
-    requests = [guessing.add(p, **params).request_id for p in prompts]
+    requests = [drafting.add(p, **params).request_id for p in prompts]
     outputs: dict[str, list[Any]] = {name: [] for name in requests}
-    preemptions = guessing.engine.model.scheduler.num_preemptions
-    while guessing.engine.has_work:
-        for output in guessing.engine.step():
+    preemptions = drafting.engine.model.scheduler.num_preemptions
+    while drafting.engine.has_work:
+        for output in drafting.engine.step():
             outputs[output.request_id].append(output)
         pool.check()
     assert [join_outputs(outputs[name], 0)[0].token_ids for name in requests] == expected
-    assert guessing.engine.model.scheduler.num_preemptions > preemptions
+    assert drafting.engine.model.scheduler.num_preemptions > preemptions
     pool.release(hog, "a hog")
     assert pool.num_free == pool.num_blocks
     form = Constraint("json", {"enum": ["aaaa aaaa aaaa aaaa", 1]})
@@ -136,16 +136,16 @@ def test_neighbours_grammars_and_preemption(models: tuple[LLM, LLM]) -> None:
     assert choices[0].token_ids == choices[1].token_ids
 
 
-def test_no_guesses_where_they_would_change_a_reply(models: tuple[LLM, LLM], caplog: pytest.LogCaptureFixture) -> None:
+def test_no_drafts_where_they_would_change_a_reply(models: tuple[LLM, LLM], caplog: pytest.LogCaptureFixture) -> None:
     loaded = models[1].engine.model
     broken = replace(loaded, info=replace(loaded.info, law=ReproducibilityReport(False, "bits differ: packed")))
     assert not Engine(broken).speculates
     assert "bits differ: packed" in caplog.text
 
 
-def test_guesses_that_are_wrong_leave_nothing_behind(models: tuple[LLM, LLM], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random guesses, right by chance only: the reply, its follow-up from the prefix cache, and the blocks."""
-    _, guessing = models
+def test_drafts_that_are_wrong_leave_nothing_behind(models: tuple[LLM, LLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random draft tokens, right by chance only: the reply, its follow-up from the prefix cache, and the blocks."""
+    _, drafting = models
     rng = random.Random(3)
     monkeypatch.setattr(
         Drafter, "propose", lambda _, s, room: tuple(rng.randrange(400) for _ in range(min(room, rng.randrange(9))))
@@ -156,4 +156,4 @@ def test_guesses_that_are_wrong_leave_nothing_behind(models: tuple[LLM, LLM], mo
         assert replies[0].token_ids == replies[1].token_ids
         follow = [model.generate(f"{prompt}{replies[0].text} and then", **given)[0] for model in models]
         assert follow[0].token_ids == follow[1].token_ids
-    assert guessing.engine.model.scheduler.pool.num_free == guessing.engine.model.scheduler.pool.num_blocks
+    assert drafting.engine.model.scheduler.pool.num_free == drafting.engine.model.scheduler.pool.num_blocks

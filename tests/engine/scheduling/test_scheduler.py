@@ -343,7 +343,7 @@ def test_check_names_the_damage() -> None:
     for change, told in [
         (lambda s, one: setattr(one, "num_computed", len(one)), "nothing is left to compute"),
         (lambda s, one: one.block_table.clear(), ""),
-        (lambda s, one: s.pool.share(one.block_table[0]), "references are lost"),
+        (lambda s, one: s.pool.reuse(one.block_table[0]), "references are lost"),
         (lambda s, one: setattr(one, "state", SequenceState.WAITING), ""),
         (lambda s, one: s.waiting.append(one), ""),
         (lambda s, one: setattr(s, "max_sequences", 0), ""),

@@ -18,7 +18,7 @@ from server.api.parsing import ParsedRequest
 from server.errors import BodiesFull
 from server.settings import ServerSettings
 from server.wire import bodies
-from server.wire.bodies import Bodies, Room
+from server.wire.bodies import Bodies, BodyMemory
 
 SIZE = 8 * 2**20
 
@@ -177,21 +177,21 @@ def test_the_loop_goes_on_while_a_body_is_checked(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_room_is_counted_for_everybody_and_for_each_key() -> None:
-    room = Room(800)
-    room.take(400, "a", small=False)
+    memory = BodyMemory(800)
+    memory.take(400, "a", small=False)
     with pytest.raises(BodiesFull, match=r"of this key .* 400 bytes"):
-        room.take(1, "a", small=True)
-    room.take(300, "", small=False)
+        memory.take(1, "a", small=True)
+    memory.take(300, "", small=False)
     with pytest.raises(BodiesFull, match="700 bytes"):
-        room.take(1, "", small=False)
-    room.take(100, "b", small=True)
+        memory.take(1, "", small=False)
+    memory.take(100, "b", small=True)
     with pytest.raises(BodiesFull, match="800 bytes"):
-        room.take(1, "b", small=True)
-    room.give(400, "a")
-    room.take(299, "c", small=False)
+        memory.take(1, "b", small=True)
+    memory.give(400, "a")
+    memory.take(299, "c", small=False)
     for amount, group in ((300, ""), (100, "b"), (299, "c")):
-        room.give(amount, group)
-    assert not room.taken
+        memory.give(amount, group)
+    assert not memory.taken
 
 
 LARGE = 256 * 2**10
@@ -259,38 +259,38 @@ def test_whatever_becomes_of_a_request_its_room_is_given_back(
     taken: list[int] = []
     monkeypatch.setattr(FakeEngine, "prepare", _noting(FakeEngine.prepare, made, taken))
     call(app, body)
-    assert not made[0].room.taken
+    assert not made[0].memory.taken
     assert taken == ([len(body)] if how in ("ok", "a stream") else [])
 
 
 def _noting(prepare: Any, made: list[Bodies], taken: list[int]) -> Any:
     async def noted(self: FakeEngine, request: Any) -> Any:
-        taken.append(made[0].room.taken.total())
+        taken.append(made[0].memory.taken.total())
         return await prepare(self, request)
 
     return noted
 
 
 def test_a_client_that_goes_away_leaves_no_room_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    rooms: list[Room] = []
-    monkeypatch.setattr(bodies, "Room", lambda size: rooms.append(Room(size)) or rooms[-1])
+    memories: list[BodyMemory] = []
+    monkeypatch.setattr(bodies, "BodyMemory", lambda size: memories.append(BodyMemory(size)) or memories[-1])
     app = make_app()
 
     async def leave() -> None:
         exchange = begin(app, [b"{", b"}"], headers=[(b"content-length", b"9999")])
         exchange._pending.pop()
-        await exchange.until(lambda: rooms[0].taken.total() == 9999)
+        await exchange.until(lambda: memories[0].taken.total() == 9999)
         exchange.disconnect()
         assert exchange.task
         await exchange.task
 
     run(leave())
-    assert not rooms[0].taken
+    assert not memories[0].taken
 
 
 def test_the_room_of_a_key_holds_one_body_at_least() -> None:
     with pytest.raises(ValueError, match="max_bodies_bytes must be at least twice max_body_bytes, 16777216"):
         ServerSettings(max_bodies_bytes=10**7)
-    room = Bodies(ServerSettings(max_body_bytes=10**6)).room
-    assert room.size == 8 * 10**6
-    room.take(10**6, "key", small=False)
+    memory = Bodies(ServerSettings(max_body_bytes=10**6)).memory
+    assert memory.size == 8 * 10**6
+    memory.take(10**6, "key", small=False)
