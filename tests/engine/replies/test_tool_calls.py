@@ -459,12 +459,12 @@ def test_without_tools_nothing_is_read(llm: LLM) -> None:
     assert (answer.text, answer.finish_reason, answer.tool_calls) == (text, "stop", ())
 
 
-def test_a_call_that_turns_out_to_be_none_is_shown_with_its_end() -> None:
+@pytest.mark.parametrize("begin", [f"{FUNCTION}\n<no parameter", f"{FUNCTION[:-1]} oops>", f"{FUNCTION[:-1]}<oops>"])
+def test_a_call_that_turns_out_to_be_none_is_shown_with_its_end(begin: str) -> None:
     """Not held back until the reply ends, also if its last delimiter comes in pieces."""
     reader = CallReader(XML, ReplyFormat(tools=TOOLS))
-    pieces = [f"{FUNCTION}\n<no parameter", " here", "\n</tool", "_call>", " and on"]
-    shown = [reader.push(piece)[0] for piece in pieces]
-    assert shown == ["", "", "", f"{FUNCTION}\n<no parameter here\n</tool_call>", " and on"]
+    shown = [reader.push(piece)[0] for piece in (begin, " here", "\n</tool", "_call>", " and on")]
+    assert shown == ["", "", "", f"{begin} here\n</tool_call>", " and on"]
 
 
 def test_names_and_values_of_pairs_stay_as_they_are_written() -> None:
