@@ -40,7 +40,7 @@ class Chunk:
         return 1 + len(self.draft) if self.samples else 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: that would double the time to make one, which every token needs
 class Draw:
     """One token to draw, as it would be drawn alone. What the sampler asks of a row is what its properties say.
 
@@ -102,10 +102,13 @@ class Schedule:
         for chunk in self.chunks:
             if not chunk.samples:
                 continue
-            draft_tokens: tuple[int | None, ...] = (*chunk.draft, None)
-            for count, draft_token in enumerate(draft_tokens):
-                self.draws.append(Draw(chunk.sequence, row + count, chunk.draft[:count], draft_token))
-            self.draws += [Draw(fork, row) for fork in chunk.forks if fork.state is SequenceState.RUNNING]
+            sequence, draft = chunk.sequence, chunk.draft
+            for count, token in enumerate(draft):
+                self.draws.append(Draw(sequence, row + count, draft[:count], token))
+            self.draws.append(Draw(sequence, row + len(draft), draft))
+            for fork in chunk.forks:
+                if fork.state is SequenceState.RUNNING:
+                    self.draws.append(Draw(fork, row))
             row += chunk.num_rows
 
     def check(self) -> None:
