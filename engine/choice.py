@@ -133,7 +133,7 @@ class Choice:
         )
 
     def _append(self, token: int) -> tuple[TextDelta, FinishReason | None]:
-        """Append one token: what it shows, and why the choice ends with it."""
+        """Append one token. Returns the text it shows, and the finish reason if the choice ends with it."""
         sequence, params, text = self.sequence, self.sequence.params, self.text
         sequence.append(token)
         if self._forced:
@@ -179,7 +179,7 @@ class Choice:
             self._schema_error = unenforced_errors("".join(self._written), schema) or ""
 
     def _logprob(self, drawn: Sampled) -> TokenLogprob:
-        """A drawn token and its alternatives, with the bytes that each would add at this place of the text."""
+        """Describe a drawn token and its alternatives, with the bytes that each would add at this place of the text."""
         assert drawn.logprob is not None
         words, text = self._vocabulary, self.text
         top = []

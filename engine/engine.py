@@ -52,7 +52,7 @@ class _Running:
     """Of the prompt, how far it was computed at most, what the cache held included."""
 
     def usage(self) -> Usage:
-        """What was computed; of a request that has drawn a token, the whole prompt."""
+        """Count what was computed: once a token was drawn, the whole prompt; before that, as far as it was computed."""
         completion = sum(choice.sequence.position for choice in self.choices)
         prompt = len(self.request.prompt_token_ids) if completion else self.prompt_tokens
         return Usage(
@@ -144,9 +144,9 @@ class Engine:
         return choice
 
     def abort(self, request_id: str) -> Usage | None:
-        """Forget a request, wherever it is; its blocks are free at once.
+        """Forget a request, running or waiting. Its blocks are free at once.
 
-        Returns what it has used; None, and nothing is done, if it is gone.
+        Returns what it has used; None if it is gone already.
         """
         running = self._requests.pop(request_id, None)
         if running is None:
@@ -156,7 +156,7 @@ class Engine:
         return running.usage()
 
     def queued(self) -> list[str]:
-        """The requests of which nothing has been computed yet."""
+        """List the requests of which nothing has been computed yet."""
         return [
             request_id
             for request_id, running in self._requests.items()
@@ -171,7 +171,7 @@ class Engine:
         return RequestOutput(request_id, (), running.usage(), True, error)
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step; one output for each request that it advanced or ended."""
+        """Compute one step. Returns one output for each request that it advanced or ended."""
         self._propose()
         held = self._held()
         schedule = self._scheduler.schedule(held)
@@ -189,12 +189,12 @@ class Engine:
         return self._commit(schedule, result, sampled)
 
     def close(self) -> None:
-        """Begin nothing further beside the steps, and end the process in which grammars are tried."""
+        """Stop computing masks beside the steps, and end the process in which grammars are tried."""
         self._masks.close()
         self.preparer.close()
 
     def stats(self) -> EngineStats:
-        """A snapshot of what runs and what was computed so far."""
+        """Return a snapshot of what runs and of what was computed so far."""
         pool = self._scheduler.pool
         return EngineStats(
             alive=True,
@@ -247,7 +247,7 @@ class Engine:
         return self._sampler.sample(result.logits, draws, [draw.row for draw in draws], self._allowed(draws))
 
     def _allowed(self, draws: list[Draw]) -> Tensor | None:
-        """What grammars and forced tokens leave, bool `[draws, vocab_size]`; None where that is everything.
+        """Return which tokens grammars and forced tokens allow, bool `[draws, vocab_size]`; None if all are allowed.
 
         Computed after the forward pass was started: on a GPU, while it runs.
         """
@@ -258,7 +258,7 @@ class Engine:
         return torch.from_numpy(masks).to(self._sampler.device)
 
     def _commit(self, schedule: Schedule, result: ForwardResult, sampled: list[Drawn]) -> list[RequestOutput]:
-        """Note what was computed, append what was drawn, tell what happened; a fault ends its request."""
+        """Register what was computed, append what was drawn, return the outputs. A fault ends its own request."""
         self._steps += 1
         faults = _faults(schedule, result, sampled)
         outputs = [self.refuse(request_id, error) for request_id, error in faults.items()]
@@ -281,7 +281,7 @@ class Engine:
         return outputs + [self._output(request_id, parts) for request_id, parts in deltas.items()]
 
     def _advance(self, choice: Choice, drawn: list[tuple[Draw, Drawn]]) -> list[ChoiceDelta]:
-        """Append what was drawn as long as it is what the draft says, and the first token that is not."""
+        """Append the drawn tokens as long as they equal the draft, and the first one that does not."""
         sequence, before = choice.sequence, choice.sequence.position
         deltas: list[ChoiceDelta] = []
         try:
@@ -331,7 +331,7 @@ class Engine:
         self._runner.forget(sequence)
 
     def _drop_largest(self, schedule: Schedule, error: BaseException) -> list[RequestOutput]:
-        """A step did not fit in memory: end the request that asked for most of it, recompute the others."""
+        """End the largest request of a step that did not fit in memory. The others are recomputed."""
         self._undo(schedule)
         self._runner.release_memory()
         largest = max(schedule.chunks, key=lambda c: (c.count, c.start))
@@ -342,7 +342,7 @@ class Engine:
         return [self.refuse(largest.sequence.request_id, reason)]
 
     def _drop_grammars(self, schedule: Schedule, error: BaseException) -> list[RequestOutput]:
-        """The grammars' library panicked and does not say at which: end all requests in this step that have one."""
+        """End all requests of a step that have a grammar: its library panicked and does not say at which."""
         guilty = {
             sequence.request_id: None
             for chunk in schedule.chunks
@@ -361,7 +361,7 @@ class Engine:
 
 
 def reply_fault(request_id: str, error: BaseException) -> VerbatimError:
-    """What a request ends with because of an error; logs what nobody expected."""
+    """Return the error that a request ends with, and log it if it was not expected."""
     if isinstance(error, VerbatimError):
         return error
     log.error("%s: a fault in reading its reply", request_id, exc_info=error)
@@ -369,7 +369,7 @@ def reply_fault(request_id: str, error: BaseException) -> VerbatimError:
 
 
 def _faults(schedule: Schedule, result: ForwardResult, sampled: list[Drawn]) -> dict[str, VerbatimError]:
-    """The requests that this step ends, and why: the forward pass first, then the first draw of each sequence."""
+    """Return the requests that this step ends, and why: by the forward pass, or by the first draw of a sequence."""
     faults: dict[str, VerbatimError] = {}
     for number, (chunk, finite) in enumerate(zip(schedule.chunks, result.finite, strict=True)):
         if number in result.errors:
@@ -395,6 +395,6 @@ def _may_speculate(model: LoadedModel) -> bool:
 
 
 def _delimiters(model: LoadedModel, *, calls: bool) -> dict[int, str]:
-    """The special tokens that a model's chat format is written with, by id."""
+    """Return the special tokens that a model's chat format is written with, by id."""
     names = {i: model.vocabulary.token_text(i) for i in model.vocabulary.special_ids}
     return {i: name for i, name in names.items() if name and model.chat_format.mentions(name, calls=calls)}
