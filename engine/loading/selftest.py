@@ -10,8 +10,7 @@ and, for the packed runner, compares bits: alone = among others, beside a far po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 

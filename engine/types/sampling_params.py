@@ -28,6 +28,8 @@ from engine.types.sampling_fields import (
 
 LogprobsMode = Literal["raw", "processed"]
 
+_STOP: Final = Strings(most=16, longest=1024)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -67,8 +69,8 @@ class SamplingParams:
     )
     stop: tuple[str, ...] = sampling_field(
         (),
-        Strings(most=16, longest=1024),
-        "Ends the answer before any of these texts; at most 16, each of 1 to 1024 characters.",
+        _STOP,
+        f"Ends the answer before any of these texts; at most {_STOP.most}, each of 1 to {_STOP.longest} characters.",
     )
     stop_token_ids: tuple[int, ...] = sampling_field(
         (), TokenIds(most=256), "Token ids that end the answer.", extension=True

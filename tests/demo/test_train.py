@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from demo import tokenizer as tokenizing
-from demo import train
+from demo import tokenizer as tokenizing, train
 from demo.corpus import conversation
 
 

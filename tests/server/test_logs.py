@@ -20,8 +20,7 @@ from typing import Any, Literal
 import pytest
 from asgi import call
 from fakes import FakeEngine, chat, make_app
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from server import logs
 from server.terminal import Terminal

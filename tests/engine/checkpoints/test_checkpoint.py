@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from odd_folders import edit as _edit
-from odd_folders import refused as _refused
+from odd_folders import edit as _edit, refused as _refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from odd_folders import edit as _edit
-from odd_folders import refused as _refused
+from hypothesis import HealthCheck, given, settings, strategies as st
+from odd_folders import edit as _edit, refused as _refused
 from safetensors.torch import load_file, save_file
 
 from engine import LLM, LoadError, ModelConfig, NotEnoughMemory

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gguf.gguf_reader import GGUFReader, ReaderField
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import LLM, LoadError, ModelConfig

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from engine.errors import InvalidParameter
 from engine.grammar.paths import MAX_PATH, check_rules, check_schema_path, longest_path, rules_of, schema_path

@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 import tokenizers_for_tests
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import tokenizers_for_tests
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 from forced_replies import forced_reply
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from transformers.utils.chat_parsing import parse_response
 
 from engine import LLM, Constraint, InvalidParameter, LoadError, ReplyFormat, Tool, ToolChoice

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from engine import LLM, ChatMessage, Constraint, InvalidParameter, Unsupported
 from engine.replies.reasoning import ReasoningFormat, Splitter, find_reasoning_format, template_variables

@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 from forced_replies import forced_reply
-from hypothesis import given
-from hypothesis import strategies as st
-from tool_forms import BARE, CLOSE, FORMATS, HERMES, KEYED, LISTED, XML, written
-from tool_forms import read as read_calls
+from hypothesis import given, strategies as st
+from tool_forms import BARE, CLOSE, FORMATS, HERMES, KEYED, LISTED, XML, read as read_calls, written
 
 from engine import LLM, ChatMessage, Constraint, ReplyFormat, Tool, ToolCall
 from engine.prompts.tool_messages import generic_messages

@@ -6,8 +6,7 @@ import random
 from itertools import groupby
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.schedule import Schedule

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, example, given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models
 from tokenizers_for_tests import PROBED, SAMPLE, TABLED, gemma_like
 from transformers import AutoTokenizer, PreTrainedTokenizerFast

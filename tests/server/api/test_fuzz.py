@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from asgi import Answer, call
 from fakes import chat, make_app
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from server.api import fields
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 from asgi import begin
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from test_fuzz import FIELDS, MESSAGE, VALUES, check
 
 from engine import Registry

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from asgi import Answer, begin, call, run
 from fakes import HELLO, SILENT, FakeEngine, Step, chat, make_app, output, token, word_by_word
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from engine import ChoiceDelta, EngineDead, OutOfMemory, PreparedRequest, TokenLogprob
 from server.json_text import to_json
