@@ -9,19 +9,21 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
 
 @functools.cache
 def _module_of() -> dict[str, str]:
     """The public names, and the module that defines each."""
-    stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    stub = ast.parse(resources.files(__name__).joinpath("__init__.pyi").read_text(encoding="utf-8"))
     imports = (node for node in stub.body if isinstance(node, ast.ImportFrom))
     return {alias.name: node.module or "" for node in imports for alias in node.names}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return __dir__()
     if name not in _module_of():
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
     return getattr(importlib.import_module(_module_of()[name]), name)

@@ -228,8 +228,11 @@ class Engine:
                 sequence.draft = drafter.propose(sequence, most)
 
     def _held(self) -> dict[Sequence, GrammarState]:
-        """Sequences that this step leaves out because their masks are being computed; preempted ones come first."""
-        preempted = takewhile(lambda sequence: sequence.position, self._scheduler.waiting)
+        """Return the sequences that this step leaves out because their masks are being computed.
+
+        Preempted ones wait in front of the queue, behind choices whose prompt another choice has computed.
+        """
+        preempted = takewhile(lambda sequence: sequence.position or sequence.choice_index, self._scheduler.waiting)
         return {
             sequence: grammar
             for sequence in (*self._scheduler.running, *preempted)

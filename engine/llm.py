@@ -48,7 +48,8 @@ class LLM:
     must be: `Constraint("json", schema)`.
 
     Attributes:
-        engine: the engine that is stepped, for scripts that want to step it themselves: `engine.add`, `engine.step`.
+        engine: the engine that is stepped. A script may step it itself (`engine.add`, `engine.step`). The outputs of
+            those steps are the script's, and `outputs` does not see them.
     """
 
     def __init__(
@@ -129,10 +130,13 @@ class LLM:
 
         Raises:
             VerbatimError: what ended the request, if it was not its end.
+            RuntimeError: `engine` was stepped or told to abort by somebody else, who has its outputs.
         """
         try:
             while True:
                 while not self._boxes[request_id]:
+                    if not self.engine.has_work:
+                        raise RuntimeError(f"{request_id} has ended in steps that were taken elsewhere")
                     for output in self.engine.step():
                         if output.request_id in self._boxes:
                             self._boxes[output.request_id].append(output)

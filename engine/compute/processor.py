@@ -6,12 +6,13 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["processor_fields", "processor_model"]
+__all__ = ["processor_model", "processor_target"]
 
 _MODEL_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "cache size")
+_ARM_FIELDS = ("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision")
 
 
-def processor_fields() -> Mapping[str, str]:
+def _fields() -> Mapping[str, str]:
     """Return the fields of the first processor, by name; empty where the system has no such file."""
     try:
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
@@ -26,7 +27,18 @@ def processor_model() -> str:
 
     Libraries choose tile sizes by the cache size, so the instruction set alone does not determine the bits.
     """
-    fields = processor_fields()
-    if not fields:
-        return platform.processor() or platform.machine()
-    return "/".join(fields.get(name, "") for name in _MODEL_FIELDS) or platform.machine()
+    return _joined(_MODEL_FIELDS, _ARM_FIELDS)
+
+
+def processor_target() -> str:
+    """Return in one line what `-march=native` depends on: the model and its instruction sets."""
+    return _joined(("model name", "flags"), (*_ARM_FIELDS, "Features"))
+
+
+def _joined(*alternatives: tuple[str, ...]) -> str:
+    """Join the first fields of which the system tells any; without such a file, what the platform is called."""
+    fields = _fields()
+    for names in alternatives:
+        if any(fields.get(name) for name in names):
+            return "/".join(fields.get(name, "") for name in names)
+    return platform.processor() or platform.machine()

@@ -128,6 +128,8 @@ class AsyncEngine(EngineProtocol):
         self._streams[request.request_id] = stream
         self._groups[request.request_id] = request.group
         self._loop.commands.put(Submit(request))
+        if self._dead is not None:  # it has died meanwhile, and this stream was not there to be told
+            loop.call_soon(self._fail_all, self._dead)
         return stream
 
     def abort(self, request_id: str) -> None:

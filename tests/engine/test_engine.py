@@ -271,3 +271,16 @@ def test_usage_counts_all_choices_and_the_prompt_once(llm: LLM) -> None:
     for answer in answers:
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (prompt, 12)
         assert answer.usage.total_tokens == prompt + 12
+
+
+@pytest.mark.parametrize("how", ["step", "abort"])
+def test_outputs_that_somebody_else_has_are_not_waited_for(llm: LLM, how: str) -> None:
+    """A script that steps the engine itself and then reads through `LLM` hears so, and does not wait for ever."""
+    request_id = llm.add(PROMPT, max_tokens=3, seed=1).request_id
+    if how == "abort":
+        llm.engine.abort(request_id)
+    while llm.engine.has_work:
+        llm.engine.step()
+    with pytest.raises(RuntimeError, match=f"{request_id} has ended in steps that were taken elsewhere"):
+        list(llm.outputs(request_id))
+    assert llm.generate(PROMPT, max_tokens=3, seed=1)[0].token_ids

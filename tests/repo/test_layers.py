@@ -181,6 +181,9 @@ def test_the_public_face_is_what_it_says() -> None:
         assert getattr(engine, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         engine.nope  # noqa: B018
+    everything: dict[str, object] = {}
+    exec("from engine import *", everything)
+    assert set(dir(engine)) <= set(everything)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import platform
 import shutil
 import signal
 import stat
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from engine.cache_folder import cache_folder, make_private
-from engine.compute.processor import processor_fields
+from engine.compute.processor import processor_target
 
 __all__ = ["NoKernels", "load"]
 
@@ -67,7 +66,8 @@ def load(
     # clang takes 39 seconds for -O3, six for -O2, and gains nothing by it; gcc vectorises less at -O2.
     flags = ("-O2" if "clang" in version else "-O3", *_FLAGS, *flags)
     # -march=native depends on the processor, and several machines may share a home.
-    parts = (source.read_bytes(), version.encode(), " ".join(flags).encode(), _processor(), circumstances.encode())
+    texts = (version, " ".join(flags), processor_target(), circumstances)
+    parts = (source.read_bytes(), *(text.encode() for text in texts))
     name = f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
     folder, why = _folder(cache or cache_folder())
     if folder is not None and os.path.lexists(folder / name):
@@ -262,8 +262,3 @@ def _version(compiler: str) -> str:
         return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NoKernels(f"{compiler} does not run: {error}") from error
-
-
-def _processor() -> bytes:
-    fields = processor_fields()
-    return "|".join(fields.get(name, "") for name in ("model name", "flags")).encode() or platform.processor().encode()

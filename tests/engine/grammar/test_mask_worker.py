@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,15 @@ def test_who_leaves_meanwhile_leaves_nothing_behind(llm: LLM, slow: list[str]) -
     stream.close()
     assert not llm.engine.has_work
     assert entries(llm) == entries(llm)
+
+
+def test_a_preempted_sequence_is_held_behind_choices_that_wait_too(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices without room wait in front of it. If it were admitted too early, every request would wait for its mask."""
+    names = [llm.add("say", constraint=FORM, **WANTED, n=n).request_id for n in (1, 2)]
+    preempted, choice = (llm.engine._requests[name].choices[i].sequence for i, name in enumerate(names))
+    preempted.append(5)
+    monkeypatch.setattr(llm.engine._scheduler, "waiting", deque([choice, preempted]))
+    monkeypatch.setattr(llm.engine._masks, "waits", lambda state: True)
+    assert preempted in llm.engine._held()
+    for name in names:
+        llm.engine.abort(name)

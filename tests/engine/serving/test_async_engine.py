@@ -38,6 +38,7 @@ from engine import (
 from engine.loading.loader import load
 from engine.preparation import Preparer
 from engine.prompts.prompt_encoder import PromptEncoder
+from engine.serving.protocol import Ended
 
 
 @pytest.fixture
@@ -233,6 +234,26 @@ def test_a_dying_engine_tells_everybody_why(engine: AsyncEngine, monkeypatch: py
         assert not engine.stats().alive
         with pytest.raises(EngineDead, match="fell off the bus"):
             await engine.prepare(request("late"))
+
+    run(main())
+
+
+def test_a_death_during_the_first_submit_is_told(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look whether it lives and the note which loop listens: nobody could be told then, so it is later."""
+    check = engine._raise_if_dead
+
+    def dies() -> None:
+        check()
+        engine._emit(Ended(EngineDead("the card fell off the bus")))
+
+    async def main() -> None:
+        prepared = await engine.prepare(request("first"))
+        monkeypatch.setattr(engine, "_raise_if_dead", dies)
+        outputs = await asyncio.wait_for(_all(engine.submit(prepared)), 20)
+        assert isinstance(outputs[-1].error, EngineDead)
+
+    async def _all(stream: Any) -> list[Any]:
+        return [output async for output in stream]
 
     run(main())
 
