@@ -142,7 +142,7 @@ def test_who_leaves_meanwhile_leaves_nothing_behind(llm: LLM, slow: list[str]) -
 
 
 def test_a_preempted_sequence_is_held_behind_choices_that_wait_too(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Choices without room wait in front of it. If it were admitted too early, every request would wait for its mask."""
+    """Choices without room wait in front of it. Admitted too early, it would make every request wait for its mask."""
     names = [llm.add("say", constraint=FORM, **WANTED, n=n).request_id for n in (1, 2)]
     preempted, choice = (llm.engine._requests[name].choices[i].sequence for i, name in enumerate(names))
     preempted.append(5)
