@@ -56,6 +56,7 @@ from engine.types.outputs import (
     ChoiceDelta as ChoiceDelta,
     FinishReason as FinishReason,
     RequestOutput as RequestOutput,
+    TokenCheck as TokenCheck,
     TokenLogprob as TokenLogprob,
     TopLogprob as TopLogprob,
     Usage as Usage,

@@ -34,6 +34,27 @@ class TokenLogprob:
     bytes: bytes
     logprob: float
     top: tuple[TopLogprob, ...] = ()
+    rank: int | None = None
+    """Of a prompt token: 1 for the likeliest token at its place, 2 for the next. Not counted for generated tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCheck:
+    """What the model says at one drawn position of a reply that is checked.
+
+    Attributes:
+        expected: the reply's token.
+        drawn: the token that the model draws here.
+        logprob: the raw log-probability of `expected`, a float32.
+        closeness: 0 where both are the same token. Else by how much scores would have to change for `expected` to be
+            drawn, in units of the perturbed score (of the logits at temperature 0); infinite where no rounding could
+            (a grammar or a bias forbids it).
+    """
+
+    expected: int
+    drawn: int
+    logprob: float
+    closeness: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +69,16 @@ class ChoiceDelta:
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     """Calls completed in this step."""
+    scores: tuple[float, ...] = ()
+    """For a request that is recorded: the raw log-probability of each token that was drawn, rounded to float32. Tokens
+    that a grammar forced may be taken without a draw; those have none."""
+    margins: tuple[float | None, ...] | None = None
+    """Per token, if asked for: how far the best perturbed score was ahead of the second best; None where there was no
+    other token to choose."""
+    checks: tuple[TokenCheck, ...] = ()
+    """For a reply that is checked: one for each position that was drawn."""
+    goes_on: bool = False
+    """With the finish reason of a reply that is checked: its tokens end, but the model would not have ended here."""
     schema_error: str | None = None
     """With the finish reason, where a schema could not be enforced whole: why the text is not valid; empty if it is."""
 
@@ -62,6 +93,11 @@ class Usage:
     cached_tokens: int = 0
     """Prompt tokens whose keys and values came from the prefix cache."""
     reasoning_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    """Tokens of the prediction that the replies hold, in the order of both. A property of the two texts: not of how
+    much of it was really tried as a draft."""
+    rejected_prediction_tokens: int = 0
+    """The prediction's other tokens, for each choice."""
 
     @property
     def total_tokens(self) -> int:
@@ -77,6 +113,9 @@ class RequestOutput:
     usage: Usage
     finished: bool = False
     error: VerbatimError | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """On one output of a request that asks for them, the one that follows the last chunk of its prompt: one entry per
+    prompt token, None for the first, before which there is nothing."""
 
 
 def clean_logprob(value: float) -> float:

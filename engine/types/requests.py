@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -52,6 +53,12 @@ class GenerationRequest:
     """Tokens, prompt and reply together, that the caller may use; None: as many as the model's context holds."""
     cache_salt: str = ""
     """Only requests with the same salt find each other's prompts in the group's prefix cache."""
+    prediction: str | None = None
+    """A text that the reply may hold much of. It is tried as a draft: the reply stays the same and comes sooner."""
+    record: bool = False
+    """Whether the outputs tell what a receipt holds: the raw log-probability of every token that is drawn."""
+    clock: dt.datetime | None = None
+    """What a chat template that prints the time reads; None: the entry's clock, else the real one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,3 +79,10 @@ class PreparedRequest:
     group: str = ""
     cache_share: tuple[str, ...] = ()
     """The share of the prefix cache that the request reads and fills."""
+    prediction: tuple[int, ...] = ()
+    """Tokens that the replies may hold many of."""
+    record: bool = False
+    """Whether the outputs hold `scores`."""
+    follow: tuple[tuple[int, ...], ...] | None = None
+    """By choice: the tokens of a reply that is checked. The choice takes them, whatever it draws, and the outputs hold
+    `checks`. None: choices take what they draw."""

@@ -42,7 +42,9 @@ class SamplingParams:
 
     n: int = sampling_field(1, Integer(1), "Choices; choice 0 is the answer to n = 1.")
     max_tokens: int | None = sampling_field(
-        None, Integer(1), "Cap on generated tokens; clamped to what is left of the context."
+        None,
+        Integer(0),
+        "Cap on generated tokens; clamped to what is left of the context. 0 computes the prompt and draws nothing.",
     )
     temperature: float = sampling_field(1.0, Number(0.0, 2.0), "0 is greedy; the lowest token id wins a tie.")
     top_p: float = sampling_field(1.0, Number(0.0, 1.0), "Keep the likeliest tokens up to this mass, at least one.")
@@ -83,6 +85,18 @@ class SamplingParams:
         "raw",
         OneOf(get_args(LogprobsMode)),
         "The model's own distribution, or the one that was drawn from.",
+        extension=True,
+    )
+    prompt_logprobs: int | None = sampling_field(
+        None,
+        Integer(0, 20),
+        "The raw log-probability of each prompt token, with this many alternatives.",
+        extension=True,
+    )
+    margins: bool = sampling_field(
+        False,
+        Flag(),
+        "Per generated token: how far the best perturbed score was ahead of the second best.",
         extension=True,
     )
     return_token_ids: bool = sampling_field(False, Flag(), "`token_ids` beside each choice.", extension=True)
