@@ -45,7 +45,8 @@ class TokenCheck:
     Attributes:
         expected: the reply's token.
         drawn: the token that the model draws here.
-        logprob: the raw log-probability of `expected`, a float32.
+        logprob: the raw log-probability of `expected`, rounded to float32.
+        perturbed: the perturbed score of `expected`, rounded to float32; -inf where it could not be drawn at all.
         closeness: 0 where both are the same token. Else by how much scores would have to change for `expected` to be
             drawn, in units of the perturbed score (of the logits at temperature 0); infinite where no rounding could
             (a grammar or a bias forbids it).
@@ -54,6 +55,7 @@ class TokenCheck:
     expected: int
     drawn: int
     logprob: float
+    perturbed: float
     closeness: float = 0.0
 
 
@@ -69,9 +71,10 @@ class ChoiceDelta:
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     """Calls completed in this step."""
-    scores: tuple[float, ...] = ()
-    """For a request that is recorded: the raw log-probability of each token that was drawn, rounded to float32. Tokens
-    that a grammar forced may be taken without a draw; those have none."""
+    scores: tuple[tuple[float, float], ...] = ()
+    """For a request that is recorded: the raw log-probability and the perturbed score of each token that was drawn,
+    rounded to float32. The perturbed score is what the draw maximises: `(logit - largest) / temperature + gumbel`, and
+    the processed logit at temperature 0. Tokens that are forced may be taken without a draw; those have no scores."""
     margins: tuple[float | None, ...] | None = None
     """Per token, if asked for: how far the best perturbed score was ahead of the second best; None where there was no
     other token to choose."""

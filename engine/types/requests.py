@@ -56,7 +56,8 @@ class GenerationRequest:
     prediction: str | None = None
     """A text that the reply may hold much of. It is tried as a draft: the reply stays the same and comes sooner."""
     record: bool = False
-    """Whether the outputs tell what a receipt holds: the raw log-probability of every token that is drawn."""
+    """Whether the outputs tell what a receipt holds: the raw log-probability and the perturbed score of
+    every token that is drawn."""
     clock: dt.datetime | None = None
     """What a chat template that prints the time reads; None: the entry's clock, else the real one."""
 
