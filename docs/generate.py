@@ -269,6 +269,7 @@ def _model_keys() -> list[str]:
         context_length=0,
         cache_tokens=0,
         max_sequences=0,
+        max_requests=0,
         vocab_size=0,
         system_fingerprint="",
         law=ReproducibilityReport(True, ""),

@@ -65,6 +65,7 @@ def describe(config: ModelConfig, found: Checkpoint, ready: ReadyModel, text: Te
         context_length=size.context_length,
         cache_tokens=size.tokens,
         max_sequences=config.max_sequences,
+        max_requests=config.max_sequences + config.max_queue,
         vocab_size=ready.vocab_size,
         system_fingerprint=fingerprint.fingerprint(_parts(config, found, ready, text, defaults)),
         law=ready.test.report,

@@ -31,6 +31,8 @@ class ModelInfo:
     context_length: int
     cache_tokens: int
     max_sequences: int
+    max_requests: int
+    """Requests that may run and wait at once."""
     vocab_size: int
     system_fingerprint: str
     law: ReproducibilityReport
@@ -45,6 +47,23 @@ class ModelInfo:
     tool_calls_source: str = "generic"
     """Where this was learnt: `models.yaml`, `tokenizer`, `chat template`, `table (NAME)`, or `generic`: the template
     knows no tools, and a system message explains them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerInfo:
+    """What a client needs to know of a model's tokenizer. The tokens are names (`<|im_end|>`); None: there is none."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    vocab_size: int
+    adds_special_tokens: bool
+    """Whether the tokenizer puts tokens of its own around a text."""
+    chat_template: str | None
+    fill_in_the_middle: bool
+    """Whether it has tokens for a prompt with a `suffix`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,6 +48,7 @@ INFO = ModelInfo(
     context_length=CONTEXT,
     cache_tokens=4096,
     max_sequences=16,
+    max_requests=100,
     vocab_size=VOCABULARY,
     system_fingerprint="fp_fake",
     law=ReproducibilityReport(
