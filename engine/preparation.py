@@ -252,8 +252,12 @@ class Preparer:
             raise InvalidParameter("suffix needs a prompt that is text.", param="suffix")
         if request.prompt is not None:
             special = request.add_special_tokens
-            with self._reading(request.prompt, field), self._reading(request.suffix or "", "suffix"):
-                ids, echo = self._plain.encode(request.prompt, request.suffix, special=special, echo=request.echo)
+            with self._reading(suffix := request.suffix or "", "suffix"):
+                suffix.encode()  # so that half a character is told of the suffix, and not of the prompt
+            with self._reading(request.prompt, field):
+                ids, echo = self._plain.encode(
+                    request.prompt, request.suffix, special=special, echo=request.echo, field=field
+                )
             return _Prompt(tuple(ids), None, "", ignored, field, echo)
         tokens = tuple(request.prompt_token_ids or ())
         for token in tokens:

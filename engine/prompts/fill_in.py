@@ -73,19 +73,27 @@ def find_fill_in_form(words: Mapping[str, int]) -> FillInForm | None:
 
 
 def encode_fill_in(
-    encoder: PromptEncoder, form: FillInForm, words: Mapping[str, int], prefix: str, suffix: str, *, special: bool
+    encoder: PromptEncoder,
+    form: FillInForm,
+    words: Mapping[str, int],
+    prefix: str,
+    suffix: str,
+    *,
+    special: bool,
+    field: str,
 ) -> list[int]:
     """Encode a prompt with a gap. What the two texts spell stays text.
 
     Args:
         words: the tokenizer's control words.
+        field: the name of `prefix` in error messages.
         special: whether the prompt begins as the tokenizer begins a text (with `<s>`, for example).
 
     Raises:
         InvalidFormat: a text spells a control token that the tokenizer cannot read as text.
         TypeError, UnicodeEncodeError: see `PromptEncoder.encode`.
     """
-    before = [words[form.before], *encoder.encode_as_text(prefix, "prompt")]
+    before = [words[form.before], *encoder.encode_as_text(prefix, field)]
     after = [words[form.after], *_continued(encoder, suffix)]
     gap = [words[form.gap]] if form.gap else []
     parts = [after, before] if form.after_first else [before, after]

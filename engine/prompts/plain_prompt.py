@@ -44,9 +44,11 @@ class PlainPrompts:
         return self._form is not None
 
     def encode(
-        self, text: str, suffix: str | None, *, special: bool, echo: bool
+        self, text: str, suffix: str | None, *, special: bool, echo: bool, field: str
     ) -> tuple[list[int], EchoedPrompt | None]:
         """Encode a text, with the tokens that the tokenizer puts around one if `special`.
+
+        `field`: the name of the text in error messages.
 
         Raises:
             Unsupported: there is a `suffix`, and the tokenizer has no tokens for it.
@@ -60,7 +62,9 @@ class PlainPrompts:
                 )
             if echo:
                 raise InvalidParameter("echo and suffix cannot be combined.", param="suffix")
-            return encode_fill_in(self._encoder, self._form, self._words, text, suffix, special=special), None
+            return encode_fill_in(
+                self._encoder, self._form, self._words, text, suffix, special=special, field=field
+            ), None
         if not echo:
             return self._encoder.encode(text, special=special), None
         ids, places = self._encoder.encode_with_places(text, special=special)
