@@ -166,7 +166,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def api() -> str:
-    fields = openapi.REQUEST_BODY["content"]["application/json"]["schema"]["properties"]
+    fields = openapi.CHAT_BODY["content"]["application/json"]["schema"]["properties"]
     extensions = {name for name, field in fields.items() if field.get("description", "").startswith("Extension.")}
     return "\n".join(
         [

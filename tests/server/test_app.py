@@ -253,7 +253,7 @@ def test_the_document_describes_the_body_and_every_status() -> None:
 
 
 def test_the_documents_example_works() -> None:
-    example = openapi.REQUEST_BODY["content"]["application/json"]["example"]
+    example = openapi.CHAT_BODY["content"]["application/json"]["example"]
     assert call(make_app(), {**example, "model": "fake"}).status == 200
 
 
