@@ -166,7 +166,6 @@ class Preparer:
             group=request.group,
             echo=prompt.echo,
             prediction=self._prediction(request.prediction, params.max_tokens or 0),
-            record=request.record,
             cache_share=("" if self._config.share_prefix_cache else request.group, request.cache_salt),
             record=request.record,
         )

@@ -16,7 +16,7 @@ from engine import SAMPLING_FIELDS, InvalidFormat, InvalidParameter, SamplingPar
 from server import json_text
 from server.api import chat_request, openapi
 from server.api.admission import shown_names
-from server.api.fields import FIELDS, ROLES, SAMPLING, UNSUPPORTED
+from server.api.fields import CHAT, ROLES, SAMPLING
 from server.api.parsing import ParsedRequest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -29,7 +29,7 @@ def parse(body: dict[str, Any] | str) -> ParsedRequest:
 def test_a_field_that_was_not_given_leaves_the_models_default() -> None:
     """Null is what clients send for "not set": it must not reach the engine as a value."""
     nulls = dict.fromkeys([*SAMPLING, "max_tokens", "max_completion_tokens", "stream", "stream_options"])
-    request = parse(chat(**nulls, **dict.fromkeys(UNSUPPORTED), user=None, metadata=None))
+    request = parse(chat(**nulls, **dict.fromkeys(CHAT.refused), user=None, metadata=None))
     assert request.generations[0].sampling == {}
     assert not request.stream
     assert not request.include_usage
@@ -63,10 +63,10 @@ def test_given_fields_reach_the_engine_unchanged(fields: dict[str, Any], given: 
 
 def test_every_sampling_field_of_the_engine_can_be_asked_for() -> None:
     """A control that the engine has and the endpoint does not know would be ignored with a header."""
-    assert SAMPLING.keys() | {"max_tokens"} == SAMPLING_FIELDS.keys() <= FIELDS.keys()
+    assert SAMPLING.keys() | {"max_tokens"} == SAMPLING_FIELDS.keys() <= CHAT.honoured.keys()
 
 
-READERS = ("chat_request", "fields", "formats", "parsing", "tools")
+READERS = ("chat_request", "common_fields", "fields", "formats", "parsing", "tools")
 NAMED = {"max_tokens"}
 """The one sampling field that a body may give under two names."""
 
@@ -215,7 +215,7 @@ DESCRIBED = openapi.CHAT_BODY["content"]["application/json"]["schema"]["properti
 
 
 def test_the_document_lists_what_is_honoured_and_nothing_else() -> None:
-    assert DESCRIBED.keys() == FIELDS.keys()
+    assert DESCRIBED.keys() == CHAT.honoured.keys()
 
 
 BOUNDS = [
