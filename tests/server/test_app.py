@@ -13,8 +13,7 @@ from asgi import CHAT, begin, call, run
 from fakes import INFO, STATS, FakeEngine, FakeRegistry, chat, make_app
 
 from engine import EngineDead, ModelStatus, ReproducibilityReport
-from server.api import openapi
-from server.api import fields
+from server.api import fields, openapi
 from server.app import create_app
 
 LOADING = ModelStatus("slow", "loading", "reading shard 2 of 5")

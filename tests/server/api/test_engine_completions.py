@@ -86,7 +86,7 @@ def test_an_echo_is_the_whole_text_token_by_token(app: Any, model: str) -> None:
         assert None not in found["token_logprobs"][1:]
         assert found["text_offset"] == sorted(found["text_offset"])
         ends = [*found["text_offset"][1:count], len(prompt)]
-        for token, start, end in zip(found["tokens"][:count], found["text_offset"], ends, strict=True):
+        for token, start, end in zip(found["tokens"][:count], found["text_offset"][:count], ends, strict=True):
             if not token.startswith("bytes:") and model == "tiny" and token != "<|im_end|>":
                 assert choice["text"][start:end] == token
 
