@@ -176,8 +176,9 @@ def api() -> str:
             "`POST /v1/chat/completions` and `POST /api/v1/chat/completions` are the same. Under both prefixes: "
             "`POST /completions`, `GET /models`, `GET /models/{id}` and, where keys are in use, `GET /usage` "
             "(`since`: a date or Unix seconds; `by`: day or model) for the key's own usage; and, at the root "
-            "too, `POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info` (`model`: may be left out). Beside them `GET /health/live`, "
-            "`GET /health/ready` and the machine readable form of this page, `GET /openapi.json`.\n",
+            "too, `POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info` (`model`: may be left out). "
+            "Beside them `GET /health/live`, `GET /health/ready` and the machine readable form of this page, "
+            "`GET /openapi.json`.\n",
             "## Request fields\n",
             "`null` is the same as leaving a field out. Defaults of sampling fields are those below, then the "
             "checkpoint's `generation_config.json`, then the entry's `sampling`; the last one wins.\n",
@@ -208,8 +209,8 @@ def api() -> str:
             "## Response\n",
             "As the OpenAI API: `chat.completion`, or with `stream` events of `chat.completion.chunk` and at the end "
             "`data: [DONE]`; of a plain completion `text_completion`, streamed or not. `system_fingerprint` "
-            "names what the bits depend on, `seed` (an extension) is the one that was used, given or drawn. Every response "
-            "has a header `x-request-id`: the client's own, or a fresh one.\n",
+            "names what the bits depend on, `seed` (an extension) is the one that was used, given or drawn. Every "
+            "response has a header `x-request-id`: the client's own, or a fresh one.\n",
             "`GET /models/{id}` of a loaded model has: " + ", ".join(f"`{k}`" for k in _model_keys()) + ".\n",
             "## Keys\n",
             "Where a server has keys, every path but `/health/live` and `/health/ready` needs one: `Authorization: "
