@@ -25,6 +25,7 @@ from engine import (
     read_yaml,
     validate,
 )
+from server import fingerprints
 from server.accounts import commands
 from server.accounts.location import in_use
 from server.logs import printable
@@ -138,6 +139,40 @@ def _findings(info: ModelInfo) -> Table:
     ):
         table.add_row(escape(key), escape(value))
     return table
+
+
+@app.command()
+def fingerprint(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Two files, written with --json or by GET /v1/models/ID: print what differs."),
+    ] = None,
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of lines.")] = False,
+    pull: PullOption = False,
+) -> None:
+    """Load every model and print its fingerprint, part by part; or compare two files and load none.
+
+    A comparison exits with 0 if the fingerprints are the same, 1 if they differ, 2 if a file could not be read.
+    """
+    if files:
+        if len(files) != 2 or model is not None or config is not None or as_json:
+            raise typer.BadParameter("to compare, give two files and no option; else give no file.")
+        code, lines = fingerprints.compare(*files)
+        print(*lines, sep="\n", file=sys.stderr if code == fingerprints.UNREADABLE else sys.stdout)
+        raise typer.Exit(code)
+    entries, _ = _configuration(config, model, None)
+    _before_anything_heavy(pull)
+    found = []
+    for entry in entries:
+        with err.status(escape(f"{entry.id}: loading")) as status:
+            found.append(_open(entry, pull, lambda text, name=entry.id: status.update(escape(f"{name}: {text}"))).info)
+    print(
+        fingerprints.as_json(found)
+        if as_json
+        else "\n".join(line for info in found for line in fingerprints.lines_of(info))
+    )
 
 
 @app.command()

@@ -25,12 +25,12 @@ _DIGEST: Final = "sha256:"
 
 
 def fingerprint_of(parts: Parts, prefix: str) -> str:
-    """Return `prefix` and the first 16 hexadecimal digits of the SHA-256 over the parts in canonical JSON (RFC 8785)."""
+    """Return `prefix` and 16 hexadecimal digits of the SHA-256 over the parts in canonical JSON (RFC 8785)."""
     return prefix + hashlib.sha256(rfc8785.dumps(dict(parts))).hexdigest()[:_DIGITS]
 
 
 def digest_of(value: Any) -> str | None:
-    """Return `sha256:` and the digest of a text, of bytes, or of anything else as JSON with sorted keys; None of None."""
+    """Return `sha256:` and the digest of a text, of bytes, or of other values as JSON with sorted keys; None of None."""
     if value is None:
         return None
     if not isinstance(value, str | bytes):

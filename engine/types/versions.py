@@ -19,8 +19,8 @@ PROMPT_FORMAT_VERSION: Final = 1
 kept apart from control tokens, how tools are explained to models whose template knows none."""
 
 REPLY_FORMAT_VERSION: Final = 1
-"""Raised when the same tokens may give another reply: how text is decoded, split into thoughts, calls and answer, cut at
-stop strings, and how a grammar is made of a schema."""
+"""Raised when the same tokens may give another reply: how text is decoded, cut at stop strings, split into thoughts,
+calls and answer, and how a grammar is made of a schema."""
 
 CPU_KERNELS_VERSION: Final = 5
 """Raised when a forward pass on a CPU may have other bits: compiled kernels, attention and linear layers in torch."""
