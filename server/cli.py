@@ -168,11 +168,8 @@ def fingerprint(
     for entry in entries:
         with err.status(escape(f"{entry.id}: loading")) as status:
             found.append(_open(entry, pull, lambda text, name=entry.id: status.update(escape(f"{name}: {text}"))).info)
-    print(
-        fingerprints.as_json(found)
-        if as_json
-        else "\n".join(line for info in found for line in fingerprints.lines_of(info))
-    )
+    lines = [fingerprints.as_json(found)] if as_json else [line for i in found for line in fingerprints.lines_of(i)]
+    print(*lines, sep="\n")
 
 
 @app.command()

@@ -89,7 +89,9 @@ def compare(first: Path, second: Path) -> tuple[int, list[str]]:
     for name, (left, right) in pairs.items():
         head = f"{name}: " if name else ""
         lines += [f"{head}{sentence}" for sentence in part_differences(left[_KINDS[0][1]], right[_KINDS[0][1]])]
-        lines += [f"{head}default {sentence}" for sentence in part_differences(left[_KINDS[1][1]], right[_KINDS[1][1]])]
+        lines += [
+            f"{head}defaults: {sentence}" for sentence in part_differences(left[_KINDS[1][1]], right[_KINDS[1][1]])
+        ]
     return (DIFFERENT if lines else SAME), [_plain(line) for line in lines] or ["The fingerprints are the same."]
 
 
@@ -113,7 +115,8 @@ def _read(path: Path) -> Mapping[str, _Model]:
     except ValueError as error:  # Python speaks of its own settings where a number has thousands of digits
         why = str(error) if "int" not in str(error) else "a number has thousands of digits"
         raise _Unreadable(f"{path} is not JSON that can be read: {why}.") from None
-    found = data.get("data") if isinstance(data, dict) and isinstance(data.get("data"), list) else [data]
+    listed = data.get("data") if isinstance(data, dict) else None
+    found = listed if isinstance(listed, list) else [data]
     models = [_checked(item, path) for item in found]
     by_id = {str(model.get("id", "")): model for model in models}
     if len(by_id) < len(models):
@@ -138,8 +141,8 @@ def _checked(model: Any, path: Path) -> _Model:
     """Check that parts are parts, and that the digests are theirs: a file may have been edited."""
     if not isinstance(model, dict) or not all(isinstance(model.get(parts), dict) for _, parts, _ in _KINDS):
         raise _Unreadable(
-            f"{path} holds no fingerprint_parts and default_parts: give what verbatim fingerprint --json prints, or what "
-            "GET /v1/models/ID answers."
+            f"{path} holds no fingerprint_parts and default_parts: give what verbatim fingerprint --json prints, or "
+            "what GET /v1/models/ID answers."
         )
     for name, parts, prefix in _KINDS:
         values = model[parts]

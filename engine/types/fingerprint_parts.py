@@ -30,7 +30,7 @@ def fingerprint_of(parts: Parts, prefix: str) -> str:
 
 
 def digest_of(value: Any) -> str | None:
-    """Return `sha256:` and the digest of a text, of bytes, or of other values as JSON with sorted keys; None of None."""
+    """Return `sha256:` and the digest of a text, of bytes, or of other values as sorted JSON; None of None."""
     if value is None:
         return None
     if not isinstance(value, str | bytes):
