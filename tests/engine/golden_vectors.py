@@ -23,6 +23,8 @@ from engine.checkpoints.noise_checkpoint import demo_model
 from engine.compute.cpu.attention_plan import AttentionPlan
 from engine.compute.cpu.kernels import Kernels
 from engine.errors import TemplateRefused
+from engine.grammar.compiler import GrammarCompiler
+from engine.grammar.reply_grammar import GrammarSource, reply_grammar
 from engine.prompts.chat_prompt import ChatPrompts, control_words
 from engine.prompts.content_guard import ControlWords
 from engine.prompts.prompt_encoder import PromptEncoder
@@ -34,9 +36,9 @@ from engine.text.vocabulary import Detokenizer, Vocabulary
 from engine.types import versions
 from engine.types.messages import ChatMessage, ToolCall
 from engine.types.reply_format import ReplyFormat
-from engine.types.requests import GenerationRequest
+from engine.types.requests import Constraint, GenerationRequest
 from engine.types.sampling_params import SamplingParams
-from engine.types.tools import Tool
+from engine.types.tools import AUTO, Tool, ToolChoice
 
 FOLDER: Final = Path(__file__).with_name("golden")
 Case = dict[str, Any]
@@ -228,7 +230,38 @@ _RESPONSE: Final = {
 }
 
 
+_ANSWER: Final = {"type": "object", "properties": {"city": {"enum": ["Köln", "a"]}}, "required": ["city"]}
+_GRAMMARS: Final[dict[str, tuple[Constraint | None, tuple[Tool, ...], ToolChoice]]] = {
+    "a schema": (Constraint("json", _ANSWER), (), AUTO),
+    "an expression": (Constraint("regex", "[0-9]{2,4}|ja"), (), AUTO),
+    "texts": (Constraint("choice", ["yes", "no", "<|im_end|>"]), (), AUTO),
+    "a tool": (None, (_WEATHER,), ToolChoice("required")),
+    "a tool or a schema": (Constraint("json", _ANSWER), (_WEATHER,), AUTO),
+}
+
+
 def reply_format() -> Iterator[Case]:
+    """Replies are read, and grammars written."""
+    yield from _replies()
+    yield from _grammars()
+
+
+def _grammars() -> Iterator[Case]:
+    """The grammar of each constraint, as it is given to llguidance, for the demo model's template."""
+    tokenizer, (_, found) = _tokenizer(), _format("demo")
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    compiler = GrammarCompiler(Vocabulary.from_tokenizer(tokenizer), len(tokenizer), (0, 2), encode)
+    for title, (constraint, tools, choice) in _GRAMMARS.items():
+        written = found.tool_format if tools else None
+        source = GrammarSource(constraint, tools, written, choice, True, found.reasoning, False)
+        yield {"case": ["grammar", title], "grammar": reply_grammar(compiler, source).text}
+
+
+def _replies() -> Iterator[Case]:
     """Each reply by the delimiters of the demo model's template, and by a response template, token by token."""
     template, found = _format("demo")
     vocabulary = Vocabulary.from_tokenizer(_tokenizer())
