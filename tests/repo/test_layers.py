@@ -31,13 +31,12 @@ ENGINE = (
 
 SERVER = (
     "json_text hosts settings",
-    "logs terminal ledger",
+    "logs terminal ledger fingerprints",
     "errors",
     "wire accounts",
     "api",
     "app",
     "run",
-    "fingerprints",
     "cli",
 )
 """The same for the server, which sees of the engine nothing but its public face."""
