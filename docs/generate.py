@@ -195,8 +195,8 @@ def api() -> str:
             "`data: [DONE]`. `system_fingerprint` names what the bits depend on, `seed` (an extension) is the one that "
             "was used, given or drawn. Every response has a header `x-request-id`: the client's own, or a fresh "
             "one.\n",
-            f"`GET /models/{{id}}` of a loaded model has: {_listed(_model_keys())}. `GET /models` lists the same without "
-            "`fingerprint_parts` and `default_parts`, the named parts of which `system_fingerprint` and "
+            f"`GET /models/{{id}}` of a loaded model has: {_listed(_model_keys())}. `GET /models` lists the same "
+            "without `fingerprint_parts` and `default_parts`, the named parts of which `system_fingerprint` and "
             "`defaults_fingerprint` are digests. `max_model_len` is `context_length` under the name that evaluation "
             "harnesses ask for.\n",
             "## Keys\n",
