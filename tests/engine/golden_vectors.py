@@ -100,12 +100,13 @@ def sampler() -> Iterator[Case]:
 
 def _row(given: dict[str, Any], i: int) -> Sequence:
     mode = "processed" if i % 2 else "raw"
-    params = SamplingParams(**given, logprobs=True, top_logprobs=i % 4, logprobs_mode=mode)
+    params = SamplingParams(**given, logprobs=True, top_logprobs=i % 4, logprobs_mode=mode, margins=True)
     row = Sequence(
         request_id="r",
         choice_index=i % 3,
         prompt_token_ids=(1, 4, 6, 10 + i),
         params=params,
+        records=True,
         seed=(-1) ** i * (i * 0x1234567890ABCDEF % 2**63),
     )
     for token in (12, 12, 5, 12 + i)[: i % 5]:
@@ -116,7 +117,13 @@ def _row(given: dict[str, Any], i: int) -> Sequence:
 def _described(one: Any) -> Case:
     assert isinstance(one, Sampled), one
     assert one.logprob is not None
-    return {"token": one.token_id, "logprob": one.logprob, "top": [list(pair) for pair in one.top]}
+    return {
+        "token": one.token_id,
+        "logprob": one.logprob,
+        "top": [list(pair) for pair in one.top],
+        "margin": one.margin,
+        "score": one.score,
+    }
 
 
 # -- messages → tokens -----------------------------------------------------------------------------------------------
