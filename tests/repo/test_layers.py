@@ -23,13 +23,22 @@ ENGINE = (
     "checkpoints",
     "model",
     "loading",
-    "preparation choice",
+    "preparation choice running",
     "engine",
     "llm serving",
 )
 """The engine from the ground up. A package imports packages on lower lines, and of its own line those before it."""
 
-SERVER = ("json_text hosts settings", "logs terminal ledger", "errors", "wire accounts", "api", "app", "run", "cli")
+SERVER = (
+    "json_text hosts settings",
+    "logs terminal ledger fingerprints",
+    "errors",
+    "wire accounts",
+    "api",
+    "app",
+    "run",
+    "cli",
+)
 """The same for the server, which sees of the engine nothing but its public face."""
 
 NO_TORCH = {
@@ -47,7 +56,16 @@ NO_TORCH = {
 NO_TORCH |= {"prompts", "scheduling"}
 
 FREE_OF_TIME_AND_THREADS = {"types", "config", "text", "templates", "replies", "grammar", "prompts", "scheduling"}
-FREE_OF_TIME_AND_THREADS |= {"sampling", "compute", "compute.cpu", "checkpoints", "preparation", "choice", "engine"}
+FREE_OF_TIME_AND_THREADS |= {
+    "sampling",
+    "compute",
+    "compute.cpu",
+    "checkpoints",
+    "preparation",
+    "choice",
+    "running",
+    "engine",
+}
 EXEMPT = {
     "engine/grammar/trial.py": "a trial of a grammar has a clock",
     "engine/grammar/mask_worker.py": "slow masks are computed on a thread of their own",
