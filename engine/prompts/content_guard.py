@@ -49,6 +49,8 @@ class Conversation:
     messages: tuple[ChatMessage, ...]
     tools: tuple[Tool, ...]
     variables: Mapping[str, Any]
+    again: bool = True
+    """Whether the assistant speaks next. If not, the conversation ends with the last message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,7 @@ class _Walk(ABC):
             tuple(self._tool(tool) for tool in given.tools),
             # A template compares its variables with words of its own, which may be the inside of a control word.
             {name: self._deep(value, apart=False) for name, value in given.variables.items()},
+            given.again,
         )
 
     def _message(self, message: ChatMessage) -> ChatMessage:

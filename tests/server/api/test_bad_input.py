@@ -93,8 +93,8 @@ NUMBERS = [
 INTEGERS = [
     # field, lowest, highest; None: as large as JSON can write
     ("n", 1, CHOICES),
-    ("max_tokens", 1, None),
-    ("max_completion_tokens", 1, None),
+    ("max_tokens", 0, None),
+    ("max_completion_tokens", 0, None),
     ("top_k", 0, None),
     ("min_tokens", 0, 3),
     ("seed", -(2**63), 2**63 - 1),
@@ -157,7 +157,7 @@ def test_more_tokens_than_fit_are_cut_to_the_context(served: Any) -> None:
 # -- types -----------------------------------------------------------------------------------------------------------
 
 # What the served document says of each field: a source of its own, not the table that does the checking.
-DESCRIBED: dict[str, Any] = openapi.REQUEST_BODY["content"]["application/json"]["schema"]["properties"]
+DESCRIBED: dict[str, Any] = openapi.CHAT_BODY["content"]["application/json"]["schema"]["properties"]
 EXAMPLES: list[tuple[str, Any, set[str]]] = [
     # what the message calls it, a value, the types of the document that take it
     ("a boolean", True, {"boolean"}),
