@@ -23,6 +23,7 @@ from engine.errors import (
     OutOfMemory as OutOfMemory,
     QueueFull as QueueFull,
     QueueTimeout as QueueTimeout,
+    ReceiptError as ReceiptError,
     ReplyFault as ReplyFault,
     RequestError as RequestError,
     TemplateRefused as TemplateRefused,
@@ -34,6 +35,34 @@ from engine.host_memory import address_space as address_space
 from engine.llm import (
     LLM as LLM,
     Completion as Completion,
+)
+from engine.receipts.check import ReceiptCheck as ReceiptCheck
+from engine.receipts.difference import (
+    Difference as Difference,
+    differences as differences,
+    pairs as pairs,
+)
+from engine.receipts.receipt import (
+    Receipt as Receipt,
+    ServerRecord as ServerRecord,
+    read_receipt as read_receipt,
+)
+from engine.receipts.recorder import (
+    Recorder as Recorder,
+    recorded as recorded,
+)
+from engine.receipts.signing import (
+    keygen as keygen,
+    load_private_key as load_private_key,
+    load_public_key as load_public_key,
+    public_pem as public_pem,
+    sign as sign,
+    verify_envelope as verify_envelope,
+)
+from engine.receipts.verdict import (
+    TOLERANCE as TOLERANCE,
+    CheckReport as CheckReport,
+    ChoiceReport as ChoiceReport,
 )
 from engine.serving.async_engine import AsyncEngine as AsyncEngine
 from engine.serving.fair_lock import FairLock as FairLock
@@ -77,3 +106,4 @@ from engine.types.tools import (
     Tool as Tool,
     ToolChoice as ToolChoice,
 )
+from engine.verification import check as check

@@ -17,6 +17,7 @@ ENGINE = (
     "text templates",
     "replies",
     "grammar prompts",
+    "receipts",
     "scheduling sampling",
     "compute",
     "compute.cpu",
@@ -26,6 +27,7 @@ ENGINE = (
     "preparation choice",
     "engine",
     "llm serving",
+    "verification",
 )
 """The engine from the ground up. A package imports packages on lower lines, and of its own line those before it."""
 
@@ -44,10 +46,19 @@ NO_TORCH = {
     "replies",
     "grammar",
 }
-NO_TORCH |= {"prompts", "scheduling"}
+NO_TORCH |= {"prompts", "receipts", "scheduling"}
 
 FREE_OF_TIME_AND_THREADS = {"types", "config", "text", "templates", "replies", "grammar", "prompts", "scheduling"}
-FREE_OF_TIME_AND_THREADS |= {"sampling", "compute", "compute.cpu", "checkpoints", "preparation", "choice", "engine"}
+FREE_OF_TIME_AND_THREADS |= {
+    "sampling",
+    "compute",
+    "compute.cpu",
+    "checkpoints",
+    "preparation",
+    "choice",
+    "engine",
+    "receipts",
+}
 EXEMPT = {
     "engine/grammar/trial.py": "a trial of a grammar has a clock",
     "engine/grammar/mask_worker.py": "slow masks are computed on a thread of their own",
