@@ -39,8 +39,8 @@ from engine.llm import (
 from engine.receipts.check import ReceiptCheck as ReceiptCheck
 from engine.receipts.difference import (
     Difference as Difference,
-    differences as differences,
-    pairs as pairs,
+    pair_receipts as pair_receipts,
+    receipt_differences as receipt_differences,
 )
 from engine.receipts.receipt import (
     Receipt as Receipt,
@@ -52,11 +52,11 @@ from engine.receipts.recorder import (
     recorded as recorded,
 )
 from engine.receipts.signing import (
-    keygen as keygen,
+    generate_key as generate_key,
     load_private_key as load_private_key,
     load_public_key as load_public_key,
     public_pem as public_pem,
-    sign as sign,
+    sign_receipt as sign_receipt,
     verify_envelope as verify_envelope,
 )
 from engine.receipts.verdict import (
@@ -106,4 +106,4 @@ from engine.types.tools import (
     Tool as Tool,
     ToolChoice as ToolChoice,
 )
-from engine.verification import check as check
+from engine.verification import check_receipt as check_receipt

@@ -7,10 +7,10 @@ from engine.llm import LLM
 from engine.receipts.receipt import Receipt
 from engine.receipts.verdict import TOLERANCE, CheckReport, Mode
 
-__all__ = ["check"]
+__all__ = ["check_receipt"]
 
 
-def check(
+def check_receipt(
     engine: Engine | LLM, receipt: Receipt, *, mode: Mode = "verify", tolerance: float = TOLERANCE
 ) -> CheckReport:
     """Compute a receipt's reply again and compare.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from engine.receipts.receipt import Receipt
 
-__all__ = ["Difference", "Part", "differences", "pairs"]
+__all__ = ["Difference", "Part", "pair_receipts", "receipt_differences"]
 
 Part = Literal["request", "prompt", "model", "environment", "token", "bits", "finish_reason"]
 
@@ -24,11 +24,11 @@ class Difference:
     sentence: str
 
 
-def differences(a: Receipt, b: Receipt, text_of: Callable[[int], str] | None = None) -> list[Difference]:
+def receipt_differences(a: Receipt, b: Receipt, text_of: Callable[[int], str] | None = None) -> list[Difference]:
     """List the differences of two receipts, first parts first; empty if both record the same."""
     raise NotImplementedError
 
 
-def pairs(a: Iterable[Receipt], b: Iterable[Receipt]) -> Iterator[tuple[Receipt | None, Receipt | None]]:
+def pair_receipts(a: Iterable[Receipt], b: Iterable[Receipt]) -> Iterator[tuple[Receipt | None, Receipt | None]]:
     """Pair the receipts of two files: by id, else by the digest of their requests; None for one without a partner."""
     raise NotImplementedError

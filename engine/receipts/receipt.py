@@ -36,7 +36,7 @@ class ServerRecord:
 
 @dataclass(frozen=True, slots=True)
 class PromptRecord:
-    """The prompt's tokens: how many, the SHA-256 over their ids (uint32, little endian), and the ids unless left out."""
+    """The prompt's tokens: how many, the SHA-256 over their ids (uint32, little endian), and the ids."""
 
     tokens: int
     sha256: str

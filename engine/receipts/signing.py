@@ -13,10 +13,10 @@ from securesystemslib.signer import CryptoSigner, SSlibKey
 
 from engine.receipts.receipt import Receipt
 
-__all__ = ["keygen", "load_private_key", "load_public_key", "public_pem", "sign", "verify_envelope"]
+__all__ = ["generate_key", "load_private_key", "load_public_key", "public_pem", "sign_receipt", "verify_envelope"]
 
 
-def keygen(path: Path) -> SSlibKey:
+def generate_key(path: Path) -> SSlibKey:
     """Write a new private key to `path` (PEM, PKCS 8, mode 0600) and its public half to `path` with `.pub` added.
 
     Raises:
@@ -48,7 +48,7 @@ def public_pem(key: SSlibKey) -> str:
     raise NotImplementedError
 
 
-def sign(receipt: Receipt, key: CryptoSigner) -> dict[str, Any]:
+def sign_receipt(receipt: Receipt, key: CryptoSigner) -> dict[str, Any]:
     """Return the envelope of a signed receipt, as plain JSON data."""
     raise NotImplementedError
 
