@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 
@@ -42,10 +42,6 @@ class ModelInfo:
     """The delimiters before and after the model's thoughts; None if its template has none."""
     tool_calls: str = ""
     """How the model writes a tool call, as far as it is known."""
-    manifest: Mapping[str, Any] = field(default_factory=dict)
-    """The files that the model was read from: `{"name", "digest", "resources": [{"name", "algorithm", "digest"}]}`."""
-    fingerprint_parts: Mapping[str, Any] = field(default_factory=dict)
-    """What the fingerprint is computed from, by name."""
     tool_calls_source: str = "generic"
     """Where this was learnt: `models.yaml`, `tokenizer`, `chat template`, `table (NAME)`, or `generic`: the template
     knows no tools, and a system message explains them."""
