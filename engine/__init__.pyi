@@ -42,10 +42,10 @@ from engine.receipts.difference import (
     pair_receipts as pair_receipts,
     receipt_differences as receipt_differences,
 )
+from engine.receipts.reading import read_receipt as read_receipt
 from engine.receipts.receipt import (
     Receipt as Receipt,
     ServerRecord as ServerRecord,
-    read_receipt as read_receipt,
 )
 from engine.receipts.recorder import (
     Recorder as Recorder,

@@ -1,28 +1,30 @@
 """`Receipt`, the document: what was asked, of which model, in which environment, and what came of it.
 
-Its bytes are its canonical form (RFC 8785), and its `digest` is the SHA-256 of that form without the digest.
-docs/decisions/0026 describes the format.
+Its bytes are its canonical form (RFC 8785), and its `digest` is the SHA-256 of that form without the digest. So any
+change is found, but whoever changes a receipt can compute the digest again: against forgers there is the signature.
 """
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
+from engine.errors import ReceiptError
+from engine.receipts.canonical import canonical, sha256
+from engine.types.fingerprint_parts import Parts
 from engine.types.model_info import ReproducibilityReport
+from engine.types.model_manifest import ModelManifest
 from engine.types.outputs import FinishReason
 
-__all__ = ["ChoiceRecord", "Environment", "PromptRecord", "Receipt", "ServerRecord", "Stability", "read_receipt"]
+__all__ = ["NEAR", "VERSION", "ChoiceRecord", "Environment", "PromptRecord", "Receipt", "ServerRecord", "Stability"]
 
 VERSION: Final = 1
 """The version of the format that this code writes, and the only one that it reads."""
 
-MOST_BYTES: Final = 64 << 20
-"""Bytes of a receipt that is read."""
-
-MOST_TOKENS: Final = 1 << 20
-"""Token ids in a receipt that is read, prompt and choices together."""
+NEAR: Final = 1e-3
+"""A margin below this is counted by `Stability.near`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,12 @@ class ServerRecord:
 
 @dataclass(frozen=True, slots=True)
 class PromptRecord:
-    """The prompt's tokens: how many, the SHA-256 over their ids (uint32, little endian), and the ids."""
+    """The prompt's tokens.
+
+    Attributes:
+        tokens: how many there are; sha256: over their ids, each as a uint32, little endian.
+        token_ids: the ids; None if they are left out.
+    """
 
     tokens: int
     sha256: str
@@ -48,7 +55,7 @@ class Environment:
     """Everything that the bits of a reply depend on beside the request: the fingerprint and its parts, by name."""
 
     fingerprint: str
-    parts: Mapping[str, Any]
+    parts: Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +65,18 @@ class Stability:
     Attributes:
         smallest: the smallest margin; None if no token had a rival.
         position: where it is, counted over the choice's tokens.
-        near: how many margins are below 1e-3.
+        near: how many margins are below `NEAR`.
     """
 
     smallest: float | None
     position: int | None
     near: int
+
+    @classmethod
+    def of(cls, margins: tuple[float | None, ...]) -> Stability:
+        known = [(margin, position) for position, margin in enumerate(margins) if margin is not None]
+        smallest, position = min(known, default=(None, None))
+        return cls(smallest, position, sum(margin < NEAR for margin, _ in known))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +111,12 @@ class Receipt:
         id: the completion's id; created: Unix seconds.
         request: the record of the request (`engine.receipts.request_record`); in a receipt without text
             `{"sha256": …}`, the digest of its canonical form.
-        model: the manifest of the model's files: `{"name", "digest", "resources": [{"name", "algorithm", "digest"}]}`.
+        model: the manifest of the model's files.
+        law: whether the law held where the receipt was written.
+        digest: SHA-256 of the canonical form of everything else, as 64 hexadecimal digits.
+
+    Raises:
+        ReceiptError: it holds what canonical JSON cannot write.
     """
 
     id: str
@@ -106,29 +124,85 @@ class Receipt:
     server: ServerRecord
     request: Mapping[str, Any]
     prompt: PromptRecord
-    model: Mapping[str, Any]
+    model: ModelManifest
     environment: Environment
     law: ReproducibilityReport
     choices: tuple[ChoiceRecord, ...]
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", sha256(canonical(self._content())))
 
     @property
-    def digest(self) -> str:
-        """Return the SHA-256 of the canonical form of everything else, as 64 hex digits."""
-        raise NotImplementedError
+    def has_text(self) -> bool:
+        """Whether the receipt holds the request and the reply, not only their digests."""
+        return "sha256" not in self.request
 
     def to_json(self) -> dict[str, Any]:
         """Return the receipt as plain JSON data, its digest included."""
-        raise NotImplementedError
+        return {**self._content(), "digest": self.digest}
 
     def to_bytes(self) -> bytes:
         """Return the canonical form of `to_json`: what is stored and signed."""
-        raise NotImplementedError
+        return canonical(self.to_json())
+
+    def _content(self) -> dict[str, Any]:
+        server, model, law = self.server, self.model, self.law
+        return {
+            "version": VERSION,
+            "id": self.id,
+            "created": self.created,
+            "server": {"name": server.name, "version": server.version, "commit": server.commit},
+            "request": dict(self.request),
+            "prompt": {
+                "tokens": self.prompt.tokens,
+                "sha256": self.prompt.sha256,
+                **_given("token_ids", _listed(self.prompt.token_ids)),
+            },
+            "model": {"name": model.name, "digest": model.digest, "resources": model.predicate["resources"]},
+            "environment": {"fingerprint": self.environment.fingerprint, "parts": dict(self.environment.parts)},
+            "law": {
+                "holds": law.holds,
+                "reason": law.reason,
+                "checks": [{"name": name, "holds": holds} for name, holds in law.checks],
+            },
+            "choices": [_choice_json(choice) for choice in self.choices],
+        }
 
 
-def read_receipt(data: bytes) -> Receipt:
-    """Read a receipt: its JSON, or a DSSE envelope that holds one, whose signature is not checked here.
+def _choice_json(choice: ChoiceRecord) -> dict[str, Any]:
+    scores = None if choice.scores is None else base64.b64encode(choice.scores).decode()
+    stable = choice.stability
+    stability = stable and {"smallest": stable.smallest, "position": stable.position, "near": stable.near}
+    return {
+        "index": choice.index,
+        "finish_reason": choice.finish_reason,
+        "tokens": choice.tokens,
+        "sha256": choice.sha256,
+        "bits": choice.bits,
+        **_given("token_ids", _listed(choice.token_ids)),
+        **_given("scores", scores),
+        **_given("margins", _listed(choice.margins)),
+        **_given("stability", stability),
+    }
+
+
+def _given(name: str, value: Any) -> dict[str, Any]:
+    return {} if value is None else {name: value}
+
+
+def _listed(values: tuple[Any, ...] | None) -> list[Any] | None:
+    return None if values is None else list(values)
+
+
+def checked_digest(receipt: Receipt, digest: str) -> Receipt:
+    """Return a receipt whose digest is the one that its bytes tell.
 
     Raises:
-        ReceiptError: it is too large, not JSON, not a receipt, altered, or of a version that this code does not know.
+        ReceiptError: the receipt was altered.
     """
-    raise NotImplementedError
+    if receipt.digest != digest:
+        raise ReceiptError(
+            f"the receipt was altered: its digest is {digest[:16]}…, and its content has {receipt.digest[:16]}…."
+        )
+    return receipt
