@@ -34,7 +34,7 @@ from engine.templates.chat_template import ChatTemplate
 from server.api import openapi
 from server.api.chat_messages import UNSUPPORTED_MESSAGE_FIELDS
 from server.api.fields import UNSUPPORTED
-from server.api.models import model_object
+from server.api.models import model_details
 from server.cli import app
 from server.errors import classify, headers_of
 from server.settings import ServerSettings
@@ -275,7 +275,7 @@ def _model_keys() -> list[str]:
         default_sampling={},
         weight_bytes=0,
     )
-    return list(model_object(ModelStatus("", "ready", "", info)))
+    return list(model_details(ModelStatus("", "ready", "", info)))
 
 
 def _errors() -> Iterator[tuple[str, ...]]:

@@ -72,6 +72,11 @@ from engine.serving.registry import (
     Registry as Registry,
 )
 from engine.serving.request_stream import RequestStream as RequestStream
+from engine.types.fingerprint_parts import (
+    Parts as Parts,
+    fingerprint_of as fingerprint_of,
+    part_differences as part_differences,
+)
 from engine.types.messages import (
     ChatMessage as ChatMessage,
     ToolCall as ToolCall,
@@ -81,6 +86,7 @@ from engine.types.model_info import (
     ModelInfo as ModelInfo,
     ReproducibilityReport as ReproducibilityReport,
 )
+from engine.types.model_manifest import ModelManifest as ModelManifest
 from engine.types.outputs import (
     ChoiceDelta as ChoiceDelta,
     FinishReason as FinishReason,

@@ -24,7 +24,7 @@ from server.api import chat_request, openapi
 from server.api.admission import Service, answer
 from server.api.chat_reply import ChunkWriter, Collector
 from server.api.generation import Endpoint
-from server.api.models import model_object, state_of
+from server.api.models import model_details, model_object, state_of
 from server.errors import NoKeys, install
 from server.ledger.records import read_since
 from server.settings import ServerSettings
@@ -123,11 +123,11 @@ def _models(service: Service) -> APIRouter:
     async def models(request: Request) -> dict[str, Any]:
         return {"object": "list", "data": [model_object(status) for status in usable(request)]}
 
-    @router.get("/models/{model_id:path}", summary="One model: its limits, defaults and fingerprint.")
+    @router.get("/models/{model_id:path}", summary="One model: its limits, defaults and fingerprint, part by part.")
     async def model(model_id: str, request: Request) -> dict[str, Any]:
         for status in usable(request):
             if status.id == model_id:
-                return model_object(status)
+                return model_details(status)
         raise ModelNotFound(f"the model {model_id[:200]!r} does not exist.", param="model")
 
     return router

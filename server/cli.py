@@ -6,6 +6,7 @@ Heavy imports are inside the commands, because `--help` must not wait for torch.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from engine import ModelConfig, SamplingParams, VerbatimError, validate
+from server import fingerprints
 from server.accounts import commands
 from server.accounts.location import in_use
 from server.configuration import ConfigOption, ModelOption, PullOption, before_anything_heavy, read_configuration
@@ -114,6 +116,37 @@ def _findings(info: ModelInfo) -> Table:
     ):
         table.add_row(escape(key), escape(value))
     return table
+
+
+@app.command()
+def fingerprint(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Two files, written with --json or by GET /v1/models/ID: print what differs."),
+    ] = None,
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of lines.")] = False,
+    pull: PullOption = False,
+) -> None:
+    """Load every model and print its fingerprint, part by part; or compare two files and load none.
+
+    A comparison exits with 0 if the fingerprints are the same, 1 if they differ, 2 if a file could not be read.
+    """
+    if files:
+        if len(files) != 2 or model is not None or config is not None or as_json:
+            raise typer.BadParameter("to compare, give two files and no option; else give no file.")
+        code, lines = fingerprints.compare(*files)
+        print(*lines, sep="\n", file=sys.stderr if code == fingerprints.UNREADABLE else sys.stdout)
+        raise typer.Exit(code)
+    entries, _ = read_configuration(config, model, None)
+    before_anything_heavy(pull)
+    found = []
+    for entry in entries:
+        with err.status(escape(f"{entry.id}: loading")) as status:
+            found.append(_open(entry, pull, lambda text, name=entry.id: status.update(escape(f"{name}: {text}"))).info)
+    lines = [fingerprints.as_json(found)] if as_json else [line for i in found for line in fingerprints.lines_of(i)]
+    print(*lines, sep="\n")
 
 
 @app.command()
