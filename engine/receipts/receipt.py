@@ -7,7 +7,8 @@ change is found, but whoever changes a receipt can compute the digest again: aga
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -16,9 +17,20 @@ from engine.receipts.canonical import canonical, sha256
 from engine.types.fingerprint_parts import Parts
 from engine.types.model_info import ReproducibilityReport
 from engine.types.model_manifest import ModelManifest
-from engine.types.outputs import FinishReason
+from engine.types.outputs import ChoiceDelta, FinishReason
 
-__all__ = ["NEAR", "VERSION", "ChoiceRecord", "Environment", "PromptRecord", "Receipt", "ServerRecord", "Stability"]
+__all__ = [
+    "NEAR",
+    "VERSION",
+    "ChoiceRecord",
+    "Environment",
+    "PromptRecord",
+    "Receipt",
+    "ServerRecord",
+    "Stability",
+    "checked_digest",
+    "recorded_margins",
+]
 
 VERSION: Final = 1
 """The version of the format that this code writes, and the only one that it reads."""
@@ -193,6 +205,11 @@ def _given(name: str, value: Any) -> dict[str, Any]:
 
 def _listed(values: tuple[Any, ...] | None) -> list[Any] | None:
     return None if values is None else list(values)
+
+
+def recorded_margins(delta: ChoiceDelta) -> Iterator[float | None]:
+    """Return a delta's margins as a receipt holds them: an infinite one is one without a rival."""
+    return (None if margin is None or math.isinf(margin) else margin for margin in delta.margins or ())
 
 
 def checked_digest(receipt: Receipt, digest: str) -> Receipt:

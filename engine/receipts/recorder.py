@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import math
 import struct
 from dataclasses import dataclass, field
 from typing import Final
 
 from engine.receipts.canonical import canonical, digest_of_ids, sha256
-from engine.receipts.receipt import ChoiceRecord, Environment, PromptRecord, Receipt, ServerRecord, Stability
+from engine.receipts.receipt import (
+    ChoiceRecord,
+    Environment,
+    PromptRecord,
+    Receipt,
+    ServerRecord,
+    Stability,
+    recorded_margins,
+)
 from engine.receipts.request_record import to_record
 from engine.types.model_info import ModelInfo
 from engine.types.outputs import ChoiceDelta, FinishReason, RequestOutput
@@ -45,7 +52,7 @@ class _Choice:
         self.token_ids.extend(delta.token_ids)
         for pair in delta.scores:
             self.scores += struct.pack("<ff", *pair)
-        self.margins.extend(m if m is None or math.isfinite(m) else None for m in delta.margins or ())
+        self.margins.extend(recorded_margins(delta))
         self.finish_reason = delta.finish_reason or self.finish_reason
 
     def record(self, index: int, *, text: bool, margins: bool) -> ChoiceRecord:
