@@ -124,10 +124,9 @@ class LLM:
         Raises:
             RequestError: it is refused.
         """
-        return self._queue(self.request(prompt, **fields))
+        return self._queue(self.engine.prepare(self.request(prompt, **fields)))
 
-    def _queue(self, request: GenerationRequest) -> PreparedRequest:
-        prepared = self.engine.prepare(request)
+    def _queue(self, prepared: PreparedRequest) -> PreparedRequest:
         self.engine.add(prepared)
         self._boxes[prepared.request_id] = deque()
         return prepared
