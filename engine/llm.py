@@ -186,11 +186,11 @@ class LLM:
         now = dt.datetime.now()
         added = []
         for request in (recorded(request, self.info, now) for request in requests):
-            prepared = self._queue(request)
+            prepared = self.engine.prepare(request)
             recorder = Recorder(
                 request, prepared, self.info, id=f"llm-{uuid.uuid4().hex}", created=int(now.timestamp())
             )
-            added.append((prepared, recorder))
+            added.append((self._queue(prepared), recorder))
         found = []
         for prepared, recorder in added:
             outputs = list(self.outputs(prepared.request_id))

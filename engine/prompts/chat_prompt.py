@@ -77,7 +77,7 @@ class ChatPrompts:
         form = self._chat_format.template_format
         if self._by_template(request.tools) and form is not None and CALL_ID in form.close:
             messages = [_with_short_ids(message) for message in messages]
-        return Conversation(tuple(messages), request.tools, variables)
+        return Conversation(tuple(messages), request.tools, variables, request.clock)
 
     def render(self, conversation: Conversation) -> str:
         """Render the prompt's text.
@@ -85,20 +85,20 @@ class ChatPrompts:
         Raises: what `ChatTemplate.render` raises.
         """
         messages: Sequence[ChatMessage] = conversation.messages
-        tools, variables = list(conversation.tools), conversation.variables
+        tools, variables, clock = list(conversation.tools), conversation.variables, conversation.clock
         if self._by_template(tools):
             form = self._chat_format.template_format
             if form is not None and form.between is None:
                 messages = one_call_a_turn(messages)
             if form is not None and not self._chat_format.writes_calls:
                 messages = with_written_calls(messages, form)
-            return self._template.render(messages, variables, tools=tools)
+            return self._template.render(messages, variables, tools=tools, clock=clock)
         if not tools and not any(m.tool_calls or m.role == "tool" for m in messages):
-            return self._template.render(messages, variables)
+            return self._template.render(messages, variables, clock=clock)
         try:
-            return self._template.render(generic_messages(messages, tools, system=True), variables)
+            return self._template.render(generic_messages(messages, tools, system=True), variables, clock=clock)
         except TemplateRefused:  # it may know no system turn
-            return self._template.render(generic_messages(messages, tools, system=False), variables)
+            return self._template.render(generic_messages(messages, tools, system=False), variables, clock=clock)
 
     def encode(self, conversation: Conversation, text: str) -> Encoded:
         """Encode a rendered conversation, so that control words that the request spells become text.

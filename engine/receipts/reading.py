@@ -147,6 +147,8 @@ def _check_whole(receipt: Receipt) -> None:
             raise ReceiptError(f"{where} lacks token_ids or scores, though the receipt holds its request.")
         if choice.tokens > (params.max_tokens or 0):
             raise ReceiptError(f"{where} has {choice.tokens} tokens, more than max_tokens, {params.max_tokens}.")
+        if not choice.tokens and params.max_tokens:
+            raise ReceiptError(f"{where} has no tokens, but max_tokens is {params.max_tokens}: a reply has at least one.")
         if (choice.margins is not None) != params.margins:
             raise ReceiptError(f"{where} must hold margins if the request asks for them, and only then.")
 

@@ -15,6 +15,7 @@ from engine.errors import ReceiptError, RequestError
 from engine.receipts.canonical import Reader, json_of, number_of, text_of_json, written_integer
 from engine.types.messages import ChatMessage, ToolCall
 from engine.types.requests import Constraint, GenerationRequest
+from engine.types.sampling_fields import Integer, TokenBiases
 from engine.types.sampling_params import SAMPLING_FIELDS, SamplingParams
 from engine.types.tools import Tool, ToolChoice
 
@@ -42,7 +43,7 @@ def to_record(request: GenerationRequest, params: SamplingParams) -> dict[str, A
     choice = request.tool_choice
     return {
         **_prompt_record(request),
-        "sampling": {name: _sampling_value(getattr(params, name)) for name in SAMPLING_FIELDS},
+        "sampling": {name: _sampling_value(name, getattr(params, name)) for name in SAMPLING_FIELDS},
         "chat_template_kwargs": text_of_json(dict(request.chat_template_kwargs), "chat_template_kwargs"),
         "constraint": _constraint_record(request.constraint),
         "reasoning_effort": request.reasoning_effort,
@@ -117,11 +118,12 @@ def _message_record(message: ChatMessage) -> dict[str, Any]:
     }
 
 
-def _sampling_value(value: Any) -> Any:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return written_integer(value)
-    if isinstance(value, tuple) and value and isinstance(value[0], tuple):
+def _sampling_value(name: str, value: Any) -> Any:
+    kind = SAMPLING_FIELDS[name].kind
+    if isinstance(kind, TokenBiases):
         return {str(token): bias for token, bias in value}
+    if isinstance(kind, Integer) and value is not None:
+        return written_integer(value)
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -167,7 +169,10 @@ def _call(value: Any, where: str) -> ToolCall:
 
 def _sampling(value: Any) -> dict[str, Any]:
     read = Reader(value, "request.sampling", tuple(SAMPLING_FIELDS))
-    fields = {name: number_of(read.any(name)) for name in SAMPLING_FIELDS}
+    fields = {
+        name: number_of(read.any(name)) if isinstance(field.kind, Integer) else read.any(name)
+        for name, field in SAMPLING_FIELDS.items()
+    }
     try:
         params = SamplingParams.merged(fields)
     except RequestError as error:
