@@ -42,7 +42,11 @@ from engine.receipts.difference import (
     pair_receipts as pair_receipts,
     receipt_differences as receipt_differences,
 )
-from engine.receipts.reading import read_receipt as read_receipt
+from engine.receipts.reading import (
+    MOST_RECEIPT_BYTES as MOST_RECEIPT_BYTES,
+    document_of as document_of,
+    read_receipt as read_receipt,
+)
 from engine.receipts.receipt import (
     Receipt as Receipt,
     ServerRecord as ServerRecord,
@@ -60,9 +64,12 @@ from engine.receipts.signing import (
     verify_envelope as verify_envelope,
 )
 from engine.receipts.verdict import (
+    EXPECTED_SCORE as EXPECTED_SCORE,
     TOLERANCE as TOLERANCE,
     CheckReport as CheckReport,
     ChoiceReport as ChoiceReport,
+    Mode as Mode,
+    Verdict as Verdict,
 )
 from engine.serving.async_engine import AsyncEngine as AsyncEngine
 from engine.serving.fair_lock import FairLock as FairLock

@@ -199,6 +199,10 @@ class LLM:
             found.append(join_outputs(outputs, prepared.params.seed or 0, recorder.receipt()))
         return found
 
+    def token_text(self, token_id: int) -> str:
+        """Return a token as text, or as `bytes:…` if it is no complete text by itself."""
+        return self.engine.model.vocabulary.token_text(token_id)
+
     def close(self) -> None:
         """End the process in which grammars are tried; without this it ends with the object."""
         self.engine.close()

@@ -19,6 +19,7 @@ from server.accounts import commands
 from server.accounts.location import in_use
 from server.configuration import ConfigOption, ModelOption, PullOption, before_anything_heavy, read_configuration
 from server.logs import printable
+from server.receipts import commands as receipts
 from server.settings import ServerSettings
 from server.terminal import Terminal
 
@@ -33,6 +34,9 @@ app = typer.Typer(
 )
 app.add_typer(commands.keys, name="keys")
 app.command("usage")(commands.usage)
+app.command("verify")(receipts.verify)
+app.command("replay")(receipts.replay)
+app.command("diff")(receipts.diff)
 models_app = typer.Typer(help="Inspect the models of a configuration.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 

@@ -24,6 +24,7 @@ __all__ = [
     "canonical",
     "digest_of_ids",
     "json_of",
+    "normal",
     "number_of",
     "parse",
     "sha256",
@@ -68,24 +69,29 @@ def canonical(data: Any) -> bytes:
         raise ReceiptError("the receipt is nested too deeply.") from None
 
 
-def parse(data: bytes, what: str = "the receipt") -> tuple[Any, bool]:
-    """Parse JSON and return it as its canonical form says it, and whether the bytes were that form.
+def parse(data: bytes, what: str = "the receipt") -> Any:
+    """Parse JSON.
 
     Raises:
-        ReceiptError: it is not JSON, not within the bounds, or holds what canonical JSON cannot.
+        ReceiptError: it is not JSON, or not within the bounds.
     """
     try:
-        value = bounded_json.parse(data)
+        return bounded_json.parse(data)
     except UnicodeDecodeError as error:
         raise ReceiptError(f"{what} is not UTF-8: byte {error.start} is {data[error.start]:#04x}.") from None
     except json.JSONDecodeError as error:
         raise ReceiptError(f"{what} is not JSON: {error}.") from None
     except ValueError as error:
         raise ReceiptError(f"{what} cannot be read: {error}.") from None
-    form = canonical(value)
-    if form == data.rstrip(b"\n"):
-        return value, True
-    return json.loads(form), False  # 1.0 is 1 there
+
+
+def normal(value: Any) -> Any:
+    """Return JSON data as its canonical form says it: there, 1.0 is 1.
+
+    Raises:
+        ReceiptError: it holds what canonical JSON cannot.
+    """
+    return json.loads(canonical(value))
 
 
 def written_integer(value: int) -> int | str:

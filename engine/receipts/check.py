@@ -14,12 +14,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
-from engine.errors import VerbatimError
+from engine.errors import InvalidParameter, VerbatimError
 from engine.receipts.canonical import digest_of_ids
 from engine.receipts.judgement import Rules, Seen, TextOf, judge
 from engine.receipts.receipt import Receipt
 from engine.receipts.request_record import from_record, recorded_params
-from engine.receipts.verdict import TOLERANCE, CheckReport, ChoiceReport, Mode, Verdict, worst
+from engine.receipts.verdict import MOST_TOLERANCE, TOLERANCE, CheckReport, ChoiceReport, Mode, Verdict, worst
 from engine.types.fingerprint_parts import Parts, fingerprint_of, part_differences
 from engine.types.model_info import ModelInfo
 from engine.types.outputs import RequestOutput
@@ -55,7 +55,14 @@ class ReceiptCheck:
             mode: `verify` computes the receipt's tokens as drafts; `replay` generates them again.
             tolerance: see `TOLERANCE`.
             text_of: a token's text, for the report; None to name tokens by their ids alone.
+
+        Raises:
+            InvalidParameter: a tolerance that is not between 0 and 10.
         """
+        if not 0.0 <= tolerance <= MOST_TOLERANCE:  # NaN, too
+            raise InvalidParameter(
+                f"tolerance must be between 0 and {MOST_TOLERANCE:g}, not {tolerance!r}.", param="tolerance"
+            )
         self._receipt, self._info, self._mode = receipt, info, mode
         same = receipt.environment.fingerprint == info.system_fingerprint
         exact = same and receipt.law.holds and info.law.holds
@@ -122,6 +129,9 @@ class ReceiptCheck:
         verdict = worst(choice.verdict for choice in choices)
         found = next(choice for choice in choices if choice.verdict == verdict)
         sentence = found.sentence if len(choices) == 1 else f"choice {found.index}: {found.sentence}"
+        if verdict == "identical" and len(choices) > 1:
+            tokens, drawn = sum(choice.tokens for choice in choices), sum(choice.drawn for choice in choices)
+            sentence = f"all {tokens} tokens of {len(choices)} choices and {drawn} scores are equal in every bit."
         return self._report(verdict, sentence, choices)
 
     def _report(self, verdict: Verdict, sentence: str, choices: tuple[ChoiceReport, ...]) -> CheckReport:

@@ -147,10 +147,7 @@ def _verdict(
         )
     other = _other_bits(choice, seen)
     if rules.same and other is None:
-        return (
-            "identical",
-            f"all {choice.tokens} tokens and the scores of {len(seen.checks)} draws are equal in every bit.",
-        )
+        return "identical", f"all {choice.tokens} tokens and {len(seen.checks)} scores are equal in every bit."
     if rules.exact:
         return "refuted", f"the environment is the same, but {other}."
     if difference is None:

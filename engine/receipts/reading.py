@@ -11,7 +11,7 @@ import binascii
 from typing import Any, Final
 
 from engine.errors import ReceiptError
-from engine.receipts.canonical import Reader, digest_of_ids, parse, sha256
+from engine.receipts.canonical import Reader, canonical, digest_of_ids, normal, parse, sha256
 from engine.receipts.receipt import (
     VERSION,
     ChoiceRecord,
@@ -27,18 +27,19 @@ from engine.types.model_info import ReproducibilityReport
 from engine.types.model_manifest import ModelManifest
 
 __all__ = [
-    "MOST_BYTES",
+    "MOST_RECEIPT_BYTES",
     "MOST_TOKENS",
     "PAYLOAD_TYPE",
     "PREDICATE_TYPE",
     "STATEMENT_TYPE",
+    "document_of",
     "of_statement",
     "payload_of",
     "read_receipt",
     "receipt_of",
 ]
 
-MOST_BYTES: Final = 64 << 20
+MOST_RECEIPT_BYTES: Final = 64 << 20
 """Bytes of a receipt that is read."""
 
 MOST_TOKENS: Final = 1 << 20
@@ -56,15 +57,30 @@ PREDICATE_TYPE: Final = "urn:verbatim:receipt:v1"
 def read_receipt(data: bytes) -> Receipt:
     """Read a receipt: its JSON, or a DSSE envelope that holds one, whose signature is not checked here.
 
+    A reply of the API that holds a receipt is read as well, and so is a line of a batch's output.
+
     Raises:
         ReceiptError: it is too large, not JSON, not a receipt, altered, or of a version that this code does not know.
     """
-    if len(data) > MOST_BYTES:
-        raise ReceiptError(f"the receipt has more than {MOST_BYTES} bytes, which is the most that is read.")
-    value, _ = parse(data)
-    if isinstance(value, dict) and "payload" in value:
-        return of_statement(payload_of(value))
-    return receipt_of(value)
+    value = document_of(data)
+    return of_statement(payload_of(value)) if "payload" in value else receipt_of(value)
+
+
+def document_of(data: bytes) -> dict[str, Any]:
+    """Return the receipt or envelope in a text, parsed and not yet checked.
+
+    Raises:
+        ReceiptError: it is too large, not JSON, or holds neither.
+    """
+    if len(data) > MOST_RECEIPT_BYTES:
+        raise ReceiptError(f"the receipt has more than {MOST_RECEIPT_BYTES} bytes, which is the most that is read.")
+    value = parse(data)
+    for name in ("response", "body", "receipt"):
+        if isinstance(value, dict) and "version" not in value and "payload" not in value and name in value:
+            value = value[name]
+    if not isinstance(value, dict) or not ("version" in value or "payload" in value):
+        raise ReceiptError("this is JSON, but not a receipt: it has no version.")
+    return value
 
 
 def payload_of(envelope: dict[str, Any]) -> bytes:
@@ -81,8 +97,8 @@ def of_statement(payload: bytes) -> Receipt:
     Raises:
         ReceiptError: they are not, or it is a statement about something else.
     """
-    value, was_canonical = parse(payload, "the signed statement")
-    if not was_canonical or payload.endswith(b"\n"):
+    value = parse(payload, "the signed statement")
+    if canonical(value) != payload:
         raise ReceiptError("the signed statement is not canonical JSON (RFC 8785).")
     read = Reader(value, "the statement", ("_type", "subject", "predicateType", "predicate"))
     if read.any("_type") != STATEMENT_TYPE or read.any("predicateType") != PREDICATE_TYPE:
@@ -101,6 +117,7 @@ def receipt_of(value: Any) -> Receipt:
     Raises:
         ReceiptError: it is not one.
     """
+    value = normal(value)
     if not isinstance(value, dict) or "version" not in value:
         raise ReceiptError("this is JSON, but not a receipt: it has no version.")
     if value["version"] != VERSION or isinstance(value["version"], bool):
@@ -148,7 +165,9 @@ def _check_whole(receipt: Receipt) -> None:
         if choice.tokens > (params.max_tokens or 0):
             raise ReceiptError(f"{where} has {choice.tokens} tokens, more than max_tokens, {params.max_tokens}.")
         if not choice.tokens and params.max_tokens:
-            raise ReceiptError(f"{where} has no tokens, but max_tokens is {params.max_tokens}: a reply has at least one.")
+            raise ReceiptError(
+                f"{where} has no tokens, but max_tokens is {params.max_tokens}: a reply has at least one."
+            )
         if (choice.margins is not None) != params.margins:
             raise ReceiptError(f"{where} must hold margins if the request asks for them, and only then.")
 
@@ -200,9 +219,7 @@ def _environment(value: Any) -> Environment:
 
 def _law(value: Any) -> ReproducibilityReport:
     read = Reader(value, "law", ("holds", "reason", "checks"))
-    checks = [
-        Reader(one, f"law.checks.{i}", ("name", "holds")) for i, one in enumerate(read.list("checks")[:_MOST_PARTS])
-    ]
+    checks = [Reader(one, f"law.checks.{i}", ("name", "holds")) for i, one in enumerate(read.list("checks"))]
     return ReproducibilityReport(
         read.flag("holds"), read.text("reason"), tuple((one.text("name"), one.flag("holds")) for one in checks)
     )

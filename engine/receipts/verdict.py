@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 __all__ = [
     "CLIP",
     "EXPECTED_SCORE",
+    "MOST_TOLERANCE",
     "TOLERANCE",
     "CheckReport",
     "ChoiceReport",
@@ -31,6 +32,9 @@ Mode = Literal["verify", "replay"]
 
 TOLERANCE: Final = 1e-2
 """The largest closeness at which another environment's rounding may have chosen the other token."""
+
+MOST_TOLERANCE: Final = 10.0
+"""The largest tolerance that may be asked for."""
 
 CLIP: Final = 1.0
 """The most that one token adds to a score: a token that could not be drawn at all has an infinite closeness."""

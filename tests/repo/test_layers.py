@@ -35,7 +35,7 @@ SERVER = (
     "json_text hosts settings",
     "logs terminal ledger",
     "configuration errors",
-    "wire accounts",
+    "wire accounts receipts",
     "api",
     "app",
     "run",
