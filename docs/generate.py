@@ -166,7 +166,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def api() -> str:
-    fields = openapi.REQUEST_BODY["content"]["application/json"]["schema"]["properties"]
+    fields = openapi.CHAT_BODY["content"]["application/json"]["schema"]["properties"]
     extensions = {name for name, field in fields.items() if field.get("description", "").startswith("Extension.")}
     return "\n".join(
         [
@@ -272,6 +272,7 @@ def _model_keys() -> list[str]:
         context_length=0,
         cache_tokens=0,
         max_sequences=0,
+        max_requests=0,
         vocab_size=0,
         system_fingerprint="",
         law=ReproducibilityReport(True, ""),

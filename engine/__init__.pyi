@@ -78,7 +78,10 @@ from engine.serving.registry import (
     ModelStatus as ModelStatus,
     Registry as Registry,
 )
-from engine.serving.request_stream import RequestStream as RequestStream
+from engine.serving.request_stream import (
+    JoinedStreams as JoinedStreams,
+    RequestStream as RequestStream,
+)
 from engine.types.fingerprint_parts import (
     Parts as Parts,
     fingerprint_of as fingerprint_of,
@@ -92,6 +95,7 @@ from engine.types.model_info import (
     EngineStats as EngineStats,
     ModelInfo as ModelInfo,
     ReproducibilityReport as ReproducibilityReport,
+    TokenizerInfo as TokenizerInfo,
 )
 from engine.types.model_manifest import ModelManifest as ModelManifest
 from engine.types.outputs import (
@@ -107,8 +111,10 @@ from engine.types.outputs import (
 from engine.types.reply_format import ReplyFormat as ReplyFormat
 from engine.types.requests import (
     Constraint as Constraint,
+    EchoedPrompt as EchoedPrompt,
     GenerationRequest as GenerationRequest,
     PreparedRequest as PreparedRequest,
+    TokenizedPrompt as TokenizedPrompt,
 )
 from engine.types.sampling_fields import SamplingField as SamplingField
 from engine.types.sampling_params import (

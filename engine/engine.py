@@ -124,7 +124,8 @@ class Engine:
             next_scored=1 if params.prompt_logprobs is not None and index == 0 else -1,
         )
         parser = model.chat_format.parser(request.reply_format)
-        text = TextStream(model.vocabulary, stops, parser, self._delimiters[bool(request.reply_format.tools)])
+        reply = request.reply_format
+        text = TextStream(model.vocabulary, stops, parser, self._delimiters[bool(reply.tools)], reply.previous)
         grammar = model.grammars.start(request.grammar) if request.grammar else None
         choice = Choice(sequence, request.reply_format, text, grammar, model.vocabulary, self._ids)
         if self.speculates:

@@ -21,10 +21,12 @@ from engine.host_memory import give_back_memory
 from engine.model import LoadedModel
 from engine.prompts.chat_prompt import ChatPrompts, control_words
 from engine.prompts.content_guard import ControlWords
+from engine.prompts.plain_prompt import PlainPrompts
 from engine.prompts.prompt_encoder import CHARACTERS_PER_TOKEN, PromptEncoder
 from engine.replies.reasoning import ReasoningFormat, template_variables
+from engine.types.model_info import TokenizerInfo
 from engine.types.reply_format import ReplyFormat
-from engine.types.requests import GenerationRequest, PreparedRequest
+from engine.types.requests import EchoedPrompt, GenerationRequest, PreparedRequest, TokenizedPrompt
 from engine.types.sampling_params import SamplingParams
 from engine.types.tools import Tool, ToolChoice
 
@@ -40,12 +42,18 @@ _LONG: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
-    """A request's tokens, their text if it has messages (with marks, see `Encoded`), and which fields were ignored."""
+    """A request's tokens, their text if it has messages (with marks, see `Encoded`), and which fields were ignored.
+
+    Attributes:
+        field: the name under which errors speak of the prompt.
+    """
 
     tokens: tuple[int, ...]
     text: str | None
     mark: str
     ignored: tuple[str, ...]
+    field: str
+    echo: EchoedPrompt | None = None
 
 
 class Preparer:
@@ -64,6 +72,7 @@ class Preparer:
         split = model.config.content_special_tokens == "split"
         control = ControlWords(words, kept) if split else None
         self._chat = ChatPrompts(model.template, model.chat_format, self._encoder, control)
+        self._plain = PlainPrompts(model.tokenizer, model.vocabulary, self._encoder, words)
         invalid = set(model.vocabulary.invalid_ids(model.info.vocab_size))
         self._token_ids = frozenset(range(model.info.vocab_size)) - invalid
 
@@ -83,12 +92,48 @@ class Preparer:
             InvalidParameter: a sampling field out of range, `n` over the cap, an id outside the vocabulary.
             RuntimeError: a library in Rust panicked.
         """
-        try:
+        with _panics_caught():
             return self._prepare(request)
-        except BaseException as error:
-            if panicked(error):  # a panic is no Exception, and callers expect one
-                raise RuntimeError(f"a library panicked: {error}"[:300]) from error
-            raise
+
+    def tokenize(self, request: GenerationRequest) -> TokenizedPrompt:
+        """Render and encode a request's prompt as `prepare` does, whether or not it fits into the context.
+
+        Raises:
+            InvalidFormat, InvalidParameter, TemplateRefused: as `prepare`.
+            ContextLengthExceeded: a text so long that it is not even counted; see `_reading`.
+            RuntimeError: a library in Rust panicked.
+        """
+        with _panics_caught():
+            _check_tools(request)
+            tokens = self._prompt(request).tokens
+            return TokenizedPrompt(tokens, tuple(self._tokenizer.convert_ids_to_tokens(list(tokens))))
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Return the text of some tokens, special tokens as their names.
+
+        Raises:
+            InvalidParameter: an id outside the vocabulary.
+            RuntimeError: a library in Rust panicked.
+        """
+        with _panics_caught():
+            for i, token in enumerate(tokens):
+                self._check_id(token, f"tokens.{i}", f"tokens.{i}")
+            return self._plain.decode(tokens)
+
+    def tokenizer_info(self) -> TokenizerInfo:
+        """Describe the tokenizer."""
+        tokenizer = self._tokenizer
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        named = {name: str(token) if (token := getattr(tokenizer, name, None)) else None for name in names}
+        around = self._encoder.encode("a", special=True) != self._encoder.encode("a", special=False)
+        return TokenizerInfo(
+            tokenizer_class=type(tokenizer).__name__,
+            vocab_size=self._info.vocab_size,
+            adds_special_tokens=around,
+            chat_template=self._template.source,
+            fill_in_the_middle=self._plain.fills_in,
+            **named,
+        )
 
     def _prepare(self, request: GenerationRequest) -> PreparedRequest:
         params = SamplingParams.merged(self._info.default_sampling, request.sampling)
@@ -100,20 +145,27 @@ class Preparer:
             raise Unsupported("thinking_budget: this model does not think.", param="thinking_budget")
         prompt = self._prompt(request)
         tokens, text = prompt.tokens, prompt.text
+        self._check_tokens(tokens, prompt.field, request.context_limit)
+        if request.suffix is not None:
+            ends = tuple(sorted({*params.stop_token_ids, *self._plain.fill_in_ends}))
+            params = dataclasses.replace(params, stop_token_ids=ends)
         found = self._reasoning
         thinks = found is not None and text is not None and text.rstrip().endswith(found.open)
         may_think = found if request.messages is not None else None
         if text is not None and found is not None and text.rstrip().endswith(found.close):
             may_think = None  # the template has closed the thoughts before they began
         grammar = self._grammar(request, may_think, thinks)
+        params = self._complete(params, len(tokens), request.context_limit)
         return PreparedRequest(
             request_id=request.request_id,
             prompt_token_ids=tokens,
-            params=self._complete(params, len(tokens), request.context_limit),
+            params=params,
             grammar=grammar.text if grammar else None,
             reply_format=self._reply_format(request, prompt, grammar, thinks),
             ignored=prompt.ignored,
             group=request.group,
+            echo=prompt.echo,
+            prediction=self._prediction(request.prediction, params.max_tokens or 0),
             cache_share=("" if self._config.share_prefix_cache else request.group, request.cache_salt),
             record=request.record,
         )
@@ -127,6 +179,7 @@ class Preparer:
             chat=request.messages is not None,
             thinking=thinking,
             opening=self._opening(prompt),
+            previous=None if request.messages is not None else self._plain.last_text(prompt.tokens),
             tools=request.tools,
             parallel_tool_calls=request.parallel_tool_calls,
             exact_calls=grammar is not None,
@@ -186,24 +239,40 @@ class Preparer:
         if len(given) != 1:
             raise InvalidFormat(f"give exactly one of messages, prompt and prompt_token_ids, not {given or 'none'}.")
         variables, ignored = self._variables(request)
-        text, mark = None, ""
+        field = request.prompt_field or given[0]
         if request.messages is not None:
             if not request.messages:
                 raise InvalidParameter("messages must hold at least one message.", param="messages")
             conversation = self._chat.conversation(request, variables)
             rendered = self._chat.render(conversation)
-            with self._reading(rendered, "messages"):
+            with self._reading(rendered, field):
                 encoded = self._chat.encode(conversation, rendered)
-            tokens, text, mark = tuple(encoded.ids), encoded.shown, encoded.mark
-        elif request.prompt is not None:
-            with self._reading(request.prompt, "prompt"):
-                tokens = tuple(self._encoder.encode(request.prompt, special=True))
-        else:
-            tokens = tuple(request.prompt_token_ids or ())
-            for token in tokens:
-                self._check_id(token, "prompt_token_ids", "prompt_token_ids")
-        self._check_tokens(tokens, given[0], request.context_limit)
-        return _Prompt(tokens, text, mark, ignored)
+            return _Prompt(tuple(encoded.ids), encoded.shown, encoded.mark, ignored, field)
+        if request.suffix is not None and request.prompt is None:
+            raise InvalidParameter("suffix needs a prompt that is text.", param="suffix")
+        if request.prompt is not None:
+            special = request.add_special_tokens
+            with self._reading(suffix := request.suffix or "", "suffix"):
+                suffix.encode()  # so that half a character is told of the suffix, and not of the prompt
+            with self._reading(request.prompt, field):
+                ids, echo = self._plain.encode(
+                    request.prompt, request.suffix, special=special, echo=request.echo, field=field
+                )
+            return _Prompt(tuple(ids), None, "", ignored, field, echo)
+        tokens = tuple(request.prompt_token_ids or ())
+        for token in tokens:
+            self._check_id(token, field, field)
+        return _Prompt(tokens, None, "", ignored, field, self._plain.echo(tokens) if request.echo else None)
+
+    def _prediction(self, text: str | None, max_tokens: int) -> tuple[int, ...]:
+        """Encode a prediction as text, no more of it than a reply can hold."""
+        if not text or not max_tokens:
+            return ()
+        try:
+            ids = self._encoder.encode_as_text(text[: max_tokens * CHARACTERS_PER_TOKEN], "prediction")
+        except (UnicodeEncodeError, TypeError):
+            raise InvalidFormat("prediction holds text that is not valid Unicode.", param="prediction") from None
+        return tuple(ids[:max_tokens])
 
     @contextlib.contextmanager
     def _reading(self, text: str, param: str) -> Iterator[None]:
@@ -268,6 +337,17 @@ class Preparer:
         return dataclasses.replace(
             params, max_tokens=max_tokens, min_tokens=min(params.min_tokens, max_tokens), seed=seed
         )
+
+
+@contextlib.contextmanager
+def _panics_caught() -> Iterator[None]:
+    """Raise a panic of a library in Rust as a `RuntimeError`: it is no Exception, and callers expect one."""
+    try:
+        yield
+    except BaseException as error:
+        if panicked(error):
+            raise RuntimeError(f"a library panicked: {error}"[:300]) from error
+        raise
 
 
 def _check_tools(request: GenerationRequest) -> None:

@@ -23,8 +23,12 @@ from server.accounts.charging import Meter
 from server.api import chat_request, openapi
 from server.api.admission import Service, answer
 from server.api.chat_reply import ChunkWriter, Collector
+from server.api.completions import request as completions_request
+from server.api.completions.fields import COMPLETION
+from server.api.completions.reply import CompletionChunks, CompletionCollector
 from server.api.generation import Endpoint
 from server.api.models import model_details, model_object, state_of
+from server.api.tokenizer.routes import tokenizer_routes
 from server.errors import NoKeys, install
 from server.ledger.records import read_since
 from server.settings import ServerSettings
@@ -56,7 +60,7 @@ def create_app(registry: Registry, settings: ServerSettings | None = None, meter
 
     app = FastAPI(
         title="verbatim",
-        description="Chat completions whose every reply can be reproduced.",
+        description="Completions whose every reply can be reproduced.",
         docs_url=None,  # the pages load scripts from the internet
         redoc_url=None,
         lifespan=lifespan,
@@ -65,8 +69,9 @@ def create_app(registry: Registry, settings: ServerSettings | None = None, meter
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     for prefix in PREFIXES:
-        for routes in (_completions(service), _models(service), _usage(service)):
+        for routes in (_completions(service), _models(service), _usage(service), tokenizer_routes(service)):
             app.include_router(routes, prefix=prefix)
+    app.include_router(tokenizer_routes(service))  # where clients of vLLM look for them
     app.include_router(_health(registry, meter))
     install(app, settings.retry_after_seconds)
     _add_middleware(app, settings, meter)
@@ -98,16 +103,27 @@ def _add_middleware(app: FastAPI, settings: ServerSettings, meter: Meter | None)
 def _completions(service: Service) -> APIRouter:
     router = APIRouter()
     chat = Endpoint("chatcmpl-", chat_request.parse, Collector, ChunkWriter)
+    plain = Endpoint("cmpl-", completions_request.parse, CompletionCollector, CompletionChunks)
 
     @router.post(
         "/chat/completions",
         summary="Create a synchronous or streaming chat completion.",
-        openapi_extra={"requestBody": openapi.REQUEST_BODY},
+        openapi_extra={"requestBody": openapi.CHAT_BODY},
         responses=openapi.RESPONSES,
         response_model=None,
     )
     async def chat_completions(request: Request) -> Response:
         return await answer(service, chat, request)
+
+    @router.post(
+        "/completions",
+        summary="Continue a text, or several, synchronously or streaming.",
+        openapi_extra={"requestBody": openapi.request_body(COMPLETION, openapi.EXAMPLES["completion"])},
+        responses=openapi.COMPLETION_RESPONSES,
+        response_model=None,
+    )
+    async def completions(request: Request) -> Response:
+        return await answer(service, plain, request)
 
     return router
 

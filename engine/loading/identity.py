@@ -70,6 +70,7 @@ def describe(config: ModelConfig, found: Checkpoint, ready: ReadyModel, text: Te
         context_length=size.context_length,
         cache_tokens=size.tokens,
         max_sequences=config.max_sequences,
+        max_requests=config.max_sequences + config.max_queue,
         vocab_size=ready.vocab_size,
         system_fingerprint=fingerprint_of(parts, "vb-"),
         law=ready.test.report,

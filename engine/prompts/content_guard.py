@@ -51,6 +51,8 @@ class Conversation:
     tools: tuple[Tool, ...]
     variables: Mapping[str, Any]
     clock: dt.datetime | None = None
+    again: bool = True
+    """Whether the assistant speaks next. If not, the conversation ends with the last message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,7 @@ class _Walk(ABC):
             # A template compares its variables with words of its own, which may be the inside of a control word.
             {name: self._deep(value, apart=False) for name, value in given.variables.items()},
             given.clock,
+            given.again,
         )
 
     def _message(self, message: ChatMessage) -> ChatMessage:

@@ -97,6 +97,39 @@ class PromptEncoder:
         pieces.append(text[at:].replace(mark, ""))
         return self._apart.encode("".join(pieces), special=False)
 
+    def encode_with_places(self, text: str, *, special: bool) -> tuple[list[int], list[int]]:
+        """Encode as `encode` does. Returns the ids, and for each token the characters of `text` before it.
+
+        Tokens cover the text without gaps: one begins where those before it end. A token that adds nothing to the text
+        (one that the tokenizer puts around it) has the place of the next one.
+
+        Raises: as `encode`.
+        """
+        return self._plain.encode_with_places(text, special=special)
+
+    def encode_as_text(self, text: str, param: str) -> list[int]:
+        """Encode a text in which nothing is control, whatever it spells.
+
+        Raises:
+            InvalidFormat: the tokenizer cannot read a control word in it as text; names `param`.
+            TypeError, UnicodeEncodeError: it is not valid Unicode.
+        """
+        apart = OPEN not in text and CLOSE not in text
+        ids = self._apart.encode(text, special=False) if apart else []
+        if not apart or not self.has_just(ids, ()):
+            raise InvalidFormat(
+                f"{param} holds the spelling of a control token of this model, which its tokenizer cannot read as "
+                "text, or a noncharacter beside which it cannot; leave it out.",
+                param=param,
+            )
+        return ids
+
+    def beginning(self) -> list[int]:
+        """Return the ids that the tokenizer puts before a text."""
+        whole, plain = self.encode("a", special=True), self.encode("a", special=False)
+        places = (at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
+        return whole[: next(places, 0)]
+
     def has_just(self, ids: Iterable[int], own: Iterable[tuple[int, str]]) -> bool:
         """Return whether the control tokens in `ids` are exactly the words of `own`."""
         wanted = [self._words[word] for _, word in own if word in self._words]
@@ -135,6 +168,18 @@ class _Copy:
                 raise InvalidFormat(f"the tokenizer of this model gives up on this text: {error}"[:300]) from None
             raise
         return [self._original_ids.get(i, i) for i in ids] if self._original_ids else ids
+
+    def encode_with_places(self, text: str, *, special: bool) -> tuple[list[int], list[int]]:
+        ids = self.encode(text, special=special)
+        encoding = self.backend.encode_batch([text], add_special_tokens=special)[0]
+        assert len(encoding.ids) == len(ids), "both encode alike"
+        places: list[int] = []
+        end = 0
+        for start, stop in encoding.offsets:
+            # The library leaves white space out of a token's span, and gives the parts of a character the same one.
+            places.append(max(min(start, end) if stop > start else end, places[-1] if places else 0))
+            end = max(end, stop)
+        return ids, places
 
 
 class _Least:

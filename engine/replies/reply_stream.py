@@ -44,9 +44,15 @@ class TextStream:
         stop: StopStrings | Sequence[str] = (),
         parser: ReplyParser | None = None,
         delimiters: Mapping[int, str] | None = None,
+        previous: int | None = None,
     ) -> None:
-        """`delimiters`: special tokens by id that the parser must see although they add no text."""
-        self._detokenizer = Detokenizer(vocabulary)
+        """Begin the text of a choice.
+
+        Args:
+            delimiters: special tokens by id that the parser must see although they add no text.
+            previous: the token of text before the first one; None at the beginning of a text.
+        """
+        self._detokenizer = Detokenizer(vocabulary, previous)
         self._parser = parser
         self._delimiters = delimiters or {}
         self._matcher = StopMatcher(stop if isinstance(stop, StopStrings) else StopStrings(stop))

@@ -13,8 +13,10 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from engine.engine import Engine
 from engine.errors import EngineDead, QueueFull, VerbatimError
@@ -22,13 +24,16 @@ from engine.serving.engine_loop import EngineLoop, engine_dead
 from engine.serving.fair_lock import FairLock
 from engine.serving.protocol import Abort, Aborted, Close, Ended, EngineProtocol, Event, Outputs, Submit
 from engine.serving.request_stream import RequestStream
-from engine.types.model_info import EngineStats, ModelInfo
+from engine.types.model_info import EngineStats, ModelInfo, TokenizerInfo
 from engine.types.outputs import RequestOutput, Usage
-from engine.types.requests import GenerationRequest, PreparedRequest
+from engine.types.requests import GenerationRequest, PreparedRequest, TokenizedPrompt
 
 __all__ = ["AsyncEngine"]
 
 log = logging.getLogger("verbatim.engine")
+
+_Given = TypeVar("_Given")
+_Made = TypeVar("_Made")
 
 LAST_STEP = 5.0
 """Seconds that a step may take on when the engine is told to stop."""
@@ -89,18 +94,35 @@ class AsyncEngine(EngineProtocol):
 
         Raises: what `Preparer.prepare` raises, and EngineDead.
         """
+        return await self._on_worker(request.group, self.engine.prepare, request)
+
+    async def tokenize(self, request: GenerationRequest) -> TokenizedPrompt:
+        """Render and tokenise a request's prompt, as `prepare` does."""
+        return await self._on_worker(request.group, self.engine.preparer.tokenize, request)
+
+    async def detokenize(self, tokens: Sequence[int], group: str = "") -> str:
+        """Return the text of some tokens, as `prepare` does."""
+        return await self._on_worker(group, self.engine.preparer.detokenize, tokens)
+
+    async def tokenizer(self) -> TokenizerInfo:
+        """Describe the model's tokenizer."""
         self._raise_if_dead()
-        await self._preparing.take(request.group)
+        return self.engine.preparer.tokenizer_info()
+
+    async def _on_worker(self, group: str, function: Callable[[_Given], _Made], given: _Given) -> _Made:
+        """Call a function of the preparer on one of the worker threads, granted fairly across groups."""
+        self._raise_if_dead()
+        await self._preparing.take(group)
         try:
             self._raise_if_dead()
-            work = asyncio.get_running_loop().run_in_executor(self._workers, self.engine.prepare, request)
+            work = asyncio.get_running_loop().run_in_executor(self._workers, function, given)
         except BaseException:
-            self._preparing.give_back(request.group)
+            self._preparing.give_back(group)
             raise
-        work.add_done_callback(lambda done: self._prepared(done, request.group))
+        work.add_done_callback(lambda done: self._prepared(done, group))
         return await asyncio.shield(work)
 
-    def _prepared(self, work: asyncio.Future[PreparedRequest], group: str) -> None:
+    def _prepared(self, work: asyncio.Future[Any], group: str) -> None:
         self._preparing.give_back(group)
         if not work.cancelled():
             work.exception()  # looked at, whoever is left to hear of it

@@ -1,4 +1,4 @@
-"""What stands between an engine and whoever uses it: five verbs, and the messages that carry them.
+"""What stands between an engine and whoever uses it: its verbs, and the messages that carry those of the loop.
 
 caller ──Submit, Abort, Close──▶ engine          plain, picklable data both ways: a queue, a pipe or an actor can
        ◀──Outputs, Aborted, Ended──              carry them, and `EngineLoop` obeys them wherever it runs
@@ -6,14 +6,15 @@ caller ──Submit, Abort, Close──▶ engine          plain, picklable data
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from engine.errors import VerbatimError
 from engine.serving.request_stream import RequestStream
-from engine.types.model_info import EngineStats, ModelInfo
+from engine.types.model_info import EngineStats, ModelInfo, TokenizerInfo
 from engine.types.outputs import RequestOutput, Usage
-from engine.types.requests import GenerationRequest, PreparedRequest
+from engine.types.requests import GenerationRequest, PreparedRequest, TokenizedPrompt
 
 __all__ = ["Abort", "Aborted", "Close", "Command", "Ended", "EngineProtocol", "Event", "Outputs", "Submit"]
 
@@ -30,6 +31,25 @@ class EngineProtocol(Protocol):
 
         Raises:
             RequestError: it cannot be served as it is; the error names the field.
+            EngineDead: the engine has stopped.
+        """
+
+    async def tokenize(self, request: GenerationRequest) -> TokenizedPrompt:
+        """Return the tokens of a request's prompt: those that `prepare` makes, also where they are too many.
+
+        Raises: as `prepare`.
+        """
+
+    async def detokenize(self, tokens: Sequence[int], group: str = "") -> str:
+        """Return the text of some tokens, special tokens as their names.
+
+        Raises: as `prepare`.
+        """
+
+    async def tokenizer(self) -> TokenizerInfo:
+        """Describe the model's tokenizer.
+
+        Raises:
             EngineDead: the engine has stopped.
         """
 

@@ -257,9 +257,10 @@ class Detokenizer:
 
     __slots__ = ("_pending", "_previous", "_vocabulary")
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, previous: int | None = None) -> None:
+        """`previous`: the token of text before the first one; None at the beginning of a text."""
         self._vocabulary = vocabulary
-        self._previous: int | None = None
+        self._previous = previous
         self._pending = b""
 
     def token_bytes(self, token_id: int) -> bytes:

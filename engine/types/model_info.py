@@ -34,6 +34,8 @@ class ModelInfo:
     context_length: int
     cache_tokens: int
     max_sequences: int
+    max_requests: int
+    """Requests that may run and wait at once."""
     vocab_size: int
     system_fingerprint: str
     """The digest of `fingerprint_parts`."""
@@ -57,6 +59,23 @@ class ModelInfo:
     """What the entry adds to a request that leaves fields out, and the limits that it is held to, by name."""
     manifest: ModelManifest = field(default_factory=lambda: ModelManifest(""))
     """The files of the checkpoint that were read, and their digests."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerInfo:
+    """What a client needs to know of a model's tokenizer. The tokens are names (`<|im_end|>`); None: there is none."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    vocab_size: int
+    adds_special_tokens: bool
+    """Whether the tokenizer puts tokens of its own around a text."""
+    chat_template: str | None
+    fill_in_the_middle: bool
+    """Whether it has tokens for a prompt with a `suffix`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,9 @@ class ReplyFormat:
     """Whether the prompt ends inside the thoughts, so that the reply begins with them."""
     opening: str = ""
     """The beginning of the reply that the prompt has already written, for models read by a response template."""
+    previous: int | None = None
+    """The prompt's last token of text, where the reply goes on with the prompt's text: a tokenizer may write a token in
+    the middle of a text otherwise than at its beginning."""
     tools: tuple[Tool, ...] = ()
     """The tools whose calls are recognised. Without any, calls stay text."""
     parallel_tool_calls: bool = True

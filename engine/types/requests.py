@@ -38,6 +38,17 @@ class GenerationRequest:
     messages: tuple[ChatMessage, ...] | None = None
     prompt: str | None = None
     prompt_token_ids: tuple[int, ...] | None = None
+    prompt_field: str | None = None
+    """The name of the prompt in error messages (`prompt.3`), where the caller knows it by another than it has here."""
+    suffix: str | None = None
+    """The text that comes after the reply, which fills the gap between `prompt` and it. Only for models whose tokenizer
+    has tokens for this."""
+    add_special_tokens: bool = True
+    """Whether `prompt` is encoded with the tokens that the tokenizer puts around a text."""
+    add_generation_prompt: bool = True
+    """Whether the prompt made of `messages` ends with the beginning of the assistant's turn."""
+    echo: bool = False
+    """Whether the prepared request tells the prompt's text, token by token."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     constraint: Constraint | None = None
@@ -62,6 +73,29 @@ class GenerationRequest:
     """What a chat template that prints the time reads; None: the entry's clock, else the real one."""
 
 
+@dataclass(frozen=True, slots=True)
+class EchoedPrompt:
+    """A prompt as text, for replies that begin with it.
+
+    Attributes:
+        text: what the caller sent; of token ids their text, special tokens as their names.
+        tokens: the text of each token, written as log-probabilities write tokens.
+        offsets: for each token the characters of `text` before it.
+    """
+
+    text: str
+    tokens: tuple[str, ...]
+    offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """The tokens of a prompt. `strings`: each as the tokenizer's vocabulary spells it."""
+
+    tokens: tuple[int, ...]
+    strings: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedRequest:
     """A request that passed all checks: only a full queue can still refuse it.
@@ -78,6 +112,8 @@ class PreparedRequest:
     ignored: tuple[str, ...] = ()
     """Fields that have no effect on this model."""
     group: str = ""
+    echo: EchoedPrompt | None = None
+    """The prompt as text, if the request asks for it."""
     cache_share: tuple[str, ...] = ()
     """The share of the prefix cache that the request reads and fills."""
     prediction: tuple[int, ...] = ()

@@ -6,7 +6,7 @@ nothing, so that no caller has to ask which of the two it has.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from engine import ModelInfo, ModelNotFound, PreparedRequest, RequestStream
@@ -44,6 +44,13 @@ class Account:
             NoBalance: nothing is left to pay any request with.
         """
 
+    def count(self) -> None:
+        """Count a request that costs nothing, before its body is read.
+
+        Raises:
+            RateLimited: it is one too many in a minute.
+        """
+
     def admit_model(self, model: str) -> None:
         """Raise `ModelNotFound` for a model that this account may not use."""
 
@@ -55,18 +62,20 @@ class Account:
         """
 
     @asynccontextmanager
-    async def charged(self, prepared: PreparedRequest, model: ModelInfo) -> AsyncIterator[None]:
-        """Hold the most that a request can cost while it runs; afterwards charge what was computed for it.
+    async def charged(self, requests: Sequence[PreparedRequest], model: ModelInfo) -> AsyncIterator[None]:
+        """Hold the most that a reply can cost while it is made; afterwards charge what was computed for it.
+
+        `requests`: those of the engine that the reply is made of. They are charged as one.
 
         Raises:
             NoBalance: the balance does not cover it.
-            RateLimited: as many requests of the key are running as may run at once.
+            RateLimited: more requests of the key would run than may run at once.
             LedgerFault: the database cannot be written.
         """
         yield
 
     def runs(self, outputs: RequestStream) -> None:
-        """Note that the engine has accepted the request and answers it with these outputs."""
+        """Note that the engine has accepted one of the requests and answers it with these outputs."""
 
 
 class KeyAccount(Account):
@@ -86,6 +95,9 @@ class KeyAccount(Account):
     def admit(self) -> None:
         self._meter.admit(self._key)
 
+    def count(self) -> None:
+        self._meter.limits.count_request(self._key)
+
     def admit_model(self, model: str) -> None:
         if not self.may_use(model):
             known = ", ".join(self._key.models)
@@ -95,8 +107,8 @@ class KeyAccount(Account):
         self._meter.limits.count_prompt(self._key, tokens)
 
     @asynccontextmanager
-    async def charged(self, prepared: PreparedRequest, model: ModelInfo) -> AsyncIterator[None]:
-        async with self._meter.charge(self._key, prepared, model) as self._charge:
+    async def charged(self, requests: Sequence[PreparedRequest], model: ModelInfo) -> AsyncIterator[None]:
+        async with self._meter.charge(self._key, requests, model) as self._charge:
             try:
                 yield
             finally:
@@ -104,7 +116,7 @@ class KeyAccount(Account):
 
     def runs(self, outputs: RequestStream) -> None:
         assert self._charge is not None, "a request runs inside `charged`"
-        self._charge.outputs = outputs
+        self._charge.outputs.append(outputs)
 
 
 def account_of(meter: Meter | None, key: Key | None) -> Account:

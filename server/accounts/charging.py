@@ -12,15 +12,16 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import operator
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
-from engine import FairLock, ModelInfo, PreparedRequest, RequestError, RequestStream
+from engine import FairLock, ModelInfo, PreparedRequest, RequestError, RequestStream, Usage
 from server.accounts.limits import RateLimits
 from server.accounts.settling import Settler
 from server.errors import ClientGone, RateLimited
@@ -38,27 +39,36 @@ _PATIENCE: Final = 15.0
 Without this, a disk or a host that hangs would hold requests for ever."""
 
 
+_LISTED: Final = 64
+"""Choices whose finish reasons are recorded one by one."""
+
+
 @dataclass(slots=True)
 class Charge:
-    """What a running request will be charged for.
+    """What a reply that is being made will be charged for.
 
     Attributes:
-        held: the amount set aside for it.
+        requests: those of the engine that it is made of. The ledger knows them by the id of the first.
+        held: the amount set aside for them.
         started: Unix seconds.
-        outputs: the engine's answer, once the request was submitted.
+        outputs: the engine's answers to those that were submitted.
         sent: whether a part of the reply has reached the client.
         failed: the error that ended the answer; None also where the client left.
     """
 
     key: Key
-    prepared: PreparedRequest
+    requests: Sequence[PreparedRequest]
     model: ModelInfo
     prices: Prices
     held: int
     started: float
-    outputs: RequestStream | None = None
+    outputs: list[RequestStream] = field(default_factory=list)
     sent: bool = False
     failed: Exception | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.requests[0].request_id
 
 
 class Meter:
@@ -163,8 +173,8 @@ class Meter:
             raise NoBalance(f"the key {key.name!r} has {key.balance - key.held} left.", available=0, needed=1)
 
     @asynccontextmanager
-    async def charge(self, key: Key, prepared: PreparedRequest, model: ModelInfo) -> AsyncIterator[Charge]:
-        """Hold a request's worst case while it runs, and settle what was computed for it.
+    async def charge(self, key: Key, requests: Sequence[PreparedRequest], model: ModelInfo) -> AsyncIterator[Charge]:
+        """Hold the worst case of a reply's requests while they run, and settle what was computed for them, as one.
 
         A fault of the server costs nothing, unless text generated before it was sent. An error that the request itself
         caused (a `RequestError`: its grammar cannot be followed) costs what was computed; otherwise requests that fail
@@ -172,22 +182,19 @@ class Meter:
 
         Raises:
             NoBalance: the balance does not cover it.
-            RateLimited: as many requests of the key are running as may run at once.
+            RateLimited: more requests of the key would run than may run at once.
             LedgerFault: the database cannot be written.
         """
-        limit = key.limits.concurrent
-        if limit is not None and self._running[key.id] >= limit:
-            raise RateLimited(
-                f"the key {key.name!r} may run {limit} requests at once, and runs as many.", retry_after=1
-            )
+        self._admit_running(key, len(requests))
         prices = self._prices.get(model.id, Prices())
-        prompt, most = len(prepared.prompt_token_ids), prepared.params.n * (prepared.params.max_tokens or 0)
+        prompt = sum(len(one.prompt_token_ids) for one in requests)
+        most = sum(one.params.n * (one.params.max_tokens or 0) for one in requests)
         worst = prompt * max(prices.prompt, prices.cached_prompt) + most * prices.completion
         started = self._clock()
-        self._running[key.id] += 1
+        self._running[key.id] += len(requests)
         try:
-            held = await self._held(key.id, prepared.request_id, worst)
-            charge = Charge(key, prepared, model, prices, held, started)
+            held = await self._held(key.id, requests[0].request_id, worst)
+            charge = Charge(key, requests, model, prices, held, started)
             try:
                 yield charge
             except Exception as error:
@@ -196,9 +203,29 @@ class Meter:
             finally:
                 await asyncio.shield(self._keep(self._hand_in(charge)))
         finally:
-            self._running[key.id] -= 1
+            self._running[key.id] -= len(requests)
             if not self._running[key.id]:
                 del self._running[key.id]
+
+    def _admit_running(self, key: Key, count: int) -> None:
+        limit, running = key.limits.concurrent, self._running[key.id]
+        if limit is None or running + count <= limit:
+            return
+        if count > limit:
+            raise RateLimited(
+                f"this request has {count} prompts; the key {key.name!r} may run {limit} requests at once, and each "
+                "prompt is one.",
+                hopeless=True,
+            )
+        if count == 1:
+            raise RateLimited(
+                f"the key {key.name!r} may run {limit} requests at once, and runs as many.", retry_after=1
+            )
+        raise RateLimited(
+            f"the key {key.name!r} may run {limit} requests at once, and runs {running}; this one has {count} prompts, "
+            "each of which is one.",
+            retry_after=1,
+        )
 
     # -- calls of the ledger, on its thread ------------------------------------------------------------------------
 
@@ -241,8 +268,8 @@ class Meter:
     async def _hand_in(self, charge: Charge) -> None:
         """Settle a charge once the engine has dropped the request, and so knows what it has computed for it."""
         try:
-            if charge.outputs is not None:
-                await charge.outputs.let_go()
+            for outputs in charge.outputs:
+                await outputs.let_go()
         finally:
             await self._ask(self._settle, charge)
 
@@ -257,24 +284,24 @@ class Meter:
 
     def _settle(self, charge: Charge) -> None:
         """Settle a charge with what the engine has computed, or release its hold if that is free."""
-        key, prepared, outputs = charge.key, charge.prepared, charge.outputs
-        usage = outputs.usage if outputs is not None else None
-        if outputs is None or usage is None or not usage.total_tokens:
-            self._settler.release(key.id, prepared.request_id)
+        key, params = charge.key, charge.requests[0].params
+        usage = functools.reduce(operator.add, (one.usage for one in charge.outputs if one.usage), Usage(0, 0))
+        if not usage.total_tokens:
+            self._settler.release(key.id, charge.request_id)
             return
-        fault = outputs.error or charge.failed
+        fault = next((one.error for one in charge.outputs if one.error), charge.failed)
         served = charge.sent and usage.completion_tokens
         if fault is not None and not isinstance(fault, RequestError | ClientGone) and not served:
-            self._settler.release(key.id, prepared.request_id)
+            self._settler.release(key.id, charge.request_id)
             return
         self.limits.count_reply(key, usage.completion_tokens)
-        reasons = [*outputs.finish_reasons]
-        if len(reasons) < prepared.params.n:
+        reasons = [reason for one in charge.outputs for reason in one.finish_reasons]
+        if len(reasons) < params.n * len(charge.requests):
             reasons.append("error" if fault and not isinstance(fault, ClientGone) else "disconnected")
-        assert prepared.params.seed is not None
+        assert params.seed is not None
         self._settler.settle(
             Settled(
-                request_id=prepared.request_id,
+                request_id=charge.request_id,
                 key_id=key.id,
                 model=charge.model.id,
                 prompt_tokens=usage.prompt_tokens,
@@ -282,10 +309,17 @@ class Meter:
                 completion_tokens=usage.completion_tokens,
                 reasoning_tokens=usage.reasoning_tokens,
                 cost=min(cost_of(usage, charge.prices), charge.held),
-                seed=prepared.params.seed,
+                seed=params.seed,
                 fingerprint=charge.model.system_fingerprint,
-                finish_reason=",".join(reasons),
+                finish_reason=_in_short(reasons),
                 started=charge.started,
                 ended=self._clock(),
             )
         )
+
+
+def _in_short(reasons: Sequence[str]) -> str:
+    """Write the finish reasons of a reply's choices: one by one, or of very many how often each occurs."""
+    if len(reasons) <= _LISTED:
+        return ",".join(reasons)
+    return ",".join(f"{count} {reason}" for reason, count in sorted(Counter(reasons).items()))

@@ -12,12 +12,13 @@ import dataclasses
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastapi import Request
 
-from engine import InvalidParameter, Registry
-from server.accounts.account import account_of
+from engine import EngineProtocol, GenerationRequest, InvalidParameter, PreparedRequest, Registry
+from server.accounts.account import Account, account_of
 from server.accounts.authentication import key_of
 from server.accounts.charging import Meter
 from server.api.generation import CompletionResponse, Endpoint, Job, Reply, unless_disconnected
@@ -52,18 +53,38 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
         ignored_fields(parsed.ignored, service.settings)  # refused here, before anything is prepared
         account.admit_model(parsed.model)
         engine = service.registry.get(parsed.model)
-        generation = dataclasses.replace(parsed.generation, group=account.group, context_limit=account.context_limit)
-        prepared = await unless_disconnected(engine.prepare(generation), request.receive)
+        prepared = await unless_disconnected(_prepared(engine, parsed.generations, account), request.receive)
         if prepared is None:
             raise ClientGone
-    headers = ignored_fields(parsed.ignored + prepared.ignored, service.settings)
-    account.admit_prompt(len(prepared.prompt_token_ids))
-    info = engine.info
-    request.scope["state"]["told"] = {"model": info.id, "completion": prepared.request_id}
+    first, info = prepared[0], engine.info
+    headers = ignored_fields(parsed.ignored + first.ignored, service.settings)
+    account.admit_prompt(sum(len(one.prompt_token_ids) for one in prepared))
+    request.scope["state"]["told"] = {"model": info.id, "completion": first.request_id}
     created = int(time.time())  # noqa: TID251  the API wants the wall clock
-    reply = Reply(prepared.request_id, created, info.id, info.system_fingerprint, prepared)
+    reply = Reply(first.request_id, created, info.id, info.system_fingerprint, prepared, parsed.prompt_logprobs)
     job = Job(engine, account, reply, parsed.stream, parsed.include_usage, headers)
     return CompletionResponse(job, endpoint, service.settings)
+
+
+async def _prepared(
+    engine: EngineProtocol, generations: Sequence[GenerationRequest], account: Account
+) -> tuple[PreparedRequest, ...]:
+    """Prepare the requests of one reply. A seed that is drawn for the first is the seed of all."""
+    most = engine.info.max_requests
+    if len(generations) > most:
+        raise InvalidParameter(
+            f"prompt may hold at most {most} prompts here, as many as may run and wait at once, not "
+            f"{len(generations)}.",
+            param="prompt",
+        )
+    prepared: list[PreparedRequest] = []
+    for generation in generations:
+        if prepared:
+            seed = prepared[0].params.seed
+            generation = dataclasses.replace(generation, sampling={**generation.sampling, "seed": seed})
+        generation = dataclasses.replace(generation, group=account.group, context_limit=account.context_limit)
+        prepared.append(await engine.prepare(generation))
+    return tuple(prepared)
 
 
 def ignored_fields(names: tuple[str, ...], settings: ServerSettings) -> dict[str, str]:

@@ -96,7 +96,8 @@ def _message(message: Any, at: str, ignored: list[str]) -> ChatMessage:
     reasoning = next((text for text in thoughts if text), None)
     calls = _calls(message, at, role, ignored)
     answers = _answered(message, at, role)
-    return ChatMessage(role, _content(message, at, bool(calls), ignored), name, reasoning, calls, answers)
+    content = "" if calls and message.get("content") is None else read_content(message, f"{at}.content", ignored)
+    return ChatMessage(role, content, name, reasoning, calls, answers)
 
 
 def _calls(message: Mapping[str, Any], at: str, role: str, ignored: list[str]) -> tuple[ToolCall, ...]:
@@ -138,20 +139,18 @@ def _call_id(data: Mapping[str, Any], name: str, at: str) -> str:
     return found
 
 
-def _content(message: Mapping[str, Any], at: str, calls: bool, ignored: list[str]) -> str:
-    """Read the text of a message. Parts are joined with nothing between them."""
-    at = f"{at}.content"
-    if calls and message.get("content") is None:
-        return ""
-    if "content" not in message:
+def read_content(holder: Mapping[str, Any], at: str, ignored: list[str]) -> str:
+    """Read the text of a `content` field, whose path is `at`. Parts are joined with nothing between them."""
+    if "content" not in holder:
         raise InvalidFormat(f"{at} is required.", param=at, code="missing_field")
-    content = message["content"]
+    content = holder["content"]
     if isinstance(content, str):
         return content
     if content is None:
         raise InvalidFormat(f"{at} may be null only in an assistant's message with tool calls.", param=at)
     if not typed(content, at, ((list,), "a string or a list of parts")):
         raise InvalidParameter(f"{at} must hold at least one part.", param=at)
+    at_most(MAX_PARTS, len(content), at, "parts")
     return "".join(_part(part, f"{at}.{i}", ignored) for i, part in enumerate(content))
 
 

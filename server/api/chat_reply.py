@@ -6,7 +6,7 @@ one text and, if requested, its logprobs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring
 from typing import Any
@@ -34,7 +34,7 @@ def reply_head(reply: Reply, kind: str) -> dict[str, Any]:
         "created": reply.created,
         "model": reply.model,
         "system_fingerprint": reply.system_fingerprint,
-        "seed": reply.prepared.params.seed,
+        "seed": reply.params.seed,
     }
 
 
@@ -44,7 +44,11 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "completion_tokens_details": {
+            "reasoning_tokens": usage.reasoning_tokens,
+            "accepted_prediction_tokens": usage.accepted_prediction_tokens,
+            "rejected_prediction_tokens": usage.rejected_prediction_tokens,
+        },
     }
 
 
@@ -57,6 +61,24 @@ def logprob_object(entry: TokenLogprob) -> dict[str, Any]:
             {"token": t.token, "logprob": clean_logprob(t.logprob), "bytes": list(t.bytes)} for t in entry.top
         ],
     }
+
+
+def prompt_logprobs_object(entries: Sequence[TokenLogprob | None], most: int) -> list[dict[str, Any] | None]:
+    """Write a prompt's log-probabilities as vLLM does: by token id, the prompt's token first, then the likeliest.
+
+    `most`: alternatives beside each token.
+    """
+
+    def written(entry: TokenLogprob) -> dict[str, Any]:
+        found = {entry.token_id: (entry.logprob, entry.rank, entry.token)}
+        for rank, top in enumerate(entry.top[:most], 1):
+            found.setdefault(top.token_id, (top.logprob, rank, top.token))
+        return {
+            str(token_id): {"logprob": clean_logprob(logprob), "rank": rank, "decoded_token": token}
+            for token_id, (logprob, rank, token) in found.items()
+        }
+
+    return [None if entry is None else written(entry) for entry in entries]
 
 
 def call_object(call: ToolCall) -> dict[str, Any]:
@@ -74,6 +96,7 @@ class _Choice:
     calls: list[ToolCall] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    margins: list[float | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     schema_error: str | None = None
 
@@ -83,8 +106,9 @@ class Collector:
 
     def __init__(self, reply: Reply) -> None:
         self._reply = reply
-        self._choices = [_Choice() for _ in range(reply.prepared.params.n)]
+        self._choices = [_Choice() for _ in range(reply.num_choices)]
         self._usage = Usage(0, 0)
+        self._prompt_logprobs: list[dict[str, Any] | None] | None = None
 
     @property
     def complete(self) -> bool:
@@ -93,6 +117,9 @@ class Collector:
 
     def add(self, output: RequestOutput) -> None:
         self._usage = output.usage
+        most = self._reply.params.prompt_logprobs
+        if output.prompt_logprobs is not None and most is not None:
+            self._prompt_logprobs = prompt_logprobs_object(output.prompt_logprobs, most)
         for delta in output.deltas:
             choice = self._choices[delta.index]
             choice.text.append(delta.text)
@@ -100,6 +127,7 @@ class Collector:
             choice.calls += delta.tool_calls
             choice.token_ids += delta.token_ids
             choice.logprobs += delta.logprobs or ()
+            choice.margins += delta.margins or ()
             choice.finish_reason = delta.finish_reason or choice.finish_reason
             choice.schema_error = delta.schema_error
 
@@ -108,10 +136,11 @@ class Collector:
             **reply_head(self._reply, "chat.completion"),
             "choices": [self._choice(i, choice) for i, choice in enumerate(self._choices)],
             "usage": usage_object(self._usage),
+            **({} if self._prompt_logprobs is None else {"prompt_logprobs": self._prompt_logprobs}),
         }
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
-        params = self._reply.prepared.params
+        params = self._reply.params
         message: dict[str, Any] = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
         if reasoning := "".join(choice.reasoning):
             message["reasoning_content"] = reasoning
@@ -128,6 +157,8 @@ class Collector:
             result["schema_error"] = choice.schema_error or None
         if params.return_token_ids:
             result["token_ids"] = choice.token_ids
+        if params.margins:
+            result["margins"] = choice.margins
         return result
 
 
@@ -140,19 +171,21 @@ class ChunkWriter:
         head = to_json(reply_head(reply, "chat.completion.chunk"))
         self._prefix = f"data: {head[:-1]}," + '"choices":['
         self._suffix = ("]" + (',"usage":null' if include_usage else "") + "}\n\n").encode()
-        self._token_ids = reply.prepared.params.return_token_ids
-        self._calls = [0] * reply.prepared.params.n
+        params = reply.params
+        self._token_ids, self._margins = params.return_token_ids, params.margins
+        self._prompt_logprobs = params.prompt_logprobs
+        self._calls = [0] * reply.num_choices
 
     def start(self) -> bytes:
-        """Write one chunk per choice, with the role and an empty text."""
-        return b"".join(
-            self._chunk(i, '{"role":"assistant","content":"","refusal":null}')
-            for i in range(self._reply.prepared.params.n)
-        )
+        """Write one chunk per choice, with the role and an empty text; later, if the first has more to say."""
+        return self._roles() if self._prompt_logprobs is None else b""
 
     def add(self, output: RequestOutput) -> bytes:
         """Write the events of one step: what each choice gained, and the end of each choice that ended."""
-        return b"".join([self._delta(delta) for delta in output.deltas])
+        first = b""
+        if output.prompt_logprobs is not None and self._prompt_logprobs is not None:
+            first = self._roles(prompt_logprobs_object(output.prompt_logprobs, self._prompt_logprobs))
+        return first + b"".join([self._delta(delta) for delta in output.deltas])
 
     def end(self, usage: Usage) -> bytes:
         """Write the usage, if it was asked for, and `[DONE]`."""
@@ -161,15 +194,24 @@ class ChunkWriter:
         body = reply_head(self._reply, "chat.completion.chunk")
         return event({**body, "choices": [], "usage": usage_object(usage)}) + DONE
 
+    def _roles(self, prompt_logprobs: list[dict[str, Any] | None] | None = None) -> bytes:
+        role = '{"role":"assistant","content":"","refusal":null}'
+        chunks = [self._chunk(i, role) for i in range(self._reply.num_choices)]
+        if prompt_logprobs is not None:
+            told = b'data: {"prompt_logprobs":' + to_json(prompt_logprobs).encode() + b","
+            chunks[0] = told + chunks[0].removeprefix(b"data: {")
+        return b"".join(chunks)
+
     def _delta(self, delta: ChoiceDelta) -> bytes:
         events = b""
-        if delta.text or delta.reasoning or delta.logprobs or self._token_ids:
+        if delta.text or delta.reasoning or delta.logprobs or self._token_ids or self._margins:
             text = '{"content":' + escape_line_breaks(encode_basestring(delta.text)) + "}"
             if delta.reasoning:
                 thought = '{"reasoning_content":' + escape_line_breaks(encode_basestring(delta.reasoning))
                 text = thought + "," + text[1:] if delta.text else thought + "}"
             logprobs = "null" if delta.logprobs is None else to_json(_logprobs(delta.logprobs))
             extra = f',"token_ids":{list(delta.token_ids)}' if self._token_ids else ""
+            extra += f',"margins":{to_json(list(delta.margins or ()))}' if self._margins else ""
             events = self._chunk(delta.index, text, logprobs, extra=extra)
         for call in delta.tool_calls:
             number, self._calls[delta.index] = self._calls[delta.index], self._calls[delta.index] + 1

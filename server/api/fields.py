@@ -1,13 +1,14 @@
-"""The fields of a request body: each is declared once, with its JSON type and its schema in the OpenAPI document.
+"""The fields of request bodies, endpoint by endpoint: each is declared once, with its JSON type and its schema.
 
 The sampling fields come from `engine.SamplingParams`, with their types, ranges, defaults and descriptions; none of them
-is named here. Which fields are known, which are refused and what the document says follow from these tables.
+is named here. Which fields are known, which are refused, the OpenAPI document and docs/reference/api.md follow from
+these tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from engine import SAMPLING_FIELDS, SamplingField, Unsupported
@@ -35,7 +36,60 @@ class Field:
     schema: Mapping[str, Any]
 
 
-def _field(kind: Kind, description: str = "", *, extension: bool = False, **schema: Any) -> Field:
+@dataclass(frozen=True, slots=True)
+class BodyFields:
+    """The fields of one endpoint's body.
+
+    Attributes:
+        honoured: by name.
+        refused: fields that clients know and this build does not honour, each with the values that ask for what happens
+            anyway; null always does. Any other value is refused by name, never ignored.
+        required: the names of the fields that must be there.
+    """
+
+    honoured: Mapping[str, Field]
+    refused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
+
+    @property
+    def known(self) -> frozenset[str]:
+        """The names that are not ignored."""
+        return frozenset(self.honoured) | frozenset(self.refused)
+
+    def given(self, data: Mapping[str, Any], name: str) -> Any:
+        """Return the value of a body's field, or None if it is absent or null. Checks the declared type."""
+        return optional(data, name, self.honoured[name].kind)
+
+    def sampling(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the sampling fields that a body gives under the engine's names.
+
+        Types are checked here, ranges in `engine.SamplingParams`.
+        """
+        found = {
+            name: typed(data[name], name, declared.kind)
+            for name, declared in SAMPLING.items()
+            if self.honoured.get(name) is declared and data.get(name) is not None
+        }
+        for name, value in found.items():
+            if isinstance(value, dict):
+                at_most(MAX_ENTRIES, len(value), name, "entries")
+        for target, names in ALIASES.items():
+            for name in names:
+                value = self.given(data, name) if name in self.honoured else None
+                if value is not None:  # the range too, because the engine's error would not know which name was used
+                    found[target] = SAMPLING_FIELDS[target].checked(name, value)
+        return found
+
+    def refuse_unsupported(self, data: Mapping[str, Any]) -> None:
+        """Raise `Unsupported` for a field that this build cannot honour."""
+        for name, neutral in self.refused.items():
+            value = data.get(name)
+            # The type too: 1 == True in Python, not in JSON.
+            if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
+                raise Unsupported(f"{name} is not supported by this build.", param=name)
+
+
+def declare(kind: Kind, description: str = "", *, extension: bool = False, **schema: Any) -> Field:
     """Declare a field. `extension`: the OpenAI API has no such field. `schema`: what the JSON type does not say."""
     types = [{"type": _JSON_TYPES[one]} for one in kind[0]]
     base: dict[str, Any] = types[0] if len(types) == 1 else {"anyOf": types}
@@ -52,15 +106,16 @@ _TEXT_PART: Final = {
     "required": ["type", "text"],
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
 }
+CONTENT: Final = {
+    "description": "Text, or text parts that are joined as they are.",
+    "anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _TEXT_PART}],
+}
 _MESSAGE: Final = {
     "type": "object",
     "required": ["role", "content"],
     "properties": {
         "role": {"type": "string", "enum": list(ROLES)},
-        "content": {
-            "description": "Text, or text parts that are joined as they are.",
-            "anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _TEXT_PART}],
-        },
+        "content": CONTENT,
         "name": {"type": "string", "maxLength": MAX_NAME, "description": "Handed to the chat template."},
         "tool_calls": {
             "type": "array",
@@ -101,48 +156,33 @@ SAMPLING: Final[Mapping[str, Field]] = {
 }
 """The sampling fields that are handed to the engine under their own names."""
 
-_ASKED: Final[Mapping[str, Field]] = {
-    "model": _field(STRING, "An id from `GET /models`."),
-    "messages": _field(LIST, minItems=1, items=_MESSAGE),
-    "max_completion_tokens": _sampling(SAMPLING_FIELDS["max_tokens"]),
-    "max_tokens": _field(INTEGER, "The older name; max_completion_tokens wins.", minimum=1),
-}
-_HANDLED: Final[Mapping[str, Field]] = {
-    "stream": _field(FLAG, "Server-sent events instead of one body.", default=False),
-    "stream_options": _field(OBJECT, properties={"include_usage": {"type": "boolean"}}),
-    "response_format": _field(
+MODEL: Final = declare(STRING, "An id from `GET /models`.")
+MESSAGES: Final = declare(LIST, minItems=1, items=_MESSAGE)
+TOOLS: Final = declare(
+    LIST,
+    "Functions that the model may call; read from its text, in the form that its template writes.",
+    maxItems=MAX_TOOLS,
+    items=_TOOL,
+)
+_TEMPLATE_KWARGS: Final = declare(OBJECT, "Variables of the model's chat template.", extension=True)
+
+SHARED: Final[Mapping[str, Field]] = {
+    "stream": declare(FLAG, "Server-sent events instead of one body.", default=False),
+    "stream_options": declare(OBJECT, properties={"include_usage": {"type": "boolean"}}),
+    "response_format": declare(
         OBJECT,
         "What the answer must be, enforced while it is written. With strict, a schema that cannot be enforced whole is "
         "refused; without, the rest is checked afterwards: `schema_error` beside the choice.",
         required=["type"],
         properties=_FORMAT,
     ),
-    "tools": _field(
-        LIST,
-        "Functions that the model may call; read from its text, in the form that its template writes.",
-        maxItems=MAX_TOOLS,
-        items=_TOOL,
-    ),
-    "tool_choice": _field(
-        ((str, dict), "a string or an object"),
-        'none, auto, required, or the function that must be called: `{"type": "function", "function": {"name": …}}`.',
-        default="auto",
-    ),
-    "parallel_tool_calls": _field(FLAG, "False: the answer ends with its first call.", default=True),
-    "reasoning_effort": _field(
-        STRING,
-        "Set in the model's chat template: none and minimal switch thinking off where there is a switch. Named in "
-        "x-ignored-fields where there is none.",
-        enum=["none", "minimal", "low", "medium", "high", "xhigh"],
-    ),
-    "chat_template_kwargs": _field(OBJECT, "Variables of the model's chat template.", extension=True),
-    "guided_json": _field(
+    "guided_json": declare(
         ((dict, str), "an object, or its text"),
         "A JSON schema, enforced; the object or its text.",
         extension=True,
     ),
-    "guided_regex": _field(STRING, "The answer matches it whole.", extension=True, minLength=1),
-    "guided_choice": _field(
+    "guided_regex": declare(STRING, "The answer matches it whole.", extension=True, minLength=1),
+    "guided_choice": declare(
         LIST,
         "The answer is one of these.",
         extension=True,
@@ -150,78 +190,80 @@ _HANDLED: Final[Mapping[str, Field]] = {
         maxItems=MAX_CHOICES,
         items={"type": "string", "minLength": 1},
     ),
-    "guided_grammar": _field(STRING, "Lark, in llguidance's dialect.", extension=True, minLength=1),
-    "cache_salt": _field(
+    "guided_grammar": declare(STRING, "Lark, in llguidance's dialect.", extension=True, minLength=1),
+    "cache_salt": declare(
         STRING,
         "Only requests with the same salt find each other's prompts in the prefix cache.",
         extension=True,
         minLength=1,
         maxLength=MAX_SALT,
     ),
-    "user": _field(STRING, "For the client's own records; without effect."),
-    "metadata": _field(
+    "user": declare(STRING, "For the client's own records; without effect."),
+    "metadata": declare(
         OBJECT, "For the client's own records; without effect.", additionalProperties={"type": "string"}
     ),
 }
+"""The fields that all endpoints for completions have, beside those of sampling."""
 
-FIELDS: Final[Mapping[str, Field]] = {**_ASKED, **SAMPLING, **_HANDLED}
-"""Every field that is honoured."""
-
-UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
-    # field: the values that ask for what happens anyway; null always does
-    "functions": ([],),
-    "function_call": ("none",),
-    "audio": (),
-    "modalities": (["text"],),
-    "prediction": (),
+REFUSED: Final[Mapping[str, tuple[Any, ...]]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "web_search_options": (),
-    "verbosity": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": (),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "typical_p": (1, 1.0),
     "grammar": (),
-    "prompt_logprobs": (),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "chat_template": (),
-    "documents": (),
     "bad_words": ([],),
     "skip_special_tokens": (True,),
-    "thinking": (),
 }
-"""Fields that clients know and this build does not honour: refused by name, never ignored."""
 
-KNOWN: Final = FIELDS.keys() | UNSUPPORTED.keys()
-
-
-def given(data: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a body's field, or None if it is absent or null. Checks the declared type."""
-    return optional(data, name, FIELDS[name].kind)
-
-
-def sampling(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sampling fields that a body gives. Types are checked here, ranges in `engine.SamplingParams`."""
-    found = {name: typed(data[name], name, f.kind) for name, f in SAMPLING.items() if data.get(name) is not None}
-    for name, value in found.items():
-        if isinstance(value, dict):
-            at_most(MAX_ENTRIES, len(value), name, "entries")
-    for field, names in ALIASES.items():
-        for name in names:
-            value = given(data, name)
-            if value is not None:  # the range too, because the engine's error would not know which name was used
-                found[field] = SAMPLING_FIELDS[field].checked(name, value)
-    return found
-
-
-def refuse_unsupported(data: Mapping[str, Any]) -> None:
-    """Raise `Unsupported` for a field that this build cannot honour."""
-    for name, neutral in UNSUPPORTED.items():
-        value = data.get(name)
-        # `is` first: 1 == True in Python, not in JSON.
-        if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
-            raise Unsupported(f"{name} is not supported by this build.", param=name)
+CHAT: Final = BodyFields(
+    honoured={
+        "model": MODEL,
+        "messages": MESSAGES,
+        "max_completion_tokens": _sampling(SAMPLING_FIELDS["max_tokens"]),
+        "max_tokens": declare(INTEGER, "The older name; max_completion_tokens wins.", minimum=0),
+        **SAMPLING,
+        **SHARED,
+        "tools": TOOLS,
+        "tool_choice": declare(
+            ((str, dict), "a string or an object"),
+            'none, auto, required, or the function that must be called: `{"type": "function", "function": {"name": '
+            "…}}`.",
+            default="auto",
+        ),
+        "parallel_tool_calls": declare(FLAG, "False: the answer ends with its first call.", default=True),
+        "reasoning_effort": declare(
+            STRING,
+            "Set in the model's chat template: none and minimal switch thinking off where there is a switch. Named in "
+            "x-ignored-fields where there is none.",
+            enum=["none", "minimal", "low", "medium", "high", "xhigh"],
+        ),
+        "prediction": declare(
+            OBJECT,
+            "A text that the answer may hold much of. It is tried as a draft: the answer stays the same to the bit, "
+            "and comes sooner.",
+            required=["type", "content"],
+            properties={"type": {"const": "content"}, "content": CONTENT},
+        ),
+        "chat_template_kwargs": _TEMPLATE_KWARGS,
+    },
+    refused={
+        **REFUSED,
+        "functions": ([],),
+        "function_call": ("none",),
+        "audio": (),
+        "modalities": (["text"],),
+        "web_search_options": (),
+        "verbosity": (),
+        "best_of": (1,),
+        "echo": (False,),
+        "suffix": (),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "chat_template": (),
+        "documents": (),
+        "thinking": (),
+    },
+    required=("model", "messages"),
+)
+"""`POST /chat/completions`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from engine import Constraint, InvalidParameter
-from server.api.fields import MAX_CHOICES, given
+from server.api.fields import MAX_CHOICES, BodyFields
 from server.api.parsing import FLAG, OBJECT, STRING, optional, required, typed
 from server.json_text import load_text
 
@@ -15,30 +15,31 @@ FORMAT_FIELDS: Final = ("name", "description", "schema", "strict")
 FORMAT_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-def read_constraint(data: Mapping[str, Any], ignored: list[str]) -> Constraint | None:
+def read_constraint(fields: BodyFields, data: Mapping[str, Any], ignored: list[str]) -> Constraint | None:
     """Read the one field that constrains the reply, if there is one. Adds names of unknown fields to `ignored`.
 
     Raises:
         InvalidParameter: there are two, or the value of one is wrong.
     """
-    found = {name: c for name, c in _constraints(data, ignored) if c is not None}
+    found = {name: c for name, c in _constraints(fields, data, ignored) if c is not None}
     if len(found) > 1:
         names = list(found)
         raise InvalidParameter(f"{names[0]} and {names[1]} cannot be combined.", param=names[1])
     return next(iter(found.values()), None)
 
 
-def _constraints(data: Mapping[str, Any], ignored: list[str]) -> Iterator[tuple[str, Constraint | None]]:
-    yield "response_format", _response_format(data, ignored)
-    yield "guided_json", _json(data, "guided_json")
-    regex, grammar = _text(data, "guided_regex"), _text(data, "guided_grammar")
+def _constraints(
+    fields: BodyFields, data: Mapping[str, Any], ignored: list[str]
+) -> Iterator[tuple[str, Constraint | None]]:
+    yield "response_format", _response_format(fields.given(data, "response_format"), ignored)
+    yield "guided_json", _json(fields.given(data, "guided_json"), "guided_json")
+    regex, grammar = (_text(fields.given(data, name), name) for name in ("guided_regex", "guided_grammar"))
     yield "guided_regex", None if regex is None else Constraint("regex", regex, param="guided_regex")
     yield "guided_grammar", None if grammar is None else Constraint("grammar", grammar, param="guided_grammar")
-    yield "guided_choice", _choice(data, "guided_choice")
+    yield "guided_choice", _choice(fields.given(data, "guided_choice"), "guided_choice")
 
 
-def _json(data: Mapping[str, Any], name: str) -> Constraint | None:
-    schema = given(data, name)
+def _json(schema: Any, name: str) -> Constraint | None:
     if isinstance(schema, str):
         try:
             schema = load_text(schema)
@@ -48,15 +49,13 @@ def _json(data: Mapping[str, Any], name: str) -> Constraint | None:
     return None if schema is None else Constraint("json", schema, param=name)
 
 
-def _text(data: Mapping[str, Any], name: str) -> str | None:
-    text: str | None = given(data, name)
+def _text(text: str | None, name: str) -> str | None:
     if text == "":
         raise InvalidParameter(f"{name} must not be empty.", param=name)
     return text
 
 
-def _choice(data: Mapping[str, Any], name: str) -> Constraint | None:
-    choices = given(data, name)
+def _choice(choices: list[Any] | None, name: str) -> Constraint | None:
     if choices is None:
         return None
     if not 1 <= len(choices) <= MAX_CHOICES:
@@ -67,8 +66,7 @@ def _choice(data: Mapping[str, Any], name: str) -> Constraint | None:
     return Constraint("choice", texts, param=name)
 
 
-def _response_format(data: Mapping[str, Any], ignored: list[str]) -> Constraint | None:
-    form = given(data, "response_format")
+def _response_format(form: Mapping[str, Any] | None, ignored: list[str]) -> Constraint | None:
     if form is None:
         return None
     at = "response_format."

@@ -1,7 +1,7 @@
-"""Runs one request and sends its reply over HTTP, whole or streamed. Owns the request's place in the engine.
+"""Runs the requests of one reply and sends it over HTTP, whole or streamed. Owns their places in the engine.
 
     hold ──▶ submit ──▶ outputs ──▶ body / events        one lease: whatever happens (success, error, disconnect,
-               └─────── disconnect ──▶ abort             cancellation), leaving it frees the place and settles
+               └─────── disconnect ──▶ abort             cancellation), leaving it frees the places and settles
 
 Knows no shape of a reply: an `Endpoint` brings the writers.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -19,7 +19,16 @@ from typing import Any, Protocol, TypeVar
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from engine import EngineProtocol, PreparedRequest, RequestOutput, RequestStream, Usage, VerbatimError
+from engine import (
+    EngineProtocol,
+    JoinedStreams,
+    PreparedRequest,
+    RequestOutput,
+    RequestStream,
+    SamplingParams,
+    Usage,
+    VerbatimError,
+)
 from server.accounts.account import Account
 from server.api.parsing import ParsedRequest
 from server.errors import ClientGone, describe, error_response
@@ -39,7 +48,19 @@ class Reply:
     created: int
     model: str
     system_fingerprint: str
-    prepared: PreparedRequest
+    requests: tuple[PreparedRequest, ...]
+    """The engine's requests that it is made of, one per prompt."""
+    prompt_logprobs: int | None = None
+    """As in `ParsedRequest`."""
+
+    @property
+    def params(self) -> SamplingParams:
+        """The parameters of every request, `max_tokens` aside: a prompt may leave less room than another."""
+        return self.requests[0].params
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.requests) * self.params.n
 
 
 class BodyWriter(Protocol):
@@ -85,7 +106,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A prepared request and what its reply needs. `headers`: go with the response, whatever it is."""
+    """The prepared requests of a reply, and what the reply needs. `headers`: go with the response, whatever it is."""
 
     engine: EngineProtocol
     account: Account
@@ -96,19 +117,27 @@ class Job:
 
 
 @asynccontextmanager
-async def lease(engine: EngineProtocol, prepared: PreparedRequest, account: Account) -> AsyncIterator[RequestStream]:
-    """Submit a request whose cost is held, and abort it on leaving. Aborting a finished request does nothing."""
-    async with account.charged(prepared, engine.info):
-        stream = engine.submit(prepared)
-        account.runs(stream)
+async def lease(
+    engine: EngineProtocol, requests: Sequence[PreparedRequest], account: Account
+) -> AsyncIterator[JoinedStreams]:
+    """Hold the cost of a reply's requests and submit them all; abort them on leaving.
+
+    Aborting a finished request does nothing.
+    """
+    async with account.charged(requests, engine.info):
+        streams: list[RequestStream] = []
         try:
-            yield stream
+            for request in requests:
+                streams.append(engine.submit(request))
+                account.runs(streams[-1])
+            yield JoinedStreams(streams, requests[0].params.n)
         finally:
-            engine.abort(prepared.request_id)
+            for stream in streams:
+                engine.abort(stream.request_id)
 
 
 class CompletionResponse(Response):
-    """An ASGI response that submits its request when it is sent, so that a refusal can still be a status."""
+    """An ASGI response that submits its requests when it is sent, so that a refusal can still be a status."""
 
     def __init__(self, job: Job, endpoint: Endpoint, settings: ServerSettings) -> None:
         super().__init__()
@@ -119,7 +148,7 @@ class CompletionResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         job = self._job
         try:
-            async with lease(job.engine, job.reply.prepared, job.account) as outputs:
+            async with lease(job.engine, job.reply.requests, job.account) as outputs:
                 answer = self._streamed(outputs, send) if job.stream else self._whole(outputs)
                 response = await unless_disconnected(answer, receive)
         except VerbatimError as error:  # nothing has been sent yet
@@ -131,7 +160,7 @@ class CompletionResponse(Response):
             except OSError:  # how some servers report a disconnect
                 raise ClientGone from None
 
-    async def _whole(self, outputs: RequestStream) -> Response:
+    async def _whole(self, outputs: JoinedStreams) -> Response:
         writer = self._endpoint.body(self._job.reply)
         async for output in outputs:
             if output.error:
@@ -142,7 +171,7 @@ class CompletionResponse(Response):
         body = to_json(writer.body()).encode()
         return Response(body, media_type="application/json", headers=self._job.headers)
 
-    async def _streamed(self, outputs: RequestStream, send: Send) -> None:
+    async def _streamed(self, outputs: JoinedStreams, send: Send) -> None:
         """Send events as they come. An error before the first one still gets its status."""
         sender = _EventSender(send, self._job.headers, self._settings.keepalive_seconds)
         beat = asyncio.create_task(sender.beat())
@@ -156,7 +185,7 @@ class CompletionResponse(Response):
             beat.cancel()
             self._job.account.sent = sender.started
 
-    async def _events(self, outputs: RequestStream, sender: _EventSender) -> None:
+    async def _events(self, outputs: JoinedStreams, sender: _EventSender) -> None:
         """Send all events of a request that succeeds. Raises the error that ended one that does not."""
         writer = self._endpoint.events(self._job.reply, self._job.include_usage)
         data = writer.start()

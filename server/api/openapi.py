@@ -1,24 +1,30 @@
-"""The OpenAPI description of requests and answers. Fields of the body come from `server/api/fields.py`."""
+"""The OpenAPI description of requests and answers. Fields of bodies come from the tables of `server/api/fields.py`."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-from server.api.fields import FIELDS
+from server.api.fields import CHAT, BodyFields
 
-REQUEST_BODY: Final[dict[str, Any]] = {
-    "required": True,
-    "content": {
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "required": ["model", "messages"],
-                "properties": {name: dict(field.schema) for name, field in FIELDS.items()},
-            },
-            "example": {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "seed": 7},
-        }
-    },
+EXAMPLES: Final[dict[str, dict[str, Any]]] = {
+    "chat": {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "seed": 7},
+    "completion": {"model": "demo", "prompt": "Once upon a time", "max_tokens": 16, "seed": 7},
+    "tokenize": {"model": "demo", "prompt": "Hello"},
+    "detokenize": {"model": "demo", "tokens": [1, 2, 3]},
 }
+
+
+def request_body(fields: BodyFields, example: dict[str, Any]) -> dict[str, Any]:
+    """Describe a body by the fields that are honoured in it."""
+    schema = {
+        "type": "object",
+        "required": list(fields.required),
+        "properties": {name: dict(field.schema) for name, field in fields.honoured.items()},
+    }
+    return {"required": True, "content": {"application/json": {"schema": schema, "example": example}}}
+
+
+CHAT_BODY: Final = request_body(CHAT, EXAMPLES["chat"])
 
 _ERROR: Final = {
     "type": "object",
@@ -42,11 +48,7 @@ def _failure(text: str) -> dict[str, Any]:
     return {"description": text, "content": {"application/json": {"schema": _ERROR}}}
 
 
-RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
-    200: {
-        "description": "A `chat.completion`, or with `stream` a sequence of `chat.completion.chunk` and `[DONE]`.",
-        "content": {"application/json": {}, "text/event-stream": {}},
-    },
+_REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
     400: _failure("Invalid Format: not JSON, a field missing or of the wrong type, a prompt over the context."),
     401: _failure("Authentication Fails: the key is missing, unknown, revoked or expired."),
     402: _failure("Insufficient Balance: the key's balance does not cover the request's worst case."),
@@ -63,6 +65,28 @@ RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     431: _failure("Head or trailer over the limit."),
     500: _failure("Server Error: a bug; the message has an id that is in the log."),
     503: _failure("Server Overloaded: queue full, no room for the body, model loading, engine dead; see Retry-After."),
+}
+
+_JSON_OR_EVENTS: Final[dict[str, Any]] = {"application/json": {}, "text/event-stream": {}}
+
+RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "A `chat.completion`, or with `stream` a sequence of `chat.completion.chunk` and `[DONE]`.",
+        "content": _JSON_OR_EVENTS,
+    },
+    **_REFUSALS,
+}
+
+COMPLETION_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "A `text_completion`, or with `stream` a sequence of them and `[DONE]`.",
+        "content": _JSON_OR_EVENTS,
+    },
+    **_REFUSALS,
+}
+
+TOKENIZER_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    status: refusal for status, refusal in _REFUSALS.items() if status != 402
 }
 
 

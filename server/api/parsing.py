@@ -23,13 +23,21 @@ OBJECT: Final[Kind] = ((dict,), "an object")
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """A checked body, whichever endpoint it was sent to. `ignored`: dotted names of unknown fields."""
+    """A checked body, whichever endpoint it was sent to.
+
+    Attributes:
+        generations: the engine's requests that the reply is made of, one per prompt. The first has the reply's id.
+        ignored: dotted names of unknown fields.
+        prompt_logprobs: of a completion of plain text, which computes them for `echo` too: alternatives beside each
+            token where the reply tells them by themselves; None where it does not.
+    """
 
     model: str
-    generation: GenerationRequest
+    generations: tuple[GenerationRequest, ...]
     stream: bool
     include_usage: bool
     ignored: tuple[str, ...]
+    prompt_logprobs: int | None = None
 
 
 def typed(value: Any, name: str, kind: Kind) -> Any:

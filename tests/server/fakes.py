@@ -10,6 +10,7 @@ from typing import Any
 from engine import (
     ChoiceDelta,
     ContextLengthExceeded,
+    EchoedPrompt,
     EngineDead,
     EngineStats,
     GenerationRequest,
@@ -24,6 +25,8 @@ from engine import (
     RequestOutput,
     RequestStream,
     SamplingParams,
+    TokenizedPrompt,
+    TokenizerInfo,
     TokenLogprob,
     TopLogprob,
     Usage,
@@ -48,6 +51,7 @@ INFO = ModelInfo(
     context_length=CONTEXT,
     cache_tokens=4096,
     max_sequences=16,
+    max_requests=100,
     vocab_size=VOCABULARY,
     system_fingerprint="fp_fake",
     law=ReproducibilityReport(
@@ -88,14 +92,26 @@ def word_by_word(*words: str) -> Script:
     """Every choice says the same words, one a step; the last step also ends it."""
 
     def script(request: PreparedRequest) -> Iterable[Step]:
-        n = request.params.n
+        params, n = request.params, request.params.n
         for i, word in enumerate(words):
             last = i + 1 == len(words)
-            logprobs = (token(i, word, top=request.params.top_logprobs),) if request.params.logprobs else None
-            deltas = [ChoiceDelta(c, word, (i,), logprobs, "stop" if last else None) for c in range(n)]
-            yield output(request, deltas, n * (i + 1), finished=last)
+            logprobs = (token(i, word, top=params.top_logprobs),) if params.logprobs else None
+            margins = (None if i % 2 else i + 0.5,) if params.margins else None
+            finish = "stop" if last else None
+            deltas = [ChoiceDelta(c, word, (i,), logprobs, finish, margins=margins) for c in range(n)]  # type: ignore[arg-type]
+            step = output(request, deltas, n * (i + 1), finished=last)
+            yield step if i else dataclasses.replace(step, prompt_logprobs=prompt_logprobs(request))
 
     return script
+
+
+def prompt_logprobs(request: PreparedRequest) -> tuple[TokenLogprob | None, ...] | None:
+    """Those of a prompt, as the engine tells them: none for its first token."""
+    most = request.params.prompt_logprobs
+    if most is None:
+        return None
+    entries = (dataclasses.replace(token(i, chr(i), top=most), rank=3) for i in request.prompt_token_ids[1:])
+    return (None, *entries)
 
 
 HELLO = word_by_word("Hel", "lo", " wörld", "!")
@@ -158,8 +174,48 @@ class FakeEngine:
         most = min(CONTEXT, limit - PROMPT_TOKENS)
         seed = 77 if params.seed is None else params.seed
         params = dataclasses.replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most), seed=seed)
-        return PreparedRequest(
-            request_id=request.request_id, prompt_token_ids=tuple(range(PROMPT_TOKENS)), params=params
+        ids, echo = tuple(range(PROMPT_TOKENS)), None
+        if request.messages is None:
+            ids = self._ids(request)
+            if not ids:
+                raise InvalidParameter("the prompt holds no token.", param=request.prompt_field)
+            shown = tuple(chr(i) for i in ids)
+            echo = EchoedPrompt("".join(shown), shown, tuple(range(len(ids)))) if request.echo else None
+        return PreparedRequest(request_id=request.request_id, prompt_token_ids=ids, params=params, echo=echo)
+
+    @staticmethod
+    def _ids(request: GenerationRequest) -> tuple[int, ...]:
+        """A token for each character, whose code is its id."""
+        if request.prompt is not None:
+            return tuple(ord(c) % VOCABULARY for c in request.prompt)
+        ids = request.prompt_token_ids or ()
+        for token_id in ids:
+            if token_id not in range(VOCABULARY):
+                raise InvalidParameter(f"{token_id} is not a token of this model.", param=request.prompt_field)
+        return ids
+
+    async def tokenize(self, request: GenerationRequest) -> TokenizedPrompt:
+        self.requests.append(request)
+        ids = tuple(range(PROMPT_TOKENS)) if request.messages is not None else self._ids(request)
+        return TokenizedPrompt(ids, tuple(chr(i) for i in ids))
+
+    async def detokenize(self, tokens: Sequence[int], group: str = "") -> str:
+        for i, token_id in enumerate(tokens):
+            if token_id not in range(VOCABULARY):
+                raise InvalidParameter(f"{token_id} is not a token of this model.", param=f"tokens.{i}")
+        return "".join(chr(i) for i in tokens)
+
+    async def tokenizer(self) -> TokenizerInfo:
+        return TokenizerInfo(
+            tokenizer_class="FakeTokenizer",
+            bos_token=None,
+            eos_token="<end>",
+            pad_token=None,
+            unk_token=None,
+            vocab_size=VOCABULARY,
+            adds_special_tokens=False,
+            chat_template=None,
+            fill_in_the_middle=False,
         )
 
     def submit(self, prepared: PreparedRequest) -> RequestStream:
@@ -230,6 +286,11 @@ def make_app(*entries: FakeEngine | ModelStatus, meter: Meter | None = None, **s
     """The application over fakes; without entries, over one engine that says hello."""
     registry: Any = FakeRegistry(*(entries or (FakeEngine(),)))
     return create_app(registry, ServerSettings(**settings), meter)
+
+
+def complete(**fields: Any) -> dict[str, Any]:
+    """A good body for a completion of plain text, with these fields on top."""
+    return {"model": "fake", "prompt": "abc", **fields}
 
 
 def chat(**fields: Any) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def test_more_tokens_than_fit_are_cut_to_the_context(served: Any) -> None:
 # -- types -----------------------------------------------------------------------------------------------------------
 
 # What the served document says of each field: a source of its own, not the table that does the checking.
-DESCRIBED: dict[str, Any] = openapi.REQUEST_BODY["content"]["application/json"]["schema"]["properties"]
+DESCRIBED: dict[str, Any] = openapi.CHAT_BODY["content"]["application/json"]["schema"]["properties"]
 EXAMPLES: list[tuple[str, Any, set[str]]] = [
     # what the message calls it, a value, the types of the document that take it
     ("a boolean", True, {"boolean"}),

@@ -16,7 +16,7 @@ from engine import SAMPLING_FIELDS, InvalidFormat, InvalidParameter, SamplingPar
 from server import json_text
 from server.api import chat_request, openapi
 from server.api.admission import shown_names
-from server.api.fields import FIELDS, ROLES, SAMPLING, UNSUPPORTED
+from server.api.fields import CHAT, ROLES, SAMPLING
 from server.api.parsing import ParsedRequest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -29,8 +29,8 @@ def parse(body: dict[str, Any] | str) -> ParsedRequest:
 def test_a_field_that_was_not_given_leaves_the_models_default() -> None:
     """Null is what clients send for "not set": it must not reach the engine as a value."""
     nulls = dict.fromkeys([*SAMPLING, "max_tokens", "max_completion_tokens", "stream", "stream_options"])
-    request = parse(chat(**nulls, **dict.fromkeys(UNSUPPORTED), user=None, metadata=None))
-    assert request.generation.sampling == {}
+    request = parse(chat(**nulls, **dict.fromkeys(CHAT.refused), user=None, metadata=None))
+    assert request.generations[0].sampling == {}
     assert not request.stream
     assert not request.include_usage
     assert request.ignored == ()
@@ -57,16 +57,16 @@ GIVEN = [
 @pytest.mark.parametrize(("fields", "given"), GIVEN, ids=lambda v: json.dumps(v)[:40])
 def test_given_fields_reach_the_engine_unchanged(fields: dict[str, Any], given: dict[str, Any]) -> None:
     request = parse(chat(**fields))
-    assert request.generation.sampling == given
-    SamplingParams.merged(request.generation.sampling)
+    assert request.generations[0].sampling == given
+    SamplingParams.merged(request.generations[0].sampling)
 
 
 def test_every_sampling_field_of_the_engine_can_be_asked_for() -> None:
     """A control that the engine has and the endpoint does not know would be ignored with a header."""
-    assert SAMPLING.keys() | {"max_tokens"} == SAMPLING_FIELDS.keys() <= FIELDS.keys()
+    assert SAMPLING.keys() | {"max_tokens"} == SAMPLING_FIELDS.keys() <= CHAT.honoured.keys()
 
 
-READERS = ("chat_request", "fields", "formats", "parsing", "tools")
+READERS = ("chat_request", "common_fields", "fields", "formats", "parsing", "tools")
 NAMED = {"max_tokens"}
 """The one sampling field that a body may give under two names."""
 
@@ -97,13 +97,13 @@ def outcome(**fields):
     body = {"model": "m", "messages": [{"role": "user", "content": "a"}], **fields}
     try:
         parsed = chat_request.parse(json.dumps(body).encode(), "id")
-        return parsed.ignored, Params.merged(parsed.generation.sampling).heat
+        return parsed.ignored, Params.merged(parsed.generations[0].sampling).heat
     except VerbatimError as error:
         return error.param, error.message
 
 print(json.dumps([
     outcome(), outcome(heat=2), outcome(heat=2.5), outcome(heat="hot"),
-    openapi.REQUEST_BODY["content"]["application/json"]["schema"]["properties"]["heat"],
+    openapi.CHAT_BODY["content"]["application/json"]["schema"]["properties"]["heat"],
 ]))
 """
 
@@ -137,14 +137,14 @@ def test_messages_keep_their_text(role: str, content: Any, text: str) -> None:
     before = [{"role": "assistant", "content": None, "tool_calls": [call]}] if role == "tool" else []
     answers = {"tool_call_id": "call_1"} if role == "tool" else {}
     request = parse(chat(messages=[*before, {"role": role, "content": content, "name": "N", **answers}]))
-    assert request.generation.messages
-    *_, message = request.generation.messages
+    assert request.generations[0].messages
+    *_, message = request.generations[0].messages
     assert (message.role, message.content, message.name) == (role, text, "N")
 
 
 def test_an_emoji_spelled_as_two_escapes_is_one_character() -> None:
     body = json.dumps(chat()).replace('"Hi"', '"\\ud83d\\ude00"')
-    messages = parse(body).generation.messages
+    messages = parse(body).generations[0].messages
     assert messages
     assert messages[0].content == "\U0001f600"
 
@@ -211,11 +211,11 @@ def test_width_is_not_depth() -> None:
 
 # -- the document ----------------------------------------------------------------------------------------------------
 
-DESCRIBED = openapi.REQUEST_BODY["content"]["application/json"]["schema"]["properties"]
+DESCRIBED = openapi.CHAT_BODY["content"]["application/json"]["schema"]["properties"]
 
 
 def test_the_document_lists_what_is_honoured_and_nothing_else() -> None:
-    assert DESCRIBED.keys() == FIELDS.keys()
+    assert DESCRIBED.keys() == CHAT.honoured.keys()
 
 
 BOUNDS = [
@@ -232,7 +232,7 @@ def test_the_documents_limits_are_the_engines(name: str, limit: str, value: floa
 
     def check(number: float) -> None:
         fields = {name: int(number) if kind == "integer" else number}
-        SamplingParams.merged(parse(chat(**fields, logprobs=True)).generation.sampling)
+        SamplingParams.merged(parse(chat(**fields, logprobs=True)).generations[0].sampling)
 
     check(value)
     step = 1 if kind == "integer" else 1e-6

@@ -27,7 +27,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = [*fields.FIELDS, *fields.UNSUPPORTED, "unknown", ""]
+FIELDS = [*fields.CHAT.known, "unknown", ""]
 PART = st.fixed_dictionaries({}, optional={"type": st.just("text") | VALUES, "text": st.text(max_size=5) | VALUES})
 MESSAGE = st.fixed_dictionaries(
     {},

@@ -1,0 +1,1 @@
+"""`POST /completions`: text that is continued, without a chat template."""
