@@ -23,6 +23,7 @@ from engine.errors import (
     OutOfMemory as OutOfMemory,
     QueueFull as QueueFull,
     QueueTimeout as QueueTimeout,
+    ReceiptError as ReceiptError,
     ReplyFault as ReplyFault,
     RequestError as RequestError,
     TemplateRefused as TemplateRefused,
@@ -34,6 +35,41 @@ from engine.host_memory import address_space as address_space
 from engine.llm import (
     LLM as LLM,
     Completion as Completion,
+)
+from engine.receipts.check import ReceiptCheck as ReceiptCheck
+from engine.receipts.difference import (
+    Difference as Difference,
+    pair_receipts as pair_receipts,
+    receipt_differences as receipt_differences,
+)
+from engine.receipts.reading import (
+    MOST_RECEIPT_BYTES as MOST_RECEIPT_BYTES,
+    document_of as document_of,
+    read_receipt as read_receipt,
+)
+from engine.receipts.receipt import (
+    Receipt as Receipt,
+    ServerRecord as ServerRecord,
+)
+from engine.receipts.recorder import (
+    Recorder as Recorder,
+    recorded as recorded,
+)
+from engine.receipts.signing import (
+    generate_key as generate_key,
+    load_private_key as load_private_key,
+    load_public_key as load_public_key,
+    public_pem as public_pem,
+    sign_receipt as sign_receipt,
+    verify_envelope as verify_envelope,
+)
+from engine.receipts.verdict import (
+    EXPECTED_SCORE as EXPECTED_SCORE,
+    TOLERANCE as TOLERANCE,
+    CheckReport as CheckReport,
+    ChoiceReport as ChoiceReport,
+    Mode as Mode,
+    Verdict as Verdict,
 )
 from engine.serving.async_engine import AsyncEngine as AsyncEngine
 from engine.serving.fair_lock import FairLock as FairLock
@@ -89,3 +125,4 @@ from engine.types.tools import (
     Tool as Tool,
     ToolChoice as ToolChoice,
 )
+from engine.verification import check_receipt as check_receipt

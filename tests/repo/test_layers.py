@@ -17,6 +17,7 @@ ENGINE = (
     "text templates",
     "replies",
     "grammar prompts",
+    "receipts",
     "scheduling sampling",
     "compute",
     "compute.cpu",
@@ -26,14 +27,15 @@ ENGINE = (
     "preparation choice running",
     "engine",
     "llm serving",
+    "verification",
 )
 """The engine from the ground up. A package imports packages on lower lines, and of its own line those before it."""
 
 SERVER = (
     "json_text hosts settings",
     "logs terminal ledger fingerprints",
-    "errors",
-    "wire accounts",
+    "configuration errors",
+    "wire accounts receipts",
     "api",
     "app",
     "run",
@@ -53,7 +55,7 @@ NO_TORCH = {
     "replies",
     "grammar",
 }
-NO_TORCH |= {"prompts", "scheduling"}
+NO_TORCH |= {"prompts", "receipts", "scheduling"}
 
 FREE_OF_TIME_AND_THREADS = {"types", "config", "text", "templates", "replies", "grammar", "prompts", "scheduling"}
 FREE_OF_TIME_AND_THREADS |= {
@@ -65,6 +67,7 @@ FREE_OF_TIME_AND_THREADS |= {
     "choice",
     "running",
     "engine",
+    "receipts",
 }
 EXEMPT = {
     "engine/grammar/trial.py": "a trial of a grammar has a clock",
