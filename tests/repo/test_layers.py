@@ -36,7 +36,7 @@ SERVER = (
     "wire accounts",
     "api",
     "app",
-    "run",
+    "batch run",
     "cli",
 )
 """The same for the server, which sees of the engine nothing but its public face."""
