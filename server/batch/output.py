@@ -84,7 +84,8 @@ class OutputFile:
                 number += 1
                 check(number, _read(raw, f"line {number} of {self._path}"))
                 self._end += len(raw)
-        os.ftruncate(self._file, self._end)
+        if os.fstat(self._file).st_size != self._end:
+            os.ftruncate(self._file, self._end)
         os.lseek(self._file, self._end, os.SEEK_SET)
         return number
 

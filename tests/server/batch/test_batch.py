@@ -4,68 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import re
-import resource
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FakeEngine, FakeRegistry
-from typer.testing import CliRunner
+from batch_lines import answered, line, many, write
+from fakes import HELLO, FakeEngine, FakeRegistry, output
 
-from engine import EngineDead, NumericalFault, OutOfMemory, Registry, VerbatimError
-from server import cli
+from engine import EngineDead, NumericalFault, OutOfMemory, PreparedRequest, Registry, VerbatimError
 from server.app import create_app
 from server.batch.answering import Batch, Stopped
 from server.batch.input import InputFile
 from server.settings import ServerSettings
-
-Lines = list[dict[str, Any]]
-
-
-def line(custom_id: Any, text: str = "Hello", **body: Any) -> dict[str, Any]:
-    body = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 6, **body}
-    return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
-
-
-def many(count: int = 24) -> Lines:
-    """Requests of several kinds: drawn and greedy, long and short, several choices, log-probabilities, shared prompts."""
-    kinds: Lines = [
-        {},
-        {"temperature": 0, "max_tokens": 12},
-        {"n": 2, "logprobs": True, "top_logprobs": 2},
-        {"seed": 5, "top_p": 0.8},
-        {"messages": [{"role": "user", "content": "a long prompt " * 5}], "return_token_ids": True},
-    ]
-    return [line(f"row {i}", "Hello" if i % 2 else f"Say {i}", **kinds[i % len(kinds)]) for i in range(count)]
-
-
-def write(path: Path, lines: Iterable[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(data) + "\n" for data in lines), encoding="utf-8")
-    return path
-
-
-def answered(
-    source: Path, registry: Any, concurrency: int, *, settings: ServerSettings | None = None, receipts: bool = False
-) -> list[bytes]:
-    """The lines of the output."""
-    settings = settings or ServerSettings()
-    fingerprints = {model.id: model.info.system_fingerprint for model in registry.list() if model.info}
-
-    async def collect() -> list[bytes]:
-        with InputFile(source, settings.max_body_bytes) as file:
-            batch = Batch(create_app(registry, settings), fingerprints, concurrency=concurrency, receipts=receipts)
-            return [answer.data async for answer in batch.answers(file)]
-
-    return asyncio.run(collect())
-
 
 # -- the same bytes --------------------------------------------------------------------------------------------------
 
@@ -169,3 +120,85 @@ def test_ignored_fields_are_named(registry: Registry, tmp_path: Path) -> None:
     assert json.loads(answered(source, registry, 1)[0])["response"]["ignored_fields"] == "foo, bar"
     [strict] = answered(source, registry, 1, settings=ServerSettings(strict_params=True))
     assert json.loads(strict)["response"]["body"]["error"]["code"] == "unknown_field"
+
+
+# -- what depends on the load ----------------------------------------------------------------------------------------
+
+
+def fake_lines(count: int) -> list[dict[str, Any]]:
+    return [line(str(i), model="fake") for i in range(count)]
+
+
+def test_a_request_without_memory_is_run_again_alone(tmp_path: Path) -> None:
+    """Whether memory suffices depends on the neighbours: such a refusal never becomes an answer."""
+    engine = FakeEngine()
+
+    def script(request: PreparedRequest) -> Any:
+        if len(engine.open) > 1:
+            yield output(request, [], 0, finished=True, error=OutOfMemory("out of memory."))
+        else:
+            yield 0.01
+            yield from HELLO(request)
+
+    engine.script = script
+    out = answered(write(tmp_path / "in", fake_lines(6)), FakeRegistry(engine), 3)
+    assert [json.loads(data)["response"]["status_code"] for data in out] == [200] * 6
+
+
+@pytest.mark.parametrize("error", [OutOfMemory("too large."), NumericalFault("not finite.")])
+def test_a_fault_of_the_request_itself_is_its_answer(tmp_path: Path, error: VerbatimError) -> None:
+    engine = FakeEngine(lambda request: [output(request, [], 0, finished=True, error=error)])
+    out = answered(write(tmp_path / "in", fake_lines(3)), FakeRegistry(engine), 2)
+    for data in out:
+        response = json.loads(data)["response"]
+        assert (response["status_code"], response["body"]["error"]["code"]) == (503, error.code)
+
+
+def test_a_dead_engine_stops_the_run(tmp_path: Path) -> None:
+    engine = FakeEngine(submit_error=EngineDead("fake has stopped: broken."))
+    with pytest.raises(Stopped, match="fake has stopped"):
+        answered(write(tmp_path / "in", fake_lines(20)), FakeRegistry(engine), 4)
+    assert not engine.open
+
+
+def test_what_is_held_is_bounded(tmp_path: Path) -> None:
+    """While the first line takes long, a bounded number of those behind it is run."""
+    engine = FakeEngine()
+    most = 0
+
+    def script(request: PreparedRequest) -> Any:
+        nonlocal most
+        most = max(most, len(engine.open))
+        if len(engine.requests) <= 2:
+            yield 0.3
+        yield from HELLO(request)
+
+    engine.script = script
+    source = write(tmp_path / "in", fake_lines(100))
+    seen: list[int] = []
+
+    async def collect() -> None:
+        with InputFile(source, 10_000) as file:
+            batch = Batch(create_app(FakeRegistry(engine)), {}, concurrency=2)  # type: ignore[arg-type]
+            async for _ in batch.answers(file):
+                seen.append(len(engine.requests))
+
+    asyncio.run(collect())
+    assert most == 2
+    assert seen[0] <= 16
+    assert len(seen) == 100
+
+
+def test_leaving_early_frees_every_place(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    engine.script = lambda r: HELLO(r) if r.request_id == engine.requests[0].request_id else [None]
+
+    async def one() -> None:
+        with InputFile(write(tmp_path / "in", fake_lines(9)), 10_000) as file:
+            answers = Batch(create_app(FakeRegistry(engine)), {}, concurrency=4).answers(file)  # type: ignore[arg-type]
+            await anext(answers)
+            assert len(engine.open) >= 3
+            await answers.aclose()
+
+    asyncio.run(one())
+    assert not engine.open
