@@ -1,12 +1,14 @@
 """One running choice: tokens in, deltas out, and what may come next. Knows no scheduler, no logits, no other choice.
 
 append    take one token: the text it shows, and whether the choice ends with it
+draft     what may be expected to come next, if anything
 advance   take a drawn token and those that are forced after it: one delta
 finish    release the text that was held back, once nothing more will come
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -14,12 +16,12 @@ from engine.grammar.compiler import GrammarState
 from engine.replies.reply_stream import TextDelta, TextStream
 from engine.replies.tool_calls.reader import call_id
 from engine.sampling.sampler import Sampled
-from engine.scheduling.drafts import Drafter
+from engine.scheduling.drafts import Drafter, Prediction
 from engine.scheduling.sequence import Sequence
 from engine.text.json_schema import unenforced_errors
 from engine.text.vocabulary import Vocabulary
 from engine.types.messages import ToolCall
-from engine.types.outputs import ChoiceDelta, FinishReason, TokenLogprob, TopLogprob
+from engine.types.outputs import ChoiceDelta, FinishReason, TokenCheck, TokenLogprob, TopLogprob
 from engine.types.reply_format import ReplyFormat
 
 __all__ = ["Choice", "SpecialIds"]
@@ -45,7 +47,8 @@ class Choice:
         sequence: its tokens and cache blocks.
         text: turns its tokens into what the caller sees.
         grammar: the state of the grammar that its reply is held to; None if there is none.
-        drafter: proposes draft tokens; None where that is off, or where something else decides what comes next.
+        drafter: proposes what came earlier in the text; None where that is off.
+        prediction: follows the text that the caller predicted; None if there is none.
         num_thoughts: tokens of thought so far.
     """
 
@@ -53,6 +56,7 @@ class Choice:
         "_forced",
         "_format",
         "_ids",
+        "_learner",
         "_num_calls",
         "_schema_error",
         "_vocabulary",
@@ -60,6 +64,7 @@ class Choice:
         "drafter",
         "grammar",
         "num_thoughts",
+        "prediction",
         "sequence",
         "text",
     )
@@ -76,6 +81,8 @@ class Choice:
         self.sequence = sequence
         self.grammar = grammar
         self.drafter: Drafter | None = None
+        self.prediction: Prediction | None = None
+        self._learner: Drafter | Prediction | None = None  # whose draft was taken last
         self.num_thoughts = 0
         self._format = reply_format
         self.text = text
@@ -97,22 +104,67 @@ class Choice:
         """Whether the model alone decides what comes next."""
         return self.grammar is None and not self._forced
 
+    @property
+    def stays_free(self) -> bool:
+        """Whether the model alone decides what comes, however long the reply grows.
+
+        Then the draws of a whole draft do not depend on what becomes of the text, and are made together.
+        """
+        return self.grammar is None and self.sequence.params.thinking_budget is None
+
+    def draft(self, room: int) -> tuple[int, ...]:
+        """Propose up to `room` next tokens."""
+        sequence, grammar = self.sequence, self.grammar
+        self._learner = None
+        if grammar is not None and grammar.slow:
+            return ()  # its next mask is computed beside the steps, and so is the one after it
+        if sequence.follow is not None:
+            # Nothing is drawn behind the last token, so it is not computed.
+            return sequence.follow[sequence.position : min(sequence.position + room, len(sequence.follow) - 1)]
+        if forced := tuple(self._forced) or (grammar.all_forced if grammar else ()):
+            return forced[:room]  # where they are drawn at all
+        for source in (self.prediction, self.drafter):
+            found: tuple[int, ...] = ()
+            if isinstance(source, Prediction):
+                found = source.propose(room)
+            elif source is not None and sequence.position:
+                found = source.propose(sequence, room)
+            if found:
+                self._learner = source
+                return found
+        return ()
+
+    def learn(self, proposed: int, accepted: int) -> None:
+        """Note how many tokens of the last draft were right."""
+        if self._learner is not None:
+            self._learner.learn(proposed, accepted)
+
     def advance(self, drawn: Sampled) -> ChoiceDelta:
-        """Append a drawn token, and the tokens that are forced after it.
+        """Append a drawn token, and the tokens that are forced after it. A reply that is checked takes its own token.
 
         Raises: whatever the grammar raises, if it cannot go on.
         """
-        params = self.sequence.params
+        params, sequence, check = self.sequence.params, self.sequence, drawn.check
         if self.grammar:
             self.grammar.check()
-        logprobs = (self._logprob(drawn),) if params.logprobs else None
-        tokens = [drawn.token_id]
-        delta, finish = self._append(drawn.token_id)
+        if check is not None and check.closeness == math.inf and self.grammar is not None:
+            return self._cut_off(check)  # the grammar cannot take it
+        logprobs = (self._logprob(drawn),) if params.logprobs and check is None else None
+        first = drawn.token_id if check is None else check.expected
+        tokens, checks = [first], [] if check is None else [check]
+        delta, finish = self._append(first)
         # Log-probabilities need a forward pass: with them a forced token is drawn, with no other to choose from.
         while finish is None and not params.logprobs and (forced := self.forced) is not None:
+            if sequence.follow is not None and (expected := self._followed()) != forced:
+                if expected is not None:
+                    checks.append(TokenCheck(expected, forced, -math.inf, -math.inf, math.inf))
+                break
             tokens.append(forced)
             more, finish = self._append(forced)
             delta = _joined(delta, more)
+        goes_on = finish is None and (len(checks) > 1 or (sequence.follow is not None and self._followed() is None))
+        if goes_on:
+            finish = "length"
         if finish:
             rest = self.text.finish()
             delta = _joined(delta, rest)
@@ -129,7 +181,30 @@ class Choice:
             finish_reason=finish,
             reasoning=delta.reasoning,
             tool_calls=calls,
+            scores=(drawn.score,) if drawn.score is not None and sequence.records else (),
+            margins=(drawn.margin, *[None] * (len(tokens) - 1)) if params.margins else None,
+            checks=tuple(checks),
+            goes_on=goes_on,
             schema_error=self._schema_error if finish else None,
+        )
+
+    def _followed(self) -> int | None:
+        """Return the next token of a reply that is checked; None behind its end, and for any other reply."""
+        sequence = self.sequence
+        position = sequence.position
+        return sequence.follow[position] if sequence.follow and position < len(sequence.follow) else None
+
+    def _cut_off(self, check: TokenCheck) -> ChoiceDelta:
+        """End a reply that is checked before a token that could not be taken."""
+        text = self.text.finish()
+        return ChoiceDelta(
+            index=self.sequence.choice_index,
+            text=text.text,
+            token_ids=(),
+            finish_reason="length",
+            reasoning=text.reasoning,
+            checks=(check,),
+            goes_on=True,
         )
 
     def _append(self, token: int) -> tuple[TextDelta, FinishReason | None]:
@@ -138,6 +213,8 @@ class Choice:
         sequence.append(token)
         if self._forced:
             self._forced.popleft()
+        if self.prediction is not None:
+            self.prediction.push(token)
         self.num_thoughts += text.thinking
         ends = token in self._ids.end and not params.ignore_eos
         if token in params.stop_token_ids or (ends and (self.grammar is None or self.grammar.accepting)):

@@ -5,12 +5,15 @@
 A step is schedule, forward, sample, commit. A fault in it ends one request, not the engine: a step that does not fit in
 memory ends its largest request and recomputes the others; keys that are not finite end theirs. `LLM` and `AsyncEngine`
 are two ways to drive it.
+
+A draft's positions are drawn together where nothing but the model decides what comes. Where a grammar or a budget of
+thoughts has a say, each is drawn once the one before it was taken: what may come next is then never guessed.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, takewhile
 
 import torch
@@ -24,13 +27,14 @@ from engine.grammar.mask_worker import MaskWorker
 from engine.model import LoadedModel
 from engine.preparation import Preparer
 from engine.replies.reply_stream import TextStream
-from engine.sampling.sampler import Sampled, Sampler
-from engine.scheduling.drafts import Drafter
+from engine.sampling.sampler import Described, Sampled, Sampler
+from engine.scheduling.drafts import Drafter, Prediction
 from engine.scheduling.schedule import Draw, Schedule
 from engine.scheduling.sequence import Sequence, SequenceState
 from engine.text.stop_strings import StopStrings
+from engine.text.vocabulary import Vocabulary
 from engine.types.model_info import EngineStats, ModelInfo
-from engine.types.outputs import ChoiceDelta, RequestOutput, Usage
+from engine.types.outputs import ChoiceDelta, RequestOutput, TokenLogprob, TopLogprob, Usage
 from engine.types.requests import GenerationRequest, PreparedRequest
 
 __all__ = ["Engine", "reply_fault"]
@@ -50,16 +54,24 @@ class _Running:
     unfinished: int
     prompt_tokens: int = 0
     """Of the prompt, how far it was computed at most, what the cache held included."""
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    """Of the prompt, as far as they are known and not yet told."""
+    told: bool = False
+    """Whether an output has told them."""
 
     def usage(self) -> Usage:
         """Count what was computed: once a token was drawn, the whole prompt; before that, as far as it was computed."""
         completion = sum(choice.sequence.position for choice in self.choices)
         prompt = len(self.request.prompt_token_ids) if completion else self.prompt_tokens
+        predictions = [choice.prediction for choice in self.choices if choice.prediction is not None]
+        accepted = sum(prediction.accepted for prediction in predictions)
         return Usage(
             prompt_tokens=prompt,
             completion_tokens=completion,
             cached_tokens=min(self.choices[0].sequence.num_cached, prompt),
             reasoning_tokens=sum(choice.num_thoughts for choice in self.choices),
+            accepted_prediction_tokens=accepted,
+            rejected_prediction_tokens=len(self.request.prediction) * len(predictions) - accepted,
         )
 
 
@@ -84,8 +96,10 @@ class Engine:
             model.end_ids,
             model.device,
         )
-        self.speculates = _may_speculate(model)
-        """Whether sequences that are added propose draft tokens."""
+        self.drafts = not model.scheduler.whole_prompts and model.info.law.holds
+        """Whether draft tokens are computed at all: where bits depend on the rows of a step they would change some."""
+        self.speculates = _may_speculate(model, drafts=self.drafts)
+        """Whether sequences that are added propose draft tokens of their own."""
         self._requests: dict[str, _Running] = {}
         self._steps = 0
         self._drafted_tokens = 0
@@ -134,13 +148,18 @@ class Engine:
             params.seed,
             group=request.group,
             share=request.cache_share,
+            follow=request.follow[index] if request.follow is not None else None,
+            records=request.record,
+            next_scored=1 if params.prompt_logprobs is not None and index == 0 else -1,
         )
         parser = model.chat_format.parser(request.reply_format)
         text = TextStream(model.vocabulary, stops, parser, self._delimiters[bool(request.reply_format.tools)])
         grammar = model.grammars.start(request.grammar) if request.grammar else None
         choice = Choice(sequence, request.reply_format, text, grammar, model.vocabulary, self._ids)
-        if self.speculates and grammar is None and params.thinking_budget is None:
+        if self.speculates:
             choice.drafter = Drafter()
+        if request.prediction:
+            choice.prediction = Prediction(request.prediction)
         return choice
 
     def abort(self, request_id: str) -> Usage | None:
@@ -172,21 +191,22 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Compute one step. Returns one output for each request that it advanced or ended."""
-        self._propose()
         held = self._held()
-        schedule = self._scheduler.schedule(held)
+        schedule = self._scheduler.schedule(held, self._propose)
         if held and not schedule.chunks:
             self._masks.rest(held.values())
+        first = [draw for draw in schedule.draws if not draw.index or self._choice_of(draw.sequence).stays_free]
         try:
             result = self._forward(schedule)
-            sampled = self._sample(schedule.draws, result)
+            sampled = self._sample(first, result)
+            described = self._describe_prompts(schedule, result)
         except BaseException as error:
             if panicked(error):
                 return self._drop_grammars(schedule, error)
             if not out_of_memory(error):
                 raise
             return self._drop_largest(schedule, error)
-        return self._commit(schedule, result, sampled)
+        return self._commit(schedule, result, list(zip(first, sampled, strict=True)), described)
 
     def close(self) -> None:
         """Stop computing masks beside the steps, and end the process in which grammars are tried."""
@@ -217,15 +237,8 @@ class Engine:
     def _choice_of(self, sequence: Sequence) -> Choice:
         return self._requests[sequence.request_id].choices[sequence.choice_index]
 
-    def _propose(self) -> None:
-        """Let sequences that decode propose draft tokens."""
-        if not self.speculates:
-            return
-        for sequence in self._scheduler.running:
-            drafter = self._choice_of(sequence).drafter
-            if drafter is not None and sequence.num_uncomputed == 1 and sequence.position:
-                most = (sequence.params.max_tokens or 0) - sequence.position - 1
-                sequence.draft = drafter.propose(sequence, most)
+    def _propose(self, sequence: Sequence, room: int) -> tuple[int, ...]:
+        return self._choice_of(sequence).draft(room) if self.drafts else ()
 
     def _held(self) -> dict[Sequence, GrammarState]:
         """Return the sequences that this step leaves out because their masks are being computed.
@@ -247,7 +260,21 @@ class Engine:
     def _sample(self, draws: list[Draw], result: ForwardResult) -> list[Drawn]:
         if not draws:
             return []
-        return self._sampler.sample(result.logits, draws, [draw.row for draw in draws], self._allowed(draws))
+        rows = [draw.row for draw in draws]
+        logits, wanted = result.logits, sorted(set(rows))
+        if len(wanted) < len(logits):  # the others wait for these, or are prompt tokens
+            logits = logits.index_select(0, torch.tensor(wanted, device=logits.device))
+            places = {row: place for place, row in enumerate(wanted)}
+            rows = [places[row] for row in rows]
+        return self._sampler.sample(logits, draws, rows, self._allowed(draws))
+
+    def _describe_prompts(self, schedule: Schedule, result: ForwardResult) -> list[Described | NumericalFault]:
+        scores = schedule.scores
+        if not scores:
+            return []
+        tokens = [score.sequence.prompt_token_ids[score.position] for score in scores]
+        tops = [score.sequence.params.prompt_logprobs or 0 for score in scores]
+        return self._sampler.describe(result.logits, [score.row for score in scores], tokens, tops)
 
     def _allowed(self, draws: list[Draw]) -> Tensor | None:
         """Return which tokens grammars and forced tokens allow, bool `[draws, vocab_size]`; None if all are allowed.
@@ -260,61 +287,148 @@ class Engine:
         masks = self._masks.masks([c.grammar for c in choices], [c.forced for c in choices])
         return torch.from_numpy(masks).to(self._sampler.device)
 
-    def _commit(self, schedule: Schedule, result: ForwardResult, sampled: list[Drawn]) -> list[RequestOutput]:
+    def _commit(
+        self,
+        schedule: Schedule,
+        result: ForwardResult,
+        drawn: list[tuple[Draw, Drawn]],
+        described: list[Described | NumericalFault],
+    ) -> list[RequestOutput]:
         """Register what was computed, append what was drawn, return the outputs. A fault ends its own request."""
         self._steps += 1
-        faults = _faults(schedule, result, sampled)
+        faults = _faults(schedule, result, drawn, described)
         outputs = [self.refuse(request_id, error) for request_id, error in faults.items()]
         self._count_prompt_tokens(schedule)
         self._scheduler.commit(schedule)
-        deltas: dict[str, list[ChoiceDelta]] = {}
-        drawn = zip(schedule.draws, sampled, strict=True)
-        for sequence, pairs in groupby(drawn, lambda pair: pair[0].sequence):
-            request_id = sequence.request_id
-            if request_id in faults:
-                continue
-            try:
-                deltas.setdefault(request_id, []).extend(self._advance(self._choice_of(sequence), list(pairs)))
-            except BaseException as error:  # its grammar cannot go on; other faults stay this request's, too
-                if not isinstance(error, Exception) and not panicked(error):
-                    raise
-                faults[request_id] = fault = reply_fault(request_id, error)
-                deltas.pop(request_id, None)
-                outputs.append(self.refuse(request_id, fault))
+        self._keep_prompt_logprobs(schedule, described)
+        deltas: dict[str, list[ChoiceDelta]] = {request_id: [] for request_id in self._end_prompts(schedule)}
+        wave = drawn
+        while wave:
+            waiting: list[Draw] = []
+            for sequence, pairs in groupby(wave, lambda pair: pair[0].sequence):
+                request_id = sequence.request_id
+                if request_id in faults or request_id not in self._requests:
+                    continue
+                try:
+                    found, later = self._advance(self._choice_of(sequence), list(pairs))
+                    deltas.setdefault(request_id, []).extend(found)
+                    waiting += later
+                except BaseException as error:  # its grammar cannot go on; other faults stay this request's, too
+                    if not isinstance(error, Exception) and not panicked(error):
+                        raise
+                    faults[request_id] = fault = reply_fault(request_id, error)
+                    deltas.pop(request_id, None)
+                    outputs.append(self.refuse(request_id, fault))
+            wave = self._draw_on(waiting, result, outputs, deltas)
+        self._learn(schedule)
+        self._scheduler.release_drafts(schedule)
         return outputs + [self._output(request_id, parts) for request_id, parts in deltas.items()]
 
-    def _advance(self, choice: Choice, drawn: list[tuple[Draw, Drawn]]) -> list[ChoiceDelta]:
-        """Append the drawn tokens as long as they equal the draft, and the first one that does not."""
-        sequence, before = choice.sequence, choice.sequence.position
+    def _draw_on(
+        self,
+        draws: list[Draw],
+        result: ForwardResult,
+        outputs: list[RequestOutput],
+        deltas: dict[str, list[ChoiceDelta]],
+    ) -> list[tuple[Draw, Drawn]]:
+        """Draw the next positions of drafts whose earlier ones were right."""
+        draws = [draw for draw in draws if draw.sequence.request_id in self._requests]
+        try:
+            return list(zip(draws, self._sample(draws, result), strict=True))
+        except BaseException as error:
+            if panicked(error):  # the library does not say at which grammar
+                for request_id in dict.fromkeys(draw.sequence.request_id for draw in draws):
+                    deltas.pop(request_id, None)
+                    outputs.append(self.refuse(request_id, reply_fault(request_id, error)))
+            elif not out_of_memory(error):
+                raise
+            return []  # what was taken stays; the rest is drawn in the next steps
+
+    def _advance(self, choice: Choice, drawn: list[tuple[Draw, Drawn]]) -> tuple[list[ChoiceDelta], list[Draw]]:
+        """Append the drawn tokens as long as they equal the draft, and the first one that does not.
+
+        Returns what they add, and the draw that may follow now if the draft was right so far.
+        """
+        sequence, start = choice.sequence, choice.sequence.position
+        draft = drawn[0][0].draft
         deltas: list[ChoiceDelta] = []
+        right = 0
         try:
             for draw, found in drawn:
                 if isinstance(found, VerbatimError):
                     raise found
                 deltas.append(choice.advance(found))
-                if deltas[-1].finish_reason or found.token_id != draw.draft_token:
+                taken = sequence.output_token_ids
+                while right < len(draft) and start + right < len(taken) and draft[right] == taken[start + right]:
+                    right += 1
+                if deltas[-1].finish_reason or right <= draw.index:
                     break
-                self._scheduler.accept(sequence)
         finally:
-            self._generated_tokens += sequence.position - before
-        if choice.drafter is not None and len(drawn) > 1:
-            proposed, accepted = len(drawn) - 1, len(deltas) - 1
-            choice.drafter.learn(proposed, accepted)
-            self._drafted_tokens += proposed
-            self._accepted_tokens += accepted
+            self._generated_tokens += sequence.position - start
+        self._scheduler.accept(sequence, right)
         if deltas[-1].finish_reason:
             self._leave(sequence)
             self._requests[sequence.request_id].unfinished -= 1
-        elif choice.grammar is not None and choice.forced is None:
-            self._masks.look_ahead(choice.grammar)
-        return deltas
+            return deltas, []
+        grammar = choice.grammar
+        if len(drawn) == 1 and right == sequence.position - start and not (grammar is not None and grammar.slow):
+            return deltas, [Draw(sequence, drawn[0][0].row + right, draft[right:])]
+        if grammar is not None and choice.forced is None:
+            self._masks.look_ahead(grammar)
+        return deltas, []
+
+    def _learn(self, schedule: Schedule) -> None:
+        """Tell the choices how many tokens of their drafts were right."""
+        for chunk in schedule.chunks:
+            if chunk.draft:
+                sequence, running = chunk.sequence, self._requests.get(chunk.sequence.request_id)
+                real = chunk.start + chunk.count - len(chunk.draft)
+                taken = sequence.tokens(real, real + len(chunk.draft))
+                accepted = sum(
+                    1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chunk.draft, taken, strict=False))
+                )
+                self._drafted_tokens += len(chunk.draft)
+                self._accepted_tokens += accepted
+                if running is not None:
+                    running.choices[sequence.choice_index].learn(len(chunk.draft), accepted)
+
+    def _keep_prompt_logprobs(self, schedule: Schedule, described: list[Described | NumericalFault]) -> None:
+        words = self.model.vocabulary
+        for score, found in zip(schedule.scores, described, strict=True):
+            running = self._requests.get(score.sequence.request_id)
+            if running is None or isinstance(found, NumericalFault):
+                continue
+            known = running.prompt_logprobs or [None]
+            known.append(_prompt_logprob(words, found, score.sequence.token(score.position - 1)))
+            running.prompt_logprobs = known
+            score.sequence.next_scored = score.position + 1
+
+    def _end_prompts(self, schedule: Schedule) -> list[str]:
+        """End the requests that wanted their prompt computed and nothing drawn. Returns which ones have an output."""
+        ended = []
+        for chunk in schedule.chunks:
+            sequence = chunk.sequence
+            running = self._requests.get(sequence.request_id)
+            if sequence.params.max_tokens == 0 and sequence.num_computed == len(sequence) and running is not None:
+                for choice in running.choices:
+                    self._leave(choice.sequence)
+                running.unfinished = 0
+                ended.append(sequence.request_id)
+        return ended
 
     def _output(self, request_id: str, deltas: list[ChoiceDelta]) -> RequestOutput:
         running = self._requests[request_id]
         finished = running.unfinished == 0
         if finished:
             del self._requests[request_id]
-        return RequestOutput(request_id, tuple(deltas), running.usage(), finished)
+        if running.request.params.max_tokens == 0:
+            deltas = [ChoiceDelta(index, "", (), finish_reason="length") for index in range(len(running.choices))]
+        known: tuple[TokenLogprob | None, ...] | None = None
+        if running.request.params.prompt_logprobs is not None and not running.told:
+            running.told = True
+            known = tuple(running.prompt_logprobs) or (None,)
+            running.prompt_logprobs = []
+        return RequestOutput(request_id, tuple(deltas), running.usage(), finished, prompt_logprobs=known)
 
     def _count_prompt_tokens(self, schedule: Schedule) -> None:
         for chunk in schedule.chunks:
@@ -323,7 +437,8 @@ class Engine:
             if running is not None and not sequence.position:
                 computed = min(chunk.start + chunk.count, len(sequence.prompt_token_ids))
                 running.prompt_tokens = max(running.prompt_tokens, computed)
-            if chunk.samples and sequence.position == 0 and sequence.choice_index == 0:
+            ends = chunk.start + chunk.count - len(chunk.draft) == len(sequence)
+            if ends and sequence.position == 0 and sequence.choice_index == 0:
                 self._prompt_tokens += len(sequence.prompt_token_ids)
                 self._cached_tokens += sequence.num_cached
 
@@ -337,6 +452,10 @@ class Engine:
         """End the largest request of a step that did not fit in memory. The others are recomputed."""
         self._undo(schedule)
         self._runner.release_memory()
+        if self._scheduler.max_rows > 1 and any(chunk.num_rows > 1 for chunk in schedule.chunks):
+            self._scheduler.max_rows //= 2  # rows of logits are large; with fewer the same is computed in more steps
+            log.warning("memory ran out; from here on a step has at most %d rows of logits", self._scheduler.max_rows)
+            return []
         largest = max(schedule.chunks, key=lambda c: (c.count, c.start))
         reason = OutOfMemory(
             f"memory ran out in a step that computed {largest.count} tokens of this request at position "
@@ -371,8 +490,24 @@ def reply_fault(request_id: str, error: BaseException) -> VerbatimError:
     return ReplyFault(f"this reply could not be read: {type(error).__name__}; the log has the details.")
 
 
-def _faults(schedule: Schedule, result: ForwardResult, sampled: list[Drawn]) -> dict[str, VerbatimError]:
-    """Return the requests that this step ends, and why: by the forward pass, or by the first draw of a sequence."""
+def _prompt_logprob(words: Vocabulary, found: Described, previous: int) -> TokenLogprob:
+    """Describe a prompt token and its alternatives, with the bytes of each after the token before it."""
+
+    def told(token: int) -> tuple[int, str, bytes]:
+        data = words.contribution(token, previous)
+        return token, words.token_text(token, data), data
+
+    top = tuple(TopLogprob(*told(token), value) for token, value in found.top)
+    return TokenLogprob(*told(found.token_id), found.logprob, top, found.rank)
+
+
+def _faults(
+    schedule: Schedule,
+    result: ForwardResult,
+    drawn: list[tuple[Draw, Drawn]],
+    described: list[Described | NumericalFault],
+) -> dict[str, VerbatimError]:
+    """Return the requests that this step ends, and why: by the forward pass, the first draw, or a prompt's score."""
     faults: dict[str, VerbatimError] = {}
     for number, (chunk, finite) in enumerate(zip(schedule.chunks, result.finite, strict=True)):
         if number in result.errors:
@@ -381,17 +516,19 @@ def _faults(schedule: Schedule, result: ForwardResult, sampled: list[Drawn]) -> 
             faults[chunk.sequence.request_id] = NumericalFault(
                 "the model computed keys or values that are not finite; its weights may be damaged."
             )
-    for draw, found in zip(schedule.draws, sampled, strict=True):
-        if isinstance(found, VerbatimError) and not draw.draft:
+    for draw, found in drawn:
+        if isinstance(found, VerbatimError) and not draw.index:
             faults.setdefault(draw.sequence.request_id, found)
+    for score, what in zip(schedule.scores, described, strict=True):
+        if isinstance(what, NumericalFault):
+            faults.setdefault(score.sequence.request_id, what)
     return faults
 
 
-def _may_speculate(model: LoadedModel) -> bool:
-    """Whether draft tokens change nothing but the speed: where bits depend on the rows of a step they would."""
+def _may_speculate(model: LoadedModel, *, drafts: bool) -> bool:
     if model.config.speculation == "off":
         return False
-    if model.scheduler.whole_prompts or not model.info.law.holds:
+    if not drafts:
         log.warning("%s: no speculation: replies would depend on it here (%s)", model.info.id, model.info.law.reason)
         return False
     return True

@@ -115,6 +115,7 @@ class Preparer:
             ignored=prompt.ignored,
             group=request.group,
             cache_share=("" if self._config.share_prefix_cache else request.group, request.cache_salt),
+            record=request.record,
         )
 
     def _reply_format(

@@ -26,7 +26,7 @@ from engine.compute.kv_cache import KVCache
 from engine.compute.row_safe import RowSafeFunctions
 from engine.errors import ReplyFault, out_of_memory
 from engine.scheduling.block_pool import BLOCK_SIZE
-from engine.scheduling.schedule import Schedule
+from engine.scheduling.schedule import Chunk, Schedule
 
 log = logging.getLogger("verbatim.engine")
 
@@ -36,7 +36,7 @@ class ForwardResult:
     """The result of a step's forward pass.
 
     Attributes:
-        logits: `[n, vocab] float32`, one row for each chunk that samples, in order.
+        logits: `[n, vocab] float32`, each chunk's `num_rows` rows, in order.
         finite: for each chunk of the schedule, whether all its keys and values were finite.
         errors: of chunks that could not be computed, by their number; their logits mean nothing.
     """
@@ -121,8 +121,7 @@ class PackedRunner:
             )
             tokens += chunk.tokens
             positions += range(start, end)
-            if chunk.samples:
-                last_rows += range(len(tokens) - 1 - len(chunk.draft), len(tokens))
+            last_rows += range(len(tokens) - chunk.num_rows, len(tokens))
         plan = self._backend.plan(self.cache, packed)
         logits = self._run(tokens, positions, last_rows, plan)
         finite = plan.finite()
@@ -181,20 +180,21 @@ class FallbackRunner:
         errors: dict[int, ReplyFault] = {}
         for number, chunk in enumerate(schedule.chunks):
             try:
-                rows.append(self._pass(chunk.sequence, chunk.start, chunk.start + chunk.count))
+                rows.append(self._pass(chunk))
             except Exception as error:  # an architecture may raise anything for a text that it cannot take
                 if out_of_memory(error):
                     raise
                 log.exception("a fault in computing a reply")
                 errors[number] = ReplyFault(f"the model failed on this request: {error}")
-                rows.append(torch.zeros(self.vocab_size))
+                rows.append(torch.zeros(chunk.num_rows, self.vocab_size))
         device = self._model.device
         # A fault shows in the sequence's own logits: there are no keys that another could read.
         finite = (True,) * len(rows)
-        return ForwardResult(torch.stack([row.to(device) for row in rows]), finite, errors)
+        return ForwardResult(torch.cat([part.to(device) for part in rows]), finite, errors)
 
-    def _pass(self, sequence: Any, start: int, end: int) -> Tensor:
-        """Compute a sequence's tokens `start … end - 1` and return the last one's logits, `[vocab] float32`."""
+    def _pass(self, chunk: Chunk) -> Tensor:
+        """Compute a chunk. Returns the logits of its last tokens, `[num_rows, vocab] float32`."""
+        sequence, start, end, rows = chunk.sequence, chunk.start, chunk.start + chunk.count, chunk.num_rows
         device = self._model.device
         if self._dynamic:
             rotary.reset(self._model.model)
@@ -202,14 +202,14 @@ class FallbackRunner:
         if self._takes_positions:
             arguments["position_ids"] = torch.arange(start, end, device=device)[None]
         tokens = torch.tensor([sequence.tokens(start, end)], device=device)
-        last = torch.tensor([end - start - 1], device=device)
+        last = torch.arange(end - start - max(rows, 1), end - start, device=device)
         output = self._model(tokens, last, use_cache=True, **arguments)
         names = (self._cache_name, *CACHE_NAMES)
         cache = next((found for name in names if (found := getattr(output, name, None)) is not None), None)
         if cache is None:
             raise NotUnderstood("it returns no cache: it cannot generate token by token")
         self._caches[sequence] = cache
-        logits: Tensor = output.logits[0, -1]
+        logits: Tensor = output.logits[0, output.logits.shape[1] - rows :]
         return logits.to(torch.float32)
 
     def forget(self, sequence: Any) -> None:

@@ -67,6 +67,11 @@ class GrammarState:
         return self._pending[0] if self._pending else None
 
     @property
+    def all_forced(self) -> tuple[int, ...]:
+        """The tokens of which each is the only one that may come next, one after the other."""
+        return tuple(self._pending)
+
+    @property
     def stopped(self) -> bool:
         """Whether only the end may come next."""
         return self._matcher.is_stopped()

@@ -31,8 +31,10 @@ from engine.loading.selftest import Reference, self_test
 from engine.loading.text_side import TextFiles, TextSide
 from engine.model import LoadedModel
 from engine.scheduling.block_pool import BLOCK_SIZE, BlockPool
-from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.scheduler import MOST_ROWS, Scheduler
 
+_LOGITS = 2**25
+"""Logits of a step beside one row for each sequence: 128 MiB."""
 _LONGEST_MESSAGE = 600
 
 
@@ -139,6 +141,7 @@ def _scheduler(config: ModelConfig, ready: ReadyModel, size: CacheSize) -> Sched
         BlockPool(size.blocks, BLOCK_SIZE, caching=config.prefix_cache and packed),
         max_sequences=config.max_sequences,
         max_batch_tokens=config.max_batch_tokens,
+        max_rows=max(min(MOST_ROWS, _LOGITS // ready.vocab_size), 16),
         whole_prompts=not packed,
     )
 

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from engine.errors import InvalidParameter, NumericalFault, VerbatimError
+from engine.sampling.answers import Answers, Described, Sampled, SamplingRow, described
 from engine.sampling.logits import (
     MAX_VOCABULARY,
     Edits,
@@ -36,47 +36,16 @@ from engine.sampling.logits import (
     order_keys,
     scaled,
 )
+from engine.sampling.measures import closeness, closeness_of_largest, margins, margins_of_largest, rounded
 from engine.sampling.rng import GAP_UNIT, gaps, gumbel, stream_key, token_steps
 from engine.types.sampling_params import SamplingParams
 
-__all__ = ["Sampled", "Sampler", "SamplingRow"]
+__all__ = ["Described", "Sampled", "Sampler", "SamplingRow"]
 
 _CHUNK_CPU: Final = 2**18  # logits looked at together: the temporaries of one such chunk stay in the cache
 _CHUNK_DEVICE: Final = 2**24
 _SLACK: Final = 1.0 + 2.0**-14
 _CACHED_PROMPTS: Final = 64
-
-
-class SamplingRow(Protocol):
-    """What the sampler needs to know of one row. `engine.scheduling.schedule.Draw` is one."""
-
-    @property
-    def params(self) -> SamplingParams: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def choice_index(self) -> int: ...
-    @property
-    def position(self) -> int: ...
-    @property
-    def prompt_token_ids(self) -> tuple[int, ...]: ...
-    @property
-    def output_counts(self) -> Counter[int]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """One chosen token.
-
-    Attributes:
-        logprob: None unless `params.logprobs`. At most 0; finite.
-        top: the `params.top_logprobs` likeliest (id, logprob), downward, equals by lowest id. Holds only ids that the
-            tokenizer knows and whose probability is not zero, so it may be shorter than asked.
-    """
-
-    token_id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
 
 
 class Sampler:
@@ -149,9 +118,10 @@ class Sampler:
         faults = _faults(ranked, sources, raw_peaks.tolist(), peaks.tolist())
         if faults:
             return self._sample_others(logits, rows, logit_rows, allowed, {order[i]: e for i, e in faults.items()})
-        answers = _Answers(ranked)
+        answers = Answers(ranked)
         self._choose(answers, work, peaks.double().unsqueeze(1), [ways[i] for i in order])
         self._describe_raw(answers, logits, raw_peaks.double().unsqueeze(1), sources)
+        self._measure(answers, logits, raw_peaks, work, sources)
         place = {i: rank for rank, i in enumerate(order)}
         return [answers.results[place[i]] for i in range(len(rows))]
 
@@ -228,13 +198,15 @@ class Sampler:
 
     # Choosing
 
-    def _choose(self, answers: _Answers, work: Tensor, peaks: Tensor, ways: list[int]) -> None:
+    def _choose(self, answers: Answers, work: Tensor, peaks: Tensor, ways: list[int]) -> None:
         """Choose for all rows of `work` `[n, width]`, whose `ways` ascend; `peaks` float64 `[n, 1]`."""
         greedy = bisect_right(ways, 0)
         for start, end in self._parts(0, greedy):
             best = work[start:end].argmax(-1, keepdim=True)  # the first of equals: the lowest id
             rows = range(start, end)
             answers.choose(rows, best.flatten().tolist())
+            if wanted := [i for i in rows if answers.rows[i].params.margins]:
+                answers.add_margins(wanted, margins_of_largest(_take(work, wanted)))
             if wanted := [i for i in rows if _wants(answers.rows[i], "processed")]:
                 some = _take(work, wanted)
                 scores = scaled(some, _take(peaks, wanted))
@@ -242,7 +214,7 @@ class Sampler:
         if greedy < len(ways):
             self._choose_by_draw(answers, work, peaks, ways, greedy)
 
-    def _choose_by_draw(self, answers: _Answers, work: Tensor, peaks: Tensor, ways: list[int], first: int) -> None:
+    def _choose_by_draw(self, answers: Answers, work: Tensor, peaks: Tensor, ways: list[int], first: int) -> None:
         drawing = answers.rows[first:]
         filters = Filters.of([self._filter(r.params) for r in drawing], self.device)
         keys = [stream_key(r.seed, r.choice_index, r.position) for r in drawing]
@@ -256,17 +228,20 @@ class Sampler:
                     self._draw(answers, kept, _take(key, [row - first for row in kept.rows]), work)
             start = after
 
-    def _draw(self, answers: _Answers, kept: Kept, keys: Tensor, work: Tensor) -> None:
+    def _draw(self, answers: Answers, kept: Kept, keys: Tensor, work: Tensor) -> None:
         steps = self._steps if kept.ids is None else self._steps[kept.ids]
-        winners = _gumbel_argmax(kept, gaps(keys, steps))
-        answers.choose(kept.rows, [token for _, token in winners])
+        token_gaps = gaps(keys, steps)
+        winners = _gumbel_argmax(kept, token_gaps)
+        answers.choose(kept.rows, [token for _, token, _ in winners], [score for _, _, score in winners])
+        if wanted := [j for j, i in enumerate(kept.rows) if answers.rows[i].params.margins]:
+            answers.add_margins([kept.rows[j] for j in wanted], margins(kept, token_gaps, wanted))
         if wanted := [j for j, i in enumerate(kept.rows) if _wants(answers.rows[i], "processed")]:
             names = [kept.rows[j] for j in wanted]
             chosen = torch.tensor([[winners[j][0]] for j in wanted], device=self.device)
             ids = None if kept.ids is None else _take(kept.ids, wanted)
             answers.describe(names, _take(kept.scores, wanted), chosen, ids, _take(work, names))
 
-    def _describe_raw(self, answers: _Answers, logits: Tensor, peaks: Tensor, sources: list[int]) -> None:
+    def _describe_raw(self, answers: Answers, logits: Tensor, peaks: Tensor, sources: list[int]) -> None:
         wanted = [i for i, row in enumerate(answers.rows) if _wants(row, "raw")]
         for start, end in self._parts(0, len(wanted)):
             names = wanted[start:end]
@@ -278,44 +253,67 @@ class Sampler:
             chosen = torch.tensor([[answers.results[i].token_id] for i in names], device=self.device)
             answers.describe(names, scaled(some, _take(peaks, at)), chosen, None, tokens)
 
+    # Measures
+
+    def _measure(self, answers: Answers, logits: Tensor, raw_peaks: Tensor, work: Tensor, sources: list[int]) -> None:
+        """Add the scores of rows that are recorded, and the checks of rows with an expected token."""
+        wanted = [i for i, row in enumerate(answers.rows) if row.records or row.expected is not None]
+        for start, end in self._parts(0, len(wanted)):
+            names = wanted[start:end]
+            at = [sources[i] for i in names]
+            tokens = [token if (token := answers.rows[i].expected) is not None else answers.token(i) for i in names]
+            chosen = torch.tensor([[token] for token in tokens], device=self.device)
+            scores = scaled(_take(logits, at), raw_peaks[torch.tensor(at, device=self.device)].double().unsqueeze(1))
+            columns = [scores.gather(1, chosen), masses(scores).sum(-1, keepdim=True)]
+            columns.append(work[torch.tensor(names, device=self.device)].gather(1, chosen.clamp(max=self._width - 1)))
+            for i, token, (score, mass, edited) in zip(names, tokens, torch.cat(columns, 1).tolist(), strict=True):
+                perturbed, close = answers.perturbed.get(i, edited), 0.0
+                if token != answers.token(i):
+                    perturbed, close = self._closeness(answers.rows[i], work[i], answers.token(i), token)
+                answers.add_score(i, (rounded(score - log_mass(mass)), rounded(perturbed)), close)
+
+    def _closeness(self, row: SamplingRow, logits: Tensor, drawn: int, expected: int) -> tuple[float, float]:
+        if expected >= self._width:
+            return -math.inf, math.inf
+        if row.params.temperature == 0.0:
+            return closeness_of_largest(logits, drawn, expected)
+        key = torch.tensor([[stream_key(row.seed, row.choice_index, row.position)]], device=self.device)
+        return closeness(logits, self._filter(row.params), gaps(key, self._steps)[0], expected)
+
+    @torch.inference_mode()
+    def describe(
+        self, logits: Tensor, rows: Sequence[int], tokens: Sequence[int], tops: Sequence[int]
+    ) -> list[Described | NumericalFault]:
+        """Describe given tokens by the raw distribution over the whole model vocabulary. Chooses nothing.
+
+        Args:
+            logits: as in `sample`.
+            rows: which row of `logits` describes each of `tokens`.
+            tops: how many of the likeliest tokens to tell beside each.
+        """
+        found: list[Described | NumericalFault] = []
+        for start, end in self._parts(0, len(rows)):
+            some = _take(logits, list(rows[start:end]))
+            listed = some[:, : self._width]
+            if self._holes.numel():
+                listed = listed.index_fill(1, self._holes, -math.inf)
+            peaks, keys = some.amax(-1), order_keys(listed.nan_to_num())
+            chosen = torch.tensor(tokens[start:end], device=self.device).unsqueeze(1)
+            ranks = (keys > keys.gather(1, chosen)).sum(-1, keepdim=True)
+            scores = scaled(some, peaks.double().unsqueeze(1))
+            columns = [scores.gather(1, chosen), masses(scores.nan_to_num()).sum(-1, keepdim=True), ranks]
+            if count := min(max(tops[start:end]), self._width):
+                ids = largest(keys, count)
+                columns += [scores.gather(1, ids), ids]
+            values = zip(
+                tokens[start:end], tops[start:end], torch.cat(columns, 1).tolist(), peaks.tolist(), strict=True
+            )
+            found += [described(token, top, count, row, peak) for token, top, row, peak in values]
+        return found
+
     def _parts(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Split a range of rows into small parts, so that temporary tensors stay small."""
         return ((i, min(i + self._chunk, end)) for i in range(start, end, self._chunk))
-
-
-class _Answers:
-    """Collects the answers of one batch, row by row."""
-
-    def __init__(self, rows: Sequence[SamplingRow]) -> None:
-        self.rows = rows
-        self.results: dict[int, Sampled] = {}
-
-    def choose(self, rows: Sequence[int], tokens: list[int]) -> None:
-        self.results.update((i, Sampled(token)) for i, token in zip(rows, tokens, strict=True))
-
-    def describe(self, rows: list[int], scores: Tensor, chosen: Tensor, ids: Tensor | None, logits: Tensor) -> None:
-        """Add log-probabilities.
-
-        Args:
-            scores: float64 `[n, m]`, the logarithms of unnormalised probabilities, the largest 0.
-            chosen: int64 `[n, 1]`, the column of the chosen token.
-            ids: int64 `[n, m]`, if the columns are tokens in order; else None, and column `i` is token `i`.
-            logits: float32 `[n, width]`, by which to find the likeliest if `ids` is None.
-        """
-        wanted = [self.rows[i].params.top_logprobs for i in rows]
-        count = min(max(wanted), scores.shape[-1] if ids is not None else logits.shape[-1])
-        columns = [scores.gather(1, chosen), masses(scores).sum(-1, keepdim=True)]
-        if count and ids is None:
-            ids = largest(order_keys(logits), count)
-            columns += [scores.gather(1, ids), ids]
-        elif count and ids is not None:
-            columns += [scores[:, :count], ids[:, :count]]
-        # One transfer; ids and masses are rounded to float64, ids exactly.
-        for i, limit, values in zip(rows, wanted, torch.cat(columns, dim=1).tolist(), strict=True):
-            shift = log_mass(values[1])
-            top = zip(values[2 + count :][:limit], values[2 : 2 + count], strict=False)
-            listed = tuple((int(token), score - shift) for token, score in top if score > -math.inf)
-            self.results[i] = Sampled(self.results[i].token_id, values[0] - shift, listed)
 
 
 def _wants(row: SamplingRow, mode: str) -> bool:
@@ -346,8 +344,8 @@ def _faults(
     return found
 
 
-def _gumbel_argmax(kept: Kept, token_gaps: Tensor) -> list[tuple[int, int]]:
-    """Return the winner of each row: its column and its token id.
+def _gumbel_argmax(kept: Kept, token_gaps: Tensor) -> list[tuple[int, int, float]]:
+    """Return the winner of each row: its column, its token id and its perturbed score.
 
     Args:
         token_gaps: int64, shaped as `kept.scores`.
@@ -363,7 +361,7 @@ def _gumbel_argmax(kept: Kept, token_gaps: Tensor) -> list[tuple[int, int]]:
         row, column = divmod(int(place), width)
         token = int(ids[0]) if ids else column
         best[row] = max(best[row], (score + gumbel(int(gap)), -token, column))
-    return [(column, -token) for _, token, column in best]
+    return [(column, -token, score) for score, token, column in best]
 
 
 def _contenders(scores: Tensor, token_gaps: Tensor) -> Tensor:

@@ -15,11 +15,36 @@ waiting requests gets one of them served for each request of the other groups, a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
+from typing import Final
 
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.schedule import Chunk, Schedule
 from engine.scheduling.sequence import Sequence, SequenceState
+
+MOST_ROWS: Final = 512
+"""Rows of logits of one step beside one for each sequence. More make no step faster."""
+
+Propose = Callable[[Sequence, int], tuple[int, ...]]
+"""Proposes draft tokens for a sequence, at most as many as the second argument says."""
+
+
+def _no_draft(sequence: Sequence, most: int) -> tuple[int, ...]:
+    return ()
+
+
+@dataclass(slots=True)
+class _Budget:
+    """What is left of a step.
+
+    Attributes:
+        tokens: prompt and draft tokens.
+        rows: rows of logits for draft tokens and for prompt tokens that are scored.
+    """
+
+    tokens: int
+    rows: int
 
 
 class Scheduler:
@@ -28,17 +53,27 @@ class Scheduler:
     Args:
         pool: where blocks come from. The scheduler owns every sequence's block table.
         max_sequences: sequences that run at once.
-        max_batch_tokens: prompt and decode tokens of one step. Decodes are never cut; a prompt always gets one token.
+        max_batch_tokens: prompt, draft and decode tokens of one step. Decodes are never cut; a prompt always gets one
+            token.
+        max_rows: rows of logits of one step beside one for each sequence: those of draft tokens and of prompt tokens
+            that are scored. A row holds one float32 for each token of the vocabulary.
         whole_prompts: for a runner with caches of its own. A prompt is computed in one piece, nothing is shared or
             preempted, and a sequence is admitted once its longest possible reply fits.
     """
 
     def __init__(
-        self, pool: BlockPool, *, max_sequences: int, max_batch_tokens: int, whole_prompts: bool = False
+        self,
+        pool: BlockPool,
+        *,
+        max_sequences: int,
+        max_batch_tokens: int,
+        max_rows: int = MOST_ROWS,
+        whole_prompts: bool = False,
     ) -> None:
         self.pool = pool
         self.max_sequences = max_sequences
         self.max_batch_tokens = max_batch_tokens
+        self.max_rows = max_rows
         self.whole_prompts = whole_prompts
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission: the last is the first to be preempted
@@ -83,28 +118,30 @@ class Scheduler:
 
     # -- one step -----------------------------------------------------------------------------------------------
 
-    def schedule(self, held: Container[Sequence] = ()) -> Schedule:
-        """Choose the next step's chunks and allocate the blocks that they write to. `held`: sequences to leave out."""
+    def schedule(self, held: Container[Sequence] = (), propose: Propose = _no_draft) -> Schedule:
+        """Choose the next step's chunks and allocate the blocks that they write to.
+
+        Args:
+            held: sequences to leave out.
+            propose: is asked for a draft wherever there is room for one.
+        """
         schedule = Schedule()
         decoding = sum(s.num_uncomputed == 1 for s in self.running)
-        budget = max(self.max_batch_tokens - decoding, 1)
+        budget = _Budget(max(self.max_batch_tokens - decoding, 1), self.max_rows)
         preemptions = self.num_preemptions
         for sequence in list(self.running):
             if sequence in held or sequence.state is not SequenceState.RUNNING:
                 continue  # or preempted by an older one, a moment ago
             count = sequence.num_uncomputed
             is_prompt = count > 1
-            if is_prompt and not self.whole_prompts:
-                count = min(count, budget)
+            if is_prompt:
+                count = self._cut(sequence, budget)
             if count and self._make_room(sequence, sequence.num_computed + count, schedule):
-                budget -= count if is_prompt else 0
-                draft = () if is_prompt else self._drafted(sequence, budget)
-                budget -= len(draft)
-                self._add_chunk(sequence, count, schedule, draft)
-            sequence.draft = ()
+                budget.tokens -= count if is_prompt else 0
+                self._add_chunk(sequence, count, schedule, budget, propose)
         if self.num_preemptions == preemptions:
-            self._admit(budget, schedule, held)
-        schedule.plan_draws()
+            self._admit(budget, schedule, held, propose)
+        schedule.plan_rows()
         return schedule
 
     def commit(self, schedule: Schedule) -> None:
@@ -115,10 +152,20 @@ class Scheduler:
                     sequence.num_computed = chunk.start + chunk.count - len(chunk.draft)
                     self._register_full_blocks(sequence)
 
-    def accept(self, sequence: Sequence) -> None:
-        """Note that the next draft token of the last step was right: its keys and values are in the cache."""
+    def accept(self, sequence: Sequence, count: int) -> None:
+        """Note that the next `count` draft tokens of the last step were right: their keys and values are in the
+        cache."""
         if sequence.state is SequenceState.RUNNING:
-            sequence.num_computed += 1
+            sequence.num_computed += count
+
+    def release_drafts(self, schedule: Schedule) -> None:
+        """Free the blocks of draft tokens that were wrong, but for one that the sequence will need soon."""
+        for chunk in schedule.chunks:
+            sequence = chunk.sequence
+            keep = self.pool.blocks_for(len(sequence)) + 1
+            if chunk.draft and len(sequence.block_table) > keep:
+                self.pool.release(sequence.block_table[keep:], None)
+                del sequence.block_table[keep:]
 
     def rollback(self, schedule: Schedule) -> None:
         """Undo a step that was not carried out: its sequences wait again and are recomputed.
@@ -132,23 +179,36 @@ class Scheduler:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _drafted(self, sequence: Sequence, budget: int) -> tuple[int, ...]:
-        """Cut a sequence's draft to the room there is. No sequence is preempted for a draft."""
-        draft = sequence.draft[:budget]
-        wanted = sequence.num_computed + 1 + len(draft)
-        left = self.pool.num_free - len(self.running)  # others may need one each in this very step
-        if not draft or self.pool.blocks_for(wanted) - len(sequence.block_table) > max(left, 0):
-            return ()
-        self._grow(sequence, wanted)
+    def _cut(self, sequence: Sequence, budget: _Budget) -> int:
+        """Return how many of a sequence's uncomputed tokens fit a step. None may, for want of rows of logits."""
+        count = sequence.num_uncomputed
+        if self.whole_prompts:
+            return count
+        if sequence.scores_prompt:  # tokens before `next_scored - 1` are computed again and need no rows
+            count = min(count, budget.rows + max(sequence.next_scored - 1 - sequence.num_computed, 0))
+        return min(count, budget.tokens)
+
+    def _drafted(self, sequence: Sequence, length: int, budget: _Budget, propose: Propose) -> tuple[int, ...]:
+        """Ask for a draft that fits, behind `length` computed tokens. No sequence is preempted for a draft."""
+        left = max(self.pool.num_free - len(self.running), 0)  # others may need one block each in this very step
+        space = (len(sequence.block_table) + left) * self.pool.block_size - length
+        last = (sequence.params.max_tokens or 0) - sequence.position - 1  # behind a draft one more token is drawn
+        room = min(budget.tokens, budget.rows, space, last)
+        draft = propose(sequence, room) if room > 0 else ()
+        self._grow(sequence, length + len(draft))
+        budget.tokens -= len(draft)
+        budget.rows -= len(draft)
         return draft
 
-    def _add_chunk(self, sequence: Sequence, count: int, schedule: Schedule, draft: tuple[int, ...] = ()) -> None:
-        start = sequence.num_computed
-        samples = start + count == len(sequence)
-        forks: tuple[Sequence, ...] = ()
-        if samples and sequence.siblings:
-            forks = self._fork_siblings(sequence)
-        schedule.chunks.append(Chunk(sequence, start, count + len(draft), samples, forks, draft))
+    def _add_chunk(self, sequence: Sequence, count: int, schedule: Schedule, budget: _Budget, propose: Propose) -> None:
+        chunk = Chunk.of(sequence, count)
+        if chunk.samples and sequence.siblings:  # which share its blocks, so nothing is written behind the prompt
+            chunk = Chunk.of(sequence, count, forks=self._fork_siblings(sequence))
+        elif chunk.samples and not self.whole_prompts:
+            draft = self._drafted(sequence, sequence.num_computed + count, budget, propose)
+            chunk = Chunk.of(sequence, count, draft=draft)
+        budget.rows -= max(chunk.num_rows - 1 - len(chunk.draft), 0)
+        schedule.chunks.append(chunk)
 
     def _fork_siblings(self, leader: Sequence) -> tuple[Sequence, ...]:
         """Start as many siblings as there is room for. The rest wait in front and will find the prompt in the cache."""
@@ -164,8 +224,8 @@ class Scheduler:
         self.waiting.extendleft(reversed(rest))
         return tuple(forks)
 
-    def _admit(self, budget: int, schedule: Schedule, held: Container[Sequence]) -> None:
-        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
+    def _admit(self, budget: _Budget, schedule: Schedule, held: Container[Sequence], propose: Propose) -> None:
+        while self.waiting and budget.tokens > 0 and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             if sequence in held:
                 return
@@ -174,24 +234,27 @@ class Scheduler:
                     return
                 count = sequence.num_uncomputed
             else:
+                if sequence.scores_prompt and not budget.rows:
+                    return
                 if not self._attach_cached_prefix(sequence, schedule):
                     return
-                count = min(sequence.num_uncomputed, budget)
+                count = self._cut(sequence, budget)
                 self._grow(sequence, sequence.num_computed + count)
             self.waiting.popleft()
             self._served = max(self._served, sequence.start_tag)
             sequence.state = SequenceState.RUNNING
             self.running.append(sequence)
-            budget -= count
-            self._add_chunk(sequence, count, schedule)
+            budget.tokens -= count
+            self._add_chunk(sequence, count, schedule, budget, propose)
 
     def _attach_cached_prefix(self, sequence: Sequence, schedule: Schedule) -> bool:
         """Give a waiting sequence the cached blocks of its prefix. False, and nothing taken, if the rest would not fit.
 
-        At least the last token is computed again, because its logits are needed.
+        What logits are needed of is computed again: the last token, and prompt tokens whose successors are scored.
         """
         tokens = sequence.tokens(0, len(sequence))
-        match = self.pool.match(tokens, len(tokens) - 1, sequence.share)
+        most = sequence.next_scored - 1 if sequence.scores_prompt else len(tokens) - 1
+        match = self.pool.match(tokens, most, sequence.share)
         needed = self.pool.blocks_for(len(sequence)) - len(match.blocks)
         revived = sum(self.pool.references(b) == 0 for b in match.blocks)
         if needed + revived > self.pool.num_free:

@@ -34,8 +34,10 @@ class Sequence:
         siblings: on choice 0 only: the choices that wait until its prompt is computed.
         group: whose request it is; the scheduler is fair between groups.
         share: the share of the prefix cache that it reads and fills.
+        follow: the tokens of a reply that is checked: it takes them, whatever is drawn. None: it takes what is drawn.
+        records: whether the scores of each draw are wanted.
+        next_scored: the first prompt token whose log-probability is still wanted; the prompt's length if none is.
         start_tag: its place in the fair order, set by the scheduler.
-        draft: draft tokens, proposed to come next; not part of the sequence.
     """
 
     request_id: str
@@ -53,12 +55,16 @@ class Sequence:
     siblings: list[Sequence] = field(default_factory=list)
     group: str = ""
     share: tuple[str, ...] = ()
+    follow: tuple[int, ...] | None = None
+    records: bool = False
+    next_scored: int = -1
     start_tag: int = 0
-    draft: tuple[int, ...] = ()
     _length: int = field(init=False)
 
     def __post_init__(self) -> None:
         self._length = len(self.prompt_token_ids) + len(self.output_token_ids)
+        if self.next_scored < 0:
+            self.next_scored = len(self.prompt_token_ids)
 
     def __len__(self) -> int:
         return self._length
@@ -69,8 +75,18 @@ class Sequence:
         return len(self.output_token_ids)
 
     @property
+    def expected(self) -> int | None:
+        """The token that it takes next, whatever is drawn; None if it takes what is drawn."""
+        return None if self.follow is None else self.follow[self.position]
+
+    @property
     def num_uncomputed(self) -> int:
         return self._length - self.num_computed
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of prompt tokens are still wanted."""
+        return self.next_scored < len(self.prompt_token_ids)
 
     def token(self, index: int) -> int:
         split = len(self.prompt_token_ids)

@@ -11,6 +11,7 @@ import torch
 
 from engine import LLM, Constraint, InvalidParameter, NumericalFault, OutOfMemory, ReplyFault, RequestOutput
 from engine.grammar.compiler import GrammarCompiler, GrammarState
+from engine.scheduling.schedule import Chunk
 
 PROMPT = "every parameter is honoured"
 
@@ -170,10 +171,10 @@ def test_a_text_that_the_model_cannot_take_fails_that_request_and_spares_the_nei
     runner: Any = llm.engine.model.runner
     compute = runner._pass
 
-    def fails(sequence: Any, start: int, end: int) -> torch.Tensor:
-        if sequence.request_id == bad and start:
+    def fails(chunk: Chunk) -> torch.Tensor:
+        if chunk.sequence.request_id == bad and chunk.start:
             raise RuntimeError("The size of tensor a (300) must match the size of tensor b (256)")
-        return compute(sequence, start, end)  # type: ignore[no-any-return]
+        return compute(chunk)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(runner, "_pass", fails)
     outputs = list(llm.outputs(good))

@@ -116,12 +116,7 @@ class Walk:
         self.scheduler.add(self.requests[name])
 
     def step(self) -> None:
-        running = self.scheduler.running
-        for sequence in running:
-            if sequence.num_uncomputed == 1 and sequence.position and self.chance(0.6):
-                most = (sequence.params.max_tokens or 0) - sequence.position - 1
-                sequence.draft = tuple(self._tokens(min(most, self.draw.randrange(6))))
-        schedule = self.scheduler.schedule()
+        schedule = self.scheduler.schedule(propose=self.propose)
         self.shadow.hits += sum(
             c.start > 0 and not c.sequence.position and c.sequence.num_cached > 0 for c in schedule.chunks
         )
@@ -131,6 +126,9 @@ class Walk:
         else:
             self.compute(schedule)
         self.check()
+
+    def propose(self, sequence: Sequence, most: int) -> Prefix:
+        return tuple(self._tokens(min(most, self.draw.choice((0, 1, 2, 5, 5, 20)))))
 
     def run_out_of_memory(self, schedule: Schedule) -> None:
         """The step is given up somewhere on its way; its largest request is ended, the others are to be recomputed."""
@@ -164,6 +162,7 @@ class Walk:
                 if sequence.state is SequenceState.RUNNING:
                     self.advance(sequence, chunk.draft)
             self.seen |= {"forks"} if chunk.forks else set()
+        self.scheduler.release_drafts(schedule)
 
     def advance(self, sequence: Sequence, draft: Prefix) -> None:
         """Draw a token, and one more for each draft token that was right; sometimes others are forced behind it."""
@@ -179,7 +178,7 @@ class Walk:
             if token != draft_token:
                 self.seen |= {"draft cut"} if number < len(draft) and number else set()
                 return
-            self.scheduler.accept(sequence)
+            self.scheduler.accept(sequence, 1)
 
     def end(self, request_id: str, *, reusable: bool) -> None:
         for sequence in self.requests[request_id]:

@@ -35,11 +35,14 @@ def _sample(scheduler: Scheduler, schedule: Schedule, draw: random.Random) -> No
         drawn = list(draws)
         for number in range(draw.randrange(len(drawn)) + 1):
             if number:
-                scheduler.accept(sequence)
+                scheduler.accept(sequence, 1)
             sequence.append(draw.randrange(3))
             if sequence.position == sequence.params.max_tokens:
                 scheduler.finish(sequence)
                 break
+    for score in schedule.scores:
+        score.sequence.next_scored = score.position + 1
+    scheduler.release_drafts(schedule)
 
 
 def test_a_long_prompt_is_cut_and_does_not_stop_the_others_from_decoding() -> None:
@@ -253,37 +256,111 @@ def test_a_waiting_request_that_is_aborted_leaves_the_others_in_their_order() ->
     assert [s.request_id for s in scheduler.waiting] == ["a", "b", "d"]
 
 
+def _five_six_seven(_: Sequence, most: int) -> tuple[int, ...]:
+    return (5, 6, 7)[:most]
+
+
+def _step(scheduler: Scheduler, draft: tuple[int, ...]) -> Schedule:
+    """A step in which every draft token is right, and token 7 is drawn behind them."""
+    schedule = scheduler.schedule(propose=lambda _, most: draft[:most])
+    schedule.check()
+    scheduler.commit(schedule)
+    for chunk in schedule.chunks:
+        if chunk.samples:
+            for token in (*chunk.draft, 7):
+                chunk.sequence.append(token)
+            scheduler.accept(chunk.sequence, len(chunk.draft))
+    return schedule
+
+
 def test_draft_tokens_are_taken_from_the_budget_and_one_block_is_left_for_each_other_sequence() -> None:
     scheduler = _scheduler(blocks=64, size=4, budget=5)
     one, two = _prefilled(scheduler, [1, 2], [3, 4])
-    one.draft = two.draft = (5, 6, 7)
-    schedule = scheduler.schedule()
+    schedule = scheduler.schedule(propose=_five_six_seven)
     assert [c.draft for c in schedule.chunks] == [(5, 6, 7), ()], "five tokens: two decodes and three drafts"
     assert [c.tokens for c in schedule.chunks] == [[one.token(2), 5, 6, 7], [two.token(2)]]
     scheduler = _scheduler(blocks=4, size=4)
     one, two = _prefilled(scheduler, [1, 2], [3, 4])
-    one.draft = two.draft = (5, 6, 7)
-    schedule = scheduler.schedule()
-    assert [c.draft for c in schedule.chunks] == [(), ()], "of two free blocks each may need one"
+    schedule = scheduler.schedule(propose=_five_six_seven)
+    assert [c.draft for c in schedule.chunks] == [(5,), (5,)], "of two free blocks each may need one"
     scheduler = _scheduler(blocks=5, size=4)
     [one, _] = _prefilled(scheduler, [1, 2], [3, 4])
-    one.draft = (5, 6, 7)
-    assert [c.draft for c in scheduler.schedule().chunks] == [(5, 6, 7), ()], "and the fifth is to spare"
+    schedule = scheduler.schedule(propose=_five_six_seven)
+    assert [c.draft for c in schedule.chunks] == [(5, 6, 7), (5,)], "and the fifth is to spare"
 
 
 def test_a_right_draft_token_counts_as_computed() -> None:
     scheduler = _scheduler()
     [sequence] = _prefilled(scheduler, [1, 2])
-    sequence.draft = (5, 6, 7)
-    schedule = scheduler.schedule()
+    schedule = scheduler.schedule(propose=_five_six_seven)
     scheduler.commit(schedule)
     assert sequence.num_computed == 3
-    for token in (5, 6):
+    for token in (5, 6, 9):
         sequence.append(token)
-        scheduler.accept(sequence)
-    sequence.append(9)
+    scheduler.accept(sequence, 2)
     assert sequence.num_computed == 5
     assert _planned(scheduler.schedule()) == [("r0", 5, 1)]
+
+
+def test_a_draft_goes_behind_the_last_chunk_of_a_prompt_and_is_cut_to_rows_and_budget() -> None:
+    scheduler = _scheduler(blocks=64, size=4, budget=8)
+    scheduler.max_rows = 5
+    scheduler.add(_request("a", list(range(10)), 30))
+    long = tuple(range(100))
+    first, second, third = (_step(scheduler, long) for _ in range(3))
+    assert [(c.start, c.count, c.draft, c.num_rows) for c in first.chunks] == [(0, 8, (), 0)]
+    assert [(c.start, c.count, c.draft, c.num_rows) for c in second.chunks] == [(8, 7, long[:5], 6)]
+    assert [(c.start, c.count, c.draft, c.num_rows) for c in third.chunks] == [(15, 1 + 5, long[:5], 6)]
+
+
+def test_a_draft_is_never_longer_than_the_reply_may_be() -> None:
+    scheduler = _scheduler(blocks=64, size=4, budget=50)
+    scheduler.add(_request("a", [1, 2, 3], 4))
+    schedule = scheduler.schedule(propose=lambda _, most: tuple(range(most)))
+    assert [c.draft for c in schedule.chunks] == [(0, 1, 2)], "the fourth token is drawn behind it"
+
+
+def test_a_prompt_with_choices_that_wait_for_it_is_followed_by_no_draft() -> None:
+    scheduler = _scheduler(blocks=64, size=4, budget=50)
+    scheduler.add(_request("a", [1, 2, 3], 9, 2))
+    assert [c.draft for c in scheduler.schedule(propose=_five_six_seven).chunks] == [()]
+
+
+def test_blocks_of_a_wrong_draft_are_given_back() -> None:
+    scheduler = _scheduler(blocks=64, size=4, budget=60)
+    [sequence] = _prefilled(scheduler, [1, 2])
+    schedule = scheduler.schedule(propose=lambda _, most: tuple(range(min(most, 40))))
+    assert len(sequence.block_table) > 2
+    scheduler.commit(schedule)
+    sequence.append(99)
+    scheduler.release_drafts(schedule)
+    assert len(sequence.block_table) == 2
+    scheduler.check()
+
+
+def test_a_scored_prompt_is_computed_again_where_its_logits_are_wanted_and_in_chunks_of_rows() -> None:
+    scheduler = _scheduler(blocks=64, size=4, budget=50)
+    _prefilled(scheduler, list(range(20)))
+    for sequence in list(scheduler.running):
+        scheduler.finish(sequence)
+    scheduler.max_rows = 6
+    [scored] = _request("b", list(range(20)), 5)
+    scored.next_scored = 1
+    scheduler.add([scored])
+    positions: list[int] = []
+    while not scored.position:
+        schedule = scheduler.schedule()
+        schedule.check()
+        [chunk] = schedule.chunks
+        assert chunk.num_rows <= 6
+        positions += [score.position for score in schedule.scores]
+        scheduler.commit(schedule)
+        scored.next_scored = positions[-1] + 1
+        if schedule.draws:
+            scored.append(1)
+        elif len(positions) == 12:
+            scheduler._preempt(scored)
+    assert positions == list(range(1, 20)), "each once, in order, whatever was preempted"
 
 
 def test_the_oldest_goes_on_in_the_very_step_in_which_the_youngest_is_preempted() -> None:
@@ -384,6 +461,7 @@ def test_sequences_grow_in_consecutive_blocks_also_after_others_have_gone() -> N
 def test_random_walk(draw: random.Random, blocks: int, size: int, running: int, budget: int) -> None:
     """Requests come, are aborted, finish, are preempted and undone; every invariant holds after every step."""
     scheduler = _scheduler(blocks, size, running=running, budget=budget)
+    scheduler.max_rows = draw.choice((1, 3, 40))
     capacity = blocks * size
     alive: list[list[Sequence]] = []
     for number in range(60):
@@ -394,16 +472,15 @@ def test_random_walk(draw: random.Random, blocks: int, size: int, running: int, 
                 f"r{number}", prompt, draw.randrange(1, min(capacity - length, 9) + 1), draw.randrange(1, 4),
                 group=draw.choice("abc"),
             )  # fmt: skip
+            request[0].next_scored = draw.choice((len(prompt), len(prompt), 1))
             scheduler.add(request)
             alive.append(request)
         if alive and draw.random() < 0.1:
             for sequence in alive.pop(draw.randrange(len(alive))):
                 scheduler.finish(sequence)
-        for sequence in scheduler.running:
-            if sequence.num_uncomputed == 1 and sequence.position and draw.random() < 0.5:
-                most = (sequence.params.max_tokens or 0) - sequence.position - 1
-                sequence.draft = tuple(draw.randrange(3) for _ in range(min(most, draw.randrange(5))))
-        schedule = scheduler.schedule()
+        schedule = scheduler.schedule(
+            propose=lambda _, most: tuple(draw.randrange(3) for _ in range(min(most, draw.choice((0, 0, 1, 2, 4, 30)))))
+        )
         sizes = [c.count - len(c.draft) for c in schedule.chunks if c.count - len(c.draft) > 1]
         assert sum(sizes) <= max(budget, 1)
         assert len({id(c.sequence) for c in schedule.chunks}) == len(schedule.chunks)

@@ -1,0 +1,129 @@
+"""How near a draw was to another one: margins, and how far a given token is from being drawn. Draws nothing.
+
+The perturbed score of a token is what a draw maximises: `(logit - largest) / temperature + gumbel`, and the processed
+logit at temperature 0. Candidates are found with torch's logarithm, whose last digit depends on a number's place in a
+tensor; what is returned is computed from them one number at a time, as in `engine.sampling.rng`.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from engine.sampling.logits import Filter, Kept, masses, order_keys, scaled
+from engine.sampling.rng import GAP_UNIT, gumbel
+
+__all__ = ["closeness", "closeness_of_largest", "margins", "margins_of_largest", "rounded"]
+
+_CANDIDATES: Final = 8
+"""Tokens among which the best two are looked for, by an approximate score that is off by 1e-14 at most."""
+
+
+def rounded(value: float) -> float:
+    """Round to float32, the format in which receipts hold scores."""
+    try:
+        number: float = struct.unpack("<f", struct.pack("<f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    return number
+
+
+def margins(kept: Kept, token_gaps: Tensor, rows: list[int]) -> list[float | None]:
+    """Return how far the best perturbed score of some rows is ahead of the second best.
+
+    Args:
+        token_gaps: int64, shaped as `kept.scores`.
+        rows: which rows of `kept`.
+
+    Returns:
+        At least 0; None where only one token is kept.
+    """
+    at = torch.tensor(rows, device=kept.scores.device)
+    scores, gap = kept.scores[at], token_gaps[at]
+    near = (scores + _gumbels(gap)).topk(min(_CANDIDATES, scores.shape[-1]), dim=-1).indices
+    found = zip(scores.gather(1, near).tolist(), gap.gather(1, near).tolist(), strict=True)
+    return [_ahead([s + gumbel(g) for s, g in zip(*row, strict=True) if s > -math.inf]) for row in found]
+
+
+def margins_of_largest(logits: Tensor) -> list[float | None]:
+    """Return the same for rows that are not drawn from: the largest logit less the second largest."""
+    best = logits.topk(min(2, logits.shape[-1]), dim=-1).values
+    return [_ahead([value for value in row if value > -math.inf]) for row in best.tolist()]
+
+
+def _ahead(scores: list[float]) -> float | None:
+    best = sorted(scores, reverse=True)
+    return best[0] - best[1] if len(best) > 1 else None
+
+
+def closeness_of_largest(logits: Tensor, drawn: int, expected: int) -> tuple[float, float]:
+    """Return the processed logit of `expected`, and by how much the one of `drawn`, the largest, is ahead of it.
+
+    Args:
+        logits: float32 `[width]`, edited and masked.
+    """
+    best, other = logits[torch.tensor([drawn, expected], device=logits.device)].tolist()
+    return other, best - other  # infinite for a token that is forbidden
+
+
+def closeness(logits: Tensor, cut: Filter, token_gaps: Tensor, expected: int) -> tuple[float, float]:
+    """Return the perturbed score of `expected`, which was not drawn, and by how much scores would have to change so
+    that it would have been.
+
+    A token can lose in two ways: others that are kept have better perturbed scores, or a filter cuts it off. To win, it
+    must overtake each better one, unless that one is itself about to be cut off; and it must be kept.
+
+    Args:
+        logits: float32 `[width]`, edited and masked.
+        token_gaps: int64 `[width]`, of this draw.
+
+    Returns:
+        (-inf, inf) for a token that a bias or a grammar forbids.
+    """
+    scores = scaled(logits.unsqueeze(0), logits.max().double().view(1, 1), cut.temperature)[0]
+    score = scores[expected].item()
+    if score == -math.inf:
+        return -math.inf, math.inf
+    own = score + gumbel(int(token_gaps[expected].item()))
+    excess = _excess(logits, scores, cut)
+    ahead = (scores + _gumbels(token_gaps)).sub_(own).minimum(-excess)
+    ahead[expected] = 0.0
+    return own, max(ahead.max().item(), excess[expected].item(), 0.0)
+
+
+def _excess(logits: Tensor, scores: Tensor, cut: Filter) -> Tensor:
+    """Return by how much scores would have to change for each token to be kept or, if negative, to be cut off.
+
+    Args:
+        logits: float32 `[width]`; scores: float64 `[width]`, the same after temperature.
+
+    Returns:
+        float64 `[width]`.
+    """
+    excess = torch.full_like(scores, -math.inf)
+    if cut.min_p > 0.0:
+        excess = excess.maximum(math.log(cut.min_p) - scores)
+    if not cut.sorts:
+        return excess
+    order = order_keys(logits.unsqueeze(0))[0].argsort(descending=True)
+    sorted_scores = scores[order]
+    kept = torch.ones_like(sorted_scores, dtype=torch.bool)
+    if cut.top_k:
+        last, next_one = sorted_scores[cut.top_k - 1], sorted_scores[cut.top_k]
+        kept[cut.top_k :] = False
+        excess[order] = excess[order].maximum(torch.where(kept, next_one - sorted_scores, last - sorted_scores))
+    if cut.top_p < 1.0:
+        mass = masses(sorted_scores) * kept
+        before = mass.cumsum(0) - mass
+        limit = max(cut.top_p, 1e-30) * mass.sum()  # a mass that changes by a factor: scores that change by its log
+        excess[order] = excess[order].maximum((before / limit).log())
+    return excess
+
+
+def _gumbels(token_gaps: Tensor) -> Tensor:
+    """Return `gumbel` of each gap, to within 1e-14."""
+    return (token_gaps.double() * -GAP_UNIT).log1p_().neg_().log_().neg_()
