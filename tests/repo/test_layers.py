@@ -36,7 +36,7 @@ SERVER = (
     "wire accounts",
     "api",
     "app",
-    "batch run",
+    "batch bundle run",
     "cli",
 )
 """The same for the server, which sees of the engine nothing but its public face."""
