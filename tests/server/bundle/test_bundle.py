@@ -133,7 +133,7 @@ def test_check_prints_one_line_for_what_is_good(made: Path) -> None:
 def test_a_name_cannot_forge_a_line(made: Path) -> None:
     (made / "a\nb is fine").write_text("")
     result = CliRunner().invoke(cli.app, ["bundle", "check", str(made)])
-    assert result.stdout.splitlines() == ["a\\nb is fine is not in checksums.sha256."]
+    assert result.stdout.splitlines() == ["a\\x0ab is fine is not in checksums.sha256."]
 
 
 def test_checksums_of_any_text_are_read_or_faulted() -> None:
@@ -209,9 +209,7 @@ def test_the_key_of_receipts(tmp_path: Path) -> None:
 # -- what stops it ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), OSError(28, "No space left on device", "wheels/x"), ConfigError("no.")]
-)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), ConfigError("no.")])
 def test_what_is_interrupted_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
@@ -220,7 +218,7 @@ def test_what_is_interrupted_leaves_nothing(
         raise error
 
     monkeypatch.setattr(server.bundle.create, "collect_wheels", fail)
-    with pytest.raises((KeyboardInterrupt, ConfigError), match="No space left|no|"):
+    with pytest.raises((KeyboardInterrupt, ConfigError), match=r"^$|No space left|no\."):
         make(tmp_path / "made")
     assert not list(tmp_path.iterdir())
 
@@ -235,7 +233,7 @@ def test_what_was_killed_is_no_bundle(tmp_path: Path, monkeypatch: pytest.Monkey
     assert os.waitpid(pid, 0)[1] == 9
     assert [path.name for path in tmp_path.iterdir()] == ["made.partial"]
     assert list(check_bundle(tmp_path / "made.partial"))
-    with pytest.raises(ConfigError, match="made.partial exists: another run is writing there, or one was killed"):
+    with pytest.raises(ConfigError, match=r"made\.partial exists: another run is writing there, or one was killed"):
         make(tmp_path / "made")
 
 
@@ -245,7 +243,7 @@ def test_a_place_that_is_taken(made: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(ConfigError, match="exists already"):
         make(tmp_path / "link")
-    with pytest.raises(ConfigError, match="cannot make .*: No such file"):
+    with pytest.raises(ConfigError, match=r"cannot make .*: No such file"):
         make(tmp_path / "no" / "made")
     assert not list(check_bundle(made))
 
@@ -266,7 +264,7 @@ def test_which_models_are_packed(tiny: Callable[[str], Path], tmp_path: Path, mo
         assert result.exit_code == 0, result.exception
         return [entry["id"] for entry in yaml.safe_load(Path("out/models.yaml").read_text())["models"]]
 
-    assert "there is no models.yaml here" in packed()
+    assert "there is no models.yaml" in packed()
     assert packed("--model", "demo") == ["demo"]
     entries = [{"id": "one", "path": str(tiny("qwen3"))}, {"id": "two", "builtin": "noise"}]
     Path("models.yaml").write_text(yaml.safe_dump({"models": entries, "server": {"port": 1}}))

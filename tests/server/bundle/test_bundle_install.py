@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,8 +48,9 @@ try:
         assert time.monotonic() < deadline and server.poll() is None, said
         time.sleep(0.2)
     url = "http://127.0.0.1:" + said.split("http://127.0.0.1:")[1].split("/")[0]
-    body = {"model": "demo", "messages": [{"role": "user", "content": "Sort these words: pear, apple."}], "temperature": 0}
-    request = urllib.request.Request(url + "/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"})
+    messages = [{"role": "user", "content": "Sort these words: pear, apple."}]
+    body = json.dumps({"model": "demo", "messages": messages, "temperature": 0}).encode()
+    request = urllib.request.Request(url + "/v1/chat/completions", body, {"content-type": "application/json"})
     print(json.load(urllib.request.urlopen(request, timeout=60))["choices"][0]["message"]["content"])
 finally:
     server.terminate()
@@ -98,33 +100,22 @@ def test_a_bundle_is_installed_and_serves_without_a_network(
     assert made.returncode == 0, made.stderr
     assert not list(check_bundle(bundle))
 
-    def isolated(*command: str, timeout: float) -> str:
-        done = subprocess.run(
-            [*alone, *command],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+    options: dict[str, Any] = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
 
-    python = {"PYTHON": sys.executable}
-    environment |= python
+    def isolated(*command: str, timeout: float) -> str:
+        done = subprocess.run([*alone, *command], env=environment, timeout=timeout, **options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return str(done.stdout)
+
+    environment["PYTHON"] = sys.executable
     assert "installed." in isolated("sh", str(bundle / "install.sh"), str(venv), timeout=600)
     (tmp_path / "serve.py").write_text(SERVE)
     config, log = str(bundle / "models.yaml"), str(tmp_path / "log")
     said = isolated(f"{venv}/bin/python", "serve.py", f"{venv}/bin/verbatim", config, log, timeout=300)
     assert "no network:" in said
     assert "apple, pear" in said
-    packed = isolated(
-        f"{venv}/bin/python", "-c", "import server.bundle.wheels as w; print(w.checkout(), w.lock_folder())", timeout=60
-    )
-    assert packed.startswith("None ")
+    where = "import server.bundle.wheels as w; print(w.checkout(), w.lock_folder())"
+    assert isolated(f"{venv}/bin/python", "-c", where, timeout=60).startswith("None ")
     assert not list(check_bundle(bundle)), "serving leaves nothing in the bundle"
-    again = subprocess.run(
-        ["sh", str(bundle / "install.sh"), str(venv)], env=environment, capture_output=True, text=True
-    )
+    again = subprocess.run(["sh", str(bundle / "install.sh"), str(venv)], env=environment, timeout=60, **options)
     assert (again.returncode, "exists already; nothing was installed" in again.stderr) == (1, True)
