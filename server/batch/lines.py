@@ -135,7 +135,7 @@ def twice(line: BatchLine) -> Refusal:
     """Refuse a line whose `custom_id` an earlier line has."""
     return Refusal(
         line.custom_id,
-        InvalidParameter("custom_id is that of an earlier line.", param="custom_id", code="duplicate_custom_id"),
+        InvalidParameter("custom_id is that of an earlier line.", param="custom_id"),
         line.digest,
     )
 

@@ -80,7 +80,7 @@ FAULTS: list[tuple[str, str, int | None, str]] = [
     (json.dumps({"method": "POST"}), "custom_id is required", None, "missing_field"),
     (json.dumps(line("")), "between 1 and 512 characters", None, "invalid_parameter"),
     (json.dumps(line(7)), "custom_id must be a string", None, "invalid_format"),
-    (json.dumps(line("first")), "that of an earlier line", None, "duplicate_custom_id"),
+    (json.dumps(line("first")), "that of an earlier line", None, "invalid_parameter"),
     (json.dumps({**line("m"), "method": "GET"}), "method must be POST", None, "invalid_parameter"),
     (json.dumps({**line("u"), "url": "/v1/embeddings"}), "url must be /v1/chat/completions", None, "invalid_parameter"),
     (json.dumps({**line("b"), "body": []}), "body must be an object", None, "invalid_format"),

@@ -269,8 +269,8 @@ def test_which_models_are_packed(tiny: Callable[[str], Path], tmp_path: Path, mo
     entries = [{"id": "one", "path": str(tiny("qwen3"))}, {"id": "two", "builtin": "noise"}]
     Path("models.yaml").write_text(yaml.safe_dump({"models": entries, "server": {"port": 1}}))
     assert packed() == ["one", "two"]
+    assert "server" not in yaml.safe_load(Path("out/models.yaml").read_text())
     assert packed("-m", "two", "-m", str(tiny("llama"))) == ["two", "llama"]
     assert "the id 'two' is there twice" in packed("-m", "two", "-m", "two")
     assert "there is no folder three" in packed("-m", "three")
     assert "must be cpu or cu130" in packed("--torch", "rocm")
-    assert "server" not in yaml.safe_load(Path("out/models.yaml").read_text())
