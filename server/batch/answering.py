@@ -4,7 +4,7 @@
                     └──▶ post to the application
 
 The window bounds what is held: answers that wait for an earlier one, and the lines they belong to. What depends on the
-load never becomes an answer: a request for which there was no memory is run again, alone.
+load never becomes an answer: a request for which there was no memory or no place is run again, alone.
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ def batch(
     name: Annotated[str | None, typer.Option(help="With --model: the model's id in requests.")] = None,
     concurrency: Annotated[
         int | None,
-        typer.Option(min=1, max=4096, help="Requests at once. Default: twice the max_sequences of the largest entry."),
+        typer.Option(
+            min=1, max=4096, help="Requests at once, as far as the queue holds them. Default: twice max_sequences."
+        ),
     ] = None,
     receipts: Annotated[bool, typer.Option("--receipts", help="Ask for a receipt in every answer.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop what OUT holds instead of resuming it.")] = False,

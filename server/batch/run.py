@@ -65,14 +65,13 @@ def run_batch(job: BatchJob, console: Console) -> Counts:
         ConfigError: it cannot be started, or the output belongs to something else.
         Stopped: it ended early; the same call goes on.
     """
-    concurrency = job.concurrency or 2 * max(entry.max_sequences for entry in job.entries)
+    wanted = job.concurrency or 2 * max(entry.max_sequences for entry in job.entries)
+    concurrency = min(wanted, *(entry.max_sequences + entry.max_queue for entry in job.entries))
     limit = job.settings.max_body_bytes
-    # Nothing is refused because of the load: there is room for every request that is under way.
+    # Nothing is refused because of the load: there is room for every body, and time for every request. The queue stays
+    # as it is, since its length limits the prompts that one request may hold.
     room = job.settings.model_copy(update={"max_bodies_bytes": 2 * (concurrency + 1) * limit})
-    entries = [
-        entry.model_copy(update={"max_queue": max(entry.max_queue, concurrency), "max_queue_seconds": None})
-        for entry in job.entries
-    ]
+    entries = [entry.model_copy(update={"max_queue_seconds": None}) for entry in job.entries]
     logs.configure(job.settings.log_format, access_log=False)
     with InputFile(job.source, limit) as source, OutputFile(job.target) as target:
         if target.same_as(source.fileno()):

@@ -145,6 +145,12 @@ def test_a_request_without_memory_is_run_again_alone(tmp_path: Path) -> None:
     assert [json.loads(data)["response"]["status_code"] for data in out] == [200] * 6
 
 
+def test_a_request_without_a_place_is_run_again_alone(registry: Registry, tmp_path: Path) -> None:
+    """The engine of this registry takes 8 requests; here 12 are under way."""
+    source = write(tmp_path / "in", many(24))
+    assert answered(source, registry, 12) == answered(source, registry, 1)
+
+
 @pytest.mark.parametrize("error", [OutOfMemory("too large."), NumericalFault("not finite.")])
 def test_a_fault_of_the_request_itself_is_its_answer(tmp_path: Path, error: VerbatimError) -> None:
     engine = FakeEngine(lambda request: [output(request, [], 0, finished=True, error=error)])
