@@ -26,7 +26,7 @@ from server.errors import ClientGone
 from server.settings import ServerSettings
 from server.wire.bodies import Bodies
 
-__all__ = ["Service", "answer", "ignored_fields", "shown_names"]
+__all__ = ["Identity", "Service", "answer", "ignored_fields", "shown_names"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,23 @@ class Service:
     bodies: Bodies
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a reply is called. `id` follows the endpoint's prefix; `created`: Unix seconds.
+
+    A caller in this process may set it as `identity` in the request's state, so that replies do not depend on chance
+    and time.
+    """
+
+    id: str
+    created: int
+
+    @classmethod
+    def fresh(cls) -> Identity:
+        """Draw an id and read the clock."""
+        return cls(secrets.token_hex(16), int(time.time()))  # noqa: TID251  the API wants the wall clock
+
+
 async def answer(service: Service, endpoint: Endpoint, request: Request) -> CompletionResponse:
     """Admit, parse and prepare a request for completions. Returns a response that runs it when it is sent.
 
@@ -48,8 +65,9 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
     """
     account = account_of(service.meter, key_of(request.scope))
     account.admit()
+    identity: Identity = request.scope["state"].get("identity") or Identity.fresh()
     async with service.bodies.of(request, account.group, endpoint.parse) as checked:
-        parsed = await checked(endpoint.id_prefix + secrets.token_hex(16))
+        parsed = await checked(endpoint.id_prefix + identity.id)
         ignored_fields(parsed.ignored, service.settings)  # refused here, before anything is prepared
         account.admit_model(parsed.model)
         engine = service.registry.get(parsed.model)
@@ -60,8 +78,9 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
     headers = ignored_fields(parsed.ignored + first.ignored, service.settings)
     account.admit_prompt(sum(len(one.prompt_token_ids) for one in prepared))
     request.scope["state"]["told"] = {"model": info.id, "completion": first.request_id}
-    created = int(time.time())  # noqa: TID251  the API wants the wall clock
-    reply = Reply(first.request_id, created, info.id, info.system_fingerprint, prepared, parsed.prompt_logprobs)
+    reply = Reply(
+        first.request_id, identity.created, info.id, info.system_fingerprint, prepared, parsed.prompt_logprobs
+    )
     job = Job(engine, account, reply, parsed.stream, parsed.include_usage, headers)
     return CompletionResponse(job, endpoint, service.settings)
 
