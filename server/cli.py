@@ -78,10 +78,13 @@ def serve(
     given = {key: value for key, value in flags if value is not None}
     settings = settings.model_copy(update=given)
     ledger = in_use(settings, config)  # before anything heavy, so that an error is shown at once
+    from server.receipts.location import open_receipts
+
+    receipts = open_receipts(settings, config)
     before_anything_heavy(pull)
     from server.run import run
 
-    run(entries, settings, ledger=ledger, pull=pull, console=err)
+    run(entries, settings, ledger=ledger, receipts=receipts, pull=pull, console=err)
 
 
 @models_app.command("check")
