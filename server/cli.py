@@ -19,7 +19,7 @@ from server.accounts import commands
 from server.accounts.location import in_use
 from server.configuration import ConfigOption, ModelOption, PullOption, before_anything_heavy, read_configuration
 from server.logs import printable
-from server.receipts import commands as receipts
+from server.receipts import commands as receipts, keeping_commands
 from server.settings import ServerSettings
 from server.terminal import Terminal
 
@@ -37,6 +37,7 @@ app.command("usage")(commands.usage)
 app.command("verify")(receipts.verify)
 app.command("replay")(receipts.replay)
 app.command("diff")(receipts.diff)
+app.add_typer(keeping_commands.receipts, name="receipts")
 models_app = typer.Typer(help="Inspect the models of a configuration.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 

@@ -15,7 +15,7 @@ _AT_ONCE: Final = 500  # receipts deleted in one transaction: other writes wait 
 
 
 class KeptReceipts(LedgerPart):
-    """The ledger's verbs for receipts. `key_id`: the owner's key; a server without keys gives them a name of its own."""
+    """The ledger's verbs for receipts. `key_id`: the owner's key; a server without keys has a name in its place."""
 
     def keep_receipt(self, *, id: str, key_id: str, model: str, created: int, body: str) -> None:
         """Store a receipt.
