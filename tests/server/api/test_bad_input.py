@@ -93,8 +93,8 @@ NUMBERS = [
 INTEGERS = [
     # field, lowest, highest; None: as large as JSON can write
     ("n", 1, CHOICES),
-    ("max_tokens", 1, None),
-    ("max_completion_tokens", 1, None),
+    ("max_tokens", 0, None),
+    ("max_completion_tokens", 0, None),
     ("top_k", 0, None),
     ("min_tokens", 0, 3),
     ("seed", -(2**63), 2**63 - 1),
