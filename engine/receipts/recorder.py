@@ -36,7 +36,8 @@ def recorded(request: GenerationRequest, info: ModelInfo, now: dt.datetime) -> G
     """
     pinned = info.default_parts.get("template_clock")
     clock = request.clock or (dt.datetime.fromisoformat(pinned) if isinstance(pinned, str) else now)
-    return dataclasses.replace(request, record=True, clock=clock)
+    # The name of a time zone is not written, so a template must not see it.
+    return dataclasses.replace(request, record=True, clock=dt.datetime.fromisoformat(clock.isoformat()))
 
 
 @dataclass(slots=True)

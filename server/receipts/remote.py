@@ -12,7 +12,7 @@ from typing import IO, Any, Final
 
 from engine import TOLERANCE, Mode, ReceiptError
 
-__all__ = ["RemoteServer"]
+__all__ = ["RemoteServer", "report_of"]
 
 _PATH: Final = "/v1/receipts/verify"
 _SECONDS: Final = 600.0
@@ -54,7 +54,7 @@ class RemoteServer:
             request.add_unredirected_header("Authorization", f"Bearer {self.key}")
         try:
             with urllib.request.build_opener(_NoRedirect).open(request, timeout=_SECONDS) as answer:
-                return _report(answer.read(_MOST_BYTES))
+                return report_of(answer.read(_MOST_BYTES))
         except urllib.error.HTTPError as error:
             raise ReceiptError(f"{self.url} answers {error.code}: {_message(error)}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -70,7 +70,8 @@ class RemoteServer:
         return f"{base}{_PATH}?{urllib.parse.urlencode(given)}".rstrip("?")
 
 
-def _report(data: bytes) -> dict[str, Any]:
+def report_of(data: bytes) -> dict[str, Any]:
+    """Return the report that a server has sent; ReceiptError if it is none."""
     try:
         report = json.loads(data)
     except (ValueError, RecursionError):
