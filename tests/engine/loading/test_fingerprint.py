@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from engine import ModelConfig, ModelInfo, fingerprint_of, part_differences
-from engine.loading import versions as libraries
+from engine.loading import fingerprint, versions as libraries
 from engine.loading.loader import load
 from engine.types import versions
 from engine.types.sampling_params import SAMPLING_FIELDS
@@ -111,6 +111,15 @@ def test_a_raised_version_changes_the_fingerprint(folder: Path, monkeypatch: pyt
     after = _info(folder)
     assert _told(before, after) == {"verbatim" if name == "PROJECT_VERSION" else name.removesuffix("_VERSION").lower()}
     assert after.system_fingerprint != before.system_fingerprint
+
+
+def test_each_kind_of_device_has_kernels_of_its_own_version() -> None:
+    """A change to one does not disturb those who compute on the other."""
+    cpu, gpu = (fingerprint.code_parts(on_cpu=on_cpu) for on_cpu in (True, False))
+    assert set(part_differences(cpu, gpu)) == {
+        f"only in the first: cpu_kernels {versions.CPU_KERNELS_VERSION}",
+        f"only in the second: gpu_kernels {versions.GPU_KERNELS_VERSION}",
+    }
 
 
 def test_the_version_is_the_packages() -> None:
