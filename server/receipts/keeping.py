@@ -105,6 +105,8 @@ class LedgerKeeper:
             raise KeepingFault(error.message) from error
 
     def get(self, owner: str | None, id: str) -> bytes | None:
+        if not is_receipt_id(id):  # no database holds every text
+            return None
         try:
             body = self._ledger.kept_receipt(id, owner)
         except LedgerFault as error:
@@ -112,6 +114,8 @@ class LedgerKeeper:
         return None if body is None else body.encode()
 
     def list(self, owner: str | None, after: str | None, most: int) -> list[Kept]:
+        if after is not None and not is_receipt_id(after):
+            return []
         try:
             rows = self._ledger.kept_receipts(owner, after, most)
         except LedgerFault as error:

@@ -74,9 +74,7 @@ def show(
 
 @receipts.command("keygen")
 def keygen(
-    path: Annotated[
-        Path, typer.Argument(help="The private key's file; the public one gets .pub added.")
-    ],
+    path: Annotated[Path, typer.Argument(help="The private key's file; the public one gets .pub added.")],
 ) -> None:
     """Make a key to sign receipts with. A file that exists is never overwritten."""
     key = generate_key(path)
@@ -89,9 +87,7 @@ def keygen(
 
 @receipts.command("sign")
 def sign(
-    file: Annotated[
-        Path, typer.Argument(help="A file with a receipt, or with a reply that has one.")
-    ],
+    file: Annotated[Path, typer.Argument(help="A file with a receipt, or with a reply that has one.")],
     key: Annotated[Path, typer.Option(help="A private Ed25519 key (PEM).")],
 ) -> None:
     """Print the signed envelope of a receipt: that this key's owner vouches for it."""
