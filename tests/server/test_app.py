@@ -48,7 +48,11 @@ def test_both_prefixes_answer(path: str) -> None:
             "completion_tokens": 4,
             "total_tokens": 9,
             "prompt_tokens_details": {"cached_tokens": 2},
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "completion_tokens_details": {
+                "reasoning_tokens": 0,
+                "accepted_prediction_tokens": 0,
+                "rejected_prediction_tokens": 0,
+            },
         },
     }
 

@@ -1,4 +1,4 @@
-"""Completions and the tokenizer's endpoints on real engines: a byte-level tokenizer, and one of SentencePiece's kind."""
+"""Completions and the tokenizer's endpoints on real engines: bytes, and SentencePiece's kind."""
 
 from __future__ import annotations
 

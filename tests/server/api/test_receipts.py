@@ -418,8 +418,8 @@ def test_a_check_is_charged_as_a_prompt(file_ledger: Ledger, clock: Clock) -> No
     secret = [(b"authorization", f"Bearer {key.secret}".encode())]
     assert call(app, receipt, path=VERIFY, headers=secret).status == 200
     run(meter.drain())
-    wait_for(lambda: file_ledger.find_key("mine").held == 0)
-    assert file_ledger.find_key("mine").balance == 1000 - 3 * (5 + 4)
+    wait_for(lambda: file_ledger.key("mine").held == 0)
+    assert file_ledger.key("mine").balance == 1000 - 3 * (5 + 4)
 
 
 def test_a_check_answers_to_the_limits_of_its_key(file_ledger: Ledger, clock: Clock) -> None:
