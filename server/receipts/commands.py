@@ -213,7 +213,7 @@ def _checked(entry: Entry, check: Callable[[Entry], dict[str, Any]]) -> dict[str
     except VerbatimError as error:
         return {"id": entry.receipt.id, "error": error.message}
     note = {"note": "signed; give --key to have the signature checked"} if entry.unchecked else {}
-    return {**report, "signed_by": entry.signed_by, **note}
+    return {**report, "signed_by": entry.signed_by or report.get("signed_by"), **note}
 
 
 def _print_reports(reports: Sequence[tuple[str, dict[str, Any]]]) -> None:

@@ -263,6 +263,29 @@ def test_one_change_is_never_identical(byte_level: LLM, forge: Any, temperature:
             assert forge is _part or report.verdict in ("refuted", "not_checkable"), report.sentence
 
 
+def test_tokens_that_nobody_could_write_end_no_engine(byte_level: LLM) -> None:
+    """A stranger's receipt may hold any id: padding rows of the vocabulary, special tokens, what a grammar forbids."""
+    forms: list[dict[str, Any]] = [
+        {"ignore_eos": True},
+        {"constraint": Constraint("regex", "(ab|cd){3,20}")},
+        {"logprobs": True, "repetition_penalty": 1.2, "stop": ["q"]},
+        {"thinking_budget": 2},
+    ]
+    vocab_size, dice = byte_level.info.vocab_size, random.Random(3)
+    for form in forms:
+        document = receipt_for(byte_level, max_tokens=12, **form).to_json()
+        ids = document["choices"][0]["token_ids"]
+        for token in (vocab_size - 1, vocab_size - 5, 0, 1, 2, 300):
+            other = copy.deepcopy(document)
+            place = dice.randrange(len(ids))
+            other["choices"][0]["token_ids"][place] = token
+            report = check_receipt(byte_level, read_receipt(sealed(other)))
+            assert report.verdict == ("identical" if ids[place] == token else "refuted")
+        other["choices"][0]["token_ids"][0] = vocab_size
+        report = check_receipt(byte_level, read_receipt(sealed(other)))
+        assert (report.verdict, f"holds token {vocab_size}, and" in report.sentence) == ("not_checkable", True)
+
+
 # -- another environment -----------------------------------------------------------------------------------------
 
 
