@@ -69,6 +69,7 @@ from engine.receipts.signing import (
 )
 from engine.receipts.verdict import (
     EXPECTED_SCORE as EXPECTED_SCORE,
+    MOST_TOLERANCE as MOST_TOLERANCE,
     TOLERANCE as TOLERANCE,
     CheckReport as CheckReport,
     ChoiceReport as ChoiceReport,

@@ -21,7 +21,7 @@ from server.batch.commands import batch
 from server.bundle.commands import bundle
 from server.configuration import ConfigOption, ModelOption, PullOption, before_anything_heavy, read_configuration
 from server.logs import printable
-from server.receipts import commands as receipts
+from server.receipts import commands as receipts, keeping_commands
 from server.settings import ServerSettings
 from server.terminal import Terminal
 
@@ -41,6 +41,7 @@ app.command("replay")(receipts.replay)
 app.command("diff")(receipts.diff)
 app.command("batch")(batch)
 app.add_typer(bundle, name="bundle")
+app.add_typer(keeping_commands.receipts, name="receipts")
 models_app = typer.Typer(help="Inspect the models of a configuration.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 
@@ -82,10 +83,13 @@ def serve(
     given = {key: value for key, value in flags if value is not None}
     settings = settings.model_copy(update=given)
     ledger = in_use(settings, config)  # before anything heavy, so that an error is shown at once
+    from server.receipts.location import open_receipts
+
+    receipts = open_receipts(settings, config)
     before_anything_heavy(pull)
     from server.run import run
 
-    run(entries, settings, ledger=ledger, pull=pull, console=err)
+    run(entries, settings, ledger=ledger, receipts=receipts, pull=pull, console=err)
 
 
 @models_app.command("check")
