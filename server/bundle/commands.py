@@ -46,7 +46,7 @@ def create(
     key: Annotated[
         Path | None,
         typer.Option(
-            help="A PEM file: the public key that checks receipts. Default: the one of `receipts: sign:` in models.yaml."
+            help="A PEM file: the public key that checks receipts. Default: that of `receipts: sign:` in models.yaml."
         ),
     ] = None,
     pull: PullOption = False,
