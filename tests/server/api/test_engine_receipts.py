@@ -1,4 +1,4 @@
-"""Receipts of a real engine, end to end over HTTP: what was sent is checked by the server that sent it, in its batch."""
+"""Receipts of a real engine, end to end over HTTP: a server checks what it has sent, in its batch."""
 
 from __future__ import annotations
 
