@@ -24,7 +24,7 @@ ENGINE = (
     "checkpoints",
     "model",
     "loading",
-    "preparation choice",
+    "preparation choice running",
     "engine",
     "llm serving",
     "verification",
@@ -65,6 +65,7 @@ FREE_OF_TIME_AND_THREADS |= {
     "checkpoints",
     "preparation",
     "choice",
+    "running",
     "engine",
     "receipts",
 }
