@@ -162,9 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.quick:
         arguments.tokens, arguments.repeat = 24, 1
     how: dict[str, Any] = {"quantization": arguments.quantization} if arguments.quantization else {}
-    llm = LLM(
-        arguments.model, device="cpu", threads=arguments.threads, context_length=2048, prefix_cache=False, **how
-    )
+    llm = LLM(arguments.model, device="cpu", threads=arguments.threads, context_length=2048, prefix_cache=False, **how)
     report = Report(
         "receipts",
         (arguments.label or arguments.model.resolve().name) + ("-int8" if arguments.quantization else ""),

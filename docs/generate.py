@@ -195,7 +195,10 @@ def api() -> str:
             "`data: [DONE]`. `system_fingerprint` names what the bits depend on, `seed` (an extension) is the one that "
             "was used, given or drawn. Every response has a header `x-request-id`: the client's own, or a fresh "
             "one.\n",
-            "`GET /models/{id}` of a loaded model has: " + ", ".join(f"`{k}`" for k in _model_keys()) + ".\n",
+            f"`GET /models/{{id}}` of a loaded model has: {_listed(_model_keys())}. `GET /models` lists the same "
+            "without `fingerprint_parts` and `default_parts`, the named parts of which `system_fingerprint` and "
+            "`defaults_fingerprint` are digests. `max_model_len` is `context_length` under the name that evaluation "
+            "harnesses ask for.\n",
             "## Keys\n",
             "Where a server has keys, every path but `/health/live` and `/health/ready` needs one: `Authorization: "
             "Bearer KEY`. A key with limits sees what is left of its minute in `x-ratelimit-limit-requests`, "
@@ -276,6 +279,10 @@ def _model_keys() -> list[str]:
         weight_bytes=0,
     )
     return list(model_details(ModelStatus("", "ready", "", info)))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _errors() -> Iterator[tuple[str, ...]]:

@@ -103,7 +103,7 @@ def check(config: ConfigOption = None, model: ModelOption = None, pull: PullOpti
 
 
 def _findings(info: ModelInfo) -> Table:
-    """Return the findings about a model, one per line: a table of columns would cut the fingerprint."""
+    """Return the findings about a model, one per line: a table of columns would cut the fingerprints."""
     defaults = ", ".join(f"{key} {value}" for key, value in info.default_sampling.items()) or "the API's own"
     table = Table.grid(padding=(0, 2))
     for key, value in (
@@ -117,6 +117,7 @@ def _findings(info: ModelInfo) -> Table:
         ("", f"from: {info.tool_calls_source}"),
         ("  reproducible", ("yes: " if info.law.holds else "no: ") + info.law.reason),
         ("  fingerprint", info.system_fingerprint),
+        ("  defaults", info.defaults_fingerprint),
     ):
         table.add_row(escape(key), escape(value))
     return table

@@ -88,10 +88,8 @@ def compare(first: Path, second: Path) -> tuple[int, list[str]]:
     lines += [f"only in the second: the model {name}" for name in other if pairs.keys().isdisjoint({name, ""})]
     for name, (left, right) in pairs.items():
         head = f"{name}: " if name else ""
-        lines += [f"{head}{sentence}" for sentence in part_differences(left[_KINDS[0][1]], right[_KINDS[0][1]])]
-        lines += [
-            f"{head}defaults: {sentence}" for sentence in part_differences(left[_KINDS[1][1]], right[_KINDS[1][1]])
-        ]
+        for (_, parts, _), kind in zip(_KINDS, ("", "defaults: "), strict=True):
+            lines += [f"{head}{kind}{sentence}" for sentence in part_differences(left[parts], right[parts])]
     return (DIFFERENT if lines else SAME), [_plain(line) for line in lines] or ["The fingerprints are the same."]
 
 

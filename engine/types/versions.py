@@ -22,8 +22,8 @@ REPLY_FORMAT_VERSION: Final = 1
 """Raised when the same tokens may give another reply: how text is decoded, cut at stop strings, split into thoughts,
 calls and answer, and how a grammar is made of a schema."""
 
-CPU_KERNELS_VERSION: Final = 5
+CPU_KERNELS_VERSION: Final = 4
 """Raised when a forward pass on a CPU may have other bits: compiled kernels, attention and linear layers in torch."""
 
-GPU_KERNELS_VERSION: Final = 5
+GPU_KERNELS_VERSION: Final = 4
 """Raised when a forward pass on a GPU may have other bits: attention and linear layers in torch."""

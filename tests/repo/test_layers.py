@@ -33,7 +33,7 @@ ENGINE = (
 
 SERVER = (
     "json_text hosts settings",
-    "logs terminal ledger",
+    "logs terminal ledger fingerprints",
     "configuration errors",
     "wire accounts receipts",
     "api",

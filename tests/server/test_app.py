@@ -127,7 +127,10 @@ def test_a_model_id_may_hold_a_slash() -> None:
 def test_the_list_and_the_single_model_agree() -> None:
     app = make_app(FakeEngine(), LOADING)
     for entry in call(app, path="/v1/models").json["data"]:
-        assert call(app, path=f"/v1/models/{entry['id']}").json == entry
+        single = call(app, path=f"/v1/models/{entry['id']}").json
+        parts = {name: single.pop(name) for name in ("fingerprint_parts", "default_parts") if name in single}
+        assert single == entry
+        assert bool(parts) == (entry["state"] == "ready"), "the list does not carry the parts"
 
 
 # -- health ----------------------------------------------------------------------------------------------------------
