@@ -105,7 +105,7 @@ CHANGES: dict[str, Change] = {
 def forged(data: dict[str, Any]) -> dict[str, Any]:
     """What a forger makes of changed data: digests and fingerprint fit again."""
     parts = data["environment"]["parts"]
-    data["environment"]["fingerprint"] = fingerprint_of(parts)
+    data["environment"]["fingerprint"] = fingerprint_of(parts, "vb-")
     content = {key: value for key, value in data.items() if key != "digest"}
     return {**content, "digest": sha256(canonical(content))}
 
@@ -121,7 +121,8 @@ def write(llm: LLM, count: int, tokens: int) -> list[Receipt]:
     """Receipts of different requests, with margins."""
     made = []
     for number in range(count):
-        text = f"Tell me {number % 9 + 2} things about {('the sea', 'bread', 'winter', 'glass')[number % 4]}, number {number}."
+        subject = ("the sea", "bread", "winter", "glass")[number % 4]
+        text = f"Tell me {number % 9 + 2} things about {subject}, number {number}."
         given = {"max_tokens": tokens, "seed": number, "margins": True, **FORMS[number % len(FORMS)]}
         request = recorded(
             GenerationRequest(request_id=f"r{number}", messages=(ChatMessage("user", text),), sampling=given),
