@@ -390,7 +390,8 @@ def _parameter(parameter: Any, hint: Any) -> tuple[str, ...]:
     option = parameter.param_type_name == "option"
     names = ", ".join(f"`{n}`" for n in sorted([*parameter.opts, *parameter.secondary_opts], key=len, reverse=True))
     default = "required" if parameter.required else _shown(parameter.default)
-    return (names if option else f"`{parameter.name.upper()}`"), _type_name(hint), default, parameter.help or ""
+    argument = parameter.metavar or parameter.name.upper()
+    return (names if option else f"`{argument}`"), _type_name(hint), default, parameter.help or ""
 
 
 # -- families --------------------------------------------------------------------------------------------------------

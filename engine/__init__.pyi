@@ -1,5 +1,9 @@
 """The public face of the engine: what `server` and scripts may import. `__init__.py` reads this list."""
 
+from engine.checkpoints.contents import (
+    CheckpointFiles as CheckpointFiles,
+    checkpoint_files as checkpoint_files,
+)
 from engine.checkpoints.noise_checkpoint import ensure_noise_checkpoint as ensure_noise_checkpoint
 from engine.config import (
     ModelConfig as ModelConfig,

@@ -17,6 +17,8 @@ from engine import ModelConfig, SamplingParams, VerbatimError, validate
 from server import fingerprints
 from server.accounts import commands
 from server.accounts.location import in_use
+from server.batch.commands import batch
+from server.bundle.commands import bundle
 from server.configuration import ConfigOption, ModelOption, PullOption, before_anything_heavy, read_configuration
 from server.logs import printable
 from server.receipts import commands as receipts, keeping_commands
@@ -37,6 +39,8 @@ app.command("usage")(commands.usage)
 app.command("verify")(receipts.verify)
 app.command("replay")(receipts.replay)
 app.command("diff")(receipts.diff)
+app.command("batch")(batch)
+app.add_typer(bundle, name="bundle")
 app.add_typer(keeping_commands.receipts, name="receipts")
 models_app = typer.Typer(help="Inspect the models of a configuration.", no_args_is_help=True)
 app.add_typer(models_app, name="models")

@@ -1,8 +1,8 @@
 """The record of a request: a `GenerationRequest` with every default filled in, as plain JSON, and back.
 
-What cannot change a reply is left out: the id, the group, the cache's salt, the prediction, and which field of an API
-asked for a constraint. Exactly one of `messages`, `prompt` and `prompt_token_ids` is there, and every other name.
-`engine.receipts.canonical` says what is written as text.
+What cannot change a reply is left out: the id, the group, the cache's salt, the prediction, the echo, and which field
+of an API asked for a prompt or a constraint. Exactly one of `messages`, `prompt` and `prompt_token_ids` is there, and
+every other name. `engine.receipts.canonical` says what is written as text.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ __all__ = ["from_record", "recorded_params", "to_record"]
 
 _PROMPTS: Final = ("messages", "prompt", "prompt_token_ids")
 _FIELDS: Final = (
+    "suffix",
+    "add_special_tokens",
+    "add_generation_prompt",
     "sampling",
     "chat_template_kwargs",
     "constraint",
@@ -43,6 +46,9 @@ def to_record(request: GenerationRequest, params: SamplingParams) -> dict[str, A
     choice = request.tool_choice
     return {
         **_prompt_record(request),
+        "suffix": request.suffix,
+        "add_special_tokens": request.add_special_tokens,
+        "add_generation_prompt": request.add_generation_prompt,
         "sampling": {name: _sampling_value(name, getattr(params, name)) for name in SAMPLING_FIELDS},
         "chat_template_kwargs": text_of_json(dict(request.chat_template_kwargs), "chat_template_kwargs"),
         "constraint": _constraint_record(request.constraint),
@@ -78,6 +84,9 @@ def from_record(record: Any, request_id: str, *, group: str = "") -> GenerationR
         messages=_messages(read.list("messages")) if given == ["messages"] else None,
         prompt=read.text("prompt") if given == ["prompt"] else None,
         prompt_token_ids=read.ids("prompt_token_ids") if given == ["prompt_token_ids"] else None,
+        suffix=read.text_or_none("suffix"),
+        add_special_tokens=read.flag("add_special_tokens"),
+        add_generation_prompt=read.flag("add_generation_prompt"),
         sampling=_sampling(read.any("sampling")),
         chat_template_kwargs=variables,
         constraint=_constraint(read.any("constraint")),

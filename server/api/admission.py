@@ -29,7 +29,7 @@ from server.receipts.service import Receipts
 from server.settings import ServerSettings
 from server.wire.bodies import Bodies
 
-__all__ = ["Service", "answer", "ignored_fields", "shown_names"]
+__all__ = ["Identity", "Service", "answer", "ignored_fields", "shown_names"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,23 @@ class Service:
     receipts: Receipts
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a reply is called. `id` follows the endpoint's prefix; `created`: Unix seconds.
+
+    A caller in this process may set it as `identity` in the request's state, so that replies do not depend on chance
+    and time.
+    """
+
+    id: str
+    created: int
+
+    @classmethod
+    def fresh(cls) -> Identity:
+        """Draw an id and read the clock."""
+        return cls(secrets.token_hex(16), int(time.time()))  # noqa: TID251  the API wants the wall clock
+
+
 async def answer(service: Service, endpoint: Endpoint, request: Request) -> CompletionResponse:
     """Admit, parse and prepare a request for completions. Returns a response that runs it when it is sent.
 
@@ -52,7 +69,7 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
     """
     account = account_of(service.meter, key_of(request.scope))
     account.admit()
-    created = int(time.time())  # noqa: TID251  the API wants the wall clock
+    identity: Identity = request.scope["state"].get("identity") or Identity.fresh()
     sizes: list[int] = []
 
     def parse(raw: bytes, request_id: str) -> ParsedRequest:
@@ -60,7 +77,7 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
         return endpoint.parse(raw, request_id)
 
     async with service.bodies.of(request, account.group, parse) as checked:
-        parsed = await checked(endpoint.id_prefix + secrets.token_hex(16))
+        parsed = await checked(endpoint.id_prefix + identity.id)
         ignored_fields(parsed.ignored, service.settings)  # refused here, before anything is prepared
         account.admit_model(parsed.model)
         engine = service.registry.get(parsed.model)
@@ -70,7 +87,8 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
         if requests is None:
             raise ClientGone
         body = RecordedBody(service.bodies.memory, account.group, sizes[0])
-        recording = await begin_recording(service.receipts, parsed.receipt, requests, engine.info, created, body)
+        named = engine.info, identity.created
+        recording = await begin_recording(service.receipts, parsed.receipt, requests, *named, body)
     prepared = tuple(made for _, made in requests)
     first, info = prepared[0], engine.info
     headers = ignored_fields(parsed.ignored + first.ignored, service.settings)
@@ -78,7 +96,8 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
         headers["x-receipt-form"] = "digest"
     account.admit_prompt(sum(len(one.prompt_token_ids) for one in prepared))
     request.scope["state"]["told"] = {"model": info.id, "completion": first.request_id}
-    reply = Reply(first.request_id, created, info.id, info.system_fingerprint, prepared, parsed.prompt_logprobs)
+    told = identity.created, info.id, info.system_fingerprint
+    reply = Reply(first.request_id, *told, prepared, parsed.prompt_logprobs)
     job = Job(engine, account, reply, parsed.stream, parsed.include_usage, headers, recording)
     return CompletionResponse(job, endpoint, service.settings)
 

@@ -43,6 +43,7 @@ def model_info(**changes: Any) -> ModelInfo:
         "context_length": 256,
         "cache_tokens": 1024,
         "max_sequences": 4,
+        "max_requests": 260,
         "vocab_size": 448,
         "system_fingerprint": fingerprint_of(parts, "vb-"),
         "law": ReproducibilityReport(True, "it holds.", (("batch", True),)),

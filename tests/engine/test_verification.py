@@ -23,9 +23,11 @@ from engine import (
     LLM,
     ChatMessage,
     Constraint,
+    GenerationRequest,
     InvalidParameter,
     Receipt,
     ReceiptError,
+    Recorder,
     Tool,
     ToolChoice,
     check_receipt,
@@ -331,6 +333,27 @@ def test_a_clock_is_part_of_the_request(byte_level: LLM) -> None:
     assert recorded(request, llm.info, dt.datetime(2026, 1, 1)).clock == dt.datetime(1987, 6, 5)
     prompt = llm.engine.model.tokenizer.decode(llm.engine.prepare(request).prompt_token_ids)
     assert prompt.startswith("05 June 1987<|im_start|>")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "ab", "add_special_tokens": False},
+        {"prompt_token_ids": (70, 71, 72)},
+        {"messages": (ChatMessage("user", "x"), ChatMessage("assistant", "ab")), "add_generation_prompt": False},
+    ],
+)
+def test_how_a_prompt_is_made_is_part_of_the_request(byte_level: LLM, fields: dict[str, Any]) -> None:
+    engine = byte_level.engine
+    asked = GenerationRequest(request_id="r", sampling={"seed": 1, "max_tokens": 4}, **fields)
+    request = recorded(asked, byte_level.info, dt.datetime(2026, 1, 1))
+    prepared = engine.prepare(request)
+    recorder = Recorder(request, prepared, byte_level.info, id="r", created=1)
+    engine.add(prepared)
+    while engine.has_work:
+        for output in engine.step():
+            recorder.add(output)
+    assert check_receipt(engine, read_receipt(recorder.receipt().to_bytes())).verdict == "identical"
 
 
 def test_an_engine_with_other_work_is_refused(byte_level: LLM) -> None:

@@ -38,7 +38,7 @@ SERVER = (
     "wire accounts receipts",
     "api",
     "app",
-    "run",
+    "batch bundle run",
     "cli",
 )
 """The same for the server, which sees of the engine nothing but its public face."""

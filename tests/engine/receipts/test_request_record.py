@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import datetime as dt
 import json
 from typing import Any
@@ -75,6 +76,9 @@ def requests(draw: st.DrawFn) -> GenerationRequest:
     return GenerationRequest(
         request_id="r",
         **prompt,
+        suffix=draw(st.none() | TEXT),
+        add_special_tokens=draw(st.booleans()),
+        add_generation_prompt=draw(st.booleans()),
         chat_template_kwargs=draw(OBJECTS),
         constraint=draw(st.none() | CONSTRAINTS),
         reasoning_effort=draw(st.none() | st.sampled_from(["low", "high"])),
@@ -93,6 +97,9 @@ def facts(request: GenerationRequest) -> str:
             request.messages,
             request.prompt,
             request.prompt_token_ids,
+            request.suffix,
+            request.add_special_tokens,
+            request.add_generation_prompt,
             dict(request.chat_template_kwargs),
             constraint and (constraint.kind, constraint.value, constraint.strict),
             request.reasoning_effort,
@@ -123,6 +130,13 @@ def test_version_1_holds_these_fields() -> None:
         "seed stop stop_token_ids min_tokens ignore_eos logprobs top_logprobs logprobs_mode prompt_logprobs margins "
         "return_token_ids thinking_budget".split()
     )
+
+
+def test_every_field_of_a_request_is_in_the_record_or_changes_no_reply() -> None:
+    """A new field belongs into the record, if a prompt or a reply depends on it; then the format has a new version."""
+    left_out = {"request_id", "prompt_field", "echo", "group", "context_limit", "cache_salt", "prediction", "record"}
+    recorded = set(RECORD) | {"prompt", "prompt_token_ids"}
+    assert {field.name for field in dataclasses.fields(GenerationRequest)} == recorded | left_out
 
 
 RECORD = to_record(
