@@ -13,7 +13,6 @@ thoughts has a say, each is drawn once the one before it was taken: what may com
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 from itertools import groupby, takewhile
 
 import torch
@@ -27,14 +26,14 @@ from engine.grammar.mask_worker import MaskWorker
 from engine.model import LoadedModel
 from engine.preparation import Preparer
 from engine.replies.reply_stream import TextStream
+from engine.running import PromptLogprobs, RunningRequest
 from engine.sampling.sampler import Described, Sampled, Sampler
 from engine.scheduling.drafts import Drafter, Prediction
 from engine.scheduling.schedule import Draw, Schedule
 from engine.scheduling.sequence import Sequence, SequenceState
 from engine.text.stop_strings import StopStrings
-from engine.text.vocabulary import Vocabulary
 from engine.types.model_info import EngineStats, ModelInfo
-from engine.types.outputs import ChoiceDelta, RequestOutput, TokenLogprob, TopLogprob, Usage
+from engine.types.outputs import ChoiceDelta, RequestOutput, Usage
 from engine.types.requests import GenerationRequest, PreparedRequest
 
 __all__ = ["Engine", "reply_fault"]
@@ -43,36 +42,6 @@ log = logging.getLogger("verbatim.engine")
 
 Drawn = Sampled | VerbatimError
 """What a draw has come to: a token, or why there is none."""
-
-
-@dataclass(slots=True)
-class _Running:
-    """One request in the engine. Owns its choices."""
-
-    request: PreparedRequest
-    choices: list[Choice]
-    unfinished: int
-    prompt_tokens: int = 0
-    """Of the prompt, how far it was computed at most, what the cache held included."""
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
-    """Of the prompt, as far as they are known and not yet told."""
-    told: bool = False
-    """Whether an output has told them."""
-
-    def usage(self) -> Usage:
-        """Count what was computed: once a token was drawn, the whole prompt; before that, as far as it was computed."""
-        completion = sum(choice.sequence.position for choice in self.choices)
-        prompt = len(self.request.prompt_token_ids) if completion else self.prompt_tokens
-        predictions = [choice.prediction for choice in self.choices if choice.prediction is not None]
-        accepted = sum(prediction.accepted for prediction in predictions)
-        return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            cached_tokens=min(self.choices[0].sequence.num_cached, prompt),
-            reasoning_tokens=sum(choice.num_thoughts for choice in self.choices),
-            accepted_prediction_tokens=accepted,
-            rejected_prediction_tokens=len(self.request.prediction) * len(predictions) - accepted,
-        )
 
 
 class Engine:
@@ -100,7 +69,7 @@ class Engine:
         """Whether draft tokens are computed at all: where bits depend on the rows of a step they would change some."""
         self.speculates = _may_speculate(model, drafts=self.drafts)
         """Whether sequences that are added propose draft tokens of their own."""
-        self._requests: dict[str, _Running] = {}
+        self._requests: dict[str, RunningRequest] = {}
         self._steps = 0
         self._drafted_tokens = 0
         self._accepted_tokens = 0
@@ -134,7 +103,9 @@ class Engine:
             raise ValueError(f"the request id {request.request_id!r} is in use")
         stops = StopStrings(request.params.stop)
         choices = [self._choice(request, index, stops) for index in range(request.params.n)]
-        self._requests[request.request_id] = _Running(request, choices, len(choices))
+        scored = request.params.prompt_logprobs is not None
+        logprobs = PromptLogprobs(self.model.vocabulary, request.prompt_token_ids) if scored else None
+        self._requests[request.request_id] = RunningRequest(request, choices, len(choices), logprobs)
         self._scheduler.add([choice.sequence for choice in choices])
 
     def _choice(self, request: PreparedRequest, index: int, stops: StopStrings) -> Choice:
@@ -394,15 +365,11 @@ class Engine:
                     running.choices[sequence.choice_index].learn(len(chunk.draft), accepted)
 
     def _keep_prompt_logprobs(self, schedule: Schedule, described: list[Described | NumericalFault]) -> None:
-        words = self.model.vocabulary
         for score, found in zip(schedule.scores, described, strict=True):
             running = self._requests.get(score.sequence.request_id)
-            if running is None or isinstance(found, NumericalFault):
-                continue
-            known = running.prompt_logprobs or [None]
-            known.append(_prompt_logprob(words, found, score.sequence.token(score.position - 1)))
-            running.prompt_logprobs = known
-            score.sequence.next_scored = score.position + 1
+            if running is not None and running.prompt_logprobs is not None and isinstance(found, Described):
+                running.prompt_logprobs.add(found)
+                score.sequence.next_scored = score.position + 1
 
     def _end_prompts(self, schedule: Schedule) -> list[str]:
         """End the requests that wanted their prompt computed and nothing drawn. Returns which ones have an output."""
@@ -418,18 +385,10 @@ class Engine:
         return ended
 
     def _output(self, request_id: str, deltas: list[ChoiceDelta]) -> RequestOutput:
-        running = self._requests[request_id]
-        finished = running.unfinished == 0
-        if finished:
+        output = self._requests[request_id].output(deltas)
+        if output.finished:
             del self._requests[request_id]
-        if running.request.params.max_tokens == 0:
-            deltas = [ChoiceDelta(index, "", (), finish_reason="length") for index in range(len(running.choices))]
-        known: tuple[TokenLogprob | None, ...] | None = None
-        if running.request.params.prompt_logprobs is not None and not running.told:
-            running.told = True
-            known = tuple(running.prompt_logprobs) or (None,)
-            running.prompt_logprobs = []
-        return RequestOutput(request_id, tuple(deltas), running.usage(), finished, prompt_logprobs=known)
+        return output
 
     def _count_prompt_tokens(self, schedule: Schedule) -> None:
         for chunk in schedule.chunks:
@@ -489,17 +448,6 @@ def reply_fault(request_id: str, error: BaseException) -> VerbatimError:
         return error
     log.error("%s: a fault in reading its reply", request_id, exc_info=error)
     return ReplyFault(f"this reply could not be read: {type(error).__name__}; the log has the details.")
-
-
-def _prompt_logprob(words: Vocabulary, found: Described, previous: int) -> TokenLogprob:
-    """Describe a prompt token and its alternatives, with the bytes of each after the token before it."""
-
-    def told(token: int) -> tuple[int, str, bytes]:
-        data = words.contribution(token, previous)
-        return token, words.token_text(token, data), data
-
-    top = tuple(TopLogprob(*told(token), value) for token, value in found.top)
-    return TokenLogprob(*told(found.token_id), found.logprob, top, found.rank)
 
 
 def _faults(

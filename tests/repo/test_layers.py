@@ -23,7 +23,7 @@ ENGINE = (
     "checkpoints",
     "model",
     "loading",
-    "preparation choice",
+    "preparation choice running",
     "engine",
     "llm serving",
 )
@@ -47,7 +47,16 @@ NO_TORCH = {
 NO_TORCH |= {"prompts", "scheduling"}
 
 FREE_OF_TIME_AND_THREADS = {"types", "config", "text", "templates", "replies", "grammar", "prompts", "scheduling"}
-FREE_OF_TIME_AND_THREADS |= {"sampling", "compute", "compute.cpu", "checkpoints", "preparation", "choice", "engine"}
+FREE_OF_TIME_AND_THREADS |= {
+    "sampling",
+    "compute",
+    "compute.cpu",
+    "checkpoints",
+    "preparation",
+    "choice",
+    "running",
+    "engine",
+}
 EXEMPT = {
     "engine/grammar/trial.py": "a trial of a grammar has a clock",
     "engine/grammar/mask_worker.py": "slow masks are computed on a thread of their own",
