@@ -43,7 +43,7 @@ def logits_of(model: LoadedModel, tokens: tuple[int, ...]) -> Iterator[Tensor]:
     for start in range(0, len(tokens), _PART):
         part = tokens[start : start + _PART]
         # As if all but the first were draft tokens: then every row has logits.
-        chunk = Chunk(sequence, start, len(part), samples=True, draft=part[1:])
+        chunk = Chunk(sequence, start, len(part), samples=True, draft=part[1:], num_rows=len(part))
         yield model.runner.forward(Schedule([chunk])).logits
     pool.release(sequence.block_table, sequence)
 

@@ -33,8 +33,10 @@ from engine.replies.reasoning import EFFORTS, ReasoningFormat, template_variable
 from engine.templates.chat_template import ChatTemplate
 from server.api import openapi
 from server.api.chat_messages import UNSUPPORTED_MESSAGE_FIELDS
-from server.api.fields import UNSUPPORTED
-from server.api.models import model_object
+from server.api.completions.fields import COMPLETION
+from server.api.fields import CHAT, BodyFields
+from server.api.models import model_details
+from server.api.tokenizer.fields import DETOKENIZE, TOKENIZE
 from server.cli import app
 from server.errors import classify, headers_of
 from server.settings import ServerSettings
@@ -172,9 +174,11 @@ def api() -> str:
         [
             NOTE + "# The API\n",
             "`POST /v1/chat/completions` and `POST /api/v1/chat/completions` are the same. Under both prefixes: "
-            "`GET /models`, `GET /models/{id}` and, where keys are in use, `GET /usage` (`since`: a date or Unix "
-            "seconds; `by`: day or model) for the key's own usage. Beside them `GET /health/live`, "
-            "`GET /health/ready` and the machine readable form of this page, `GET /openapi.json`.\n",
+            "`POST /completions`, `GET /models`, `GET /models/{id}` and, where keys are in use, `GET /usage` "
+            "(`since`: a date or Unix seconds; `by`: day or model) for the key's own usage; and, at the root "
+            "too, `POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info` (`model`: may be left out). "
+            "Beside them `GET /health/live`, `GET /health/ready` and the machine readable form of this page, "
+            "`GET /openapi.json`.\n",
             "## Request fields\n",
             "`null` is the same as leaving a field out. Defaults of sampling fields are those below, then the "
             "checkpoint's `generation_config.json`, then the entry's `sampling`; the last one wins.\n",
@@ -185,17 +189,32 @@ def api() -> str:
             "## Fields that are refused\n",
             "Known to clients, not honoured by this build: 422 `unsupported_parameter`, with the field's name in "
             "`param`. A value that asks for what happens anyway is accepted, and so is `null`.\n",
-            table(("field", "accepted"), [(f"`{n}`", _values(v)) for n, v in sorted(UNSUPPORTED.items())]),
+            _refused(CHAT),
             "Likewise in a message: " + ", ".join(f"`{name}`" for name in UNSUPPORTED_MESSAGE_FIELDS) + ", the "
             "role `function`, and content parts that are not `text`.\n",
             "A field that nobody knows is ignored and named in the response header `x-ignored-fields`; with "
             "`strict_params: true` under `server:` it is a 422 `unknown_field`.\n",
+            "## Plain completions\n",
+            "`POST /completions` continues a prompt without a chat template.\n",
+            _fields(_schemas(COMPLETION, apart=CHAT)),
+            "As in chat completions: " + _alike(COMPLETION, CHAT) + ".\n",
+            "Refused, as above:\n",
+            _refused(COMPLETION),
+            "## Tokens\n",
+            "`POST /tokenize` returns `count`, `max_model_len`, `tokens` and `token_strs`:\n",
+            _fields(_schemas(TOKENIZE)),
+            "`POST /detokenize` returns `prompt`, the text, with special tokens as their names:\n",
+            _fields(_schemas(DETOKENIZE)),
+            "They cost nothing and count as requests.\n",
             "## Response\n",
             "As the OpenAI API: `chat.completion`, or with `stream` events of `chat.completion.chunk` and at the end "
-            "`data: [DONE]`. `system_fingerprint` names what the bits depend on, `seed` (an extension) is the one that "
-            "was used, given or drawn. Every response has a header `x-request-id`: the client's own, or a fresh "
-            "one.\n",
-            "`GET /models/{id}` of a loaded model has: " + ", ".join(f"`{k}`" for k in _model_keys()) + ".\n",
+            "`data: [DONE]`; of a plain completion `text_completion`, streamed or not. `system_fingerprint` "
+            "names what the bits depend on, `seed` (an extension) is the one that was used, given or drawn. Every "
+            "response has a header `x-request-id`: the client's own, or a fresh one.\n",
+            f"`GET /models/{{id}}` of a loaded model has: {_listed(_model_keys())}. `GET /models` lists the same "
+            "without `fingerprint_parts` and `default_parts`, the named parts of which `system_fingerprint` and "
+            "`defaults_fingerprint` are digests. `max_model_len` is `context_length` under the name that evaluation "
+            "harnesses ask for.\n",
             "## Keys\n",
             "Where a server has keys, every path but `/health/live` and `/health/ready` needs one: `Authorization: "
             "Bearer KEY`. A key with limits sees what is left of its minute in `x-ratelimit-limit-requests`, "
@@ -213,6 +232,20 @@ def api() -> str:
             "ends without `[DONE]`.\n",
         ]
     )
+
+
+def _schemas(fields: BodyFields, apart: BodyFields | None = None) -> dict[str, dict[str, Any]]:
+    """The schemas of a body's fields, those aside that another endpoint declares alike."""
+    known = apart.honoured if apart is not None else {}
+    return {n: dict(field.schema) for n, field in fields.honoured.items() if known.get(n) is not field}
+
+
+def _alike(fields: BodyFields, other: BodyFields) -> str:
+    return ", ".join(f"`{n}`" for n, field in fields.honoured.items() if other.honoured.get(n) is field)
+
+
+def _refused(fields: BodyFields) -> str:
+    return table(("field", "accepted"), [(f"`{n}`", _values(v)) for n, v in sorted(fields.refused.items())])
 
 
 def _fields(fields: dict[str, dict[str, Any]]) -> str:
@@ -276,7 +309,11 @@ def _model_keys() -> list[str]:
         default_sampling={},
         weight_bytes=0,
     )
-    return list(model_object(ModelStatus("", "ready", "", info)))
+    return list(model_details(ModelStatus("", "ready", "", info)))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _errors() -> Iterator[tuple[str, ...]]:

@@ -46,6 +46,11 @@ from engine.serving.request_stream import (
     JoinedStreams as JoinedStreams,
     RequestStream as RequestStream,
 )
+from engine.types.fingerprint_parts import (
+    Parts as Parts,
+    fingerprint_of as fingerprint_of,
+    part_differences as part_differences,
+)
 from engine.types.messages import (
     ChatMessage as ChatMessage,
     ToolCall as ToolCall,
@@ -56,6 +61,7 @@ from engine.types.model_info import (
     ReproducibilityReport as ReproducibilityReport,
     TokenizerInfo as TokenizerInfo,
 )
+from engine.types.model_manifest import ModelManifest as ModelManifest
 from engine.types.outputs import (
     ChoiceDelta as ChoiceDelta,
     FinishReason as FinishReason,

@@ -27,7 +27,7 @@ from server.api.completions import request as completions_request
 from server.api.completions.fields import COMPLETION
 from server.api.completions.reply import CompletionChunks, CompletionCollector
 from server.api.generation import Endpoint
-from server.api.models import model_object, state_of
+from server.api.models import model_details, model_object, state_of
 from server.api.tokenizer.routes import tokenizer_routes
 from server.errors import NoKeys, install
 from server.ledger.records import read_since
@@ -139,11 +139,11 @@ def _models(service: Service) -> APIRouter:
     async def models(request: Request) -> dict[str, Any]:
         return {"object": "list", "data": [model_object(status) for status in usable(request)]}
 
-    @router.get("/models/{model_id:path}", summary="One model: its limits, defaults and fingerprint.")
+    @router.get("/models/{model_id:path}", summary="One model: its limits, defaults and fingerprint, part by part.")
     async def model(model_id: str, request: Request) -> dict[str, Any]:
         for status in usable(request):
             if status.id == model_id:
-                return model_object(status)
+                return model_details(status)
         raise ModelNotFound(f"the model {model_id[:200]!r} does not exist.", param="model")
 
     return router

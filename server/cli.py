@@ -25,6 +25,7 @@ from engine import (
     read_yaml,
     validate,
 )
+from server import fingerprints
 from server.accounts import commands
 from server.accounts.location import in_use
 from server.logs import printable
@@ -121,7 +122,7 @@ def check(config: ConfigOption = None, model: ModelOption = None, pull: PullOpti
 
 
 def _findings(info: ModelInfo) -> Table:
-    """Return the findings about a model, one per line: a table of columns would cut the fingerprint."""
+    """Return the findings about a model, one per line: a table of columns would cut the fingerprints."""
     defaults = ", ".join(f"{key} {value}" for key, value in info.default_sampling.items()) or "the API's own"
     table = Table.grid(padding=(0, 2))
     for key, value in (
@@ -135,9 +136,41 @@ def _findings(info: ModelInfo) -> Table:
         ("", f"from: {info.tool_calls_source}"),
         ("  reproducible", ("yes: " if info.law.holds else "no: ") + info.law.reason),
         ("  fingerprint", info.system_fingerprint),
+        ("  defaults", info.defaults_fingerprint),
     ):
         table.add_row(escape(key), escape(value))
     return table
+
+
+@app.command()
+def fingerprint(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Two files, written with --json or by GET /v1/models/ID: print what differs."),
+    ] = None,
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of lines.")] = False,
+    pull: PullOption = False,
+) -> None:
+    """Load every model and print its fingerprint, part by part; or compare two files and load none.
+
+    A comparison exits with 0 if the fingerprints are the same, 1 if they differ, 2 if a file could not be read.
+    """
+    if files:
+        if len(files) != 2 or model is not None or config is not None or as_json:
+            raise typer.BadParameter("to compare, give two files and no option; else give no file.")
+        code, lines = fingerprints.compare(*files)
+        print(*lines, sep="\n", file=sys.stderr if code == fingerprints.UNREADABLE else sys.stdout)
+        raise typer.Exit(code)
+    entries, _ = _configuration(config, model, None)
+    _before_anything_heavy(pull)
+    found = []
+    for entry in entries:
+        with err.status(escape(f"{entry.id}: loading")) as status:
+            found.append(_open(entry, pull, lambda text, name=entry.id: status.update(escape(f"{name}: {text}"))).info)
+    lines = [fingerprints.as_json(found)] if as_json else [line for i in found for line in fingerprints.lines_of(i)]
+    print(*lines, sep="\n")
 
 
 @app.command()

@@ -18,7 +18,7 @@ from engine.config import ModelConfig
 from engine.errors import LoadError
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _PARSED_BY_LIBRARIES = ("tokenizer.json", "vocab.json", "tekken.json")
 _READ_BY_LIBRARIES = (
     *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -111,7 +111,7 @@ def inspect(folder: Path, name: str) -> Checkpoint:
     _check_kind(folder, name)
     config = read_json(folder / "config.json", name)
     files = _weight_files(folder, config, name)
-    if not any((folder / file).exists() for file in _TOKENIZER_FILES):
+    if not any((folder / file).exists() for file in TOKENIZER_FILES):
         # transformers would make an empty tokenizer of the right class and say nothing
         raise LoadError(f"{name}: {folder} holds no tokenizer.json.")
     _check_files(folder, name)

@@ -111,7 +111,7 @@ class Backend(Protocol):
         """Give freed memory back to the device and the operating system."""
 
     def describe(self) -> Mapping[str, str]:
-        """Return what the bits depend on, as named parts of the fingerprint: linear layers, libraries, hardware.
+        """Return what the bits depend on, as named parts of the fingerprint: linear layers, hardware.
 
-        A backend whose kernels have a version apart from `engine.loading.fingerprint.KERNELS` adds it.
+        Versions of kernels are in `engine.types.versions`.
         """

@@ -1,4 +1,4 @@
-"""Describe a loaded model: its fingerprint and everything else in `ModelInfo`. Loads and computes nothing."""
+"""Describe a loaded model: the parts of its fingerprint and everything else in `ModelInfo`. Loads nothing."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from engine.config import ModelConfig
 from engine.errors import VerbatimError
 from engine.loading import fingerprint
 from engine.loading.cache_size import CacheSize
+from engine.loading.manifest import manifest_of, remote_code_files
 from engine.loading.placement import Placement
 from engine.loading.selftest import SelfTest
 from engine.loading.text_side import TextSide
+from engine.types.fingerprint_parts import Part, digest_of, fingerprint_of, flat
 from engine.types.model_info import ModelInfo
-from engine.types.sampling_params import SamplingParams
+from engine.types.sampling_params import SAMPLING_FIELDS, SamplingParams
 
 _GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -34,7 +36,8 @@ class ReadyModel:
     """A model that is prepared for serving and tested, without its text side.
 
     Attributes:
-        weights: SHA-256 of the files; longrope: which rotary frequencies were pinned, if it has two sets.
+        longrope: which rotary frequencies were pinned, if it has two sets.
+        digests: SHA-256 of the checkpoint's files.
     """
 
     model: nn.Module
@@ -44,7 +47,7 @@ class ReadyModel:
     vocab_size: int
     context_length: int
     longrope: str | None
-    weights: str
+    digests: Mapping[Path, str]
 
     @property
     def runner(self) -> Literal["packed", "fallback"]:
@@ -55,6 +58,8 @@ def describe(config: ModelConfig, found: Checkpoint, ready: ReadyModel, text: Te
     """Gather everything in `ModelInfo`, the fingerprint included."""
     reasoning = text.chat_format.reasoning
     defaults = _default_sampling(config, found.folder)
+    parts = _computed_parts(config, found, ready, text)
+    default_parts = _default_parts(config, defaults, size.context_length)
     return ModelInfo(
         id=config.id,
         created=found.created,
@@ -67,7 +72,7 @@ def describe(config: ModelConfig, found: Checkpoint, ready: ReadyModel, text: Te
         max_sequences=config.max_sequences,
         max_requests=config.max_sequences + config.max_queue,
         vocab_size=ready.vocab_size,
-        system_fingerprint=fingerprint.fingerprint(_parts(config, found, ready, text, defaults)),
+        system_fingerprint=fingerprint_of(parts, "vb-"),
         law=ready.test.report,
         default_sampling=defaults,
         weight_bytes=found.stored_bytes,
@@ -75,30 +80,55 @@ def describe(config: ModelConfig, found: Checkpoint, ready: ReadyModel, text: Te
         reasoning=(reasoning.open, reasoning.close) if reasoning else None,
         tool_calls=text.chat_format.describe(),
         tool_calls_source=text.chat_format.source,
+        fingerprint_parts=parts,
+        defaults_fingerprint=fingerprint_of(default_parts, "vd-"),
+        default_parts=default_parts,
+        manifest=manifest_of(config, found, ready.digests),
     )
 
 
-def _parts(
-    config: ModelConfig, found: Checkpoint, ready: ReadyModel, text: TextSide, defaults: Mapping[str, Any]
-) -> dict[str, object]:
-    """Name everything that a reply's bits depend on beside the request: the parts of the fingerprint."""
-    template = text.template
+def _computed_parts(config: ModelConfig, found: Checkpoint, ready: ReadyModel, text: TextSide) -> dict[str, Part]:
+    """Name everything that a reply depends on beside a complete request: the parts of the fingerprint."""
+    template, code = text.template, remote_code_files(config, found)
+    names = {path.relative_to(found.folder).as_posix(): ready.digests[path] for path in code}
     return {
-        "weights": ready.weights,
+        **fingerprint.code_parts(on_cpu=ready.placement.on_cpu),
+        **fingerprint.library_parts(_other_libraries(found, ready)),
+        **fingerprint.chat_format_parts(text.chat_format),
+        **ready.backend.describe(),
+        "architecture": type(ready.model).__name__,
+        "weights": fingerprint.weights_digest(found.files, ready.digests),
+        "config": digest_of(found.config),
+        "remote_code": digest_of(names or None),
         "tokenizer": fingerprint.tokenizer_digest(text.tokenizer),
-        "template": template.source,
-        **({"tool template": template.tool_use.source} if template.tool_use else {}),
-        "config": found.config,
-        "dtype": str(ready.placement.dtype),
+        "template": digest_of(template.source),
+        "tool_template": digest_of(template.tool_use.source if template.tool_use else None),
+        "content_special_tokens": config.content_special_tokens,
+        "end_ids": " ".join(map(str, text.end_ids)),
+        "dtype": str(ready.placement.dtype).removeprefix("torch."),
         "runner": ready.runner,
         "longrope": ready.longrope,
-        # They fill in the fields that a request leaves out.
-        "defaults": defaults,
-        "end_ids": text.end_ids,
-        "template_clock": config.template_clock,
-        "content": config.content_special_tokens,
         "threads": None if ready.test.report.holds else torch.get_num_threads(),
-        **ready.backend.describe(),
+    }
+
+
+def _other_libraries(found: Checkpoint, ready: ReadyModel) -> tuple[str, ...]:
+    """Name the libraries that only some checkpoints and placements pass through."""
+    return (
+        *(("gguf",) if found.folder.is_file() else ()),
+        *(fingerprint.QUANTISERS if found.config.get("quantization_config") is not None else ()),
+        *(("accelerate",) if isinstance(ready.placement.device_map, str) else ()),  # it moves data between devices
+    )
+
+
+def _default_parts(config: ModelConfig, sampling: Mapping[str, Any], context_length: int) -> dict[str, Part]:
+    """Name what fills in the fields that a request leaves out, and the limits that cut a reply short."""
+    filled = SamplingParams.merged(sampling)
+    return {
+        **{name: flat(getattr(filled, name)) for name in SAMPLING_FIELDS},
+        "template_clock": config.template_clock.isoformat() if config.template_clock else None,
+        "max_completion_tokens": config.max_completion_tokens,
+        "context_length": context_length,
     }
 
 

@@ -7,8 +7,9 @@ so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from engine.compute.model_runner import FallbackRunner, PackedRunner, Runner
 from engine.config import ModelConfig
 from engine.errors import LoadError, NotEnoughMemory, VerbatimError, one_line, out_of_memory, panicked
 from engine.host_memory import format_bytes
-from engine.loading import fingerprint, identity, versions
+from engine.loading import identity, manifest, versions
 from engine.loading.cache_size import CacheSize, context_length, size_cache
 from engine.loading.identity import ReadyModel
 from engine.loading.placement import Placement, choose_backend, place
@@ -73,11 +74,11 @@ def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
     if config.threads:
         torch.set_num_threads(config.threads)
     with ThreadPoolExecutor(max_workers=2) as pool:  # hashes files and tries templates while weights are read
-        digest = pool.submit(fingerprint.weights_digest, found.files)
+        digests = pool.submit(manifest.hash_files, manifest.files_read(config, found))
         say(f"reading {format_bytes(found.stored_bytes)} of weights")
         files = TextFiles.read(config, folder, file)
         trials = files.start_trials(pool)
-        ready = _prepare(config, found, file, placement, files, digest.result, say)
+        ready = _prepare(config, found, file, placement, files, digests.result, say)
         for trial in trials:
             trial.result()
     ready.backend.release_memory()
@@ -90,7 +91,7 @@ def _prepare(
     file: GGUFFile | None,
     placement: Placement,
     files: TextFiles,
-    weights: Callable[[], str],
+    digests: Callable[[], Mapping[Path, str]],
     say: Progress,
 ) -> ReadyModel:
     """Read the weights, fuse the model for its backend, and test it."""
@@ -105,7 +106,7 @@ def _prepare(
     say("self-test")
     rounded = config.quantization is not None
     test = self_test(model, backend, reference, vocab_size, placement.dtype, length, rounded=rounded)
-    return ReadyModel(model, backend, placement, test, vocab_size, length, longrope, weights())
+    return ReadyModel(model, backend, placement, test, vocab_size, length, longrope, digests())
 
 
 def _assemble(config: ModelConfig, found: Checkpoint, ready: ReadyModel, files: TextFiles) -> LoadedModel:

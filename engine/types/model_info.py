@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from engine.types.fingerprint_parts import Parts
+from engine.types.model_manifest import ModelManifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,7 @@ class ModelInfo:
     """Requests that may run and wait at once."""
     vocab_size: int
     system_fingerprint: str
+    """The digest of `fingerprint_parts`."""
     law: ReproducibilityReport
     default_sampling: Mapping[str, Any]
     weight_bytes: int
@@ -47,6 +51,14 @@ class ModelInfo:
     tool_calls_source: str = "generic"
     """Where this was learnt: `models.yaml`, `tokenizer`, `chat template`, `table (NAME)`, or `generic`: the template
     knows no tools, and a system message explains them."""
+    fingerprint_parts: Parts = field(default_factory=dict)
+    """What the bits of a reply depend on beside a request that leaves nothing out, by name."""
+    defaults_fingerprint: str = ""
+    """The digest of `default_parts`."""
+    default_parts: Parts = field(default_factory=dict)
+    """What the entry adds to a request that leaves fields out, and the limits that it is held to, by name."""
+    manifest: ModelManifest = field(default_factory=lambda: ModelManifest(""))
+    """The files of the checkpoint that were read, and their digests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

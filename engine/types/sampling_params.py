@@ -67,7 +67,8 @@ class SamplingParams:
     seed: int | None = sampling_field(
         None,
         Integer(INT64_MIN, INT64_MAX),
-        "Same request, same seed, same system_fingerprint: same bytes. Drawn and returned if omitted.",
+        "Same seed, same system_fingerprint, same request (with fields left out: same defaults_fingerprint, too): same "
+        "bytes. Drawn and returned if omitted.",
     )
     stop: tuple[str, ...] = sampling_field(
         (),

@@ -6,7 +6,7 @@ from typing import Any
 
 from engine import ModelStatus, Registry, VerbatimError
 
-__all__ = ["model_object", "state_of"]
+__all__ = ["model_details", "model_object", "state_of"]
 
 
 def model_object(status: ModelStatus) -> dict[str, Any]:
@@ -20,6 +20,7 @@ def model_object(status: ModelStatus) -> dict[str, Any]:
         "state": status.state,
         "architecture": info.architecture,
         "context_length": info.context_length,
+        "max_model_len": info.context_length,  # the same, under the name that evaluation harnesses ask for
         "cache_tokens": info.cache_tokens,
         "max_sequences": info.max_sequences,
         "vocab_size": info.vocab_size,
@@ -28,11 +29,21 @@ def model_object(status: ModelStatus) -> dict[str, Any]:
         "linear": info.linear,
         "runner": info.runner,
         "system_fingerprint": info.system_fingerprint,
+        "defaults_fingerprint": info.defaults_fingerprint,
         "reproducible": {"holds": info.law.holds, "reason": info.law.reason, "checks": dict(info.law.checks)},
         "default_sampling": dict(info.default_sampling),
         "tool_calls": {"form": info.tool_calls, "source": info.tool_calls_source},
         "reasoning": dict(zip(("open", "close"), info.reasoning, strict=True)) if info.reasoning else None,
     }
+
+
+def model_details(status: ModelStatus) -> dict[str, Any]:
+    """Return the same object with the parts that both fingerprints are digests of."""
+    info = status.info
+    if info is None:
+        return model_object(status)
+    parts = {"fingerprint_parts": dict(info.fingerprint_parts), "default_parts": dict(info.default_parts)}
+    return {**model_object(status), **parts}
 
 
 def state_of(registry: Registry, status: ModelStatus) -> str:

@@ -29,7 +29,16 @@ ENGINE = (
 )
 """The engine from the ground up. A package imports packages on lower lines, and of its own line those before it."""
 
-SERVER = ("json_text hosts settings", "logs terminal ledger", "errors", "wire accounts", "api", "app", "run", "cli")
+SERVER = (
+    "json_text hosts settings",
+    "logs terminal ledger fingerprints",
+    "errors",
+    "wire accounts",
+    "api",
+    "app",
+    "run",
+    "cli",
+)
 """The same for the server, which sees of the engine nothing but its public face."""
 
 NO_TORCH = {

@@ -13,8 +13,7 @@ from asgi import CHAT, begin, call, run
 from fakes import INFO, STATS, FakeEngine, FakeRegistry, chat, make_app
 
 from engine import EngineDead, ModelStatus, ReproducibilityReport
-from server.api import openapi
-from server.api import fields
+from server.api import fields, openapi
 from server.app import create_app
 
 LOADING = ModelStatus("slow", "loading", "reading shard 2 of 5")
@@ -49,7 +48,11 @@ def test_both_prefixes_answer(path: str) -> None:
             "completion_tokens": 4,
             "total_tokens": 9,
             "prompt_tokens_details": {"cached_tokens": 2},
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "completion_tokens_details": {
+                "reasoning_tokens": 0,
+                "accepted_prediction_tokens": 0,
+                "rejected_prediction_tokens": 0,
+            },
         },
     }
 
@@ -127,7 +130,10 @@ def test_a_model_id_may_hold_a_slash() -> None:
 def test_the_list_and_the_single_model_agree() -> None:
     app = make_app(FakeEngine(), LOADING)
     for entry in call(app, path="/v1/models").json["data"]:
-        assert call(app, path=f"/v1/models/{entry['id']}").json == entry
+        single = call(app, path=f"/v1/models/{entry['id']}").json
+        parts = {name: single.pop(name) for name in ("fingerprint_parts", "default_parts") if name in single}
+        assert single == entry
+        assert bool(parts) == (entry["state"] == "ready"), "the list does not carry the parts"
 
 
 # -- health ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from asgi import Answer, begin
 from stepping import Steps
 
-from engine import AsyncEngine, ModelConfig, Registry
+from engine import AsyncEngine, ModelConfig, Registry, fingerprint_of
 from server.app import create_app
 
 BOUND = 20.0
@@ -37,6 +37,8 @@ def test_a_ready_server_says_what_it_serves(registry: Registry, engine: AsyncEng
         assert model["system_fingerprint"] == reply["system_fingerprint"]
         assert (model["id"], model["state"], model["context_length"]) == ("tiny", "ready", 128)
         assert model["reproducible"]["holds"] is True
+        assert fingerprint_of(model.pop("fingerprint_parts"), "vb-") == model["system_fingerprint"]
+        assert fingerprint_of(model.pop("default_parts"), "vd-") == model["defaults_fingerprint"]
         assert (await get(app, "/v1/models")).json["data"] == [model]
 
     asyncio.run(main())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import ModelConfig
+from engine import ModelConfig, part_differences
 from engine.loading import fingerprint, versions
 from engine.loading.loader import load
 
@@ -66,11 +66,23 @@ def test_a_start_with_the_lock_says_nothing(installed: dict[str, str], caplog: p
     assert not caplog.records
 
 
-def test_the_fingerprint_has_it(installed: dict[str, str]) -> None:
-    """A library that the fingerprint does not list by itself (jinja2) changes it once it is outside."""
-    tried = fingerprint.fingerprint({})
-    installed["jinja2"] = "3.0.9"
-    assert fingerprint.fingerprint({}) != tried
+WITHOUT_A_PART = {"accelerate", "gguf", "huggingface-hub"}
+"""They move bytes, or serve checkpoints of one kind only: docs/decisions/0024."""
+
+
+@pytest.mark.parametrize("name", sorted(versions.tried().keys() - WITHOUT_A_PART))
+def test_the_fingerprint_has_it(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    tried = fingerprint.library_parts()
+    installed[name] = "0.0.9"
+    if name == "torch":  # which says its build, too
+        monkeypatch.setattr("torch.__version__", installed["torch"])
+    assert part_differences(tried, fingerprint.library_parts()) == [f"{name} {tried[name]} → 0.0.9"]
+
+
+def test_a_library_that_transformers_computes_with_unasked_is_a_part(installed: dict[str, str]) -> None:
+    tried = fingerprint.library_parts()
+    installed["mamba-ssm"] = "2.2.6"
+    assert part_differences(tried, fingerprint.library_parts()) == ["only in the second: mamba-ssm 2.2.6"]
 
 
 def test_the_file_travels_with_the_package() -> None:

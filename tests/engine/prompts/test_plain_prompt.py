@@ -66,7 +66,7 @@ def test_a_place_is_the_number_of_whole_characters_before(name: str, shared: Any
 @pytest.mark.parametrize("name", KINDS)
 def test_an_echo_of_ids_is_their_text(name: str, shared: Any) -> None:
     found, words = prompts(name), Vocabulary.from_tokenizer(tokenizer(name))
-    known = [i for i in range(words.size) if i not in words.invalid_ids(words.size)]
+    known = sorted(set(range(words.size)) - set(words.invalid_ids(words.size)))
 
     @settings(max_examples=60, deadline=None)
     @given(st.lists(st.sampled_from(known), max_size=12))
@@ -82,7 +82,7 @@ def test_an_echo_of_ids_is_their_text(name: str, shared: Any) -> None:
 
 def test_an_echoed_text_is_the_callers_own() -> None:
     text = "Hello<|im_end|> naïve\n"
-    ids, echo = prompts("byte_level").encode(text, None, special=True, echo=True, field="prompt")
+    _, echo = prompts("byte_level").encode(text, None, special=True, echo=True, field="prompt")
     assert echo is not None
     assert echo.text == text
     assert "<|im_end|>" in echo.tokens
@@ -103,8 +103,7 @@ def test_what_a_text_spells_stays_text(name: str, shared: Any) -> None:
     def check(text: str) -> None:
         try:
             ids = encoder(name).encode_as_text(text, "prediction")
-        except InvalidFormat as refused:
-            assert refused.param == "prediction"
+        except InvalidFormat:
             return
         unknown = getattr(tokenizer(name), "unk_token_id", None)
         assert not {*ids} & {*words.values()} - {unknown}

@@ -179,3 +179,77 @@ def test_the_context_of_a_key_bounds_prompt_and_reply(shop: Shop) -> None:
         assert (refused.status, refused.error["message"], refused.error["param"]) == (400, words, "messages")
 
     asyncio.run(main())
+
+
+# -- several prompts of one request ----------------------------------------------------------------------------------
+
+
+def plainly(shop: Shop, **fields: Any) -> Exchange:
+    headers = [(b"authorization", f"Bearer {shop.key.secret}".encode())]
+    body = {"model": "tiny", "max_tokens": 3, "seed": 1, **fields}
+    return begin(shop.app, body, headers=headers, path="/v1/completions")
+
+
+def test_several_prompts_are_paid_as_one(shop: Shop) -> None:
+    async def main() -> Any:
+        answer = await plainly(shop, prompt=["ab", "cde", "f"], n=2).ended(BOUND)
+        assert answer.status == 200, answer.body
+        return answer.json["usage"]
+
+    usage = asyncio.run(main())
+    paid, rows = shop.paid()
+    assert len(rows) == 1
+    assert (rows[0][0], rows[0][2]) == (usage["prompt_tokens"], usage["completion_tokens"])
+    assert paid == usage["total_tokens"]
+
+
+def test_several_prompts_are_held_together_or_not_at_all(shop: Shop) -> None:
+    """Each would have been covered alone."""
+    shop.ledger.credit("ada", 15 - BALANCE)
+
+    async def main() -> None:
+        for prompts, status in ((["ab"] * 4, 402), (["ab"] * 2, 200)):
+            answer = await plainly(shop, prompt=prompts).ended(BOUND)
+            assert answer.status == status, answer.body
+
+    asyncio.run(main())
+    assert shop.ledger.check() == []
+
+
+def test_each_prompt_is_one_of_the_requests_that_run_at_once(shop: Shop, engine: AsyncEngine, steps: Steps) -> None:
+    shop.ledger.limit("ada", Limits(concurrent=3))
+
+    async def main() -> None:
+        hopeless = await plainly(shop, prompt=["a"] * 4).ended(BOUND)
+        assert (hopeless.status, hopeless.headers["x-should-retry"]) == (429, "false")
+        first = plainly(shop, prompt=["a", "b"])
+        await first.until(lambda: engine.num_unfinished == 2, BOUND)
+        second = await plainly(shop, prompt=["c", "d"]).ended(BOUND)
+        assert (second.status, second.error["code"]) == (429, "rate_limit_exceeded")
+        assert "x-should-retry" not in second.headers
+        third = plainly(shop, prompt=["c"])
+        await first.until(lambda: engine.num_unfinished == 3, BOUND)
+        steps.release()
+        assert [(await one.ended(BOUND)).status for one in (first, third)] == [200, 200]
+
+    asyncio.run(main())
+
+
+def test_who_leaves_pays_what_was_computed_of_all_prompts(shop: Shop, engine: AsyncEngine, steps: Steps) -> None:
+    async def main() -> None:
+        before = engine.stats().steps
+        exchange = plainly(shop, prompt=["x" * 60, "y" * 60], ignore_eos=True)
+        await exchange.until(lambda: engine.num_unfinished == 2 and at_the_door(engine), BOUND)
+        steps.grant(1)
+        await exchange.until(lambda: engine.stats().steps == before + 1 and at_the_door(engine), BOUND)
+        exchange.disconnect()
+        await exchange.until(lambda: engine.num_leaving > 0, BOUND)
+        steps.release()
+        assert exchange.task
+        await asyncio.wait_for(exchange.task, BOUND)
+
+    asyncio.run(main())
+    paid, [(prompt, cached, completion)] = shop.paid()
+    assert paid == prompt + completion
+    assert 0 < prompt - cached < 120
+    assert engine.num_unfinished == 0

@@ -214,9 +214,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("fields", "status", "param", "code", "words"), REFUSED, ids=lambda v: json.dumps(v)[:40])
-def test_bad_fields_are_refused_by_name(
-    fields: dict[str, Any], status: int, param: str, code: str, words: str
-) -> None:
+def test_bad_fields_are_refused_by_name(fields: dict[str, Any], status: int, param: str, code: str, words: str) -> None:
     engine = FakeEngine()
     answer = ask(make_app(engine), **fields)
     assert (answer.status, answer.error["param"], answer.error["code"]) == (status, param, code)

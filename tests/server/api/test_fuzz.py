@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from asgi import Answer, call
-from fakes import chat, make_app
+from fakes import chat, complete, make_app
 from hypothesis import example, given, settings, strategies as st
 
 from server.api import fields
+from server.api.completions.fields import COMPLETION
+from server.api.tokenizer.fields import DETOKENIZE, TOKENIZE
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +29,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = [*fields.CHAT.known, "unknown", ""]
+FIELDS = [*sorted(fields.CHAT.known), "unknown", ""]
 PART = st.fixed_dictionaries({}, optional={"type": st.just("text") | VALUES, "text": st.text(max_size=5) | VALUES})
 MESSAGE = st.fixed_dictionaries(
     {},
@@ -51,6 +53,17 @@ BODIES = st.fixed_dictionaries(
 )
 
 
+PROMPTS = st.text(max_size=5) | st.lists(st.text(max_size=3) | st.integers(-2, 1001), max_size=3) | VALUES
+PLAIN_FIELDS = [*sorted(COMPLETION.known), "unknown", ""]
+OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    # path: a good body, and the fields
+    "/v1/completions": (complete(), PLAIN_FIELDS),
+    "/tokenize": ({"prompt": "a"}, [*sorted(TOKENIZE.known), "unknown", ""]),
+    "/v1/tokenize": ({"messages": [{"role": "user", "content": "a"}]}, sorted(TOKENIZE.known)),
+    "/detokenize": ({"tokens": [1]}, [*sorted(DETOKENIZE.known), "unknown", ""]),
+}
+
+
 def check(answer: Answer) -> None:
     """Success in one of the two shapes, or an error in its one."""
     if answer.status != 200:
@@ -59,7 +72,7 @@ def check(answer: Answer) -> None:
     elif answer.headers["content-type"].startswith("text/event-stream"):
         assert answer.events[-1] == "[DONE]"
     else:
-        assert answer.json["object"] == "chat.completion"
+        assert answer.json.get("object") in ("chat.completion", "text_completion", None)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +97,22 @@ def test_any_object(served: Any, body: dict[str, Any]) -> None:
 def test_one_odd_field_in_a_good_body(served: Any, field: str, value: Any) -> None:
     """Most random bodies fail at their first field; this reaches all the others."""
     check(call(served, json.dumps(chat(**{field: value})).encode()))
+
+
+@pytest.mark.parametrize("path", OTHERS)
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_odd_fields_of_other_endpoints(served: Any, path: str, data: st.DataObject) -> None:
+    body, names = OTHERS[path]
+    odd = data.draw(st.dictionaries(st.sampled_from(names), VALUES | PROMPTS, max_size=2))
+    check(call(served, json.dumps({**body, **odd}).encode(), path=path))
+
+
+@given(prompt=PROMPTS, stream=st.booleans(), echo=st.booleans(), logprobs=st.none() | st.integers(-1, 21))
+@settings(max_examples=200, deadline=None)
+def test_any_prompt(served: Any, prompt: Any, stream: bool, echo: bool, logprobs: int | None) -> None:
+    body = complete(prompt=prompt, stream=stream, echo=echo, logprobs=logprobs)
+    check(call(served, json.dumps(body).encode(), path="/v1/completions"))
 
 
 @given(body=st.binary(max_size=40) | VALUES.map(lambda v: json.dumps(v).encode()))

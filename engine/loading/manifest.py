@@ -1,0 +1,72 @@
+"""List the files of a checkpoint that a load reads, and hash each of them once. Parses none of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from engine.checkpoints.checkpoint import TOKENIZER_FILES, Checkpoint
+from engine.config import ModelConfig
+from engine.types.model_manifest import ModelManifest
+
+__all__ = ["files_read", "hash_files", "manifest_of", "remote_code_files"]
+
+_CHUNK: Final = 1 << 22
+_CONFIGURATIONS: Final = (
+    *("config.json", "generation_config.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+)
+_TEMPLATES: Final = "additional_chat_templates/*.jinja"
+_INDEX: Final = "model.safetensors.index.json"
+
+
+def files_read(config: ModelConfig, found: Checkpoint) -> tuple[Path, ...]:
+    """List the files of a checkpoint that a load reads: weights, configurations, tokenizer, templates and code.
+
+    A GGUF file is read alone. What an entry names outside the checkpoint, such as a chat template, is no file of it.
+    """
+    folder = found.folder
+    if folder.is_file():
+        return (folder,)
+    names = [*_CONFIGURATIONS, *_tokenizer_files(folder)]
+    if found.files != (folder / "model.safetensors",):
+        names.append(_INDEX)
+    beside = [path for name in names if (path := folder / name).is_file()]
+    templates = [path for path in folder.glob(_TEMPLATES) if path.is_file()]
+    return (*found.files, *beside, *sorted(templates), *remote_code_files(config, found))
+
+
+def remote_code_files(config: ModelConfig, found: Checkpoint) -> tuple[Path, ...]:
+    """List the Python files of a checkpoint if the entry lets them run; else none of them is read."""
+    if not config.trust_remote_code or found.folder.is_file():
+        return ()
+    return tuple(sorted(path for path in found.folder.rglob("*.py") if path.is_file()))
+
+
+def hash_files(files: Sequence[Path]) -> dict[Path, str]:
+    """Hash the contents of files (SHA-256, hexadecimal), several at a time, each read once."""
+    with ThreadPoolExecutor(max_workers=min(4, len(files) or 1)) as pool:  # hashlib lets go of the interpreter lock
+        return dict(zip(files, pool.map(_digest, files), strict=True))
+
+
+def manifest_of(config: ModelConfig, found: Checkpoint, digests: Mapping[Path, str]) -> ModelManifest:
+    """Build the manifest from the files' digests. A checkpoint that is one file is named within its own folder."""
+    folder = found.folder if found.folder.is_dir() else found.folder.parent
+    name = config.repo or config.builtin or found.folder.name
+    return ModelManifest.of(name, {path.relative_to(folder).as_posix(): digest for path, digest in digests.items()})
+
+
+def _tokenizer_files(folder: Path) -> tuple[str, ...]:
+    """Name the files that a tokenizer is made of: tokenizer.json alone, or all that others consist of."""
+    return ("tokenizer.json",) if (folder / "tokenizer.json").exists() else (*TOKENIZER_FILES, "merges.txt")
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
