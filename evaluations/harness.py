@@ -28,6 +28,7 @@ class Job:
         model: a class of models in lm-eval: `local-completions`, `local-chat-completions`, `hf`.
         arguments: what its constructor takes.
         tasks: names of tasks; chat: whether the questions become messages.
+        batch_size: prompts of one request, or rows of one pass of `hf`.
         limit: items of each task; None: all.
         generation: fields of the requests that generate, beside the task's own.
     """
@@ -36,6 +37,7 @@ class Job:
     arguments: dict[str, Any]
     tasks: list[str] = field(default_factory=lambda: [FACTS, ANSWERS])
     chat: bool = False
+    batch_size: int = 1
     limit: int | None = None
     generation: dict[str, Any] = field(default_factory=dict)
 
@@ -54,7 +56,7 @@ def run(job: Job) -> dict[str, Any]:
     found = lm_eval.simple_evaluate(
         model=job.model,
         model_args=job.arguments,
-        batch_size=job.arguments.get("batch_size", 1),
+        batch_size=job.batch_size,
         tasks=job.tasks,
         task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
         limit=job.limit,
