@@ -71,7 +71,7 @@ def run(job: Job) -> dict[str, Any]:
 def _sample(sample: Any) -> list[Any]:
     choice = sample.output.choices[0]
     content = choice.logprobs.content if choice.logprobs is not None else []
-    return [choice.message.text, [_entry(token) for token in content]]
+    return [[choice.message.text, [_entry(token) for token in content]]]
 
 
 def _entry(token: Any) -> list[Any]:
