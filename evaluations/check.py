@@ -37,7 +37,7 @@ SERVERS: dict[str, dict[str, Any]] = {
 
 @dataclass(slots=True)
 class Found:
-    """The results of all runs, by kind of run and then by name. The first of each kind is what the others must equal."""
+    """The results of all runs, by kind of run and then by name. The others must equal the first of their kind."""
 
     texts: dict[str, Result] = field(default_factory=dict)
     chats: dict[str, Result] = field(default_factory=dict)
