@@ -31,6 +31,7 @@ class Job:
         batch_size: prompts of one request, or rows of one pass of `hf`.
         limit: items of each task; None: all.
         generation: fields of the requests that generate, beside the task's own.
+        system: what the system message says, of chats.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Job:
     batch_size: int = 1
     limit: int | None = None
     generation: dict[str, Any] = field(default_factory=dict)
+    system: str | None = None
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -62,6 +64,7 @@ def run(job: Job) -> dict[str, Any]:
         limit=job.limit,
         apply_chat_template=job.chat,
         gen_kwargs=job.generation or None,
+        system_instruction=job.system,
         bootstrap_iters=0,
         log_samples=True,
     )

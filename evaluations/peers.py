@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from benchmarks import machine, real_model, served
 from benchmarks.common import RESULTS, Summary, summary
@@ -27,6 +26,8 @@ from evaluations.harness import ANSWERS, FACTS
 ALONE, AGAIN, CROWD = "1 at once", "1 at once, again", "8 at once"
 PASSES = {ALONE: 1, AGAIN: 1, CROWD: 8}
 """The passes over all items, and how many requests each keeps under way."""
+SYSTEM = "Answer at length, and give your reasons."
+"""Makes answers long: in a longer text, another bit has more time to become another word."""
 MAX_TOKENS = 64
 CONTEXT = 1024
 
@@ -47,13 +48,22 @@ def ask(contestant: Contestant, base_url: str, model: str, settings: argparse.Na
     clients = Clients(settings.limit, settings.threads)
     generation = {"max_gen_toks": MAX_TOKENS, "until": ["<|im_end|>"]}
     for name, at_once in PASSES.items():
+        print(f"{contestant.name}: {name}", file=sys.stderr, flush=True)
         if ours:
             job = completions(base_url, model, settings.model, at_once)
             (contestant.facts[name],) = clients.harness([{**job, "tasks": [FACTS]}])
-        (contestant.answers[name],) = clients.harness([chat(base_url, model, at_once, generation=generation)])
+        (contestant.answers[name],) = clients.harness(
+            [chat(base_url, model, at_once, generation=generation, system=SYSTEM)]
+        )
         if contestant.name.startswith("transformers"):
             continue  # its chat completions have no log-probabilities
-        config = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "logprobs": True, "top_logprobs": 1, "seed": 1}
+        config = {
+            "system_message": SYSTEM,
+            "temperature": 0.0,
+            "max_tokens": MAX_TOKENS,
+            "logprobs": True,
+            "top_logprobs": 1,
+        }
         (contestant.tokens[name],) = clients.inspect([inspection(base_url, model, at_once, **config)])
 
 
