@@ -167,7 +167,9 @@ def check_elsewhere(folder: Path, source: Path, options: dict[str, Any]) -> None
     for line in source.read_bytes().splitlines():
         receipt = read_receipt(line)
         report = check_receipt(llm, receipt)
-        told = {"verdict": report.verdict, "flips": flips(llm, receipt), "sentence": report.sentence}
+        scores = [choice.score for choice in report.choices if choice.score is not None]
+        largest = [one.largest_difference for one in report.choices if one.largest_difference is not None]
+        told = {"verdict": report.verdict, "flips": flips(llm, receipt), "scores": scores, "differences": largest}
         print(json.dumps(told), flush=True)
 
 
@@ -237,6 +239,11 @@ def measure(report: Report, folder: Path, count: int, tokens: int) -> None:
                         flipped.append(position in one["flips"])
             area = auc(margins, flipped)
             known = {v: summary([n]) for v, n in verdicts.items()} | {"tokens that flip": summary([sum(flipped)])}
+            scores = [score for one in found for score in one["scores"]]
+            if scores:
+                known["score"] = summary(scores)
+            if differences := [value for one in found for value in one["differences"]]:
+                known["difference in log-probability"] = summary(differences)
             if area is not None:
                 known["AUC"] = summary([area])
             rounding = way != "int8"
