@@ -23,7 +23,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 LOCKED := install --quiet --require-hashes --no-deps --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test quick newest check lint types format docs bench zoo mutants demo-model lock clean
+.PHONY: help install serve test quick newest check lint types format docs bench zoo mutants evaluations demo-model lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -97,6 +97,17 @@ mutants: $(STAMP)  ## break the code in small ways and count what no test notice
 	  && .venv-mutants/bin/python -m pip install --quiet mutmut==3.8.1; }
 	nice .venv-mutants/bin/python tests/mutants.py $(ARGS)
 
+# So do the harnesses. The stamp is written last: an environment without it is made again.
+.venv-evals/.installed: requirements/evaluations.txt
+	$(PYTHON) -m venv --clear .venv-evals
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(.venv-evals/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	.venv-evals/bin/python -m pip install --quiet --no-compile --require-hashes --no-deps -r requirements/evaluations.txt
+	touch $@
+
+evaluations: $(STAMP) .venv-evals/.installed  ## check that lm-eval's and inspect-ai's numbers do not move (ARGS="--limit 20")
+	$(BIN)/python -m evaluations.check $(ARGS)
+
 demo-model: $(STAMP)  ## train the demo model again into demo/model (about two hours on two cores)
 	$(BIN)/python -m demo.train $(ARGS)
 
@@ -105,4 +116,4 @@ lock:  ## lock again after a change in pyproject.toml (ARGS="--upgrade" for the 
 	$(PYTHON) requirements/lock.py .venv-lock/bin/uv $(ARGS)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .venv-newest .venv-lock .venv-mutants build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-lock .venv-mutants .venv-evals build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

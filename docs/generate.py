@@ -63,8 +63,8 @@ _WHEN = {
     "Locked": "the ledger works, but another process holds a lock on this key's row",
     "ReceiptNotFound": "no receipt is kept for this key under this id, or the server keeps or signs none",
     "KeepingFault": "the receipts that are kept cannot be read",
-    "ReceiptError": "a receipt that was sent to be checked is none, or was altered; or a request asks for a receipt "
-    "and holds what none can",
+    "ReceiptError": "a receipt that was sent is none, or was altered; or a request asks for a receipt and "
+    "holds what none can",
     "ModelNotFound": "no entry has this id",
     "ModelLoading": "the model is not ready yet",
     "QueueFull": "`max_sequences` + `max_queue` requests are unfinished",

@@ -10,7 +10,7 @@ import json
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich import box
@@ -19,10 +19,10 @@ from rich.table import Table
 
 from engine import ReceiptError, document_of, generate_key, load_private_key, read_receipt, sign_receipt
 from server.configuration import ConfigOption, read_configuration
-from server.receipts.folder import receipt_in
-from server.receipts.keeping import Keeper, Kept
-from server.receipts.location import open_keeper
 from server.terminal import Terminal
+
+if TYPE_CHECKING:
+    from server.receipts.keeping import Keeper, Kept
 
 __all__ = ["receipts"]
 
@@ -64,6 +64,8 @@ def show(
     """Print a kept receipt."""
     with closing(_keeper(config)) as keeper:
         found = keeper.get(None, id)
+    from server.receipts.folder import receipt_in
+
     if found is None:
         raise ReceiptError(f"no receipt with the id {id[:200]!r} is kept here.")
     if as_kept:
@@ -103,6 +105,8 @@ def sign(
 
 
 def _keeper(config: Path | None) -> Keeper:
+    from server.receipts.location import open_keeper  # it takes the database's library
+
     _, settings = read_configuration(config, None, None)
     return open_keeper(settings, config)
 

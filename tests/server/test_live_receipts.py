@@ -81,9 +81,9 @@ def test_a_ledger_with_keys(tiny: Callable[[str], Path], tmp_path: Path, databas
     configure(tmp_path, tiny("qwen3"), "{keep: ledger, always: true}", ledger=url)
     secrets = []
     for name in ("ann", "bob"):
-        made = command(tmp_path, "keys", "create", name)
+        made = command(tmp_path, "keys", "create", name, "--json")
         assert made.returncode == 0, made.stderr
-        secrets.append(next(word for word in made.stdout.split() if word.startswith("sk-")))
+        secrets.append(json.loads(made.stdout)["key"])
     ann, bob = ({"authorization": f"Bearer {secret}"} for secret in secrets)
     with start([], tmp_path) as server:
         address = f"{server.url}/v1"

@@ -118,13 +118,6 @@ def _member(name: str, written: Sequence[Written]) -> bytes:
     return f'"{name}":{texts[0] if name == "receipt" else "[" + ",".join(texts) + "]"}'.encode()
 
 
-def _refuse_unrecorded(request: GenerationRequest) -> None:
-    """Refuse a receipt of a request whose prompt depends on what version 1 of the format does not hold."""
-    for name, given in (("suffix", request.suffix), ("add_special_tokens: false", not request.add_special_tokens)):
-        if given:
-            raise ReceiptError(f"receipt is not supported together with {name} by this build.", param="receipt")
-
-
 def to_be_recorded(request: GenerationRequest, info: ModelInfo) -> GenerationRequest:
     """Return a request as it must be prepared to be recorded: its template reads the clock of this moment."""
     return recorded(request, info, dt.datetime.now())
@@ -147,8 +140,6 @@ async def begin_recording(
     if form is None:
         return None
     try:
-        for request, _ in requests:
-            _refuse_unrecorded(request)
         recorders = [await receipts.begin(request, made, info, created, form) for request, made in requests]
     except ReceiptError as error:
         if asked:

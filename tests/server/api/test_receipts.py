@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +36,7 @@ from server.errors import KeepingFault
 from server.ledger.records import Limits, Prices
 from server.ledger.store import Ledger
 from server.receipts.folder import FolderKeeper
-from server.receipts.keeping import Keeper, Kept, Written
+from server.receipts.keeping import Keeper, Kept, LedgerKeeper, Written
 from server.receipts.service import Receipts
 from server.settings import ReceiptSettings, ServerSettings
 
@@ -311,6 +313,22 @@ def test_a_reply_is_not_lost_with_its_receipt(caplog: pytest.LogCaptureFixture) 
     assert "x-receipt-kept" not in call(app, chat(receipt=True)).headers
     assert "receipts" not in call(app, path="/health/ready").json
     assert caplog.text.count("receipts are kept again; 4 were not") == 1
+
+
+def test_a_ledger_that_is_locked_does_not_hold_replies(
+    file: Path, file_url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.ledger.database.BUSY_SECONDS", 0.05)
+    app = make(settings=ReceiptSettings(keep="ledger"), keeper=LedgerKeeper(Ledger(file_url, clock)))
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        answer = call(app, chat(receipt=True))
+        assert (answer.status, answer.headers["x-receipt-kept"]) == (200, "false")
+        assert read(answer.json["receipt"])
+        other.execute("ROLLBACK")
+    sent = call(app, chat(receipt=True))
+    assert "x-receipt-kept" not in sent.headers
+    assert call(app, path=f"/v1/receipts/{sent.json['id']}").json == sent.json["receipt"]
 
 
 def test_a_disk_that_hangs_does_not_hold_replies(monkeypatch: pytest.MonkeyPatch) -> None:
