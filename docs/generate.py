@@ -39,7 +39,7 @@ from server.api.models import model_details
 from server.api.tokenizer.fields import DETOKENIZE, TOKENIZE
 from server.cli import app
 from server.errors import classify, headers_of
-from server.settings import ServerSettings
+from server.settings import ReceiptSettings, ServerSettings
 from server.wire.protocol import REFUSALS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +61,10 @@ _WHEN = {
     "LedgerFault": "the ledger cannot be read or written; nothing is served meanwhile",
     "Unwritable": "the ledger works, but cannot store a value of this request",
     "Locked": "the ledger works, but another process holds a lock on this key's row",
+    "ReceiptNotFound": "no receipt is kept for this key under this id, or the server keeps or signs none",
+    "KeepingFault": "the receipts that are kept cannot be read",
+    "ReceiptError": "a receipt that was sent is none, or was altered; or a request asks for a receipt and "
+    "holds what none can",
     "ModelNotFound": "no entry has this id",
     "ModelLoading": "the model is not ready yet",
     "QueueFull": "`max_sequences` + `max_queue` requests are unfinished",
@@ -111,7 +115,8 @@ def models_yaml() -> str:
         "    cache_size: 2GiB\n    sampling: {temperature: 0.7}\nserver:\n  port: 9000\n```\n\n"
         "## models\n\n"
         f"An entry gives `id` and exactly one of `path`, `repo` and `builtin`.\n\n{_keys(ModelConfig)}\n"
-        f"## server\n\n{_keys(ServerSettings)}"
+        f"## server\n\n{_keys(ServerSettings)}\n"
+        f"### receipts\n\nSee [Keeping receipts](../guides/keeping-receipts.md).\n\n{_keys(ReceiptSettings)}"
     )
 
 
@@ -385,7 +390,8 @@ def _parameter(parameter: Any, hint: Any) -> tuple[str, ...]:
     option = parameter.param_type_name == "option"
     names = ", ".join(f"`{n}`" for n in sorted([*parameter.opts, *parameter.secondary_opts], key=len, reverse=True))
     default = "required" if parameter.required else _shown(parameter.default)
-    return (names if option else f"`{parameter.name.upper()}`"), _type_name(hint), default, parameter.help or ""
+    argument = parameter.metavar or parameter.name.upper()
+    return (names if option else f"`{argument}`"), _type_name(hint), default, parameter.help or ""
 
 
 # -- families --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,9 @@
 """The public face of the engine: what `server` and scripts may import. `__init__.py` reads this list."""
 
+from engine.checkpoints.contents import (
+    CheckpointFiles as CheckpointFiles,
+    checkpoint_files as checkpoint_files,
+)
 from engine.checkpoints.noise_checkpoint import ensure_noise_checkpoint as ensure_noise_checkpoint
 from engine.config import (
     ModelConfig as ModelConfig,
@@ -23,6 +27,7 @@ from engine.errors import (
     OutOfMemory as OutOfMemory,
     QueueFull as QueueFull,
     QueueTimeout as QueueTimeout,
+    ReceiptError as ReceiptError,
     ReplyFault as ReplyFault,
     RequestError as RequestError,
     TemplateRefused as TemplateRefused,
@@ -34,6 +39,42 @@ from engine.host_memory import address_space as address_space
 from engine.llm import (
     LLM as LLM,
     Completion as Completion,
+)
+from engine.receipts.check import ReceiptCheck as ReceiptCheck
+from engine.receipts.difference import (
+    Difference as Difference,
+    pair_receipts as pair_receipts,
+    receipt_differences as receipt_differences,
+)
+from engine.receipts.reading import (
+    MOST_RECEIPT_BYTES as MOST_RECEIPT_BYTES,
+    document_of as document_of,
+    read_receipt as read_receipt,
+)
+from engine.receipts.receipt import (
+    Receipt as Receipt,
+    ServerRecord as ServerRecord,
+)
+from engine.receipts.recorder import (
+    Recorder as Recorder,
+    recorded as recorded,
+)
+from engine.receipts.signing import (
+    generate_key as generate_key,
+    load_private_key as load_private_key,
+    load_public_key as load_public_key,
+    public_pem as public_pem,
+    sign_receipt as sign_receipt,
+    verify_envelope as verify_envelope,
+)
+from engine.receipts.verdict import (
+    EXPECTED_SCORE as EXPECTED_SCORE,
+    MOST_TOLERANCE as MOST_TOLERANCE,
+    TOLERANCE as TOLERANCE,
+    CheckReport as CheckReport,
+    ChoiceReport as ChoiceReport,
+    Mode as Mode,
+    Verdict as Verdict,
 )
 from engine.serving.async_engine import AsyncEngine as AsyncEngine
 from engine.serving.fair_lock import FairLock as FairLock
@@ -89,3 +130,4 @@ from engine.types.tools import (
     Tool as Tool,
     ToolChoice as ToolChoice,
 )
+from engine.verification import check_receipt as check_receipt

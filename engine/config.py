@@ -9,6 +9,7 @@ import datetime as dt
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -197,13 +198,25 @@ def validate(model: type[M], data: dict[str, Any], where: str) -> M:
         for item in error.errors():
             key = ".".join(str(part) for part in item["loc"])
             if item["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(key, list(model.model_fields), n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(model.model_fields)}"
+                *path, name = item["loc"]
+                known = list(_mapping_at(model, path).model_fields)
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
                 lines.append(f"unknown key {key!r}{hint}")
             else:
                 message = item["msg"].removeprefix("Value error, ")
                 lines.append(f"{key}: {message} (got {item['input']!r})" if key else message)
         raise ConfigError(f"{where}: {'; '.join(lines)}.") from None
+
+
+def _mapping_at(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
+    """Return the mapping that a path of keys leads to, as far as each key's value is one."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        model = field.annotation
+    return model
 
 
 def _absolute(entry: dict[str, Any], base: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ VerbatimError
 ├── ConfigError               models.yaml or the command line
 ├── LoadError                 the checkpoint cannot be loaded
 │   └── NotEnoughMemory              carries needed and free bytes
+├── ReceiptError              a receipt cannot be read, or its signature does not hold
 ├── ReplyFault                a fault of this program, in reading or checking one reply; the engine goes on
 └── Unavailable               not the caller's fault; the same request may succeed later or on another server
     ├── QueueFull
@@ -39,6 +40,7 @@ __all__ = [
     "OutOfMemory",
     "QueueFull",
     "QueueTimeout",
+    "ReceiptError",
     "ReplyFault",
     "RequestError",
     "TemplateRefused",
@@ -116,6 +118,10 @@ class LoadError(VerbatimError):
 
 class NotEnoughMemory(LoadError):
     code = "not_enough_memory"
+
+
+class ReceiptError(VerbatimError):
+    code = "invalid_receipt"
 
 
 class ReplyFault(VerbatimError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import itertools
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +14,8 @@ from typing import Any
 from engine.config import ModelConfig, entry_of, validate
 from engine.engine import Engine
 from engine.loading.loader import load
+from engine.receipts.receipt import Receipt
+from engine.receipts.recorder import Recorder, recorded
 from engine.types.messages import ChatMessage, ToolCall
 from engine.types.model_info import ModelInfo
 from engine.types.outputs import FinishReason, RequestOutput, TokenLogprob, Usage
@@ -36,6 +40,8 @@ class Completion:
     reasoning: str = ""
     """The thoughts before the text, if the model thinks."""
     tool_calls: tuple[ToolCall, ...] = ()
+    receipt: Receipt | None = None
+    """That of the whole request, if one was asked for. `check_receipt` checks it."""
 
 
 class LLM:
@@ -118,7 +124,9 @@ class LLM:
         Raises:
             RequestError: it is refused.
         """
-        prepared = self.engine.prepare(self.request(prompt, **fields))
+        return self._queue(self.engine.prepare(self.request(prompt, **fields)))
+
+    def _queue(self, prepared: PreparedRequest) -> PreparedRequest:
         self.engine.add(prepared)
         self._boxes[prepared.request_id] = deque()
         return prepared
@@ -158,24 +166,49 @@ class LLM:
         """
         return self.outputs(self.add(prompt, **fields).request_id)
 
-    def generate(self, prompt: Prompt, **fields: Any) -> list[Completion]:
-        """All choices of one prompt. `fields`: as in `request`."""
-        return self.generate_many([prompt], **fields)[0]
+    def generate(self, prompt: Prompt, *, receipt: bool = False, **fields: Any) -> list[Completion]:
+        """All choices of one prompt, with a receipt if one is asked for. `fields`: as in `request`."""
+        return self.generate_many([prompt], receipt=receipt, **fields)[0]
 
-    def generate_many(self, prompts: Sequence[Prompt], **fields: Any) -> list[list[Completion]]:
+    def generate_many(
+        self, prompts: Sequence[Prompt], *, receipt: bool = False, **fields: Any
+    ) -> list[list[Completion]]:
         """All choices of several prompts, which share the steps. The answers are the same as one by one, only sooner.
 
-        `fields`: as in `request`.
+        `receipt`: whether each prompt's completions come with a receipt. `fields`: as in `request`.
         """
+        if receipt:
+            return self._recorded_many([self.request(prompt, **fields) for prompt in prompts])
         added = [self.add(prompt, **fields) for prompt in prompts]
         return [join_outputs(list(self.outputs(r.request_id)), r.params.seed or 0) for r in added]
+
+    def _recorded_many(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
+        now = dt.datetime.now()
+        added = []
+        for request in (recorded(request, self.info, now) for request in requests):
+            prepared = self.engine.prepare(request)
+            recorder = Recorder(
+                request, prepared, self.info, id=f"llm-{uuid.uuid4().hex}", created=int(now.timestamp())
+            )
+            added.append((self._queue(prepared), recorder))
+        found = []
+        for prepared, recorder in added:
+            outputs = list(self.outputs(prepared.request_id))
+            for output in outputs:
+                recorder.add(output)
+            found.append(join_outputs(outputs, prepared.params.seed or 0, recorder.receipt()))
+        return found
+
+    def token_text(self, token_id: int) -> str:
+        """Return a token as text, or as `bytes:…` if it is no complete text by itself."""
+        return self.engine.model.vocabulary.token_text(token_id)
 
     def close(self) -> None:
         """End the process in which grammars are tried; without this it ends with the object."""
         self.engine.close()
 
 
-def join_outputs(outputs: Sequence[RequestOutput], seed: int) -> list[Completion]:
+def join_outputs(outputs: Sequence[RequestOutput], seed: int, receipt: Receipt | None = None) -> list[Completion]:
     """Join the outputs of one request into its finished choices. `seed`: the one that it was prepared with."""
     usage = outputs[-1].usage
     deltas = [delta for output in outputs for delta in output.deltas]
@@ -196,6 +229,7 @@ def join_outputs(outputs: Sequence[RequestOutput], seed: int) -> list[Completion
                 logprobs,
                 "".join(d.reasoning for d in mine),
                 tuple(call for d in mine for call in d.tool_calls),
+                receipt,
             )
         )
     return completions

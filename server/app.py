@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -28,9 +29,11 @@ from server.api.completions.fields import COMPLETION
 from server.api.completions.reply import CompletionChunks, CompletionCollector
 from server.api.generation import Endpoint
 from server.api.models import model_details, model_object, state_of
+from server.api.receipts.routes import receipt_routes
 from server.api.tokenizer.routes import tokenizer_routes
 from server.errors import NoKeys, install
 from server.ledger.records import read_since
+from server.receipts.service import Receipts
 from server.settings import ServerSettings
 from server.wire.bodies import Bodies
 from server.wire.envelope import Envelope
@@ -41,13 +44,20 @@ _SILENT: Final = frozenset({"/health/live"})
 """Paths that tell nothing about models. Without keys `/health/ready` names them."""
 
 
-def create_app(registry: Registry, settings: ServerSettings | None = None, meter: Meter | None = None) -> FastAPI:
+def create_app(
+    registry: Registry,
+    settings: ServerSettings | None = None,
+    meter: Meter | None = None,
+    receipts: Receipts | None = None,
+) -> FastAPI:
     """Build the ASGI application over a registry. The caller starts the registry; the application closes it.
 
-    With a `meter` every path except `authentication.OPEN` needs a key. The application closes the meter, too.
+    With a `meter` every path except `authentication.OPEN` needs a key. The application closes the meter and the
+    `receipts`, too. Without those, receipts are neither signed nor kept.
     """
     settings = settings or ServerSettings()
-    service = Service(registry, settings, meter, Bodies(settings))
+    receipts = receipts or Receipts(clock=time.time)  # noqa: TID251  the wall clock's days
+    service = Service(registry, settings, meter, Bodies(settings), receipts)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -57,6 +67,7 @@ def create_app(registry: Registry, settings: ServerSettings | None = None, meter
         if meter:
             await meter.drain()
             meter.close()
+        receipts.close()
 
     app = FastAPI(
         title="verbatim",
@@ -69,10 +80,12 @@ def create_app(registry: Registry, settings: ServerSettings | None = None, meter
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     for prefix in PREFIXES:
-        for routes in (_completions(service), _models(service), _usage(service), tokenizer_routes(service)):
+        for routes in (_completions(service), _models(service), _usage(service)):
+            app.include_router(routes, prefix=prefix)
+        for routes in (tokenizer_routes(service), receipt_routes(service)):
             app.include_router(routes, prefix=prefix)
     app.include_router(tokenizer_routes(service))  # where clients of vLLM look for them
-    app.include_router(_health(registry, meter))
+    app.include_router(_health(registry, meter, receipts))
     install(app, settings.retry_after_seconds)
     _add_middleware(app, settings, meter)
     if meter:
@@ -171,7 +184,7 @@ def _one_of(value: str | None, allowed: tuple[str, ...], name: str) -> str | Non
     return value
 
 
-def _health(registry: Registry, meter: Meter | None) -> APIRouter:
+def _health(registry: Registry, meter: Meter | None, receipts: Receipts) -> APIRouter:
     """Routes for health checks. Nobody needs a key for them, so with keys they do not tell about the models."""
     router = APIRouter(prefix="/health")
 
@@ -184,7 +197,7 @@ def _health(registry: Registry, meter: Meter | None) -> APIRouter:
         states = {status.id: state_of(registry, status) for status in registry.list()}
         good, told = meter.health() if meter else (True, {"models": states})
         good = good and all(state == "ready" for state in states.values())
-        body = {"status": "ready" if good else "not ready", **told}
+        body = {"status": "ready" if good else "not ready", **told, **receipts.health()}
         return JSONResponse(body, status_code=200 if good else 503)
 
     return router

@@ -5,7 +5,6 @@ Heavy imports are inside the commands, because `--help` must not wait for torch.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,22 +13,16 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from engine import (
-    ConfigError,
-    ModelConfig,
-    SamplingParams,
-    VerbatimError,
-    address_space,
-    entry_of,
-    parse_models,
-    read_yaml,
-    validate,
-)
+from engine import ModelConfig, SamplingParams, VerbatimError, validate
 from server import fingerprints
 from server.accounts import commands
 from server.accounts.location import in_use
+from server.batch.commands import batch
+from server.bundle.commands import bundle
+from server.configuration import ConfigOption, ModelOption, PullOption, before_anything_heavy, read_configuration
 from server.logs import printable
-from server.settings import ServerSettings, read_settings
+from server.receipts import commands as receipts, keeping_commands
+from server.settings import ServerSettings
 from server.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -43,24 +36,17 @@ app = typer.Typer(
 )
 app.add_typer(commands.keys, name="keys")
 app.command("usage")(commands.usage)
+app.command("verify")(receipts.verify)
+app.command("replay")(receipts.replay)
+app.command("diff")(receipts.diff)
+app.command("batch")(batch)
+app.add_typer(bundle, name="bundle")
+app.add_typer(keeping_commands.receipts, name="receipts")
 models_app = typer.Typer(help="Inspect the models of a configuration.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 
 out = Terminal()
 err = Terminal(stderr=True)
-
-DEFAULT_CONFIG = Path("models.yaml")
-LEAST_ADDRESS_SPACE = 1536 * 2**20
-"""Bytes. Measured on two cores: 1,200 MiB suffice for the demo model; with 1,024 MiB threads cannot be started."""
-DEMO = ModelConfig(id="demo", builtin="demo", max_completion_tokens=512)
-
-ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A models.yaml. Default: ./models.yaml.")]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", "-m", help="Use this folder, GGUF file or hub id instead of a configuration.")
-]
-PullOption = Annotated[
-    bool, typer.Option("--pull", help="Allow downloads from the hub. Default: nothing is downloaded.")
-]
 
 
 def main() -> None:
@@ -91,23 +77,26 @@ def serve(
     pull: PullOption = False,
 ) -> None:
     """Serve chat completions at http://HOST:PORT/v1 and /api/v1."""
-    entries, settings = _configuration(config, model, name)
+    entries, settings = read_configuration(config, model, name)
     hosts = [*settings.hosts, *validate(ServerSettings, {"hosts": allow_host or []}, "--allow-host").hosts]
     flags = (("host", host), ("port", port), ("hosts", hosts), ("allow_anonymous", allow_anonymous or None))
     given = {key: value for key, value in flags if value is not None}
     settings = settings.model_copy(update=given)
     ledger = in_use(settings, config)  # before anything heavy, so that an error is shown at once
-    _before_anything_heavy(pull)
+    from server.receipts.location import open_receipts
+
+    receipts = open_receipts(settings, config)
+    before_anything_heavy(pull)
     from server.run import run
 
-    run(entries, settings, ledger=ledger, pull=pull, console=err)
+    run(entries, settings, ledger=ledger, receipts=receipts, pull=pull, console=err)
 
 
 @models_app.command("check")
 def check(config: ConfigOption = None, model: ModelOption = None, pull: PullOption = False) -> None:
     """Load every model, run the self-test on this machine and print the findings."""
-    entries, _ = _configuration(config, model, None)
-    _before_anything_heavy(pull)
+    entries, _ = read_configuration(config, model, None)
+    before_anything_heavy(pull)
     failed = 0
     for entry in entries:
         with err.status(escape(f"{entry.id}: loading")) as status:
@@ -163,8 +152,8 @@ def fingerprint(
         code, lines = fingerprints.compare(*files)
         print(*lines, sep="\n", file=sys.stderr if code == fingerprints.UNREADABLE else sys.stdout)
         raise typer.Exit(code)
-    entries, _ = _configuration(config, model, None)
-    _before_anything_heavy(pull)
+    entries, _ = read_configuration(config, model, None)
+    before_anything_heavy(pull)
     found = []
     for entry in entries:
         with err.status(escape(f"{entry.id}: loading")) as status:
@@ -197,8 +186,8 @@ def generate(
     }
     sampling = {key: value for key, value in given.items() if value is not None}
     SamplingParams.merged(sampling)  # refuses a value out of range before a model is loaded
-    entries, _ = _configuration(config, model, None)
-    _before_anything_heavy(pull)
+    entries, _ = read_configuration(config, model, None)
+    before_anything_heavy(pull)
     with err.status(escape(f"{entries[0].id}: loading")) as status:
         llm = _open(entries[0], pull, lambda text: status.update(escape(f"{entries[0].id}: {text}")))
     from engine import ChatMessage
@@ -216,48 +205,3 @@ def _open(entry: ModelConfig, pull: bool, progress: Any) -> LLM:
     from engine import LLM
 
     return LLM.from_config(entry, pull=pull, progress=progress)
-
-
-def _configuration(
-    config: Path | None, model: str | None, name: str | None
-) -> tuple[tuple[ModelConfig, ...], ServerSettings]:
-    """Return entries and settings: from --model, from --config, from ./models.yaml, or of the demo model."""
-    if model is not None:
-        if config is not None:
-            raise ConfigError("give either --config or --model, not both.")
-        entry = entry_of(model, "--model", name)
-        return (validate(ModelConfig, entry, "--model"),), ServerSettings()
-    if name is not None:
-        raise ConfigError("--name goes with --model; in a models.yaml each entry has its id.")
-    file = config or DEFAULT_CONFIG
-    if config is None and not file.exists():
-        err.print(
-            f"No {DEFAULT_CONFIG} here and no --model: taking the demo model, [bold]which knows little.[/]",
-            highlight=False,
-        )
-        return (DEMO,), ServerSettings()
-    if not file.exists():
-        raise ConfigError(
-            f"{file} does not exist. Name another with --config, or a folder with a checkpoint with --model DIR."
-        )
-    data = read_yaml(file)
-    settings = read_settings(data, str(file))
-    return parse_models(data.get("models"), base=file.resolve().parent, where=str(file)), settings
-
-
-def _before_anything_heavy(pull: bool) -> None:
-    """Check the memory limit and set the hub's variables, both of which must happen before torch is imported.
-
-    Raises:
-        ConfigError: the process may address less memory than the libraries need; they would end it with a signal.
-    """
-    limit = address_space()
-    if limit is not None and limit < LEAST_ADDRESS_SPACE:
-        raise ConfigError(
-            f"this process may address {limit >> 20} MiB (ulimit -v); torch and its threads alone take up to "
-            f"{LEAST_ADDRESS_SPACE >> 20} MiB. Raise the limit, or lift it with: ulimit -v unlimited."
-        )
-    if not pull:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # The loader shows its own progress; a second bar would garble the display.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

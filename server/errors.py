@@ -21,6 +21,7 @@ from engine import (
     ModelNotFound,
     NumericalFault,
     OutOfMemory,
+    ReceiptError,
     RequestError,
     Unavailable,
     VerbatimError,
@@ -102,6 +103,18 @@ class NoKeys(VerbatimError):
     code = "no_keys"
 
 
+class ReceiptNotFound(VerbatimError):
+    """There is no receipt, or no key of receipts, at this path for this key."""
+
+    code = "receipt_not_found"
+
+
+class KeepingFault(VerbatimError):
+    """Receipts cannot be kept, or those that are kept cannot be read: a full disk, a locked ledger."""
+
+    code = "receipts_unavailable"
+
+
 class ClientGone(Exception):
     """The client closed the connection, so no answer can be sent."""
 
@@ -119,7 +132,10 @@ TABLE: Final[tuple[tuple[type[VerbatimError], int, str], ...]] = (
     (BodyTooLarge, 413, "invalid_request_error"),
     (RateLimited, 429, "rate_limit_error"),
     (LedgerFault, 503, "server_error"),
+    (KeepingFault, 503, "server_error"),
     (NoKeys, 404, "invalid_request_error"),
+    (ReceiptNotFound, 404, "invalid_request_error"),
+    (ReceiptError, 422, "invalid_request_error"),
     (ModelNotFound, 404, "invalid_request_error"),
     (InvalidParameter, 422, "invalid_request_error"),
     (InvalidFormat, 400, "invalid_request_error"),
@@ -154,6 +170,9 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
         if isinstance(error, LedgerFault):  # its message names hosts, users and files: only for the log
             message = "the server's keys and balances cannot be used at the moment; its log says why."
             return status, error_body(message, kind, None, error.code)
+        if isinstance(error, KeepingFault):  # the same
+            message = "the receipts that this server keeps cannot be used at the moment; its log says why."
+            return status, error_body(message, kind, None, error.code)
         return status, error_body(error.message, kind, error.param, error.code, **error.details)
     reference = secrets.token_hex(8)
     log.error("internal error %s", reference, exc_info=error)
@@ -170,7 +189,7 @@ def headers_of(error: BaseException, retry_after: int) -> dict[str, str]:
         return {"retry-after": str(error.retry_after), **final}
     if isinstance(error, BodyTooSlow):
         return {"connection": "close", "x-should-retry": "false"}
-    if not isinstance(error, Unavailable | LedgerFault):
+    if not isinstance(error, Unavailable | LedgerFault | KeepingFault):
         return {}
     if isinstance(error, FINAL):
         return {"retry-after": str(retry_after), "x-should-retry": "false"}

@@ -19,6 +19,7 @@ __all__ = [
     "MAX_NAMES",
     "MAX_VALUES",
     "escape_line_breaks",
+    "excess_in",
     "excess_of",
     "kind_of",
     "load_body",
@@ -51,7 +52,7 @@ def load_body(raw: bytes) -> dict[str, Any]:
         InvalidFormat: not UTF-8, not JSON, not an object, nested too deeply, a field twice in an object.
         InvalidParameter: too many values.
     """
-    if excess := _excess(raw):
+    if excess := excess_in(raw):
         raise InvalidParameter(f"The body holds more than {excess}; at most that many are allowed.")
     try:
         text = raw.decode("utf-8")
@@ -82,7 +83,7 @@ def load_text(text: str) -> Any:
     Raises:
         ValueError: it is not JSON, or too much of it.
     """
-    if excess := _excess(text.encode()):
+    if excess := excess_in(text.encode()):
         raise ValueError(f"more than {excess}")
     try:
         value = json.loads(text)
@@ -98,10 +99,10 @@ def excess_of(texts: Iterable[str]) -> str:
 
     Correct up to the first text that is not JSON.
     """
-    return _excess(",".join(texts).encode())
+    return excess_in(",".join(texts).encode())
 
 
-def _excess(raw: bytes) -> str:
+def excess_in(raw: bytes) -> str:
     """Say which limit a text exceeds, without parsing it; empty if none.
 
     A value is an object, a list, or follows a comma; a name precedes a colon. Most texts have far fewer such characters

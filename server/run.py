@@ -29,6 +29,7 @@ from server.accounts.settling import BEAT_SECONDS
 from server.app import create_app
 from server.ledger.records import Prices
 from server.ledger.store import Ledger
+from server.receipts.service import Receipts
 from server.settings import LOOPBACK, ServerSettings
 from server.wire.connections import Connections, room_for_connections
 from server.wire.protocol import bounded_protocol
@@ -69,12 +70,19 @@ class Server(uvicorn.Server):
 
 
 def run(
-    entries: Sequence[ModelConfig], settings: ServerSettings, *, ledger: str | None, pull: bool, console: Console
+    entries: Sequence[ModelConfig],
+    settings: ServerSettings,
+    *,
+    ledger: str | None,
+    receipts: Receipts,
+    pull: bool,
+    console: Console,
 ) -> None:
     """Serve until a signal arrives. The socket is opened before the models load, so a port in use is reported at once.
 
     Args:
         ledger: the ledger's URL; None where there are no keys.
+        receipts: closed at the end.
 
     Raises:
         ConfigError: the address cannot be bound.
@@ -92,7 +100,7 @@ def run(
             f"[yellow]This process may have {connections.limit} connections, not {settings.max_connections}: raise its "
             "limit of open files (ulimit -n).[/]"
         )
-    config = configured(create_app(registry, settings, meter), settings, connections)
+    config = configured(create_app(registry, settings, meter, receipts), settings, connections)
     server = Server(config, registry, settings.shutdown_seconds)
     # uvicorn shuts down on SIGTERM and then raises it again, which must not end the process with a signal.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -107,6 +115,7 @@ def run(
         ended = registry.close()
         if meter:
             meter.close()
+        receipts.close()
         listener.close()
         console.print("stopped.", highlight=False)
         if not ended:  # threads that still compute while the interpreter shuts down would end it with a signal

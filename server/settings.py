@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -28,6 +29,34 @@ class Price(BaseModel):
     """A token of the prompt that was in the prefix cache."""
     completion: int = Field(default=1, ge=0, le=DEAREST)
     """A generated token."""
+
+
+class ReceiptSettings(BaseModel):
+    """Which replies get a receipt, what it holds, who signs it, and where it is kept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keep: str | None = None
+    """Where receipts are kept: a folder, in which each key has a folder of its own, or `ledger`: in the ledger's
+    database. Default: nowhere; a receipt is sent with its reply and forgotten."""
+    days: int | None = Field(default=None, ge=1, le=36_500)
+    """A kept receipt is deleted after this many days. Default: never."""
+    sign: Path | None = None
+    """A private Ed25519 key (PEM, made by `verbatim receipts keygen`): `receipt` is then a signed envelope."""
+    always: bool = False
+    """Keep a receipt of every reply, also of those that are not asked for one. Needs `keep`."""
+    text: bool = True
+    """False: receipts hold digests in place of prompts and replies. A request that asks for more gets the digests, and
+    the header `x-receipt-form: digest`."""
+
+    @model_validator(mode="after")
+    def _kept_somewhere(self) -> ReceiptSettings:
+        if self.keep is not None and not self.keep.strip():
+            raise ValueError("keep must be a folder or ledger, not an empty text")
+        for name, given in (("always", self.always), ("days", self.days is not None)):
+            if given and self.keep is None:
+                raise ValueError(f"{name} needs keep: without it, receipts are kept nowhere")
+        return self
 
 
 class ServerSettings(BaseModel):
@@ -74,6 +103,8 @@ class ServerSettings(BaseModel):
     cors_origins: list[str] = Field(default_factory=list)
     """Origins whose pages may use the server from a browser; `*` allows all. Default: only pages that come from the
     server's own address."""
+    receipts: ReceiptSettings = Field(default_factory=ReceiptSettings)
+    """Receipts of replies: `{keep, days, sign, always, text}`."""
     access_log: bool = False
     """Log one line per request: time, path, key, status. Never its text."""
     log_format: Literal["text", "json"] = "text"

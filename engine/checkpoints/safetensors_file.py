@@ -10,8 +10,8 @@ import math
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from engine.checkpoints import json_files
 from engine.errors import LoadError
+from engine.text import bounded_json
 
 __all__ = ["TensorEntry", "read_header"]
 
@@ -50,7 +50,7 @@ def read_header(file: Path, name: str) -> dict[str, TensorEntry]:
                 raise ValueError("the header is longer than the file")
             if length > LONGEST_HEADER:
                 raise ValueError(f"the header has {length} bytes, more than {LONGEST_HEADER} are not read")
-            table = json_files.parse(handle.read(length))
+            table = bounded_json.parse(handle.read(length))
         if not isinstance(table, dict):
             raise ValueError("the header is not a JSON object")
         table.pop("__metadata__", None)

@@ -6,6 +6,7 @@ Content never becomes a control token. Knows templates, chat formats and control
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,9 @@ class ChatPrompts:
         form = self._chat_format.template_format
         if self._by_template(request.tools) and form is not None and CALL_ID in form.close:
             messages = [_with_short_ids(message) for message in messages]
-        return Conversation(tuple(messages), request.tools, variables, request.add_generation_prompt)
+        return Conversation(
+            tuple(messages), request.tools, variables, request.clock, again=request.add_generation_prompt
+        )
 
     def render(self, conversation: Conversation) -> str:
         """Render the prompt's text.
@@ -85,20 +88,22 @@ class ChatPrompts:
         Raises: what `ChatTemplate.render` raises.
         """
         messages: Sequence[ChatMessage] = conversation.messages
-        tools, variables, again = list(conversation.tools), conversation.variables, conversation.again
+        tools, variables = list(conversation.tools), conversation.variables
+        clock, again = conversation.clock, conversation.again
         if self._by_template(tools):
             form = self._chat_format.template_format
             if form is not None and form.between is None:
                 messages = one_call_a_turn(messages)
             if form is not None and not self._chat_format.writes_calls:
                 messages = with_written_calls(messages, form)
-            return self._template.render(messages, variables, again=again, tools=tools)
+            return self._template.render(messages, variables, again=again, tools=tools, clock=clock)
         if not tools and not any(m.tool_calls or m.role == "tool" for m in messages):
-            return self._template.render(messages, variables, again=again)
+            return self._template.render(messages, variables, again=again, clock=clock)
+        generic = functools.partial(generic_messages, messages, tools)
         try:
-            return self._template.render(generic_messages(messages, tools, system=True), variables, again=again)
+            return self._template.render(generic(system=True), variables, again=again, clock=clock)
         except TemplateRefused:  # it may know no system turn
-            return self._template.render(generic_messages(messages, tools, system=False), variables, again=again)
+            return self._template.render(generic(system=False), variables, again=again, clock=clock)
 
     def encode(self, conversation: Conversation, text: str) -> Encoded:
         """Encode a rendered conversation, so that control words that the request spells become text.

@@ -9,6 +9,7 @@ and before each that can end one. A control word in the marked prompt is the tem
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import json
 import re
 from abc import ABC, abstractmethod
@@ -44,11 +45,12 @@ _LETTERS: Final = re.compile(r"\w")
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a template renders of a request."""
+    """What a template renders of a request. `clock`: what it tells as the time; None: the template's own clock."""
 
     messages: tuple[ChatMessage, ...]
     tools: tuple[Tool, ...]
     variables: Mapping[str, Any]
+    clock: dt.datetime | None = None
     again: bool = True
     """Whether the assistant speaks next. If not, the conversation ends with the last message."""
 
@@ -177,6 +179,7 @@ class _Walk(ABC):
             tuple(self._tool(tool) for tool in given.tools),
             # A template compares its variables with words of its own, which may be the inside of a control word.
             {name: self._deep(value, apart=False) for name, value in given.variables.items()},
+            given.clock,
             given.again,
         )
 

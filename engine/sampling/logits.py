@@ -32,6 +32,7 @@ __all__ = [
     "masses",
     "order_keys",
     "scaled",
+    "sum_masses_",
 ]
 
 MASS_UNIT: Final = 2.0**-42
@@ -227,12 +228,18 @@ def scaled(logits: Tensor, peaks: Tensor, temperatures: Tensor | float = 1.0) ->
     Returns:
         float64 `[n, m]`, at most 0, owned by the caller.
     """
-    return logits.double().sub_(peaks).div_(temperatures)
+    scores = logits.double().sub_(peaks)
+    return scores if isinstance(temperatures, float) and temperatures == 1.0 else scores.div_(temperatures)
 
 
 def masses(scores: Tensor) -> Tensor:
     """Return each token's weight `e**score` in whole quanta, rounded down: int64, `2**42` for the likeliest token."""
     return scores.clamp(min=_NEGLIGIBLE).exp_().mul_(1 / MASS_UNIT).long()
+
+
+def sum_masses_(scores: Tensor) -> Tensor:
+    """Return the sum of `masses` of each row, int64 `[n, 1]`. Overwrites `scores`."""
+    return scores.clamp_(min=_NEGLIGIBLE).exp_().mul_(1 / MASS_UNIT).long().sum(-1, keepdim=True)
 
 
 def log_mass(total: int) -> float:

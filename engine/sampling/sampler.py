@@ -35,6 +35,7 @@ from engine.sampling.logits import (
     masses,
     order_keys,
     scaled,
+    sum_masses_,
 )
 from engine.sampling.measures import closeness, closeness_of_largest, margins, margins_of_largest, rounded
 from engine.sampling.rng import GAP_UNIT, gaps, gumbel, stream_key, token_steps
@@ -262,11 +263,12 @@ class Sampler:
             names = wanted[start:end]
             at = [sources[i] for i in names]
             tokens = [token if (token := answers.rows[i].expected) is not None else answers.token(i) for i in names]
-            chosen = torch.tensor([[token] for token in tokens], device=self.device)
-            scores = scaled(_take(logits, at), raw_peaks[torch.tensor(at, device=self.device)].double().unsqueeze(1))
-            columns = [scores.gather(1, chosen), masses(scores).sum(-1, keepdim=True)]
-            columns.append(work[torch.tensor(names, device=self.device)].gather(1, chosen.clamp(max=self._width - 1)))
-            for i, token, (score, mass, edited) in zip(names, tokens, torch.cat(columns, 1).tolist(), strict=True):
+            where = torch.tensor([names, at, tokens], device=self.device)
+            chosen = where[2].unsqueeze(1)
+            scores = scaled(_take(logits, at), raw_peaks[where[1]].double().unsqueeze(1))
+            columns = [scores.gather(1, chosen), work[where[0], where[2].clamp(max=self._width - 1)].unsqueeze(1)]
+            columns.append(sum_masses_(scores))
+            for i, token, (score, edited, mass) in zip(names, tokens, torch.cat(columns, 1).tolist(), strict=True):
                 perturbed, close = answers.perturbed.get(i, edited), 0.0
                 if token != answers.token(i):
                     perturbed, close = self._closeness(answers.rows[i], work[i], answers.token(i), token)

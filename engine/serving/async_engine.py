@@ -109,6 +109,9 @@ class AsyncEngine(EngineProtocol):
         self._raise_if_dead()
         return self.engine.preparer.tokenizer_info()
 
+    def token_text(self, token_id: int) -> str:
+        return self.engine.model.vocabulary.token_text(token_id)
+
     async def _on_worker(self, group: str, function: Callable[[_Given], _Made], given: _Given) -> _Made:
         """Call a function of the preparer on one of the worker threads, granted fairly across groups."""
         self._raise_if_dead()

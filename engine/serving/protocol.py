@@ -61,6 +61,9 @@ class EngineProtocol(Protocol):
             EngineDead: the engine has stopped.
         """
 
+    def token_text(self, token_id: int) -> str:
+        """Return a token as text, or as `bytes:…` if it is no complete text by itself."""
+
     def abort(self, request_id: str) -> None:
         """Free a request's place before the next step. Does nothing if the request is gone."""
 

@@ -130,6 +130,7 @@ class ChatTemplate:
         *,
         again: bool = True,
         tools: Sequence[Tool] = (),
+        clock: datetime | None = None,
     ) -> str:
         """Render the prompt for the assistant's next turn.
 
@@ -138,6 +139,7 @@ class ChatTemplate:
             variables: the request's `chat_template_kwargs`.
             again: whether the assistant speaks next. If not, the conversation ends with the last message.
             tools: what the model may call.
+            clock: what `strftime_now` reads in this rendering; None: the template's clock.
 
         Raises:
             TemplateRefused: the template raised; its own words are in the message. Or there is no template.
@@ -145,7 +147,7 @@ class ChatTemplate:
             InvalidParameter: a variable that is reserved, or that the template does not read.
         """
         if tools and self.tool_use is not None:
-            return self.tool_use.render(messages, variables, again=again, tools=tools)
+            return self.tool_use.render(messages, variables, again=again, tools=tools, clock=clock)
         if self._template is None or self.source is None:
             raise TemplateRefused(
                 "This model has no chat template (a base model, perhaps): set chat_template in models.yaml to a Jinja "
@@ -166,6 +168,7 @@ class ChatTemplate:
             "tools": [definition_of(tool) for tool in tools] or None,
             "documents": None,
             "add_generation_prompt": again,
+            **({} if clock is None else {"strftime_now": _strftime_now(lambda: clock)}),
         }
         size = sum(len(m.content or "") + len(m.reasoning_content or "") for m in messages)
         return _render(self._template, context, Budget(len(messages) + len(tools), size))
@@ -323,16 +326,20 @@ def _environment(clock: Callable[[], datetime]) -> BoundedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
 
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now(clock)
+    environment.globals["dict"] = _Dict()
+    environment.globals["namespace"] = _Namespace
+    return environment
+
+
+def _strftime_now(clock: Callable[[], datetime]) -> Callable[[str], str]:
     def strftime_now(format: str) -> str:
         if len(format) > _LONGEST_FORMAT:
             raise OverBudget(f"asks for a date of more than {_LONGEST_FORMAT} characters")
         return clock().strftime(format)
 
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    environment.globals["dict"] = _Dict()
-    environment.globals["namespace"] = _Namespace
-    return environment
+    return strftime_now
 
 
 class _Generation(jinja2.ext.Extension):

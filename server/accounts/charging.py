@@ -10,6 +10,7 @@ has dropped its request. `server/accounts/settling.py` keeps what cannot be writ
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import logging
 import operator
@@ -187,8 +188,10 @@ class Meter:
         """
         self._admit_running(key, len(requests))
         prices = self._prices.get(model.id, Prices())
+        if all(one.follow is not None for one in requests):  # a check: its reply is computed as a prompt is
+            prices = dataclasses.replace(prices, completion=prices.prompt)
         prompt = sum(len(one.prompt_token_ids) for one in requests)
-        most = sum(one.params.n * (one.params.max_tokens or 0) for one in requests)
+        most = sum(_most_generated(one) for one in requests)
         worst = prompt * max(prices.prompt, prices.cached_prompt) + most * prices.completion
         started = self._clock()
         self._running[key.id] += len(requests)
@@ -316,6 +319,13 @@ class Meter:
                 ended=self._clock(),
             )
         )
+
+
+def _most_generated(request: PreparedRequest) -> int:
+    """Return how many tokens a request's choices may have: of a check, those of the reply that it follows."""
+    if request.follow is not None:
+        return sum(map(len, request.follow))
+    return request.params.n * (request.params.max_tokens or 0)
 
 
 def _in_short(reasons: Sequence[str]) -> str:

@@ -22,11 +22,14 @@ from server.accounts.account import Account, account_of
 from server.accounts.authentication import key_of
 from server.accounts.charging import Meter
 from server.api.generation import CompletionResponse, Endpoint, Job, Reply, unless_disconnected
+from server.api.parsing import ParsedRequest
+from server.api.receipts.recording import RecordedBody, begin_recording, to_be_recorded
 from server.errors import ClientGone
+from server.receipts.service import Receipts
 from server.settings import ServerSettings
 from server.wire.bodies import Bodies
 
-__all__ = ["Service", "answer", "ignored_fields", "shown_names"]
+__all__ = ["Identity", "Service", "answer", "ignored_fields", "shown_names"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,24 @@ class Service:
     settings: ServerSettings
     meter: Meter | None
     bodies: Bodies
+    receipts: Receipts
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a reply is called. `id` follows the endpoint's prefix; `created`: Unix seconds.
+
+    A caller in this process may set it as `identity` in the request's state, so that replies do not depend on chance
+    and time.
+    """
+
+    id: str
+    created: int
+
+    @classmethod
+    def fresh(cls) -> Identity:
+        """Draw an id and read the clock."""
+        return cls(secrets.token_hex(16), int(time.time()))  # noqa: TID251  the API wants the wall clock
 
 
 async def answer(service: Service, endpoint: Endpoint, request: Request) -> CompletionResponse:
@@ -48,28 +69,46 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
     """
     account = account_of(service.meter, key_of(request.scope))
     account.admit()
-    async with service.bodies.of(request, account.group, endpoint.parse) as checked:
-        parsed = await checked(endpoint.id_prefix + secrets.token_hex(16))
+    identity: Identity = request.scope["state"].get("identity") or Identity.fresh()
+    sizes: list[int] = []
+
+    def parse(raw: bytes, request_id: str) -> ParsedRequest:
+        sizes.append(len(raw))
+        return endpoint.parse(raw, request_id)
+
+    async with service.bodies.of(request, account.group, parse) as checked:
+        parsed = await checked(endpoint.id_prefix + identity.id)
         ignored_fields(parsed.ignored, service.settings)  # refused here, before anything is prepared
         account.admit_model(parsed.model)
         engine = service.registry.get(parsed.model)
-        prepared = await unless_disconnected(_prepared(engine, parsed.generations, account), request.receive)
-        if prepared is None:
+        form = service.receipts.form(parsed.receipt)
+        work = _prepared(engine, parsed.generations, account, record=form is not None)
+        requests = await unless_disconnected(work, request.receive)
+        if requests is None:
             raise ClientGone
+        body = RecordedBody(service.bodies.memory, account.group, sizes[0])
+        named = engine.info, identity.created
+        recording = await begin_recording(service.receipts, parsed.receipt, requests, *named, body)
+    prepared = tuple(made for _, made in requests)
     first, info = prepared[0], engine.info
     headers = ignored_fields(parsed.ignored + first.ignored, service.settings)
+    if parsed.receipt is True and form == "digest":
+        headers["x-receipt-form"] = "digest"
     account.admit_prompt(sum(len(one.prompt_token_ids) for one in prepared))
     request.scope["state"]["told"] = {"model": info.id, "completion": first.request_id}
-    created = int(time.time())  # noqa: TID251  the API wants the wall clock
-    reply = Reply(first.request_id, created, info.id, info.system_fingerprint, prepared, parsed.prompt_logprobs)
-    job = Job(engine, account, reply, parsed.stream, parsed.include_usage, headers)
+    told = identity.created, info.id, info.system_fingerprint
+    reply = Reply(first.request_id, *told, prepared, parsed.prompt_logprobs)
+    job = Job(engine, account, reply, parsed.stream, parsed.include_usage, headers, recording)
     return CompletionResponse(job, endpoint, service.settings)
 
 
 async def _prepared(
-    engine: EngineProtocol, generations: Sequence[GenerationRequest], account: Account
-) -> tuple[PreparedRequest, ...]:
-    """Prepare the requests of one reply. A seed that is drawn for the first is the seed of all."""
+    engine: EngineProtocol, generations: Sequence[GenerationRequest], account: Account, *, record: bool
+) -> list[tuple[GenerationRequest, PreparedRequest]]:
+    """Prepare the requests of one reply. A seed that is drawn for the first is the seed of all.
+
+    `record`: whether they become receipts. Returns each request as it was prepared, and what it became.
+    """
     most = engine.info.max_requests
     if len(generations) > most:
         raise InvalidParameter(
@@ -77,14 +116,15 @@ async def _prepared(
             f"{len(generations)}.",
             param="prompt",
         )
-    prepared: list[PreparedRequest] = []
+    prepared: list[tuple[GenerationRequest, PreparedRequest]] = []
     for generation in generations:
         if prepared:
-            seed = prepared[0].params.seed
+            seed = prepared[0][1].params.seed
             generation = dataclasses.replace(generation, sampling={**generation.sampling, "seed": seed})
         generation = dataclasses.replace(generation, group=account.group, context_limit=account.context_limit)
-        prepared.append(await engine.prepare(generation))
-    return tuple(prepared)
+        generation = to_be_recorded(generation, engine.info) if record else generation
+        prepared.append((generation, await engine.prepare(generation)))
+    return prepared
 
 
 def ignored_fields(names: tuple[str, ...], settings: ServerSettings) -> dict[str, str]:

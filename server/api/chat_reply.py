@@ -20,7 +20,7 @@ from engine import (
     Usage,
     clean_logprob,
 )
-from server.api.generation import Reply, event
+from server.api.generation import Reply, with_member
 from server.json_text import escape_line_breaks, to_json
 
 DONE = b"data: [DONE]\n\n"
@@ -50,6 +50,17 @@ def usage_object(usage: Usage) -> dict[str, Any]:
             "rejected_prediction_tokens": usage.rejected_prediction_tokens,
         },
     }
+
+
+def last_events(head: dict[str, Any], usage: Usage | None, receipt: bytes) -> bytes:
+    """Write a stream's last chunk, without choices, if it has something to say; and `[DONE]`.
+
+    `receipt`: as in `EventWriter.end`.
+    """
+    if usage is None and not receipt:
+        return DONE
+    told = {} if usage is None else {"usage": usage_object(usage)}
+    return b"data: " + with_member(to_json({**head, "choices": [], **told}).encode(), receipt) + b"\n\n" + DONE
 
 
 def logprob_object(entry: TokenLogprob) -> dict[str, Any]:
@@ -187,12 +198,10 @@ class ChunkWriter:
             first = self._roles(prompt_logprobs_object(output.prompt_logprobs, self._prompt_logprobs))
         return first + b"".join([self._delta(delta) for delta in output.deltas])
 
-    def end(self, usage: Usage) -> bytes:
-        """Write the usage, if it was asked for, and `[DONE]`."""
-        if not self._include_usage:
-            return DONE
-        body = reply_head(self._reply, "chat.completion.chunk")
-        return event({**body, "choices": [], "usage": usage_object(usage)}) + DONE
+    def end(self, usage: Usage, receipt: bytes) -> bytes:
+        """Write the usage and the receipt, if they were asked for, and `[DONE]`."""
+        head = reply_head(self._reply, "chat.completion.chunk")
+        return last_events(head, usage if self._include_usage else None, receipt)
 
     def _roles(self, prompt_logprobs: list[dict[str, Any] | None] | None = None) -> bytes:
         role = '{"role":"assistant","content":"","refusal":null}'

@@ -46,7 +46,7 @@ def parse(raw: bytes, request_id: str) -> ParsedRequest:
         prediction=_prediction(data, nested),
     )
     ignored = (*common.ignored, *nested)
-    return ParsedRequest(model, (generation,), common.stream, common.include_usage, ignored)
+    return ParsedRequest(model, (generation,), common.stream, common.include_usage, ignored, receipt=common.receipt)
 
 
 def _prediction(data: Mapping[str, Any], ignored: list[str]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from engine import InvalidParameter, ModelNotFound, Unsupported
 from server.api.fields import MAX_SALT, BodyFields
@@ -19,11 +19,17 @@ STREAM_OPTIONS: Final = ("include_usage", "continuous_usage_stats", "include_obf
 
 @dataclass(frozen=True, slots=True)
 class Common:
-    """What bodies for completions have in common. `ignored`: dotted names of unknown fields, to be added to."""
+    """What bodies for completions have in common.
+
+    Attributes:
+        receipt: as in `ParsedRequest`.
+        ignored: dotted names of unknown fields, to be added to.
+    """
 
     stream: bool
     include_usage: bool
     cache_salt: str
+    receipt: bool | Literal["digest"]
     ignored: list[str]
 
 
@@ -39,7 +45,7 @@ def read_common(fields: BodyFields, data: Mapping[str, Any]) -> Common:
     stream = fields.given(data, "stream") or False
     include_usage = _stream_options(fields, data, stream, ignored)
     _check_annotations(fields, data)
-    return Common(stream, include_usage, _cache_salt(fields, data), ignored)
+    return Common(stream, include_usage, _cache_salt(fields, data), _receipt(fields, data), ignored)
 
 
 def read_model(fields: BodyFields, data: Mapping[str, Any]) -> str:
@@ -74,6 +80,13 @@ def _cache_salt(fields: BodyFields, data: Mapping[str, Any]) -> str:
             f"cache_salt must have between 1 and {MAX_SALT} characters, not {len(salt)}.", param="cache_salt"
         )
     return salt or ""
+
+
+def _receipt(fields: BodyFields, data: Mapping[str, Any]) -> bool | Literal["digest"]:
+    given: bool | Literal["digest"] | None = fields.given(data, "receipt")
+    if isinstance(given, str) and given != "digest":
+        raise InvalidParameter(f"receipt must be true, false or digest, not {given[:100]!r}.", param="receipt")
+    return given or False
 
 
 def _stream_options(fields: BodyFields, data: Mapping[str, Any], stream: bool, ignored: list[str]) -> bool:

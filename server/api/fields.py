@@ -166,6 +166,8 @@ TOOLS: Final = declare(
 )
 _TEMPLATE_KWARGS: Final = declare(OBJECT, "Variables of the model's chat template.", extension=True)
 
+RECEIPT: Final[Kind] = ((bool, str), "true, false or digest")
+
 SHARED: Final[Mapping[str, Field]] = {
     "stream": declare(FLAG, "Server-sent events instead of one body.", default=False),
     "stream_options": declare(OBJECT, properties={"include_usage": {"type": "boolean"}}),
@@ -197,6 +199,15 @@ SHARED: Final[Mapping[str, Field]] = {
         extension=True,
         minLength=1,
         maxLength=MAX_SALT,
+    ),
+    "receipt": Field(
+        RECEIPT,
+        {
+            "description": "Extension. A record with which the reply can be checked; `digest`: one without text. See "
+            "docs/guides/keeping-receipts.md.",
+            "anyOf": [{"type": "boolean"}, {"type": "string", "enum": ["digest"]}],
+            "default": False,
+        },
     ),
     "user": declare(STRING, "For the client's own records; without effect."),
     "metadata": declare(

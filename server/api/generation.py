@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -31,6 +31,7 @@ from engine import (
 )
 from server.accounts.account import Account
 from server.api.parsing import ParsedRequest
+from server.api.receipts.recording import NO_RECEIPT, FinishedRecording, Recording
 from server.errors import ClientGone, describe, error_response
 from server.json_text import to_json
 from server.settings import ServerSettings
@@ -84,7 +85,8 @@ class EventWriter(Protocol):
 
     def add(self, output: RequestOutput) -> bytes: ...
 
-    def end(self, usage: Usage) -> bytes: ...
+    def end(self, usage: Usage, receipt: bytes) -> bytes:
+        """`receipt`: the member of a JSON object that holds the reply's receipt; empty if it is not sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,8 @@ class Job:
     stream: bool
     include_usage: bool
     headers: dict[str, str]
+    recording: Recording | None = None
+    """What becomes the receipt; None if there will be none."""
 
 
 @asynccontextmanager
@@ -148,7 +152,7 @@ class CompletionResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         job = self._job
         try:
-            async with lease(job.engine, job.reply.requests, job.account) as outputs:
+            async with self._memory(), lease(job.engine, job.reply.requests, job.account) as outputs:
                 answer = self._streamed(outputs, send) if job.stream else self._whole(outputs)
                 response = await unless_disconnected(answer, receive)
         except VerbatimError as error:  # nothing has been sent yet
@@ -166,10 +170,24 @@ class CompletionResponse(Response):
             if output.error:
                 raise output.error
             writer.add(output)
+            self._note(output)
         if not writer.complete:
             raise RuntimeError("the engine ended a request without finishing it")
-        body = to_json(writer.body()).encode()
-        return Response(body, media_type="application/json", headers=self._job.headers)
+        receipt = await self._receipt()
+        body = with_member(to_json(writer.body()).encode(), receipt.member)
+        return Response(body, media_type="application/json", headers={**self._job.headers, **receipt.headers})
+
+    def _memory(self) -> AbstractAsyncContextManager[None]:
+        """Reserve the memory that the recording of the request takes while it runs."""
+        return self._job.recording.memory() if self._job.recording is not None else contextlib.nullcontext()
+
+    def _note(self, output: RequestOutput) -> None:
+        if self._job.recording is not None:
+            self._job.recording.add(output)
+
+    async def _receipt(self) -> FinishedRecording:
+        """Write and keep the receipt of a reply whose last output has come."""
+        return await self._job.recording.finish() if self._job.recording is not None else NO_RECEIPT
 
     async def _streamed(self, outputs: JoinedStreams, send: Send) -> None:
         """Send events as they come. An error before the first one still gets its status."""
@@ -197,8 +215,14 @@ class CompletionResponse(Response):
                 if sender.started and data:
                     await sender.send(data)
                 raise last.error
+            for one in batch:
+                self._note(one)
             if last.finished:
-                await sender.send(data + writer.end(last.usage), more=False)
+                if self._job.recording is not None:  # the text does not wait for its receipt
+                    await sender.send(data)
+                    data = b""
+                receipt = await self._receipt()
+                await sender.send(data + writer.end(last.usage, receipt.member), more=False)
                 return
             if data:
                 await sender.send(data)
@@ -263,6 +287,11 @@ async def unless_disconnected(answer: Coroutine[Any, Any, T], receive: Receive) 
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def with_member(body: bytes, member: bytes) -> bytes:
+    """Add a member to the end of a JSON object that has others. `member`: name and value, written; empty for none."""
+    return body[:-1] + b"," + member + body[-1:] if member else body
 
 
 def event(data: Any) -> bytes:

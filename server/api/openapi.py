@@ -97,6 +97,33 @@ USAGE: Final[dict[int | str, dict[str, Any]]] = {
     422: _failure("`since` is neither a date nor Unix seconds; `by` is neither day nor model."),
 }
 
+RECEIPT_BODY: Final[dict[str, Any]] = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "description": "A receipt, its signed envelope, or a reply that holds either.",
+            }
+        }
+    },
+}
+
+RECEIPTS: Final[dict[int | str, dict[str, Any]]] = {
+    401: _REFUSALS[401],
+    403: _REFUSALS[403],
+    404: _failure("There is no such receipt for this key, or this server keeps or signs none."),
+    422: _failure("`limit` is out of range."),
+    429: _REFUSALS[429],
+    503: _failure("The receipts that are kept cannot be read at the moment; see the server's log."),
+}
+
+VERIFY: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"description": "The report, whatever its verdict.", "content": {"application/json": {}}},
+    **{status: refusal for status, refusal in _REFUSALS.items() if status not in (400, 404, 422)},
+    422: _failure("The body is no receipt, or an altered one; `mode` or `tolerance` is out of range."),
+}
+
 
 def with_keys(document: dict[str, Any], open_paths: frozenset[str]) -> dict[str, Any]:
     """Say in the document that every path needs a key, except `open_paths`."""

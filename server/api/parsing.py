@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from engine import GenerationRequest, InvalidFormat, InvalidParameter
 from server.json_text import kind_of, shown
@@ -28,6 +28,7 @@ class ParsedRequest:
     Attributes:
         generations: the engine's requests that the reply is made of, one per prompt. The first has the reply's id.
         ignored: dotted names of unknown fields.
+        receipt: whether the reply comes with its receipt; `digest`: with one without text.
         prompt_logprobs: of a completion of plain text, which computes them for `echo` too: alternatives beside each
             token where the reply tells them by themselves; None where it does not.
     """
@@ -38,6 +39,7 @@ class ParsedRequest:
     include_usage: bool
     ignored: tuple[str, ...]
     prompt_logprobs: int | None = None
+    receipt: bool | Literal["digest"] = False
 
 
 def typed(value: Any, name: str, kind: Kind) -> Any:

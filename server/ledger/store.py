@@ -1,4 +1,4 @@
-"""The ledger: keys, balances and requests in one database. Knows no HTTP, no model, no text."""
+"""The ledger: keys, balances, requests and kept receipts in one database. Knows no HTTP and no model."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 from server.ledger.database import Database
 from server.ledger.holds import Holds
+from server.ledger.kept_receipts import KeptReceipts
 from server.ledger.keys import Keys
 from server.ledger.reports import Reports
 
 __all__ = ["Ledger"]
 
 
-class Ledger(Keys, Holds, Reports):
+class Ledger(Keys, Holds, Reports, KeptReceipts):
     """The ledger in a database. Safe to use from several threads and processes.
 
     Args:

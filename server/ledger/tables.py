@@ -27,7 +27,7 @@ from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from server.ledger.records import LedgerFault, Locked, Unwritable
 
-__all__ = ["CREDITS", "HOLDS", "KEYS", "OWNERS", "REQUESTS", "SET_ASIDE", "faults", "migrate"]
+__all__ = ["CREDITS", "HOLDS", "KEYS", "OWNERS", "RECEIPTS", "REQUESTS", "SET_ASIDE", "faults", "migrate"]
 
 _LOCK_NOT_AVAILABLE: Final = "55P03"  # PostgreSQL's code for a lock that took too long
 
@@ -107,6 +107,18 @@ SET_ASIDE: Final = Table(
 )
 """Settlements that the table `requests` refused, as JSON."""
 
+RECEIPTS: Final = Table(
+    "receipts",
+    _META,
+    Column("id", Text, primary_key=True),
+    Column("key_id", Text, nullable=False),  # no foreign key: a server without keys keeps receipts, too
+    Column("model", Text, nullable=False),
+    Column("created", BigInteger, nullable=False),
+    Column("body", Text, nullable=False),
+    Index("receipts_by_key", "key_id", "created", "id"),
+    Index("receipts_by_age", "created"),
+)
+
 
 def _widths(connection: Connection) -> None:
     """Widen columns: PostgreSQL refused texts of more than 32 characters and numbers above 2³¹ − 1."""
@@ -134,10 +146,16 @@ def _owners(connection: Connection) -> None:
     connection.execute(text("ALTER TABLE requests ADD COLUMN unpaid BIGINT NOT NULL DEFAULT 0"))
 
 
+def _receipts(connection: Connection) -> None:
+    """Add the table of kept receipts."""
+    RECEIPTS.create(connection, checkfirst=True)
+
+
 _STEPS: Final[tuple[tuple[str, Callable[[Connection], None]], ...]] = (
     ("0001-first", _META.create_all),
     ("0002-widths", _widths),
     ("0003-owners", _owners),
+    ("0004-receipts", _receipts),
 )
 """Every migration, in order. One whose name was recorded is not applied again."""
 

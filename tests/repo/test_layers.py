@@ -17,6 +17,7 @@ ENGINE = (
     "text templates",
     "replies",
     "grammar prompts",
+    "receipts",
     "scheduling sampling",
     "compute",
     "compute.cpu",
@@ -26,17 +27,18 @@ ENGINE = (
     "preparation choice running",
     "engine",
     "llm serving",
+    "verification",
 )
 """The engine from the ground up. A package imports packages on lower lines, and of its own line those before it."""
 
 SERVER = (
     "json_text hosts settings",
     "logs terminal ledger fingerprints",
-    "errors",
-    "wire accounts",
+    "configuration errors",
+    "wire accounts receipts",
     "api",
     "app",
-    "run",
+    "batch bundle run",
     "cli",
 )
 """The same for the server, which sees of the engine nothing but its public face."""
@@ -53,7 +55,7 @@ NO_TORCH = {
     "replies",
     "grammar",
 }
-NO_TORCH |= {"prompts", "scheduling"}
+NO_TORCH |= {"prompts", "receipts", "scheduling"}
 
 FREE_OF_TIME_AND_THREADS = {"types", "config", "text", "templates", "replies", "grammar", "prompts", "scheduling"}
 FREE_OF_TIME_AND_THREADS |= {
@@ -65,6 +67,7 @@ FREE_OF_TIME_AND_THREADS |= {
     "choice",
     "running",
     "engine",
+    "receipts",
 }
 EXEMPT = {
     "engine/grammar/trial.py": "a trial of a grammar has a clock",

@@ -172,7 +172,8 @@ def test_the_wheel_holds_what_serves_and_nothing_else(wheel: Path) -> None:
     data = {"engine/compute/cpu/kernels.c", "engine/loading/tried.json"}
     data |= {"engine/__init__.pyi", "engine/py.typed", "server/py.typed"}
     assert model == {f"engine/demo_model/{path.name}" for path in (ROOT / "demo" / "model").iterdir()}
-    assert {name for name in names if not name.startswith(info)} == packages | data | model
+    lock = {f"server/bundle/lock/{name}.txt" for name in ("runtime", "torch-cpu", "torch-cu130")}
+    assert {name for name in names if not name.startswith(info)} == packages | data | model | lock
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= names
     assert "\nName: verbatim-server\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
@@ -199,3 +200,28 @@ def test_the_wheel_serves_the_demo_model_from_anywhere(
         reply = httpx.post(f"{server.url}/v1/chat/completions", json={**body, "temperature": 0}, timeout=60).json()
     assert re.search(r"apple.*pear", reply["choices"][0]["message"]["content"])
     assert not list(folder.glob("verbatim.db*"))
+
+
+@pytest.mark.slow
+def test_an_installed_copy_can_write_its_own_wheel(wheel: Path, tmp_path: Path) -> None:
+    """For a bundle that is made where there is no checkout: the same files, and a record that is true."""
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    code = (
+        "import pathlib, server.bundle.wheels as w; assert w.checkout() is None; assert w.lock_folder().is_dir(); "
+        f"w._repack(pathlib.Path({str(tmp_path)!r}))"
+    )
+    environment = {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    written = tmp_path / wheel.name
+    with zipfile.ZipFile(wheel) as archive, zipfile.ZipFile(written) as again:
+        assert sorted(again.namelist()) == sorted(archive.namelist())
+        for name in again.namelist():
+            assert name.endswith("/RECORD") or again.read(name) == archive.read(name)
+    target = str(tmp_path / "again")
+    _run("-m", "pip", "install", "--no-deps", "--no-index", "--target", target, str(written), cwd=tmp_path)
+    assert (tmp_path / "again" / "server" / "bundle" / "lock" / "runtime.txt").exists()

@@ -228,6 +228,9 @@ class FakeEngine:
         self.open[prepared.request_id] = asyncio.ensure_future(self._play(prepared, stream))
         return stream
 
+    def token_text(self, token_id: int) -> str:
+        return f"<{token_id}>"
+
     def abort(self, request_id: str) -> None:
         task = self.open.pop(request_id, None)
         if task:

@@ -39,7 +39,10 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What `serve` would have run."""
     calls: list[dict[str, Any]] = []
 
-    def run(entries: Any, settings: ServerSettings, *, ledger: str | None, pull: bool, console: Any) -> None:
+    def run(
+        entries: Any, settings: ServerSettings, *, ledger: str | None, receipts: Any, pull: bool, console: Any
+    ) -> None:
+        receipts.close()
         offline = os.getenv("HF_HUB_OFFLINE")
         calls.append({"entries": entries, "settings": settings, "ledger": ledger, "pull": pull, "offline": offline})
 

@@ -36,6 +36,12 @@ def test_given_keys_are_taken() -> None:
         ({"server": {"hosts": ["box.lan:8000"]}}, "without http:// and port"),
         ({"server": {"hosts": "box.lan"}}, "hosts"),
         ({"server": [1]}, "must be a mapping"),
+        ({"server": {"receipts": {"kept": "here"}}}, "unknown key 'receipts.kept'; did you mean 'keep'"),
+        ({"server": {"receipts": {"always": True}}}, "always needs keep"),
+        ({"server": {"receipts": {"days": 3}}}, "days needs keep"),
+        ({"server": {"receipts": {"keep": "here", "days": 0}}}, "receipts.days"),
+        ({"server": {"receipts": {"keep": ""}}}, "a folder or ledger"),
+        ({"server": {"receipts": "here"}}, "receipts"),
         ({"sever": {}}, "unknown key 'sever'"),
     ],
 )

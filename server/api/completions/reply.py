@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine import ChoiceDelta, EchoedPrompt, RequestOutput, TokenLogprob, Usage, clean_logprob
-from server.api.chat_reply import DONE, prompt_logprobs_object, reply_head, usage_object
-from server.api.generation import Reply, event
+from server.api.chat_reply import last_events, prompt_logprobs_object, reply_head, usage_object
+from server.api.generation import Reply
 from server.json_text import to_json
 
 __all__ = ["CompletionChunks", "CompletionCollector"]
@@ -221,11 +221,9 @@ class CompletionChunks:
         """Write the events of one step: what each choice gained, and the end of each choice that ended."""
         return "".join(self._chunks(self._parts.of(output))).encode()
 
-    def end(self, usage: Usage) -> bytes:
-        """Write the usage, if it was asked for, and `[DONE]`."""
-        if not self._include_usage:
-            return DONE
-        return event({**reply_head(self._reply, _KIND), "choices": [], "usage": usage_object(usage)}) + DONE
+    def end(self, usage: Usage, receipt: bytes) -> bytes:
+        """Write the usage and the receipt, if they were asked for, and `[DONE]`."""
+        return last_events(reply_head(self._reply, _KIND), usage if self._include_usage else None, receipt)
 
     def _chunks(self, parts: Iterable[_Part]) -> Iterator[str]:
         for part in parts:

@@ -47,7 +47,9 @@ def parse(raw: bytes, request_id: str) -> ParsedRequest:
     generations = [_generation(shared, i, prompt, len(prompts)) for i, prompt in enumerate(prompts)]
     ignored = (*common.ignored, *nested)
     prompt_logprobs = COMPLETION.sampling(data).get("prompt_logprobs")
-    return ParsedRequest(model, tuple(generations), common.stream, common.include_usage, ignored, prompt_logprobs)
+    return ParsedRequest(
+        model, tuple(generations), common.stream, common.include_usage, ignored, prompt_logprobs, common.receipt
+    )
 
 
 def _generation(shared: GenerationRequest, number: int, prompt: str | tuple[int, ...], count: int) -> GenerationRequest:

@@ -16,6 +16,7 @@ from engine import LoadError, ModelConfig
 from engine.checkpoints import claims, json_files
 from engine.checkpoints.safetensors_file import read_header
 from engine.loading.loader import load
+from engine.text import bounded_json
 
 FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 
@@ -164,7 +165,7 @@ def test_what_is_counted_comes_before_what_is_built(folder: Path, monkeypatch: p
 
 
 def test_files_beyond_the_bounds_are_not_parsed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_files, "MOST_VALUES", 200)
+    monkeypatch.setattr(bounded_json, "MOST_VALUES", 200)
     refused(folder, r"tokenizer\.json: it holds up to \d+ values; more than 200 are not read")
     monkeypatch.setattr(json_files, "MOST_BYTES", 1000)
     refused(folder, r"tokenizer\.json: it has \d+ bytes; more than 1000 are not read")

@@ -108,7 +108,7 @@ def test_every_route_is_behind_a_key_or_on_the_list(desk: Desk) -> None:
         body = chat() if method == "POST" else None
         answer = desk.ask(None, body, path=path, method=method)
         if path in OPEN:
-            assert answer.status == 200, path
+            assert answer.status == (404 if path.endswith("/receipts/key") else 200), path  # it does not sign
         else:
             assert (answer.status, answer.error["code"]) == (401, "invalid_api_key"), path
             assert answer.headers["www-authenticate"] == "Bearer"

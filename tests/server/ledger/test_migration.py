@@ -93,7 +93,7 @@ def test_a_ledger_of_the_first_release(first: str) -> None:
     ledger.close()
     again = Ledger(first, Clock())  # nothing is applied twice
     names = [name for (name,) in query(again, "SELECT name FROM migrations ORDER BY name")]
-    assert names == ["0001-first", "0002-widths", "0003-owners"]
+    assert names == ["0001-first", "0002-widths", "0003-owners", "0004-receipts"]
     again.close()
 
 

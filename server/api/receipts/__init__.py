@@ -1,0 +1,1 @@
+"""Receipts at the endpoints: recorded beside a reply, found again, and checked."""

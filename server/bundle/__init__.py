@@ -1,0 +1,1 @@
+"""One folder with everything that serving some models needs: `verbatim bundle`."""

@@ -1,0 +1,95 @@
+"""The commands `verbatim bundle create` and `verbatim bundle check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from engine import ConfigError, ModelConfig, entry_of, validate
+from server.configuration import (
+    DEFAULT_CONFIG,
+    DEMO,
+    ConfigOption,
+    PullOption,
+    before_anything_heavy,
+    read_configuration,
+)
+from server.logs import printable
+from server.terminal import Terminal
+
+__all__ = ["bundle"]
+
+bundle = typer.Typer(
+    help="Pack models and the software that serves them into one folder, for a machine without a network.",
+    no_args_is_help=True,
+)
+err = Terminal(stderr=True)
+
+
+@bundle.command("create")
+def create(
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make. It must not exist.")],
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", "-m", help="An id of the configuration, or a folder, GGUF file or hub id; may be repeated."
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    torch: Annotated[
+        str | None, typer.Option(help="The build of torch to pack, cpu or cu130. Default: the one installed here.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="A PEM file: the public key that checks receipts.")] = None,
+    pull: PullOption = False,
+) -> None:
+    """Make a bundle for this platform and this version of Python. Needs pip, and the network or a folder of wheels."""
+    from server.bundle.create import BundleJob, create_bundle
+    from server.bundle.wheels import installed_build
+
+    if torch not in (None, "cpu", "cu130"):
+        raise ConfigError(f"--torch must be cpu or cu130, not {torch!r}.")
+    before_anything_heavy(pull)
+    job = BundleJob(target, _chosen(models or [], config), torch or installed_build(), key, pull)  # type: ignore[arg-type]
+    with err.status("bundle") as status:
+        digest = create_bundle(job, lambda text: status.update(escape(text)))
+    err.print(escape(f"{target} is complete. Its checksums have the SHA-256:"), highlight=False, soft_wrap=True)
+    print(digest)
+
+
+@bundle.command("check")
+def check(target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a bundle.")]) -> None:
+    """Compare a bundle with its checksums, and print each fault. Exits with 1 if one is found."""
+    from server.bundle.check import check_bundle
+    from server.bundle.checksums import FILE, digest_of
+
+    found = 0
+    for fault in check_bundle(target):
+        print(printable(fault))
+        found += 1
+    if found:
+        raise typer.Exit(1)
+    print(printable(f"{target} is complete and unchanged. Its checksums have the SHA-256 {digest_of(target / FILE)}."))
+
+
+def _chosen(models: list[str], config: Path | None) -> tuple[ModelConfig, ...]:
+    """Return the entries to pack: those that are named, by id or by place, or else all of the configuration."""
+    entries: tuple[ModelConfig, ...] = ()
+    if config is not None or DEFAULT_CONFIG.exists():
+        entries, _ = read_configuration(config, None, None)
+    if not models:
+        if not entries:
+            raise ConfigError(
+                f"name a model with --model, or a configuration with --config: there is no {DEFAULT_CONFIG}."
+            )
+        return entries
+    by_id = {DEMO.id: DEMO, **{entry.id: entry for entry in entries}}
+    chosen = [
+        by_id[name] if name in by_id else validate(ModelConfig, entry_of(name, "--model"), "--model") for name in models
+    ]
+    twice = next((entry.id for i, entry in enumerate(chosen) if entry.id in {e.id for e in chosen[:i]}), None)
+    if twice is not None:
+        raise ConfigError(f"--model: the id {twice!r} is there twice.")
+    return tuple(chosen)

@@ -1,0 +1,1 @@
+"""Receipts for people and programs: the commands that check and compare them."""

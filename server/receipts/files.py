@@ -1,0 +1,71 @@
+"""Read files with receipts, at most as much of each as a receipt may have. What cannot be read is told, one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine import MOST_RECEIPT_BYTES, Receipt, ReceiptError, document_of, read_receipt, verify_envelope
+
+if TYPE_CHECKING:
+    from securesystemslib.signer import SSlibKey
+
+__all__ = ["Entry", "read_entries"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One receipt of a file, or why there is none.
+
+    Attributes:
+        where: the file, and the line if it has several.
+        document: the receipt or the envelope as it was written.
+        signed_by: the id of the key that has signed it; None if no signature was checked.
+        unchecked: whether it is signed, but no key was given.
+    """
+
+    where: str
+    receipt: Receipt | None
+    document: dict[str, Any] | None = None
+    error: str = ""
+    signed_by: str | None = None
+    unchecked: bool = False
+
+
+def read_entries(path: Path, keys: Sequence[SSlibKey] = ()) -> Iterator[Entry]:
+    """Read the receipts of a file: one, or one in each line if its name ends in `.jsonl`.
+
+    Args:
+        keys: if there are any, one of them must have signed each receipt.
+    """
+    try:
+        with path.open("rb") as file:
+            if path.suffix != ".jsonl":
+                yield _entry(str(path), file.read(MOST_RECEIPT_BYTES + 1), keys)
+                return
+            number = 0
+            while line := file.readline(MOST_RECEIPT_BYTES + 1):
+                number += 1
+                if line.strip():
+                    yield _entry(f"{path}:{number}", line, keys)
+                if len(line) > MOST_RECEIPT_BYTES:
+                    return  # where this line ends would have to be searched for
+    except OSError as error:
+        yield Entry(str(path), None, error=f"cannot be read: {error.strerror or error}.")
+
+
+def _entry(where: str, data: bytes, keys: Sequence[SSlibKey]) -> Entry:
+    try:
+        document = document_of(data)
+        if "payload" not in document:
+            if keys:
+                raise ReceiptError("the receipt is not signed.")
+            return Entry(where, read_receipt(data), document)
+        if not keys:
+            return Entry(where, read_receipt(data), document, unchecked=True)
+        receipt, signed_by = verify_envelope(document, keys)
+        return Entry(where, receipt, document, signed_by=signed_by)
+    except ReceiptError as error:
+        return Entry(where, None, error=error.message)
