@@ -49,6 +49,8 @@ from engine.receipts.difference import (
 from engine.receipts.reading import (
     MOST_RECEIPT_BYTES as MOST_RECEIPT_BYTES,
     document_of as document_of,
+    documents_of as documents_of,
+    read_document as read_document,
     read_receipt as read_receipt,
 )
 from engine.receipts.receipt import (
@@ -58,6 +60,7 @@ from engine.receipts.receipt import (
 from engine.receipts.recorder import (
     Recorder as Recorder,
     recorded as recorded,
+    timed as timed,
 )
 from engine.receipts.signing import (
     generate_key as generate_key,

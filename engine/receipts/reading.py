@@ -33,8 +33,10 @@ __all__ = [
     "PREDICATE_TYPE",
     "STATEMENT_TYPE",
     "document_of",
+    "documents_of",
     "of_statement",
     "payload_of",
+    "read_document",
     "read_receipt",
     "receipt_of",
 ]
@@ -62,25 +64,57 @@ def read_receipt(data: bytes) -> Receipt:
     Raises:
         ReceiptError: it is too large, not JSON, not a receipt, altered, or of a version that this code does not know.
     """
-    value = document_of(data)
-    return of_statement(payload_of(value)) if "payload" in value else receipt_of(value)
+    return read_document(document_of(data))
+
+
+def read_document(document: dict[str, Any]) -> Receipt:
+    """Read a receipt, or the one in an envelope, from parsed JSON. A signature is not checked here.
+
+    Raises:
+        ReceiptError: as in `read_receipt`.
+    """
+    return of_statement(payload_of(document)) if "payload" in document else receipt_of(document)
 
 
 def document_of(data: bytes) -> dict[str, Any]:
     """Return the receipt or envelope in a text, parsed and not yet checked.
 
     Raises:
-        ReceiptError: it is too large, not JSON, or holds neither.
+        ReceiptError: it is too large, not JSON, or does not hold exactly one.
+    """
+    documents = documents_of(data)
+    if len(documents) != 1:
+        raise ReceiptError(f"this is a reply with {len(documents)} receipts, where one is read.")
+    return documents[0]
+
+
+def documents_of(data: bytes) -> list[dict[str, Any]]:
+    """Return the receipts or envelopes in a text: one, or as many as a reply to several prompts has.
+
+    Raises:
+        ReceiptError: it is too large, not JSON, or holds none.
     """
     if len(data) > MOST_RECEIPT_BYTES:
         raise ReceiptError(f"the receipt has more than {MOST_RECEIPT_BYTES} bytes, which is the most that is read.")
     value = parse(data)
-    for name in ("response", "body", "receipt"):
-        if isinstance(value, dict) and "version" not in value and "payload" not in value and name in value:
-            value = value[name]
-    if not isinstance(value, dict) or not ("version" in value or "payload" in value):
+    is_reply = False
+    for name in ("response", "body"):  # a line of a batch's output
+        if _is_outside(value) and name in value:
+            value, is_reply = value[name], True
+    if _is_outside(value):  # a reply of the API
+        is_reply = is_reply or "choices" in value
+        value = value.get("receipts", value.get("receipt", None if is_reply else value))
+    found = value if isinstance(value, list) else [value]
+    if is_reply and found in ([], [None]):
+        raise ReceiptError("this is a reply without a receipt.")
+    if not all(isinstance(one, dict) and ("version" in one or "payload" in one) for one in found) or not found:
         raise ReceiptError("this is JSON, but not a receipt: it has no version.")
-    return value
+    return found
+
+
+def _is_outside(value: Any) -> bool:
+    """Return whether JSON is an object around a receipt, not a receipt or an envelope itself."""
+    return isinstance(value, dict) and "version" not in value and "payload" not in value
 
 
 def payload_of(envelope: dict[str, Any]) -> bytes:

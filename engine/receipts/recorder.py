@@ -24,7 +24,7 @@ from engine.types.outputs import ChoiceDelta, FinishReason, RequestOutput
 from engine.types.requests import GenerationRequest, PreparedRequest
 from engine.types.versions import PROJECT_VERSION
 
-__all__ = ["THIS_PROGRAM", "Recorder", "recorded"]
+__all__ = ["THIS_PROGRAM", "Recorder", "recorded", "timed"]
 
 THIS_PROGRAM: Final = ServerRecord("verbatim", PROJECT_VERSION)
 
@@ -32,12 +32,17 @@ THIS_PROGRAM: Final = ServerRecord("verbatim", PROJECT_VERSION)
 def recorded(request: GenerationRequest, info: ModelInfo, now: dt.datetime) -> GenerationRequest:
     """Return the request as it must be prepared for a receipt: its outputs hold scores, and its clock is pinned.
 
-    The clock is the request's own, else the one that the model's entry pins, else `now`.
+    The clock is that of `timed`.
     """
+    return dataclasses.replace(timed(request, info, now), record=True)
+
+
+def timed(request: GenerationRequest, info: ModelInfo, now: dt.datetime) -> GenerationRequest:
+    """Return the request with a clock: its own, else the one that the model's entry pins, else `now`."""
     pinned = info.default_parts.get("template_clock")
     clock = request.clock or (dt.datetime.fromisoformat(pinned) if isinstance(pinned, str) else now)
     # The name of a time zone is not written, so a template must not see it.
-    return dataclasses.replace(request, record=True, clock=dt.datetime.fromisoformat(clock.isoformat()))
+    return dataclasses.replace(request, clock=dt.datetime.fromisoformat(clock.isoformat()))
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ The same for every endpoint. Knows no field of a body and no shape of a reply.
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import re
 import secrets
 import time
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from engine import EngineProtocol, GenerationRequest, InvalidParameter, PreparedRequest, Registry
+from engine import EngineProtocol, GenerationRequest, InvalidParameter, PreparedRequest, Registry, timed
 from server.accounts.account import Account, account_of
 from server.accounts.authentication import key_of
 from server.accounts.charging import Meter
@@ -45,7 +46,10 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a reply is called. `id` follows the endpoint's prefix; `created`: Unix seconds.
+    """What a reply is called, and when it is made.
+
+    `id` follows the endpoint's prefix; `created`: Unix seconds; `clock`: what a template that prints the time reads
+    unless the model's entry pins it, None for the real clock.
 
     A caller in this process may set it as `identity` in the request's state, so that replies do not depend on chance
     and time.
@@ -53,6 +57,7 @@ class Identity:
 
     id: str
     created: int
+    clock: dt.datetime | None = None
 
     @classmethod
     def fresh(cls) -> Identity:
@@ -82,7 +87,7 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
         account.admit_model(parsed.model)
         engine = service.registry.get(parsed.model)
         form = service.receipts.form(parsed.receipt)
-        work = _prepared(engine, parsed.generations, account, record=form is not None)
+        work = _prepared(engine, parsed.generations, account, identity.clock, record=form is not None)
         requests = await unless_disconnected(work, request.receive)
         if requests is None:
             raise ClientGone
@@ -103,11 +108,17 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
 
 
 async def _prepared(
-    engine: EngineProtocol, generations: Sequence[GenerationRequest], account: Account, *, record: bool
+    engine: EngineProtocol,
+    generations: Sequence[GenerationRequest],
+    account: Account,
+    clock: dt.datetime | None,
+    *,
+    record: bool,
 ) -> list[tuple[GenerationRequest, PreparedRequest]]:
     """Prepare the requests of one reply. A seed that is drawn for the first is the seed of all.
 
-    `record`: whether they become receipts. Returns each request as it was prepared, and what it became.
+    `clock`: as in `Identity`; `record`: whether they become receipts. Returns each request as it was prepared, and what
+    it became.
     """
     most = engine.info.max_requests
     if len(generations) > most:
@@ -122,6 +133,8 @@ async def _prepared(
             seed = prepared[0][1].params.seed
             generation = dataclasses.replace(generation, sampling={**generation.sampling, "seed": seed})
         generation = dataclasses.replace(generation, group=account.group, context_limit=account.context_limit)
+        if clock is not None:
+            generation = timed(generation, engine.info, clock)
         generation = to_be_recorded(generation, engine.info) if record else generation
         prepared.append((generation, await engine.prepare(generation)))
     return prepared

@@ -58,12 +58,16 @@ class BatchLine:
         return model if isinstance(model, str) else ""
 
     def sent(self, *, receipts: bool) -> bytes:
-        """Write the body that is answered: with a seed, and with a receipt if each line gets one."""
+        """Write the body that is answered: with a seed, and with a receipt if each line gets one.
+
+        A line that asks for the form with digests keeps it.
+        """
         added: dict[str, Any] = {}
         if self.body.get("seed") is None:
             # The id is part of it, so that lines with the same request are different draws.
             added["seed"] = int(self.digest, 16) >> (256 - _SEED_BITS)
-        if receipts:
+        asked = self.body.get("receipt")
+        if receipts and (asked is None or asked is False):
             added["receipt"] = True
         return to_json({**self.body, **added}).encode()
 

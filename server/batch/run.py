@@ -19,7 +19,7 @@ from server.app import create_app
 from server.batch.answering import Batch, Stopped
 from server.batch.input import InputFile
 from server.batch.output import OutputFile, WrittenLine
-from server.settings import ServerSettings
+from server.settings import ReceiptSettings, ServerSettings
 
 __all__ = ["BatchJob", "Counts", "resume", "run_batch"]
 
@@ -69,8 +69,10 @@ def run_batch(job: BatchJob, console: Console) -> Counts:
     concurrency = min(wanted, *(entry.max_sequences + entry.max_queue for entry in job.entries))
     limit = job.settings.max_body_bytes
     # Nothing is refused because of the load: there is room for every body, and time for every request. The queue stays
-    # as it is, since its length limits the prompts that one request may hold.
-    room = job.settings.model_copy(update={"max_bodies_bytes": 2 * (concurrency + 1) * limit})
+    # as it is, since its length limits the prompts that one request may hold. What a server keeps and signs is not for
+    # a batch: only --receipts and the lines say what gets a receipt.
+    bodies = 2 * (concurrency + 1) * limit
+    room = job.settings.model_copy(update={"max_bodies_bytes": bodies, "receipts": ReceiptSettings()})
     entries = [entry.model_copy(update={"max_queue_seconds": None}) for entry in job.entries]
     logs.configure(job.settings.log_format, access_log=False)
     with InputFile(job.source, limit) as source, OutputFile(job.target) as target:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from engine import ConfigError, ModelConfig, entry_of, validate
+from engine import ConfigError, ModelConfig, entry_of, public_pem, validate
 from server.configuration import (
     DEFAULT_CONFIG,
     DEMO,
@@ -18,6 +18,7 @@ from server.configuration import (
     read_configuration,
 )
 from server.logs import printable
+from server.settings import ServerSettings
 from server.terminal import Terminal
 
 __all__ = ["bundle"]
@@ -42,17 +43,24 @@ def create(
     torch: Annotated[
         str | None, typer.Option(help="The build of torch to pack, cpu or cu130. Default: the one installed here.")
     ] = None,
-    key: Annotated[Path | None, typer.Option(help="A PEM file: the public key that checks receipts.")] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            help="A PEM file: the public key that checks receipts. Default: that of `receipts: sign:` in models.yaml."
+        ),
+    ] = None,
     pull: PullOption = False,
 ) -> None:
     """Make a bundle for this platform and this version of Python. Needs pip, and the network or a folder of wheels."""
-    from server.bundle.create import BundleJob, create_bundle
+    from server.bundle.create import BundleJob, create_bundle, read_public_key
     from server.bundle.wheels import installed_build
 
     if torch not in (None, "cpu", "cu130"):
         raise ConfigError(f"--torch must be cpu or cu130, not {torch!r}.")
     before_anything_heavy(pull)
-    job = BundleJob(target, _chosen(models or [], config), torch or installed_build(), key, pull)  # type: ignore[arg-type]
+    entries, settings = _configured(config)
+    public = _signing_key(settings, config) if key is None else read_public_key(key)
+    job = BundleJob(target, _chosen(models or [], entries), torch or installed_build(), public, pull)  # type: ignore[arg-type]
     with err.status("bundle") as status:
         digest = create_bundle(job, lambda text: status.update(escape(text)))
     err.print(escape(f"{target} is complete. Its checksums have the SHA-256:"), highlight=False, soft_wrap=True)
@@ -74,11 +82,27 @@ def check(target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder
     print(printable(f"{target} is complete and unchanged. Its checksums have the SHA-256 {digest_of(target / FILE)}."))
 
 
-def _chosen(models: list[str], config: Path | None) -> tuple[ModelConfig, ...]:
-    """Return the entries to pack: those that are named, by id or by place, or else all of the configuration."""
-    entries: tuple[ModelConfig, ...] = ()
+def _configured(config: Path | None) -> tuple[tuple[ModelConfig, ...], ServerSettings]:
+    """Return entries and settings of the configuration, if there is one."""
     if config is not None or DEFAULT_CONFIG.exists():
-        entries, _ = read_configuration(config, None, None)
+        return read_configuration(config, None, None)
+    return (), ServerSettings()
+
+
+def _signing_key(settings: ServerSettings, config: Path | None) -> bytes | None:
+    """Return the public half of the key that the settings name; None if they name none.
+
+    Raises:
+        ReceiptError: it cannot be read, or is no private Ed25519 key.
+    """
+    from server.receipts.location import open_signer
+
+    signer = open_signer(settings, config)
+    return None if signer is None else public_pem(signer.public_key).encode()
+
+
+def _chosen(models: list[str], entries: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
+    """Return the entries to pack: those that are named, by id or by place, or else all of the configuration."""
     if not models:
         if not entries:
             raise ConfigError(

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from engine import ConfigError, ModelConfig
 from server.bundle.check import check_bundle
@@ -15,19 +16,22 @@ from server.bundle.models import copy_models
 from server.bundle.texts import install_script, readme
 from server.bundle.wheels import TorchBuild, collect_wheels, own_version, requirements_of
 
-__all__ = ["BundleJob", "create_bundle"]
+__all__ = ["BundleJob", "create_bundle", "read_public_key"]
+
+KEY_FILE: Final = "receipts-key.pem"
+"""The public key of receipts in a bundle."""
 
 _LARGEST_KEY = 64 * 2**10  # bytes
 
 
 @dataclass(frozen=True, slots=True)
 class BundleJob:
-    """What goes into a bundle. `key`: a file with the public key of receipts."""
+    """What goes into a bundle. `key`: the public key of receipts (PEM)."""
 
     target: Path
     entries: Sequence[ModelConfig]
     build: TorchBuild
-    key: Path | None = None
+    key: bytes | None = None
     pull: bool = False
 
 
@@ -35,14 +39,13 @@ def create_bundle(job: BundleJob, say: Callable[[str], None]) -> str:
     """Make a bundle and return the SHA-256 of its checksums.
 
     Raises:
-        ConfigError: its place is taken, a key is not a public one, or something could not be fetched or written.
+        ConfigError: its place is taken, or something could not be fetched or written.
         LoadError: a model is missing or damaged.
     """
     target = job.target
     partial = target.with_name(f"{target.name}.partial")
     if os.path.lexists(target):
         raise ConfigError(f"{target} exists already; a bundle gets a folder of its own.")
-    key = _public_key(job.key) if job.key is not None else None
     try:
         partial.mkdir()
     except FileExistsError:
@@ -52,7 +55,7 @@ def create_bundle(job: BundleJob, say: Callable[[str], None]) -> str:
     except OSError as error:
         raise ConfigError(f"cannot make {partial}: {error.strerror}.") from None
     try:
-        _fill(partial, job, key, say)
+        _fill(partial, job, say)
         digest = digest_of(partial / FILE)
         partial.rename(target)
     except BaseException as error:
@@ -63,7 +66,7 @@ def create_bundle(job: BundleJob, say: Callable[[str], None]) -> str:
     return digest
 
 
-def _fill(root: Path, job: BundleJob, key: tuple[str, bytes] | None, say: Callable[[str], None]) -> None:
+def _fill(root: Path, job: BundleJob, say: Callable[[str], None]) -> None:
     say("copying the models")
     copy_models(job.entries, root, pull=job.pull)
     say("fetching the packages of the lock")
@@ -71,10 +74,11 @@ def _fill(root: Path, job: BundleJob, key: tuple[str, bytes] | None, say: Callab
     wheels.mkdir()
     collect_wheels(wheels, job.build)
     (root / "requirements.txt").write_text(requirements_of(wheels), encoding="utf-8")
-    if key is not None:
-        (root / key[0]).write_bytes(key[1])
+    if job.key is not None:
+        (root / KEY_FILE).write_bytes(job.key)
     models = [entry.id for entry in job.entries]
-    (root / "README.txt").write_text(readme(own_version(), models, key[0] if key else None), encoding="utf-8")
+    key = KEY_FILE if job.key is not None else None
+    (root / "README.txt").write_text(readme(own_version(), models, key), encoding="utf-8")
     (root / "install.sh").write_text(install_script(), encoding="utf-8")
     (root / "install.sh").chmod(0o755)
     say("computing the checksums")
@@ -88,8 +92,8 @@ def _fill(root: Path, job: BundleJob, key: tuple[str, bytes] | None, say: Callab
         raise ConfigError(f"the bundle was not written as it should be: {fault}")
 
 
-def _public_key(path: Path) -> tuple[str, bytes]:
-    """Read a public key: the name it gets in the bundle, and its content.
+def read_public_key(path: Path) -> bytes:
+    """Read a file with a public key (PEM).
 
     Raises:
         ConfigError: it cannot be read, or is no public key; a private one must not leave its machine.
@@ -103,4 +107,4 @@ def _public_key(path: Path) -> tuple[str, bytes]:
         raise ConfigError(f"{path} is a private key, which must not leave its machine; give the public one.")
     if len(content) > _LARGEST_KEY or b"PUBLIC KEY" not in content:
         raise ConfigError(f"{path} is not a public key in PEM format.")
-    return "receipts-key.pem", content
+    return content

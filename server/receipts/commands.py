@@ -7,6 +7,7 @@ or checked, and nothing is refuted.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -43,6 +44,8 @@ err = Terminal(stderr=True)
 HOLDS: Final = 0
 REFUTED: Final = 1
 NOT_CHECKED: Final = 2
+
+_VERDICTS: Final = ("identical", "reproduced", "consistent", "refuted", "not_checkable")
 
 _FilesArgument = Annotated[
     list[Path], typer.Argument(metavar="RECEIPT…", help="Files with a receipt, or .jsonl files with one in each line.")
@@ -138,6 +141,7 @@ class _Where:
     url: str | None
     api_key: str | None
     pull: bool
+    entries: tuple[ModelConfig, ...] = ()
     loaded: dict[str, LLM] = field(default_factory=dict)
 
     def checker(self, mode: Mode, tolerance: float) -> Callable[[Entry], dict[str, Any]]:
@@ -158,8 +162,8 @@ class _Where:
 
     def load(self, receipt: Receipt | None = None) -> LLM:
         """Return the model that a receipt speaks of, loaded. One at a time is kept."""
-        entries, _ = read_configuration(self.config, self.model, None)
-        entry = _entry_for(receipt, entries)
+        self.entries = self.entries or read_configuration(self.config, self.model, None)[0]
+        entry = _entry_for(receipt, self.entries)
         if entry.id not in self.loaded:
             before_anything_heavy(self.pull)
             from engine import LLM
@@ -232,6 +236,15 @@ def _print_reports(reports: Sequence[tuple[str, dict[str, Any]]]) -> None:
         out.print(escape(where), highlight=False, soft_wrap=True)
         for line in filter(None, told):
             out.print(f"  {escape(str(line))}", highlight=False, soft_wrap=True)
+    if len(reports) > 1:
+        out.print(_counts([report for _, report in reports]), highlight=False, soft_wrap=True)
+
+
+def _counts(reports: Sequence[dict[str, Any]]) -> str:
+    """Return how many receipts got which verdict."""
+    verdicts = Counter(report.get("verdict", "not_checkable") for report in reports)
+    told = ", ".join(f"{verdicts[name]} {name.replace('_', ' ')}" for name in _VERDICTS if verdicts[name])
+    return f"{len(reports)} receipts: {told}"
 
 
 def _exit_code(reports: Iterable[dict[str, Any]]) -> int:

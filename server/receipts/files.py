@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine import MOST_RECEIPT_BYTES, Receipt, ReceiptError, document_of, read_receipt, verify_envelope
+from engine import MOST_RECEIPT_BYTES, Receipt, ReceiptError, documents_of, read_document, verify_envelope
 
 if TYPE_CHECKING:
     from securesystemslib.signer import SSlibKey
@@ -20,7 +20,7 @@ class Entry:
     """One receipt of a file, or why there is none.
 
     Attributes:
-        where: the file, and the line if it has several.
+        where: the file, the line if it has several, and the number of the prompt if a reply has several.
         document: the receipt or the envelope as it was written.
         signed_by: the id of the key that has signed it; None if no signature was checked.
         unchecked: whether it is signed, but no key was given.
@@ -37,34 +37,46 @@ class Entry:
 def read_entries(path: Path, keys: Sequence[SSlibKey] = ()) -> Iterator[Entry]:
     """Read the receipts of a file: one, or one in each line if its name ends in `.jsonl`.
 
+    In place of a receipt there may be a reply of the API, or a line of a batch's output, with one or several.
+
     Args:
         keys: if there are any, one of them must have signed each receipt.
     """
     try:
         with path.open("rb") as file:
             if path.suffix != ".jsonl":
-                yield _entry(str(path), file.read(MOST_RECEIPT_BYTES + 1), keys)
+                yield from _entries(str(path), file.read(MOST_RECEIPT_BYTES + 1), keys)
                 return
             number = 0
             while line := file.readline(MOST_RECEIPT_BYTES + 1):
                 number += 1
                 if line.strip():
-                    yield _entry(f"{path}:{number}", line, keys)
+                    yield from _entries(f"{path}:{number}", line, keys)
                 if len(line) > MOST_RECEIPT_BYTES:
                     return  # where this line ends would have to be searched for
     except OSError as error:
         yield Entry(str(path), None, error=f"cannot be read: {error.strerror or error}.")
 
 
-def _entry(where: str, data: bytes, keys: Sequence[SSlibKey]) -> Entry:
+def _entries(where: str, data: bytes, keys: Sequence[SSlibKey]) -> Iterator[Entry]:
+    """Read the receipts in one text."""
     try:
-        document = document_of(data)
+        documents = documents_of(data)
+    except ReceiptError as error:
+        yield Entry(where, None, error=error.message)
+        return
+    for number, document in enumerate(documents):
+        yield _entry(where if len(documents) == 1 else f"{where}, prompt {number}", document, keys)
+
+
+def _entry(where: str, document: dict[str, Any], keys: Sequence[SSlibKey]) -> Entry:
+    try:
         if "payload" not in document:
             if keys:
                 raise ReceiptError("the receipt is not signed.")
-            return Entry(where, read_receipt(data), document)
+            return Entry(where, read_document(document), document)
         if not keys:
-            return Entry(where, read_receipt(data), document, unchecked=True)
+            return Entry(where, read_document(document), document, unchecked=True)
         receipt, signed_by = verify_envelope(document, keys)
         return Entry(where, receipt, document, signed_by=signed_by)
     except ReceiptError as error:

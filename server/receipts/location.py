@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from engine import ConfigError, load_private_key
 from server.accounts.location import location
@@ -14,7 +14,10 @@ from server.receipts.keeping import Keeper, LedgerKeeper
 from server.receipts.service import Receipts
 from server.settings import ServerSettings
 
-__all__ = ["open_keeper", "open_receipts"]
+if TYPE_CHECKING:
+    from securesystemslib.signer import CryptoSigner
+
+__all__ = ["open_keeper", "open_receipts", "open_signer"]
 
 IN_LEDGER: Final = "ledger"
 
@@ -27,10 +30,19 @@ def open_receipts(settings: ServerSettings, config: Path | None) -> Receipts:
         ReceiptError: the key cannot be read, or is no private Ed25519 key.
         LedgerFault: the ledger cannot be opened.
     """
-    given = settings.receipts
-    signer = None if given.sign is None else load_private_key(_beside(config, str(given.sign)))
+    given, signer = settings.receipts, open_signer(settings, config)
     keeper = None if given.keep is None else open_keeper(settings, config)
     return Receipts(given, clock=time.time, keeper=keeper, signer=signer)  # noqa: TID251  the wall clock's days
+
+
+def open_signer(settings: ServerSettings, config: Path | None) -> CryptoSigner | None:
+    """Load the key that signs receipts; None if none is named.
+
+    Raises:
+        ReceiptError: it cannot be read, or is no private Ed25519 key.
+    """
+    sign = settings.receipts.sign
+    return None if sign is None else load_private_key(_beside(config, str(sign)))
 
 
 def open_keeper(settings: ServerSettings, config: Path | None) -> Keeper:

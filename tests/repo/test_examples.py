@@ -27,6 +27,13 @@ EXAMPLES = {
     "reproduce": ["keep these: seed", "4 of 4 replays"],
     "choices_and_logprobs": ["choice 0:", "choice 2:", "12 tokens", "the bytes join to the text"],
     "stop_and_bias": ["stopped:", "(stop)", "banned:", "forced:"],
+    "prove_a_reply": [
+        "receipt of chatcmpl-",
+        "as it is: identical: all 12 tokens",
+        "with another token: refuted: at position 5",
+    ],
+    "experiment": ["seed 3, temperature 1.0", "smallest margin", "6 of 6 identical"],
+    "score_texts": ["' Mary'", "' table'", "each alone has the same bits: yes"],
     "script": ["the law holds here:", "chat:", "again:", "continued: 'a seed chooses'"],
 }
 

@@ -21,6 +21,15 @@ def line(custom_id: Any, text: str = "Hello", **body: Any) -> dict[str, Any]:
     return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
+def completion(custom_id: Any, prompt: Any, **body: Any) -> dict[str, Any]:
+    return {
+        "custom_id": custom_id,
+        "method": "POST",
+        "url": "/v1/completions",
+        "body": {"model": "tiny", "prompt": prompt, **body},
+    }
+
+
 def many(count: int = 24) -> Lines:
     """Requests of several kinds: drawn and greedy, long and short, with several choices, with log-probabilities."""
     kinds: Lines = [

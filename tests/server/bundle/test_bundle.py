@@ -15,12 +15,12 @@ import yaml
 from typer.testing import CliRunner
 
 import server.bundle.create
-from engine import ConfigError, ModelConfig, parse_models, read_yaml
+from engine import ConfigError, ModelConfig, generate_key, parse_models, read_yaml
 from server import cli
 from server.bundle import wheels
 from server.bundle.check import check_bundle
 from server.bundle.checksums import FILE, read_checksums, write_checksums
-from server.bundle.create import BundleJob, create_bundle
+from server.bundle.create import BundleJob, create_bundle, read_public_key
 from server.bundle.models import copy_models
 
 DEMO = ModelConfig(id="demo", builtin="demo", max_completion_tokens=9)
@@ -39,7 +39,9 @@ def _two_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(target: Path, *entries: ModelConfig, key: Path | None = None) -> Path:
-    create_bundle(BundleJob(target, entries or (DEMO,), "cpu", key), lambda text: None)
+    create_bundle(
+        BundleJob(target, entries or (DEMO,), "cpu", None if key is None else read_public_key(key)), lambda text: None
+    )
     return target
 
 
@@ -204,6 +206,34 @@ def test_the_key_of_receipts(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=words):
             make(tmp_path / "other", key=tmp_path / "key")
     assert not list(tmp_path.glob("other*"))
+
+
+def test_the_key_that_the_configuration_signs_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its public half goes in by itself; the private one never does."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keys").mkdir()
+    generate_key(tmp_path / "keys" / "mine")
+    settings = {"models": [{"id": "demo", "builtin": "demo"}], "server": {"receipts": {"sign": "mine"}}}
+    (tmp_path / "keys" / "models.yaml").write_text(yaml.safe_dump(settings))
+
+    def create(target: str, *more: str) -> tuple[int, str]:
+        arguments = ["bundle", "create", target, "--config", "keys/models.yaml", *more]
+        result = CliRunner().invoke(cli.app, arguments)
+        return result.exit_code, f"{result.stderr} {result.exception}"
+
+    code, said = create("made")
+    assert code == 0, said
+    public = (tmp_path / "keys" / "mine.pub").read_text()
+    assert (tmp_path / "made" / "receipts-key.pem").read_text() == public
+    assert "receipts-key.pem" in (tmp_path / "made" / "README.txt").read_text()
+    assert not list((tmp_path / "made").glob("**/mine*"))
+    (tmp_path / "other.pub").write_text(PUBLIC)
+    assert create("named", "--key", "other.pub")[0] == 0
+    assert (tmp_path / "named" / "receipts-key.pem").read_text() == PUBLIC
+    (tmp_path / "keys" / "mine").unlink()
+    code, said = create("without")
+    assert (code, "cannot read" in said) == (1, True)
+    assert not (tmp_path / "without").exists()
 
 
 # -- what stops it ---------------------------------------------------------------------------------------------------
