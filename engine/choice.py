@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from typing import Final
 
 from engine.grammar.compiler import GrammarState
 from engine.replies.reply_stream import TextDelta, TextStream
@@ -25,6 +26,13 @@ from engine.types.outputs import ChoiceDelta, FinishReason, TokenCheck, TokenLog
 from engine.types.reply_format import ReplyFormat
 
 __all__ = ["Choice", "SpecialIds"]
+
+_MOST_ONE_BY_ONE: Final = 64
+"""Draft tokens of one step where each is drawn by itself: so many calls of the sampler, and masks, at most."""
+_MOST_FOLLOWED: Final = 512
+"""Tokens of a reply that are checked in one step."""
+_FEW_FOLLOWED: Final = 16
+_FEW_DIFFERENT: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,7 @@ class Choice:
     """
 
     __slots__ = (
+        "_follow_limit",
         "_forced",
         "_format",
         "_ids",
@@ -90,6 +99,7 @@ class Choice:
         self._ids = ids
         self._forced: deque[int] = deque()  # tokens that come next whatever the model says: the end of long thoughts
         self._num_calls = 0
+        self._follow_limit = _MOST_FOLLOWED
         self._written: list[str] = []  # the text so far, where it is to be checked against a schema in the end
         self._schema_error: str | None = None  # of calls that no grammar held to all of their schema; "": none
         self._limit_thoughts()
@@ -118,9 +128,12 @@ class Choice:
         self._learner = None
         if grammar is not None and grammar.slow:
             return ()  # its next mask is computed beside the steps, and so is the one after it
+        if not self.stays_free:
+            room = min(room, _MOST_ONE_BY_ONE)
         if sequence.follow is not None:
             # Nothing is drawn behind the last token, so it is not computed.
-            return sequence.follow[sequence.position : min(sequence.position + room, len(sequence.follow) - 1)]
+            end = min(sequence.position + min(room, self._follow_limit), len(sequence.follow) - 1)
+            return sequence.follow[sequence.position : end]
         if forced := tuple(self._forced) or (grammar.all_forced if grammar else ()):
             return forced[:room]  # where they are drawn at all
         for source in (self.prediction, self.drafter):
@@ -134,8 +147,13 @@ class Choice:
                 return found
         return ()
 
-    def learn(self, proposed: int, accepted: int) -> None:
-        """Note how many tokens of the last draft were right."""
+    def learn(self, proposed: int, accepted: int, different: int = 0) -> None:
+        """Note how many tokens of the last draft were right.
+
+        `different`: in a reply that is checked, how often another token was drawn. How close it was takes a look at the
+        whole vocabulary, so where that happens often, less is checked in one step.
+        """
+        self._follow_limit = _FEW_FOLLOWED if different > _FEW_DIFFERENT else _MOST_FOLLOWED
         if self._learner is not None:
             self._learner.learn(proposed, accepted)
 

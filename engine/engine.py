@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from itertools import groupby, takewhile
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from engine.preparation import Preparer
 from engine.replies.reply_stream import TextStream
 from engine.running import PromptLogprobs, RunningRequest
 from engine.sampling.sampler import Described, Sampled, Sampler
-from engine.scheduling.drafts import Drafter, Prediction
+from engine.scheduling.drafts import Drafter, Places, Prediction, places_of
 from engine.scheduling.schedule import Draw, Schedule
 from engine.scheduling.sequence import Sequence, SequenceState
 from engine.text.stop_strings import StopStrings
@@ -39,6 +40,9 @@ from engine.types.requests import GenerationRequest, PreparedRequest
 __all__ = ["Engine", "reply_fault"]
 
 log = logging.getLogger("verbatim.engine")
+
+_STEPS_TO_RECOVER: Final = 1024
+"""Steps after which more rows of logits are tried again, where memory was short."""
 
 Drawn = Sampled | VerbatimError
 """What a draw has come to: a token, or why there is none."""
@@ -70,6 +74,8 @@ class Engine:
         self.speculates = _may_speculate(model, drafts=self.drafts)
         """Whether sequences that are added propose draft tokens of their own."""
         self._requests: dict[str, RunningRequest] = {}
+        self._rows_too_many: int | None = None  # the extra rows of a step that did not fit and is tried without them
+        self._rows_allowed = self._rows_at_most = model.scheduler.max_rows
         self._steps = 0
         self._drafted_tokens = 0
         self._accepted_tokens = 0
@@ -96,19 +102,29 @@ class Engine:
         """Queue a request. Its id must not be in use.
 
         Raises:
-            ValueError: the id is in use.
+            ValueError: the id is in use, or a reply to be checked cannot be one of this model.
             Exception: whatever its grammar raises if it does not start; then nothing is queued.
         """
         if request.request_id in self._requests:
             raise ValueError(f"the request id {request.request_id!r} is in use")
+        self._check_followed(request)
         stops = StopStrings(request.params.stop)
-        choices = [self._choice(request, index, stops) for index in range(request.params.n)]
+        places = places_of(request.prediction)
+        choices = [self._choice(request, index, stops, places) for index in range(request.params.n)]
         scored = request.params.prompt_logprobs is not None
         logprobs = PromptLogprobs(self.model.vocabulary, request.prompt_token_ids) if scored else None
         self._requests[request.request_id] = RunningRequest(request, choices, len(choices), logprobs)
         self._scheduler.add([choice.sequence for choice in choices])
 
-    def _choice(self, request: PreparedRequest, index: int, stops: StopStrings) -> Choice:
+    def _check_followed(self, request: PreparedRequest) -> None:
+        follow, params = request.follow, request.params
+        if follow is not None:
+            least = 0 if params.max_tokens == 0 else 1
+            fits = len(follow) == params.n and all(least <= len(one) <= (params.max_tokens or 0) for one in follow)
+            if not fits or any(not 0 <= token < self._runner.vocab_size for one in follow for token in one):
+                raise ValueError("the reply to be checked has other choices, lengths or tokens than the request allows")
+
+    def _choice(self, request: PreparedRequest, index: int, stops: StopStrings, places: Places) -> Choice:
         model, params = self.model, request.params
         assert params.seed is not None
         sequence = Sequence(
@@ -131,7 +147,7 @@ class Engine:
         if self.speculates:
             choice.drafter = Drafter()
         if request.prediction:
-            choice.prediction = Prediction(request.prediction)
+            choice.prediction = Prediction(request.prediction, places)
         return choice
 
     def abort(self, request_id: str) -> Usage | None:
@@ -268,6 +284,7 @@ class Engine:
     ) -> list[RequestOutput]:
         """Register what was computed, append what was drawn, return the outputs. A fault ends its own request."""
         self._steps += 1
+        self._settle_rows(fits=True)
         faults = _faults(schedule, result, drawn, described)
         outputs = [self.refuse(request_id, error) for request_id, error in faults.items()]
         self._count_prompt_tokens(schedule)
@@ -289,11 +306,10 @@ class Engine:
                     if not isinstance(error, Exception) and not panicked(error):
                         raise
                     faults[request_id] = fault = reply_fault(request_id, error)
-                    deltas.pop(request_id, None)
-                    outputs.append(self.refuse(request_id, fault))
+                    outputs += self._ended_by(fault, request_id, deltas)
             wave = self._draw_on(waiting, result, outputs, deltas)
-        self._learn(schedule)
-        self._scheduler.release_drafts(schedule)
+        self._learn(schedule, deltas)
+        self._scheduler.settle_drafts(schedule)
         return outputs + [self._output(request_id, parts) for request_id, parts in deltas.items()]
 
     def _draw_on(
@@ -309,12 +325,24 @@ class Engine:
             return list(zip(draws, self._sample(draws, result), strict=True))
         except BaseException as error:
             if panicked(error):  # the library does not say at which grammar
-                for request_id in dict.fromkeys(draw.sequence.request_id for draw in draws):
-                    deltas.pop(request_id, None)
-                    outputs.append(self.refuse(request_id, reply_fault(request_id, error)))
-            elif not out_of_memory(error):
+                held = [draw.sequence for draw in draws if self._choice_of(draw.sequence).grammar is not None]
+                if not held:
+                    raise
+                for request_id in dict.fromkeys(sequence.request_id for sequence in held):
+                    outputs += self._ended_by(reply_fault(request_id, error), request_id, deltas)
+            elif out_of_memory(error):
+                self._runner.release_memory()
+            else:
                 raise
             return []  # what was taken stays; the rest is drawn in the next steps
+
+    def _ended_by(
+        self, fault: VerbatimError, request_id: str, deltas: dict[str, list[ChoiceDelta]]
+    ) -> list[RequestOutput]:
+        """End a request with an error, after what this step has added to it."""
+        before = deltas.pop(request_id, None)
+        told = [self._requests[request_id].output(before)] if before else []
+        return [*told, self.refuse(request_id, fault)]
 
     def _advance(self, choice: Choice, drawn: list[tuple[Draw, Drawn]]) -> tuple[list[ChoiceDelta], list[Draw]]:
         """Append the drawn tokens as long as they equal the draft, and the first one that does not.
@@ -328,6 +356,8 @@ class Engine:
         try:
             for draw, found in drawn:
                 if isinstance(found, VerbatimError):
+                    if deltas:
+                        break  # it is drawn again, first, once these are out
                     raise found
                 deltas.append(choice.advance(found))
                 taken = sequence.output_token_ids
@@ -349,7 +379,7 @@ class Engine:
             self._masks.look_ahead(grammar)
         return deltas, []
 
-    def _learn(self, schedule: Schedule) -> None:
+    def _learn(self, schedule: Schedule, deltas: dict[str, list[ChoiceDelta]]) -> None:
         """Tell the choices how many tokens of their drafts were right."""
         for chunk in schedule.chunks:
             if chunk.draft:
@@ -362,7 +392,9 @@ class Engine:
                 self._drafted_tokens += len(chunk.draft)
                 self._accepted_tokens += accepted
                 if running is not None:
-                    running.choices[sequence.choice_index].learn(len(chunk.draft), accepted)
+                    mine = [d for d in deltas.get(sequence.request_id, ()) if d.index == sequence.choice_index]
+                    different = sum(check.drawn != check.expected for delta in mine for check in delta.checks)
+                    running.choices[sequence.choice_index].learn(len(chunk.draft), accepted, different)
 
     def _keep_prompt_logprobs(self, schedule: Schedule, described: list[Described | NumericalFault]) -> None:
         for score, found in zip(schedule.scores, described, strict=True):
@@ -412,16 +444,35 @@ class Engine:
         """End the largest request of a step that did not fit in memory. The others are recomputed."""
         self._undo(schedule)
         self._runner.release_memory()
-        if self._scheduler.max_rows > 1 and any(chunk.num_rows > 1 for chunk in schedule.chunks):
-            self._scheduler.max_rows //= 2  # rows of logits are large; with fewer the same is computed in more steps
-            log.warning("memory ran out; from here on a step has at most %d rows of logits", self._scheduler.max_rows)
+        if self._with_fewer_rows(schedule):
             return []
+        self._settle_rows(fits=False)
         largest = max(schedule.chunks, key=lambda c: (c.count, c.start))
         reason = OutOfMemory(
             f"memory ran out in a step that computed {largest.count} tokens of this request at position "
             f"{largest.start}; a lower max_batch_tokens or context_length needs less. ({first_line(error)})"
         )
         return [self.refuse(largest.sequence.request_id, reason)]
+
+    def _with_fewer_rows(self, schedule: Schedule) -> bool:
+        """Whether a step that did not fit may be tried again without the rows of drafts and of scored prompts."""
+        scheduler = self._scheduler
+        rows = sum(max(chunk.num_rows - 1, 0) for chunk in schedule.chunks)
+        if scheduler.whole_prompts or not rows or self._rows_too_many is not None:
+            return False
+        self._rows_too_many, self._rows_allowed = rows, scheduler.max_rows
+        scheduler.max_rows = 0
+        return True
+
+    def _settle_rows(self, *, fits: bool) -> None:
+        """After the second try: allow half of the rows that were too many, if they were what did not fit."""
+        if self._rows_too_many is not None:
+            self._scheduler.max_rows = max(self._rows_too_many // 2, 1) if fits else self._rows_allowed
+            if fits:
+                log.warning("memory ran out; a step has at most %d extra rows of logits now", self._scheduler.max_rows)
+            self._rows_too_many = None
+        elif self._steps % _STEPS_TO_RECOVER == 0:
+            self._scheduler.max_rows = min(2 * self._scheduler.max_rows, self._rows_at_most)
 
     def _drop_grammars(self, schedule: Schedule, error: BaseException) -> list[RequestOutput]:
         """End all requests of a step that have a grammar: its library panicked and does not say at which."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,12 @@ _DRAWN_SEED_BITS = 53
 
 _SHORT: Final = 1 << 17
 """Prompts of up to this many characters are always counted in full: the exact number of tokens helps a client."""
+
+_MOST_SCORES: Final = 1 << 19
+"""Log-probabilities of one prompt, alternatives included. Each takes some 200 bytes until it is sent."""
+
+_MOST_LOGITS: Final = 1 << 27
+"""Logits of one pass where a prompt cannot be cut into chunks: 512 MiB."""
 
 _LONG: Final = 1 << 20
 """Longer prompts, in characters, take so much memory to encode that it is given back at once."""
@@ -146,6 +153,7 @@ class Preparer:
         prompt = self._prompt(request)
         tokens, text = prompt.tokens, prompt.text
         self._check_tokens(tokens, prompt.field, request.context_limit)
+        self._check_scored(params.prompt_logprobs, len(tokens))
         if request.suffix is not None:
             ends = tuple(sorted({*params.stop_token_ids, *self._plain.fill_in_ends}))
             params = dataclasses.replace(params, stop_token_ids=ends)
@@ -272,7 +280,8 @@ class Preparer:
             ids = self._encoder.encode_as_text(text[: max_tokens * CHARACTERS_PER_TOKEN], "prediction")
         except (UnicodeEncodeError, TypeError):
             raise InvalidFormat("prediction holds text that is not valid Unicode.", param="prediction") from None
-        return tuple(ids[:max_tokens])
+        # A token that the model has no row for can never be drawn, and must not be computed.
+        return tuple(itertools.takewhile(lambda token: token < self._info.vocab_size, ids[:max_tokens]))
 
     @contextlib.contextmanager
     def _reading(self, text: str, param: str) -> Iterator[None]:
@@ -304,6 +313,20 @@ class Preparer:
         finally:
             if len(text) > _LONG:
                 give_back_memory()
+
+    def _check_scored(self, alternatives: int | None, tokens: int) -> None:
+        """Refuse log-probabilities of a prompt that would take too much memory."""
+        if alternatives is None:
+            return
+        most = _MOST_SCORES // (alternatives + 1)
+        if self._info.runner == "fallback":  # which computes a prompt in one piece
+            most = min(most, _MOST_LOGITS // self._info.vocab_size)
+        if tokens > most:
+            raise InvalidParameter(
+                f"prompt_logprobs: with {alternatives} alternatives this model scores prompts of up to {most} tokens, "
+                f"not {tokens}.",
+                param="prompt_logprobs",
+            )
 
     def _check_tokens(self, tokens: Sequence[int], param: str, context_limit: int | None) -> None:
         if not tokens:

@@ -1,6 +1,5 @@
-"""The task of short answers for inspect-ai, and runs of it that return every sample's raw numbers.
+"""inspect-ai's side: runs its task and returns every sample's raw numbers.
 
-    inspect eval evaluations/inspection.py --model openai-api/verbatim/MODEL
     python -m evaluations.inspection JOBS.json RESULTS.json
 
 Runs in the environment that has inspect-ai in it (`make evaluations` makes it), from the root of the repository.
@@ -17,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from inspect_ai import Task, eval, task
-from inspect_ai.dataset import FieldSpec, json_dataset
+from inspect_ai import eval
 from inspect_ai.model import get_model
-from inspect_ai.scorer import includes
-from inspect_ai.solver import generate
+
+from evaluations.tasks.answers import verbatim_answers
 
 
 @dataclass(slots=True)
@@ -32,16 +30,6 @@ class Job:
     base_url: str
     config: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
-
-
-@task
-def verbatim_answers() -> Task:
-    """50 questions with one short answer."""
-    items = json_dataset(
-        str(Path(__file__).resolve().parent / "tasks" / "answers.jsonl"),
-        FieldSpec(input="question", target="answer"),
-    )
-    return Task(dataset=items, solver=generate(), scorer=includes())
 
 
 def run(job: Job) -> dict[str, Any]:

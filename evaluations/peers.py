@@ -47,24 +47,23 @@ def ask(contestant: Contestant, base_url: str, model: str, settings: argparse.Na
     """Ask a server everything, pass by pass. `ours`: whether it returns log-probabilities of prompts."""
     clients = Clients(settings.limit, settings.threads)
     generation = {"max_gen_toks": MAX_TOKENS, "until": ["<|im_end|>"]}
-    for name, at_once in PASSES.items():
-        print(f"{contestant.name}: {name}", file=sys.stderr, flush=True)
-        if ours:
-            job = completions(base_url, model, settings.model, at_once)
-            (contestant.facts[name],) = clients.harness([{**job, "tasks": [FACTS]}])
-        (contestant.answers[name],) = clients.harness(
-            [chat(base_url, model, at_once, generation=generation, system=SYSTEM)]
-        )
-        if contestant.name.startswith("transformers"):
-            continue  # its chat completions have no log-probabilities
-        config = {
-            "system_message": SYSTEM,
-            "temperature": 0.0,
-            "max_tokens": MAX_TOKENS,
-            "logprobs": True,
-            "top_logprobs": 1,
-        }
-        (contestant.tokens[name],) = clients.inspect([inspection(base_url, model, at_once, **config)])
+    jobs = {ANSWERS: [chat(base_url, model, n, generation=generation, system=SYSTEM) for n in PASSES.values()]}
+    if ours:
+        jobs[FACTS] = [{**completions(base_url, model, settings.model, n), "tasks": [FACTS]} for n in PASSES.values()]
+    results = iter(clients.harness([job for of_task in jobs.values() for job in of_task]))
+    contestant.answers = dict(zip(PASSES, results, strict=False))
+    contestant.facts = dict(zip(PASSES, results, strict=False))
+    if contestant.name.startswith("transformers"):
+        return  # its chat completions have no log-probabilities
+    config = {
+        "system_message": SYSTEM,
+        "temperature": 0.0,
+        "max_tokens": MAX_TOKENS,
+        "logprobs": True,
+        "top_logprobs": 1,
+    }
+    runs = clients.inspect([inspection(base_url, model, n, **config) for n in PASSES.values()])
+    contestant.tokens = dict(zip(PASSES, runs, strict=True))
 
 
 def contestants(settings: argparse.Namespace) -> Iterator[Contestant]:
@@ -101,12 +100,10 @@ def _others(settings: argparse.Namespace) -> Iterator[tuple[str, list[str], str]
 
 def _backend(settings: argparse.Namespace) -> Contestant:
     """Run lm-eval's own backend: rows of one pass in place of requests at once."""
-    one = Contestant("transformers, lm-eval's hf backend")
     hf = {"pretrained": str(settings.model.resolve()), "dtype": "float32", "device": "cpu"}
-    for name, rows in PASSES.items():
-        job = {"model": "hf", "arguments": hf, "batch_size": rows, "tasks": [FACTS]}
-        (one.facts[name],) = Clients(settings.limit, settings.threads).harness([job])
-    return one
+    jobs = [{"model": "hf", "arguments": hf, "batch_size": rows, "tasks": [FACTS]} for rows in PASSES.values()]
+    results = Clients(settings.limit, settings.threads).harness(jobs)
+    return Contestant("transformers, lm-eval's hf backend", dict(zip(PASSES, results, strict=True)))
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
@@ -191,8 +188,12 @@ def main(argv: list[str] | None = None) -> None:
         {"limit": settings.limit, "max_tokens": MAX_TOKENS, "context_length": CONTEXT},
         settings.quick,
     )
-    with contextlib.closing(contestants(settings)) as found:
-        tell(report, [*found])
+    found = []
+    with contextlib.closing(contestants(settings)) as running:
+        for contestant in running:
+            found.append(contestant)
+            print(f"{contestant.name}: asked", file=sys.stderr, flush=True)
+    tell(report, found)
     report.show()
     print(report.write(settings.out).name)
 

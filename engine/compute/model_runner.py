@@ -37,7 +37,7 @@ class ForwardResult:
 
     Attributes:
         logits: `[n, vocab] float32`, each chunk's `num_rows` rows, in order.
-        finite: for each chunk of the schedule, whether all its keys and values were finite.
+        finite: for each chunk of the schedule, whether all its keys and values were finite, its draft's aside.
         errors: of chunks that could not be computed, by their number; their logits mean nothing.
     """
 
@@ -125,7 +125,9 @@ class PackedRunner:
         plan = self._backend.plan(self.cache, packed)
         logits = self._run(tokens, positions, last_rows, plan)
         finite = plan.finite()
-        return ForwardResult(logits, tuple(bool(finite[s.row : s.row + s.count].all()) for s in packed))
+        real = [chunk.count - len(chunk.draft) for chunk in schedule.chunks]  # a wrong guess is nobody's fault
+        told = (bool(finite[s.row : s.row + n].all()) for s, n in zip(packed, real, strict=True))
+        return ForwardResult(logits, tuple(told))
 
     def _run(self, tokens: list[int], positions: list[int], rows: list[int], plan: StepPlan) -> Tensor:
         # A product with one row may take another path in a library than the same row among others.

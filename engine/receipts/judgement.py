@@ -131,7 +131,7 @@ def _verdict(
     beyond = [
         (place, check)
         for place, check in seen.checks
-        if check.drawn != check.expected and (rules.exact or check.closeness > rules.tolerance)
+        if check.drawn != check.expected and (rules.exact or not check.closeness <= rules.tolerance)
     ]
     if beyond:
         return "refuted", _refutation(*beyond[0], rules)

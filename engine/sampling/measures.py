@@ -115,7 +115,8 @@ def _excess(logits: Tensor, scores: Tensor, cut: Filter) -> Tensor:
     if cut.top_k:
         last, next_one = sorted_scores[cut.top_k - 1], sorted_scores[cut.top_k]
         kept[cut.top_k :] = False
-        excess[order] = excess[order].maximum(torch.where(kept, next_one - sorted_scores, last - sorted_scores))
+        edge = torch.where(kept, next_one - sorted_scores, last - sorted_scores)
+        excess[order] = excess[order].maximum(edge.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf))
     if cut.top_p < 1.0:
         mass = masses(sorted_scores) * kept
         before = mass.cumsum(0) - mass

@@ -10,12 +10,12 @@ Source of the method: https://github.com/apoorvumang/prompt-lookup-decoding
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence as Tokens
+from collections.abc import Mapping, Sequence as Tokens
 from typing import Final
 
 from engine.scheduling.sequence import Sequence
 
-__all__ = ["Drafter", "Prediction"]
+__all__ = ["Drafter", "Prediction", "places_of"]
 
 NGRAM: Final = 3
 """Tokens that are looked up."""
@@ -87,6 +87,18 @@ class Drafter(_Pace):
         return tuple(again[i % period] for i in range(count))  # a repetition is taken to go on
 
 
+Places = Mapping[tuple[int, ...], Tokens[int]]
+"""`NGRAM` tokens → the places after them, upward."""
+
+
+def places_of(tokens: tuple[int, ...]) -> Places:
+    """Return where each `NGRAM` tokens of a text lead."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for at in range(NGRAM, len(tokens)):
+        places.setdefault(tokens[at - NGRAM : at], []).append(at)
+    return places
+
+
 class Prediction(_Pace):
     """Follows a reply along the tokens that its caller predicted, and proposes those that come next.
 
@@ -100,14 +112,13 @@ class Prediction(_Pace):
 
     __slots__ = ("_last", "_next", "_places", "_tokens", "accepted")
 
-    def __init__(self, tokens: Tokens[int]) -> None:
+    def __init__(self, tokens: Tokens[int], places: Places | None = None) -> None:
+        """Begin before the first token. `places`: `places_of(tokens)`, which the choices of a request share."""
         super().__init__(16, MOST_PREDICTED)
         self._tokens = tuple(tokens)
         self._next = 0  # the place of the token that is expected
         self._last: tuple[int, ...] = ()  # the reply's last tokens, at most `NGRAM`
-        self._places: dict[tuple[int, ...], list[int]] = {}  # `NGRAM` tokens → the places after them
-        for at in range(NGRAM, len(self._tokens)):
-            self._places.setdefault(self._tokens[at - NGRAM : at], []).append(at)
+        self._places = places_of(self._tokens) if places is None else places
         self.accepted = 0
 
     def push(self, token: int) -> None:

@@ -30,10 +30,6 @@ Propose = Callable[[Sequence, int], tuple[int, ...]]
 """Proposes draft tokens for a sequence, at most as many as the second argument says."""
 
 
-def _no_draft(sequence: Sequence, most: int) -> tuple[int, ...]:
-    return ()
-
-
 @dataclass(slots=True)
 class _Budget:
     """What is left of a step.
@@ -110,6 +106,8 @@ class Scheduler:
         if sequence.state is SequenceState.FINISHED:
             return
         if sequence.state is SequenceState.RUNNING:
+            if reusable:
+                self._register_full_blocks(sequence)
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -118,12 +116,12 @@ class Scheduler:
 
     # -- one step -----------------------------------------------------------------------------------------------
 
-    def schedule(self, held: Container[Sequence] = (), propose: Propose = _no_draft) -> Schedule:
+    def schedule(self, held: Container[Sequence] = (), propose: Propose | None = None) -> Schedule:
         """Choose the next step's chunks and allocate the blocks that they write to.
 
         Args:
             held: sequences to leave out.
-            propose: is asked for a draft wherever there is room for one.
+            propose: is asked for a draft wherever decodes and prompts have left room for one.
         """
         schedule = Schedule()
         decoding = sum(s.num_uncomputed == 1 for s in self.running)
@@ -138,9 +136,11 @@ class Scheduler:
                 count = self._cut(sequence, budget)
             if count and self._make_room(sequence, sequence.num_computed + count, schedule):
                 budget.tokens -= count if is_prompt else 0
-                self._add_chunk(sequence, count, schedule, budget, propose)
+                self._add_chunk(sequence, count, schedule, budget)
         if self.num_preemptions == preemptions:
-            self._admit(budget, schedule, held, propose)
+            self._admit(budget, schedule, held)
+        if propose is not None and not self.whole_prompts:
+            self._add_drafts(schedule, budget, propose)
         schedule.plan_rows()
         return schedule
 
@@ -158,12 +158,19 @@ class Scheduler:
         if sequence.state is SequenceState.RUNNING:
             sequence.num_computed += count
 
-    def release_drafts(self, schedule: Schedule) -> None:
-        """Free the blocks of draft tokens that were wrong, but for one that the sequence will need soon."""
+    def settle_drafts(self, schedule: Schedule) -> None:
+        """Make blocks of accepted draft tokens reusable, and free those of wrong ones but for one.
+
+        If every token is computed and none was drawn behind the last one, that one is computed again for its logits.
+        """
         for chunk in schedule.chunks:
             sequence = chunk.sequence
+            if not chunk.draft or sequence.state is not SequenceState.RUNNING:
+                continue
+            sequence.num_computed = min(sequence.num_computed, len(sequence) - 1)
+            self._register_full_blocks(sequence)
             keep = self.pool.blocks_for(len(sequence)) + 1
-            if chunk.draft and len(sequence.block_table) > keep:
+            if len(sequence.block_table) > keep:
                 self.pool.release(sequence.block_table[keep:], None)
                 del sequence.block_table[keep:]
 
@@ -180,12 +187,12 @@ class Scheduler:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _cut(self, sequence: Sequence, budget: _Budget) -> int:
-        """Return how many of a sequence's uncomputed tokens fit a step. None may, for want of rows of logits."""
+        """Return how many of a sequence's uncomputed tokens fit a step."""
         count = sequence.num_uncomputed
         if self.whole_prompts:
             return count
         if sequence.scores_prompt:  # tokens before `next_scored - 1` are computed again and need no rows
-            count = min(count, budget.rows + max(sequence.next_scored - 1 - sequence.num_computed, 0))
+            count = min(count, max(budget.rows, 1) + max(sequence.next_scored - 1 - sequence.num_computed, 0))
         return min(count, budget.tokens)
 
     def _drafted(self, sequence: Sequence, length: int, budget: _Budget, propose: Propose) -> tuple[int, ...]:
@@ -200,15 +207,23 @@ class Scheduler:
         budget.rows -= len(draft)
         return draft
 
-    def _add_chunk(self, sequence: Sequence, count: int, schedule: Schedule, budget: _Budget, propose: Propose) -> None:
+    def _add_chunk(self, sequence: Sequence, count: int, schedule: Schedule, budget: _Budget) -> None:
         chunk = Chunk.of(sequence, count)
-        if chunk.samples and sequence.siblings:  # which share its blocks, so nothing is written behind the prompt
+        if chunk.samples and sequence.siblings:
             chunk = Chunk.of(sequence, count, forks=self._fork_siblings(sequence))
-        elif chunk.samples and not self.whole_prompts:
-            draft = self._drafted(sequence, sequence.num_computed + count, budget, propose)
-            chunk = Chunk.of(sequence, count, draft=draft)
-        budget.rows -= max(chunk.num_rows - 1 - len(chunk.draft), 0)
+        budget.rows -= max(chunk.num_rows - 1, 0)
         schedule.chunks.append(chunk)
+
+    def _add_drafts(self, schedule: Schedule, budget: _Budget, propose: Propose) -> None:
+        """Put drafts behind the chunks that reach their sequence's last token, as far as the step has room."""
+        for number, chunk in enumerate(schedule.chunks):
+            sequence = chunk.sequence
+            if not chunk.samples or chunk.forks:  # which share its blocks, so nothing is written behind the prompt
+                continue
+            if sequence.state is SequenceState.RUNNING and (
+                draft := self._drafted(sequence, chunk.start + chunk.count, budget, propose)
+            ):
+                schedule.chunks[number] = Chunk.of(sequence, chunk.count, draft=draft)
 
     def _fork_siblings(self, leader: Sequence) -> tuple[Sequence, ...]:
         """Start as many siblings as there is room for. The rest wait in front and will find the prompt in the cache."""
@@ -224,7 +239,7 @@ class Scheduler:
         self.waiting.extendleft(reversed(rest))
         return tuple(forks)
 
-    def _admit(self, budget: _Budget, schedule: Schedule, held: Container[Sequence], propose: Propose) -> None:
+    def _admit(self, budget: _Budget, schedule: Schedule, held: Container[Sequence]) -> None:
         while self.waiting and budget.tokens > 0 and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             if sequence in held:
@@ -234,8 +249,6 @@ class Scheduler:
                     return
                 count = sequence.num_uncomputed
             else:
-                if sequence.scores_prompt and not budget.rows:
-                    return
                 if not self._attach_cached_prefix(sequence, schedule):
                     return
                 count = self._cut(sequence, budget)
@@ -245,7 +258,7 @@ class Scheduler:
             sequence.state = SequenceState.RUNNING
             self.running.append(sequence)
             budget.tokens -= count
-            self._add_chunk(sequence, count, schedule, budget, propose)
+            self._add_chunk(sequence, count, schedule, budget)
 
     def _attach_cached_prefix(self, sequence: Sequence, schedule: Schedule) -> bool:
         """Give a waiting sequence the cached blocks of its prefix. False, and nothing taken, if the rest would not fit.

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from evaluations import check, items
+from benchmarks.report import Report
+from evaluations import check, items, peers
 from evaluations.clients import PYTHON, different, flat
 from evaluations.harness import ANSWERS, FACTS
 
@@ -86,6 +87,18 @@ def test_a_run_that_differs_is_named() -> None:
     )
     wrong = [what for what, _, as_promised in check.verdicts(found, result([-1.0])) if not as_promised]
     assert wrong == [f"lm-eval, completions; many; {FACTS}", f"lm-eval, completions; many; {ANSWERS}"]
+
+
+def test_the_comparison_counts_what_moves_and_leaves_out_what_was_not_asked() -> None:
+    """A server without log-probabilities has no zero among them, which would look like a merit."""
+    still = {name: {**result([-1.0, -2.0]), "seconds": 1.0} for name in peers.PASSES}
+    moved = {**still, peers.CROWD: {**result([-1.0, -2.5]), "seconds": 0.5}}
+    report = Report("evaluations", "tiny", "2026-01-31", "0", False, {}, {})
+    peers.tell(report, [peers.Contestant("still", still, still, still), peers.Contestant("moved", {}, moved, {})])
+    rows = {row.name: {name: values["median"] for name, values in row.values.items()} for row in report.rows}
+    assert rows[f"answers in words that differ from {peers.ALONE}: {peers.CROWD}"] == {"still": 0, "moved": 1}
+    assert rows[f"log-likelihoods that differ from {peers.ALONE}: {peers.CROWD}"] == {"still": 0}
+    assert rows[f"time for all answers, {peers.CROWD}"] == {"still": 1.0, "moved": 0.5}
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 PYTHON = "\n".join(
     path.read_text(encoding="utf-8")
-    for folder in ("engine", "server", "tests", "examples", "benchmarks", "docs", "requirements")
+    for folder in ("engine", "server", "tests", "examples", "benchmarks", "evaluations", "docs", "requirements")
     for path in sorted(ROOT.glob(f"{folder}/**/*.py"))
 )
 CODE = "\n".join(p.read_text(encoding="utf-8") for p in (*ROOT.glob("engine/**/*.py"), *ROOT.glob("server/**/*.py")))

@@ -177,7 +177,7 @@ def test_parts_are_printed_one_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "_open", lambda entry, *_: Loaded(entry))
-    monkeypatch.setattr(cli, "_before_anything_heavy", lambda pull: None)
+    monkeypatch.setattr(cli, "before_anything_heavy", lambda pull: None)
     (tmp_path / "models.yaml").write_text("models:\n  - {id: a, builtin: demo}\n  - {id: b, builtin: noise}\n")
     done = invoke()
     assert done.exit_code == 0

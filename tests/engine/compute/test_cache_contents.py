@@ -162,7 +162,7 @@ class Walk:
                 if sequence.state is SequenceState.RUNNING:
                     self.advance(sequence, chunk.draft)
             self.seen |= {"forks"} if chunk.forks else set()
-        self.scheduler.release_drafts(schedule)
+        self.scheduler.settle_drafts(schedule)
 
     def advance(self, sequence: Sequence, draft: Prefix) -> None:
         """Draw a token, and one more for each draft token that was right; sometimes others are forced behind it."""

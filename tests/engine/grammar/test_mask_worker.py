@@ -117,12 +117,12 @@ def test_one_that_is_preempted_meanwhile_comes_back_with_the_same_bits(
     waited: list[bool] = []
     schedule = Scheduler.schedule
 
-    def preempting(self: Scheduler, held: Any = ()) -> Any:
+    def preempting(self: Scheduler, held: Any = (), propose: Any = None) -> Any:
         for sequence in list(held):
             if sequence.state is SequenceState.RUNNING and len(waited) < 5:
                 waited.append(True)
                 self._preempt(sequence)
-        made = schedule(self, held)
+        made = schedule(self, held, propose)
         assert not any(chunk.sequence in held for chunk in made.chunks)
         self.check()
         return made

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from engine import LLM, ChatMessage, Constraint, RequestOutput, Tool, ToolChoice
+from engine import LLM, ChatMessage, Constraint, NumericalFault, RequestOutput, Tool, ToolChoice
 from engine.types.requests import GenerationRequest, PreparedRequest
 
 TEMPLATE = (
@@ -171,7 +173,7 @@ def test_a_changed_token_is_found_and_the_check_goes_on(models: tuple[LLM, LLM],
 
 def test_a_reply_that_ends_too_soon_or_too_late_is_told(models: tuple[LLM, LLM]) -> None:
     plain, _ = models
-    form = FORMS["form"]
+    form = FORMS["expression"] | {"n": 1, "max_tokens": 120}
     [outputs], _ = run(plain, prepared(plain, form))
     [choice] = reply(outputs)
     [outputs], _ = run(plain, prepared(plain, form, follow=(choice["tokens"][:-2],)))
@@ -300,3 +302,153 @@ def test_prompt_logprobs_are_those_of_one_plain_pass(models: tuple[LLM, LLM], ro
     last = entries[-1]
     assert last is not None
     assert check.logprob == pytest.approx(last.logprob, abs=1e-6)
+
+
+def with_draws(outputs: list[RequestOutput]) -> tuple[int, ...]:
+    return tuple(token for output in outputs for delta in output.deltas for token in delta.token_ids)
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_grammar_that_turns_slow_behind_a_right_draft_is_waited_for(
+    models: tuple[LLM, LLM], monkeypatch: pytest.MonkeyPatch, follows: bool
+) -> None:
+    """Whether a mask counts as slow is a matter of the clock, so a busy machine must not stop a reply."""
+    plain, _ = models
+    form = FORMS["expression"] | {"n": 1}
+    [outputs], _ = run(plain, prepared(plain, form))
+    tokens = reply(outputs)[0]["tokens"]
+    calls, compute = 0, plain.engine.model.grammars.masks
+
+    def slow(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            time.sleep(0.05)
+        return compute(*arguments)
+
+    monkeypatch.setattr(plain.engine.model.grammars, "masks", slow)
+    more: dict[str, Any] = {"follow": (tokens,)} if follows else {"prediction": tokens}
+    plain.engine.add(prepared(plain, form, **more))
+    found: list[RequestOutput] = []
+    for _ in range(200):
+        found += plain.engine.step()
+    assert not plain.engine.has_work, "it waits for ever"
+    assert with_draws(found) == tokens
+
+
+def test_memory_that_runs_out_between_the_draws_of_a_draft_loses_nothing(
+    models: tuple[LLM, LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, _ = models
+    form = FORMS["expression"] | {"n": 1}
+    [outputs], _ = run(plain, prepared(plain, form))
+    tokens = reply(outputs)[0]["tokens"]
+    calls, sample = 0, plain.engine._sampler.sample
+
+    def fails(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in (4, 9):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample(*arguments)
+
+    monkeypatch.setattr(plain.engine._sampler, "sample", fails)
+    [found], _ = run(plain, prepared(plain, form, prediction=tokens))
+    assert with_draws(found) == tokens
+
+
+def test_a_step_that_does_not_fit_is_tried_without_drafts_first(
+    models: tuple[LLM, LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, _ = models
+    [outputs], _ = run(plain, prepared(plain, {}))
+    tokens = with_draws(outputs)
+    forward, scheduler = plain.engine.model.runner.forward, plain.engine.model.scheduler
+    monkeypatch.setattr(scheduler, "max_rows", scheduler.max_rows)
+
+    def tight(schedule: Any) -> Any:
+        if sum(chunk.num_rows for chunk in schedule.chunks) > 9:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(schedule)
+
+    monkeypatch.setattr(plain.engine.model.runner, "forward", tight)
+    [found], steps = run(plain, prepared(plain, {}, prediction=tokens))
+    assert with_draws(found) == tokens
+    assert steps < 30, "with fewer rows there are still drafts"
+
+
+def test_a_fault_behind_right_draft_tokens_comes_after_them(
+    models: tuple[LLM, LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a client gets before an error does not depend on drafts."""
+    plain, _ = models
+    [outputs], _ = run(plain, prepared(plain, {}))
+    tokens = with_draws(outputs)
+    sample = plain.engine._sampler.sample
+
+    def faulty(logits: Any, rows: Any, *more: Any) -> Any:
+        found = sample(logits, rows, *more)
+        return [
+            NumericalFault("not finite") if row.position == 30 else one for row, one in zip(rows, found, strict=True)
+        ]
+
+    monkeypatch.setattr(plain.engine._sampler, "sample", faulty)
+    for prediction in ((), tokens):
+        plain.engine.add(prepared(plain, {}, prediction=prediction))
+        found: list[RequestOutput] = []
+        while plain.engine.has_work:
+            found += plain.engine.step()
+        assert isinstance(found[-1].error, NumericalFault)
+        assert with_draws(found) == tokens[:30]
+        assert found[-1].usage.completion_tokens == 30
+
+
+def test_the_next_turn_finds_as_much_of_a_reply_in_the_cache_whether_it_was_drafted_or_not(
+    models: tuple[LLM, LLM],
+) -> None:
+    plain, _ = models
+    found = set()
+    for more in ({}, {"prediction"}, {"follow"}):
+        request = prepared(plain, {})
+        plain.engine.model.scheduler.pool.clear_cache()
+        [outputs], _ = run(plain, request)
+        tokens = with_draws(outputs)
+        plain.engine.model.scheduler.pool.clear_cache()
+        how: dict[str, Any] = {"prediction": tokens} if "prediction" in more else {"follow": (tokens,)} if more else {}
+        run(plain, prepared(plain, {}, **how))
+        again = dataclasses.replace(
+            prepared(plain, {"max_tokens": 1}), prompt_token_ids=(*request.prompt_token_ids, *tokens, 70, 71)
+        )
+        [outputs], _ = run(plain, again)
+        found.add(outputs[-1].usage.cached_tokens)
+    assert len(found) == 1
+    assert found.pop() > len(request.prompt_token_ids) + 50
+
+
+@pytest.mark.parametrize("follow", [((),), ((1, 2), (3,)), ((10**6,),), ((-1,),), ((70,) * 61,)])
+def test_a_reply_that_cannot_be_one_of_the_request_is_refused(
+    models: tuple[LLM, LLM], follow: tuple[tuple[int, ...], ...]
+) -> None:
+    plain, _ = models
+    with pytest.raises(ValueError, match="other choices, lengths or tokens"):
+        plain.engine.add(prepared(plain, {}, follow=follow))
+    assert not plain.engine.has_work
+
+
+def test_a_wrong_draft_token_whose_row_of_the_embedding_is_damaged_harms_nobody(tiny: Callable[[str], Path]) -> None:
+    llm = LLM(tiny("qwen3"), cache_size="32MiB", context_length=512)
+    given = {"max_tokens": 20, "seed": 3, "ignore_eos": True}
+    expected = llm.generate("ab ab", **given)[0].token_ids
+    unused = next(t for t in range(300) if t not in expected)
+    model = llm.engine.model.runner._model.model  # type: ignore[attr-defined]
+    weight = model.get_input_embeddings().weight
+    before = weight[unused].clone()
+    try:
+        with torch.no_grad():
+            weight[unused] = math.inf
+        request = llm.engine.prepare(llm.request("ab ab", **given))
+        [found], _ = run(llm, dataclasses.replace(request, prediction=(*expected[:3], unused, *expected[4:])))
+    finally:
+        with torch.no_grad():
+            weight[unused] = before
+    assert with_draws(found) == expected

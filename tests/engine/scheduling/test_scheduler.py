@@ -42,7 +42,7 @@ def _sample(scheduler: Scheduler, schedule: Schedule, draw: random.Random) -> No
                 break
     for score in schedule.scores:
         score.sequence.next_scored = score.position + 1
-    scheduler.release_drafts(schedule)
+    scheduler.settle_drafts(schedule)
 
 
 def test_a_long_prompt_is_cut_and_does_not_stop_the_others_from_decoding() -> None:
@@ -313,6 +313,22 @@ def test_a_draft_goes_behind_the_last_chunk_of_a_prompt_and_is_cut_to_rows_and_b
     assert [(c.start, c.count, c.draft, c.num_rows) for c in third.chunks] == [(15, 1 + 5, long[:5], 6)]
 
 
+def test_prompts_come_before_drafts() -> None:
+    """However long a draft is, a prompt that waits is computed as if there were none."""
+    scheduler = _scheduler(blocks=64, size=4, budget=8)
+    [old] = _prefilled(scheduler, [1, 2], max_tokens=99)
+    scheduler.add(_request("new", list(range(20))))
+    counts = []
+    for _ in range(3):
+        schedule = scheduler.schedule(propose=lambda _, most: (9,) * most)
+        counts.append([(c.sequence is old, c.count - len(c.draft), len(c.draft)) for c in schedule.chunks])
+        _sample(scheduler, schedule, random.Random(1))
+    assert [[(own, real) for own, real, _ in step] for step in counts] == [[(True, 1), (False, 7)]] * 2 + [
+        [(True, 1), (False, 6)]
+    ]
+    assert [sum(draft for *_, draft in step) for step in counts] == [0, 0, 1]
+
+
 def test_a_draft_is_never_longer_than_the_reply_may_be() -> None:
     scheduler = _scheduler(blocks=64, size=4, budget=50)
     scheduler.add(_request("a", [1, 2, 3], 4))
@@ -333,7 +349,7 @@ def test_blocks_of_a_wrong_draft_are_given_back() -> None:
     assert len(sequence.block_table) > 2
     scheduler.commit(schedule)
     sequence.append(99)
-    scheduler.release_drafts(schedule)
+    scheduler.settle_drafts(schedule)
     assert len(sequence.block_table) == 2
     scheduler.check()
 
