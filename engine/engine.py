@@ -14,22 +14,23 @@ from __future__ import annotations
 
 import logging
 from itertools import groupby, takewhile
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from engine.choice import Choice, SpecialIds
 from engine.compute.model_runner import ForwardResult
-from engine.errors import NumericalFault, OutOfMemory, ReplyFault, VerbatimError, first_line, out_of_memory, panicked
+from engine.errors import NumericalFault, OutOfMemory, VerbatimError, first_line, out_of_memory, panicked
+from engine.faults import Drawn, reply_fault, step_faults
 from engine.grammar.compiler import GrammarState
 from engine.grammar.mask_worker import MaskWorker
 from engine.model import LoadedModel
 from engine.preparation import Preparer
 from engine.replies.reply_stream import TextStream
 from engine.running import PromptLogprobs, RunningRequest
-from engine.sampling.sampler import Described, Sampled, Sampler
+from engine.sampling.sampler import Described, Sampler
 from engine.scheduling.drafts import Drafter, Places, Prediction, places_of
+from engine.scheduling.row_limit import RowLimit
 from engine.scheduling.schedule import Draw, Schedule
 from engine.scheduling.sequence import Sequence, SequenceState
 from engine.text.stop_strings import StopStrings
@@ -37,15 +38,9 @@ from engine.types.model_info import EngineStats, ModelInfo
 from engine.types.outputs import ChoiceDelta, RequestOutput, Usage
 from engine.types.requests import GenerationRequest, PreparedRequest
 
-__all__ = ["Engine", "reply_fault"]
+__all__ = ["Engine"]
 
 log = logging.getLogger("verbatim.engine")
-
-_STEPS_TO_RECOVER: Final = 1024
-"""Steps after which more rows of logits are tried again, where memory was short."""
-
-Drawn = Sampled | VerbatimError
-"""What a draw has come to: a token, or why there is none."""
 
 
 class Engine:
@@ -74,8 +69,7 @@ class Engine:
         self.speculates = _may_speculate(model, drafts=self.drafts)
         """Whether sequences that are added propose draft tokens of their own."""
         self._requests: dict[str, RunningRequest] = {}
-        self._rows_too_many: int | None = None  # the extra rows of a step that did not fit and is tried without them
-        self._rows_allowed = self._rows_at_most = model.scheduler.max_rows
+        self._row_limit = RowLimit(model.scheduler)
         self._steps = 0
         self._drafted_tokens = 0
         self._accepted_tokens = 0
@@ -284,8 +278,8 @@ class Engine:
     ) -> list[RequestOutput]:
         """Register what was computed, append what was drawn, return the outputs. A fault ends its own request."""
         self._steps += 1
-        self._settle_rows(fits=True)
-        faults = _faults(schedule, result, drawn, described)
+        self._row_limit.settle(fits=True)
+        faults = step_faults(schedule, result, drawn, described)
         outputs = [self.refuse(request_id, error) for request_id, error in faults.items()]
         self._count_prompt_tokens(schedule)
         self._scheduler.commit(schedule)
@@ -444,35 +438,15 @@ class Engine:
         """End the largest request of a step that did not fit in memory. The others are recomputed."""
         self._undo(schedule)
         self._runner.release_memory()
-        if self._with_fewer_rows(schedule):
+        if self._row_limit.try_without(schedule):
             return []
-        self._settle_rows(fits=False)
+        self._row_limit.settle(fits=False)
         largest = max(schedule.chunks, key=lambda c: (c.count, c.start))
         reason = OutOfMemory(
             f"memory ran out in a step that computed {largest.count} tokens of this request at position "
             f"{largest.start}; a lower max_batch_tokens or context_length needs less. ({first_line(error)})"
         )
         return [self.refuse(largest.sequence.request_id, reason)]
-
-    def _with_fewer_rows(self, schedule: Schedule) -> bool:
-        """Whether a step that did not fit may be tried again without the rows of drafts and of scored prompts."""
-        scheduler = self._scheduler
-        rows = sum(max(chunk.num_rows - 1, 0) for chunk in schedule.chunks)
-        if scheduler.whole_prompts or not rows or self._rows_too_many is not None:
-            return False
-        self._rows_too_many, self._rows_allowed = rows, scheduler.max_rows
-        scheduler.max_rows = 0
-        return True
-
-    def _settle_rows(self, *, fits: bool) -> None:
-        """After the second try: allow half of the rows that were too many, if they were what did not fit."""
-        if self._rows_too_many is not None:
-            self._scheduler.max_rows = max(self._rows_too_many // 2, 1) if fits else self._rows_allowed
-            if fits:
-                log.warning("memory ran out; a step has at most %d extra rows of logits now", self._scheduler.max_rows)
-            self._rows_too_many = None
-        elif self._steps % _STEPS_TO_RECOVER == 0:
-            self._scheduler.max_rows = min(2 * self._scheduler.max_rows, self._rows_at_most)
 
     def _drop_grammars(self, schedule: Schedule, error: BaseException) -> list[RequestOutput]:
         """End all requests of a step that have a grammar: its library panicked and does not say at which."""
@@ -491,38 +465,6 @@ class Engine:
         self._scheduler.rollback(schedule)
         for chunk in schedule.chunks:
             self._runner.forget(chunk.sequence)
-
-
-def reply_fault(request_id: str, error: BaseException) -> VerbatimError:
-    """Return the error that a request ends with, and log it if it was not expected."""
-    if isinstance(error, VerbatimError):
-        return error
-    log.error("%s: a fault in reading its reply", request_id, exc_info=error)
-    return ReplyFault(f"this reply could not be read: {type(error).__name__}; the log has the details.")
-
-
-def _faults(
-    schedule: Schedule,
-    result: ForwardResult,
-    drawn: list[tuple[Draw, Drawn]],
-    described: list[Described | NumericalFault],
-) -> dict[str, VerbatimError]:
-    """Return the requests that this step ends, and why: by the forward pass, the first draw, or a prompt's score."""
-    faults: dict[str, VerbatimError] = {}
-    for number, (chunk, finite) in enumerate(zip(schedule.chunks, result.finite, strict=True)):
-        if number in result.errors:
-            faults[chunk.sequence.request_id] = result.errors[number]
-        elif not finite:
-            faults[chunk.sequence.request_id] = NumericalFault(
-                "the model computed keys or values that are not finite; its weights may be damaged."
-            )
-    for draw, found in drawn:
-        if isinstance(found, VerbatimError) and not draw.index:
-            faults.setdefault(draw.sequence.request_id, found)
-    for score, what in zip(schedule.scores, described, strict=True):
-        if isinstance(what, NumericalFault):
-            faults.setdefault(score.sequence.request_id, what)
-    return faults
 
 
 def _may_speculate(model: LoadedModel, *, drafts: bool) -> bool:

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Final
 
-from engine.engine import Engine, reply_fault
+from engine.engine import Engine
 from engine.errors import VerbatimError
+from engine.faults import reply_fault
 from engine.llm import LLM
 from engine.receipts.check import ReceiptCheck
 from engine.receipts.receipt import Receipt

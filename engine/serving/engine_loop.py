@@ -11,8 +11,9 @@ import queue
 import time
 from collections.abc import Callable
 
-from engine.engine import Engine, reply_fault
+from engine.engine import Engine
 from engine.errors import EngineDead, QueueTimeout, VerbatimError, panicked
+from engine.faults import reply_fault
 from engine.serving.protocol import Abort, Aborted, Close, Command, Ended, Event, Outputs, Submit
 from engine.types.model_info import EngineStats
 from engine.types.outputs import RequestOutput, Usage

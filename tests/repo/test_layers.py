@@ -24,7 +24,7 @@ ENGINE = (
     "checkpoints",
     "model",
     "loading",
-    "preparation choice running",
+    "preparation choice running faults",
     "engine",
     "llm serving",
     "verification",
@@ -66,6 +66,7 @@ FREE_OF_TIME_AND_THREADS |= {
     "preparation",
     "choice",
     "running",
+    "faults",
     "engine",
     "receipts",
 }
