@@ -33,6 +33,7 @@ from benchmarks.common import RESULTS, summary
 from benchmarks.report import Report
 from benchmarks.served import MODEL, serve
 from engine import LLM, ChatMessage, Constraint
+from engine.compute.kv_cache import KEY_BLOCK
 from engine.receipts.receipt import ChoiceRecord
 from engine.receipts.recorder import Recorder, recorded
 from engine.types.requests import GenerationRequest
@@ -133,9 +134,9 @@ def circumstances(folder: Path, base: dict[str, Any]) -> Iterator[tuple[str, LLM
 
 
 def _small(llm: LLM) -> int:
-    """Bytes for the keys and values of some 700 tokens."""
+    """Bytes for the keys and values of some 700 tokens, and what lies behind the last block."""
     cache = llm.engine.model.runner.cache  # type: ignore[attr-defined]
-    return int(sum(layer.bytes_per_token for layer in cache.layers) * 704)
+    return int(sum(layer.bytes_per_token for layer in cache.layers) * (704 + KEY_BLOCK))
 
 
 def over_http(address: str, number: int, tokens: int, *, stream: bool) -> Any:
