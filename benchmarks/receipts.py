@@ -32,6 +32,8 @@ from engine.verification import check_receipt
 
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 PROMPT = 64
+_SHORT = 128
+"""Tokens of the replies in which rates are compared."""
 
 
 class Bench:
@@ -120,6 +122,7 @@ def measure(report: Report, bench: Bench, repeat: int) -> None:
         met=share["median"] <= 0.2,
         note="one stream; every check says: identical.",
     )
+    bench.tokens = min(bench.tokens, _SHORT)
     sides = {"with a receipt": bench.with_receipt, "with margins": bench.with_margins, "without": bench.plain}
     alternate(sides, 1, first=20_000)
     found = alternate(sides, repeat)
