@@ -64,8 +64,10 @@ class ReceiptCheck:
                 f"tolerance must be between 0 and {MOST_TOLERANCE:g}, not {tolerance!r}.", param="tolerance"
             )
         self._receipt, self._info, self._mode = receipt, info, mode
-        same = receipt.environment.fingerprint == info.system_fingerprint
-        exact = same and receipt.law.holds and info.law.holds
+        there = receipt.environment
+        same = there.fingerprint == info.system_fingerprint and dict(there.parts) == dict(info.fingerprint_parts)
+        exact = same and info.law.holds  # what the receipt says of the law can be forged
+        self._same = same
         self._rules = Rules(same, exact, tolerance, text_of)
         self._seen = [Seen() for _ in receipt.choices]
         self._decided: tuple[Verdict, str] | None = None
@@ -160,6 +162,10 @@ class ReceiptCheck:
             return "the receipt holds a digest of its request, not the request: nothing can be computed from it."
         if receipt.environment.fingerprint != fingerprint_of(parts, "vb-"):
             return "the receipt's fingerprint is not that of the parts that it names: its environment was altered."
+        if receipt.law.holds != all(holds for _, holds in receipt.law.checks) or (
+            self._same and receipt.law.holds != info.law.holds
+        ):
+            return "what the receipt says of the law is not what its checks, or the same environment here, say of it."
         if files := _other_files(dict(receipt.model.files), dict(info.manifest.files)):
             return f"the model's files are not those of the receipt: {files}."
         if parts.get(_SAMPLER) != here.get(_SAMPLER):

@@ -151,7 +151,10 @@ def _verdict(
     if rules.exact:
         return "refuted", f"the environment is the same, but {other}."
     if difference is None:
-        return "reproduced", f"all {choice.tokens} tokens are the same; their log-probabilities cannot be paired."
+        return "refuted", (
+            f"all {choice.tokens} tokens are the same, but the receipt's scores are not those of {len(seen.checks)} "
+            "drawn tokens: their number is another, or they are no finite numbers."
+        )
     return "reproduced", (
         f"all {choice.tokens} tokens are the same; log-probabilities differ by at most {difference:.3g}."
     )
@@ -225,14 +228,16 @@ def _end(expected: tuple[int, ...], seen: Seen, rules: Rules) -> FirstDifference
 
 
 def _largest_difference(choice: ChoiceRecord, seen: Seen) -> float | None:
-    """Return the largest difference between a raw log-probability here and in the receipt, if they can be paired."""
+    """Return the largest difference between a raw log-probability here and in the receipt.
+
+    None if they cannot be paired, or are no finite numbers.
+    """
     theirs = choice.scores or b""
     if len(theirs) != 8 * len(seen.checks):
         return None
     pairs = zip(struct.iter_unpack("<ff", theirs), (check.logprob for _, check in seen.checks), strict=True)
     gaps = [0.0 if a == b else abs(a - b) for (a, _), b in pairs]
-    largest = max(gaps, default=0.0)
-    return largest if math.isfinite(largest) else None
+    return max(gaps, default=0.0) if all(math.isfinite(gap) for gap in gaps) else None
 
 
 def _score(checks: list[TokenCheck]) -> float | None:

@@ -202,6 +202,8 @@ def _check_whole(receipt: Receipt) -> None:
             raise ReceiptError(
                 f"{where} has no tokens, but max_tokens is {params.max_tokens}: a reply has at least one."
             )
+        if choice.stability is not None and choice.margins is None:
+            raise ReceiptError(f"{where}.stability stands without the margins that it is made from.")
         if (choice.margins is not None) != params.margins:
             raise ReceiptError(f"{where} must hold margins if the request asks for them, and only then.")
 
@@ -235,6 +237,9 @@ def _model(value: Any) -> ModelManifest:
         files.append((one.text("name"), one.sha256("digest")))
     if len(files) > _MOST_FILES:
         raise ReceiptError(f"model.resources holds more than {_MOST_FILES} files.")
+    names = [name for name, _ in files]
+    if names != sorted(set(names)):
+        raise ReceiptError("model.resources must name each file once, in order.")
     manifest = ModelManifest(read.text("name"), tuple(files))
     if manifest.digest != read.any("digest"):
         raise ReceiptError("model.digest is not that of its files.")

@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from fastapi import Request
 
@@ -31,6 +32,10 @@ from server.settings import ServerSettings
 from server.wire.bodies import Bodies
 
 __all__ = ["Identity", "Service", "answer", "ignored_fields", "shown_names"]
+
+
+MOST_TOLD: Final = 1 << 17
+"""Log-probabilities of prompts in one reply: writing them takes the event loop some tenths of a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,7 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
         named = engine.info, identity.created
         recording = await begin_recording(service.receipts, parsed.receipt, requests, *named, body)
     prepared = tuple(made for _, made in requests)
+    _check_told(prepared)
     first, info = prepared[0], engine.info
     headers = ignored_fields(parsed.ignored + first.ignored, service.settings)
     if parsed.receipt is True and form == "digest":
@@ -105,6 +111,21 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
     reply = Reply(first.request_id, *told, prepared, parsed.prompt_logprobs)
     job = Job(engine, account, reply, parsed.stream, parsed.include_usage, headers, recording)
     return CompletionResponse(job, endpoint, service.settings)
+
+
+def _check_told(prepared: Sequence[PreparedRequest]) -> None:
+    """Refuse a reply that tells too many log-probabilities of its prompts: once for each choice."""
+    told = sum(
+        len(one.prompt_token_ids) * (one.params.prompt_logprobs + 1) * one.params.n
+        for one in prepared
+        if one.params.prompt_logprobs is not None
+    )
+    if told > MOST_TOLD:
+        raise InvalidParameter(
+            f"this reply would tell {told} log-probabilities of its prompts, for every choice and with alternatives; "
+            f"at most {MOST_TOLD} are told: ask for fewer prompts, choices or alternatives.",
+            param="logprobs" if prepared[0].echo is not None else "prompt_logprobs",
+        )
 
 
 async def _prepared(

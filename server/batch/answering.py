@@ -53,7 +53,7 @@ class Batch:
     """Answers lines through an application. Belongs to one event loop.
 
     Args:
-        fingerprints: by model id.
+        fingerprints: by model id, what answers depend on beside their lines.
         concurrency: requests that are under way at once.
         receipts: whether each answer is asked to hold a receipt.
     """

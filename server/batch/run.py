@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from engine import ConfigError, ModelConfig, Registry
+from engine import ConfigError, ModelConfig, ModelInfo, Registry
 from server import logs
 from server.app import create_app
 from server.batch.answering import Batch, Stopped
@@ -21,7 +21,7 @@ from server.batch.input import InputFile
 from server.batch.output import OutputFile, WrittenLine
 from server.settings import ReceiptSettings, ServerSettings
 
-__all__ = ["BatchJob", "Counts", "resume", "run_batch"]
+__all__ = ["BatchJob", "Counts", "basis", "resume", "run_batch"]
 
 _LAST = 60.0
 """Seconds that the last step may take to end."""
@@ -82,7 +82,7 @@ def run_batch(job: BatchJob, console: Console) -> Counts:
             target.clear()
         registry = _loaded(entries, job.pull, console)
         try:
-            fingerprints = {model.id: model.info.system_fingerprint for model in registry.list() if model.info}
+            fingerprints = {m.id: basis(m.info, room) for m in registry.list() if m.info}
             app = create_app(registry, room)
             batch = Batch(app, fingerprints, concurrency=concurrency, receipts=job.receipts)
             counts = resume(job, batch, source, target)
@@ -90,6 +90,12 @@ def run_batch(job: BatchJob, console: Console) -> Counts:
         finally:
             _close(registry)
     return counts
+
+
+def basis(info: ModelInfo, settings: ServerSettings) -> str:
+    """Name all that an answer depends on beside its line: what computes, the defaults, and what is refused."""
+    refused = f"{info.max_requests} {settings.strict_params}"
+    return f"{info.system_fingerprint} {info.defaults_fingerprint} {refused}"
 
 
 def _loaded(entries: list[ModelConfig], pull: bool, console: Console) -> Registry:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ class Entry:
         document: the receipt or the envelope as it was written.
         signed_by: the id of the key that has signed it; None if no signature was checked.
         unchecked: whether it is signed, but no key was given.
+        in_reply: whether it stood in a reply, whose text was not compared with it.
     """
 
     where: str
@@ -32,6 +35,7 @@ class Entry:
     error: str = ""
     signed_by: str | None = None
     unchecked: bool = False
+    in_reply: bool = False
 
 
 def read_entries(path: Path, keys: Sequence[SSlibKey] = ()) -> Iterator[Entry]:
@@ -65,8 +69,10 @@ def _entries(where: str, data: bytes, keys: Sequence[SSlibKey]) -> Iterator[Entr
     except ReceiptError as error:
         yield Entry(where, None, error=error.message)
         return
+    bare = json.loads(data)  # the receipt itself, or what stands around it
     for number, document in enumerate(documents):
-        yield _entry(where if len(documents) == 1 else f"{where}, prompt {number}", document, keys)
+        entry = _entry(where if len(documents) == 1 else f"{where}, prompt {number}", document, keys)
+        yield dataclasses.replace(entry, in_reply=bare is not document and bare != document)
 
 
 def _entry(where: str, document: dict[str, Any], keys: Sequence[SSlibKey]) -> Entry:

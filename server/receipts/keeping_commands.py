@@ -17,7 +17,15 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from engine import ReceiptError, document_of, generate_key, load_private_key, read_receipt, sign_receipt
+from engine import (
+    MOST_RECEIPT_BYTES,
+    ReceiptError,
+    document_of,
+    generate_key,
+    load_private_key,
+    read_receipt,
+    sign_receipt,
+)
 from server.configuration import ConfigOption, read_configuration
 from server.terminal import Terminal
 
@@ -95,7 +103,10 @@ def sign(
     """Print the signed envelope of a receipt: that this key's owner vouches for it."""
     signer = load_private_key(key)
     try:
-        data = file.read_bytes()
+        if not file.is_file():
+            raise ReceiptError(f"{file} is no file.")
+        with file.open("rb") as opened:
+            data = opened.read(MOST_RECEIPT_BYTES + 1)
     except OSError as error:
         raise ReceiptError(f"{file} cannot be read: {error.strerror or error}.") from None
     if "payload" in document_of(data):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from typing import IO, Any, Final
 
-from engine import TOLERANCE, Mode, ReceiptError
+from engine import TOLERANCE, Mode, ReceiptError, worst
 
 __all__ = ["RemoteServer", "report_of"]
 
@@ -54,7 +55,7 @@ class RemoteServer:
             request.add_unredirected_header("Authorization", f"Bearer {self.key}")
         try:
             with urllib.request.build_opener(_NoRedirect).open(request, timeout=_SECONDS) as answer:
-                return report_of(answer.read(_MOST_BYTES))
+                return report_of(_read(answer))
         except urllib.error.HTTPError as error:
             raise ReceiptError(f"{self.url} answers {error.code}: {_message(error)}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -76,13 +77,53 @@ def report_of(data: bytes) -> dict[str, Any]:
         report = json.loads(data)
     except (ValueError, RecursionError):
         report = None
-    if (
-        not isinstance(report, dict)
-        or report.get("verdict") not in _VERDICTS
-        or not isinstance(report.get("choices"), list)
-    ):
+    if not _is_report(report):
         raise ReceiptError("the server's answer is no report about a receipt.")
-    return report
+    return report  # type: ignore[no-any-return]
+
+
+def _read(answer: IO[bytes]) -> bytes:
+    """Read an answer whole, within `_MOST_BYTES` and `_SECONDS`, however slowly it comes."""
+    data, end = b"", time.monotonic() + _SECONDS
+    while len(data) < _MOST_BYTES and (part := answer.read1(1 << 16)):  # type: ignore[attr-defined]
+        data += part
+        if time.monotonic() > end:
+            raise TimeoutError("its answer takes too long")
+    return data
+
+
+_NUMBERS: Final = ("largest_difference", "score")
+_COUNTS: Final = ("index", "tokens", "drawn", "different")
+
+
+def _is_report(report: Any) -> bool:
+    """Whether JSON is a report whose every value has its type, and whose verdict is the worst of its choices'."""
+    if not isinstance(report, dict) or not all(isinstance(report.get(n), str) for n in ("id", "digest", "sentence")):
+        return False
+    environment, choices = report.get("environment"), report.get("choices")
+    if report.get("verdict") not in _VERDICTS or not isinstance(environment, list) or not isinstance(choices, list):
+        return False
+    if not all(isinstance(line, str) for line in environment) or not all(_is_choice(choice) for choice in choices):
+        return False
+    return not choices or report["verdict"] == worst(choice["verdict"] for choice in choices)
+
+
+def _is_choice(choice: Any) -> bool:
+    if not isinstance(choice, dict) or choice.get("verdict") not in _VERDICTS:
+        return False
+    counts = all(type(choice.get(name)) is int for name in _COUNTS)
+    numbers = all(choice.get(name) is None or isinstance(choice[name], int | float) for name in _NUMBERS)
+    first = choice.get("first")
+    if first is None:
+        return counts and numbers
+    texts = ("expected_text", "drawn_text")
+    return (
+        counts
+        and numbers
+        and isinstance(first, dict)
+        and type(first.get("position")) is int
+        and all(first.get(name) is None or isinstance(first[name], str) for name in texts)
+    )
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -45,7 +45,8 @@ Form = Literal["full", "digest"]
 _PATIENCE: Final = 10.0
 """Seconds that the end of a reply waits for its receipt to be kept: longer than a ledger waits for a lock."""
 _MOST_WAITING: Final = 64
-"""Receipts that may wait for a disk or a database that does not answer. Further ones are not kept."""
+"""Replies whose receipts may wait for a disk or a database. Where it answers, further ones wait for their turn; where
+it does not, they are not kept."""
 _DAY: Final = 86_400.0
 
 
@@ -77,7 +78,8 @@ class Receipts:
         self._putter = ThreadPoolExecutor(1, thread_name_prefix="keep-receipts")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-receipts")
         self._reads = FairLock()  # lists are made round-robin across owners
-        self._waiting = 0  # receipts handed to the putter and not yet kept
+        self._waiting = 0  # replies whose receipts were handed to the putter and are not kept yet
+        self._room = asyncio.Semaphore(_MOST_WAITING)
         self._lost = 0  # receipts that could not be kept
         self._faulty = False  # whether the last one could not be kept
         self._closed = threading.Event()
@@ -156,23 +158,28 @@ class Receipts:
         """
         if self._keeper is None:
             return True
-        if self._waiting >= _MOST_WAITING:
-            self._failed(len(written), f"{self._waiting} receipts wait already for a disk or a database")
-            return False
-        self._waiting += len(written)
         put = functools.partial(self._put, group or ANONYMOUS, written)
-        work = asyncio.get_running_loop().run_in_executor(self._putter, put)
-        work.add_done_callback(lambda done: self._kept(done, len(written)))
+        work: asyncio.Future[None] | None = None
         try:
-            async with asyncio.timeout(0.0 if self._faulty and self._waiting > len(written) else _PATIENCE):
+            async with asyncio.timeout(0.0 if self._faulty and self._waiting else _PATIENCE):
+                await self._room.acquire()
+                self._waiting += 1
+                work = asyncio.get_running_loop().run_in_executor(self._putter, put)
+                work.add_done_callback(lambda done: self._kept(done, len(written)))
                 await asyncio.shield(work)
-        except KeepingFault:
-            return False  # told by `_kept`
         except TimeoutError:
+            if work is None:
+                self._failed(len(written), f"{self._waiting} replies wait already for a disk or a database")
+                return False
             if not self._faulty:
                 log.error("receipts are not kept within %g seconds; replies no longer wait for it", _PATIENCE)
             self._faulty = True
             return False
+        except Exception as error:
+            if work is None:  # the thread has ended
+                self._leave()
+                self._failed(len(written), str(error))
+            return False  # else told by `_kept`
         return True
 
     def _put(self, owner: str, written: Sequence[Written]) -> None:
@@ -180,13 +187,17 @@ class Receipts:
         for one in written:
             self._keeper.put(owner, one)
 
+    def _leave(self) -> None:
+        self._waiting -= 1
+        self._room.release()
+
     def _kept(self, done: asyncio.Future[None], count: int) -> None:
-        self._waiting -= count
+        self._leave()
         if done.cancelled():
             return
         error = done.exception()
         if error is not None:
-            self._failed(count, str(error))
+            self._failed(count, str(error) or type(error).__name__)
         elif self._faulty:
             self._faulty = False
             log.warning("receipts are kept again; %d were not", self._lost)

@@ -9,6 +9,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from server.logs import printable
+
 __all__ = ["report_table"]
 
 _STYLES = {"identical": "green", "reproduced": "green", "consistent": "yellow", "refuted": "bold red"}
@@ -27,7 +29,8 @@ def report_table(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
             name = where if len(choices) == 1 else f"{where} [{choice.get('index')}]"
             style = _STYLES.get(told, "bold yellow")
             shown = f"[{style}]{escape(told.replace('_', ' '))}[/]"
-            table.add_row(escape(name), shown, _share(choice), _number(choice), escape(_first(choice)))
+            first = escape(printable(_first(choice), keep=""))
+            table.add_row(escape(printable(name, keep="")), shown, _share(choice), _number(choice), first)
     return table
 
 

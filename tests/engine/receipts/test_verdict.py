@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
+import struct
 from typing import Any
 
 import pytest
@@ -136,11 +138,37 @@ def test_what_the_grammar_cannot_take_is_refuted() -> None:
 
 
 def test_without_the_law_the_same_fingerprint_promises_no_bits() -> None:
-    info = model_info(law=ReproducibilityReport(False, "it does not."))
-    assert check(info=info).verdict == "identical"
-    assert check(info=info, said=deltas(check1={"logprob": -1.5001})).verdict == "reproduced"
-    assert check(info=info, said=deltas(check1={"drawn": 40, "closeness": 0.003})).verdict == "consistent"
-    assert check(info=info, said=deltas(check1={"drawn": 40, "closeness": 0.3})).verdict == "refuted"
+    info = model_info(law=ReproducibilityReport(False, "it does not.", (("neighbours", False),)))
+    given = {"receipt": receipt_of(info=info), "info": info}
+    assert check(**given).verdict == "identical"
+    assert check(**given, said=deltas(check1={"logprob": -1.5001})).verdict == "reproduced"
+    assert check(**given, said=deltas(check1={"drawn": 40, "closeness": 0.003})).verdict == "consistent"
+    assert check(**given, said=deltas(check1={"drawn": 40, "closeness": 0.3})).verdict == "refuted"
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        ReproducibilityReport(False, "forged.", (("neighbours", False),)),
+        ReproducibilityReport(False, "forged.", (("neighbours", True),)),
+        ReproducibilityReport(True, "forged.", (("neighbours", False),)),
+    ],
+)
+def test_a_forged_law_weakens_no_rule(law: ReproducibilityReport) -> None:
+    report = check(receipt=receipt_of(info=model_info(law=law)), said=deltas(check1={"logprob": -6.5}))
+    assert report.verdict == "not_checkable"
+    assert "law" in report.sentence
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_refuted_elsewhere(bad: float) -> None:
+    receipt = receipt_of()
+    [choice] = receipt.choices
+    scores = struct.pack("<f", bad) + (choice.scores or b"")[4:]
+    forged = dataclasses.replace(choice, scores=scores, bits=hashlib.sha256(scores).hexdigest())
+    found = check(receipt=dataclasses.replace(receipt, choices=(forged,)), info=model_info(parts=ELSEWHERE))
+    assert found.verdict == "refuted"
+    assert "no finite numbers" in found.sentence
 
 
 def test_the_tolerance_is_the_callers() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from server.app import create_app
 from server.batch.answering import Batch
 from server.batch.input import InputFile
+from server.batch.run import basis
 from server.settings import ServerSettings
 
 Lines = list[dict[str, Any]]
@@ -52,7 +53,7 @@ def answered(
 ) -> list[bytes]:
     """The lines of the output."""
     settings = settings or ServerSettings()
-    fingerprints = {model.id: model.info.system_fingerprint for model in registry.list() if model.info}
+    fingerprints = {model.id: basis(model.info, settings) for model in registry.list() if model.info}
 
     async def collect() -> list[bytes]:
         with InputFile(source, settings.max_body_bytes) as file:
