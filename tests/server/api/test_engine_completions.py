@@ -16,6 +16,7 @@ from tokenizers import processors
 from wire_client import serving
 
 from engine import ModelConfig, Registry
+from server.api import admission
 from server.app import create_app
 from tests.engine import tokenizers_for_tests
 
@@ -230,6 +231,17 @@ def test_no_tokens_at_all(app: Any, stream: bool) -> None:
     [choice] = good(ask(app, "tiny", max_tokens=0, prompt="hello", echo=True, logprobs=1))["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("hello", "length")
     assert len(choice["logprobs"]["tokens"]) > 1
+
+
+def test_log_probabilities_of_prompts_are_bounded_in_one_reply(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each choice repeats those of its prompt, so a short body could ask for a reply that takes minutes to write."""
+    fields = {"prompt": [[5] * 50] * 3, "max_tokens": 0, "echo": True, "logprobs": 4}
+    monkeypatch.setattr(admission, "MOST_TOLD", 3 * 50 * 5)
+    good(ask(app, "tiny", **fields))
+    answer = ask(app, "tiny", n=2, **fields)
+    assert answer.status == 422
+    assert answer.json["error"]["param"] == "logprobs"
+    assert "1500 log-probabilities" in answer.json["error"]["message"]
 
 
 def test_a_suffix_needs_tokens_for_it(app: Any) -> None:

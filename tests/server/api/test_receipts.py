@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -509,3 +511,38 @@ def test_a_reply_that_was_saved_is_read_as_its_receipt() -> None:
     body = call(make(FakeEngine(word_by_word("a", "b"))), chat(receipt=True)).body
     assert parse_receipt(body, "check-1").receipt.choices[0].token_ids == (0, 1)
     assert call(make(), path=CHAT, method="GET").status == 405
+
+
+# -- many at once -----------------------------------------------------------------------------------------------------
+
+
+def test_receipts_of_replies_that_end_together_are_all_kept(keeper: FolderKeeper) -> None:
+    """However many: a disk that works, but slowly, loses none."""
+    put = keeper.put
+
+    def slow(owner: str, written: Written) -> None:
+        time.sleep(0.002)
+        put(owner, written)
+
+    keeper.put = slow  # type: ignore[method-assign]
+
+    async def keep() -> list[bool]:
+        receipts = Receipts(KEPT, clock=Clock(), keeper=keeper)
+        written = [[Written(f"chatcmpl-{n}-{i}", "m", 1, b"{}") for i in range(3)] for n in range(200)]
+        try:
+            return await asyncio.gather(*(receipts.keep("", some) for some in written))
+        finally:
+            assert receipts.health() == {}
+            receipts.close()
+
+    assert asyncio.run(keep()) == [True] * 200
+
+
+def test_a_keeper_that_fails_in_an_unknown_way_loses_no_reply() -> None:
+    class Odd(BadKeeper):
+        def put(self, owner: str, written: Written) -> None:
+            raise ZeroDivisionError
+
+    answer = call(make(settings=ReceiptSettings(keep="here", always=True), keeper=Odd()), chat())
+    assert answer.status == 200
+    assert answer.json["choices"][0]["message"]["content"]

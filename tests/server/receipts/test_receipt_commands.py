@@ -303,7 +303,38 @@ def test_a_server_refuses(run: Run, receipt: Receipt, served: Any, tmp_path: Pat
     assert (code, words in err) == (commands.NOT_CHECKED, True)
 
 
-@pytest.mark.parametrize("report", [b"[]", b"{}", b'{"verdict": "splendid", "choices": []}', b"[" * 100_000])
+_CHOICE: dict[str, Any] = {"index": 0, "verdict": "identical", "tokens": 4, "drawn": 4, "different": 0}
+_REPORT: dict[str, Any] = {
+    "id": "a", "digest": "b", "sentence": "c", "verdict": "identical", "environment": [], "choices": [_CHOICE]
+}  # fmt: skip
+
+
+def _report(**changes: Any) -> bytes:
+    return json.dumps({**_REPORT, **changes}).encode()
+
+
+def test_a_report_is_one() -> None:
+    assert remote.report_of(_report()) == _REPORT
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        b"[]",
+        b"{}",
+        b'{"verdict": "splendid", "choices": []}',
+        b"[" * 100_000,
+        _report(verdict="reproduced"),
+        _report(environment=5),
+        _report(sentence=None),
+        _report(choices=[1]),
+        _report(choices=[{**_CHOICE, "verdict": 5}]),
+        _report(choices=[{**_CHOICE, "different": None}]),
+        _report(choices=[{**_CHOICE, "largest_difference": "x"}]),
+        _report(choices=[{**_CHOICE, "first": {"position": "1"}}]),
+        _report(choices=[{**_CHOICE, "verdict": "refuted"}]),
+    ],
+)
 def test_an_answer_is_checked(report: bytes) -> None:
     with pytest.raises(Exception, match="no report about a receipt"):
         remote.report_of(report)
