@@ -254,9 +254,13 @@ def _environment(value: Any) -> Environment:
 def _law(value: Any) -> ReproducibilityReport:
     read = Reader(value, "law", ("holds", "reason", "checks"))
     checks = [Reader(one, f"law.checks.{i}", ("name", "holds")) for i, one in enumerate(read.list("checks"))]
-    return ReproducibilityReport(
+    law = ReproducibilityReport(
         read.flag("holds"), read.text("reason"), tuple((one.text("name"), one.flag("holds")) for one in checks)
     )
+    # The other way round is possible: a backend may promise less than the checks find.
+    if law.holds and not all(holds for _, holds in law.checks):
+        raise ReceiptError("law.holds is true, though one of law.checks does not hold.")
+    return law
 
 
 def _choice(value: Any, where: str) -> ChoiceRecord:

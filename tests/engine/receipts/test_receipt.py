@@ -146,6 +146,7 @@ def edit(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("environment.parts", {"a": []}, "environment.parts must be at most"),
         ("environment.parts", [], "environment.parts must be an object"),
         ("law.holds", "yes", "law.holds must be true or false"),
+        ("law.checks", [{"name": "batch", "holds": False}], "law.holds is true, though one of law.checks does not"),
         ("choices.0.index", 1, "choices must be numbered from 0"),
         ("choices.0.finish_reason", "bored", "choices.0.finish_reason must be stop or length or tool_calls"),
         ("choices.0.scores", "###", "choices.0.scores is not base64"),

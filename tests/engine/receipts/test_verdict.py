@@ -26,6 +26,7 @@ from engine import (
 )
 
 ELSEWHERE = {"torch": "2.14.0"}
+LAWLESS = ReproducibilityReport(False, "it does not.")
 DRAWN = (10, 11, 2)
 """The tokens of the receipt that were drawn; 12 was forced."""
 
@@ -136,11 +137,33 @@ def test_what_the_grammar_cannot_take_is_refuted() -> None:
 
 
 def test_without_the_law_the_same_fingerprint_promises_no_bits() -> None:
-    info = model_info(law=ReproducibilityReport(False, "it does not."))
-    assert check(info=info).verdict == "identical"
-    assert check(info=info, said=deltas(check1={"logprob": -1.5001})).verdict == "reproduced"
-    assert check(info=info, said=deltas(check1={"drawn": 40, "closeness": 0.003})).verdict == "consistent"
-    assert check(info=info, said=deltas(check1={"drawn": 40, "closeness": 0.3})).verdict == "refuted"
+    info = model_info(law=LAWLESS)
+    receipt = receipt_of(info=info)
+    assert check(receipt, info).verdict == "identical"
+    report = check(receipt, info, said=deltas(check1={"logprob": -1.5001}))
+    assert (report.verdict, report.environment) == ("reproduced", ("the law does not hold here: it does not.",))
+    assert check(receipt, info, said=deltas(check1={"drawn": 40, "closeness": 0.003})).verdict == "consistent"
+    assert check(receipt, info, said=deltas(check1={"drawn": 40, "closeness": 0.3})).verdict == "refuted"
+
+
+def test_a_receipt_cannot_soften_the_rules_by_its_own_word() -> None:
+    """Whether the law holds in this environment is known here; a receipt of it that says otherwise was altered."""
+    for receipt, info, held in (
+        (receipt_of(info=model_info(law=LAWLESS)), model_info(), "holds"),
+        (receipt_of(), model_info(law=LAWLESS), "does not hold"),
+    ):
+        report = check(receipt, info, said=deltas(check1={"logprob": -6.5}))
+        assert (report.verdict, report.exit_code) == ("not_checkable", 2)
+        assert f"in its environment, which is this one, the law {held}." in report.sentence
+    report = check(receipt_of(info=model_info(law=LAWLESS)), model_info(parts=ELSEWHERE))
+    assert report.environment[-1] == "the receipt says that the law did not hold where it was written"
+
+
+def test_equal_fingerprints_of_other_parts_are_another_environment() -> None:
+    """A fingerprint has 64 bits: two environments may share one."""
+    info = model_info(parts=ELSEWHERE, system_fingerprint=model_info().system_fingerprint)
+    report = check(info=info)
+    assert (report.verdict, report.environment) == ("reproduced", ("torch 2.13.0 → 2.14.0",))
 
 
 def test_the_tolerance_is_the_callers() -> None:
