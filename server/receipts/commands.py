@@ -32,6 +32,7 @@ from engine import (
 from server.configuration import ConfigOption, ModelOption, PullOption, before_anything_heavy, read_configuration
 from server.receipts.files import Entry, read_entries
 from server.receipts.remote import RemoteServer
+from server.receipts.report import VERDICTS
 from server.receipts.tables import report_table
 from server.terminal import Terminal
 
@@ -44,8 +45,6 @@ err = Terminal(stderr=True)
 HOLDS: Final = 0
 REFUTED: Final = 1
 NOT_CHECKED: Final = 2
-
-_VERDICTS: Final = ("identical", "reproduced", "consistent", "refuted", "not_checkable")
 
 _FilesArgument = Annotated[
     list[Path], typer.Argument(metavar="RECEIPT…", help="Files with a receipt, or .jsonl files with one in each line.")
@@ -151,7 +150,7 @@ class _Where:
         if self.model is not None or self.config is not None:
             raise ConfigError("give either --url, or --model or --config.")
         server = RemoteServer(self.url, self.api_key)
-        return lambda entry: server.check(entry.document or {}, mode, tolerance)
+        return lambda entry: server.check(entry, mode, tolerance)
 
     def _check_here(self, entry: Entry, mode: Mode, tolerance: float) -> dict[str, Any]:
         assert entry.receipt is not None
@@ -216,6 +215,8 @@ def _checked(entry: Entry, check: Callable[[Entry], dict[str, Any]]) -> dict[str
         report = check(entry)
     except VerbatimError as error:
         return {"id": entry.receipt.id, "error": error.message}
+    except Exception as error:  # a fault of this program refutes nothing, and the other receipts are checked
+        return {"id": entry.receipt.id, "error": f"the check has failed: {type(error).__name__}: {error!s:.200}"}
     note = {"note": "signed; give --key to have the signature checked"} if entry.unchecked else {}
     return {**report, "signed_by": entry.signed_by or report.get("signed_by"), **note}
 
@@ -243,7 +244,7 @@ def _print_reports(reports: Sequence[tuple[str, dict[str, Any]]]) -> None:
 def _counts(reports: Sequence[dict[str, Any]]) -> str:
     """Return how many receipts got which verdict."""
     verdicts = Counter(report.get("verdict", "not_checkable") for report in reports)
-    told = ", ".join(f"{verdicts[name]} {name.replace('_', ' ')}" for name in _VERDICTS if verdicts[name])
+    told = ", ".join(f"{verdicts[name]} {name.replace('_', ' ')}" for name in VERDICTS if verdicts[name])
     return f"{len(reports)} receipts: {told}"
 
 

@@ -7,6 +7,7 @@ import http.server
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from engine import (
     LLM,
     MOST_RECEIPT_BYTES,
     Receipt,
+    ReceiptError,
     check_receipt,
     generate_key,
     load_private_key,
@@ -24,7 +26,9 @@ from engine import (
     sign_receipt,
 )
 from server import cli
+from server.json_text import to_json
 from server.receipts import commands, remote
+from server.receipts.report import report_of
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -253,6 +257,13 @@ class _Answers(http.server.BaseHTTPRequestHandler):
             self._send(302, b"", Location="http://127.0.0.1:9/stolen")
         elif key == "Bearer wrong":
             self._send(401, b'{"error": {"message": "the key is not known."}}')
+        elif key == "Bearer drops":  # byte after byte, each in time
+            self.send_response(200)
+            self.send_header("Content-Length", "20")
+            self.end_headers()
+            for _ in range(20):
+                self.wfile.write(b" ")
+                time.sleep(0.05)
         elif key == "Bearer noise":
             self._send(200, b"<html>")
         else:
@@ -294,7 +305,7 @@ def test_a_server_checks(run: Run, receipt: Receipt, served: Any, tmp_path: Path
     [
         ("wrong", "answers 401: the key is not known."),
         ("moved", "answers 302: "),
-        ("noise", "the server's answer is no report about a receipt."),
+        ("noise", "the server's answer is no report about a receipt"),
     ],
 )
 def test_a_server_refuses(run: Run, receipt: Receipt, served: Any, tmp_path: Path, key: str, words: str) -> None:
@@ -303,10 +314,63 @@ def test_a_server_refuses(run: Run, receipt: Receipt, served: Any, tmp_path: Pat
     assert (code, words in err) == (commands.NOT_CHECKED, True)
 
 
-@pytest.mark.parametrize("report", [b"[]", b"{}", b'{"verdict": "splendid", "choices": []}', b"[" * 100_000])
-def test_an_answer_is_checked(report: bytes) -> None:
-    with pytest.raises(Exception, match="no report about a receipt"):
-        remote.report_of(report)
+@pytest.mark.parametrize("answer", [b"[]", b"{}", b'{"verdict": "splendid", "choices": []}', b"[" * 100_000, b"\xff"])
+def test_an_answer_that_is_no_report(receipt: Receipt, answer: bytes) -> None:
+    with pytest.raises(ReceiptError, match="no report about a receipt"):
+        report_of(answer, receipt)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("id", "other", "its id is another"),
+        ("digest", "0" * 64, "its digest is another"),
+        ("verdict", "reproduced", "its verdict is not the worst"),
+        ("choices.0.verdict", "refuted", "its verdict is not the worst"),
+        ("choices", [], "it says identical, but nothing was compared"),
+        ("choices", [1], "choices is not as it should be"),
+        ("choices.0.verdict", 5, "choices is not as it should be"),
+        ("choices.0.largest_difference", "x", "choices is not as it should be"),
+        ("choices.0.drawn", True, "choices is not as it should be"),
+        ("choices.0.different", 13, "more tokens than there are"),
+        ("choices.0.tokens", 11, "its choices are not those of the receipt"),
+        ("choices.0.first", {"position": 1}, "choices is not as it should be"),
+        ("environment", 5, "environment is not as it should be"),
+        ("mode", [], "mode is not as it should be"),
+        ("extra", 1, "'extra' is not known"),
+    ],
+)
+def test_an_answer_that_is_another_report(llm: LLM, receipt: Receipt, path: str, value: Any, words: str) -> None:
+    report = check_receipt(llm, receipt).to_json()
+    assert report_of(to_json(report).encode(), receipt) == json.loads(to_json(report))
+    document = json.loads(to_json(report))
+    *places, last = path.split(".")
+    inner = document
+    for place in places:
+        inner = inner[int(place)] if isinstance(inner, list) else inner[place]
+    inner[last] = value
+    with pytest.raises(ReceiptError, match=words):
+        report_of(to_json(document).encode(), receipt)
+
+
+def test_a_server_has_a_deadline_for_the_whole_answer(
+    run: Run, receipt: Receipt, served: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_SECONDS", 0.2)
+    path = write(tmp_path / "r.json", receipt)
+    code, _, err = run("verify", path, "--url", served[0], "--api-key", "drops")
+    assert (code, "has not answered within 0.2 seconds." in err) == (commands.NOT_CHECKED, True)
+
+
+def test_a_fault_of_the_check_refutes_nothing(
+    run: Run, receipt: Receipt, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **how: Any) -> None:
+        raise IndexError("out of range")
+
+    monkeypatch.setattr("engine.check_receipt", fail)
+    code, _, err = run("verify", write(tmp_path / "r.json", receipt), "--model", model)
+    assert (code, "the check has failed: IndexError: out of range" in err) == (commands.NOT_CHECKED, True)
 
 
 # -- diff --------------------------------------------------------------------------------------------------------
