@@ -202,6 +202,8 @@ def _check_whole(receipt: Receipt) -> None:
             raise ReceiptError(
                 f"{where} has no tokens, but max_tokens is {params.max_tokens}: a reply has at least one."
             )
+        if choice.stability is not None and choice.margins is None:
+            raise ReceiptError(f"{where} holds stability, but not the margins that it is of.")
         if (choice.margins is not None) != params.margins:
             raise ReceiptError(f"{where} must hold margins if the request asks for them, and only then.")
 
@@ -236,6 +238,8 @@ def _model(value: Any) -> ModelManifest:
     if len(files) > _MOST_FILES:
         raise ReceiptError(f"model.resources holds more than {_MOST_FILES} files.")
     manifest = ModelManifest(read.text("name"), tuple(files))
+    if manifest != ModelManifest.of(manifest.name, dict(files)):
+        raise ReceiptError("model.resources must name each file once, in the order of their paths.")
     if manifest.digest != read.any("digest"):
         raise ReceiptError("model.digest is not that of its files.")
     return manifest

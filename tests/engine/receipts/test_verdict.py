@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
+import struct
 from typing import Any
 
 import pytest
@@ -71,7 +73,9 @@ def test_identical() -> None:
 def test_reproduced() -> None:
     report = check(info=model_info(parts=ELSEWHERE), said=deltas(check1={"logprob": -1.501}))
     assert (report.verdict, report.exit_code) == ("reproduced", 0)
-    assert report.sentence == "all 4 tokens are the same; log-probabilities differ by at most 0.001."
+    assert report.sentence == (
+        "all 4 tokens are the same; log-probabilities differ by at most 0.001, perturbed scores by at most 0."
+    )
     assert report.environment == ("torch 2.13.0 → 2.14.0",)
 
 
@@ -108,6 +112,39 @@ def test_refuted(parts: dict[str, Any], said: list[ChoiceDelta], words: str) -> 
     report = check(info=model_info(parts=parts), said=said)
     assert (report.verdict, report.exit_code) == ("refuted", 1)
     assert words in report.sentence
+
+
+def with_scores(*pairs: tuple[float, float]) -> Receipt:
+    receipt = receipt_of()
+    scores = b"".join(struct.pack("<ff", *pair) for pair in pairs)
+    choice = dataclasses.replace(receipt.choices[0], scores=scores, bits=hashlib.sha256(scores).hexdigest())
+    return dataclasses.replace(receipt, choices=(choice,))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ((), "3 tokens were drawn, and the receipt holds the scores of 0."),
+        (SCORES[:2], "3 tokens were drawn, and the receipt holds the scores of 2."),
+        ((*SCORES, SCORES[0]), "3 tokens were drawn, and the receipt holds the scores of 4."),
+        ((SCORES[0], (math.nan, math.nan), SCORES[2]), "at position 1 the receipt has the log-probability nan"),
+        ((SCORES[0], SCORES[1], (-math.inf, 3.5)), "at position 3 the receipt has the log-probability -inf"),
+        ((SCORES[0], SCORES[1], (-2.25, math.inf)), "the perturbed score inf, which no token that was drawn has."),
+    ],
+)
+def test_scores_that_no_rounding_gives_are_refuted_everywhere(pairs: Any, words: str) -> None:
+    report = check(with_scores(*pairs), model_info(parts=ELSEWHERE))
+    assert (report.verdict, words in report.sentence) == ("refuted", True)
+    assert check(with_scores(*pairs)).verdict == "refuted"
+
+
+def test_the_largest_difference_covers_every_score() -> None:
+    """A number that is none, after one that is, must not pass as the smaller one."""
+    receipt = with_scores((-0.5, 1.25), (math.nan, 0.75), (-2.25, 1e30))
+    report = check(receipt, model_info(parts=ELSEWHERE), deltas(check1={"drawn": 40, "closeness": 0.003}))
+    assert (report.verdict, report.choices[0].largest_difference) == ("consistent", None)
+    report = check(with_scores(*SCORES[:2], (-2.25, 1e30)), model_info(parts=ELSEWHERE))
+    assert report.sentence.endswith("perturbed scores by at most 1e+30.")
 
 
 def test_another_end_is_refuted() -> None:
