@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.markup import escape
 
 from engine import (
     TOLERANCE,
@@ -34,7 +33,7 @@ from server.receipts.files import Entry, read_entries
 from server.receipts.remote import RemoteServer
 from server.receipts.report import VERDICTS
 from server.receipts.tables import report_table
-from server.terminal import Terminal
+from server.terminal import Terminal, one_line
 
 if TYPE_CHECKING:
     from engine import LLM
@@ -116,7 +115,7 @@ def diff(
     ours, theirs = list(read_entries(first)), list(read_entries(second))
     broken = [entry for entry in (*ours, *theirs) if entry.receipt is None]
     for entry in broken:
-        err.print(f"[bold red]error:[/] {escape(f'{entry.where}: {entry.error}')}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/] {one_line(f'{entry.where}: {entry.error}')}", highlight=False, soft_wrap=True)
     a, b = ([entry.receipt for entry in entries if entry.receipt] for entries in (ours, theirs))
     try:
         text_of = _Where(model, None, None, None, pull).load().token_text if model else None
@@ -170,9 +169,9 @@ class _Where:
             for other in self.loaded.values():
                 other.close()
             self.loaded.clear()
-            with err.status(escape(f"{entry.id}: loading")) as status:
+            with err.status(one_line(f"{entry.id}: loading")) as status:
                 self.loaded[entry.id] = LLM.from_config(
-                    entry, pull=self.pull, progress=lambda text: status.update(escape(f"{entry.id}: {text}"))
+                    entry, pull=self.pull, progress=lambda text: status.update(one_line(f"{entry.id}: {text}"))
                 )
         return self.loaded[entry.id]
 
@@ -228,15 +227,17 @@ def _print_reports(reports: Sequence[tuple[str, dict[str, Any]]]) -> None:
     for where, report in reports:
         if "error" in report:
             err.print(
-                f"[bold red]error:[/] {escape(where)}: {escape(str(report['error']))}", highlight=False, soft_wrap=True
+                f"[bold red]error:[/] {one_line(where)}: {one_line(str(report['error']))}",
+                highlight=False,
+                soft_wrap=True,
             )
             continue
         told = [report.get("sentence"), *(report.get("environment") or ()), report.get("note")]
         if report.get("signed_by"):
             told.append(f"signed by {report['signed_by']}")
-        out.print(escape(where), highlight=False, soft_wrap=True)
+        out.print(one_line(where), highlight=False, soft_wrap=True)
         for line in filter(None, told):
-            out.print(f"  {escape(str(line))}", highlight=False, soft_wrap=True)
+            out.print(f"  {one_line(str(line))}", highlight=False, soft_wrap=True)
     if len(reports) > 1:
         out.print(_counts([report for _, report in reports]), highlight=False, soft_wrap=True)
 
@@ -271,11 +272,11 @@ def _print_differences(found: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(found))
         return
     ids = found["a"] or found["b"] if found["a"] == found["b"] or not (found["a"] and found["b"]) else None
-    out.print(escape(ids or f"{found['a']} → {found['b']}"), highlight=False, soft_wrap=True)
+    out.print(one_line(ids or f"{found['a']} → {found['b']}"), highlight=False, soft_wrap=True)
     for one in found["differences"] or [{"part": "", "sentence": "the same"}]:
-        out.print(f"  {escape(one['part']):<13} {escape(one['sentence'])}", highlight=False, soft_wrap=True)
+        out.print(f"  {one_line(one['part']):<13} {one_line(one['sentence'])}", highlight=False, soft_wrap=True)
 
 
 def _failed(error: VerbatimError) -> typer.Exit:
-    err.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
+    err.print(f"[bold red]error:[/] {one_line(error.message)}", highlight=False, soft_wrap=True)
     return typer.Exit(NOT_CHECKED)

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from engine import ReceiptError, document_of, generate_key, load_private_key, read_receipt, sign_receipt
 from server.configuration import ConfigOption, read_configuration
-from server.terminal import Terminal
+from server.terminal import Terminal, one_line
 
 if TYPE_CHECKING:
     from server.receipts.keeping import Keeper, Kept
@@ -81,7 +80,7 @@ def keygen(
     """Make a key to sign receipts with. A file that exists is never overwritten."""
     key = generate_key(path)
     out.print(
-        f"{escape(str(path))}: keep it secret. To check with: {escape(str(path))}.pub, key {key.keyid}",
+        f"{one_line(str(path))}: keep it secret. To check with: {one_line(str(path))}.pub, key {key.keyid}",
         highlight=False,
         soft_wrap=True,
     )
@@ -117,5 +116,5 @@ def _table(found: list[Kept]) -> Table:
         table.add_column(name, overflow="fold")
     for one in found:
         when = dt.datetime.fromtimestamp(one.created, dt.UTC).strftime("%Y-%m-%d %H:%M:%S")
-        table.add_row(escape(one.id), escape(one.owner), when, escape(one.model))
+        table.add_row(one_line(one.id), one_line(one.owner), when, one_line(one.model))
     return table

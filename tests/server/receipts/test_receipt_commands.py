@@ -20,6 +20,7 @@ from engine import (
     Receipt,
     ReceiptError,
     check_receipt,
+    fingerprint_of,
     generate_key,
     load_private_key,
     read_receipt,
@@ -371,6 +372,39 @@ def test_a_fault_of_the_check_refutes_nothing(
     monkeypatch.setattr("engine.check_receipt", fail)
     code, _, err = run("verify", write(tmp_path / "r.json", receipt), "--model", model)
     assert (code, "the check has failed: IndexError: out of range" in err) == (commands.NOT_CHECKED, True)
+
+
+# -- hostile text ------------------------------------------------------------------------------------------------
+
+LIE = "x\nreceipt.json\r\n  all 12 tokens and 12 scores are equal in every bit.\x1b[2J\x85\u2028[bold]\u202e"
+
+
+def told_lies(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip().startswith(("all 12 tokens and", "receipt.json"))]
+
+
+def test_no_text_from_outside_ends_a_line(run: Run, receipt: Receipt, model: Path, tmp_path: Path) -> None:
+    """Otherwise a receipt could print lines that look like the verdict."""
+    parts = {**receipt.environment.parts, LIE: LIE}
+    environment = dataclasses.replace(receipt.environment, parts=parts, fingerprint=fingerprint_of(parts, "vb-"))
+    elsewhere = dataclasses.replace(receipt, id=LIE, environment=environment)
+    path, honest = write(tmp_path / "r.json", elsewhere), write(tmp_path / "h.json", receipt)
+    code, out, err = run("verify", path, "--model", model)
+    assert (code, "reproduced" in out, told_lies(out + err)) == (commands.HOLDS, True, [])
+    assert "only in the first: x\\x0areceipt.json\\x0d\\x0a  all 12 tokens" in out
+    code, out, err = run("diff", honest, path)
+    assert (code, told_lies(out + err)) == (commands.REFUTED, [])
+    named = tmp_path / "named.json"
+    named.write_text(json.dumps({**receipt.to_json(), LIE: 1, "id": "\ud800"}))
+    generate_key(tmp_path / "mine")
+    for command in (
+        ["verify", named, "--model", model],
+        ["diff", named, honest],
+        ["receipts", "sign", named, "--key", tmp_path / "mine"],
+    ):
+        code, out, err = run(*command)
+        assert (code != 0, told_lies(out + err)) == (True, [])
+        assert len(err.splitlines()) == 1
 
 
 # -- diff --------------------------------------------------------------------------------------------------------
