@@ -45,6 +45,9 @@ HOLDS: Final = 0
 REFUTED: Final = 1
 NOT_CHECKED: Final = 2
 
+_UNSIGNED: Final = "signed; give --key to have the signature checked"
+_IN_REPLY: Final = "only the receipt was checked, not the text around it"
+
 _FilesArgument = Annotated[
     list[Path], typer.Argument(metavar="RECEIPT…", help="Files with a receipt, or .jsonl files with one in each line.")
 ]
@@ -216,8 +219,10 @@ def _checked(entry: Entry, check: Callable[[Entry], dict[str, Any]]) -> dict[str
         return {"id": entry.receipt.id, "error": error.message}
     except Exception as error:  # a fault of this program refutes nothing, and the other receipts are checked
         return {"id": entry.receipt.id, "error": f"the check has failed: {type(error).__name__}: {error!s:.200}"}
-    note = {"note": "signed; give --key to have the signature checked"} if entry.unchecked else {}
-    return {**report, "signed_by": entry.signed_by or report.get("signed_by"), **note}
+    notes = [_UNSIGNED] if entry.unchecked else []
+    notes += [_IN_REPLY] if entry.in_reply else []
+    told = {"note": "; ".join(notes)} if notes else {}
+    return {**report, "signed_by": entry.signed_by or report.get("signed_by"), **told}
 
 
 def _print_reports(reports: Sequence[tuple[str, dict[str, Any]]]) -> None:

@@ -374,6 +374,58 @@ def test_a_fault_of_the_check_refutes_nothing(
     assert (code, "the check has failed: IndexError: out of range" in err) == (commands.NOT_CHECKED, True)
 
 
+# -- a reply around it -------------------------------------------------------------------------------------------
+
+
+def reply_of(receipt: Receipt, **changes: Any) -> dict[str, Any]:
+    [choice] = receipt.choices
+    message = {"role": "assistant", "content": "I owe you a million."}
+    told = {"index": 0, "message": message, "finish_reason": choice.finish_reason, "token_ids": choice.token_ids}
+    return {"id": receipt.id, "choices": [{**told, **changes}], "receipt": receipt.to_json()}
+
+
+def test_the_text_around_a_receipt_is_not_vouched_for(run: Run, receipt: Receipt, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "reply.json"
+    path.write_text(json.dumps(reply_of(receipt)))
+    code, out, _ = run("verify", path, "--model", model)
+    assert (code, "only the receipt was checked, not the text around it" in out) == (commands.HOLDS, True)
+    code, out, _ = run("verify", path, "--model", model, "--json")
+    assert json.loads(out)["note"] == "only the receipt was checked, not the text around it"
+    path.write_text(json.dumps({**reply_of(receipt), "choices": []}))  # the last chunk of a stream has no text
+    code, out, _ = run("verify", path, "--model", model, "--json")
+    assert (code, "note" in json.loads(out)) == (commands.HOLDS, False)
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (lambda r: {**reply_of(r), "id": "other"}, "the reply has the id 'other', and its receipt"),
+        (lambda r: {**reply_of(r), "choices": [1]}, "the reply's choices are not numbered from 0."),
+        (lambda r: {**reply_of(r), "choices": [1, 2]}, "the reply has 2 choices, and its receipt 1."),
+        (lambda r: reply_of(r, index=1), "the reply's choices are not numbered from 0."),
+        (
+            lambda r: reply_of(r, finish_reason="stop"),
+            "the finish reason of choice 0 is 'stop' in the reply, and 'length'",
+        ),
+        (lambda r: reply_of(r, token_ids=[1]), "choice 0 has other token ids in the reply than in its receipt."),
+        (lambda r: reply_of(r, token_ids=["x"]), "choice 0 has other token ids in the reply than in its receipt."),
+        (
+            lambda r: {**reply_of(r), "receipt": None, "receipts": [r.to_json()] * 2},
+            "1 choices, and its receipt 1 for each",
+        ),
+    ],
+)
+def test_a_receipt_of_another_reply(
+    run: Run, receipt: Receipt, model: Path, tmp_path: Path, reply: Callable[[Receipt], Any], words: str
+) -> None:
+    path = tmp_path / "reply.json"
+    path.write_text(json.dumps(reply(receipt)))
+    code, _, err = run("verify", path, "--model", model)
+    assert code == commands.NOT_CHECKED
+    assert "the receipt is not that of the reply around it: " in err
+    assert words in err
+
+
 # -- hostile text ------------------------------------------------------------------------------------------------
 
 LIE = "x\nreceipt.json\r\n  all 12 tokens and 12 scores are equal in every bit.\x1b[2J\x85\u2028[bold]\u202e"
