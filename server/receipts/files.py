@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,23 @@ from engine import (
 if TYPE_CHECKING:
     from securesystemslib.signer import SSlibKey
 
-__all__ = ["Entry", "read_entries"]
+__all__ = ["Entry", "read_entries", "regular_file"]
+
+
+def regular_file(path: Path, most: int) -> bytes:
+    """Read at most `most` bytes of a regular file; no pipe is waited for.
+
+    Raises:
+        ReceiptError: it is none, or cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ReceiptError(f"{path} is no regular file.")
+            return file.read(most)
+    except OSError as error:
+        raise ReceiptError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
 @dataclass(frozen=True, slots=True)

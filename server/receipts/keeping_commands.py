@@ -16,8 +16,17 @@ import typer
 from rich import box
 from rich.table import Table
 
-from engine import ReceiptError, document_of, generate_key, load_private_key, read_receipt, sign_receipt
+from engine import (
+    MOST_RECEIPT_BYTES,
+    ReceiptError,
+    document_of,
+    generate_key,
+    load_private_key,
+    read_receipt,
+    sign_receipt,
+)
 from server.configuration import ConfigOption, read_configuration
+from server.receipts.files import regular_file
 from server.terminal import Terminal, one_line
 
 if TYPE_CHECKING:
@@ -93,10 +102,7 @@ def sign(
 ) -> None:
     """Print the signed envelope of a receipt: that this key's owner vouches for it."""
     signer = load_private_key(key)
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise ReceiptError(f"{file} cannot be read: {error.strerror or error}.") from None
+    data = regular_file(file, MOST_RECEIPT_BYTES + 1)
     if "payload" in document_of(data):
         raise ReceiptError(f"{file} holds a receipt that is signed already.")
     envelope: dict[str, Any] = sign_receipt(read_receipt(data), signer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import http.server
 import json
+import os
 import sys
 import threading
 import time
@@ -372,6 +373,15 @@ def test_a_fault_of_the_check_refutes_nothing(
     monkeypatch.setattr("engine.check_receipt", fail)
     code, _, err = run("verify", write(tmp_path / "r.json", receipt), "--model", model)
     assert (code, "the check has failed: IndexError: out of range" in err) == (commands.NOT_CHECKED, True)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "pipe"])
+def test_only_regular_files_are_signed(run: Run, tmp_path: Path, name: str) -> None:
+    """A pipe would be waited for, and a device read without end."""
+    os.mkfifo(tmp_path / "pipe")
+    generate_key(tmp_path / "mine")
+    code, _, err = run("receipts", "sign", name, "--key", tmp_path / "mine")
+    assert (code != 0, f"{name} is no regular file." in err) == (True, True)
 
 
 # -- a reply around it -------------------------------------------------------------------------------------------
