@@ -62,6 +62,7 @@ from engine.receipts.recorder import (
     recorded as recorded,
     timed as timed,
 )
+from engine.receipts.reply import reply_difference as reply_difference
 from engine.receipts.signing import (
     generate_key as generate_key,
     load_private_key as load_private_key,

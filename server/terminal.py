@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.markup import escape
 from rich.segment import Segment
 
 from server.logs import printable
 
-__all__ = ["Terminal"]
+__all__ = ["Terminal", "one_line"]
+
+
+def one_line(text: str) -> str:
+    """Return text from outside as rich's markup that prints it in one line, line ends and halves of characters escaped.
+
+    A `Terminal` leaves line ends as they are: with them, a name could look like a line that the program itself wrote.
+    """
+    return escape(printable(text.encode(errors="backslashreplace").decode()))
 
 
 class Terminal(Console):

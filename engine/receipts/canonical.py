@@ -151,7 +151,8 @@ class Reader:
         self._values: dict[str, Any] = value
         for name in value:
             if name not in names and name not in optional:
-                raise ReceiptError(f"{self._path(name[:_SHOWN])} is not known in a receipt of this version.")
+                shown = name[:_SHOWN] if name.isidentifier() else repr(name[:_SHOWN])
+                raise ReceiptError(f"{self._path(shown)} is not known in a receipt of this version.")
         for name in names:
             if name not in value:
                 raise ReceiptError(f"{self._path(name)} is missing.")

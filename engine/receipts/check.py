@@ -12,6 +12,7 @@ An error on the way goes to `check.refused`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Final
 
 from engine.errors import InvalidParameter, VerbatimError
@@ -64,11 +65,10 @@ class ReceiptCheck:
                 f"tolerance must be between 0 and {MOST_TOLERANCE:g}, not {tolerance!r}.", param="tolerance"
             )
         self._receipt, self._info, self._mode = receipt, info, mode
-        there = receipt.environment
-        same = there.fingerprint == info.system_fingerprint and dict(there.parts) == dict(info.fingerprint_parts)
-        exact = same and info.law.holds  # what the receipt says of the law can be forged
-        self._same = same
-        self._rules = Rules(same, exact, tolerance, text_of)
+        self._parts = tuple(part_differences(receipt.environment.parts, info.fingerprint_parts))
+        same = receipt.environment.fingerprint == info.system_fingerprint and not self._parts
+        # What the receipt says about the law must not soften the rules: here it is known.
+        self._rules = Rules(same, same and info.law.holds, tolerance, text_of)
         self._seen = [Seen() for _ in receipt.choices]
         self._decided: tuple[Verdict, str] | None = None
 
@@ -147,9 +147,16 @@ class ReceiptCheck:
             model=info.id,
             fingerprint=info.system_fingerprint,
             tolerance=self._rules.tolerance,
-            environment=tuple(part_differences(receipt.environment.parts, info.fingerprint_parts)),
+            environment=(*self._parts, *self._lawless()),
             choices=choices,
         )
+
+    def _lawless(self) -> Iterator[str]:
+        """Say where the law does not hold: other bits are expected there."""
+        if not self._info.law.holds:
+            yield f"the law does not hold here: {self._info.law.reason}"
+        if not self._rules.same and not self._receipt.law.holds:
+            yield "the receipt says that the law did not hold where it was written"
 
     def _decide(self, verdict: Verdict, sentence: str) -> None:
         self._decided = self._decided or (verdict, sentence)
@@ -162,10 +169,9 @@ class ReceiptCheck:
             return "the receipt holds a digest of its request, not the request: nothing can be computed from it."
         if receipt.environment.fingerprint != fingerprint_of(parts, "vb-"):
             return "the receipt's fingerprint is not that of the parts that it names: its environment was altered."
-        if receipt.law.holds != all(holds for _, holds in receipt.law.checks) or (
-            self._same and receipt.law.holds != info.law.holds
-        ):
-            return "what the receipt says of the law is not what its checks, or the same environment here, say of it."
+        if self._rules.same and receipt.law.holds != info.law.holds:
+            held = "holds" if info.law.holds else "does not hold"
+            return f"the receipt says otherwise, but in its environment, which is this one, the law {held}."
         if files := _other_files(dict(receipt.model.files), dict(info.manifest.files)):
             return f"the model's files are not those of the receipt: {files}."
         if parts.get(_SAMPLER) != here.get(_SAMPLER):

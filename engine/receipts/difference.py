@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -173,8 +174,9 @@ def _bits(a: bytes | None, b: bytes | None) -> str:
         return "their scores differ"
     draws = list(zip(struct.iter_unpack("<ff", a), struct.iter_unpack("<ff", b), strict=True))
     place = next(i for i in range(len(draws)) if a[8 * i : 8 * i + 8] != b[8 * i : 8 * i + 8])
-    largest = max(abs(ours[0] - theirs[0]) for ours, theirs in draws)
-    return f"scores differ from draw {place} on; log-probabilities by at most {largest:.3g}"
+    gaps = [0.0 if ours[0] == theirs[0] else abs(ours[0] - theirs[0]) for ours, theirs in draws]
+    largest = f"at most {max(gaps):.3g}" if all(map(math.isfinite, gaps)) else "more than any number"
+    return f"scores differ from draw {place} on; log-probabilities by {largest}"
 
 
 def _place(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> int | None:

@@ -137,6 +137,8 @@ def _verdict(
         return "refuted", _refutation(*beyond[0], rules)
     if ends := _other_end(choice, expected, seen):
         return "refuted", ends
+    if wrong := _no_scores(choice, seen):
+        return "refuted", wrong
     if first is not None:
         count, drawn = sum(check.drawn != check.expected for _, check in seen.checks), len(seen.checks)
         return "consistent", (
@@ -150,13 +152,9 @@ def _verdict(
         return "identical", f"all {choice.tokens} tokens and {len(seen.checks)} scores are equal in every bit."
     if rules.exact:
         return "refuted", f"the environment is the same, but {other}."
-    if difference is None:
-        return "refuted", (
-            f"all {choice.tokens} tokens are the same, but the receipt's scores are not those of {len(seen.checks)} "
-            "drawn tokens: their number is another, or they are no finite numbers."
-        )
     return "reproduced", (
-        f"all {choice.tokens} tokens are the same; log-probabilities differ by at most {difference:.3g}."
+        f"all {choice.tokens} tokens are the same; log-probabilities differ by at most {_told(difference)}, perturbed "
+        f"scores by at most {_told(_largest_difference(choice, seen, perturbed=True))}."
     )
 
 
@@ -182,6 +180,26 @@ def _other_end(choice: ChoiceRecord, expected: tuple[int, ...], seen: Seen) -> s
         return f"the receipt ends after {len(expected)} tokens ({choice.finish_reason}), but this model goes on."
     if seen.finish_reason != choice.finish_reason:
         return f"the finish reason is {seen.finish_reason}, but the receipt has {choice.finish_reason}."
+    return None
+
+
+def _no_scores(choice: ChoiceRecord, seen: Seen) -> str | None:
+    """Say why the receipt's scores cannot be those of its tokens, however the environment rounds; None if they can.
+
+    Which tokens are drawn follows from the tokens before them; and a token that was drawn had a finite score.
+    """
+    theirs = choice.scores or b""
+    if len(theirs) != 8 * len(seen.checks):
+        return f"{len(seen.checks)} tokens were drawn, and the receipt holds the scores of {len(theirs) // 8}."
+    for (place, check), pair in zip(seen.checks, struct.iter_unpack("<ff", theirs), strict=True):
+        ours = (check.logprob, check.perturbed)
+        if check.drawn == check.expected and any(
+            math.isfinite(a) and not math.isfinite(b) for a, b in zip(ours, pair, strict=True)
+        ):
+            return (
+                f"at position {place} the receipt has the log-probability {pair[0]:.9g} and the perturbed score "
+                f"{pair[1]:.9g}, which no token that was drawn has."
+            )
     return None
 
 
@@ -227,17 +245,22 @@ def _end(expected: tuple[int, ...], seen: Seen, rules: Rules) -> FirstDifference
     return None
 
 
-def _largest_difference(choice: ChoiceRecord, seen: Seen) -> float | None:
+def _largest_difference(choice: ChoiceRecord, seen: Seen, *, perturbed: bool = False) -> float | None:
     """Return the largest difference between a raw log-probability here and in the receipt.
 
-    None if they cannot be paired, or are no finite numbers.
+    None where they cannot be paired, or one difference is no finite number. `perturbed`: of the perturbed scores.
     """
     theirs = choice.scores or b""
     if len(theirs) != 8 * len(seen.checks):
         return None
-    pairs = zip(struct.iter_unpack("<ff", theirs), (check.logprob for _, check in seen.checks), strict=True)
-    gaps = [0.0 if a == b else abs(a - b) for (a, _), b in pairs]
-    return max(gaps, default=0.0) if all(math.isfinite(gap) for gap in gaps) else None
+    ours = (check.perturbed if perturbed else check.logprob for _, check in seen.checks)
+    pairs = zip(struct.iter_unpack("<ff", theirs), ours, strict=True)
+    gaps = [0.0 if there[perturbed] == here else abs(there[perturbed] - here) for there, here in pairs]
+    return max(gaps, default=0.0) if all(map(math.isfinite, gaps)) else None
+
+
+def _told(difference: float | None) -> str:
+    return "an unknown amount" if difference is None else f"{difference:.3g}"
 
 
 def _score(checks: list[TokenCheck]) -> float | None:

@@ -82,14 +82,16 @@ def document_of(data: bytes) -> dict[str, Any]:
     Raises:
         ReceiptError: it is too large, not JSON, or does not hold exactly one.
     """
-    documents = documents_of(data)
+    documents, _ = documents_of(data)
     if len(documents) != 1:
         raise ReceiptError(f"this is a reply with {len(documents)} receipts, where one is read.")
     return documents[0]
 
 
-def documents_of(data: bytes) -> list[dict[str, Any]]:
+def documents_of(data: bytes) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Return the receipts or envelopes in a text: one, or as many as a reply to several prompts has.
+
+    The second value is the reply around them; None if there is none, or if it has no choices, as the end of a stream.
 
     Raises:
         ReceiptError: it is too large, not JSON, or holds none.
@@ -97,19 +99,20 @@ def documents_of(data: bytes) -> list[dict[str, Any]]:
     if len(data) > MOST_RECEIPT_BYTES:
         raise ReceiptError(f"the receipt has more than {MOST_RECEIPT_BYTES} bytes, which is the most that is read.")
     value = parse(data)
-    is_reply = False
+    is_reply, reply = False, None
     for name in ("response", "body"):  # a line of a batch's output
         if _is_outside(value) and name in value:
             value, is_reply = value[name], True
     if _is_outside(value):  # a reply of the API
         is_reply = is_reply or "choices" in value
+        reply = value if isinstance(value.get("choices"), list) and value["choices"] else None
         value = value.get("receipts", value.get("receipt", None if is_reply else value))
     found = value if isinstance(value, list) else [value]
     if is_reply and found in ([], [None]):
         raise ReceiptError("this is a reply without a receipt.")
     if not all(isinstance(one, dict) and ("version" in one or "payload" in one) for one in found) or not found:
         raise ReceiptError("this is JSON, but not a receipt: it has no version.")
-    return found
+    return found, reply
 
 
 def _is_outside(value: Any) -> bool:
@@ -203,7 +206,7 @@ def _check_whole(receipt: Receipt) -> None:
                 f"{where} has no tokens, but max_tokens is {params.max_tokens}: a reply has at least one."
             )
         if choice.stability is not None and choice.margins is None:
-            raise ReceiptError(f"{where}.stability stands without the margins that it is made from.")
+            raise ReceiptError(f"{where} holds stability, but not the margins that it is of.")
         if (choice.margins is not None) != params.margins:
             raise ReceiptError(f"{where} must hold margins if the request asks for them, and only then.")
 
@@ -237,10 +240,9 @@ def _model(value: Any) -> ModelManifest:
         files.append((one.text("name"), one.sha256("digest")))
     if len(files) > _MOST_FILES:
         raise ReceiptError(f"model.resources holds more than {_MOST_FILES} files.")
-    names = [name for name, _ in files]
-    if names != sorted(set(names)):
-        raise ReceiptError("model.resources must name each file once, in order.")
     manifest = ModelManifest(read.text("name"), tuple(files))
+    if manifest != ModelManifest.of(manifest.name, dict(files)):
+        raise ReceiptError("model.resources must name each file once, in the order of their paths.")
     if manifest.digest != read.any("digest"):
         raise ReceiptError("model.digest is not that of its files.")
     return manifest
@@ -259,9 +261,13 @@ def _environment(value: Any) -> Environment:
 def _law(value: Any) -> ReproducibilityReport:
     read = Reader(value, "law", ("holds", "reason", "checks"))
     checks = [Reader(one, f"law.checks.{i}", ("name", "holds")) for i, one in enumerate(read.list("checks"))]
-    return ReproducibilityReport(
+    law = ReproducibilityReport(
         read.flag("holds"), read.text("reason"), tuple((one.text("name"), one.flag("holds")) for one in checks)
     )
+    # The other way round is possible: a backend may promise less than the checks find.
+    if law.holds and not all(holds for _, holds in law.checks):
+        raise ReceiptError("law.holds is true, though one of law.checks does not hold.")
+    return law
 
 
 def _choice(value: Any, where: str) -> ChoiceRecord:

@@ -99,7 +99,8 @@ class CheckReport:
     Attributes:
         id, digest: the receipt's.
         model, fingerprint: of the model that computed, in its environment.
-        environment: what differs between the receipt's environment and this one, part by part, in words.
+        environment: what differs between the receipt's environment and this one, part by part, in words; and where the
+            law does not hold.
         signed_by: the id of the key whose signature was checked; None if none was.
     """
 

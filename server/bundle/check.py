@@ -5,7 +5,9 @@ Trusts nothing that it reads. Installs, loads and runs nothing.
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -32,7 +34,9 @@ def check_bundle(root: Path) -> Iterator[str]:
         return
     expected, faults = read_checksums(text)
     yield from faults
-    found = dict(tree(root))
+    unread: list[OSError] = []
+    found = dict(tree(root, unread.append))
+    yield from (f"{error.filename} cannot be read: {_why(error)}." for error in unread)
     for name in sorted({*expected, *PARTS} - set(found)):
         yield f"{name} is missing."
     for name in sorted(set(found) - set(expected) - {FILE}):
@@ -102,7 +106,10 @@ def _models(root: Path, files: Mapping[str, str]) -> Iterator[str]:
 
 
 def _text(path: Path) -> str:
-    with path.open("rb") as file:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # no pipe is waited for
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it is no regular file")
         raw = file.read(_SMALL + 1)
     if len(raw) > _SMALL:
         raise ValueError(f"it has more than {_SMALL} bytes")

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -24,12 +24,17 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tree(root: Path) -> Iterator[tuple[str, bool]]:
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def tree(root: Path, unread: Callable[[OSError], None] = _raise) -> Iterator[tuple[str, bool]]:
     """Yield the name of everything below a folder that is not itself a folder, and whether it is a regular file.
 
     Names are relative, with slashes. Links are not followed: a link to a folder is yielded, too.
+    `unread` is told of each folder that cannot be read: nothing below it is yielded.
     """
-    for folder, folders, files in os.walk(root, followlinks=False):
+    for folder, folders, files in os.walk(root, onerror=unread, followlinks=False):
         for name in sorted([*files, *(name for name in folders if (Path(folder) / name).is_symlink())]):
             path = Path(folder) / name
             yield path.relative_to(root).as_posix(), stat.S_ISREG(path.lstat().st_mode)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.markup import escape
 
 from engine import (
     TOLERANCE,
@@ -30,11 +29,11 @@ from engine import (
     receipt_differences,
 )
 from server.configuration import ConfigOption, ModelOption, PullOption, before_anything_heavy, read_configuration
-from server.logs import printable
 from server.receipts.files import Entry, read_entries
 from server.receipts.remote import RemoteServer
+from server.receipts.report import VERDICTS
 from server.receipts.tables import report_table
-from server.terminal import Terminal
+from server.terminal import Terminal, one_line
 
 if TYPE_CHECKING:
     from engine import LLM
@@ -46,7 +45,8 @@ HOLDS: Final = 0
 REFUTED: Final = 1
 NOT_CHECKED: Final = 2
 
-_VERDICTS: Final = ("identical", "reproduced", "consistent", "refuted", "not_checkable")
+_UNSIGNED: Final = "signed; give --key to have the signature checked"
+_IN_REPLY: Final = "only the receipt was checked, not the text around it"
 
 _FilesArgument = Annotated[
     list[Path], typer.Argument(metavar="RECEIPT…", help="Files with a receipt, or .jsonl files with one in each line.")
@@ -118,7 +118,7 @@ def diff(
     ours, theirs = list(read_entries(first)), list(read_entries(second))
     broken = [entry for entry in (*ours, *theirs) if entry.receipt is None]
     for entry in broken:
-        err.print(f"[bold red]error:[/] {_line(f'{entry.where}: {entry.error}')}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/] {one_line(f'{entry.where}: {entry.error}')}", highlight=False, soft_wrap=True)
     a, b = ([entry.receipt for entry in entries if entry.receipt] for entries in (ours, theirs))
     try:
         text_of = _Where(model, None, None, None, pull).load().token_text if model else None
@@ -152,7 +152,7 @@ class _Where:
         if self.model is not None or self.config is not None:
             raise ConfigError("give either --url, or --model or --config.")
         server = RemoteServer(self.url, self.api_key)
-        return lambda entry: _of(entry, server.check(entry.document or {}, mode, tolerance))
+        return lambda entry: server.check(entry, mode, tolerance)
 
     def _check_here(self, entry: Entry, mode: Mode, tolerance: float) -> dict[str, Any]:
         assert entry.receipt is not None
@@ -172,9 +172,9 @@ class _Where:
             for other in self.loaded.values():
                 other.close()
             self.loaded.clear()
-            with err.status(escape(f"{entry.id}: loading")) as status:
+            with err.status(one_line(f"{entry.id}: loading")) as status:
                 self.loaded[entry.id] = LLM.from_config(
-                    entry, pull=self.pull, progress=lambda text: status.update(escape(f"{entry.id}: {text}"))
+                    entry, pull=self.pull, progress=lambda text: status.update(one_line(f"{entry.id}: {text}"))
                 )
         return self.loaded[entry.id]
 
@@ -217,26 +217,12 @@ def _checked(entry: Entry, check: Callable[[Entry], dict[str, Any]]) -> dict[str
         report = check(entry)
     except VerbatimError as error:
         return {"id": entry.receipt.id, "error": error.message}
-    except Exception as error:  # exit code 1 would mean that the reply is refuted
-        return {"id": entry.receipt.id, "error": f"the check failed: {type(error).__name__}: {error}"}
-    notes = ["signed; give --key to have the signature checked"] if entry.unchecked else []
-    if entry.in_reply:
-        notes.append("only the receipt was checked, not the reply's text around it")
-    note = {"note": "; ".join(notes)} if notes else {}
-    return {**report, "signed_by": entry.signed_by or report.get("signed_by"), **note}
-
-
-def _of(entry: Entry, report: dict[str, Any]) -> dict[str, Any]:
-    """Return a server's report, if it is about this receipt."""
-    assert entry.receipt is not None
-    if (report["id"], report["digest"]) != (entry.receipt.id, entry.receipt.digest):
-        raise ReceiptError("the server's report is about another receipt.")
-    return report
-
-
-def _line(text: object) -> str:
-    """Return a text of a stranger's receipt as one line for the terminal."""
-    return escape(printable(str(text), keep=""))
+    except Exception as error:  # a fault of this program refutes nothing, and the other receipts are checked
+        return {"id": entry.receipt.id, "error": f"the check has failed: {type(error).__name__}: {error!s:.200}"}
+    notes = [_UNSIGNED] if entry.unchecked else []
+    notes += [_IN_REPLY] if entry.in_reply else []
+    told = {"note": "; ".join(notes)} if notes else {}
+    return {**report, "signed_by": entry.signed_by or report.get("signed_by"), **told}
 
 
 def _print_reports(reports: Sequence[tuple[str, dict[str, Any]]]) -> None:
@@ -245,14 +231,18 @@ def _print_reports(reports: Sequence[tuple[str, dict[str, Any]]]) -> None:
         out.print(report_table(checked))
     for where, report in reports:
         if "error" in report:
-            err.print(f"[bold red]error:[/] {_line(where)}: {_line(report['error'])}", highlight=False, soft_wrap=True)
+            err.print(
+                f"[bold red]error:[/] {one_line(where)}: {one_line(str(report['error']))}",
+                highlight=False,
+                soft_wrap=True,
+            )
             continue
         told = [report.get("sentence"), *(report.get("environment") or ()), report.get("note")]
         if report.get("signed_by"):
             told.append(f"signed by {report['signed_by']}")
-        out.print(_line(where), highlight=False, soft_wrap=True)
+        out.print(one_line(where), highlight=False, soft_wrap=True)
         for line in filter(None, told):
-            out.print(f"  {_line(line)}", highlight=False, soft_wrap=True)
+            out.print(f"  {one_line(str(line))}", highlight=False, soft_wrap=True)
     if len(reports) > 1:
         out.print(_counts([report for _, report in reports]), highlight=False, soft_wrap=True)
 
@@ -260,7 +250,7 @@ def _print_reports(reports: Sequence[tuple[str, dict[str, Any]]]) -> None:
 def _counts(reports: Sequence[dict[str, Any]]) -> str:
     """Return how many receipts got which verdict."""
     verdicts = Counter(report.get("verdict", "not_checkable") for report in reports)
-    told = ", ".join(f"{verdicts[name]} {name.replace('_', ' ')}" for name in _VERDICTS if verdicts[name])
+    told = ", ".join(f"{verdicts[name]} {name.replace('_', ' ')}" for name in VERDICTS if verdicts[name])
     return f"{len(reports)} receipts: {told}"
 
 
@@ -287,11 +277,11 @@ def _print_differences(found: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(found))
         return
     ids = found["a"] or found["b"] if found["a"] == found["b"] or not (found["a"] and found["b"]) else None
-    out.print(_line(ids or f"{found['a']} → {found['b']}"), highlight=False, soft_wrap=True)
+    out.print(one_line(ids or f"{found['a']} → {found['b']}"), highlight=False, soft_wrap=True)
     for one in found["differences"] or [{"part": "", "sentence": "the same"}]:
-        out.print(f"  {_line(one['part']):<13} {_line(one['sentence'])}", highlight=False, soft_wrap=True)
+        out.print(f"  {one_line(one['part']):<13} {one_line(one['sentence'])}", highlight=False, soft_wrap=True)
 
 
 def _failed(error: VerbatimError) -> typer.Exit:
-    err.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
+    err.print(f"[bold red]error:[/] {one_line(error.message)}", highlight=False, soft_wrap=True)
     return typer.Exit(NOT_CHECKED)

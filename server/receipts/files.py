@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine import MOST_RECEIPT_BYTES, Receipt, ReceiptError, documents_of, read_document, verify_envelope
+from engine import (
+    MOST_RECEIPT_BYTES,
+    Receipt,
+    ReceiptError,
+    documents_of,
+    read_document,
+    reply_difference,
+    verify_envelope,
+)
 
 if TYPE_CHECKING:
     from securesystemslib.signer import SSlibKey
 
-__all__ = ["Entry", "read_entries"]
+__all__ = ["Entry", "read_entries", "regular_file"]
+
+
+def regular_file(path: Path, most: int) -> bytes:
+    """Read at most `most` bytes of a regular file; no pipe is waited for.
+
+    Raises:
+        ReceiptError: it is none, or cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ReceiptError(f"{path} is no regular file.")
+            return file.read(most)
+    except OSError as error:
+        raise ReceiptError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +51,7 @@ class Entry:
         document: the receipt or the envelope as it was written.
         signed_by: the id of the key that has signed it; None if no signature was checked.
         unchecked: whether it is signed, but no key was given.
-        in_reply: whether it stood in a reply, whose text was not compared with it.
+        in_reply: whether there is a reply around it, whose text is not checked.
     """
 
     where: str
@@ -65,14 +90,22 @@ def read_entries(path: Path, keys: Sequence[SSlibKey] = ()) -> Iterator[Entry]:
 def _entries(where: str, data: bytes, keys: Sequence[SSlibKey]) -> Iterator[Entry]:
     """Read the receipts in one text."""
     try:
-        documents = documents_of(data)
+        documents, reply = documents_of(data)
     except ReceiptError as error:
         yield Entry(where, None, error=error.message)
         return
-    bare = json.loads(data)  # the receipt itself, or what stands around it
     for number, document in enumerate(documents):
         entry = _entry(where if len(documents) == 1 else f"{where}, prompt {number}", document, keys)
-        yield dataclasses.replace(entry, in_reply=bare is not document and bare != document)
+        if reply is not None and entry.receipt is not None:
+            entry = _in_reply(entry, entry.receipt, reply, number, len(documents))
+        yield entry
+
+
+def _in_reply(entry: Entry, receipt: Receipt, reply: dict[str, Any], number: int, prompts: int) -> Entry:
+    """Return the entry of a receipt that came inside a reply, or why it is not that reply's."""
+    if difference := reply_difference(reply, receipt, number, prompts):
+        return Entry(entry.where, None, error=f"the receipt is not that of the reply around it: {difference}.")
+    return dataclasses.replace(entry, in_reply=True)
 
 
 def _entry(where: str, document: dict[str, Any], keys: Sequence[SSlibKey]) -> Entry:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from engine import (
@@ -27,7 +26,8 @@ from engine import (
     sign_receipt,
 )
 from server.configuration import ConfigOption, read_configuration
-from server.terminal import Terminal
+from server.receipts.files import regular_file
+from server.terminal import Terminal, one_line
 
 if TYPE_CHECKING:
     from server.receipts.keeping import Keeper, Kept
@@ -89,7 +89,7 @@ def keygen(
     """Make a key to sign receipts with. A file that exists is never overwritten."""
     key = generate_key(path)
     out.print(
-        f"{escape(str(path))}: keep it secret. To check with: {escape(str(path))}.pub, key {key.keyid}",
+        f"{one_line(str(path))}: keep it secret. To check with: {one_line(str(path))}.pub, key {key.keyid}",
         highlight=False,
         soft_wrap=True,
     )
@@ -102,13 +102,7 @@ def sign(
 ) -> None:
     """Print the signed envelope of a receipt: that this key's owner vouches for it."""
     signer = load_private_key(key)
-    try:
-        if not file.is_file():
-            raise ReceiptError(f"{file} is no file.")
-        with file.open("rb") as opened:
-            data = opened.read(MOST_RECEIPT_BYTES + 1)
-    except OSError as error:
-        raise ReceiptError(f"{file} cannot be read: {error.strerror or error}.") from None
+    data = regular_file(file, MOST_RECEIPT_BYTES + 1)
     if "payload" in document_of(data):
         raise ReceiptError(f"{file} holds a receipt that is signed already.")
     envelope: dict[str, Any] = sign_receipt(read_receipt(data), signer)
@@ -128,5 +122,5 @@ def _table(found: list[Kept]) -> Table:
         table.add_column(name, overflow="fold")
     for one in found:
         when = dt.datetime.fromtimestamp(one.created, dt.UTC).strftime("%Y-%m-%d %H:%M:%S")
-        table.add_row(escape(one.id), escape(one.owner), when, escape(one.model))
+        table.add_row(one_line(one.id), one_line(one.owner), when, one_line(one.model))
     return table

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import http.client
 import json
-import time
+import queue
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any, Final
 
-from engine import TOLERANCE, Mode, ReceiptError, worst
+from engine import TOLERANCE, Mode, ReceiptError
+from server.receipts.files import Entry
+from server.receipts.report import report_of
 
-__all__ = ["RemoteServer", "report_of"]
+__all__ = ["RemoteServer"]
 
 _PATH: Final = "/v1/receipts/verify"
 _SECONDS: Final = 600.0
+"""For the whole of an answer."""
 _MOST_BYTES: Final = 16 << 20  # of an answer
-_VERDICTS: Final = ("identical", "reproduced", "consistent", "refuted", "not_checkable")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -42,20 +46,25 @@ class RemoteServer:
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ReceiptError(f"--url must begin with http:// or https://, unlike {self.url!r:.100}.")
 
-    def check(self, document: dict[str, Any], mode: Mode, tolerance: float) -> dict[str, Any]:
-        """Return the report about a receipt or an envelope, as `CheckReport.to_json` writes it.
+    def check(self, entry: Entry, mode: Mode, tolerance: float) -> dict[str, Any]:
+        """Return the report about a receipt, as `CheckReport.to_json` writes it.
 
         Raises:
-            ReceiptError: the server cannot be reached, or refuses.
+            ReceiptError: the server cannot be reached, refuses, is too slow, or answers no report about this receipt.
         """
+        assert entry.receipt is not None
         request = urllib.request.Request(
-            self._address(mode, tolerance), json.dumps(document).encode(), {"Content-Type": "application/json"}
+            self._address(mode, tolerance), json.dumps(entry.document).encode(), {"Content-Type": "application/json"}
         )
         if self.key:
             request.add_unredirected_header("Authorization", f"Bearer {self.key}")
+        return report_of(_within(_SECONDS, self.url, lambda: self._answer(request)), entry.receipt)
+
+    def _answer(self, request: urllib.request.Request) -> bytes:
         try:
             with urllib.request.build_opener(_NoRedirect).open(request, timeout=_SECONDS) as answer:
-                return report_of(_read(answer))
+                content: bytes = answer.read(_MOST_BYTES)
+                return content
         except urllib.error.HTTPError as error:
             raise ReceiptError(f"{self.url} answers {error.code}: {_message(error)}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -71,59 +80,28 @@ class RemoteServer:
         return f"{base}{_PATH}?{urllib.parse.urlencode(given)}".rstrip("?")
 
 
-def report_of(data: bytes) -> dict[str, Any]:
-    """Return the report that a server has sent; ReceiptError if it is none."""
+def _within(seconds: float, url: str, work: Callable[[], bytes]) -> bytes:
+    """Return what `work` returns, on a thread of its own: a server that sends byte after byte holds nobody up.
+
+    Raises:
+        ReceiptError: it takes longer. Its thread is left behind, and ends with the program.
+    """
+    found: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            found.put(work())
+        except BaseException as error:
+            found.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
     try:
-        report = json.loads(data)
-    except (ValueError, RecursionError):
-        report = None
-    if not _is_report(report):
-        raise ReceiptError("the server's answer is no report about a receipt.")
-    return report  # type: ignore[no-any-return]
-
-
-def _read(answer: IO[bytes]) -> bytes:
-    """Read an answer whole, within `_MOST_BYTES` and `_SECONDS`, however slowly it comes."""
-    data, end = b"", time.monotonic() + _SECONDS
-    while len(data) < _MOST_BYTES and (part := answer.read1(1 << 16)):  # type: ignore[attr-defined]
-        data += part
-        if time.monotonic() > end:
-            raise TimeoutError("its answer takes too long")
-    return data
-
-
-_NUMBERS: Final = ("largest_difference", "score")
-_COUNTS: Final = ("index", "tokens", "drawn", "different")
-
-
-def _is_report(report: Any) -> bool:
-    """Whether JSON is a report whose every value has its type, and whose verdict is the worst of its choices'."""
-    if not isinstance(report, dict) or not all(isinstance(report.get(n), str) for n in ("id", "digest", "sentence")):
-        return False
-    environment, choices = report.get("environment"), report.get("choices")
-    if report.get("verdict") not in _VERDICTS or not isinstance(environment, list) or not isinstance(choices, list):
-        return False
-    if not all(isinstance(line, str) for line in environment) or not all(_is_choice(choice) for choice in choices):
-        return False
-    return not choices or report["verdict"] == worst(choice["verdict"] for choice in choices)
-
-
-def _is_choice(choice: Any) -> bool:
-    if not isinstance(choice, dict) or choice.get("verdict") not in _VERDICTS:
-        return False
-    counts = all(type(choice.get(name)) is int for name in _COUNTS)
-    numbers = all(choice.get(name) is None or isinstance(choice[name], int | float) for name in _NUMBERS)
-    first = choice.get("first")
-    if first is None:
-        return counts and numbers
-    texts = ("expected_text", "drawn_text")
-    return (
-        counts
-        and numbers
-        and isinstance(first, dict)
-        and type(first.get("position")) is int
-        and all(first.get(name) is None or isinstance(first[name], str) for name in texts)
-    )
+        result = found.get(timeout=seconds)
+    except queue.Empty:
+        raise ReceiptError(f"{url} has not answered within {seconds:g} seconds.") from None
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
-from server.logs import printable
+from server.terminal import one_line
 
 __all__ = ["report_table"]
 
@@ -28,9 +27,8 @@ def report_table(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
             told = choice.get("verdict", verdict)
             name = where if len(choices) == 1 else f"{where} [{choice.get('index')}]"
             style = _STYLES.get(told, "bold yellow")
-            shown = f"[{style}]{escape(told.replace('_', ' '))}[/]"
-            first = escape(printable(_first(choice), keep=""))
-            table.add_row(escape(printable(name, keep="")), shown, _share(choice), _number(choice), first)
+            shown = f"[{style}]{one_line(told.replace('_', ' '))}[/]"
+            table.add_row(one_line(name), shown, _share(choice), _number(choice), one_line(_first(choice)))
     return table
 
 

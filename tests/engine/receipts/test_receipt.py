@@ -146,6 +146,7 @@ def edit(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("environment.parts", {"a": []}, "environment.parts must be at most"),
         ("environment.parts", [], "environment.parts must be an object"),
         ("law.holds", "yes", "law.holds must be true or false"),
+        ("law.checks", [{"name": "batch", "holds": False}], "law.holds is true, though one of law.checks does not"),
         ("choices.0.index", 1, "choices must be numbered from 0"),
         ("choices.0.finish_reason", "bored", "choices.0.finish_reason must be stop or length or tool_calls"),
         ("choices.0.scores", "###", "choices.0.scores is not base64"),
@@ -153,7 +154,7 @@ def edit(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("choices.0.scores", base64.b64encode(b"\0" * 8).decode(), "choices.0.bits is not the digest of its scores"),
         ("choices.0.tokens", 3, "choices.0: tokens and sha256 are not those of token_ids"),
         ("choices.0.margins", [1, 2, 3, 4], "choices.0.stability is not that of its margins"),
-        ("choices.0.stability", {"smallest": 1, "position": 0, "near": 0}, "stability stands without"),
+        ("choices.0.stability", {"smallest": 1, "position": 0, "near": 0}, "choices.0 holds stability, but not the"),
         ("request.sampling.n", 2, "the request asks for 2 choices, and the receipt holds 1"),
         ("request.sampling.max_tokens", 3, "choices.0 has 4 tokens, more than max_tokens, 3"),
         ("request.sampling.margins", True, "choices.0 must hold margins if the request asks for them"),
@@ -174,6 +175,18 @@ def test_contradictions_are_refused_even_with_the_right_digest(path: str, value:
         data = json.dumps(document).encode()
     with pytest.raises(ReceiptError, match=message):
         read_receipt(data)
+
+
+@pytest.mark.parametrize("order", [(0, 0, 1), (1, 0), (0, 1, 0)])
+def test_a_model_names_each_file_once_and_in_order(order: tuple[int, ...]) -> None:
+    """Among two digests of one name, the comparison with the model's files would see one."""
+    document = receipt_of().to_json()
+    files = document["model"]["resources"]
+    document["model"]["resources"] = [files[i] for i in order]
+    digests = b"".join(bytes.fromhex(files[i]["digest"]) for i in order)
+    document["model"]["digest"] = hashlib.sha256(digests).hexdigest()
+    with pytest.raises(ReceiptError, match=r"model\.resources must name each file once, in the order of their paths"):
+        read_receipt(sealed(document))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from engine import (
 )
 
 ELSEWHERE = {"torch": "2.14.0"}
+LAWLESS = ReproducibilityReport(False, "it does not.")
 DRAWN = (10, 11, 2)
 """The tokens of the receipt that were drawn; 12 was forced."""
 
@@ -72,7 +73,9 @@ def test_identical() -> None:
 def test_reproduced() -> None:
     report = check(info=model_info(parts=ELSEWHERE), said=deltas(check1={"logprob": -1.501}))
     assert (report.verdict, report.exit_code) == ("reproduced", 0)
-    assert report.sentence == "all 4 tokens are the same; log-probabilities differ by at most 0.001."
+    assert report.sentence == (
+        "all 4 tokens are the same; log-probabilities differ by at most 0.001, perturbed scores by at most 0."
+    )
     assert report.environment == ("torch 2.13.0 → 2.14.0",)
 
 
@@ -111,6 +114,39 @@ def test_refuted(parts: dict[str, Any], said: list[ChoiceDelta], words: str) -> 
     assert words in report.sentence
 
 
+def with_scores(*pairs: tuple[float, float]) -> Receipt:
+    receipt = receipt_of()
+    scores = b"".join(struct.pack("<ff", *pair) for pair in pairs)
+    choice = dataclasses.replace(receipt.choices[0], scores=scores, bits=hashlib.sha256(scores).hexdigest())
+    return dataclasses.replace(receipt, choices=(choice,))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ((), "3 tokens were drawn, and the receipt holds the scores of 0."),
+        (SCORES[:2], "3 tokens were drawn, and the receipt holds the scores of 2."),
+        ((*SCORES, SCORES[0]), "3 tokens were drawn, and the receipt holds the scores of 4."),
+        ((SCORES[0], (math.nan, math.nan), SCORES[2]), "at position 1 the receipt has the log-probability nan"),
+        ((SCORES[0], SCORES[1], (-math.inf, 3.5)), "at position 3 the receipt has the log-probability -inf"),
+        ((SCORES[0], SCORES[1], (-2.25, math.inf)), "the perturbed score inf, which no token that was drawn has."),
+    ],
+)
+def test_scores_that_no_rounding_gives_are_refuted_everywhere(pairs: Any, words: str) -> None:
+    report = check(with_scores(*pairs), model_info(parts=ELSEWHERE))
+    assert (report.verdict, words in report.sentence) == ("refuted", True)
+    assert check(with_scores(*pairs)).verdict == "refuted"
+
+
+def test_the_largest_difference_covers_every_score() -> None:
+    """A number that is none, after one that is, must not pass as the smaller one."""
+    receipt = with_scores((-0.5, 1.25), (math.nan, 0.75), (-2.25, 1e30))
+    report = check(receipt, model_info(parts=ELSEWHERE), deltas(check1={"drawn": 40, "closeness": 0.003}))
+    assert (report.verdict, report.choices[0].largest_difference) == ("consistent", None)
+    report = check(with_scores(*SCORES[:2], (-2.25, 1e30)), model_info(parts=ELSEWHERE))
+    assert report.sentence.endswith("perturbed scores by at most 1e+30.")
+
+
 def test_another_end_is_refuted() -> None:
     said = deltas()
     said[-1] = dataclasses.replace(said[-1], finish_reason="length")
@@ -138,37 +174,33 @@ def test_what_the_grammar_cannot_take_is_refuted() -> None:
 
 
 def test_without_the_law_the_same_fingerprint_promises_no_bits() -> None:
-    info = model_info(law=ReproducibilityReport(False, "it does not.", (("neighbours", False),)))
-    given = {"receipt": receipt_of(info=info), "info": info}
-    assert check(**given).verdict == "identical"
-    assert check(**given, said=deltas(check1={"logprob": -1.5001})).verdict == "reproduced"
-    assert check(**given, said=deltas(check1={"drawn": 40, "closeness": 0.003})).verdict == "consistent"
-    assert check(**given, said=deltas(check1={"drawn": 40, "closeness": 0.3})).verdict == "refuted"
+    info = model_info(law=LAWLESS)
+    receipt = receipt_of(info=info)
+    assert check(receipt, info).verdict == "identical"
+    report = check(receipt, info, said=deltas(check1={"logprob": -1.5001}))
+    assert (report.verdict, report.environment) == ("reproduced", ("the law does not hold here: it does not.",))
+    assert check(receipt, info, said=deltas(check1={"drawn": 40, "closeness": 0.003})).verdict == "consistent"
+    assert check(receipt, info, said=deltas(check1={"drawn": 40, "closeness": 0.3})).verdict == "refuted"
 
 
-@pytest.mark.parametrize(
-    "law",
-    [
-        ReproducibilityReport(False, "forged.", (("neighbours", False),)),
-        ReproducibilityReport(False, "forged.", (("neighbours", True),)),
-        ReproducibilityReport(True, "forged.", (("neighbours", False),)),
-    ],
-)
-def test_a_forged_law_weakens_no_rule(law: ReproducibilityReport) -> None:
-    report = check(receipt=receipt_of(info=model_info(law=law)), said=deltas(check1={"logprob": -6.5}))
-    assert report.verdict == "not_checkable"
-    assert "law" in report.sentence
+def test_a_receipt_cannot_soften_the_rules_by_its_own_word() -> None:
+    """Whether the law holds in this environment is known here; a receipt of it that says otherwise was altered."""
+    for receipt, info, held in (
+        (receipt_of(info=model_info(law=LAWLESS)), model_info(), "holds"),
+        (receipt_of(), model_info(law=LAWLESS), "does not hold"),
+    ):
+        report = check(receipt, info, said=deltas(check1={"logprob": -6.5}))
+        assert (report.verdict, report.exit_code) == ("not_checkable", 2)
+        assert f"in its environment, which is this one, the law {held}." in report.sentence
+    report = check(receipt_of(info=model_info(law=LAWLESS)), model_info(parts=ELSEWHERE))
+    assert report.environment[-1] == "the receipt says that the law did not hold where it was written"
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_scores_that_are_no_numbers_are_refuted_elsewhere(bad: float) -> None:
-    receipt = receipt_of()
-    [choice] = receipt.choices
-    scores = struct.pack("<f", bad) + (choice.scores or b"")[4:]
-    forged = dataclasses.replace(choice, scores=scores, bits=hashlib.sha256(scores).hexdigest())
-    found = check(receipt=dataclasses.replace(receipt, choices=(forged,)), info=model_info(parts=ELSEWHERE))
-    assert found.verdict == "refuted"
-    assert "no finite numbers" in found.sentence
+def test_equal_fingerprints_of_other_parts_are_another_environment() -> None:
+    """A fingerprint has 64 bits: two environments may share one."""
+    info = model_info(parts=ELSEWHERE, system_fingerprint=model_info().system_fingerprint)
+    report = check(info=info)
+    assert (report.verdict, report.environment) == ("reproduced", ("torch 2.13.0 → 2.14.0",))
 
 
 def test_the_tolerance_is_the_callers() -> None:

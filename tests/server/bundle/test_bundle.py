@@ -83,6 +83,11 @@ CHANGES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("twice", lambda b: _line(b, "0" * 64 + "  install.sh"), "names 'install.sh' again"),
     ("prose", lambda b: _line(b, "all is well"), "is not a checksum and a name"),
     ("no checksums", lambda b: (b / FILE).unlink(), "is not a bundle"),
+    (
+        "a pipe as checksums",
+        lambda b: ((b / FILE).unlink(), os.mkfifo(b / FILE)),
+        "is not a bundle: .* no regular file",
+    ),
     ("binary", lambda b: (b / FILE).write_bytes(b"\xff\xfe"), "is not a bundle: .* not UTF-8"),
     ("requirements", lambda b: _again(b, "requirements.txt", "torch==2.0", "torch==2.1"), "no wheel of torch 2.1"),
     ("no hash", lambda b: _again(b, "requirements.txt", " --hash.*", ""), "line 1 is not a release with one hash"),
@@ -130,6 +135,20 @@ def test_any_change_is_a_fault(made: Path, change: Callable[[Path], Any], words:
 def test_check_prints_one_line_for_what_is_good(made: Path) -> None:
     result = CliRunner().invoke(cli.app, ["bundle", "check", str(made)])
     assert (result.exit_code, result.stdout.count("\n")) == (0, 1)
+
+
+def test_a_folder_that_cannot_be_read_is_a_fault(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies in it is not known: it could hold anything."""
+    scan = os.scandir
+    (made / "shut").mkdir()
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert list(check_bundle(made)) == [f"{made / 'shut'} cannot be read: Permission denied."]
 
 
 def test_a_name_cannot_forge_a_line(made: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import http.server
 import json
+import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,18 @@ from engine import (
     LLM,
     MOST_RECEIPT_BYTES,
     Receipt,
+    ReceiptError,
     check_receipt,
+    fingerprint_of,
     generate_key,
     load_private_key,
     read_receipt,
     sign_receipt,
 )
 from server import cli
+from server.json_text import to_json
 from server.receipts import commands, remote
+from server.receipts.report import report_of
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -253,6 +259,13 @@ class _Answers(http.server.BaseHTTPRequestHandler):
             self._send(302, b"", Location="http://127.0.0.1:9/stolen")
         elif key == "Bearer wrong":
             self._send(401, b'{"error": {"message": "the key is not known."}}')
+        elif key == "Bearer drops":  # byte after byte, each in time
+            self.send_response(200)
+            self.send_header("Content-Length", "20")
+            self.end_headers()
+            for _ in range(20):
+                self.wfile.write(b" ")
+                time.sleep(0.05)
         elif key == "Bearer noise":
             self._send(200, b"<html>")
         else:
@@ -294,7 +307,7 @@ def test_a_server_checks(run: Run, receipt: Receipt, served: Any, tmp_path: Path
     [
         ("wrong", "answers 401: the key is not known."),
         ("moved", "answers 302: "),
-        ("noise", "the server's answer is no report about a receipt."),
+        ("noise", "the server's answer is no report about a receipt"),
     ],
 )
 def test_a_server_refuses(run: Run, receipt: Receipt, served: Any, tmp_path: Path, key: str, words: str) -> None:
@@ -303,41 +316,157 @@ def test_a_server_refuses(run: Run, receipt: Receipt, served: Any, tmp_path: Pat
     assert (code, words in err) == (commands.NOT_CHECKED, True)
 
 
-_CHOICE: dict[str, Any] = {"index": 0, "verdict": "identical", "tokens": 4, "drawn": 4, "different": 0}
-_REPORT: dict[str, Any] = {
-    "id": "a", "digest": "b", "sentence": "c", "verdict": "identical", "environment": [], "choices": [_CHOICE]
-}  # fmt: skip
-
-
-def _report(**changes: Any) -> bytes:
-    return json.dumps({**_REPORT, **changes}).encode()
-
-
-def test_a_report_is_one() -> None:
-    assert remote.report_of(_report()) == _REPORT
+@pytest.mark.parametrize("answer", [b"[]", b"{}", b'{"verdict": "splendid", "choices": []}', b"[" * 100_000, b"\xff"])
+def test_an_answer_that_is_no_report(receipt: Receipt, answer: bytes) -> None:
+    with pytest.raises(ReceiptError, match="no report about a receipt"):
+        report_of(answer, receipt)
 
 
 @pytest.mark.parametrize(
-    "report",
+    ("path", "value", "words"),
     [
-        b"[]",
-        b"{}",
-        b'{"verdict": "splendid", "choices": []}',
-        b"[" * 100_000,
-        _report(verdict="reproduced"),
-        _report(environment=5),
-        _report(sentence=None),
-        _report(choices=[1]),
-        _report(choices=[{**_CHOICE, "verdict": 5}]),
-        _report(choices=[{**_CHOICE, "different": None}]),
-        _report(choices=[{**_CHOICE, "largest_difference": "x"}]),
-        _report(choices=[{**_CHOICE, "first": {"position": "1"}}]),
-        _report(choices=[{**_CHOICE, "verdict": "refuted"}]),
+        ("id", "other", "its id is another"),
+        ("digest", "0" * 64, "its digest is another"),
+        ("verdict", "reproduced", "its verdict is not the worst"),
+        ("choices.0.verdict", "refuted", "its verdict is not the worst"),
+        ("choices", [], "it says identical, but nothing was compared"),
+        ("choices", [1], "choices is not as it should be"),
+        ("choices.0.verdict", 5, "choices is not as it should be"),
+        ("choices.0.largest_difference", "x", "choices is not as it should be"),
+        ("choices.0.drawn", True, "choices is not as it should be"),
+        ("choices.0.different", 13, "more tokens than there are"),
+        ("choices.0.tokens", 11, "its choices are not those of the receipt"),
+        ("choices.0.first", {"position": 1}, "choices is not as it should be"),
+        ("environment", 5, "environment is not as it should be"),
+        ("mode", [], "mode is not as it should be"),
+        ("extra", 1, "'extra' is not known"),
     ],
 )
-def test_an_answer_is_checked(report: bytes) -> None:
-    with pytest.raises(Exception, match="no report about a receipt"):
-        remote.report_of(report)
+def test_an_answer_that_is_another_report(llm: LLM, receipt: Receipt, path: str, value: Any, words: str) -> None:
+    report = check_receipt(llm, receipt).to_json()
+    assert report_of(to_json(report).encode(), receipt) == json.loads(to_json(report))
+    document = json.loads(to_json(report))
+    *places, last = path.split(".")
+    inner = document
+    for place in places:
+        inner = inner[int(place)] if isinstance(inner, list) else inner[place]
+    inner[last] = value
+    with pytest.raises(ReceiptError, match=words):
+        report_of(to_json(document).encode(), receipt)
+
+
+def test_a_server_has_a_deadline_for_the_whole_answer(
+    run: Run, receipt: Receipt, served: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_SECONDS", 0.2)
+    path = write(tmp_path / "r.json", receipt)
+    code, _, err = run("verify", path, "--url", served[0], "--api-key", "drops")
+    assert (code, "has not answered within 0.2 seconds." in err) == (commands.NOT_CHECKED, True)
+
+
+def test_a_fault_of_the_check_refutes_nothing(
+    run: Run, receipt: Receipt, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **how: Any) -> None:
+        raise IndexError("out of range")
+
+    monkeypatch.setattr("engine.check_receipt", fail)
+    code, _, err = run("verify", write(tmp_path / "r.json", receipt), "--model", model)
+    assert (code, "the check has failed: IndexError: out of range" in err) == (commands.NOT_CHECKED, True)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "pipe"])
+def test_only_regular_files_are_signed(run: Run, tmp_path: Path, name: str) -> None:
+    """A pipe would be waited for, and a device read without end."""
+    os.mkfifo(tmp_path / "pipe")
+    generate_key(tmp_path / "mine")
+    code, _, err = run("receipts", "sign", name, "--key", tmp_path / "mine")
+    assert (code != 0, f"{name} is no regular file." in err) == (True, True)
+
+
+# -- a reply around it -------------------------------------------------------------------------------------------
+
+
+def reply_of(receipt: Receipt, **changes: Any) -> dict[str, Any]:
+    [choice] = receipt.choices
+    message = {"role": "assistant", "content": "I owe you a million."}
+    told = {"index": 0, "message": message, "finish_reason": choice.finish_reason, "token_ids": choice.token_ids}
+    return {"id": receipt.id, "choices": [{**told, **changes}], "receipt": receipt.to_json()}
+
+
+def test_the_text_around_a_receipt_is_not_vouched_for(run: Run, receipt: Receipt, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "reply.json"
+    path.write_text(json.dumps(reply_of(receipt)))
+    code, out, _ = run("verify", path, "--model", model)
+    assert (code, "only the receipt was checked, not the text around it" in out) == (commands.HOLDS, True)
+    code, out, _ = run("verify", path, "--model", model, "--json")
+    assert json.loads(out)["note"] == "only the receipt was checked, not the text around it"
+    path.write_text(json.dumps({**reply_of(receipt), "choices": []}))  # the last chunk of a stream has no text
+    code, out, _ = run("verify", path, "--model", model, "--json")
+    assert (code, "note" in json.loads(out)) == (commands.HOLDS, False)
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (lambda r: {**reply_of(r), "id": "other"}, "the reply has the id 'other', and its receipt"),
+        (lambda r: {**reply_of(r), "choices": [1]}, "the reply's choices are not numbered from 0."),
+        (lambda r: {**reply_of(r), "choices": [1, 2]}, "the reply has 2 choices, and its receipt 1."),
+        (lambda r: reply_of(r, index=1), "the reply's choices are not numbered from 0."),
+        (
+            lambda r: reply_of(r, finish_reason="stop"),
+            "the finish reason of choice 0 is 'stop' in the reply, and 'length'",
+        ),
+        (lambda r: reply_of(r, token_ids=[1]), "choice 0 has other token ids in the reply than in its receipt."),
+        (lambda r: reply_of(r, token_ids=["x"]), "choice 0 has other token ids in the reply than in its receipt."),
+        (
+            lambda r: {**reply_of(r), "receipt": None, "receipts": [r.to_json()] * 2},
+            "1 choices, and its receipt 1 for each",
+        ),
+    ],
+)
+def test_a_receipt_of_another_reply(
+    run: Run, receipt: Receipt, model: Path, tmp_path: Path, reply: Callable[[Receipt], Any], words: str
+) -> None:
+    path = tmp_path / "reply.json"
+    path.write_text(json.dumps(reply(receipt)))
+    code, _, err = run("verify", path, "--model", model)
+    assert code == commands.NOT_CHECKED
+    assert "the receipt is not that of the reply around it: " in err
+    assert words in err
+
+
+# -- hostile text ------------------------------------------------------------------------------------------------
+
+LIE = "x\nreceipt.json\r\n  all 12 tokens and 12 scores are equal in every bit.\x1b[2J\x85\u2028[bold]\u202e"
+
+
+def told_lies(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip().startswith(("all 12 tokens and", "receipt.json"))]
+
+
+def test_no_text_from_outside_ends_a_line(run: Run, receipt: Receipt, model: Path, tmp_path: Path) -> None:
+    """Otherwise a receipt could print lines that look like the verdict."""
+    parts = {**receipt.environment.parts, LIE: LIE}
+    environment = dataclasses.replace(receipt.environment, parts=parts, fingerprint=fingerprint_of(parts, "vb-"))
+    elsewhere = dataclasses.replace(receipt, id=LIE, environment=environment)
+    path, honest = write(tmp_path / "r.json", elsewhere), write(tmp_path / "h.json", receipt)
+    code, out, err = run("verify", path, "--model", model)
+    assert (code, "reproduced" in out, told_lies(out + err)) == (commands.HOLDS, True, [])
+    assert "only in the first: x\\x0areceipt.json\\x0d\\x0a  all 12 tokens" in out
+    code, out, err = run("diff", honest, path)
+    assert (code, told_lies(out + err)) == (commands.REFUTED, [])
+    named = tmp_path / "named.json"
+    named.write_text(json.dumps({**receipt.to_json(), LIE: 1, "id": "\ud800"}))
+    generate_key(tmp_path / "mine")
+    for command in (
+        ["verify", named, "--model", model],
+        ["diff", named, honest],
+        ["receipts", "sign", named, "--key", tmp_path / "mine"],
+    ):
+        code, out, err = run(*command)
+        assert (code != 0, told_lies(out + err)) == (True, [])
+        assert len(err.splitlines()) == 1
 
 
 # -- diff --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,45 @@
+"""Compares a reply of the API with the receipt inside it. The reply's text is not compared, only what both hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.receipts.canonical import digest_of_ids
+from engine.receipts.receipt import ChoiceRecord, Receipt
+
+__all__ = ["reply_difference"]
+
+
+def reply_difference(reply: Mapping[str, Any], receipt: Receipt, number: int = 0, prompts: int = 1) -> str | None:
+    """Say in what a reply is not the one that its receipt is of; None if nothing is found.
+
+    Compared are the id, the number of choices, their finish reasons, and their token ids if the reply has them.
+
+    Args:
+        reply: as it was sent, with `choices`.
+        number: of the receipt's prompt, from 0; prompts: how many the reply is to.
+    """
+    expected = str(reply.get("id")) + (f"-{number}" if number else "")
+    if expected != receipt.id:
+        return f"the reply has the id {expected!r:.100}, and its receipt {receipt.id!r:.100}"
+    choices, n = reply["choices"], len(receipt.choices)
+    if len(choices) != n * prompts:
+        return f"the reply has {len(choices)} choices, and its receipt {n}" + (
+            " for each prompt" if prompts > 1 else ""
+        )
+    for choice, record in zip(choices[number * n : (number + 1) * n], receipt.choices, strict=True):
+        if not isinstance(choice, dict) or choice.get("index") != number * n + record.index:
+            return "the reply's choices are not numbered from 0"
+        if (reason := choice.get("finish_reason")) != record.finish_reason:
+            told = f"{reason!r:.40} in the reply, and {record.finish_reason!r} in its receipt"
+            return f"the finish reason of choice {choice['index']} is {told}"
+        if "token_ids" in choice and not _same_tokens(choice["token_ids"], record):
+            return f"choice {choice['index']} has other token ids in the reply than in its receipt"
+    return None
+
+
+def _same_tokens(ids: Any, record: ChoiceRecord) -> bool:
+    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 1 << 32 for token in ids):
+        return False
+    return len(ids) == record.tokens and digest_of_ids(ids) == record.sha256
