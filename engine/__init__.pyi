@@ -79,7 +79,6 @@ from engine.receipts.verdict import (
     ChoiceReport as ChoiceReport,
     Mode as Mode,
     Verdict as Verdict,
-    worst as worst,
 )
 from engine.serving.async_engine import AsyncEngine as AsyncEngine
 from engine.serving.fair_lock import FairLock as FairLock
