@@ -273,7 +273,7 @@ def test_nothing_outlives_the_process_that_started_it(number: signal.Signals, tm
         _until(lambda: len(watched.children(recursive=True)) == 3)
         everybody = watched.children(recursive=True)
         parent.send_signal(number)
-        parent.wait(20)
+        parent.wait(60)
         _until(lambda: not any(map(_runs, everybody)))
     finally:
         parent.kill()

@@ -177,11 +177,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
         assert time.monotonic() < deadline
         assert first.poll() is None, first.communicate()[1]
         time.sleep(0.005)
+    first.send_signal(signal.SIGSTOP)  # so that it is still in the middle when the others have had their turn
     rival = CliRunner().invoke(
         cli.app, ["batch", str(tmp_path / "in.jsonl"), str(target), "--model", str(tiny("qwen3"))]
     )
     assert (rival.exit_code, "another run" in re.sub(r"\s+", " ", rival.stderr)) == (2, True)
     first.send_signal(how)
+    first.send_signal(signal.SIGCONT)
     _, said = first.communicate(timeout=100)
     assert first.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130), said
     left = target.read_bytes()
