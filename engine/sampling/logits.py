@@ -32,12 +32,13 @@ __all__ = [
     "masses",
     "order_keys",
     "scaled",
-    "sum_masses_",
+    "sum_masses",
 ]
 
 MASS_UNIT: Final = 2.0**-42
 MAX_VOCABULARY: Final = 2**20  # 2**20 tokens of 2**42 quanta each: their sum still fits an int64
 _NEGLIGIBLE: Final = -40.0  # e**-40 is less than one quantum
+_PIECE: Final = 2**15  # columns
 _FEW: Final = 64  # tokens that are sorted at first: enough for a peaked row
 _SMALL: Final = 8192  # logits up to which sorting all is faster than searching
 _RANGES: Final = 4096  # of scores between `_NEGLIGIBLE` and 0, 0.01 wide each
@@ -237,9 +238,18 @@ def masses(scores: Tensor) -> Tensor:
     return scores.clamp(min=_NEGLIGIBLE).exp_().mul_(1 / MASS_UNIT).long()
 
 
-def sum_masses_(scores: Tensor) -> Tensor:
-    """Return the sum of `masses` of each row, int64 `[n, 1]`. Overwrites `scores`."""
-    return scores.clamp_(min=_NEGLIGIBLE).exp_().mul_(1 / MASS_UNIT).long().sum(-1, keepdim=True)
+def sum_masses(logits: Tensor, peaks: Tensor) -> Tensor:
+    """Return the sum of the `masses` of each row at temperature 1, int64 `[n, 1]`, without large temporaries.
+
+    Whole numbers add up to the same in any order. Small pieces stay in memory that the process has already.
+
+    Args: as `scaled`.
+    """
+    total = torch.zeros(peaks.shape, dtype=torch.int64, device=logits.device)
+    for part in torch.split(logits, _PIECE, dim=-1):
+        scores = part.double().sub_(peaks)
+        total += scores.clamp_(min=_NEGLIGIBLE).exp_().mul_(1 / MASS_UNIT).long().sum(-1, keepdim=True)
+    return total
 
 
 def log_mass(total: int) -> float:

@@ -35,7 +35,7 @@ from engine.sampling.logits import (
     masses,
     order_keys,
     scaled,
-    sum_masses_,
+    sum_masses,
 )
 from engine.sampling.measures import closeness, closeness_of_largest, margins, margins_of_largest, rounded
 from engine.sampling.rng import GAP_UNIT, gaps, gumbel, stream_key, token_steps
@@ -265,9 +265,10 @@ class Sampler:
             tokens = [token if (token := answers.rows[i].expected) is not None else answers.token(i) for i in names]
             where = torch.tensor([names, at, tokens], device=self.device)
             chosen = where[2].unsqueeze(1)
-            scores = scaled(_take(logits, at), raw_peaks[where[1]].double().unsqueeze(1))
-            columns = [scores.gather(1, chosen), work[where[0], where[2].clamp(max=self._width - 1)].unsqueeze(1)]
-            columns.append(sum_masses_(scores))
+            some, peaks = _take(logits, at), raw_peaks[where[1]].double().unsqueeze(1)
+            columns = [scaled(some.gather(1, chosen), peaks)]
+            columns.append(work[where[0], where[2].clamp(max=self._width - 1)].unsqueeze(1))
+            columns.append(sum_masses(some, peaks))
             for i, token, (score, edited, mass) in zip(names, tokens, torch.cat(columns, 1).tolist(), strict=True):
                 perturbed, close = answers.perturbed.get(i, edited), 0.0
                 if token != answers.token(i):
