@@ -61,12 +61,14 @@ class Choice:
     """
 
     __slots__ = (
+        "_different",
         "_follow_limit",
         "_forced",
         "_format",
         "_ids",
         "_learner",
         "_num_calls",
+        "_right",
         "_schema_error",
         "_vocabulary",
         "_written",
@@ -92,6 +94,8 @@ class Choice:
         self.drafter: Drafter | None = None
         self.prediction: Prediction | None = None
         self._learner: Drafter | Prediction | None = None  # whose draft was taken last
+        self._right = 0  # tokens of that draft that were right
+        self._different = 0  # since that draft, draws of another token than the one that is followed
         self.num_thoughts = 0
         self._format = reply_format
         self.text = text
@@ -125,7 +129,7 @@ class Choice:
     def draft(self, room: int) -> tuple[int, ...]:
         """Propose up to `room` next tokens."""
         sequence, grammar = self.sequence, self.grammar
-        self._learner = None
+        self._learner, self._right, self._different = None, 0, 0
         if grammar is not None and grammar.slow:
             return ()  # its next mask is computed beside the steps, and so is the one after it
         if not self.stays_free:
@@ -147,15 +151,19 @@ class Choice:
                 return found
         return ()
 
-    def learn(self, proposed: int, accepted: int, different: int = 0) -> None:
-        """Note how many tokens of the last draft were right.
+    def accept(self, right: int) -> None:
+        """Note that so many more tokens of the last draft were right."""
+        self._right += right
 
-        `different`: in a reply that is checked, how often another token was drawn. How close it was takes a look at the
-        whole vocabulary, so where that happens often, less is checked in one step.
+    def learn(self, proposed: int) -> None:
+        """Learn from the last draft, of so many tokens, once its step has ended.
+
+        How close another token was takes a look at the whole vocabulary. So where a reply that is checked differs
+        often, less of it is checked in one step.
         """
-        self._follow_limit = _FEW_FOLLOWED if different > _FEW_DIFFERENT else _MOST_FOLLOWED
+        self._follow_limit = _FEW_FOLLOWED if self._different > _FEW_DIFFERENT else _MOST_FOLLOWED
         if self._learner is not None:
-            self._learner.learn(proposed, accepted)
+            self._learner.learn(proposed, self._right)
 
     def advance(self, drawn: Sampled) -> ChoiceDelta:
         """Append a drawn token, and the tokens that are forced after it. A reply that is checked takes its own token.
@@ -169,6 +177,7 @@ class Choice:
             return self._cut_off(check)  # the grammar cannot take it
         logprobs = (self._logprob(drawn),) if params.logprobs and check is None else None
         first = drawn.token_id if check is None else check.expected
+        self._different += first != drawn.token_id
         tokens, checks = [first], [] if check is None else [check]
         delta, finish = self._append(first)
         # Log-probabilities need a forward pass: with them a forced token is drawn, with no other to choose from.

@@ -302,7 +302,7 @@ class Engine:
                     faults[request_id] = fault = reply_fault(request_id, error)
                     outputs += self._ended_by(fault, request_id, deltas)
             wave = self._draw_on(waiting, result, outputs, deltas)
-        self._learn(schedule, deltas)
+        self._learn(schedule)
         self._scheduler.settle_drafts(schedule)
         return outputs + [self._output(request_id, parts) for request_id, parts in deltas.items()]
 
@@ -362,6 +362,8 @@ class Engine:
         finally:
             self._generated_tokens += sequence.position - start
         self._scheduler.accept(sequence, right)
+        choice.accept(right)
+        self._accepted_tokens += right
         if deltas[-1].finish_reason:
             self._leave(sequence)
             self._requests[sequence.request_id].unfinished -= 1
@@ -373,22 +375,12 @@ class Engine:
             self._masks.look_ahead(grammar)
         return deltas, []
 
-    def _learn(self, schedule: Schedule, deltas: dict[str, list[ChoiceDelta]]) -> None:
-        """Tell the choices how many tokens of their drafts were right."""
+    def _learn(self, schedule: Schedule) -> None:
+        """Let the choices learn from what became of their drafts."""
         for chunk in schedule.chunks:
-            if chunk.draft:
-                sequence, running = chunk.sequence, self._requests.get(chunk.sequence.request_id)
-                real = chunk.start + chunk.count - len(chunk.draft)
-                taken = sequence.tokens(real, real + len(chunk.draft))
-                accepted = sum(
-                    1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chunk.draft, taken, strict=False))
-                )
-                self._drafted_tokens += len(chunk.draft)
-                self._accepted_tokens += accepted
-                if running is not None:
-                    mine = [d for d in deltas.get(sequence.request_id, ()) if d.index == sequence.choice_index]
-                    different = sum(check.drawn != check.expected for delta in mine for check in delta.checks)
-                    running.choices[sequence.choice_index].learn(len(chunk.draft), accepted, different)
+            self._drafted_tokens += len(chunk.draft)
+            if chunk.draft and chunk.sequence.request_id in self._requests:
+                self._choice_of(chunk.sequence).learn(len(chunk.draft))
 
     def _keep_prompt_logprobs(self, schedule: Schedule, described: list[Described | NumericalFault]) -> None:
         for score, found in zip(schedule.scores, described, strict=True):
