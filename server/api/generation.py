@@ -169,12 +169,13 @@ class CompletionResponse(Response):
         async for output in outputs:
             if output.error:
                 raise output.error
-            writer.add(output)
+            await _beside(writer.add, output, large=output.prompt_logprobs is not None)
             self._note(output)
         if not writer.complete:
             raise RuntimeError("the engine ended a request without finishing it")
         receipt = await self._receipt()
-        body = with_member(to_json(writer.body()).encode(), receipt.member)
+        large = self._job.reply.params.prompt_logprobs is not None
+        body = await _beside(lambda: with_member(to_json(writer.body()).encode(), receipt.member), large=large)
         return Response(body, media_type="application/json", headers={**self._job.headers, **receipt.headers})
 
     def _memory(self) -> AbstractAsyncContextManager[None]:
@@ -210,7 +211,8 @@ class CompletionResponse(Response):
         async for output in outputs:
             batch = [output, *outputs.ready()]  # more than one if the client is slower than the engine
             last = batch[-1]
-            data += b"".join([writer.add(o) for o in batch])
+            for one in batch:
+                data += await _beside(writer.add, one, large=one.prompt_logprobs is not None)
             if last.error:
                 if sender.started and data:
                     await sender.send(data)
@@ -228,6 +230,11 @@ class CompletionResponse(Response):
                 await sender.send(data)
                 data = b""
         raise RuntimeError("the engine ended a request without finishing it")
+
+
+async def _beside(function: Callable[..., T], *arguments: Any, large: bool) -> T:
+    """Call a function that writes a part of a reply: a large one on a thread, so that the event loop goes on."""
+    return await asyncio.to_thread(function, *arguments) if large else function(*arguments)
 
 
 class _EventSender:

@@ -107,7 +107,10 @@ class FolderKeeper:
     def _of(self, owner: str) -> Path:
         if not is_receipt_id(owner):
             raise KeepingFault(f"{owner!r} cannot be the name of a folder.")
-        return self._folder / owner
+        folder = self._folder / owner
+        if folder.is_symlink():
+            raise KeepingFault(f"{folder} is a link; receipts are kept in real folders only.")
+        return folder
 
     def _owners(self) -> Iterator[tuple[str, Path]]:
         for entry in os.scandir(self._folder):
@@ -139,7 +142,7 @@ def _receipts(owner: str, folder: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _read(path: Path) -> bytes:
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would be waited for
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise FileNotFoundError

@@ -77,7 +77,9 @@ class Receipts:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="receipts")
         self._putter = ThreadPoolExecutor(1, thread_name_prefix="keep-receipts")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-receipts")
+        self._checker = ThreadPoolExecutor(1, thread_name_prefix="check-receipts")  # replies do not wait for strangers
         self._reads = FairLock()  # lists are made round-robin across owners
+        self._checks = FairLock()  # so are checks
         self._waiting = 0  # replies whose receipts were handed to the putter and are not kept yet
         self._room = asyncio.Semaphore(_MOST_WAITING)
         self._lost = 0  # receipts that could not be kept
@@ -112,7 +114,7 @@ class Receipts:
         if self._closed.is_set():
             return
         self._closed.set()
-        for worker in (self._writer, self._putter, self._reader):
+        for worker in (self._writer, self._putter, self._reader, self._checker):
             worker.shutdown()
         if self._keeper is not None:
             self._keeper.close()
@@ -130,7 +132,7 @@ class Receipts:
         make = functools.partial(
             Recorder, request, prepared, info, id=prepared.request_id, created=created, text=form == "full"
         )
-        return await self.work(make)
+        return await self._write(make)
 
     async def write(self, recorders: Sequence[Recorder]) -> list[Written]:
         """Write the receipts of a finished reply, signed if this server signs.
@@ -138,10 +140,17 @@ class Receipts:
         Raises:
             ReceiptError: one holds what a receipt cannot.
         """
-        return await self.work(lambda: [self._written(recorder) for recorder in recorders])
+        return await self._write(lambda: [self._written(recorder) for recorder in recorders])
 
-    async def work(self, function: Callable[[], _T]) -> _T:
-        """Call a function that takes longer than the event loop can wait, on the thread for receipts."""
+    async def check(self, group: str, function: Callable[[], _T]) -> _T:
+        """Call a part of a check of a receipt that somebody sent, which takes longer than the event loop can wait."""
+        await self._checks.take(group)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._checker, function)
+        finally:
+            self._checks.give_back(group)
+
+    async def _write(self, function: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, function)
 
     def _written(self, recorder: Recorder) -> Written:

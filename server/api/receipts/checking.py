@@ -7,6 +7,7 @@ generates them, at the price of a reply.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import secrets
 
 from fastapi import Request
@@ -45,7 +46,7 @@ async def check_sent_receipt(service: Service, request: Request, mode: Mode, tol
     account.admit()
     async with service.bodies.of(request, account.group, parse_receipt) as checked:
         sent = await checked("check-" + secrets.token_hex(16))
-        signed_by = await service.receipts.work(lambda: _signed_by(service, sent))
+        signed_by = await service.receipts.check(account.group, lambda: _signed_by(service, sent))
         engine = _engine_for(service, account, sent.receipt)
         if engine is None:
             return dataclasses.replace(_no_model(sent.receipt, mode, tolerance), signed_by=signed_by)
@@ -63,7 +64,7 @@ class _Checking:
     def __init__(
         self, service: Service, account: Account, engine: EngineProtocol, sent: SentReceipt, tolerance: float
     ) -> None:
-        self._work = service.receipts.work
+        self._check = functools.partial(service.receipts.check, account.group)
         self._account, self._engine, self._sent, self._tolerance = account, engine, sent, tolerance
 
     async def run(self, mode: Mode) -> CheckReport:
@@ -81,15 +82,15 @@ class _Checking:
         )
         prepared = None
         try:
-            request = await self._work(lambda: check.request(request_id, group=account.group))
+            request = await self._check(lambda: check.request(request_id, group=account.group))
             if request is not None:
                 made = await engine.prepare(dataclasses.replace(request, context_limit=account.context_limit))
-                prepared = await self._work(lambda: check.prepared(made))
+                prepared = await self._check(lambda: check.prepared(made))
             if prepared is not None:
                 await self._compute(check, prepared)
         except RequestError as error:
             return check, check.refused(error)
-        return check, await self._work(check.report)
+        return check, await self._check(check.report)
 
     async def _compute(self, check: ReceiptCheck, prepared: PreparedRequest) -> None:
         self._account.admit_prompt(len(prepared.prompt_token_ids))

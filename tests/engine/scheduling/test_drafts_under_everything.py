@@ -17,7 +17,17 @@ from typing import Any
 import pytest
 import torch
 
-from engine import LLM, ChatMessage, Constraint, NumericalFault, RequestOutput, Tool, ToolChoice
+from engine import (
+    LLM,
+    ChatMessage,
+    Constraint,
+    InvalidParameter,
+    NumericalFault,
+    RequestOutput,
+    Tool,
+    ToolChoice,
+    preparation,
+)
 from engine.types.requests import GenerationRequest, PreparedRequest
 
 TEMPLATE = (
@@ -452,3 +462,28 @@ def test_a_wrong_draft_token_whose_row_of_the_embedding_is_damaged_harms_nobody(
         with torch.no_grad():
             weight[unused] = before
     assert with_draws(found) == expected
+
+
+@pytest.mark.parametrize("family", ["bloom", "mamba"])
+def test_the_fallback_runner_checks_and_scores_by_decoding(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Where there are no drafts, a reply is checked and a prompt is scored all the same."""
+    llm = LLM(tiny(family), context_length=256)
+    assert not llm.engine.drafts
+    given = {"max_tokens": 12, "seed": 3, "ignore_eos": True, "prompt_logprobs": 1, "n": 2}
+    request = dataclasses.replace(llm.request("ab ab ab cd", **given), record=True)
+    made = llm.engine.prepare(request)
+    [outputs], _ = run(llm, made)
+    expected = reply(outputs)
+    [told] = [output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None]
+    assert [entry and entry.token_id for entry in told] == [None, *made.prompt_token_ids[1:]]
+    follow = tuple(choice["tokens"] for choice in expected)
+    again = dataclasses.replace(made, request_id="again", follow=follow)
+    [outputs], _ = run(llm, again)
+    checks = [check for index in range(2) for o in outputs for d in o.deltas if d.index == index for check in d.checks]
+    assert all(check.drawn == check.expected for check in checks)
+    assert [(c.logprob, c.perturbed) for c in checks] == [score for choice in expected for score in choice["scores"]]
+    monkeypatch.setattr(preparation, "_MOST_LOGITS", 4 * llm.info.vocab_size)
+    with pytest.raises(InvalidParameter, match="scores prompts of up to 4 tokens"):
+        llm.engine.prepare(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from wire_client import serving
 
 from engine import ModelConfig, Registry
 from server.api import admission
+from server.api.completions import reply
 from server.app import create_app
 from tests.engine import tokenizers_for_tests
 
@@ -242,6 +244,25 @@ def test_log_probabilities_of_prompts_are_bounded_in_one_reply(app: Any, monkeyp
     assert answer.status == 422
     assert answer.json["error"]["param"] == "logprobs"
     assert "1500 log-probabilities" in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_prompts_are_written_beside_the_event_loop(
+    app: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """There may be many, and meanwhile others are to be served."""
+    writers: dict[str, list[int]] = {"scored": [], "drawn": []}
+    of = reply._Parts.of
+
+    def noted(self: Any, output: Any) -> Any:
+        writers["drawn" if output.prompt_logprobs is None else "scored"].append(threading.get_ident())
+        return of(self, output)
+
+    monkeypatch.setattr(reply._Parts, "of", noted)
+    answer = ask(app, "tiny", prompt=[[5] * 50, [6] * 40], max_tokens=3, echo=True, logprobs=2, stream=stream)
+    assert answer.status == 200
+    assert len(writers["scored"]) == 2
+    assert not set(writers["scored"]) & set(writers["drawn"])
 
 
 def test_a_suffix_needs_tokens_for_it(app: Any) -> None:

@@ -155,3 +155,28 @@ def test_a_kill_while_writing_leaves_whole_receipts_and_a_sweep_drops_the_rest(t
     os.utime(left, (1, 1))
     keeper.sweep(0)
     assert not left.exists()
+
+
+def test_a_pipe_in_place_of_a_receipt_holds_nobody(tmp_path: Path) -> None:
+    keeper = FolderKeeper(tmp_path / "kept")
+    keeper.put("a", Written("one", "m", 1, b"{}"))
+    os.mkfifo(tmp_path / "kept" / "a" / "two.json")
+    assert keeper.get("a", "two") is None
+    assert keeper.get("a", "one") == b"{}"
+    assert {kept.id for kept in keeper.list("a", None, 9)} == {"one", "two"}
+
+
+def test_a_link_in_place_of_an_owners_folder_is_not_followed(tmp_path: Path) -> None:
+    keeper = FolderKeeper(tmp_path / "kept")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "one.json").write_bytes(b"secret")
+    (tmp_path / "kept" / "a").symlink_to(tmp_path / "elsewhere")
+    for use in (
+        lambda: keeper.get("a", "one"),
+        lambda: keeper.list("a", None, 9),
+        lambda: keeper.put("a", Written("two", "m", 1, b"{}")),
+    ):
+        with pytest.raises(KeepingFault, match="is a link"):
+            use()
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["one.json"]
+    assert keeper.get(None, "one") is None
