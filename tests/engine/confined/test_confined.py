@@ -258,6 +258,11 @@ def test_one_that_nobody_closes_ends_with_the_object() -> None:
     _until(lambda: not _runs(process))
 
 
+def _interruptible() -> None:
+    """Let SIGINT end a new process: a shell that runs the tests in the background has it ignored, in children too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_outlives_the_process_that_started_it(number: signal.Signals, tmp_path: Path) -> None:
     code = (
@@ -267,13 +272,15 @@ def test_nothing_outlives_the_process_that_started_it(number: signal.Signals, tm
         "time.sleep(200)\n"
     )
     root = Path(__file__).resolve().parents[3]
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL, preexec_fn=_interruptible
+    )
     try:
         watched = psutil.Process(parent.pid)
         _until(lambda: len(watched.children(recursive=True)) == 3)
         everybody = watched.children(recursive=True)
         parent.send_signal(number)
-        parent.wait(60)
+        parent.wait(20)
         _until(lambda: not any(map(_runs, everybody)))
     finally:
         parent.kill()

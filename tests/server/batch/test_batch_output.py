@@ -155,6 +155,11 @@ def test_a_line_is_cut_off_whole_when_it_does_not_fit(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes().endswith(b"}\nnext\n")
 
 
+def _interruptible() -> None:
+    """Let SIGINT end a new process: a shell that runs the tests in the background has it ignored, in children too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
@@ -166,7 +171,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     write(tmp_path / "in.jsonl", [line(i, max_tokens=100) for i in map(str, range(300))])
 
     def start(target: str) -> subprocess.Popen[str]:
-        return subprocess.Popen([*RUN, "in.jsonl", target], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [*RUN, "in.jsonl", target], cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=_interruptible
+        )
 
     whole = start("whole.jsonl")
     assert "300 lines: whole.jsonl" in whole.communicate(timeout=200)[1]
