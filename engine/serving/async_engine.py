@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -45,7 +46,11 @@ PREPARING = 3
 class AsyncEngine(EngineProtocol):
     """One loaded model, shared by many requests. Owns its engine, the engine's thread and those that prepare requests.
 
-    Created anywhere; `submit` and the streams belong to one event loop, the first that submits.
+    Created anywhere; `submit` and the streams belong to one event loop at a time: another one may submit once the one
+    before is closed, and what was left unfinished there is aborted.
+
+    The engine knows each request by its submission, a name that is never used twice: an id may come again while the
+    step that still computes for an aborted request of that id is under way.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -53,7 +58,9 @@ class AsyncEngine(EngineProtocol):
         config = engine.model.config
         self._limit = config.max_sequences + config.max_queue
         self._stall_timeout = config.stall_timeout
-        self._streams: dict[str, RequestStream] = {}
+        self._submissions = itertools.count()
+        self._names: dict[str, str] = {}  # of unfinished requests: the name of the submission, by request id
+        self._streams: dict[str, RequestStream] = {}  # by submission, like all that follows
         self._leaving: dict[str, RequestStream] = {}  # aborted, and the engine does not know it yet
         self._groups: dict[str, str] = {}  # of unfinished requests
         self._event_loop: asyncio.AbstractEventLoop | None = None
@@ -136,40 +143,57 @@ class AsyncEngine(EngineProtocol):
         Raises:
             QueueFull: as many requests as may run and wait are unfinished.
             EngineDead: with the cause.
+            ValueError: an unfinished request has this id.
+            RuntimeError: another event loop has submitted, and is not closed.
         """
         self._raise_if_dead()
+        self._belong_to(loop := asyncio.get_running_loop())
         if len(self._streams) >= self._limit and (not request.group or request.group in self._groups.values()):
             raise QueueFull(
                 f"{len(self._streams)} requests are running or waiting; {self.info.id} takes {self._limit}.",
                 limit=self._limit,
             )
-        loop = asyncio.get_running_loop()
-        if loop is not self._event_loop:  # what left on another loop, which has ended, hears no more
-            self._leaving.clear()
-        self._event_loop = loop
-        if request.request_id in self._streams:
+        if request.request_id in self._names:
             raise ValueError(f"the request id {request.request_id!r} is in use")
-        stream = RequestStream(request.request_id)
-        self._streams[request.request_id] = stream
-        self._groups[request.request_id] = request.group
-        self._loop.commands.put(Submit(request))
+        name = f"{request.request_id}#{next(self._submissions)}"
+        self._names[request.request_id] = name
+        stream = self._streams[name] = RequestStream(request.request_id)
+        self._groups[name] = request.group
+        self._loop.commands.put(Submit(replace(request, request_id=name)))
         if self._dead is not None:  # it has died meanwhile, and this stream was not there to be told
             loop.call_soon(self._fail_all, self._dead)
         return stream
+
+    def _belong_to(self, loop: asyncio.AbstractEventLoop) -> None:
+        if loop is self._event_loop:
+            return
+        if self._event_loop is not None:
+            if not self._event_loop.is_closed():
+                raise RuntimeError(f"the requests of {self.info.id} belong to another event loop, which is not closed")
+            for name in self._streams:
+                self._loop.commands.put(Abort(name))
+            for known in (self._names, self._streams, self._leaving, self._groups):
+                known.clear()  # nobody is left to hear of them
+        self._event_loop = loop
 
     def abort(self, request_id: str) -> None:
         """Free a request's place before the next step. Does nothing if the request is gone.
 
         Its stream ends at once; what it has used is known when the step under way has ended (`RequestStream.let_go`).
         """
-        stream = self._streams.pop(request_id, None)
-        if stream is not None:
-            del self._groups[request_id]
+        name = self._names.get(request_id)
+        if name is not None:
+            stream = self._forget(name)
             assert self._event_loop is not None
             stream.leaving = self._event_loop.create_future()
-            self._leaving[request_id] = stream
+            self._leaving[name] = stream
             stream.end()
-            self._loop.commands.put(Abort(request_id))
+            self._loop.commands.put(Abort(name))
+
+    def _forget(self, name: str) -> RequestStream:
+        stream = self._streams.pop(name)
+        del self._groups[name], self._names[stream.request_id]
+        return stream
 
     def stats(self) -> EngineStats:
         since = self._loop.busy_since
@@ -209,34 +233,32 @@ class AsyncEngine(EngineProtocol):
             case Outputs(outputs):
                 for output in outputs:
                     self._deliver(output)
-            case Aborted(request_id, usage):
-                self._let_go(request_id, usage)
+            case Aborted(name, usage):
+                self._let_go(name, usage)
             case Ended(error):
                 self._fail_all(error)
 
     def _deliver(self, output: RequestOutput) -> None:
-        stream = self._streams.get(output.request_id)
-        if stream is None and output.request_id in self._leaving:
-            self._leaving[output.request_id].note(output)
-        if stream is not None:
-            stream.deliver(output)
-            if output.finished:
-                del self._streams[output.request_id], self._groups[output.request_id]
+        name = output.request_id
+        if name in self._leaving:
+            self._leaving[name].note(output)
+        elif name in self._streams:
+            stream = self._forget(name) if output.finished else self._streams[name]
+            stream.deliver(replace(output, request_id=stream.request_id))
 
-    def _let_go(self, request_id: str, usage: Usage | None) -> None:
+    def _let_go(self, name: str, usage: Usage | None) -> None:
         """Note that the engine has let go of an aborted request; it may have ended in the step that was under way."""
-        stream = self._leaving.pop(request_id, None)
+        stream = self._leaving.pop(name, None)
         if stream is not None and stream.leaving is not None and not stream.leaving.done():
             stream.usage = usage or stream.usage
             stream.leaving.set_result(None)
 
     def _fail_all(self, error: VerbatimError) -> None:
-        for request_id in list(self._leaving):
-            self._let_go(request_id, None)
-        for request_id, stream in list(self._streams.items()):
-            stream.deliver(RequestOutput(request_id, (), stream.usage or Usage(0, 0), True, error))
-        self._streams.clear()
-        self._groups.clear()
+        for name in list(self._leaving):
+            self._let_go(name, None)
+        for name in list(self._streams):
+            stream = self._forget(name)
+            stream.deliver(RequestOutput(stream.request_id, (), stream.usage or Usage(0, 0), True, error))
 
     def _raise_if_dead(self) -> None:
         if self._dead is not None:

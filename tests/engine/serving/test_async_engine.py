@@ -164,6 +164,53 @@ def test_abort_frees_the_place_within_a_step_and_ends_the_stream(engine: AsyncEn
     run(main())
 
 
+def test_an_id_that_comes_again_hears_nothing_of_the_one_before(engine: AsyncEngine) -> None:
+    """What the step under way still computes for an aborted request is no part of the next one of that id."""
+
+    def wanted(seed: int) -> GenerationRequest:
+        return request("again", seed=seed, max_tokens=6, ignore_eos=True)
+
+    async def main() -> None:
+        alone = [await collect(engine, wanted(seed)) for seed in range(20)]
+        for seed in range(20):
+            for count in range(3):  # given up after a few outputs
+                given_up = engine.submit(await engine.prepare(wanted(99)))
+                for _ in range(count):
+                    await anext(given_up)
+                engine.abort("again")
+            stream = engine.submit(await engine.prepare(wanted(seed)))
+            assert engine.num_unfinished == 1
+            with pytest.raises(ValueError, match="'again' is in use"):
+                engine.submit(await engine.prepare(wanted(seed)))
+            outputs = [output async for output in stream]
+            assert [o.deltas for o in outputs] == [o.deltas for o in alone[seed]]
+            assert outputs[-1].usage.completion_tokens == 6
+            await given_up.let_go()
+            assert (engine.num_unfinished, engine.num_leaving) == (0, 0)
+
+    run(main())
+
+
+def test_what_another_event_loop_left_is_aborted(engine: AsyncEngine) -> None:
+    async def left() -> None:
+        for i in range(4):
+            await anext(engine.submit(await engine.prepare(request(f"r{i}", max_tokens=400, ignore_eos=True))))
+
+    async def refused() -> None:
+        with pytest.raises(RuntimeError, match="belong to another event loop, which is not closed"):
+            engine.submit(await engine.prepare(request("elsewhere")))
+
+    async def main() -> None:
+        again = await collect(engine, request("r0", seed=1, max_tokens=6, ignore_eos=True))
+        assert again[-1].usage.completion_tokens == 6
+        assert len([t for o in again for d in o.deltas for t in d.token_ids]) == 6
+        await until(lambda: engine.stats().running == 0)
+        await asyncio.to_thread(asyncio.run, refused())
+
+    run(left())
+    run(main())
+
+
 @pytest.mark.slow
 def test_a_full_queue_refuses_and_a_free_place_accepts(engine: AsyncEngine) -> None:
     async def main() -> None:
