@@ -1,0 +1,1 @@
+"""Triton kernels. Nothing is imported here: only a CUDA build of torch brings triton."""
