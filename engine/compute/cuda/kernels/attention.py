@@ -17,19 +17,21 @@ which the compiler might do in one variant and not in another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.compute.attention_mask import ALL_BEFORE
 from engine.compute.backend import AttentionSettings
 from engine.compute.cuda.operations import AttentionWork, Partials
+from engine.compute.cuda.step_tables import ITEM, MERGE, SPLIT, TILE
 from engine.compute.kv_cache import LayerShape
 from engine.scheduling.block_pool import BLOCK_SIZE
 
-TILE, SPLIT = 64, 256
 NARROW, WIDE = 16, 64
 """Rows of a work item at most, query heads that share a key head counted as rows; at least one position."""
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -125,34 +127,40 @@ def attend_items(
     KEY_PAD: tl.constexpr,
     VALUE_PAD: tl.constexpr,
     COUNT: tl.constexpr,
-    ITEM_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    PARTS: tl.constexpr,
+    PIECES: tl.constexpr,
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    ITEM: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
 ):
-    """Attend for each item and key head, `ROWS` rows at a time; the grid is fixed, the number of items in memory."""
-    POSITIONS: tl.constexpr = ROWS // GROUP
-    PIECES: tl.constexpr = ((ITEM_ROWS + GROUP - 1) // GROUP + POSITIONS - 1) // POSITIONS
+    """Attend for each item, key head and piece of `ROWS` rows; the grid is fixed, the number of items is in memory.
+
+    A tile's rows are `ROWS // TOGETHER` positions times `TOGETHER` of the query heads that share a key head: `PIECES`
+    of such tiles cover an item's positions, `PARTS` its heads.
+    """
+    EACH: tl.constexpr = PIECES * PARTS * KV_HEADS
+    POSITIONS: tl.constexpr = ROWS // TOGETHER
     HEADS: tl.constexpr = KV_HEADS * GROUP
-    in_rows = tl.arange(0, ROWS)
+    index = tl.arange(0, ROWS) // TOGETHER
     in_key, in_value = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
-    for number in range(tl.program_id(0), tl.load(counts + COUNT) * (KV_HEADS * PIECES), tl.num_programs(0)):
-        item = items + number // (KV_HEADS * PIECES) * 8
-        kv_head, piece = number // PIECES % KV_HEADS, number % PIECES
-        skipped = piece * POSITIONS
-        row = tl.load(item) + skipped
-        rows = tl.minimum(tl.load(item + 1) - skipped, POSITIONS)
-        position = tl.load(item + 2) + skipped
+    for number in range(tl.program_id(0), tl.load(counts + COUNT) * EACH, tl.num_programs(0)):
+        item = items + number // EACH * ITEM
+        kv_head = number // (PIECES * PARTS) % KV_HEADS
+        part, before = number // PIECES % PARTS, number % PIECES * POSITIONS
+        rows = tl.minimum(tl.load(item + 1) - before, POSITIONS)
         if rows > 0:
-            blocks = all_blocks + tl.load(item + 3)
-            partial = tl.load(item + 6)
-            last = position + rows - 1
-            positions = position + in_rows // GROUP
+            row, position = tl.load(item) + before + index, tl.load(item + 2) + before
+            in_group = part * TOGETHER + tl.arange(0, ROWS) % TOGETHER
+            used = (index < rows) & (in_group < GROUP)
+            head = kv_head * GROUP + in_group
+            positions = tl.where(used, position + index, -1)  # -1: sees nothing
             firsts = tl.zeros((ROWS,), tl.int32)
             first = 0
             if WINDOW:
@@ -161,11 +169,10 @@ def attend_items(
             if CHUNK:
                 firsts = tl.maximum(firsts, positions - positions % chunk)
                 first = tl.maximum(first, position - position % chunk)
-            used = in_rows // GROUP < rows
-            head = kv_head * GROUP + in_rows % GROUP
-            query_at = (row + in_rows // GROUP).to(tl.int64) * query_row + head.to(tl.int64) * query_head
-            query_mask = used[:, None] & (in_key[None, :] < KEY_DIM)
-            queries = tl.load(query + query_at[:, None] + in_key[None, :], mask=query_mask, other=0.0)
+            at = query + row.to(tl.int64) * query_row + head.to(tl.int64) * query_head
+            mask = used[:, None] & (in_key[None, :] < KEY_DIM)
+            queries = tl.load(at[:, None] + in_key[None, :], mask=mask, other=0.0)
+            partial = tl.load(item + 6)
             peak = tl.full((ROWS,), float("-inf"), tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
             sums = tl.zeros((ROWS, VALUE_PAD), tl.float32)
@@ -176,14 +183,14 @@ def attend_items(
             for split in range(tl.load(item + 4), tl.load(item + 5)):
                 split_peak, split_total, split_sums = _attend_split(
                     queries,
-                    tl.where(used, positions, -1),
+                    positions,
                     firsts,
                     keys + kv_head.to(tl.int64) * key_head,
                     values + kv_head.to(tl.int64) * value_head,
-                    blocks,
+                    all_blocks + tl.load(item + 3),
                     tl.maximum(split * (SPLIT // TILE), first // TILE),
-                    tl.minimum((split + 1) * (SPLIT // TILE), last // TILE + 1),
-                    last,
+                    tl.minimum((split + 1) * (SPLIT // TILE), (position + rows - 1) // TILE + 1),
+                    position + rows - 1,
                     scale,
                     softcap,
                     KEY_DIM,
@@ -196,17 +203,16 @@ def attend_items(
                     SOFTCAP,
                 )
                 peak, total, sums = _merge(peak, total, sums, split_peak, split_total, split_sums)
-            out_mask = used[:, None] & (in_value[None, :] < VALUE_DIM)
+            mask = used[:, None] & (in_value[None, :] < VALUE_DIM)
             if partial >= 0:
-                at = (partial + in_rows // GROUP).to(tl.int64) * HEADS + head
-                tl.store(peaks_out + at, peak, mask=used)
-                tl.store(totals_out + at, total, mask=used)
-                tl.store(sums_out + (at * VALUE_DIM)[:, None] + in_value[None, :], sums, mask=out_mask)
+                target = (partial + index).to(tl.int64) * HEADS + head
+                tl.store(peaks_out + target, peak, mask=used)
+                tl.store(totals_out + target, total, mask=used)
+                tl.store(sums_out + (target * VALUE_DIM)[:, None] + in_value[None, :], sums, mask=mask)
             else:
-                at = (row + in_rows // GROUP).to(tl.int64) * HEADS + head
-                result = sums / tl.where(total > 0, total, 1.0)[:, None]
-                address = out + (at * VALUE_DIM)[:, None] + in_value[None, :]
-                tl.store(address, result.to(out.dtype.element_ty), mask=out_mask)
+                result = (sums / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty)
+                target = row.to(tl.int64) * HEADS + head
+                tl.store(out + (target * VALUE_DIM)[:, None] + in_value[None, :], result, mask=mask)
 
 
 @triton.jit
@@ -221,14 +227,15 @@ def merge_partials(
     HEADS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
+    MERGE: tl.constexpr,
     SINKS: tl.constexpr,
 ):
-    """Merge the partial results of each row and head, in the order of their slots."""
+    """Merge the partial results of each row and head, in the order of their splits."""
     one, in_value = tl.arange(0, 1), tl.arange(0, VALUE_PAD)
     mask = in_value[None, :] < VALUE_DIM
     for number in range(tl.program_id(0), tl.load(counts + 2) * HEADS, tl.num_programs(0)):
-        merge, head = merges + number // HEADS * 4, number % HEADS
-        row, slot = tl.load(merge), tl.load(merge + 1)
+        merge, head = merges + number // HEADS * MERGE, number % HEADS
+        row, partial = tl.load(merge), tl.load(merge + 1)
         peak = tl.full((1,), float("-inf"), tl.float32)
         total = tl.zeros((1,), tl.float32)
         sums = tl.zeros((1, VALUE_PAD), tl.float32)
@@ -236,33 +243,80 @@ def merge_partials(
             peak = tl.load(sinks + head + one).to(tl.float32) * _LOG2_E
             total = total + 1.0
         for split in range(0, tl.load(merge + 2)):
-            at = (slot + split).to(tl.int64) * HEADS + head
+            at = (partial + split).to(tl.int64) * HEADS + head
             split_sums = tl.load(sums_in + at * VALUE_DIM + in_value[None, :], mask=mask, other=0.0)
             split_peak, split_total = tl.load(peaks_in + at + one), tl.load(totals_in + at + one)
             peak, total, sums = _merge(peak, total, sums, split_peak, split_total, split_sums)
-        result = sums / tl.where(total > 0, total, 1.0)[:, None]
-        address = out + (row.to(tl.int64) * HEADS + head) * VALUE_DIM + in_value[None, :]
-        tl.store(address, result.to(out.dtype.element_ty), mask=mask)
+        result = (sums / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty)
+        tl.store(out + (row.to(tl.int64) * HEADS + head) * VALUE_DIM + in_value[None, :], result, mask=mask)
 
 
 @dataclass(frozen=True, slots=True)
 class ItemTile:
-    """How `attend_items` is compiled: rows at a time, warps and stages. None of them changes a bit."""
+    """How `attend_items` is compiled. All but `keys` may differ between items without a bit that differs.
+
+    Attributes:
+        rows: computed at a time; keys: of a tile; warps, stages: of the compiled kernel.
+    """
 
     rows: int
+    keys: int
     warps: int
     stages: int
 
 
-def item_tile(item_rows: int, group: int, dim: int, dtype: torch.dtype) -> ItemTile:
-    """Choose the tile for items of up to `item_rows` rows that needs no more registers and memory than a GPU has.
+def item_tile(item_rows: int, dim: int, dtype: torch.dtype, *, plain: bool) -> ItemTile:
+    """Choose a tile whose registers and shared memory every GPU has (99 KiB of it, from compute capability 8.0 on).
 
-    A group of more heads than `item_rows` (multi-query models) makes the tile larger: the next power of two.
+    Two accumulators for 64 rows of 128 numbers need 8 warps. More numbers a row: fewer rows at a time. A tile of keys
+    is smaller only where 64 keys do not fit, and then for narrow and wide items alike.
 
     Args:
-        dim: the larger one of key and value.
+        item_rows: `NARROW` or `WIDE`; dim: the larger one of key and value.
+        plain: all keys before are seen, without soft cap and sinks: fewer registers.
     """
-    raise NotImplementedError
+    width = padded(dim) * dtype.itemsize
+    keys = TILE if width <= 512 else TILE // 2 if width <= 1024 else TILE // 4
+    if dtype == torch.float32:  # computed without matrix units
+        rows = item_rows if item_rows == NARROW or width > 512 else 32
+        return ItemTile(min(rows, NARROW) if width > 512 else rows, keys, 4 if rows * width <= 4096 else 8, 1)
+    if item_rows == NARROW:
+        return ItemTile(NARROW, keys, 4 if width <= 512 else 8, 3 if width <= 256 else 2 if width <= 512 else 1)
+    rows = WIDE if width <= 256 else WIDE // 2 if width <= 512 else NARROW
+    return ItemTile(rows, keys, 4 if width <= 128 and plain else 8, 2 if width <= 512 else 1)
+
+
+def padded(dim: int) -> int:
+    """Return the numbers of a row in registers: a power of two."""
+    return max(16, int(triton.next_power_of_2(dim)))
+
+
+def constants(
+    shape: LayerShape, settings: AttentionSettings, item_rows: int, chosen: ItemTile, split: int = SPLIT
+) -> dict[str, Any]:
+    """Return the constants that `attend_items` is compiled with for a kind of layer and of item."""
+    group = settings.heads // shape.heads
+    together = min(group, chosen.rows)
+    return {
+        "KV_HEADS": shape.heads,
+        "GROUP": group,
+        "KEY_DIM": shape.key_dim,
+        "VALUE_DIM": shape.value_dim,
+        "KEY_PAD": padded(shape.key_dim),
+        "VALUE_PAD": padded(shape.value_dim),
+        "ROWS": chosen.rows,
+        "TOGETHER": together,
+        "PARTS": triton.cdiv(group, together),
+        "PIECES": triton.cdiv(max(item_rows // group, 1), chosen.rows // together),
+        "TILE": chosen.keys,
+        "SPLIT": split,
+        "BLOCK": BLOCK_SIZE,
+        "ITEM": ITEM,
+        "WINDOW": shape.seen.window is not None,
+        "CHUNK": shape.seen.chunk is not None,
+        "SOFTCAP": bool(settings.softcap),
+        "SINKS": settings.sinks is not None,
+    }
 
 
 def attend(
@@ -279,22 +333,26 @@ def attend(
     tile: int = TILE,
     split: int = SPLIT,
 ) -> Tensor:
-    """Attend as `engine.compute.cuda.operations.Operations.attend` says; rows of no work item are not written.
+    """Attend, as `engine.compute.cuda.operations.Operations.attend` says; rows of no work item are not written.
+
+    A table without capacity is not asked for: a step of decodes alone has no wide items, say.
 
     Args:
-        programs: how many programs do the work of a launch.
-        item_rows: rows of a narrow and of a wide item at most.
+        programs: how many programs do the work of a launch; item_rows: of narrow and of wide items.
+        tile, split: keys of a tile at most, and of a split: the tables count splits of as many.
     """
-    heads, rows, key_dim = query.shape
-    value_dim, group = values.shape[-1], heads // shape.heads
-    assert query.stride(2) == 1 and keys.stride()[1:] == (key_dim, 1) and values.stride()[1:] == (value_dim, 1)
-    out = torch.empty(rows, heads, value_dim, dtype=query.dtype, device=query.device)
-    seen, softcap, sinks = shape.seen, settings.softcap, settings.sinks
-    value_pad = _padded(value_dim)
+    assert query.shape[0] == settings.heads
+    assert query.stride(2) == 1
+    assert keys.stride()[1:] == (shape.key_dim, 1)
+    assert values.stride()[1:] == (shape.value_dim, 1)
+    out = torch.empty(query.shape[1], settings.heads, shape.value_dim, dtype=query.dtype, device=query.device)
+    softcap, sinks, seen = settings.softcap, settings.sinks, shape.seen
+    plain = seen == ALL_BEFORE and not softcap and sinks is None
     for count, items in enumerate((work.narrow, work.wide)):
         if not items.shape[0]:
             continue
-        chosen = item_tile(item_rows[count], group, max(key_dim, value_dim), query.dtype)
+        chosen = item_tile(item_rows[count], max(shape.key_dim, shape.value_dim), query.dtype, plain=plain)
+        chosen = replace(chosen, keys=min(chosen.keys, tile))
         attend_items[(programs,)](
             query,
             keys,
@@ -315,22 +373,8 @@ def attend(
             query.stride(0),
             keys.stride(0),
             values.stride(0),
-            KV_HEADS=shape.heads,
-            GROUP=group,
-            KEY_DIM=key_dim,
-            VALUE_DIM=value_dim,
-            KEY_PAD=_padded(key_dim),
-            VALUE_PAD=value_pad,
             COUNT=count,
-            ITEM_ROWS=item_rows[count],
-            ROWS=chosen.rows,
-            TILE=tile,
-            SPLIT=split,
-            BLOCK=BLOCK_SIZE,
-            WINDOW=seen.window is not None,
-            CHUNK=seen.chunk is not None,
-            SOFTCAP=bool(softcap),
-            SINKS=sinks is not None,
+            **constants(shape, settings, item_rows[count], chosen, split),
             num_warps=chosen.warps,
             num_stages=chosen.stages,
             enable_fp_fusion=False,
@@ -344,15 +388,12 @@ def attend(
             work.merges,
             work.counts,
             partials.peaks if sinks is None else sinks,
-            HEADS=heads,
-            VALUE_DIM=value_dim,
-            VALUE_PAD=value_pad,
+            HEADS=settings.heads,
+            VALUE_DIM=shape.value_dim,
+            VALUE_PAD=padded(shape.value_dim),
+            MERGE=MERGE,
             SINKS=sinks is not None,
             num_warps=1,
             enable_fp_fusion=False,
         )
     return out
-
-
-def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))

@@ -29,10 +29,7 @@ def _rms_norm(
     scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     # torch multiplies a sum by 1 / size on a GPU; it divides on a CPU.
     numbers = numbers * tl.rsqrt(tl.sum(numbers * numbers, 0) * inverse + epsilon)
-    if ADD_ONE:
-        result = numbers * (1.0 + scale)
-    else:
-        result = numbers.to(out.dtype.element_ty).to(tl.float32) * scale
+    result = numbers * (1.0 + scale) if ADD_ONE else numbers.to(out.dtype.element_ty).to(tl.float32) * scale
     tl.store(out + row * size + at, result.to(out.dtype.element_ty), mask=inside)
 
 
@@ -45,7 +42,9 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: NormKind) -> Tenso
     Returns:
         The same shape, contiguous.
     """
-    assert x.dim() in (2, 3) and x.stride(-1) == 1 and weight.is_contiguous()
+    assert x.dim() in (2, 3)
+    assert x.stride(-1) == 1
+    assert weight.is_contiguous()
     size = x.shape[-1]
     heads = x.shape[1] if x.dim() == 3 else 1
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -86,7 +85,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         gate_up: `[rows, 2 n]`, the last dimension contiguous.
     """
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    assert gate_up.stride(1) == 1 and gate_up.shape[1] == 2 * size
+    assert gate_up.stride(1) == 1
+    assert gate_up.shape[1] == 2 * size
     out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
     pad = min(triton.next_power_of_2(size), 1024)
     grid = (rows, triton.cdiv(size, pad))
@@ -165,8 +165,10 @@ def store(
     """Write a step's keys and values into the cache, as `engine.compute.cuda.operations.Operations.store` says."""
     heads, rows, key_dim = key.shape
     value_dim = value.shape[2]
-    assert key.stride(2) == value.stride(2) == 1 and key.dtype == keys.dtype and value.dtype == values.dtype
-    assert keys.stride()[1:] == (key_dim, 1) and values.stride()[1:] == (value_dim, 1)
+    for new, cache in ((key, keys), (value, values)):
+        assert new.stride(2) == 1
+        assert new.dtype == cache.dtype
+        assert cache.stride()[1:] == (new.shape[2], 1)
     pads = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
     _store[(rows,)](
         key,
