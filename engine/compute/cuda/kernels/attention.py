@@ -265,24 +265,25 @@ class ItemTile:
     stages: int
 
 
-def item_tile(item_rows: int, dim: int, dtype: torch.dtype, *, plain: bool) -> ItemTile:
+def item_tile(item_rows: int, shape: LayerShape, settings: AttentionSettings) -> ItemTile:
     """Choose a tile whose registers and shared memory every GPU has (99 KiB of it, from compute capability 8.0 on).
 
-    Two accumulators for 64 rows of 128 numbers need 8 warps. More numbers a row: fewer rows at a time. A tile of keys
+    Two accumulators for 64 rows of 128 numbers need 8 warps. Of longer rows, there are fewer at a time. A tile of keys
     is smaller only where 64 keys do not fit, and then for narrow and wide items alike.
 
     Args:
-        item_rows: `NARROW` or `WIDE`; dim: the larger one of key and value.
-        plain: all keys before are seen, without soft cap and sinks: fewer registers.
+        item_rows: `NARROW` or `WIDE`.
     """
-    width = padded(dim) * dtype.itemsize
+    width = padded(max(shape.key_dim, shape.value_dim)) * shape.dtype.itemsize
     keys = TILE if width <= 512 else TILE // 2 if width <= 1024 else TILE // 4
-    if dtype == torch.float32:  # computed without matrix units
-        rows = item_rows if item_rows == NARROW or width > 512 else 32
-        return ItemTile(min(rows, NARROW) if width > 512 else rows, keys, 4 if rows * width <= 4096 else 8, 1)
-    if item_rows == NARROW:
+    wide = item_rows > NARROW
+    if shape.dtype == torch.float32:  # computed without matrix units
+        rows = WIDE // 2 if wide and width <= 512 else NARROW
+        return ItemTile(rows, keys, 4 if rows * width <= 4096 else 8, 1)
+    if not wide:
         return ItemTile(NARROW, keys, 4 if width <= 512 else 8, 3 if width <= 256 else 2 if width <= 512 else 1)
     rows = WIDE if width <= 256 else WIDE // 2 if width <= 512 else NARROW
+    plain = shape.seen == ALL_BEFORE and not settings.softcap and settings.sinks is None
     return ItemTile(rows, keys, 4 if width <= 128 and plain else 8, 2 if width <= 512 else 1)
 
 
@@ -347,11 +348,10 @@ def attend(
     assert values.stride()[1:] == (shape.value_dim, 1)
     out = torch.empty(query.shape[1], settings.heads, shape.value_dim, dtype=query.dtype, device=query.device)
     softcap, sinks, seen = settings.softcap, settings.sinks, shape.seen
-    plain = seen == ALL_BEFORE and not softcap and sinks is None
     for count, items in enumerate((work.narrow, work.wide)):
         if not items.shape[0]:
             continue
-        chosen = item_tile(item_rows[count], max(shape.key_dim, shape.value_dim), query.dtype, plain=plain)
+        chosen = item_tile(item_rows[count], shape, settings)
         chosen = replace(chosen, keys=min(chosen.keys, tile))
         attend_items[(programs,)](
             query,

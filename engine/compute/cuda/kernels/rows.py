@@ -199,7 +199,7 @@ def _copy_blocks(tensors, pairs, num_pairs, WORDS: tl.constexpr):
     """Copy all blocks of one head of one tensor, pair after pair: each thread reads only what it wrote itself."""
     entry = tensors + tl.program_id(0) * 4
     if tl.program_id(1) < tl.load(entry + 3):
-        words = tl.load(entry + 2)
+        words = tl.multiple_of(tl.load(entry + 2), 4)  # 16 tokens of 16 bits or more: eight words at least
         head = tl.load(entry) + tl.program_id(1) * tl.load(entry + 1)
         memory = tl.multiple_of(head, 16).to(tl.pointer_type(tl.int32))
         at = tl.arange(0, WORDS)
