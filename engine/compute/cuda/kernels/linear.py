@@ -64,10 +64,7 @@ def linear_kernel(
             low_x = tl.load(x + group * GROUP + half, mask=in_rows, other=0.0)
             high_x = tl.load(x + group * GROUP + HALF + half, mask=in_rows, other=0.0)
             pairs = tl.load(weight + group * HALF, mask=in_columns[:, None], other=0)
-            if HAS_ZEROS:
-                zero = tl.load(zeros + group, mask=in_columns, other=0).to(tl.int8)[:, None]
-            else:
-                zero = 8
+            zero = tl.load(zeros + group, mask=in_columns, other=0).to(tl.int8)[:, None] if HAS_ZEROS else 8
             low = ((pairs & 15).to(tl.int8) - zero).to(x.dtype.element_ty)
             high = ((pairs >> 4).to(tl.int8) - zero).to(x.dtype.element_ty)
             part = tl.dot(low_x, low.trans(), input_precision="ieee")
@@ -105,7 +102,9 @@ def linear(x: Tensor, weight: LinearWeight, out_dtype: torch.dtype, tile: Tile) 
     rows, depth = x.shape
     data, scale, bias = weight.data, weight.scale, weight.bias
     group = weight.group
-    assert depth == weight.in_features and x.stride(1) == 1 and data.is_contiguous()
+    assert depth == weight.in_features, (x.shape, data.shape)
+    assert x.stride(1) == 1
+    assert data.is_contiguous()
     assert weight.kind != "exact" or data.dtype == x.dtype, (data.dtype, x.dtype)
     assert weight.kind != "int4" or tile.block_k == group, (tile, group)
     y = torch.empty(rows, weight.out_features, dtype=out_dtype, device=x.device)
