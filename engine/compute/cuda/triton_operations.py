@@ -17,15 +17,15 @@ from torch import Tensor
 from engine.compute.backend import AttentionSettings
 from engine.compute.cuda.kernels import attention, linear, rows
 from engine.compute.cuda.operations import AttentionWork, LinearWeight, NormKind, Partials
-from engine.compute.cuda.tiles import family_of, tile_for
+from engine.compute.cuda.tiles import Family, family, tile_for
 from engine.compute.kv_cache import LayerShape
 
 __all__ = ["TritonOperations"]
 
 PROGRAMS_PER_PROCESSOR = 4
 """Programs of attention for each multiprocessor: several of them hide each other's waits for memory."""
-_INTERPRETED = (8, 0)
-"""The compute capability whose tiles are used on a CPU, where Triton interprets the kernels."""
+_INTERPRETED = 2
+"""Programs of attention on a CPU, where Triton interprets the kernels one after the other."""
 
 
 class TritonOperations:
@@ -41,8 +41,8 @@ class TritonOperations:
 
     def linear(self, x: Tensor, weight: LinearWeight, out_dtype: torch.dtype) -> Tensor:
         """Multiply with a tile that depends on the GPU's family, the weight and the number of rows; no bit does."""
-        family = family_of(_capability(x.device))
-        tile = tile_for(family, weight.kind, x.dtype, weight.out_features, weight.in_features, x.shape[0])
+        numbers = x.dtype.itemsize
+        tile = tile_for(_family(x.device), weight.kind, numbers, x.shape[0], weight.out_features, weight.group)
         with _on(x.device):
             return linear.linear(x, weight, out_dtype, tile)
 
@@ -100,12 +100,15 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else _INTERPRETED
+def _family(device: torch.device) -> Family:
+    """Return whose tiles are used; on a CPU, where Triton interprets the kernels, those of any GPU."""
+    found = family(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "ampere"
+    assert found is not None, f"no tiles for {device}"
+    return found
 
 
 @functools.cache
 def _programs(device: torch.device) -> int:
     if device.type != "cuda":
-        return PROGRAMS_PER_PROCESSOR
+        return _INTERPRETED
     return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count

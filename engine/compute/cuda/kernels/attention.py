@@ -99,7 +99,8 @@ def _attend_split(
     return peak, tl.max(total, 1), sums
 
 
-@triton.jit
+# The tables are parts of one buffer, which lie anywhere in it: no variants of the kernel for that.
+@triton.jit(do_not_specialize_on_alignment=["items", "counts", "all_blocks"])
 def attend_items(
     query,
     keys,
@@ -215,7 +216,7 @@ def attend_items(
                 tl.store(out + (target * VALUE_DIM)[:, None] + in_value[None, :], result, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["merges", "counts"])
 def merge_partials(
     sums_in,
     peaks_in,

@@ -116,7 +116,7 @@ def _all_finite(numbers):
     return tl.min(tl.min((tl.abs(numbers.to(tl.float32)) < float("inf")).to(tl.int32), 1), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "num_rows", "finite"])
 def _store(
     key,
     value,
@@ -194,7 +194,7 @@ def store(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pairs", "num_pairs"])
 def _copy_blocks(tensors, pairs, num_pairs, WORDS: tl.constexpr):
     """Copy all blocks of one head of one tensor, pair after pair: each thread reads only what it wrote itself."""
     entry = tensors + tl.program_id(0) * 4
