@@ -279,7 +279,7 @@ def item_tile(item_rows: int, shape: LayerShape, settings: AttentionSettings) ->
     keys = TILE if width <= 512 else TILE // 2 if width <= 1024 else TILE // 4
     wide = item_rows > NARROW
     if shape.dtype == torch.float32:  # computed without matrix units
-        rows = WIDE // 2 if wide and width <= 512 else NARROW
+        rows = WIDE // 2 if wide and width <= 256 else NARROW
         return ItemTile(rows, keys, 4 if rows * width <= 4096 else 8, 1)
     if not wide:
         return ItemTile(NARROW, keys, 4 if width <= 512 else 8, 3 if width <= 256 else 2 if width <= 512 else 1)

@@ -27,6 +27,7 @@ interpreter.install()
 TILE, SPLIT = 16, 32
 """A quarter and less of what is served with: 52 keys are four tiles in two splits."""
 LENGTHS = (52, 7, 36)
+NO_ITEM, NO_MERGE = (0, 1, 0, 0, 0, 0, -1, 0), (0, 0, 0, 0)
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ERROR = {FP32: 2e-6, FP16: 2e-3, BF16: 1.6e-2}
@@ -74,7 +75,7 @@ class World:
         value_dim = case.value_dim or case.dim
         heads, blocks = case.kv_heads * case.group, sum(-(-length // BLOCK_SIZE) for length in lengths)
         self.shape = LayerShape(case.kv_heads, case.dim, value_dim, case.dtype, torch.device("cpu"), case.seen)
-        sinks = normal(heads).to(case.dtype) if case.sinks else None
+        sinks = (normal(heads) * 4).to(case.dtype) if case.sinks else None
         self.settings = AttentionSettings(heads, case.dim**-0.5, case.softcap, sinks)
         order = torch.randperm(blocks, generator=generator).tolist()
         self.keys = torch.full((case.kv_heads, blocks * BLOCK_SIZE, case.dim), stale, dtype=case.dtype)
@@ -116,20 +117,20 @@ class World:
         return list(out.split([part.count for part in parts]))
 
     def _tables(self, chunks: Sequence[PackedChunk], rows: int) -> tuple[AttentionWork, Partials]:
-        """The step's tables, each with lines of nonsense behind those that count."""
+        """The step's tables, each with a line behind those that count that would make row 0 zeros."""
         group, seen = self.case.group, self.case.seen
         kind = AttentionKind(group, seen.window, seen.chunk)
         tile_rows = max(attention.NARROW, group), max(attention.WIDE, group)
         tables = StepTables.of(chunks, [kind], Limits(rows, len(chunks), max(self.lengths), tile_rows))
         (of_kind,) = tables.kinds
 
-        def table(numbers: Sequence[int], columns: int) -> Tensor:
-            return torch.tensor([*numbers, *[999] * columns], dtype=torch.int32).view(-1, columns)
+        def table(numbers: Sequence[int], more: Sequence[int]) -> Tensor:
+            return torch.tensor([*numbers, *more], dtype=torch.int32).view(-1, len(more))
 
         work = AttentionWork(
-            table(of_kind.narrow, step_tables.ITEM),
-            table(of_kind.wide, step_tables.ITEM),
-            table(of_kind.merges, step_tables.MERGE),
+            table(of_kind.narrow, NO_ITEM),
+            table(of_kind.wide, NO_ITEM),
+            table(of_kind.merges, NO_MERGE),
             torch.tensor(of_kind.counts, dtype=torch.int32),
             torch.tensor(tables.blocks, dtype=torch.int32),
         )
