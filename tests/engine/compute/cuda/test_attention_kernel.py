@@ -23,6 +23,7 @@ from engine.compute.kv_cache import LayerShape
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 interpreter.install()
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 TILE, SPLIT = 16, 32
 """A quarter and less of what is served with: 52 keys are four tiles in two splits."""
@@ -70,16 +71,18 @@ class World:
         generator = torch.Generator().manual_seed(1)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)
+            return torch.randn(*shape, generator=generator).to(DEVICE)
 
         value_dim = case.value_dim or case.dim
         heads, blocks = case.kv_heads * case.group, sum(-(-length // BLOCK_SIZE) for length in lengths)
-        self.shape = LayerShape(case.kv_heads, case.dim, value_dim, case.dtype, torch.device("cpu"), case.seen)
+        self.shape = LayerShape(case.kv_heads, case.dim, value_dim, case.dtype, DEVICE, case.seen)
         sinks = (normal(heads) * 4).to(case.dtype) if case.sinks else None
         self.settings = AttentionSettings(heads, case.dim**-0.5, case.softcap, sinks)
         order = torch.randperm(blocks, generator=generator).tolist()
-        self.keys = torch.full((case.kv_heads, blocks * BLOCK_SIZE, case.dim), stale, dtype=case.dtype)
-        self.values = torch.full((case.kv_heads, blocks * BLOCK_SIZE, value_dim), stale, dtype=case.dtype)
+        self.keys = torch.full((case.kv_heads, blocks * BLOCK_SIZE, case.dim), stale, dtype=case.dtype, device=DEVICE)
+        self.values = torch.full(
+            (case.kv_heads, blocks * BLOCK_SIZE, value_dim), stale, dtype=case.dtype, device=DEVICE
+        )
         self.tables: list[tuple[int, ...]] = []
         self.queries: list[Tensor] = []
         for length in lengths:
@@ -125,18 +128,18 @@ class World:
         (of_kind,) = tables.kinds
 
         def table(numbers: Sequence[int], more: Sequence[int]) -> Tensor:
-            return torch.tensor([*numbers, *more], dtype=torch.int32).view(-1, len(more))
+            return torch.tensor([*numbers, *more], dtype=torch.int32, device=DEVICE).view(-1, len(more))
 
         work = AttentionWork(
             table(of_kind.narrow, NO_ITEM),
             table(of_kind.wide, NO_ITEM),
             table(of_kind.merges, NO_MERGE),
-            torch.tensor(of_kind.counts, dtype=torch.int32),
-            torch.tensor(tables.blocks, dtype=torch.int32),
+            torch.tensor(of_kind.counts, dtype=torch.int32, device=DEVICE),
+            torch.tensor(tables.blocks, dtype=torch.int32, device=DEVICE),
         )
         slots, heads = of_kind.partials + 1, self.settings.heads
-        sums = torch.full((slots, heads, self.shape.value_dim), torch.nan)
-        return work, Partials(sums, torch.full((slots, heads), torch.nan), torch.full((slots, heads), torch.nan))
+        unwritten = (torch.full(size, torch.nan, device=DEVICE) for size in ((slots, heads),) * 2)
+        return work, Partials(torch.full((slots, heads, self.shape.value_dim), torch.nan, device=DEVICE), *unwritten)
 
     def expected(self, sequence: int) -> Tensor:
         """The attention of a whole sequence in float64: `[length, heads, value_dim]`."""
@@ -146,7 +149,7 @@ class World:
         scores = self.queries[sequence].double() @ keys.transpose(1, 2) * self.settings.scale
         if self.case.softcap:
             scores = self.case.softcap * torch.tanh(scores / self.case.softcap)
-        at = torch.arange(len(slots))
+        at = torch.arange(len(slots), device=DEVICE)
         hidden = (at[None] > at[:, None]) | (at[None] < self.case.seen.first(at)[:, None])
         scores = scores.masked_fill(hidden, float("-inf"))
         if self.settings.sinks is not None:

@@ -18,13 +18,20 @@ from engine.compute.cuda.operations import NormKind
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 interpreter.install()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXACT = torch.bfloat16 if DEVICE == "cpu" else None
+"""The dtype that has torch's bits. A GPU's torch sums in an order of its own, and its functions are approximations."""
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KINDS: tuple[NormKind, ...] = get_args(NormKind)
 
 
 def normal(*shape: int, dtype: torch.dtype, spread: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * spread).to(dtype)
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * spread).to(DEVICE, dtype)
+
+
+def int32(numbers: object) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
 
 
 def torch_norm(x: Tensor, weight: Tensor, kind: NormKind) -> Tensor:
@@ -41,7 +48,7 @@ def test_a_norm_has_the_bits_of_torch_in_bfloat16_and_its_numbers_else(dtype: to
     for size in (64, 300, 1024):
         x, weight = normal(9, size, dtype=dtype, spread=3.0), normal(size, dtype=dtype)
         result, expected = rows.rms_norm(x, weight, 1e-6, kind), torch_norm(x, weight, kind)
-        if dtype == torch.bfloat16:
+        if dtype == EXACT:
             assert torch.equal(result, expected)
         else:
             torch.testing.assert_close(result, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
@@ -69,7 +76,7 @@ def test_silu_has_the_bits_of_torch_in_bfloat16_and_its_numbers_else(dtype: torc
     for size in (7, 1500):
         gate_up = normal(5, 2 * size + 3, dtype=dtype, spread=4.0)[:, : 2 * size]
         result, expected = rows.silu_mul(gate_up), F.silu(gate_up[:, :size]) * gate_up[:, size:]
-        if dtype == torch.bfloat16:
+        if dtype == EXACT:
             assert torch.equal(result, expected)
         else:
             torch.testing.assert_close(result, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
@@ -82,10 +89,12 @@ class Stored:
     SLOTS = (5, 9, 33, 40, 63, 0, 0)
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
-        self.keys, self.values = (torch.full((t.shape[0], 64, t.shape[2]), 7.0, dtype=t.dtype) for t in (key, value))
-        self.finite = torch.ones(7, dtype=torch.int32)
-        count = torch.tensor([5], dtype=torch.int32)
-        rows.store(key, value, self.keys, self.values, torch.tensor(self.SLOTS), count, self.finite)
+        self.keys, self.values = (
+            torch.full((t.shape[0], 64, t.shape[2]), 7.0, dtype=t.dtype, device=DEVICE) for t in (key, value)
+        )
+        self.finite = int32([1] * 7)
+        slots = torch.tensor(self.SLOTS, device=DEVICE)
+        rows.store(key, value, self.keys, self.values, slots, int32([5]), self.finite)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,10 +127,9 @@ def test_a_row_that_is_not_finite_in_one_head_is_zeros_in_all(dims: tuple[int, i
 
 def test_what_another_layer_noted_stays_noted() -> None:
     key = normal(1, 7, 16, dtype=torch.float32)
-    finite = torch.tensor([1, 0, 1, 1, 1, 1, 1], dtype=torch.int32)
-    cache = torch.zeros(1, 64, 16)
-    count = torch.tensor([7], dtype=torch.int32)
-    rows.store(key, key, cache, cache.clone(), torch.tensor([1, 2, 3, 4, 5, 6, 7]), count, finite)
+    finite = int32([1, 0, 1, 1, 1, 1, 1])
+    cache, slots = torch.zeros(1, 64, 16, device=DEVICE), torch.arange(1, 8, device=DEVICE)
+    rows.store(key, key, cache, cache.clone(), slots, int32([7]), finite)
     assert finite.tolist() == [1, 0, 1, 1, 1, 1, 1]
 
 
@@ -135,6 +143,6 @@ def test_blocks_are_copied_in_the_order_of_the_pairs() -> None:
         blocks = tensor.view(tensor.shape[0], 6, BLOCK_SIZE, -1)
         for source, target in pairs[:4]:
             blocks[:, target] = blocks[:, source]
-    rows.copy_blocks(rows.CacheTable(tensors), torch.tensor(pairs, dtype=torch.int32), torch.tensor([4]).int())
+    rows.copy_blocks(rows.CacheTable(tensors), int32(pairs), int32([4]))
     for tensor, right in zip(tensors, expected, strict=True):
         assert torch.equal(tensor, right)

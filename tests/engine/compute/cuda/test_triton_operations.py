@@ -19,10 +19,19 @@ from engine.compute.kv_cache import LayerShape
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 interpreter.install()
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
+
+
+def int32(numbers: object) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, device=DEVICE)
 
 
 def test_rows_go_through_a_layer_as_in_torch() -> None:
@@ -37,29 +46,29 @@ def test_rows_go_through_a_layer_as_in_torch() -> None:
 
 def test_what_is_stored_is_attended_to_and_copied() -> None:
     operations: Operations = TritonOperations()
-    shape = LayerShape(2, 16, 16, torch.float32, torch.device("cpu"))
+    shape = LayerShape(2, 16, 16, torch.float32, DEVICE)
     settings = AttentionSettings(4, 0.25)
     chunk = PackedChunk(0, 12, 0, (1,))
     limits = Limits(12, 1, 64, operations.tile_rows)
     tables = StepTables.of([chunk], [AttentionKind(2)], limits)
     (items,) = tables.kinds
     work = AttentionWork(
-        torch.tensor(items.narrow, dtype=torch.int32).view(-1, ITEM),
-        torch.tensor(items.wide, dtype=torch.int32).view(-1, ITEM),
-        torch.tensor(items.merges, dtype=torch.int32).view(-1, MERGE),
-        torch.tensor(items.counts, dtype=torch.int32),
-        torch.tensor(tables.blocks, dtype=torch.int32),
+        int32(items.narrow).view(-1, ITEM),
+        int32(items.wide).view(-1, ITEM),
+        int32(items.merges).view(-1, MERGE),
+        int32(items.counts),
+        int32(tables.blocks),
     )
-    partials = Partials(torch.empty(1, 4, 16), torch.empty(1, 4), torch.empty(1, 4))
+    partials = Partials(zeros(1, 4, 16), zeros(1, 4), zeros(1, 4))
     query, key, value = normal(4, 12, 16), normal(2, 12, 16), normal(2, 12, 16) + 1
-    keys, values = torch.zeros(2, 3 * BLOCK_SIZE, 16), torch.zeros(2, 3 * BLOCK_SIZE, 16)
-    finite, count = torch.ones(12, dtype=torch.int32), torch.tensor([12], dtype=torch.int32)
-    operations.store(key, value, keys, values, torch.tensor(tables.slots), count, finite)
+    keys, values = zeros(2, 3 * BLOCK_SIZE, 16), zeros(2, 3 * BLOCK_SIZE, 16)
+    finite, count = int32([1] * 12), int32([12])
+    operations.store(key, value, keys, values, torch.tensor(tables.slots, device=DEVICE), count, finite)
     out = operations.attend(query, keys, values, work, partials, shape, settings)
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.25, enable_gqa=True)
     torch.testing.assert_close(out, expected.transpose(0, 1), atol=1e-5, rtol=1e-5)
-    pairs = torch.tensor([[1, 2], [2, 0]], dtype=torch.int32)
-    operations.copy_blocks([keys, values], pairs, torch.tensor([1], dtype=torch.int32))
+    pairs = int32([[1, 2], [2, 0]])
+    operations.copy_blocks([keys, values], pairs, int32([1]))
     assert torch.equal(keys[:, 32:44], key)
     assert torch.equal(values[:, 32:44], value)
     assert not keys[:, :16].any()
@@ -76,8 +85,8 @@ def test_the_cache_is_described_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return described(tensors)
 
     monkeypatch.setattr(rows, "CacheTable", count)
-    tensors = [torch.ones(1, 2 * BLOCK_SIZE, 8), torch.ones(2, 2 * BLOCK_SIZE, 8)]
-    none = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+    tensors = [zeros(1, 2 * BLOCK_SIZE, 8), zeros(2, 2 * BLOCK_SIZE, 8)]
+    none = int32([[0, 1]]), int32([0])
     operations.copy_blocks(tensors, *none)
     operations.copy_blocks(tensors, *none)
     assert made == [2]
