@@ -77,6 +77,45 @@ class _Model:
         return output
 
 
+@dataclass(frozen=True, slots=True)
+class PackedStep:
+    """The chunks of a schedule as one row of tokens.
+
+    Attributes:
+        tokens, positions: of each row.
+        chunks: where each chunk's rows and keys are.
+        kept: the rows whose logits are wanted, in order.
+        real: rows of each chunk that are no draft.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    chunks: list[PackedChunk]
+    kept: list[int]
+    real: list[int]
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> PackedStep:
+        """Pack a schedule's chunks one behind the other."""
+        step = cls([], [], [], [], [])
+        for chunk in schedule.chunks:
+            table = chunk.sequence.block_table[: -(-(chunk.start + chunk.count) // BLOCK_SIZE)]
+            step.add(chunk.tokens, chunk.start, tuple(table), chunk.num_rows, len(chunk.draft))
+        return step
+
+    def add(self, tokens: Seq[int], start: int, table: tuple[int, ...], kept: int, drafted: int = 0) -> None:
+        """Append a chunk whose last `kept` rows are wanted, and whose last `drafted` ones are a draft."""
+        self.chunks.append(PackedChunk(len(self.tokens), len(tokens), start, table))
+        self.tokens.extend(tokens)
+        self.positions.extend(range(start, start + len(tokens)))
+        self.kept.extend(range(len(self.tokens) - kept, len(self.tokens)))
+        self.real.append(len(tokens) - drafted)
+
+    def told(self, finite: Seq[bool]) -> tuple[bool, ...]:
+        """Tell for each chunk whether all its rows are finite, its draft's aside: a wrong guess is nobody's fault."""
+        return tuple(all(finite[c.row : c.row + real]) for c, real in zip(self.chunks, self.real, strict=True))
+
+
 class PackedRunner:
     """Computes all sequences of a step in one pass over the block cache."""
 
@@ -110,24 +149,10 @@ class PackedRunner:
     def forward(self, schedule: Schedule) -> ForwardResult:
         """Copy the blocks that the schedule names, compute its chunks and store their keys and values."""
         self.cache.copy_blocks(schedule.copies)
-        tokens: list[int] = []
-        positions: list[int] = []
-        packed: list[PackedChunk] = []
-        last_rows: list[int] = []
-        for chunk in schedule.chunks:
-            sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
-            packed.append(
-                PackedChunk(len(tokens), chunk.count, start, tuple(sequence.block_table[: -(-end // BLOCK_SIZE)]))
-            )
-            tokens += chunk.tokens
-            positions += range(start, end)
-            last_rows += range(len(tokens) - chunk.num_rows, len(tokens))
-        plan = self._backend.plan(self.cache, packed)
-        logits = self._run(tokens, positions, last_rows, plan)
-        finite = plan.finite()
-        real = [chunk.count - len(chunk.draft) for chunk in schedule.chunks]  # a wrong guess is nobody's fault
-        told = (bool(finite[s.row : s.row + n].all()) for s, n in zip(packed, real, strict=True))
-        return ForwardResult(logits, tuple(told))
+        step = PackedStep.of(schedule)
+        plan = self._backend.plan(self.cache, step.chunks)
+        logits = self._run(step.tokens, step.positions, step.kept, plan)
+        return ForwardResult(logits, step.told(plan.finite().tolist()))
 
     def _run(self, tokens: list[int], positions: list[int], rows: list[int], plan: StepPlan) -> Tensor:
         # A product with one row may take another path in a library than the same row among others.

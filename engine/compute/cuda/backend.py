@@ -1,0 +1,80 @@
+"""The CUDA backend: computes with operations that treat every row by itself, in graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from engine.compute.backend import PackedChunk, Progress, StepSize
+from engine.compute.cuda import tiles
+from engine.compute.cuda.modules import Replaced, replace_modules
+from engine.compute.cuda.operations import Operations
+from engine.compute.cuda.runner import CudaPlan, CudaRunner, plan_once
+from engine.compute.kv_cache import KVCache, LayerShape
+from engine.compute.torch_backend import hardware
+from engine.host_memory import give_back_memory
+
+__all__ = ["CudaBackend"]
+
+
+class CudaBackend:
+    """Computes on one device (see `engine.compute.backend.Backend`)."""
+
+    def __init__(self, device: torch.device, operations: Operations, quantization: str | None = None) -> None:
+        """operations: the kernels; quantization: `int8` or `int4`, or None to round no weight."""
+        self.device, self._operations, self._quantization = device, operations, quantization
+        self.linear = f"triton {quantization}" if quantization else "triton"
+        self._replaced: Replaced | None = None
+
+    @property
+    def breaks_law(self) -> None:
+        """None: each number of a result has a chain of operations of its own, and torch's element-wise ones do, too."""
+
+    def allocate(self, layers: Sequence[LayerShape], num_blocks: int) -> KVCache:
+        """Allocate a cache of plain layout."""
+        return KVCache(layers, num_blocks)
+
+    def plan(self, cache: KVCache, chunks: Sequence[PackedChunk]) -> CudaPlan:
+        """Plan a single step, with buffers of its own."""
+        return plan_once(self._operations, cache, chunks)
+
+    def runner(
+        self,
+        model: nn.Module,
+        cache: KVCache,
+        vocab_size: int,
+        size: StepSize,
+        *,
+        single_rows: bool = False,
+        row_safe: bool = False,
+        bystanders: Sequence[int] = (),
+    ) -> CudaRunner:
+        """Compute steps whose inputs stand in fixed memory; they are recorded as graphs by `CudaRunner.record`."""
+        return CudaRunner(model, self, self._operations, cache, vocab_size, size, bystanders=bystanders)
+
+    def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
+        """Replace linear layers, norms and gated feed-forward parts."""
+        self._replaced = replace_modules(model, self._operations, self._quantization, progress)
+        told = ", ".join(f"{count} {kind}" for kind, count in self._replaced.counts.items())
+        progress(f"replaced by kernels: {told or 'nothing'}")
+
+    def restore(self) -> None:
+        """Give the model that was fused its own modules back.
+
+        Raises:
+            ValueError: its weights were rounded.
+        """
+        if self._replaced is not None:
+            self._replaced.undo()
+
+    def release_memory(self) -> None:
+        """Give freed memory back to the device and the operating system."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        give_back_memory()
+
+    def describe(self) -> Mapping[str, str]:
+        """Return the kind of linear layers, the table of their tiles, and the hardware."""
+        return {"linear": self.linear, "tiles": tiles.digest(), **hardware(self.device)}
