@@ -125,10 +125,12 @@ class Backend(Protocol):
         single_rows: bool = False,
         row_safe: bool = False,
         bystanders: Sequence[int] = (),
+        serves: bool = False,
     ) -> Runner:
         """Make what computes a model's steps over a cache that this backend allocated.
 
         Args:
+            serves: it will serve, so preparations that take long are worth it; else it is for a trial.
             single_rows, row_safe, bystanders: see `engine.compute.model_runner.PackedRunner`.
         """
 

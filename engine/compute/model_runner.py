@@ -27,6 +27,7 @@ from engine.compute.row_safe import RowSafeFunctions
 from engine.errors import ReplyFault, out_of_memory
 from engine.scheduling.block_pool import BLOCK_SIZE
 from engine.scheduling.schedule import Chunk, Schedule
+from engine.scheduling.sequence import Sequence
 
 log = logging.getLogger("verbatim.engine")
 
@@ -46,10 +47,31 @@ class ForwardResult:
     errors: Mapping[int, ReplyFault] = field(default_factory=dict)
 
 
+class Lookahead(Protocol):
+    """Launches a step before the tokens of the one before it have reached the host."""
+
+    def launch(self, sequences: Seq[Sequence], tokens: Tensor) -> None:
+        """Compute the next token's row of some sequences, each behind the token that it is drawing.
+
+        The next `forward` returns what was launched, if its schedule asks for nothing else: neighbours change no bit.
+
+        Args:
+            sequences: have a block for that row, which nobody else reads.
+            tokens: `[sequences] int64`, on the device: what each is drawing.
+        """
+
+    def confirm(self, tokens: Seq[int]) -> None:
+        """Say what the device took for the tokens, once it is known."""
+
+
 class Runner(Protocol):
     """Computes the forward pass of each step."""
 
     vocab_size: int
+
+    @property
+    def lookahead(self) -> Lookahead | None:
+        """What launches steps ahead of time; None where each is computed when it is asked for."""
 
     def forward(self, schedule: Schedule) -> ForwardResult: ...
 
@@ -119,6 +141,8 @@ class PackedStep:
 class PackedRunner:
     """Computes all sequences of a step in one pass over the block cache."""
 
+    lookahead = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -182,6 +206,8 @@ class FallbackRunner:
     Needs a scheduler with `whole_prompts`: then a sequence's passes are always the same, one for the prompt and one per
     token, and no other sequence can change its bits.
     """
+
+    lookahead = None
 
     def __init__(self, model: nn.Module, backend: Backend, vocab_size: int, *, positions: bool = True) -> None:
         """Serve a model. `positions`: pass `position_ids` if the model takes them; the self-test decides.

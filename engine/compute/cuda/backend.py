@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from engine.compute.backend import PackedChunk, Progress, StepSize
 from engine.compute.cuda import tiles
+from engine.compute.cuda.graphs import Recorder
 from engine.compute.cuda.modules import Replaced, replace_modules
 from engine.compute.cuda.operations import Operations
 from engine.compute.cuda.runner import CudaPlan, CudaRunner, plan_once
@@ -18,13 +20,30 @@ from engine.host_memory import give_back_memory
 
 __all__ = ["CudaBackend"]
 
+log = logging.getLogger("verbatim.engine")
+
 
 class CudaBackend:
     """Computes on one device (see `engine.compute.backend.Backend`)."""
 
-    def __init__(self, device: torch.device, operations: Operations, quantization: str | None = None) -> None:
-        """operations: the kernels; quantization: `int8` or `int4`, or None to round no weight."""
+    def __init__(
+        self,
+        device: torch.device,
+        operations: Operations,
+        quantization: str | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """Compute on a device.
+
+        Args:
+            operations: the kernels.
+            quantization: `int8` or `int4`, or None to round no weight.
+            recorder: records graphs; None: every step is launched anew.
+        """
         self.device, self._operations, self._quantization = device, operations, quantization
+        self._recorder = recorder
+        self.no_graphs: str | None = None if recorder is not None else "not asked for"
+        """Why steps are not recorded as graphs; None if they are, or will be."""
         self.linear = f"triton {quantization}" if quantization else "triton"
         self._replaced: Replaced | None = None
 
@@ -50,9 +69,15 @@ class CudaBackend:
         single_rows: bool = False,
         row_safe: bool = False,
         bystanders: Sequence[int] = (),
+        serves: bool = False,
     ) -> CudaRunner:
-        """Compute steps whose inputs stand in fixed memory; they are recorded as graphs by `CudaRunner.record`."""
-        return CudaRunner(model, self, self._operations, cache, vocab_size, size, bystanders=bystanders)
+        """Compute steps whose inputs stand in fixed memory; where it serves, as graphs."""
+        runner = CudaRunner(model, self, self._operations, cache, vocab_size, size, bystanders=bystanders)
+        if serves and self._recorder is not None:
+            self.no_graphs = runner.record(self._recorder)
+            if self.no_graphs is not None:
+                log.warning("steps are launched one by one, not as graphs: %s", self.no_graphs)
+        return runner
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
         """Replace linear layers, norms and gated feed-forward parts."""

@@ -62,7 +62,7 @@ class CudaRecorder:
     def record(self, run: Callable[[], Tensor]) -> Graph:
         """Record what a function launches: see `Recorder`."""
         with torch.cuda.device(self._device):
-            stream = torch.cuda.Stream(self._device)  # recording on the default stream is not allowed
+            stream = _new_stream(self._device)  # recording on the default stream is not allowed
             stream.wait_stream(torch.cuda.current_stream())
             graph = torch.cuda.CUDAGraph()
             try:
@@ -80,6 +80,9 @@ class CudaRecorder:
                 torch.cuda.current_stream().wait_stream(stream)
             self._pool = self._pool or graph.pool()
         return _CudaGraph(graph, output)
+
+
+_new_stream: Callable[[torch.device], Any] = torch.cuda.Stream
 
 
 def buckets(most: int) -> tuple[int, ...]:

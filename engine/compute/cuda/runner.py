@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from engine.compute.attention import attention_through
 from engine.compute.backend import AttentionSettings, Backend, PackedChunk, StepSize
 from engine.compute.cuda.graphs import Graph, NotCapturable, Recorder, buckets, smallest
+from engine.compute.cuda.lookahead import CudaLookahead
 from engine.compute.cuda.operations import Operations
 from engine.compute.cuda.step_buffers import StepBuffers, StepViews, kind_of
 from engine.compute.cuda.step_tables import AttentionKind, Limits, StepTables
@@ -109,6 +110,7 @@ class CudaRunner:
         self._views: dict[tuple[int, int], StepViews] = {}
         self._mask = torch.zeros(1, 1, 1, 1, device=self._device)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.lookahead: CudaLookahead | None = None if bystanders else CudaLookahead(self.compute)
 
     @property
     def graphs(self) -> int:
@@ -118,20 +120,35 @@ class CudaRunner:
     def forward(self, schedule: Schedule) -> ForwardResult:
         """Copy the blocks that the schedule names, compute its chunks and store their keys and values."""
         step = PackedStep.of(schedule)
-        logits, views = self._compute(step, schedule.copies)
-        finite = views.finite[: len(step.tokens)].tolist()
-        return ForwardResult(logits, step.told([bool(one) for one in finite]))
+        found = self.lookahead.take(schedule) if self.lookahead is not None else None
+        logits, finite = self.compute(step, schedule.copies) if found is None else found
+        return ForwardResult(logits, step.told([bool(one) for one in finite.tolist()]))
 
-    def _compute(self, step: PackedStep, copies: Seq[tuple[int, int]]) -> tuple[Tensor, StepViews]:
-        rows = len(step.tokens) + len(self._bystanders)
-        size, kept = smallest(self._sizes, max(rows, 1)), len(step.kept)
+    def compute(
+        self, step: PackedStep, copies: Seq[tuple[int, int]] = (), tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Launch a step.
+
+        Args:
+            tokens: `[rows] int64`, on the device: of the step's rows, in place of those that the step names.
+
+        Returns:
+            Logits of the kept rows, `[kept, vocab] float32`, and which rows are finite, `[rows] int32`: not those of
+            any later step.
+        """
+        rows, kept = len(step.tokens), len(step.kept)
+        size = smallest(self._sizes, rows + len(self._bystanders))
         self._send(step, copies, size)
         graph = self._graphs.get(size) if kept <= self._kept_of(size) and not self._bystanders else None
-        if graph is not None:
+        views = self._views_of(size, max(kept, 1) if graph is None else self._kept_of(size))
+        if tokens is not None:
+            views.tokens[0, :rows].copy_(tokens)
+        if graph is None:
+            logits = self._run(views)[:kept]
+        else:
             graph.replay()
-            return graph.output[:kept], self._views_of(size, self._kept_of(size))
-        views = self._views_of(size, max(kept, 1))
-        return self._run(views)[:kept], views
+            logits = graph.output[:kept].clone()  # the next replay overwrites it
+        return logits, views.finite[:rows].clone()
 
     def _send(self, step: PackedStep, copies: Seq[tuple[int, int]], size: int) -> None:
         tables = StepTables.of(step.chunks, self._buffers.kinds, self._buffers.limits)
@@ -226,6 +243,8 @@ class CudaRunner:
 
     def release_memory(self) -> None:
         """Drop the graphs, whose memory nothing else can use, and give freed memory back to the device."""
+        if self.lookahead is not None:
+            self.lookahead.drop()
         if self._graphs:
             log.warning("memory is short: steps are launched one by one from here on, not as graphs")
             self._graphs.clear()
