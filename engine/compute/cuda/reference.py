@@ -145,7 +145,7 @@ def _numbers(weight: LinearWeight, columns: slice) -> Tensor:
     """Return what is multiplied with the input, before any scale: `[in, columns] float32`."""
     data = weight.data[columns]
     if weight.kind == "int4":
-        pairs = data.unflatten(1, (-1, _GROUP // 2))  # low halves of the bytes: the first half of a group's columns
+        pairs = data.view(len(data), -1, _GROUP // 2)  # low halves of the bytes: the first half of a group's columns
         data = (torch.cat([pairs & 15, pairs >> 4], dim=2).to(torch.int8) - 8).flatten(1)
     return data.float().t().contiguous()
 
@@ -223,7 +223,7 @@ def _compute(items: Tensor, query: Tensor, layer: _Layer, partials: Partials, ou
     mine = index < rows[:, None]  # [items, rows]
     at, positions = torch.where(mine, row[:, None] + index, 0), start[:, None] + index
     kv_heads, groups = layer.keys.shape[0], layer.groups
-    rows_of = query[:, at].float().unflatten(0, (kv_heads, groups))  # [kv_heads, groups, items, rows, key_dim]
+    rows_of = query[:, at].float().view(kv_heads, groups, *at.shape, -1)
     rows_of = rows_of.permute(4, 0, 2, 3, 1).flatten(3)  # [key_dim, kv_heads, items, rows · groups]
     positions = torch.where(mine, positions, -1).repeat_interleave(groups, dim=1)
     sums = _Sums.empty((kv_heads, *positions.shape), output.shape[-1], items.device)
@@ -232,8 +232,9 @@ def _compute(items: Tensor, query: Tensor, layer: _Layer, partials: Partials, ou
         whole = slot[:, None] < 0  # a sink takes part where splits are merged
         sums = _Sums(torch.where(whole, sink, -math.inf), torch.where(whole, sums.total + 1.0, 0.0), sums.result)
     for number in range(int((end - first).max())):
-        split = torch.where(first + number < end, first + number, end)  # behind the last: nothing is seen
-        sums = sums.merged(_split(rows_of, positions, offset, split, layer))
+        split = first + number
+        active = torch.where((split < end)[:, None], positions, -1)  # an item behind its last split sees nothing
+        sums = sums.merged(_split(rows_of, active, offset, split, layer))
     whole = mine & (slot[:, None] < 0)
     output[at[whole]] = _by_rows(sums.quotient(), groups)[whole].to(output.dtype)
     left = slot >= 0
@@ -244,8 +245,8 @@ def _compute(items: Tensor, query: Tensor, layer: _Layer, partials: Partials, ou
 
 def _by_rows(numbers: Tensor, groups: int) -> Tensor:
     """Rearrange `[kv_heads, items, rows · groups, …]` to `[items, rows, heads, …]`."""
-    numbers = numbers.unflatten(2, (-1, groups)).movedim(0, 2)
-    return numbers.flatten(2, 3)
+    kv_heads, items, rows, *rest = numbers.shape
+    return numbers.view(kv_heads, items, rows // groups, groups, *rest).movedim(0, 2).flatten(2, 3)
 
 
 def _split(query: Tensor, positions: Tensor, offset: Tensor, split: Tensor, layer: _Layer) -> _Sums:
