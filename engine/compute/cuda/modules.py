@@ -241,10 +241,9 @@ def _share_inputs(model: nn.Module, replaced: Replaced) -> None:
             hook.remove()
     called = Counter(layer for group in seen.values() for layer in group)
     for group in seen.values():
-        if len(group) > 1 and all(called[layer] == 1 and layer.out_dtype is None for layer in group):
-            alike = {(layer.packed.kind, layer.packed.data.dtype, layer.packed.bias is None) for layer in group}
-            if len(alike) == 1:
-                replaced.share(group)
+        alone = any(called[layer] > 1 or layer.out_dtype is not None for layer in group)
+        if len(group) > 1 and not alone and weights.mergeable([layer.packed for layer in group]):
+            replaced.share(group)
 
 
 _CLOSE: Final = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.compute.cuda.operations import LinearWeight
 from engine.errors import LoadError
 
-__all__ = ["concatenated", "exact", "from_checkpoint", "int4", "int8", "mergeable", "widened"]
+__all__ = ["concatenated", "exact", "from_checkpoint", "int4", "int8", "mergeable", "part", "widened"]
 
 GROUPS: Final = (128, 64, 32)
 """Sizes of group that the kernel has."""
@@ -105,6 +105,12 @@ def concatenated(weights: Sequence[LinearWeight]) -> LinearWeight:
         torch.cat(biases) if biases else None,
         zeros,
     )
+
+
+def part(weight: LinearWeight, start: int, end: int) -> LinearWeight:
+    """Return the outputs `start … end - 1` of a layer, as views of its tensors."""
+    scale, bias, zeros = (None if t is None else t[start:end] for t in (weight.scale, weight.bias, weight.zeros))
+    return LinearWeight(weight.data[start:end], weight.kind, scale, bias, zeros)
 
 
 # -- checkpoints that others have quantised ----------------------------------------------------------------------------
