@@ -32,6 +32,7 @@ class CudaBackend:
         operations: Operations,
         quantization: str | None = None,
         recorder: Recorder | None = None,
+        most_recorded: int | None = None,
     ) -> None:
         """Compute on a device.
 
@@ -39,9 +40,10 @@ class CudaBackend:
             operations: the kernels.
             quantization: `int8` or `int4`, or None to round no weight.
             recorder: records graphs; None: every step is launched anew.
+            most_recorded: rows of the largest step that is recorded; None: all sizes are.
         """
         self.device, self._operations, self._quantization = device, operations, quantization
-        self._recorder = recorder
+        self._recorder, self._most_recorded = recorder, most_recorded
         self.no_graphs: str | None = None if recorder is not None else "not asked for"
         """Why steps are not recorded as graphs; None if they are, or will be."""
         self.linear = f"triton {quantization}" if quantization else "triton"
@@ -74,7 +76,7 @@ class CudaBackend:
         """Compute steps whose inputs stand in fixed memory; where it serves, as graphs."""
         runner = CudaRunner(model, self, self._operations, cache, vocab_size, size, bystanders=bystanders)
         if serves and self._recorder is not None:
-            self.no_graphs = runner.record(self._recorder)
+            self.no_graphs = runner.record(self._recorder, self._most_recorded)
             if self.no_graphs is not None:
                 log.warning("steps are launched one by one, not as graphs: %s", self.no_graphs)
         return runner
