@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from engine.compute.attention import IMPLEMENTATION, register_attention
 from engine.compute.backend import PackedChunk, Progress, StepSize
 from engine.compute.cuda import tiles
 from engine.compute.cuda.graphs import Recorder
 from engine.compute.cuda.modules import Replaced, replace_modules
 from engine.compute.cuda.operations import Operations
+from engine.compute.cuda.row_operations import doubtful_operations
 from engine.compute.cuda.runner import CudaPlan, CudaRunner, plan_once
 from engine.compute.kv_cache import KVCache, LayerShape
 from engine.compute.torch_backend import hardware
+from engine.errors import first_line, out_of_memory
 from engine.host_memory import give_back_memory
 
 __all__ = ["CudaBackend"]
@@ -48,10 +52,15 @@ class CudaBackend:
         """Why steps are not recorded as graphs; None if they are, or will be."""
         self.linear = f"triton {quantization}" if quantization else "triton"
         self._replaced: Replaced | None = None
+        self._doubt: str | None = None
 
     @property
-    def breaks_law(self) -> None:
-        """None: each number of a result has a chain of operations of its own, and torch's element-wise ones do, too."""
+    def breaks_law(self) -> str | None:
+        """Name what the model computes beside the kernels that may depend on the number of rows.
+
+        Each number of a kernel's result has a chain of operations of its own; so have torch's element-wise ones.
+        """
+        return self._doubt
 
     def allocate(self, layers: Sequence[LayerShape], num_blocks: int) -> KVCache:
         """Allocate a cache of plain layout."""
@@ -86,6 +95,7 @@ class CudaBackend:
         self._replaced = replace_modules(model, self._operations, self._quantization, progress)
         told = ", ".join(f"{count} {kind}" for kind, count in self._replaced.counts.items())
         progress(f"replaced by kernels: {told or 'nothing'}")
+        self._doubt = _doubt(model)
 
     def restore(self) -> None:
         """Give the model that was fused its own modules back.
@@ -105,3 +115,22 @@ class CudaBackend:
     def describe(self) -> Mapping[str, str]:
         """Return the kind of linear layers, the table of their tiles, and the hardware."""
         return {"linear": self.linear, "tiles": tiles.digest(), **hardware(self.device)}
+
+
+def _doubt(model: nn.Module) -> str | None:
+    """Say which of a model's operations may depend on the number of rows; None if none is known to."""
+    register_attention()
+    own = getattr(model.config, "_attn_implementation", None) or "eager"
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+        found = doubtful_operations(model)
+    except Exception as error:  # an architecture that is called in another way; the self-test says why
+        if out_of_memory(error):
+            raise
+        return f"it was not seen what {type(model).__name__} computes: {first_line(error)}"
+    finally:
+        with contextlib.suppress(Exception):
+            model.set_attn_implementation(own)  # type: ignore[operator]
+    if not found:
+        return None
+    return f"{type(model).__name__} computes {', '.join(found)} by torch, which may depend on the number of rows"
