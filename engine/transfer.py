@@ -130,20 +130,14 @@ class Readback:
         if not self._wanted:
             return
         wanted, self._wanted = self._wanted, []
-        # float32 beside int64 would make both float32; int64 beside float64 becomes float64.
-        flat = [
-            (tensor if tensor.dtype == torch.int64 else tensor.double()).reshape(-1)
-            for _, tensors in wanted
-            for tensor in tensors
-        ]
-        if all(tensor.dtype == torch.int64 for tensor in flat):
-            flat[0] = flat[0].double()
-        values = HostCopy(flat[0] if len(flat) == 1 else torch.cat(flat)).read()
+        flat = [tensor.double().reshape(-1) for _, tensors in wanted for tensor in tensors]
+        values = HostCopy(torch.cat(flat)).read()
         at = 0
         for then, tensors in wanted:
             tables: list[Rows] = []
             for tensor in tensors:
                 count, width = tensor.shape
-                tables.append([values[at + i * width : at + (i + 1) * width] for i in range(count)])
-                at += count * width
+                end = at + count * width
+                tables.append([values[i : i + width] for i in range(at, end, width)] if width else [[]] * count)
+                at = end
             then(*tables)

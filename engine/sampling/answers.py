@@ -143,18 +143,21 @@ class Answers:
             self._found[name].token = int(token)
 
     def add_contenders(self, names: list[int], ids: Rows, gaps: Rows, scores: Rows, settled: Rows) -> None:
-        """Decide draws: the best perturbed score wins, the lowest id among equals."""
+        """Decide draws: the best perturbed score wins, the lowest id among equals.
+
+        Args: as in `engine.sampling.contenders.Contenders`; whole numbers are below `2**53`, so their floats are exact.
+        """
         for name, tokens, row_gaps, row_scores, (certain,) in zip(names, ids, gaps, scores, settled, strict=True):
             if name in self._faults:
                 continue
-            found = self._found[name]
-            # Whole numbers here are below 2**53, so their floats are exact.
-            found.perturbed, token, found.place, found.score = max(
-                (score + gumbel(int(gap)), -token, place, score)
-                for place, (token, gap, score) in enumerate(zip(tokens, row_gaps, row_scores, strict=True))
-                if score > -math.inf
-            )
-            found.token = -int(token)
+            found, best, least = self._found[name], -math.inf, 0.0
+            for place, score in enumerate(row_scores):
+                if score == -math.inf:  # nor can those behind it win
+                    break
+                perturbed, token = score + gumbel(int(row_gaps[place])), tokens[place]
+                if perturbed > best or (perturbed == best and token < least):
+                    best, least, found.place, found.score = perturbed, token, place, score
+            found.token, found.perturbed = int(least), best
             if not certain:
                 self.unsettled.append(name)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -100,6 +100,9 @@ class Picked:
         return tensor.index_select(0, self.index - offset if offset else self.index)
 
 
+_NONE: Final = Picked([], [], Upload("cpu"))
+
+
 class Batch:
     """Rows that are drawn together. Rows of one group stand side by side, so that each group is one slice.
 
@@ -112,6 +115,11 @@ class Batch:
 
     Attributes:
         names, rows, sources: of the batch, in its order.
+        margins, processed: rows whose margins, or processed log-probabilities, are wanted.
+        measured: rows of whose tokens the raw log-probability is wanted, for the reply, a record or a check;
+            `measured_sources`: the same, with places in the logits.
+        listed_sources: rows whose likeliest tokens by the raw logits are wanted, with places in the logits.
+        compares: whether any row has an expected token.
     """
 
     def __init__(
@@ -134,26 +142,37 @@ class Batch:
         self._chunk = columns.chunk
         self._filters = [filters[i] for i in self.names]
         self._table = upload.floats(Filters.numbers(self._filters))
-        self._keys = upload.ints([key_of(row) if row.params.temperature else 0 for row in self.rows])
+        self._keys = upload.ints([key_of(row) if way else 0 for row, way in zip(self.rows, self._ways, strict=True)])
         self._order = upload.ints(self.names)
         self._source_index = upload.ints(self.sources)
         self._pick_rows(upload)
 
     def _pick_rows(self, upload: Upload) -> None:
-        rows = self.rows
-        self.margins = self._pick(upload, lambda row: row.params.margins)
-        self.processed = self._pick(upload, lambda row: _wants(row, "processed"))
-        self.measured = self._pick(upload, _is_measured)
-        self.measured_sources = self._pick(upload, _is_measured, self.sources)
-        self.listed_sources = self._pick(
-            upload, lambda row: _wants(row, "raw") and row.params.top_logprobs > 0, self.sources
-        )
-        self.compares = any(row.expected is not None for row in rows)
-        self._expected = upload.ints([rows[i].expected or 0 for i in self.measured.places] if self.compares else [])
+        """Find the rows of which more is wanted than a token."""
+        margins, processed, measured, listed = [], [], [], []
+        for i, row in enumerate(self.rows):
+            p = row.params
+            raw = p.logprobs and p.logprobs_mode == "raw"
+            if p.margins:
+                margins.append(i)
+            if p.logprobs and not raw:
+                processed.append(i)
+            if raw or row.records or row.expected is not None:
+                measured.append(i)
+            if raw and p.top_logprobs:
+                listed.append(i)
+        self.margins = self._picked(upload, margins)
+        self.processed = self._picked(upload, processed)
+        self.measured = self._picked(upload, measured)
+        self.measured_sources = self._picked(upload, measured, self.sources)
+        self.listed_sources = self._picked(upload, listed, self.sources)
+        self.compares = any(self.rows[i].expected is not None for i in measured)
+        self._expected = upload.ints([self.rows[i].expected or 0 for i in measured])
 
-    def _pick(self, upload: Upload, wanted: Callable[[SamplingRow], bool], places: list[int] | None = None) -> Picked:
-        found = [i for i, row in enumerate(self.rows) if wanted(row)]
-        return Picked([self.names[i] for i in found], [places[i] for i in found] if places else found, upload)
+    def _picked(self, upload: Upload, rows: list[int], places: list[int] | None = None) -> Picked:
+        if not rows:
+            return _NONE
+        return Picked([self.names[i] for i in rows], [places[i] for i in rows] if places else rows, upload)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -188,8 +207,8 @@ class Batch:
         Returns:
             The first row of each, the row behind its last, and its group.
         """
-        start = 0
-        while start < len(self.rows):
+        start, count = 0, len(self.rows)
+        while start < count:
             way = self._ways[start]
             after = bisect_right(self._ways, way)
             for i in range(start, after, self._chunk):
@@ -214,12 +233,3 @@ def _way(row: SamplingRow, cut: Filter, again: bool) -> int:
     if again and not cut.top_k:
         return WHOLE
     return _FIRST + (max(_FEW, cut.top_k) - 1).bit_length()
-
-
-def _wants(row: SamplingRow, mode: str) -> bool:
-    return row.params.logprobs and row.params.logprobs_mode == mode
-
-
-def _is_measured(row: SamplingRow) -> bool:
-    """Return whether the raw log-probability of a row's token is wanted."""
-    return _wants(row, "raw") or row.records or row.expected is not None

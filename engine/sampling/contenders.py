@@ -24,7 +24,7 @@ class Contenders:
     Attributes:
         columns: int64 `[n, k]`, where in the row each is.
         gaps: int64 `[n, k]`, of each; see `engine.sampling.rng`.
-        scores: float64 `[n, k]`, of each; -inf for one that cannot win.
+        scores: float64 `[n, k]`, of each; -inf for one that cannot win, and for all behind it.
         complete: bool `[n, 1]`, whether the winner is certainly among them.
         likely: int64 `[n, 1]`, which of them wins by the device's own logarithm. The host's can decide otherwise only
             where two are within one unit in the last place.

@@ -107,12 +107,11 @@ class Drawing:
         flat rows with top_p.
         """
         answers, count = self._answers, CONTENDERS
-        places = {name: place for place, name in enumerate(self._batch.names)}
         while answers.unsettled:
             count *= _MORE
             upload, readback = Upload(self._logits.device), Readback()
             batch = Batch(answers.rows, answers.unsettled, self._sources, self._columns, upload, again=True)
-            picked = Picked(batch.names, [places[name] for name in batch.names], upload)
+            picked = Picked(batch.names, [self._batch.names.index(name) for name in batch.names], upload)
             upload.send()
             answers.unsettled = []
             work, peaks = picked.of(self._work), picked.of(self._peaks)
@@ -122,13 +121,16 @@ class Drawing:
     def _compare(self) -> None:
         """Find out how close expected tokens were that were not drawn. Rare: most checks find the same token."""
         readback, answers, columns = Readback(), self._answers, self._columns
-        places = {name: place for place, name in enumerate(self._batch.names)}
         for name, own in answers.pairs_to_compare():
             row = answers.rows[name]
             assert row.expected is not None
             key = torch.full((1, 1), key_of(row), dtype=torch.int64, device=self._logits.device)
             found = closeness(
-                self._work[places[name]], columns.filter(row), gaps(key, columns.steps)[0], row.expected, own
+                self._work[self._batch.names.index(name)],
+                columns.filter(row),
+                gaps(key, columns.steps)[0],
+                row.expected,
+                own,
             )
             readback.add(partial(answers.add_closeness, name, own), found)
         readback.fetch()

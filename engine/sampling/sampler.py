@@ -131,7 +131,8 @@ class Sampler:
             sources = [at[row] for row in sources]
         batch = Batch(rows, range(len(rows)), sources, self._columns, upload)
         edits = self._edits(batch.rows)
-        edits.pack(upload)
+        if edits:
+            edits.pack(upload)
         mask = None if allowed is None else upload.words(allowed[batch.names].tobytes())
         upload.send()
         if used is not None:
@@ -164,7 +165,8 @@ class Sampler:
         if untouched and batch.sources == list(range(len(batch))):
             return tokens[: len(batch)]
         work = tokens.index_select(0, batch.source_index)
-        edits.apply(work)
+        if edits:
+            edits.apply(work)
         if holes.numel():
             work.index_fill_(1, holes, -math.inf)
         if mask is not None:
@@ -222,4 +224,5 @@ class Sampler:
         scores = scaled(logits, peaks.double())
         total = masses(scores.nan_to_num()).sum(-1, keepdim=True)
         ids = largest(keys, count) if count else chosen[:, :0]
-        return peaks, scores.gather(1, chosen), total, ranks, scores.gather(1, ids), ids
+        likeliest = scaled(listed.gather(1, ids), peaks.double())
+        return peaks, scores.gather(1, chosen), total, ranks, likeliest, ids
