@@ -74,4 +74,4 @@ def test_families_are_packed_on_the_cuda_path(family: str, tiny: Callable[[str],
     llm = open_model(tiny(family))
     assert (llm.info.runner, llm.info.linear, llm.info.law.holds) == ("packed", "triton", True), llm.info.law
     runner: Any = llm.engine.model.runner
-    assert runner.graphs > 5
+    assert runner.graphs == 5, "steps of up to 16 rows"
