@@ -15,8 +15,9 @@ from __future__ import annotations
 import logging
 from itertools import groupby, takewhile
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from engine.choice import Choice, SpecialIds
 from engine.compute.model_runner import ForwardResult
@@ -242,13 +243,7 @@ class Engine:
     def _sample(self, draws: list[Draw], result: ForwardResult) -> list[Drawn]:
         if not draws:
             return []
-        rows = [draw.row for draw in draws]
-        logits, wanted = result.logits, sorted(set(rows))
-        if len(wanted) < len(logits):  # the others wait for these, or are prompt tokens
-            logits = logits.index_select(0, torch.tensor(wanted, device=logits.device))
-            places = {row: place for place, row in enumerate(wanted)}
-            rows = [places[row] for row in rows]
-        return self._sampler.sample(logits, draws, rows, self._allowed(draws))
+        return self._sampler.sample(result.logits, draws, [draw.row for draw in draws], self._allowed(draws))
 
     def _describe_prompts(self, schedule: Schedule, result: ForwardResult) -> list[Described | NumericalFault]:
         scores = schedule.scores
@@ -258,16 +253,15 @@ class Engine:
         tops = [score.sequence.params.prompt_logprobs or 0 for score in scores]
         return self._sampler.describe(result.logits, [score.row for score in scores], tokens, tops)
 
-    def _allowed(self, draws: list[Draw]) -> Tensor | None:
-        """Return which tokens grammars and forced tokens allow, bool `[draws, vocab_size]`; None if all are allowed.
+    def _allowed(self, draws: list[Draw]) -> NDArray[np.int32] | None:
+        """Return which tokens grammars and forced tokens allow, as masks of bits; None if all are allowed.
 
         Computed after the forward pass was started: on a GPU, while it runs.
         """
         choices = [self._choice_of(draw.sequence) for draw in draws]
         if all(choice.is_free for choice in choices):
             return None
-        masks = self._masks.masks([c.grammar for c in choices], [c.forced for c in choices])
-        return torch.from_numpy(masks).to(self._sampler.device)
+        return self._masks.masks([c.grammar for c in choices], [c.forced for c in choices])
 
     def _commit(
         self,

@@ -41,7 +41,9 @@ class TorchBackend:
         """Plan a step for torch's attention."""
         return TorchPlan(cache, chunks)
 
-    def runner(self, model: nn.Module, cache: KVCache, vocab_size: int, size: StepSize, *, serves: bool = False, **trial: Any) -> PackedRunner:
+    def runner(
+        self, model: nn.Module, cache: KVCache, vocab_size: int, size: StepSize, *, serves: bool = False, **trial: Any
+    ) -> PackedRunner:
         """Compute steps of any size."""
         return PackedRunner(model, self, cache, vocab_size, **trial)
 

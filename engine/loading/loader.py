@@ -134,7 +134,9 @@ def _runner(config: ModelConfig, ready: ReadyModel, size: CacheSize) -> Runner:
         return FallbackRunner(model, backend, ready.vocab_size, positions=test.positions)
     cache = backend.allocate(test.layers, size.blocks)
     steps = StepSize(config.max_batch_tokens + config.max_sequences, config.max_sequences, size.context_length)
-    return backend.runner(model, cache, ready.vocab_size, steps, single_rows=test.single_rows, row_safe=test.row_safe, serves=True)
+    return backend.runner(
+        model, cache, ready.vocab_size, steps, single_rows=test.single_rows, row_safe=test.row_safe, serves=True
+    )
 
 
 def _scheduler(config: ModelConfig, ready: ReadyModel, size: CacheSize) -> Scheduler:

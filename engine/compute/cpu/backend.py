@@ -51,7 +51,9 @@ class CpuBackend:
         assert isinstance(cache, CpuCache), "a backend plans over caches that it allocated"
         return CpuPlan(self._kernels, cache, chunks) if any(cache.native) else TorchPlan(cache, chunks)
 
-    def runner(self, model: nn.Module, cache: KVCache, vocab_size: int, size: StepSize, *, serves: bool = False, **trial: Any) -> PackedRunner:
+    def runner(
+        self, model: nn.Module, cache: KVCache, vocab_size: int, size: StepSize, *, serves: bool = False, **trial: Any
+    ) -> PackedRunner:
         """Compute steps of any size."""
         return PackedRunner(model, self, cache, vocab_size, **trial)
 

@@ -190,16 +190,19 @@ class CudaRunner:
     # -- graphs -------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def record(self, recorder: Recorder) -> str | None:
+    def record(self, recorder: Recorder, most: int | None = None) -> str | None:
         """Record every size of step, the largest first: the others fit into its memory.
 
-        Each is tried with another step than it was recorded with. The cache must hold nothing that is needed.
+        Each is tried with other steps than it was recorded with. The cache must hold nothing that is needed.
+
+        Args:
+            most: larger sizes are left out; None: none is.
 
         Returns:
             None; or why steps cannot be recorded, and then none is.
         """
         try:
-            for size in reversed(self._sizes):
+            for size in reversed([size for size in self._sizes if most is None or size <= most]):
                 self._graphs[size] = self._recorded(size, recorder)
         except NotCapturable as error:
             self._graphs.clear()
@@ -226,8 +229,9 @@ class CudaRunner:
         limits, free = self._buffers.limits, iter(range(self.cache.num_blocks))
         step = PackedStep([], [], [], [], [])
         left = max(size - number, 1)
-        for index in range(min(limits.sequences, left)):
-            last = index == min(limits.sequences, left) - 1
+        sequences = min(limits.sequences, left)
+        for index in range(sequences):
+            last = index == sequences - 1
             start = min((5, 40, 300, 700)[(index + number) % 4] + 3 * number, limits.length - 1)
             count = min(left, limits.length - start) if last else 1
             table = tuple(itertools.islice(free, -(-(start + count) // BLOCK_SIZE)))

@@ -56,10 +56,10 @@ class WholeOperations:
             return found
 
         def call(*args: Any) -> Any:
-            if self.recording is None:
-                return found(*args)
             with _disable_current_modes():
                 out = found(*args)
+            if self.recording is None:
+                return out
             self.recording.calls.append((found, args, {}, out))
             return out
 
@@ -74,7 +74,9 @@ class _Replay:
     def replay(self) -> None:
         for function, args, kwargs, out in self._calls:
             schema = getattr(function, "_schema", None)
-            writes = schema is not None and any(r.alias_info is not None and r.alias_info.is_write for r in schema.returns)
+            writes = schema is not None and any(
+                r.alias_info is not None and r.alias_info.is_write for r in schema.returns
+            )
             known = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
             results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
             if results and schema is not None and not writes and all(_storage(t) in known for t in results):

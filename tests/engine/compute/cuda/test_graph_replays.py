@@ -104,7 +104,9 @@ def test_the_stand_in_refuses_what_a_gpu_would() -> None:
             recorder.record(reads)
 
 
-@pytest.mark.parametrize(("most", "sizes"), [(1, (1,)), (2, (1, 2)), (16, (1, 2, 4, 8, 16)), (20, (1, 2, 4, 8, 16, 20))])
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(1, (1,)), (2, (1, 2)), (16, (1, 2, 4, 8, 16)), (20, (1, 2, 4, 8, 16, 20))]
+)
 def test_sizes_of_steps(most: int, sizes: tuple[int, ...]) -> None:
     assert buckets(most) == sizes
     assert [smallest(sizes, count) for count in range(1, most + 1)] == [
