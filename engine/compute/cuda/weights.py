@@ -180,6 +180,8 @@ def _from_compressed_tensors(tensors: Mapping[str, Tensor], settings: Mapping[st
     bits = _bits("compressed-tensors", {"bits": given.get("num_bits")})
     rows, columns = _tensor(tensors, "weight_shape").tolist()
     numbers = _unpacked(_tensor(tensors, "weight_packed"), bits, dim=1)[:, :columns]
+    if list(numbers.shape) != [rows, columns]:
+        raise LoadError(f"compressed-tensors: a weight_packed of {list(numbers.shape)} is no {[rows, columns]}.")
     scale = _tensor(tensors, "weight_scale")
     scale = scale.reshape(rows, -1) if scale.numel() > 1 else scale.reshape(1, 1).expand(rows, 1)
     if "weight_g_idx" in tensors:

@@ -20,7 +20,7 @@ from engine.compute.cuda.tiles import tile_for
 STACK = 16
 """Bytes of registers that may spill: two where a kernel just misses what it was given."""
 INT4_FLOAT32_STACK = 256
-"""With float32 inputs the numbers of a group do not fit the registers. Checkpoints of 4 bits come with 16-bit floats."""
+"""With float32 inputs the numbers of a group do not fit the registers; checkpoints of 4 bits have 16-bit floats."""
 
 
 def check(name: str, capability: int, needs: Compiled) -> None:

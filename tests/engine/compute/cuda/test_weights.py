@@ -266,7 +266,7 @@ def test_a_known_word_of_each_format() -> None:
 def spoiled(method: str, **changes: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     layer = Layer(0, 8, 256, changes.pop("size", 64), bits=changes.pop("stored", 4))
     tensors, form = {"gptq": layer.gptq, "awq": layer.awq, "compressed": lambda: layer.compressed(False)}[method]()
-    for name in [name for name in changes if name in ("g_idx", "weight_g_idx", "qweight")]:
+    for name in [name for name in changes if name in ("g_idx", "weight_g_idx", "qweight", "weight_shape")]:
         tensors[name] = changes.pop(name)
     for name in changes.pop("without", ()):
         del tensors[name]
@@ -297,6 +297,7 @@ def spoiled(method: str, **changes: Any) -> tuple[dict[str, Tensor], dict[str, A
         (spoiled("compressed", scheme={"input_activations": {"num_bits": 8}}), "activations"),
         (spoiled("compressed", config_groups={}), "config_groups"),
         (spoiled("compressed", weight_g_idx=torch.arange(256) % 4), "actorder"),
+        (spoiled("compressed", weight_shape=torch.tensor([8, -64])), "-64"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
