@@ -7,6 +7,7 @@ each sequence alone, with transformers' own cache. The self-test decides which o
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence as Seq
@@ -27,6 +28,7 @@ from engine.compute.row_safe import RowSafeFunctions
 from engine.errors import ReplyFault, out_of_memory
 from engine.scheduling.block_pool import BLOCK_SIZE
 from engine.scheduling.schedule import Chunk, Schedule
+from engine.transfer import HostCopy
 
 log = logging.getLogger("verbatim.engine")
 
@@ -37,13 +39,20 @@ class ForwardResult:
 
     Attributes:
         logits: `[n, vocab] float32`, each chunk's `num_rows` rows, in order.
-        finite: for each chunk of the schedule, whether all its keys and values were finite, its draft's aside.
+        finite: tells for each chunk of the schedule whether all its keys and values were finite, its draft's aside. On
+            a GPU it waits until the pass has been computed: ask after the sampler has read its numbers back.
         errors: of chunks that could not be computed, by their number; their logits mean nothing.
     """
 
     logits: Tensor
-    finite: tuple[bool, ...]
+    finite: Callable[[], Seq[bool]]
     errors: Mapping[int, ReplyFault] = field(default_factory=dict)
+
+
+def _all_finite(flags: HostCopy, chunks: Seq[tuple[int, int]]) -> tuple[bool, ...]:
+    """Return for each chunk, given by its first row and the one behind its last, whether all its rows are finite."""
+    rows = flags.read()
+    return tuple(all(rows[start:end]) for start, end in chunks)
 
 
 class Runner(Protocol):
@@ -124,10 +133,10 @@ class PackedRunner:
             last_rows += range(len(tokens) - chunk.num_rows, len(tokens))
         plan = self._backend.plan(self.cache, packed)
         logits = self._run(tokens, positions, last_rows, plan)
-        finite = plan.finite()
-        real = [chunk.count - len(chunk.draft) for chunk in schedule.chunks]  # a wrong guess is nobody's fault
-        told = (bool(finite[s.row : s.row + n].all()) for s, n in zip(packed, real, strict=True))
-        return ForwardResult(logits, tuple(told))
+        flags = HostCopy(plan.finite())
+        # A wrong guess is nobody's fault.
+        real = [(s.row, s.row + c.count - len(c.draft)) for s, c in zip(packed, schedule.chunks, strict=True)]
+        return ForwardResult(logits, functools.partial(_all_finite, flags, real))
 
     def _run(self, tokens: list[int], positions: list[int], rows: list[int], plan: StepPlan) -> Tensor:
         # A product with one row may take another path in a library than the same row among others.
@@ -192,7 +201,7 @@ class FallbackRunner:
         device = self._model.device
         # A fault shows in the sequence's own logits: there are no keys that another could read.
         finite = (True,) * len(rows)
-        return ForwardResult(torch.cat([part.to(device) for part in rows]), finite, errors)
+        return ForwardResult(torch.cat([part.to(device) for part in rows]), lambda: finite, errors)
 
     def _pass(self, chunk: Chunk) -> Tensor:
         """Compute a chunk. Returns the logits of its last tokens, `[num_rows, vocab] float32`."""
