@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-__all__ = ["HostCopy", "Part", "Readback", "Upload"]
+__all__ = ["HostCopy", "Part", "Readback", "Rows", "Upload"]
 
 Rows = list[list[float]]
 """A tensor `[n, m]` on the host, as plain numbers."""
@@ -115,6 +115,7 @@ class Readback:
 
     def __init__(self) -> None:
         self._wanted: list[tuple[Callable[..., None], tuple[Tensor, ...]]] = []
+        self._sent: HostCopy | None = None
 
     def __bool__(self) -> bool:
         return bool(self._wanted)
@@ -124,13 +125,21 @@ class Readback:
         assert all(tensor.dim() == 2 for tensor in tensors)
         self._wanted.append((then, tensors))
 
+    def send(self) -> None:
+        """Start the transfer. What is queued on the device afterwards need not have ended when it is read."""
+        assert self._sent is None, "a readback is sent once"
+        if self._wanted:
+            flat = [tensor.double().reshape(-1) for _, tensors in self._wanted for tensor in tensors]
+            self._sent = HostCopy(torch.cat(flat))
+
     def fetch(self) -> None:
         """Read everything with one synchronisation, then call back in the order of `add`."""
-        if not self._wanted:
+        if self._sent is None:
+            self.send()
+        if self._sent is None:
             return
-        wanted, self._wanted = self._wanted, []
-        flat = [tensor.double().reshape(-1) for _, tensors in wanted for tensor in tensors]
-        values = HostCopy(torch.cat(flat)).read()
+        values, wanted = self._sent.read(), self._wanted
+        self._sent, self._wanted = None, []
         at = 0
         for then, tensors in wanted:
             tables: list[Rows] = []

@@ -31,7 +31,7 @@ from engine.sampling.logits import (
 )
 from engine.sampling.measures import best_two, closeness, near_best
 from engine.sampling.rng import gaps
-from engine.transfer import Readback, Upload
+from engine.transfer import Readback, Rows, Upload
 
 __all__ = ["Drawing"]
 
@@ -63,6 +63,7 @@ class Drawing:
         self._columns, self._batch, self._logits, self._work = columns, batch, logits, work
         self._answers = Answers(rows, sources, columns.width)
         self._sources = sources
+        self.device_told: list[int] = []
         raw_peaks, peaks = logits.amax(-1, keepdim=True), work.amax(-1, keepdim=True)  # NaN wins a maximum
         self._peaks = peaks.double()
         readback = Readback()
@@ -73,13 +74,20 @@ class Drawing:
 
     @torch.inference_mode()
     def device_tokens(self) -> Tensor:
-        """Return the tokens as the device decides, int64 `[rows]` in the call's order, without waiting for it.
+        """Return the tokens as the device decides, int64 `[rows]` in the call's order, and start reading the answers.
 
         They differ from those of `finish` only where two perturbed scores are within one unit in the last place, since
         the host's logarithm may round otherwise; and in rows that are not settled at once, or cannot be answered.
+        What is queued from now on does not delay `finish`, which then also fills in `device_told`.
         """
         likely = torch.cat(self._first.likely).view(-1)
-        return torch.empty_like(likely).scatter_(0, self._batch.order, likely)
+        tokens = torch.empty_like(likely).scatter_(0, self._batch.order, likely)
+        self._readback.add(self._note_device_tokens, tokens.unsqueeze(0))
+        self._readback.send()
+        return tokens
+
+    def _note_device_tokens(self, rows: Rows) -> None:
+        self.device_told = [int(token) for token in rows[0]]
 
     @torch.inference_mode()
     def finish(self) -> list[Sampled | VerbatimError]:

@@ -33,14 +33,16 @@ class LinearWeight:
         data: `exact`: `[out, in]` bfloat16, float16 or float32. `int8`: `[out, in] int8`. `int4`: `[out, in / 2]
             uint8`, two numbers a byte, see `engine.compute.cuda.weights`.
         kind: how the numbers are stored.
-        scale: None for `exact`; `int8`: `[out] float32`; `int4`: `[out, in / 128] float32`.
+        scale: None for `exact`; `int8`: `[out] float32`; `int4`: `[out, in / group] float32`.
         bias: `[out]`, or None.
+        zeros: `int4`: `[out, in / group] uint8`, what stands for 0 in a group, 0 to 15; None where that is 8 everywhere.
     """
 
     data: Tensor
     kind: Literal["exact", "int8", "int4"] = "exact"
     scale: Tensor | None = None
     bias: Tensor | None = None
+    zeros: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -49,6 +51,15 @@ class LinearWeight:
     @property
     def in_features(self) -> int:
         return self.data.shape[1] * (2 if self.kind == "int4" else 1)
+
+    @property
+    def group(self) -> int:
+        """Numbers along `in` that share a scale: 32, 64 or 128 for `int4`, else all."""
+        return (
+            self.in_features // self.scale.shape[1]
+            if self.kind == "int4" and self.scale is not None
+            else self.in_features
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
