@@ -97,8 +97,7 @@ class HostCopy:
             return
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._host.copy_(tensor, non_blocking=True)
-        self._ready = torch.cuda.Event()
-        self._ready.record(torch.cuda.current_stream(tensor.device))
+        self._ready = torch.cuda.current_stream(tensor.device).record_event()
 
     def read(self) -> list[Any]:
         """Return the numbers as (nested) lists."""

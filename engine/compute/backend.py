@@ -89,7 +89,9 @@ class StepPlan(Protocol):
         """
 
     def finite(self) -> Tensor:
-        """Return `[rows] bool` on the CPU, once all layers have attended: False where a key or value was not finite.
+        """Return `[rows] bool`, once all layers have attended: False where a key or value was not finite.
+
+        On the device that computed them, so that nothing waits for it here.
 
         Such a row's keys and values are stored as zeros.
         """

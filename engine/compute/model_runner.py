@@ -28,6 +28,7 @@ from engine.errors import ReplyFault, out_of_memory
 from engine.scheduling.block_pool import BLOCK_SIZE
 from engine.scheduling.schedule import Chunk, Schedule
 from engine.scheduling.sequence import Sequence
+from engine.transfer import HostCopy
 
 log = logging.getLogger("verbatim.engine")
 
@@ -38,12 +39,13 @@ class ForwardResult:
 
     Attributes:
         logits: `[n, vocab] float32`, each chunk's `num_rows` rows, in order.
-        finite: for each chunk of the schedule, whether all its keys and values were finite, its draft's aside.
+        finite: tells for each chunk of the schedule whether all its keys and values were finite, its draft's aside. On
+            a GPU it waits until the pass has been computed: ask after the sampler has read its numbers back.
         errors: of chunks that could not be computed, by their number; their logits mean nothing.
     """
 
     logits: Tensor
-    finite: tuple[bool, ...]
+    finite: Callable[[], Seq[bool]]
     errors: Mapping[int, ReplyFault] = field(default_factory=dict)
 
 
@@ -134,9 +136,20 @@ class PackedStep:
         self.kept.extend(range(len(self.tokens) - kept, len(self.tokens)))
         self.real.append(len(tokens) - drafted)
 
-    def told(self, finite: Seq[bool]) -> tuple[bool, ...]:
-        """Tell for each chunk whether all its rows are finite, its draft's aside: a wrong guess is nobody's fault."""
-        return tuple(all(finite[c.row : c.row + real]) for c, real in zip(self.chunks, self.real, strict=True))
+    def told(self, finite: Tensor) -> Callable[[], tuple[bool, ...]]:
+        """Start to copy `finite`, `[rows]` or more, to the host: true where a row is finite.
+
+        Returns:
+            What waits for the copy and tells for each chunk whether all its rows are finite, its draft's aside: a wrong
+            guess is nobody's fault.
+        """
+        copy = HostCopy(finite)
+
+        def tell() -> tuple[bool, ...]:
+            rows = copy.read()
+            return tuple(all(rows[c.row : c.row + real]) for c, real in zip(self.chunks, self.real, strict=True))
+
+        return tell
 
 
 class PackedRunner:
@@ -177,7 +190,7 @@ class PackedRunner:
         step = PackedStep.of(schedule)
         plan = self._backend.plan(self.cache, step.chunks)
         logits = self._run(step.tokens, step.positions, step.kept, plan)
-        return ForwardResult(logits, step.told(plan.finite().tolist()))
+        return ForwardResult(logits, step.told(plan.finite()))
 
     def _run(self, tokens: list[int], positions: list[int], rows: list[int], plan: StepPlan) -> Tensor:
         # A product with one row may take another path in a library than the same row among others.
@@ -244,7 +257,7 @@ class FallbackRunner:
         device = self._model.device
         # A fault shows in the sequence's own logits: there are no keys that another could read.
         finite = (True,) * len(rows)
-        return ForwardResult(torch.cat([part.to(device) for part in rows]), finite, errors)
+        return ForwardResult(torch.cat([part.to(device) for part in rows]), lambda: finite, errors)
 
     def _pass(self, chunk: Chunk) -> Tensor:
         """Compute a chunk. Returns the logits of its last tokens, `[num_rows, vocab] float32`."""

@@ -215,7 +215,8 @@ class Answers:
 
     def _result(self, name: int) -> Sampled:
         row, found = self.rows[name], self._found[name]
-        logprob, top, score, check = None, (), None, None
+        logprob, score, check = None, None, None
+        top: Top = ()
         if row.params.logprobs:
             logprob, top = self._logprobs(name)
         if row.records or row.expected is not None:

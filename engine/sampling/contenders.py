@@ -84,7 +84,7 @@ def _smallest(race: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
     blocks = width // _BLOCK
     if width <= _FEW_COLUMNS or count >= blocks:
         return race.topk(count, largest=False)
-    body, tail = race[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK)), race[:, blocks * _BLOCK :]
+    body, tail = race[:, : blocks * _BLOCK].view(-1, blocks, _BLOCK), race[:, blocks * _BLOCK :]
     where = body.amin(-1).topk(count, largest=False, sorted=False).indices
     inside = body.gather(1, where.unsqueeze(-1).expand(-1, -1, _BLOCK)).flatten(1)
     least, at = torch.cat([inside, tail], 1).topk(count, largest=False)

@@ -51,8 +51,8 @@ class CudaPlan:
         return self._operations.attend(query, keys, values, work, partials, shape, settings)
 
     def finite(self) -> Tensor:
-        """Return which rows' keys and values were finite: `[rows] bool`, on the CPU."""
-        return self.views.finite.bool().cpu()
+        """Return which rows' keys and values were finite: `[rows] bool`, on the device."""
+        return self.views.finite.bool()
 
 
 def kinds_of(cache: KVCache) -> list[AttentionKind]:
@@ -122,7 +122,7 @@ class CudaRunner:
         step = PackedStep.of(schedule)
         found = self.lookahead.take(schedule) if self.lookahead is not None else None
         logits, finite = self.compute(step, schedule.copies) if found is None else found
-        return ForwardResult(logits, step.told([bool(one) for one in finite.tolist()]))
+        return ForwardResult(logits, step.told(finite))
 
     def compute(
         self, step: PackedStep, copies: Seq[tuple[int, int]] = (), tokens: Tensor | None = None
