@@ -15,9 +15,11 @@ from __future__ import annotations
 import logging
 from itertools import groupby, takewhile
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
+from engine.ahead import foresee
 from engine.choice import Choice, SpecialIds
 from engine.compute.model_runner import ForwardResult
 from engine.errors import NumericalFault, OutOfMemory, VerbatimError, first_line, out_of_memory, panicked
@@ -180,7 +182,7 @@ class Engine:
         first = [draw for draw in schedule.draws if not draw.index or self._choice_of(draw.sequence).stays_free]
         try:
             result = self._forward(schedule)
-            sampled = self._sample(first, result)
+            sampled = self._sample(first, result, ahead=True)
             described = self._describe_prompts(schedule, result)
         except BaseException as error:
             if panicked(error):
@@ -236,19 +238,23 @@ class Engine:
 
     def _forward(self, schedule: Schedule) -> ForwardResult:
         if not schedule.chunks:
-            return ForwardResult(torch.empty(0, self._runner.vocab_size), ())
+            return ForwardResult(torch.empty(0, self._runner.vocab_size), tuple)
         return self._runner.forward(schedule)
 
-    def _sample(self, draws: list[Draw], result: ForwardResult) -> list[Drawn]:
+    def _sample(self, draws: list[Draw], result: ForwardResult, *, ahead: bool = False) -> list[Drawn]:
+        """Draw tokens. `ahead`: the next step may be launched before they are known."""
         if not draws:
             return []
-        rows = [draw.row for draw in draws]
-        logits, wanted = result.logits, sorted(set(rows))
-        if len(wanted) < len(logits):  # the others wait for these, or are prompt tokens
-            logits = logits.index_select(0, torch.tensor(wanted, device=logits.device))
-            places = {row: place for place, row in enumerate(wanted)}
-            rows = [places[row] for row in rows]
-        return self._sampler.sample(logits, draws, rows, self._allowed(draws))
+        drawing = self._sampler.start(result.logits, draws, [draw.row for draw in draws], self._allowed(draws))
+        lookahead = self._runner.lookahead
+        going = foresee(draws, self._scheduler, self._choice_of) if ahead and lookahead is not None else []
+        if lookahead is not None and going:
+            tokens = drawing.device_tokens()
+            lookahead.launch([draws[n].sequence for n in going], [tokens[n : n + 1] for n in going])
+        drawn = drawing.finish()
+        if lookahead is not None and going:
+            lookahead.confirm([drawing.device_told[n] for n in going])
+        return drawn
 
     def _describe_prompts(self, schedule: Schedule, result: ForwardResult) -> list[Described | NumericalFault]:
         scores = schedule.scores
@@ -258,16 +264,15 @@ class Engine:
         tops = [score.sequence.params.prompt_logprobs or 0 for score in scores]
         return self._sampler.describe(result.logits, [score.row for score in scores], tokens, tops)
 
-    def _allowed(self, draws: list[Draw]) -> Tensor | None:
-        """Return which tokens grammars and forced tokens allow, bool `[draws, vocab_size]`; None if all are allowed.
+    def _allowed(self, draws: list[Draw]) -> NDArray[np.int32] | None:
+        """Return which tokens grammars and forced tokens allow, as masks of bits; None if all are allowed.
 
         Computed after the forward pass was started: on a GPU, while it runs.
         """
         choices = [self._choice_of(draw.sequence) for draw in draws]
         if all(choice.is_free for choice in choices):
             return None
-        masks = self._masks.masks([c.grammar for c in choices], [c.forced for c in choices])
-        return torch.from_numpy(masks).to(self._sampler.device)
+        return self._masks.masks([c.grammar for c in choices], [c.forced for c in choices])
 
     def _commit(
         self,

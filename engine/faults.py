@@ -33,7 +33,7 @@ def step_faults(
 ) -> dict[str, VerbatimError]:
     """Return the requests that this step ends, and why: by the forward pass, the first draw, or a prompt's score."""
     faults: dict[str, VerbatimError] = {}
-    for number, (chunk, finite) in enumerate(zip(schedule.chunks, result.finite, strict=True)):
+    for number, (chunk, finite) in enumerate(zip(schedule.chunks, result.finite(), strict=True)):
         if number in result.errors:
             faults[chunk.sequence.request_id] = result.errors[number]
         elif not finite:

@@ -64,7 +64,10 @@ class Discovery:
         if layer in self.layers:
             raise NotUnderstood(f"layer {layer} attends more than once")
         _, key, value = states
-        self.layers[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device, seen)
+        heads = key.shape[1]
+        self.layers[layer] = LayerShape(
+            heads, key.shape[-1], value.shape[-1], key.dtype, key.device, seen, settings.heads // heads
+        )
         self.settings[layer] = settings
         self.states[layer] = states
 

@@ -4,20 +4,23 @@ A `Backend` allocates the cache, plans each step, replaces modules of a model by
 reply depend on. `engine.compute.cpu.backend` computes with compiled kernels, `engine.compute.torch_backend` with
 torch's own operations. `engine.loading.placement` chooses one for a model; no other code asks which one it is.
 
-    PackedRunner ── plan(cache, chunks) ──► StepPlan ◄── attend(layer, …) ── attention_forward ◄── a model's layer
+          Runner ── plan(cache, chunks) ──► StepPlan ◄── attend(layer, …) ── attention_forward ◄── a model's layer
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from engine.compute.kv_cache import KVCache, LayerShape
 from engine.scheduling.block_pool import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from engine.compute.model_runner import Runner
 
 Progress = Callable[[str], None]
 """Called with a few words about what is taking long."""
@@ -58,6 +61,19 @@ class AttentionSettings:
         return self.heads, self.scale, self.softcap, self.sinks is not None
 
 
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """How large the steps of a runner may be.
+
+    Attributes:
+        rows: tokens of a step; sequences: chunks of a step; length: tokens of a sequence.
+    """
+
+    rows: int
+    sequences: int
+    length: int
+
+
 class StepPlan(Protocol):
     """One step's attention: made once per step and used by every layer."""
 
@@ -73,7 +89,9 @@ class StepPlan(Protocol):
         """
 
     def finite(self) -> Tensor:
-        """Return `[rows] bool` on the CPU, once all layers have attended: False where a key or value was not finite.
+        """Return `[rows] bool`, once all layers have attended: False where a key or value was not finite.
+
+        On the device that computed them, so that nothing waits for it here.
 
         Such a row's keys and values are stored as zeros.
         """
@@ -98,6 +116,25 @@ class Backend(Protocol):
 
     def plan(self, cache: KVCache, chunks: Sequence[PackedChunk]) -> StepPlan:
         """Plan a step over a cache that this backend allocated; the chunks' rows follow each other from row 0 on."""
+
+    def runner(
+        self,
+        model: nn.Module,
+        cache: KVCache,
+        vocab_size: int,
+        size: StepSize,
+        *,
+        single_rows: bool = False,
+        row_safe: bool = False,
+        bystanders: Sequence[int] = (),
+        serves: bool = False,
+    ) -> Runner:
+        """Make what computes a model's steps over a cache that this backend allocated.
+
+        Args:
+            serves: it will serve, so preparations that take long are worth it; else it is for a trial.
+            single_rows, row_safe, bystanders: see `engine.compute.model_runner.PackedRunner`.
+        """
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
         """Replace linear layers, pointwise modules and decoder layers by the backend's own, in place.

@@ -36,6 +36,8 @@ class LayerShape:
     dtype: torch.dtype
     device: torch.device
     seen: KeyRange = ALL_BEFORE
+    groups: int = 1
+    """Query heads that share a key head."""
 
     @property
     def bytes_per_token(self) -> int:

@@ -27,6 +27,8 @@ from engine.compute.row_safe import RowSafeFunctions
 from engine.errors import ReplyFault, out_of_memory
 from engine.scheduling.block_pool import BLOCK_SIZE
 from engine.scheduling.schedule import Chunk, Schedule
+from engine.scheduling.sequence import Sequence
+from engine.transfer import HostCopy
 
 log = logging.getLogger("verbatim.engine")
 
@@ -37,19 +39,42 @@ class ForwardResult:
 
     Attributes:
         logits: `[n, vocab] float32`, each chunk's `num_rows` rows, in order.
-        finite: for each chunk of the schedule, whether all its keys and values were finite, its draft's aside.
+        finite: tells for each chunk of the schedule whether all its keys and values were finite, its draft's aside. On
+            a GPU it waits until the pass has been computed: ask after the sampler has read its numbers back.
         errors: of chunks that could not be computed, by their number; their logits mean nothing.
     """
 
     logits: Tensor
-    finite: tuple[bool, ...]
+    finite: Callable[[], Seq[bool]]
     errors: Mapping[int, ReplyFault] = field(default_factory=dict)
+
+
+class Lookahead(Protocol):
+    """Launches a step before the tokens of the one before it have reached the host."""
+
+    def launch(self, sequences: Seq[Sequence], tokens: Seq[Tensor]) -> None:
+        """Compute the next token's row of some sequences, each behind the token that it is drawing.
+
+        The next `forward` returns what was launched, if its schedule asks for nothing else: neighbours change no bit.
+        Where there is no memory for it, nothing is launched.
+
+        Args:
+            sequences: have a block for that row, which nobody else reads.
+            tokens: `[1] int64` each, on the device: what each is drawing.
+        """
+
+    def confirm(self, tokens: Seq[int]) -> None:
+        """Say what the device took for the tokens, once it is known."""
 
 
 class Runner(Protocol):
     """Computes the forward pass of each step."""
 
     vocab_size: int
+
+    @property
+    def lookahead(self) -> Lookahead | None:
+        """What launches steps ahead of time; None where each is computed when it is asked for."""
 
     def forward(self, schedule: Schedule) -> ForwardResult: ...
 
@@ -77,8 +102,60 @@ class _Model:
         return output
 
 
+@dataclass(frozen=True, slots=True)
+class PackedStep:
+    """The chunks of a schedule as one row of tokens.
+
+    Attributes:
+        tokens, positions: of each row.
+        chunks: where each chunk's rows and keys are.
+        kept: the rows whose logits are wanted, in order.
+        real: rows of each chunk that are no draft.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    chunks: list[PackedChunk]
+    kept: list[int]
+    real: list[int]
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> PackedStep:
+        """Pack a schedule's chunks one behind the other."""
+        step = cls([], [], [], [], [])
+        for chunk in schedule.chunks:
+            table = chunk.sequence.block_table[: -(-(chunk.start + chunk.count) // BLOCK_SIZE)]
+            step.add(chunk.tokens, chunk.start, tuple(table), chunk.num_rows, len(chunk.draft))
+        return step
+
+    def add(self, tokens: Seq[int], start: int, table: tuple[int, ...], kept: int, drafted: int = 0) -> None:
+        """Append a chunk whose last `kept` rows are wanted, and whose last `drafted` ones are a draft."""
+        self.chunks.append(PackedChunk(len(self.tokens), len(tokens), start, table))
+        self.tokens.extend(tokens)
+        self.positions.extend(range(start, start + len(tokens)))
+        self.kept.extend(range(len(self.tokens) - kept, len(self.tokens)))
+        self.real.append(len(tokens) - drafted)
+
+    def told(self, finite: Tensor) -> Callable[[], tuple[bool, ...]]:
+        """Start to copy `finite`, `[rows]` or more, to the host: true where a row is finite.
+
+        Returns:
+            What waits for the copy and tells for each chunk whether all its rows are finite, its draft's aside: a wrong
+            guess is nobody's fault.
+        """
+        copy = HostCopy(finite)
+
+        def tell() -> tuple[bool, ...]:
+            rows = copy.read()
+            return tuple(all(rows[c.row : c.row + real]) for c, real in zip(self.chunks, self.real, strict=True))
+
+        return tell
+
+
 class PackedRunner:
     """Computes all sequences of a step in one pass over the block cache."""
+
+    lookahead = None
 
     def __init__(
         self,
@@ -110,24 +187,10 @@ class PackedRunner:
     def forward(self, schedule: Schedule) -> ForwardResult:
         """Copy the blocks that the schedule names, compute its chunks and store their keys and values."""
         self.cache.copy_blocks(schedule.copies)
-        tokens: list[int] = []
-        positions: list[int] = []
-        packed: list[PackedChunk] = []
-        last_rows: list[int] = []
-        for chunk in schedule.chunks:
-            sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
-            packed.append(
-                PackedChunk(len(tokens), chunk.count, start, tuple(sequence.block_table[: -(-end // BLOCK_SIZE)]))
-            )
-            tokens += chunk.tokens
-            positions += range(start, end)
-            last_rows += range(len(tokens) - chunk.num_rows, len(tokens))
-        plan = self._backend.plan(self.cache, packed)
-        logits = self._run(tokens, positions, last_rows, plan)
-        finite = plan.finite()
-        real = [chunk.count - len(chunk.draft) for chunk in schedule.chunks]  # a wrong guess is nobody's fault
-        told = (bool(finite[s.row : s.row + n].all()) for s, n in zip(packed, real, strict=True))
-        return ForwardResult(logits, tuple(told))
+        step = PackedStep.of(schedule)
+        plan = self._backend.plan(self.cache, step.chunks)
+        logits = self._run(step.tokens, step.positions, step.kept, plan)
+        return ForwardResult(logits, step.told(plan.finite()))
 
     def _run(self, tokens: list[int], positions: list[int], rows: list[int], plan: StepPlan) -> Tensor:
         # A product with one row may take another path in a library than the same row among others.
@@ -157,6 +220,8 @@ class FallbackRunner:
     Needs a scheduler with `whole_prompts`: then a sequence's passes are always the same, one for the prompt and one per
     token, and no other sequence can change its bits.
     """
+
+    lookahead = None
 
     def __init__(self, model: nn.Module, backend: Backend, vocab_size: int, *, positions: bool = True) -> None:
         """Serve a model. `positions`: pass `position_ids` if the model takes them; the self-test decides.
@@ -192,7 +257,7 @@ class FallbackRunner:
         device = self._model.device
         # A fault shows in the sequence's own logits: there are no keys that another could read.
         finite = (True,) * len(rows)
-        return ForwardResult(torch.cat([part.to(device) for part in rows]), finite, errors)
+        return ForwardResult(torch.cat([part.to(device) for part in rows]), lambda: finite, errors)
 
     def _pass(self, chunk: Chunk) -> Tensor:
         """Compute a chunk. Returns the logits of its last tokens, `[num_rows, vocab] float32`."""

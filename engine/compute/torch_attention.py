@@ -9,6 +9,7 @@ independent of how its prompt was cut into chunks (measured, docs/decisions/0002
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ class TorchPlan:
         self.chunks = tuple(chunks)
         self.slots = torch.tensor([slot for chunk in chunks for slot in chunk.slots()], dtype=torch.int64)
         """`[rows] int64`: where each row's key and value are stored."""
-        self._finite = torch.ones(len(self.slots), dtype=torch.bool)
+        self._finite: dict[torch.device, Tensor] = {}
         self._runs: dict[int, tuple[Run, ...]] = {}
         self._masks: dict[tuple[Any, ...], Tensor] = {}
         self._slots_on: dict[torch.device, Tensor] = {}
@@ -61,8 +62,9 @@ class TorchPlan:
         return output
 
     def finite(self) -> Tensor:
-        """Return which rows' keys and values were finite in all layers: `[rows] bool`, on the CPU."""
-        return self._finite
+        """Return which rows' keys and values were finite in all layers: `[rows] bool`, on a device of the layers'."""
+        found = list(self._finite.values()) or [torch.ones(len(self.slots), dtype=torch.bool)]
+        return functools.reduce(lambda one, other: one & other.to(one.device), found)
 
     def mask(self, chunk: PackedChunk, seen: KeyRange, rows: int, repeat: int, like: Tensor) -> Tensor:
         """Return the additive mask `[rows, padded_length(chunk)]`, built once per step and shape for all layers.
@@ -87,7 +89,8 @@ class TorchPlan:
         rows = len(self.slots)
         keys, values = keys[:, :rows], values[:, :rows]
         finite = keys.isfinite().all(2).all(0) & values.isfinite().all(2).all(0)
-        self._finite = self._finite & finite.cpu()
+        known = self._finite.get(finite.device)
+        self._finite[finite.device] = finite if known is None else known & finite
         if keys.device.type != "cpu" or not bool(finite.all()):
             keys = torch.where(finite[None, :, None], keys, 0)
             values = torch.where(finite[None, :, None], values, 0)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from engine.compute.backend import PackedChunk, Progress
+from engine.compute.backend import PackedChunk, Progress, StepSize
 from engine.compute.kv_cache import KVCache, LayerShape
 from engine.compute.linear import Make, pack_model
+from engine.compute.model_runner import PackedRunner
 from engine.compute.processor import processor_model
 from engine.compute.torch_attention import TorchPlan
 from engine.host_memory import give_back_memory
@@ -38,6 +40,12 @@ class TorchBackend:
     def plan(self, cache: KVCache, chunks: Sequence[PackedChunk]) -> TorchPlan:
         """Plan a step for torch's attention."""
         return TorchPlan(cache, chunks)
+
+    def runner(
+        self, model: nn.Module, cache: KVCache, vocab_size: int, size: StepSize, *, serves: bool = False, **trial: Any
+    ) -> PackedRunner:
+        """Compute steps of any size."""
+        return PackedRunner(model, self, cache, vocab_size, **trial)
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
         """Replace the linear layers if a kind was chosen; everything else stays as it is."""

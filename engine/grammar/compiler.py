@@ -181,7 +181,7 @@ class GrammarCompiler:
         matcher = self._compile(grammar)
         if matcher.is_error() or (state := GrammarState(matcher)).accepting:
             return False
-        allowed = self.masks([state], [state.forced])[0]
+        allowed = self.allowed(state)
         allowed[self._ends] = False
         return state.stopped or not allowed.any()
 
@@ -197,10 +197,11 @@ class GrammarCompiler:
         states: Sequence[GrammarState | None],
         forced: Sequence[int | None],
         known: Mapping[int, NDArray[np.int32]] | None = None,
-    ) -> NDArray[np.bool_]:
-        """Compute which tokens may come next, bool `[len(states), vocab_size]`.
+    ) -> NDArray[np.int32]:
+        """Compute which tokens may come next, one bit each: int32 `[len(states), ceil(vocab_size / 32)]`.
 
-        Raises nothing: `GrammarState.check` raises for a state that hit a limit.
+        Bit `i % 32` of word `i // 32` is that of token `i`; bits behind the last token mean nothing. Raises nothing:
+        `GrammarState.check` raises for a state that hit a limit.
 
         Args:
             states: one per row; all tokens may follow where it is None.
@@ -216,12 +217,16 @@ class GrammarCompiler:
             fill_next_token_bitmask(free[0][0], bits, free[0][1])
         elif free:
             fill_next_token_bitmask_par(self._threads, free, bits)
-        allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, : self.vocab_size].view(np.bool_)
         for i, token in enumerate(forced):
             if token is not None:
-                allowed[i] = False
-                allowed[i, token] = True
-        return allowed
+                bits[i] = 0
+                bits.view(np.uint32)[i, token // 32] = 1 << token % 32
+        return bits
+
+    def allowed(self, state: GrammarState) -> NDArray[np.bool_]:
+        """Return which tokens may come next, bool `[vocab_size]`. `masks` tells the same for many states."""
+        bits = self.masks([state], [state.forced])[0].view(np.uint8)
+        return np.unpackbits(bits, bitorder="little")[: self.vocab_size].view(np.bool_)
 
     def check(self, grammar: str, param: str) -> None:
         """Raise `InvalidParameter` for a grammar that cannot be compiled. `param`: the field that asks for it."""

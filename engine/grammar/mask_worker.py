@@ -35,7 +35,7 @@ class MaskWorker:
     def __init__(self, grammars: GrammarCompiler) -> None:
         self._grammars = grammars
 
-    def masks(self, states: Sequence[GrammarState | None], forced: Sequence[int | None]) -> NDArray[np.bool_]:
+    def masks(self, states: Sequence[GrammarState | None], forced: Sequence[int | None]) -> NDArray[np.int32]:
         """Return what `GrammarCompiler.masks` does. Masks that were computed ahead are reused."""
         known = {
             i: state.ahead.result()

@@ -271,7 +271,7 @@ def _step(kept: _Kept, compiler: GrammarCompiler, state: GrammarState, walk: int
     if state.stopped or state.forced is not None:
         return None
     began = time.thread_time()
-    allowed = compiler.masks([state], [None])[0]
+    allowed = compiler.allowed(state)
     state.check()
     inside = np.flatnonzero(allowed & ~kept.closing)
     choices = inside if len(inside) else np.flatnonzero(allowed & ~kept.ends)

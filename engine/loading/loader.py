@@ -19,8 +19,8 @@ from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.reading import check_vocabulary, load_model
 from engine.compute import rotary
-from engine.compute.backend import Progress
-from engine.compute.model_runner import FallbackRunner, PackedRunner, Runner
+from engine.compute.backend import Progress, StepSize
+from engine.compute.model_runner import FallbackRunner, Runner
 from engine.config import ModelConfig
 from engine.errors import LoadError, NotEnoughMemory, VerbatimError, one_line, out_of_memory, panicked
 from engine.host_memory import format_bytes
@@ -122,18 +122,21 @@ def _assemble(config: ModelConfig, found: Checkpoint, ready: ReadyModel, files: 
         grammars=text.grammars,
         chat_format=text.chat_format,
         closing_ids=text.closing_ids,
-        runner=_runner(ready, size),
+        runner=_runner(config, ready, size),
         scheduler=_scheduler(config, ready, size),
         device=ready.placement.device,
     )
 
 
-def _runner(ready: ReadyModel, size: CacheSize) -> Runner:
+def _runner(config: ModelConfig, ready: ReadyModel, size: CacheSize) -> Runner:
     test, model, backend = ready.test, ready.model, ready.backend
     if test.layers is None:
         return FallbackRunner(model, backend, ready.vocab_size, positions=test.positions)
     cache = backend.allocate(test.layers, size.blocks)
-    return PackedRunner(model, backend, cache, ready.vocab_size, single_rows=test.single_rows, row_safe=test.row_safe)
+    steps = StepSize(config.max_batch_tokens + config.max_sequences, config.max_sequences, size.context_length)
+    return backend.runner(
+        model, cache, ready.vocab_size, steps, single_rows=test.single_rows, row_safe=test.row_safe, serves=True
+    )
 
 
 def _scheduler(config: ModelConfig, ready: ReadyModel, size: CacheSize) -> Scheduler:

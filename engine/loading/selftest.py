@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from engine.compute import rotary
 from engine.compute.attention import IMPLEMENTATION, Discovery, register_attention
-from engine.compute.backend import Backend
+from engine.compute.backend import Backend, StepSize
 from engine.compute.discovery import discover, input_device
 from engine.compute.kv_cache import KVCache, LayerShape, runs_of
-from engine.compute.model_runner import FallbackRunner, PackedRunner, Runner
+from engine.compute.model_runner import FallbackRunner, Runner
 from engine.compute.row_safe import RowSafeFunctions
 from engine.errors import LoadError, first_line, out_of_memory
 from engine.loading.attention_trial import AttentionTrial
@@ -315,11 +315,11 @@ class _Packed:
         blocks = sum(-(-(len(t.prompt) + _DECODED) // BLOCK_SIZE) for t in texts)
         cache = self._backend.allocate(self.layers, blocks)
         last = self._length - 1
-        runner = PackedRunner(
+        runner = self._backend.runner(
             self._model,
-            self._backend,
             cache,
             self._vocab_size,
+            StepSize(budget + len(texts), len(texts), self._length),
             single_rows=single_rows,
             row_safe=self.row_safe,
             bystanders=(last, last // 2, 0) if far else (),

@@ -1,7 +1,7 @@
-"""Turns a model's logits into the tokens that may be drawn: edits, temperature, filters. Draws nothing.
+"""Turns edited logits into the tokens that may be drawn: temperature and filters. Draws nothing.
 
 Knows nothing of requests, seeds or steps; works on tensors and on lists of plain numbers. Each step is a function here;
-the sampler calls them in a fixed order (`bias`, `repetition`, `penalties`, `ban`, then `scaled` and the filters).
+the sampler calls them after `engine.sampling.edits`. None but `keep_mass` reads a number back from the device.
 
 A row does not depend on its neighbours or on the number of threads, because every step is element-wise, or a maximum,
 or a selection by a total order, or a sum of *integers*: no sum rounds in an order that the batch decides. Probability
@@ -21,12 +21,12 @@ from torch import Tensor
 
 __all__ = [
     "MAX_VOCABULARY",
-    "Edits",
     "Filter",
     "Filters",
     "Kept",
     "keep_all",
     "keep_first",
+    "keep_mass",
     "largest",
     "log_mass",
     "masses",
@@ -60,11 +60,27 @@ class Filter:
 
 
 class Filters:
-    """The filters of `n` rows, as numbers here and as one table, float64 `[n, 4]`, on the device of the logits."""
+    """The filters of `n` rows, as numbers here and as one table on the device of the logits.
+
+    Args:
+        filters: of each row.
+        table: float64 `[n, 4]`, the `numbers` of the same filters.
+    """
 
     def __init__(self, filters: list[Filter], table: Tensor) -> None:
         self._filters = filters
         self._table = table
+
+    @staticmethod
+    def numbers(filters: list[Filter]) -> list[float]:
+        """Return what the table of some filters holds, row by row: temperature, top_p, top_k and the logarithm of
+        min_p, infinite where nothing is cut.
+        """
+        values: list[float] = []
+        for c in filters:
+            floor = math.log(c.min_p) if c.min_p > 0.0 else -math.inf
+            values += (c.temperature, c.top_p, c.top_k or math.inf, floor)
+        return values
 
     @property
     def temperatures(self) -> Tensor:
@@ -79,14 +95,6 @@ class Filters:
         """How many tokens top_k keeps; infinity for all."""
         return self._table[:, 2:3]
 
-    @classmethod
-    def of(cls, filters: list[Filter], device: torch.device) -> Filters:
-        values: list[float] = []
-        for c in filters:
-            floor = math.log(c.min_p) if c.min_p > 0.0 else -math.inf
-            values += (c.temperature, c.top_p, c.top_k or math.inf, floor)
-        return cls(filters, torch.tensor(values, dtype=torch.float64, device=device).view(-1, 4))
-
     def __len__(self) -> int:
         return len(self._filters)
 
@@ -96,9 +104,6 @@ class Filters:
     def part(self, start: int, end: int) -> Filters:
         return self if end - start == len(self) else Filters(self._filters[start:end], self._table[start:end])
 
-    def pick(self, rows: list[int]) -> Filters:
-        return Filters([self._filters[i] for i in rows], self._table[torch.tensor(rows, device=self._table.device)])
-
     def apply_min_p(self, scores: Tensor) -> None:
         if any(c.min_p > 0.0 for c in self._filters):
             scores.masked_fill_(scores < self._table[:, 3:4], -math.inf)
@@ -106,91 +111,17 @@ class Filters:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The tokens of some rows that may be drawn.
+    """The tokens of `n` rows that may be drawn.
 
     Attributes:
-        rows: the batch rows that these are, `n` of them.
         scores: float64 `[n, m]`, `(logit - largest) / temperature`; -inf where the token is not kept. Each row has a 0.
         ids: int64 `[n, m]`, likeliest first, equals by lowest id; None where column `i` is token `i`.
+        settled: bool `[n, 1]`, whether these are all tokens that may be drawn; None where that is so in every row.
     """
 
-    rows: list[int]
     scores: Tensor
     ids: Tensor | None
-
-
-class Edits:
-    """Collects sparse changes to a batch of logits row by row, and applies each kind with one operation.
-
-    Ids outside `0 … width - 1` are ignored: they are banned in any case.
-
-    Args:
-        width: columns of the logits that will be edited.
-    """
-
-    def __init__(self, width: int) -> None:
-        self.width = width
-        self._bias: tuple[list[int], list[float]] = ([], [])
-        self._penalties: tuple[list[int], list[float]] = ([], [])
-        self._repeats: list[tuple[Tensor, float]] = []
-        self._repeated: tuple[list[int], list[float]] = ([], [])
-        self._bans: list[int] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._bias[0] or self._penalties[0] or self._repeats or self._repeated[0] or self._bans)
-
-    def bias(self, row: int, pairs: tuple[tuple[int, float], ...]) -> None:
-        """`logit += bias`; -100 bans. Ids are unique."""
-        inside = [(i, b) for i, b in pairs if 0 <= i < self.width]
-        self._bias[0].extend(row * self.width + i for i, _ in inside)
-        self._bias[1].extend(b if b > -100.0 else -math.inf for _, b in inside)
-
-    def repetition(self, row: int, prompt_ids: Tensor, output_ids: list[int], penalty: float) -> None:
-        """`logit / penalty` where positive, else `logit * penalty` (Keskar et al. 2019, as in transformers).
-
-        Args:
-            prompt_ids: int64 `[ids]`, all below `width`. An id that is given twice is penalised once.
-        """
-        self._repeats.append((prompt_ids + row * self.width, penalty))
-        inside = [row * self.width + i for i in output_ids if i < self.width]
-        self._repeated[0].extend(inside)
-        self._repeated[1].extend([penalty] * len(inside))
-
-    def penalties(self, row: int, counts: dict[int, int], frequency: float, presence: float) -> None:
-        """`logit -= frequency * count + presence` for every id with a count."""
-        inside = [(i, n) for i, n in counts.items() if n > 0 and i < self.width]
-        self._penalties[0].extend(row * self.width + i for i, _ in inside)
-        self._penalties[1].extend(-(frequency * n + presence) for _, n in inside)
-
-    def ban(self, row: int, ids: tuple[int, ...]) -> None:
-        self._bans.extend(row * self.width + i for i in ids if 0 <= i < self.width)
-
-    def apply(self, logits: Tensor) -> None:
-        """Change `logits` in place, in the fixed order: float32 `[rows, width]`, contiguous, owned by the caller."""
-        flat, device = logits.view(-1), logits.device
-        _add(flat, *self._bias)
-        self._penalise_repeats(flat)
-        _add(flat, *self._penalties)
-        if self._bans:
-            flat.index_fill_(0, torch.tensor(self._bans, device=device), -math.inf)
-
-    def _penalise_repeats(self, flat: Tensor) -> None:
-        if not self._repeats:
-            return
-        device = flat.device
-        at = [*(ids for ids, _ in self._repeats), torch.tensor(self._repeated[0], dtype=torch.int64, device=device)]
-        by = [ids.new_full(ids.shape, penalty, dtype=torch.float32) for ids, penalty in self._repeats]
-        by.append(torch.tensor(self._repeated[1], dtype=torch.float32, device=device))
-        index, penalty = torch.cat(at), torch.cat(by)
-        before = flat[index]
-        # An id that is in the prompt and in the output is written twice, with the same value.
-        flat[index] = torch.where(before > 0, before / penalty, before * penalty)
-
-
-def _add(flat: Tensor, index: list[int], values: list[float]) -> None:
-    if index:
-        at = torch.tensor(index, device=flat.device)
-        flat.index_add_(0, at, torch.tensor(values, dtype=torch.float32, device=flat.device))
+    settled: Tensor | None = None
 
 
 def order_keys(logits: Tensor) -> Tensor:
@@ -252,39 +183,35 @@ def sum_masses(logits: Tensor, peaks: Tensor) -> Tensor:
     return total
 
 
-def log_mass(total: int) -> float:
+def log_mass(total: float) -> float:
     """Return the logarithm of a sum of `masses`: `score - log_mass(total)` is a log-probability."""
     return math.log(total * MASS_UNIT)
 
 
-def keep_all(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters) -> Kept:
+def keep_all(logits: Tensor, peaks: Tensor, filters: Filters) -> Kept:
     """Apply temperature and min_p, which look at each token alone: nothing is sorted.
 
     min_p keeps `p >= min_p * p_max`, taken as `score >= ln(min_p)`.
 
     Args:
-        rows: names of the rows, passed on.
         logits: float32 `[n, width]`, left as it is.
         peaks: float64 `[n, 1]`, the largest logit of each row.
         filters: of the same rows.
     """
     scores = scaled(logits, peaks, filters.temperatures)
     filters.apply_min_p(scores)
-    return Kept(rows, scores, None)
+    return Kept(scores, None)
 
 
-def keep_first(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters, head: int | None = None) -> list[Kept]:
+def keep_first(logits: Tensor, peaks: Tensor, filters: Filters, head: int | None = None) -> Kept:
     """Apply top_k, then top_p, then min_p to tokens in order: likeliest first, equals by lowest id.
 
     top_k keeps exactly k. top_p keeps the shortest run whose mass is at least top_p of what top_k left, and at least
-    one token. For a peaked row it is enough to sort the first few tokens. For a flat one `_keep_mass` searches for the
-    place where the mass is reached, which costs more than sorting a few and much less than sorting all.
+    one token. For a peaked row it is enough to sort the first few tokens. A flat one, whose mass they do not reach, is
+    not settled: it needs a larger `head`, or `keep_mass`.
 
     Args: as `keep_all`, but every filter must be one that sorts, and
-        head: how many tokens to sort at first; changes nothing but the cost. None: what is cheapest.
-
-    Returns:
-        One or two parts, which together hold all rows.
+        head: how many tokens to sort, at least the largest top_k. None: a few.
     """
     assert all(c.sorts for c in filters)
     width = logits.shape[-1]
@@ -295,35 +222,26 @@ def keep_first(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters,
     ids = largest(order_keys(logits), head)
     scores = scaled(logits.gather(1, ids), peaks, filters.temperatures)
     reached = _ban_rest(scores, totals, filters)
-    if head == width or all(reached):
-        filters.apply_min_p(scores)
-        return [Kept(rows, scores, ids)]
-    parts = []
-    if settled := [j for j, enough in enumerate(reached) if enough]:
-        at = torch.tensor(settled, device=logits.device)
-        scores, ids = scores[at], ids[at]
-        filters.pick(settled).apply_min_p(scores)
-        parts.append(Kept([rows[j] for j in settled], scores, ids))
-    flat = [j for j, enough in enumerate(reached) if not enough]
-    at = torch.tensor(flat, device=logits.device)
-    parts.append(_keep_mass([rows[j] for j in flat], logits[at], peaks[at], filters.pick(flat), totals[at]))
-    return parts
+    filters.apply_min_p(scores)
+    return Kept(scores, ids, None if head == width else reached)
 
 
 def _totals(logits: Tensor, peaks: Tensor, filters: Filters) -> Tensor:
-    """Return the mass of each whole row, int64 `[n, 1]`; 0 for rows with top_k, which do not need it."""
-    whole = [i for i, c in enumerate(filters) if not c.top_k]
-    if len(whole) == len(filters):
-        return masses(scaled(logits, peaks, filters.temperatures)).sum(-1, keepdim=True)
+    """Return the mass of each whole row, int64 `[n, 1]`; means nothing for rows with top_k, which do not need it."""
     totals = torch.zeros(peaks.shape, dtype=torch.int64, device=peaks.device)
-    if whole:
-        at = torch.tensor(whole, device=logits.device)
+    if whole := [i for i, c in enumerate(filters) if not c.top_k]:
+        # A slice needs no index on the device. The sampler puts these rows side by side.
+        at = slice(whole[0], whole[-1] + 1)
         totals[at] = masses(scaled(logits[at], peaks[at], filters.temperatures[at])).sum(-1, keepdim=True)
     return totals
 
 
-def _ban_rest(scores: Tensor, totals: Tensor, filters: Filters) -> list[bool]:
-    """Ban what top_k and top_p leave out of sorted `scores` `[n, head]`, in place. Returns which rows that settles."""
+def _ban_rest(scores: Tensor, totals: Tensor, filters: Filters) -> Tensor | None:
+    """Ban what top_k and top_p leave out of sorted `scores` `[n, head]`, in place.
+
+    Returns:
+        Which rows that settles, bool `[n, 1]`; None for all of them.
+    """
     mass = None
     if any(c.top_k for c in filters):
         outside = torch.arange(scores.shape[-1], device=scores.device) >= filters.firsts
@@ -331,27 +249,32 @@ def _ban_rest(scores: Tensor, totals: Tensor, filters: Filters) -> list[bool]:
         mass = masses(scores)
         totals = torch.where(filters.firsts < math.inf, mass.sum(-1, keepdim=True), totals)
     if all(c.top_p >= 1.0 for c in filters):
-        return [True] * len(filters)
+        return None
     mass = masses(scores) if mass is None else mass
     upto = mass.cumsum(-1)
     limits = _limits(totals, filters)
     scores.masked_fill_(upto - mass >= limits, -math.inf)
-    reached = (upto[:, -1:] >= limits).flatten().tolist()
-    return [enough or c.top_k > 0 for enough, c in zip(reached, filters, strict=True)]
+    if all(c.top_k for c in filters):
+        return None
+    return (upto[:, -1:] >= limits) | (filters.firsts < math.inf)
 
 
-def _keep_mass(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters, totals: Tensor) -> Kept:
+def keep_mass(logits: Tensor, peaks: Tensor, filters: Filters) -> Kept:
     """Apply top_p and min_p without sorting all: a histogram finds the narrow range of scores where the mass is
     reached.
 
     Tokens above that range are kept, tokens below are not, and only those inside are sorted. This is exact, since every
-    sum is of integers and the range of a token is a monotone function of its logit.
+    sum is of integers and the range of a token is a monotone function of its logit. Much cheaper on a CPU than sorting
+    all. The host reads how many tokens are in the range, so a GPU would have to be waited for.
+
+    Args: as `keep_all`; no filter has top_k.
     """
+    assert not any(c.top_k for c in filters)
     scores = scaled(logits, peaks, filters.temperatures)
     mass = masses(scores)
-    limits = _limits(totals, filters)
+    limits = _limits(mass.sum(-1, keepdim=True), filters)
     place = (scores * (_RANGES / _NEGLIGIBLE)).clamp_(max=_RANGES - 1).long()
-    histogram = torch.zeros(len(rows), _RANGES, dtype=torch.int64, device=scores.device).scatter_add_(1, place, mass)
+    histogram = torch.zeros(len(scores), _RANGES, dtype=torch.int64, device=scores.device).scatter_add_(1, place, mass)
     upto = histogram.cumsum(-1)
     edge = (upto < limits).sum(-1, keepdim=True)
     scores.masked_fill_(place > edge, -math.inf)
@@ -366,9 +289,9 @@ def _keep_mass(rows: list[int], logits: Tensor, peaks: Tensor, filters: Filters,
     earlier_rows = within.cumsum(0) - within
     before = (upto.gather(1, edge) - within - earlier_rows)[row, 0] + inside.cumsum(0) - inside
     beyond = before >= limits[row, 0]
-    scores[row[beyond], column[beyond]] = -math.inf
+    scores[row, column] = scores[row, column].masked_fill_(beyond, -math.inf)
     filters.apply_min_p(scores)
-    return Kept(rows, scores, None)
+    return Kept(scores, None)
 
 
 def _limits(totals: Tensor, filters: Filters) -> Tensor:

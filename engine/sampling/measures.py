@@ -2,7 +2,8 @@
 
 The perturbed score of a token is what a draw maximises: `(logit - largest) / temperature + gumbel`, and the processed
 logit at temperature 0. Candidates are found with torch's logarithm, whose last digit depends on a number's place in a
-tensor; what is returned is computed from them one number at a time, as in `engine.sampling.rng`.
+tensor; the host computes what counts from them one number at a time, as in `engine.sampling.rng`. Nothing here waits
+for the device.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from engine.sampling.logits import Filter, Kept, masses, order_keys, scaled
-from engine.sampling.rng import GAP_UNIT, gumbel
+from engine.sampling.rng import GAP_UNIT
 
-__all__ = ["closeness", "closeness_of_largest", "margins", "margins_of_largest", "rounded"]
+__all__ = ["best_two", "closeness", "near_best", "rounded"]
 
 _CANDIDATES: Final = 8
 """Tokens among which the best two are looked for, by an approximate score that is off by 1e-14 at most."""
@@ -32,67 +33,41 @@ def rounded(value: float) -> float:
     return number
 
 
-def margins(kept: Kept, token_gaps: Tensor, rows: list[int]) -> list[float | None]:
-    """Return how far the best perturbed score of some rows is ahead of the second best.
+def near_best(kept: Kept, token_gaps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return tokens among which the two best of each row are: their scores, float64 `[n, k]`, and their gaps, int64.
 
     Args:
         token_gaps: int64, shaped as `kept.scores`.
-        rows: which rows of `kept`.
-
-    Returns:
-        At least 0; None where only one token is kept.
     """
-    at = torch.tensor(rows, device=kept.scores.device)
-    scores, gap = kept.scores[at], token_gaps[at]
-    near = (scores + _gumbels(gap)).topk(min(_CANDIDATES, scores.shape[-1]), dim=-1).indices
-    found = zip(scores.gather(1, near).tolist(), gap.gather(1, near).tolist(), strict=True)
-    return [_ahead([s + gumbel(g) for s, g in zip(*row, strict=True) if s > -math.inf]) for row in found]
+    scores = kept.scores
+    near = (scores + _gumbels(token_gaps)).topk(min(_CANDIDATES, scores.shape[-1]), dim=-1).indices
+    return scores.gather(1, near), token_gaps.gather(1, near)
 
 
-def margins_of_largest(logits: Tensor) -> list[float | None]:
-    """Return the same for rows that are not drawn from: the largest logit less the second largest."""
-    best = logits.topk(min(2, logits.shape[-1]), dim=-1).values
-    return [_ahead([value for value in row if value > -math.inf]) for row in best.tolist()]
+def best_two(logits: Tensor) -> Tensor:
+    """Return the two largest logits of each row, float32 `[n, 2]`; `[n, 1]` of rows of one."""
+    return logits.topk(min(2, logits.shape[-1]), dim=-1).values
 
 
-def _ahead(scores: list[float]) -> float | None:
-    best = sorted(scores, reverse=True)
-    return best[0] - best[1] if len(best) > 1 else None
-
-
-def closeness_of_largest(logits: Tensor, drawn: int, expected: int) -> tuple[float, float]:
-    """Return the processed logit of `expected`, and by how much the one of `drawn`, the largest, is ahead of it.
-
-    Args:
-        logits: float32 `[width]`, edited and masked.
-    """
-    best, other = logits[torch.tensor([drawn, expected], device=logits.device)].tolist()
-    return other, best - other  # infinite for a token that is forbidden
-
-
-def closeness(logits: Tensor, cut: Filter, token_gaps: Tensor, expected: int) -> tuple[float, float]:
-    """Return the perturbed score of `expected`, which was not drawn, and by how much scores would have to change so
-    that it would have been.
+def closeness(logits: Tensor, cut: Filter, token_gaps: Tensor, expected: int, own: float) -> Tensor:
+    """Compute by how much scores would have to change so that `expected`, which was not drawn, would have been.
 
     A token can lose in two ways: others that are kept have better perturbed scores, or a filter cuts it off. To win, it
     must overtake each better one, unless that one is itself about to be cut off; and it must be kept.
 
     Args:
-        logits: float32 `[width]`, edited and masked.
+        logits: float32 `[width]`, edited and masked; that of `expected` is not -inf.
         token_gaps: int64 `[width]`, of this draw.
+        own: the perturbed score of `expected`.
 
     Returns:
-        (-inf, inf) for a token that a bias or a grammar forbids.
+        float64 `[1, 2]`: what each of the two ways asks for. The larger one counts, and at least 0.
     """
     scores = scaled(logits.unsqueeze(0), logits.max().double().view(1, 1), cut.temperature)[0]
-    score = scores[expected].item()
-    if score == -math.inf:
-        return -math.inf, math.inf
-    own = score + gumbel(int(token_gaps[expected].item()))
     excess = _excess(logits, scores, cut)
     ahead = (scores + _gumbels(token_gaps)).sub_(own).minimum(-excess)
     ahead[expected] = 0.0
-    return own, max(ahead.max().item(), excess[expected].item(), 0.0)
+    return torch.stack([ahead.max(), excess[expected]]).unsqueeze(0)
 
 
 def _excess(logits: Tensor, scores: Tensor, cut: Filter) -> Tensor:

@@ -6,46 +6,36 @@ Knows nothing of text, of stopping or of the model. A draw is the Gumbel-max tri
     token = argmax over kept ids i of  (logit_i - largest) / T + gumbel(seed, choice, position, i)    lowest id on ties
 
 (float64; the shift by the largest logit is shared by all tokens and changes no draw.) The Gumbel value is computed for
-a handful of tokens only, those that can still win: see `_contenders`.
+a handful of tokens only, those that can still win: see `engine.sampling.contenders`. On a GPU a call sends once and
+reads once.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.errors import InvalidParameter, NumericalFault, VerbatimError
-from engine.sampling.answers import Answers, Described, Sampled, SamplingRow, described
-from engine.sampling.logits import (
-    MAX_VOCABULARY,
-    Edits,
-    Filter,
-    Filters,
-    Kept,
-    keep_all,
-    keep_first,
-    largest,
-    log_mass,
-    masses,
-    order_keys,
-    scaled,
-    sum_masses,
-)
-from engine.sampling.measures import closeness, closeness_of_largest, margins, margins_of_largest, rounded
-from engine.sampling.rng import GAP_UNIT, gaps, gumbel, stream_key, token_steps
-from engine.types.sampling_params import SamplingParams
+from engine.errors import NumericalFault, VerbatimError
+from engine.sampling.answers import Described, Sampled, SamplingRow, described
+from engine.sampling.batch import Batch, Picked, TokenColumns
+from engine.sampling.drawing import Drawing
+from engine.sampling.edits import Edits, ban_table, bans
+from engine.sampling.logits import MAX_VOCABULARY, largest, masses, order_keys, scaled
+from engine.sampling.rng import token_steps
+from engine.transfer import Readback, Rows, Upload
 
-__all__ = ["Described", "Sampled", "Sampler", "SamplingRow"]
+__all__ = ["Described", "Drawing", "Sampled", "Sampler", "SamplingRow"]
 
 _CHUNK_CPU: Final = 2**18  # logits looked at together: the temporaries of one such chunk stay in the cache
 _CHUNK_DEVICE: Final = 2**24
-_SLACK: Final = 1.0 + 2.0**-14
+_HEAD_DEVICE: Final = 1024  # tokens that a GPU sorts at first: a second attempt costs more there than sorting them
 _CACHED_PROMPTS: Final = 64
 
 
@@ -74,19 +64,26 @@ class Sampler:
         if len(invalid) == vocab_size:
             raise ValueError(f"none of the {vocab_size} token ids is valid")
         # Padding rows stand at the end: columns from `width` on are never looked at, which needs no mask.
-        self._width = 1 + max(i for i in range(vocab_size) if i not in invalid)
-        self._holes = torch.tensor(sorted(i for i in invalid if i < self._width), dtype=torch.int64, device=self.device)
-        self._steps = token_steps(self._width, self.device)
-        self._chunk = max(1, (_CHUNK_CPU if self.device.type == "cpu" else _CHUNK_DEVICE) // vocab_size)
+        width = 1 + max(i for i in range(vocab_size) if i not in invalid)
+        holes = sorted(i for i in invalid if i < width)
+        on_cpu = self.device.type == "cpu"
+        self._columns = TokenColumns(
+            width,
+            torch.tensor(holes, dtype=torch.int64, device=self.device),
+            token_steps(width, self.device),
+            max(1, (_CHUNK_CPU if on_cpu else _CHUNK_DEVICE) // vocab_size),
+            head=None if on_cpu else _HEAD_DEVICE,
+            sorts_all=not on_cpu,
+        )
+        self._ban_table = ban_table(self.device)
         self._prompts: OrderedDict[int, tuple[tuple[int, ...], Tensor]] = OrderedDict()
 
-    @torch.inference_mode()
     def sample(
         self,
         logits: Tensor,
         rows: Sequence[SamplingRow],
         logit_rows: Sequence[int] | None = None,
-        allowed: Tensor | None = None,
+        allowed: NDArray[np.int32] | None = None,
     ) -> list[Sampled | VerbatimError]:
         """Choose one token for every row.
 
@@ -97,72 +94,57 @@ class Sampler:
         Args:
             logits: float32 `[logit rows, vocab_size]`; remains the caller's, never written to.
             rows: what to choose, in the order of the answer.
-            logit_rows: which row of `logits` each of `rows` draws from; several may share one. None: the same order.
-            allowed: bool `[rows, vocab_size]`, False where a grammar forbids the token. Applied last.
+            logit_rows: which row of `logits` each of `rows` draws from; several may share one, and rows that none
+                draws from are not looked at. None: the same order.
+            allowed: int32 `[rows, ceil(vocab_size / 32)]`. A grammar forbids token `i` where bit `i % 32` of word
+                `i // 32` is not set. Applied last.
 
         Returns:
             One result a row. A row that cannot be answered holds an error, the others are unaffected: `NumericalFault`
             where the logits hold NaN or +inf, or nothing but -inf; `InvalidParameter` (code `no_token_left`) where
             biases, `min_tokens` and the grammar together forbid every token.
         """
-        if not rows:
-            return []
-        assert logits.dtype == torch.float32, logits.dtype
-        assert logits.shape[1] == self.vocab_size, logits.shape
-        # Rows of one group are put side by side, so that each group is one slice of the batch.
-        ways = [self._way(row.params) for row in rows]
-        order = sorted(range(len(rows)), key=ways.__getitem__)
-        ranked = [rows[i] for i in order]
-        sources = order if logit_rows is None else [logit_rows[i] for i in order]
-        work = self._edited(logits, ranked, sources, None if allowed is None else allowed[order])
-        raw_peaks, peaks = logits.amax(-1), work.amax(-1)  # NaN wins a maximum
-        faults = _faults(ranked, sources, raw_peaks.tolist(), peaks.tolist())
-        if faults:
-            return self._sample_others(logits, rows, logit_rows, allowed, {order[i]: e for i, e in faults.items()})
-        answers = Answers(ranked)
-        self._choose(answers, work, peaks.double().unsqueeze(1), [ways[i] for i in order])
-        self._describe_raw(answers, logits, raw_peaks.double().unsqueeze(1), sources)
-        self._measure(answers, logits, raw_peaks, work, sources)
-        place = {i: rank for rank, i in enumerate(order)}
-        return [answers.results[place[i]] for i in range(len(rows))]
+        return self.start(logits, rows, logit_rows, allowed).finish() if rows else []
 
-    def _sample_others(
+    @torch.inference_mode()
+    def start(
         self,
         logits: Tensor,
         rows: Sequence[SamplingRow],
-        logit_rows: Sequence[int] | None,
-        allowed: Tensor | None,
-        faults: dict[int, VerbatimError],
-    ) -> list[Sampled | VerbatimError]:
-        """Sample again without the rows that cannot be answered. This is rare."""
-        others = [i for i in range(len(rows)) if i not in faults]
-        sources = others if logit_rows is None else [logit_rows[i] for i in others]
-        found = self.sample(logits, [rows[i] for i in others], sources, None if allowed is None else allowed[others])
-        results = dict(zip(others, found, strict=True))
-        return [faults[i] if i in faults else results[i] for i in range(len(rows))]
+        logit_rows: Sequence[int] | None = None,
+        allowed: NDArray[np.int32] | None = None,
+    ) -> Drawing:
+        """Do the device's part of `sample`, of which a GPU's host waits for nothing. `Drawing.finish` does the rest.
 
-    def _way(self, params: SamplingParams) -> int:
-        """Return the group that a row is computed with: 0 greedy, 1 nothing to sort, else by how many tokens are
-        sorted.
-
-        So a row that wants 100,000 tokens sorted does not slow down those that want 50.
+        Args: as `sample`; there is at least one row. `logits` must not be written to before `finish` has returned.
         """
-        if params.temperature == 0.0:
-            return 0
-        cut = self._filter(params)
-        return 1 + (max(64, cut.top_k) - 1).bit_length() if cut.sorts else 1
-
-    def _filter(self, params: SamplingParams) -> Filter:
-        top_k = params.top_k if params.top_k < self._width else 0
-        return Filter(params.temperature, top_k, params.top_p, params.min_p)
+        assert rows
+        assert logits.dtype == torch.float32, logits.dtype
+        assert logits.shape[1] == self.vocab_size, logits.shape
+        sources = list(range(len(rows)) if logit_rows is None else logit_rows)
+        upload = Upload(self.device)
+        wanted = sorted(set(sources))
+        used = None
+        if len(wanted) < len(logits):
+            used = Picked(wanted, wanted, upload)
+            at = {row: place for place, row in enumerate(wanted)}
+            sources = [at[row] for row in sources]
+        batch = Batch(rows, range(len(rows)), sources, self._columns, upload)
+        edits = self._edits(batch.rows)
+        if edits:
+            edits.pack(upload)
+        mask = None if allowed is None else upload.words(allowed[batch.names].tobytes())
+        upload.send()
+        if used is not None:
+            logits = used.of(logits)
+        work = self._edited(logits, batch, edits, None if mask is None else mask.tensor.view(len(rows), -1))
+        return Drawing(rows, sources, self._columns, batch, logits, work)
 
     # Edits
 
-    def _edited(
-        self, logits: Tensor, rows: Sequence[SamplingRow], sources: list[int], allowed: Tensor | None
-    ) -> Tensor:
-        """Return the logits to choose from, `[rows, width]`: a view of the caller's if nothing changes, else a copy."""
-        edits = Edits(self._width)
+    def _edits(self, rows: Sequence[SamplingRow]) -> Edits:
+        """Collect what changes the logits of some rows."""
+        edits = Edits(self._columns.width)
         for i, row in enumerate(rows):
             p = row.params
             if p.logit_bias:
@@ -174,114 +156,35 @@ class Sampler:
                 edits.penalties(i, row.output_counts, p.frequency_penalty, p.presence_penalty)
             if row.position < p.min_tokens:
                 edits.ban(i, self.end_ids + p.stop_token_ids)
-        tokens = logits[:, : self._width]
-        untouched = not edits and allowed is None and not self._holes.numel()
-        if untouched and sources == list(range(len(rows))):
-            return tokens[: len(rows)]
-        work = tokens.index_select(0, torch.tensor(sources, device=self.device))
-        edits.apply(work)
-        if self._holes.numel():
-            work.index_fill_(1, self._holes, -math.inf)
-        if allowed is not None:
-            work.masked_fill_(~allowed[:, : self._width], -math.inf)
+        return edits
+
+    def _edited(self, logits: Tensor, batch: Batch, edits: Edits, mask: Tensor | None) -> Tensor:
+        """Return the logits to choose from, `[rows, width]`: a view of the caller's if nothing changes, else a copy."""
+        tokens, holes = logits[:, : self._columns.width], self._columns.holes
+        untouched = not edits and mask is None and not holes.numel()
+        if untouched and batch.sources == list(range(len(batch))):
+            return tokens[: len(batch)]
+        work = tokens.index_select(0, batch.source_index)
+        if edits:
+            edits.apply(work)
+        if holes.numel():
+            work.index_fill_(1, holes, -math.inf)
+        if mask is not None:
+            work.masked_fill_(bans(mask, self._ban_table)[:, : work.shape[1]], -math.inf)
         return work
 
     def _prompt_ids(self, prompt: tuple[int, ...]) -> Tensor:
         """Return the distinct ids of a prompt. They are kept, because each step of a reply has the same prompt."""
         name = id(prompt)  # stays its own as long as the entry holds the tuple
         if name not in self._prompts:
-            ids = sorted({i for i in prompt if i < self._width})
-            self._prompts[name] = (prompt, torch.tensor(ids, dtype=torch.int64, device=self.device))
+            upload = Upload(self.device)
+            ids = upload.ints(sorted({i for i in prompt if i < self._columns.width}))
+            upload.send()
+            self._prompts[name] = (prompt, ids.tensor)
             if len(self._prompts) > _CACHED_PROMPTS:
                 self._prompts.popitem(last=False)
         self._prompts.move_to_end(name)
         return self._prompts[name][1]
-
-    # Choosing
-
-    def _choose(self, answers: Answers, work: Tensor, peaks: Tensor, ways: list[int]) -> None:
-        """Choose for all rows of `work` `[n, width]`, whose `ways` ascend; `peaks` float64 `[n, 1]`."""
-        greedy = bisect_right(ways, 0)
-        for start, end in self._parts(0, greedy):
-            best = work[start:end].argmax(-1, keepdim=True)  # the first of equals: the lowest id
-            rows = range(start, end)
-            answers.choose(rows, best.flatten().tolist())
-            if wanted := [i for i in rows if answers.rows[i].params.margins]:
-                answers.add_margins(wanted, margins_of_largest(_take(work, wanted)))
-            if wanted := [i for i in rows if _wants(answers.rows[i], "processed")]:
-                some = _take(work, wanted)
-                scores = scaled(some, _take(peaks, wanted))
-                answers.describe(wanted, scores, _take(best, [i - start for i in wanted]), None, some)
-        if greedy < len(ways):
-            self._choose_by_draw(answers, work, peaks, ways, greedy)
-
-    def _choose_by_draw(self, answers: Answers, work: Tensor, peaks: Tensor, ways: list[int], first: int) -> None:
-        drawing = answers.rows[first:]
-        filters = Filters.of([self._filter(r.params) for r in drawing], self.device)
-        keys = [stream_key(r.seed, r.choice_index, r.position) for r in drawing]
-        key = torch.tensor(keys, dtype=torch.int64, device=self.device).unsqueeze(1)
-        start = first
-        while start < len(ways):
-            after = bisect_right(ways, ways[start])
-            for i, j in self._parts(start, after):
-                group = list(range(i, j)), work[i:j], peaks[i:j], filters.part(i - first, j - first)
-                for kept in [keep_all(*group)] if ways[start] == 1 else keep_first(*group):
-                    self._draw(answers, kept, _take(key, [row - first for row in kept.rows]), work)
-            start = after
-
-    def _draw(self, answers: Answers, kept: Kept, keys: Tensor, work: Tensor) -> None:
-        steps = self._steps if kept.ids is None else self._steps[kept.ids]
-        token_gaps = gaps(keys, steps)
-        winners = _gumbel_argmax(kept, token_gaps)
-        answers.choose(kept.rows, [token for _, token, _ in winners], [score for _, _, score in winners])
-        if wanted := [j for j, i in enumerate(kept.rows) if answers.rows[i].params.margins]:
-            answers.add_margins([kept.rows[j] for j in wanted], margins(kept, token_gaps, wanted))
-        if wanted := [j for j, i in enumerate(kept.rows) if _wants(answers.rows[i], "processed")]:
-            names = [kept.rows[j] for j in wanted]
-            chosen = torch.tensor([[winners[j][0]] for j in wanted], device=self.device)
-            ids = None if kept.ids is None else _take(kept.ids, wanted)
-            answers.describe(names, _take(kept.scores, wanted), chosen, ids, _take(work, names))
-
-    def _describe_raw(self, answers: Answers, logits: Tensor, peaks: Tensor, sources: list[int]) -> None:
-        wanted = [i for i, row in enumerate(answers.rows) if _wants(row, "raw")]
-        for start, end in self._parts(0, len(wanted)):
-            names = wanted[start:end]
-            at = [sources[i] for i in names]
-            some = _take(logits, at)
-            tokens = some[:, : self._width]
-            if self._holes.numel():
-                tokens = tokens.index_fill(1, self._holes, -math.inf)
-            chosen = torch.tensor([[answers.results[i].token_id] for i in names], device=self.device)
-            answers.describe(names, scaled(some, _take(peaks, at)), chosen, None, tokens)
-
-    # Measures
-
-    def _measure(self, answers: Answers, logits: Tensor, raw_peaks: Tensor, work: Tensor, sources: list[int]) -> None:
-        """Add the scores of rows that are recorded, and the checks of rows with an expected token."""
-        wanted = [i for i, row in enumerate(answers.rows) if row.records or row.expected is not None]
-        for start, end in self._parts(0, len(wanted)):
-            names = wanted[start:end]
-            at = [sources[i] for i in names]
-            tokens = [token if (token := answers.rows[i].expected) is not None else answers.token(i) for i in names]
-            where = torch.tensor([names, at, tokens], device=self.device)
-            chosen = where[2].unsqueeze(1)
-            some, peaks = _take(logits, at), raw_peaks[where[1]].double().unsqueeze(1)
-            columns = [scaled(some.gather(1, chosen), peaks)]
-            columns.append(work[where[0], where[2].clamp(max=self._width - 1)].unsqueeze(1))
-            columns.append(sum_masses(some, peaks))
-            for i, token, (score, edited, mass) in zip(names, tokens, torch.cat(columns, 1).tolist(), strict=True):
-                perturbed, close = answers.perturbed.get(i, edited), 0.0
-                if token != answers.token(i):
-                    perturbed, close = self._closeness(answers.rows[i], work[i], answers.token(i), token)
-                answers.add_score(i, (rounded(score - log_mass(mass)), rounded(perturbed)), close)
-
-    def _closeness(self, row: SamplingRow, logits: Tensor, drawn: int, expected: int) -> tuple[float, float]:
-        if expected >= self._width:
-            return -math.inf, math.inf
-        if row.params.temperature == 0.0:
-            return closeness_of_largest(logits, drawn, expected)
-        key = torch.tensor([[stream_key(row.seed, row.choice_index, row.position)]], device=self.device)
-        return closeness(logits, self._filter(row.params), gaps(key, self._steps)[0], expected)
 
     @torch.inference_mode()
     def describe(
@@ -294,95 +197,32 @@ class Sampler:
             rows: which row of `logits` describes each of `tokens`.
             tops: how many of the likeliest tokens to tell beside each.
         """
+        upload, readback = Upload(self.device), Readback()
+        picked = Picked(list(range(len(rows))), list(rows), upload)
+        given = upload.ints(tokens)
+        upload.send()
         found: list[Described | NumericalFault] = []
-        for start, end in self._parts(0, len(rows)):
-            some = _take(logits, list(rows[start:end]))
-            listed = some[:, : self._width]
-            if self._holes.numel():
-                listed = listed.index_fill(1, self._holes, -math.inf)
-            peaks, keys = some.amax(-1), order_keys(listed.nan_to_num())
-            chosen = torch.tensor(tokens[start:end], device=self.device).unsqueeze(1)
-            ranks = (keys > keys.gather(1, chosen)).sum(-1, keepdim=True)
-            scores = scaled(some, peaks.double().unsqueeze(1))
-            columns = [scores.gather(1, chosen), masses(scores.nan_to_num()).sum(-1, keepdim=True), ranks]
-            if count := min(max(tops[start:end]), self._width):
-                ids = largest(keys, count)
-                columns += [scores.gather(1, ids), ids]
-            values = zip(
-                tokens[start:end], tops[start:end], torch.cat(columns, 1).tolist(), peaks.tolist(), strict=True
-            )
-            found += [described(token, top, count, row, peak) for token, top, row, peak in values]
+        for part in picked.parts(self._columns.chunk):
+            count = min(max(tops[i] for i in part.names), self._columns.width)
+            chosen = given.tensor[part.names[0] : part.names[-1] + 1].unsqueeze(1)
+
+            def add(*columns: Rows, names: list[int] = part.names) -> None:
+                for name, (peak,), (score,), (mass,), (rank,), scores, ids in zip(names, *columns, strict=True):
+                    found.append(described(tokens[name], tops[name], peak, score, mass, rank, scores, ids))
+
+            readback.add(add, *self._description(part.of(logits), chosen, count))
+        readback.fetch()
         return found
 
-    def _parts(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Split a range of rows into small parts, so that temporary tensors stay small."""
-        return ((i, min(i + self._chunk, end)) for i in range(start, end, self._chunk))
-
-
-def _wants(row: SamplingRow, mode: str) -> bool:
-    return row.params.logprobs and row.params.logprobs_mode == mode
-
-
-def _take(tensor: Tensor, rows: list[int]) -> Tensor:
-    """Return some rows of a tensor: a view if they are consecutive, so do not write to them."""
-    if rows == list(range(rows[0], rows[0] + len(rows))):
-        return tensor[rows[0] : rows[0] + len(rows)]
-    return tensor.index_select(0, torch.tensor(rows, device=tensor.device))
-
-
-def _faults(
-    rows: Sequence[SamplingRow], sources: list[int], raw_peaks: list[float], peaks: list[float]
-) -> dict[int, VerbatimError]:
-    """Return the rows that cannot be answered, and why, from each row's largest logit before and after the edits."""
-    found: dict[int, VerbatimError] = {}
-    for i, row in enumerate(rows):
-        if not math.isfinite(raw_peaks[sources[i]]) or math.isnan(peaks[i]) or peaks[i] == math.inf:
-            found[i] = NumericalFault(f"The model produced logits that are not finite for token {row.position}.")
-        elif peaks[i] == -math.inf:
-            found[i] = InvalidParameter(
-                f"logit_bias, min_tokens and the grammar together forbid every token at position {row.position}.",
-                param="logit_bias",
-                code="no_token_left",
-            )
-    return found
-
-
-def _gumbel_argmax(kept: Kept, token_gaps: Tensor) -> list[tuple[int, int, float]]:
-    """Return the winner of each row: its column, its token id and its perturbed score.
-
-    Args:
-        token_gaps: int64, shaped as `kept.scores`.
-    """
-    width = kept.scores.shape[-1]
-    at = _contenders(kept.scores, token_gaps)
-    columns = [at, token_gaps.view(-1)[at], kept.scores.view(-1)[at]]
-    if kept.ids is not None:
-        columns.append(kept.ids.view(-1)[at])
-    best = [(-math.inf, 0, 0)] * len(kept.rows)
-    # One transfer; every integer here is below 2**53, so float64 holds it exactly.
-    for place, gap, score, *ids in torch.stack(columns, dim=1).tolist():
-        row, column = divmod(int(place), width)
-        token = int(ids[0]) if ids else column
-        best[row] = max(best[row], (score + gumbel(int(gap)), -token, column))
-    return [(column, -token, score) for score, token, column in best]
-
-
-def _contenders(scores: Tensor, token_gaps: Tensor) -> Tensor:
-    """Return the few tokens among which the winner must be: flat indices, int64 `[about 2 a row]`.
-
-    Maximising `score + gumbel` is minimising `e / w`, where `w = exp(score)` and `e = -log(u)`, `u = 1 - v`. As
-    `v <= e`, every token has `v / w <= e / w`: cheap to compute and a lower bound. Let `b` be the least `v / w` of a
-    row, had by token j. No weight exceeds 1, so `v_j <= b`, and since `-log(1 - v) / v` grows with v,
-
-        e_j / w_j  =  v_j / w_j * (-log(1 - v_j) / v_j)  <=  -log(1 - b).
-
-    The winner is at least as good as j, hence its `v / w`, too, is at most `-log(1 - b)`. Neither is it worse than the
-    likeliest token, for which `e / w` is at most `-log(2**-53) < 37`. This is computed in float32 with both bounds
-    widened by 6e-5, twenty times what rounding can amount to: a score that can still win is above -41, so its float32
-    neighbour is off by 2e-6 at most, its exponential by 3e-6 of itself.
-    """
-    weight = scores.float().clamp_(min=-80.0).exp_()  # e**-80 cannot win either, and is no denormal, which are slow
-    race = token_gaps.float().div_(weight)
-    least = race.amin(-1, keepdim=True).mul_(GAP_UNIT * _SLACK).clamp_(max=1.0)
-    bound = least.neg_().log1p_().mul_(-_SLACK).clamp_(max=40.0).div_(GAP_UNIT)
-    return (race <= bound).view(-1).nonzero().view(-1)
+    def _description(self, logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Compute what `described` reads, of some rows: peak, score, mass, rank, `count` scores and ids."""
+        listed = logits[:, : self._columns.width]
+        if self._columns.holes.numel():
+            listed = listed.index_fill(1, self._columns.holes, -math.inf)
+        peaks, keys = logits.amax(-1, keepdim=True), order_keys(listed.nan_to_num())
+        ranks = (keys > keys.gather(1, chosen)).sum(-1, keepdim=True)
+        scores = scaled(logits, peaks.double())
+        total = masses(scores.nan_to_num()).sum(-1, keepdim=True)
+        ids = largest(keys, count) if count else chosen[:, :0]
+        likeliest = scaled(listed.gather(1, ids), peaks.double())
+        return peaks, scores.gather(1, chosen), total, ranks, likeliest, ids

@@ -174,6 +174,24 @@ class Scheduler:
                 self.pool.release(sequence.block_table[keep:], None)
                 del sequence.block_table[keep:]
 
+    def reserve_next(self, sequences: Iterable[Sequence]) -> bool:
+        """Give running sequences the blocks of one token behind their next one, before that is known.
+
+        False, and nothing taken, if that would cost others a block or write into a block that others read.
+        """
+        size, missing = self.pool.block_size, []
+        for sequence in sequences:
+            table, number = sequence.block_table, len(sequence) // size
+            if number < len(table) and self.pool.references(table[number]) > 1:
+                return False
+            if number >= len(table):
+                missing.append(sequence)
+        if len(missing) > self.pool.num_free - len(self.running):
+            return False
+        for sequence in missing:
+            self._grow(sequence, len(sequence) + 1)
+        return True
+
     def rollback(self, schedule: Schedule) -> None:
         """Undo a step that was not carried out: its sequences wait again and are recomputed.
 

@@ -39,6 +39,7 @@ from engine.types.reply_format import ReplyFormat
 from engine.types.requests import Constraint, GenerationRequest
 from engine.types.sampling_params import SamplingParams
 from engine.types.tools import AUTO, Tool, ToolChoice
+from tests.packed_masks import packed
 
 FOLDER: Final = Path(__file__).with_name("golden")
 Case = dict[str, Any]
@@ -92,7 +93,7 @@ def sampler() -> Iterator[Case]:
         logits = (numbers(len(rows), size, seed=size).float() - 2**15) / 2**12
         allowed = numbers(len(rows), size, seed=1, most=3) > 0
         allowed[:, 11] = True
-        for name, mask in (("free", None), ("masked", allowed)):
+        for name, mask in (("free", None), ("masked", packed(allowed.numpy()))):
             found = chooser.sample(logits, rows, None, mask)
             for i, (given, one) in enumerate(zip(_PARAMETERS, found, strict=True)):
                 yield {"case": [size, name, i, given], **_described(one)}

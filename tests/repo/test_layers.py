@@ -18,13 +18,13 @@ ENGINE = (
     "replies",
     "grammar prompts",
     "receipts",
-    "scheduling sampling",
+    "scheduling transfer sampling",
     "compute",
     "compute.cpu compute.cuda",
     "checkpoints",
     "model",
     "loading",
-    "preparation choice running faults",
+    "preparation choice ahead running faults",
     "engine",
     "llm serving",
     "verification",
@@ -59,6 +59,7 @@ NO_TORCH |= {"prompts", "receipts", "scheduling"}
 
 FREE_OF_TIME_AND_THREADS = {"types", "config", "text", "templates", "replies", "grammar", "prompts", "scheduling"}
 FREE_OF_TIME_AND_THREADS |= {
+    "transfer",
     "sampling",
     "compute",
     "compute.cpu",
@@ -66,6 +67,7 @@ FREE_OF_TIME_AND_THREADS |= {
     "checkpoints",
     "preparation",
     "choice",
+    "ahead",
     "running",
     "faults",
     "engine",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from engine.compute.backend import PackedChunk, Progress, StepPlan
+from engine.compute.backend import PackedChunk, Progress, StepPlan, StepSize
 from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.decoder_layer import fuse_layers
 from engine.compute.cpu.kernels import Kernels
@@ -16,6 +17,7 @@ from engine.compute.cpu.linear import NativeLinear, merge_shared_projections
 from engine.compute.cpu.pointwise import replace_pointwise
 from engine.compute.kv_cache import KVCache, LayerShape
 from engine.compute.linear import is_sound, is_sound_for, pack_model
+from engine.compute.model_runner import PackedRunner
 from engine.compute.torch_attention import TorchPlan
 from engine.compute.torch_backend import hardware
 from engine.host_memory import give_back_memory
@@ -48,6 +50,12 @@ class CpuBackend:
         """Plan a step for the attention kernel, or for torch if the kernel serves no layer."""
         assert isinstance(cache, CpuCache), "a backend plans over caches that it allocated"
         return CpuPlan(self._kernels, cache, chunks) if any(cache.native) else TorchPlan(cache, chunks)
+
+    def runner(
+        self, model: nn.Module, cache: KVCache, vocab_size: int, size: StepSize, *, serves: bool = False, **trial: Any
+    ) -> PackedRunner:
+        """Compute steps of any size."""
+        return PackedRunner(model, self, cache, vocab_size, **trial)
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
         """Replace linear layers, norms, activations, and decoder layers made of the usual parts."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.compute.cuda.operations import LinearWeight
 from engine.errors import LoadError
 
-__all__ = ["concatenated", "exact", "from_checkpoint", "int4", "int8", "mergeable", "widened"]
+__all__ = ["concatenated", "exact", "from_checkpoint", "int4", "int8", "mergeable", "part", "widened"]
 
 GROUPS: Final = (128, 64, 32)
 """Sizes of group that the kernel has."""
@@ -107,6 +107,12 @@ def concatenated(weights: Sequence[LinearWeight]) -> LinearWeight:
     )
 
 
+def part(weight: LinearWeight, start: int, end: int) -> LinearWeight:
+    """Return the outputs `start … end - 1` of a layer, as views of its tensors."""
+    scale, bias, zeros = (None if t is None else t[start:end] for t in (weight.scale, weight.bias, weight.zeros))
+    return LinearWeight(weight.data[start:end], weight.kind, scale, bias, zeros)
+
+
 # -- checkpoints that others have quantised ----------------------------------------------------------------------------
 
 
@@ -180,6 +186,8 @@ def _from_compressed_tensors(tensors: Mapping[str, Tensor], settings: Mapping[st
     bits = _bits("compressed-tensors", {"bits": given.get("num_bits")})
     rows, columns = _tensor(tensors, "weight_shape").tolist()
     numbers = _unpacked(_tensor(tensors, "weight_packed"), bits, dim=1)[:, :columns]
+    if list(numbers.shape) != [rows, columns]:
+        raise LoadError(f"compressed-tensors: a weight_packed of {list(numbers.shape)} is no {[rows, columns]}.")
     scale = _tensor(tensors, "weight_scale")
     scale = scale.reshape(rows, -1) if scale.numel() > 1 else scale.reshape(1, 1).expand(rows, 1)
     if "weight_g_idx" in tensors:

@@ -40,7 +40,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         time.sleep(0.03)
         return bits(self, state)
 
-    def slow_masks(self: GrammarCompiler, states: Any, forced: Any, known: Any = None) -> NDArray[np.bool_]:
+    def slow_masks(self: GrammarCompiler, states: Any, forced: Any, known: Any = None) -> NDArray[np.int32]:
         fresh = [s for i, s in enumerate(states) if s is not None and forced[i] is None and i not in (known or {})]
         threads.extend("step" for _ in fresh)
         time.sleep(0.03 * bool(fresh))

@@ -54,7 +54,7 @@ def accepts(llm: LLM, grammar: str, text: str) -> bool:
     compiler = llm.engine.model.grammars
     state = compiler.start(grammar)
     for token in llm.engine.model.tokenizer(text, add_special_tokens=False)["input_ids"]:
-        if state.stopped or not compiler.masks([state], [state.forced])[0][token]:
+        if state.stopped or not compiler.allowed(state)[token]:
             return False
         state.consume(token)
     return state.accepting
@@ -96,7 +96,7 @@ def walk(llm: LLM, grammar: str, rng: random.Random, limit: int = 3000) -> str |
     for _ in range(limit):
         if state.stopped or (state.accepting and rng.random() < 0.3):
             return data.decode()
-        allowed = compiler.masks([state], [state.forced])[0].nonzero()[0].tolist()
+        allowed = compiler.allowed(state).nonzero()[0].tolist()
         token = rng.choice([i for i in allowed if i not in llm.engine.model.end_ids])
         state.consume(token)
         data += words.token_bytes(token)

@@ -12,19 +12,21 @@ import torch
 from hypothesis import assume, given, settings
 from torch import Tensor
 
+from engine.sampling.edits import Edits
 from engine.sampling.logits import (
-    Edits,
     Filter,
     Filters,
     Kept,
     keep_all,
     keep_first,
+    keep_mass,
     largest,
     log_mass,
     masses,
     order_keys,
     scaled,
 )
+from engine.transfer import Upload
 
 INF = math.inf
 
@@ -80,12 +82,27 @@ def reference_kept(values: list[float], c: Filter) -> set[int]:
     return {i for i in kept if c.min_p == 0.0 or (values[i] - peak) / c.temperature >= math.log(c.min_p)}
 
 
-def kept_sets(parts: list[Kept]) -> dict[int, set[int]]:
-    found = {}
-    for part in parts:
-        for j, name in enumerate(part.rows):
-            columns = (part.scores[j] > -INF).nonzero().flatten()
-            found[name] = set((columns if part.ids is None else part.ids[j][columns]).tolist())
+def filters_of(cuts: list[Filter]) -> Filters:
+    return Filters(cuts, torch.tensor(Filters.numbers(cuts), dtype=torch.float64).view(-1, 4))
+
+
+def kept_sets(kept: Kept) -> list[set[int]]:
+    found = []
+    for j, scores in enumerate(kept.scores):
+        columns = (scores > -INF).nonzero().flatten()
+        found.append(set((columns if kept.ids is None else kept.ids[j][columns]).tolist()))
+    return found
+
+
+def first_sets(logits: Tensor, cuts: list[Filter], head: int) -> list[set[int]]:
+    """What `keep_first` keeps, and `keep_mass` in rows that it does not settle."""
+    kept = keep_first(logits, peaks_of(logits), filters_of(cuts), head)
+    found = kept_sets(kept)
+    flat = [] if kept.settled is None else (~kept.settled[:, 0]).nonzero().flatten().tolist()
+    if flat:
+        searched = keep_mass(logits[flat], peaks_of(logits[flat]), filters_of([cuts[i] for i in flat]))
+        for i, kept_set in zip(flat, kept_sets(searched), strict=True):
+            found[i] = kept_set
     return found
 
 
@@ -109,14 +126,14 @@ def test_kept_sets_equal_the_definition(batch: list[tuple[list[float], Filter]])
         part = [(v, c) for v, c in part if max(v) > -INF]
         if not part:
             continue
-        expected = {i: reference_kept(v, c) for i, (v, c) in enumerate(part)}
-        assert all(expected.values())
+        expected = [reference_kept(v, c) for v, c in part]
+        assert all(expected)
         logits = torch.tensor([v for v, _ in part])
-        filters = Filters.of([c for _, c in part], logits.device)
+        cuts = [c for _, c in part]
         for head in (1, 3, 64, 70) if sorts else ():
-            assert kept_sets(keep_first(list(expected), logits, peaks_of(logits), filters, head=head)) == expected
+            assert first_sets(logits, cuts, head) == expected
         if not sorts:
-            assert kept_sets([keep_all(list(expected), logits, peaks_of(logits), filters)]) == expected
+            assert kept_sets(keep_all(logits, peaks_of(logits), filters_of(cuts))) == expected
         assert logits.tolist() == [v for v, _ in part]
 
 
@@ -146,12 +163,11 @@ def test_kept_sets_equal_the_definition(batch: list[tuple[list[float], Filter]])
 )
 def test_filters_on_scripted_logits(values: list[float], cut: Filter, kept: set[int]) -> None:
     logits = row_of(values)
-    filters = Filters.of([cut], logits.device)
     if cut.sorts:
         for head in (1, 2, 64):
-            assert kept_sets(keep_first([0], logits, peaks_of(logits), filters, head=head)) == {0: kept}
+            assert first_sets(logits, [cut], head) == [kept]
     else:
-        assert kept_sets([keep_all([0], logits, peaks_of(logits), filters)]) == {0: kept}
+        assert kept_sets(keep_all(logits, peaks_of(logits), filters_of([cut]))) == [kept]
 
 
 def test_filters_on_a_real_width() -> None:
@@ -159,10 +175,8 @@ def test_filters_on_a_real_width() -> None:
     noise = torch.randn(1, 151_936, generator=torch.Generator().manual_seed(3)) * 2
     rows = torch.cat([noise, noise.bfloat16().float(), noise * 4, torch.zeros_like(noise)])
     for top_p, temperature in ((0.3, 1.0), (0.95, 1.0), (0.9, 0.3), (0.999, 2.0)):
-        filters = Filters.of([Filter(temperature, top_p=top_p)] * len(rows), rows.device)
-        search, full = (
-            kept_sets(keep_first([0, 1, 2, 3], rows, peaks_of(rows), filters, head=s)) for s in (1, rows.shape[1])
-        )
+        cuts = [Filter(temperature, top_p=top_p)] * len(rows)
+        search, full = (first_sets(rows, cuts, head) for head in (1, rows.shape[1]))
         assert search == full
         assert len(full[3]) == math.ceil(top_p * 151_936)
 
@@ -177,6 +191,9 @@ def test_edits_follow_their_formulas() -> None:
     edits.repetition(0, torch.tensor([0, 1, 3]), [3, 0, 8], 2.0)
     edits.bias(0, ((0, 3.0), (2, -100.0), (4, 100.0), (600, 1.0)))
     assert edits
+    upload = Upload("cpu")
+    edits.pack(upload)
+    upload.send()
     edits.apply(start)
     assert start.tolist() == [
         [(1.0 + 3.0) / 2 - (0.5 * 2 + 0.25), -1.0 * 2, -INF, 2.0 / 2 - 0.75, 104.0, -INF],

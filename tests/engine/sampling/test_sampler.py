@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from engine.sampling.rng import gap_of, gumbel, hash_token, stream_key
 from engine.sampling.sampler import Sampled, Sampler
 from engine.scheduling.sequence import Sequence
 from engine.types.sampling_params import SamplingParams
+from tests.packed_masks import packed
 
 INF = math.inf
 VOCAB, INVALID, END = 40, (7, 36, 37, 38, 39), (2, 3)
@@ -150,7 +152,7 @@ def test_equals_the_plain_sampler(batch: list[tuple[list[float], Sequence]], gra
     rows = [row for _, row in batch]
     allowed = [[random.random() < 0.7 for _ in range(VOCAB)] for _ in rows] if grammar else None
     before = logits.clone()
-    results = PLAIN.sample(logits, rows, allowed=None if allowed is None else torch.tensor(allowed))
+    results = PLAIN.sample(logits, rows, allowed=None if allowed is None else packed(allowed))
     assert torch.equal(logits, before)  # the caller's
     for i, (row, result) in enumerate(zip(rows, results, strict=True)):
         reference = Reference(logits[i].tolist(), row, allowed[i] if allowed else None)
@@ -384,23 +386,23 @@ def test_a_mask_holds_beside_a_row_that_fails() -> None:
     logits = torch.zeros(3, VOCAB)
     logits[0] = math.nan
     logits[1, 30], logits[2, 31] = 9.0, 9.0
-    allowed = torch.ones(3, VOCAB, dtype=torch.bool)
+    allowed = np.ones((3, VOCAB), dtype=np.bool_)
     allowed[1] = allowed[2] = False
     allowed[1, 9] = allowed[2, 11] = True
-    fault, one, two = PLAIN.sample(logits, [sequence(params(), seed) for seed in range(3)], allowed=allowed)
+    fault, one, two = PLAIN.sample(logits, [sequence(params(), seed) for seed in range(3)], allowed=packed(allowed))
     assert isinstance(fault, NumericalFault)
     assert tokens_of([one, two]) == [9, 11]
 
 
 def test_a_grammar_has_the_last_word() -> None:
     """No bias lifts a token that the grammar forbids; what it allows is drawn as if there were nothing else."""
-    allowed = torch.zeros(2, VOCAB, dtype=torch.bool)
+    allowed = np.zeros((2, VOCAB), dtype=np.bool_)
     allowed[0, [4, 9]] = True
     allowed[1, [11]] = True
     p = params(logit_bias={20: 100.0}, logprobs=True, logprobs_mode="processed", top_logprobs=5)
     for seed in range(50):
         one, two = PLAIN.sample(
-            torch.zeros(2, VOCAB), [sequence(p, seed), sequence(params(temperature=0.0))], allowed=allowed
+            torch.zeros(2, VOCAB), [sequence(p, seed), sequence(params(temperature=0.0))], allowed=packed(allowed)
         )
         assert isinstance(one, Sampled)
         assert one.top == ((4, math.log(0.5)), (9, math.log(0.5)))

@@ -1,0 +1,136 @@
+"""The CUDA backend: computes with operations that treat every row by itself, in graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from engine.compute.attention import IMPLEMENTATION, register_attention
+from engine.compute.backend import PackedChunk, Progress, StepSize
+from engine.compute.cuda import tiles
+from engine.compute.cuda.graphs import Recorder
+from engine.compute.cuda.modules import Replaced, replace_modules
+from engine.compute.cuda.operations import Operations
+from engine.compute.cuda.row_operations import doubtful_operations
+from engine.compute.cuda.runner import CudaPlan, CudaRunner, plan_once
+from engine.compute.kv_cache import KVCache, LayerShape
+from engine.compute.torch_backend import hardware
+from engine.errors import first_line, out_of_memory
+from engine.host_memory import give_back_memory
+
+__all__ = ["CudaBackend"]
+
+log = logging.getLogger("verbatim.engine")
+
+
+class CudaBackend:
+    """Computes on one device (see `engine.compute.backend.Backend`)."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        operations: Operations,
+        quantization: str | None = None,
+        recorder: Recorder | None = None,
+        most_recorded: int | None = None,
+    ) -> None:
+        """Compute on a device.
+
+        Args:
+            operations: the kernels.
+            quantization: `int8` or `int4`, or None to round no weight.
+            recorder: records graphs; None: every step is launched anew.
+            most_recorded: rows of the largest step that is recorded; None: all sizes are.
+        """
+        self.device, self._operations, self._quantization = device, operations, quantization
+        self._recorder, self._most_recorded = recorder, most_recorded
+        self.no_graphs: str | None = None if recorder is not None else "not asked for"
+        """Why steps are not recorded as graphs; None if they are, or will be."""
+        self.linear = f"triton {quantization}" if quantization else "triton"
+        self._replaced: Replaced | None = None
+        self._doubt: str | None = None
+
+    @property
+    def breaks_law(self) -> str | None:
+        """Name what the model computes beside the kernels that may depend on the number of rows.
+
+        Each number of a kernel's result has a chain of operations of its own; so have torch's element-wise ones.
+        """
+        return self._doubt
+
+    def allocate(self, layers: Sequence[LayerShape], num_blocks: int) -> KVCache:
+        """Allocate a cache of plain layout."""
+        return KVCache(layers, num_blocks)
+
+    def plan(self, cache: KVCache, chunks: Sequence[PackedChunk]) -> CudaPlan:
+        """Plan a single step, with buffers of its own."""
+        return plan_once(self._operations, cache, chunks)
+
+    def runner(
+        self,
+        model: nn.Module,
+        cache: KVCache,
+        vocab_size: int,
+        size: StepSize,
+        *,
+        single_rows: bool = False,
+        row_safe: bool = False,
+        bystanders: Sequence[int] = (),
+        serves: bool = False,
+    ) -> CudaRunner:
+        """Compute steps whose inputs stand in fixed memory; where it serves, as graphs."""
+        runner = CudaRunner(model, self, self._operations, cache, vocab_size, size, bystanders=bystanders)
+        if serves and self._recorder is not None:
+            self.no_graphs = runner.record(self._recorder, self._most_recorded)
+            if self.no_graphs is not None:
+                log.warning("steps are launched one by one, not as graphs: %s", self.no_graphs)
+        return runner
+
+    def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
+        """Replace linear layers, norms and gated feed-forward parts."""
+        self._replaced = replace_modules(model, self._operations, self._quantization, progress)
+        told = ", ".join(f"{count} {kind}" for kind, count in self._replaced.counts.items())
+        progress(f"replaced by kernels: {told or 'nothing'}")
+        self._doubt = _doubt(model)
+
+    def restore(self) -> None:
+        """Give the model that was fused its own modules back.
+
+        Raises:
+            ValueError: its weights were rounded.
+        """
+        if self._replaced is not None:
+            self._replaced.undo()
+
+    def release_memory(self) -> None:
+        """Give freed memory back to the device and the operating system."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        give_back_memory()
+
+    def describe(self) -> Mapping[str, str]:
+        """Return the kind of linear layers, the table of their tiles, and the hardware."""
+        return {"linear": self.linear, "tiles": tiles.digest(), **hardware(self.device)}
+
+
+def _doubt(model: nn.Module) -> str | None:
+    """Say which of a model's operations may depend on the number of rows; None if none is known to."""
+    register_attention()
+    own = getattr(model.config, "_attn_implementation", None) or "eager"
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+        found = doubtful_operations(model)
+    except Exception as error:  # an architecture that is called in another way; the self-test says why
+        if out_of_memory(error):
+            raise
+        return f"it was not seen what {type(model).__name__} computes: {first_line(error)}"
+    finally:
+        with contextlib.suppress(Exception):
+            model.set_attn_implementation(own)  # type: ignore[operator]
+    if not found:
+        return None
+    return f"{type(model).__name__} computes {', '.join(found)} by torch, which may depend on the number of rows"

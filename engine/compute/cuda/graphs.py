@@ -1,0 +1,98 @@
+"""CUDA graphs: a step's operations recorded once, and launched again without Python. Knows no model and no table.
+
+A graph holds the very tensors that it was recorded with. What differs from step to step therefore stands in tensors
+that stay where they are (`engine.compute.cuda.step_buffers`), and what a graph computes is overwritten by its next
+replay. Bits are those of the same operations launched one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["CudaRecorder", "Graph", "NotCapturable", "Recorder", "buckets", "smallest"]
+
+_WARM_UPS: Final = 2
+"""Runs before a recording: the first compiles kernels, and libraries allocate their workspaces in it."""
+
+
+class NotCapturable(Exception):
+    """The operations cannot be recorded: they read a number back from the device, or their shapes depend on data."""
+
+
+class Graph(Protocol):
+    """A recorded step."""
+
+    output: Tensor
+    """What the recorded function returned; each replay overwrites it."""
+
+    def replay(self) -> None:
+        """Launch the recorded operations."""
+
+
+class Recorder(Protocol):
+    """Records graphs that share one pool of memory: they never run at the same time."""
+
+    def record(self, run: Callable[[], Tensor]) -> Graph:
+        """Record what a function launches.
+
+        Raises:
+            NotCapturable: it cannot be recorded.
+        """
+
+
+class _CudaGraph:
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor) -> None:
+        self._graph, self.output = graph, output
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class CudaRecorder:
+    """Records on one GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+
+    def record(self, run: Callable[[], Tensor]) -> Graph:
+        """Record what a function launches: see `Recorder`."""
+        with torch.cuda.device(self._device):
+            stream = _new_stream(self._device)  # recording on the default stream is not allowed
+            stream.wait_stream(torch.cuda.current_stream())
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(_WARM_UPS):
+                        run()
+                    # Threads of other models go on meanwhile.
+                    with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                        output = run()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise NotCapturable(str(error).split("\n", 1)[0]) from error
+            finally:
+                torch.cuda.current_stream().wait_stream(stream)
+            self._pool = self._pool or graph.pool()
+        return _CudaGraph(graph, output)
+
+
+_new_stream: Callable[[torch.device], Any] = torch.cuda.Stream
+
+
+def buckets(most: int) -> tuple[int, ...]:
+    """Return the numbers of rows that steps are padded to: powers of two, and the last one is `most`."""
+    sizes = [1]
+    while sizes[-1] < most:
+        sizes.append(min(2 * sizes[-1], most))
+    return tuple(sizes)
+
+
+def smallest(sizes: tuple[int, ...], count: int) -> int:
+    """Return the smallest of ascending sizes that is at least `count`."""
+    return next(size for size in sizes if size >= count)
