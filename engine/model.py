@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.compute.model_runner import Runner
 from engine.config import ModelConfig
-from engine.gpu import DeviceStream
+from engine.devices.gpu import DeviceStream
 from engine.grammar.compiler import GrammarCompiler
 from engine.replies.chat_format import ChatFormat
 from engine.scheduling.scheduler import Scheduler

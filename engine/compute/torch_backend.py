@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from engine import gpu
 from engine.compute.backend import PackedChunk, Progress
 from engine.compute.kv_cache import KVCache, LayerShape
 from engine.compute.linear import Make, pack_model
 from engine.compute.processor import processor_model
 from engine.compute.torch_attention import TorchPlan
+from engine.devices import gpu
 from engine.host_memory import give_back_memory
 
 

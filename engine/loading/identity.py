@@ -15,8 +15,8 @@ from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.json_files import read_json
 from engine.compute.backend import Backend
 from engine.config import ModelConfig
+from engine.devices.gpu import DeviceStream
 from engine.errors import VerbatimError
-from engine.gpu import DeviceStream
 from engine.loading import fingerprint
 from engine.loading.manifest import manifest_of, remote_code_files
 from engine.loading.memory.cache_size import CacheSize

@@ -24,8 +24,8 @@ from engine.compute.backend import Progress
 from engine.compute.discovery import input_device
 from engine.compute.model_runner import FallbackRunner, PackedRunner, Runner
 from engine.config import ModelConfig
+from engine.devices.gpu import DeviceStream
 from engine.errors import LoadError, NotEnoughMemory, VerbatimError, one_line, out_of_memory, panicked
-from engine.gpu import DeviceStream
 from engine.host_memory import format_bytes, free_memory
 from engine.loading import identity, manifest, versions
 from engine.loading.identity import ReadyModel

@@ -17,8 +17,8 @@ from engine.compute.cpu.kernels import Kernels, NoKernels
 from engine.compute.linear import choose_linear
 from engine.compute.torch_backend import TorchBackend
 from engine.config import ModelConfig
+from engine.devices.gpu import DeviceMemory, computes_bfloat16
 from engine.errors import LoadError, NotEnoughMemory
-from engine.gpu import DeviceMemory, computes_bfloat16
 from engine.host_memory import format_bytes, free_memory
 
 _LARGE = 2_000_000_000

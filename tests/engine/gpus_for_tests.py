@@ -11,7 +11,7 @@ GIB = 2**30
 
 @dataclass
 class FakeGpu:
-    """A GPU's memory (`engine.gpu.DeviceMemory`). Others hold `others` bytes, this process `kept` for reuse."""
+    """A GPU's memory (`engine.devices.gpu.DeviceMemory`). Others hold `others` bytes, this process `kept` for reuse."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cuda:0"))
     size: int = 24 * GIB

@@ -17,8 +17,8 @@ import torch
 
 from engine.compute.kv_cache import LayerShape
 from engine.config import ModelConfig
+from engine.devices.gpu import DeviceMemory
 from engine.errors import NotEnoughMemory, first_line, out_of_memory
-from engine.gpu import DeviceMemory
 from engine.loading.memory.cache_size import CacheSize, check_least, per_token_on_each
 
 __all__ = ["GpuBudget", "MemoryUse"]
