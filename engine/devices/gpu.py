@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["DeviceMemory", "DeviceStream", "computes_bfloat16", "matmul_tf32", "properties"]
+__all__ = ["DeviceMemory", "DeviceStream", "computes_bfloat16", "count", "matmul_tf32", "properties"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class DeviceMemory:
     @classmethod
     def of_all(cls) -> tuple[DeviceMemory, ...]:
         """Return the memory of every GPU that this process sees."""
-        return tuple(cls(torch.device("cuda", i)) for i in range(torch.cuda.device_count()))
+        return tuple(cls(torch.device("cuda", i)) for i in range(count()))
 
     def total(self) -> int:
         """Return how much the GPU has."""
@@ -80,6 +80,11 @@ class DeviceStream:
         """Wait until the GPU has done what was queued on any stream: weights are read on other threads' streams."""
         if self._stream is not None:
             torch.cuda.synchronize(self.device)
+
+
+def count() -> int:
+    """Count the GPUs that torch can compute on; 0 without a driver, or with a build of torch for CPUs."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def computes_bfloat16(device: torch.device) -> bool:

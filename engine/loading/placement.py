@@ -17,7 +17,8 @@ from engine.compute.cpu.kernels import Kernels, NoKernels
 from engine.compute.linear import choose_linear
 from engine.compute.torch_backend import TorchBackend
 from engine.config import ModelConfig
-from engine.devices.gpu import DeviceMemory, computes_bfloat16
+from engine.devices import gpu
+from engine.devices.gpu import DeviceMemory
 from engine.errors import LoadError, NotEnoughMemory
 from engine.host_memory import format_bytes, free_memory
 
@@ -89,7 +90,7 @@ def _dtype(config: ModelConfig, found: Checkpoint, device: torch.device, stored:
             config.id,
             found.parameters / 1e9,
         )
-    if dtype == torch.bfloat16 and not computes_bfloat16(device):
+    if dtype == torch.bfloat16 and not gpu.computes_bfloat16(device):
         if asked is not None:
             log.warning("%s: %s has no instructions for bfloat16: it is slow there", config.id, device)
             return dtype
@@ -154,22 +155,22 @@ def _resolve_device(config: ModelConfig) -> tuple[torch.device, Any]:
     """Return the device on which logits arrive, and accelerate's device map."""
     name = config.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if gpu.count() else "cpu"
         if name == "cpu" and torch.version.cuda:
             log.warning(
                 "%s: this build of torch is for CUDA %s and sees no GPU: taking the CPU", config.id, torch.version.cuda
             )
     if name == "cpu":
         return torch.device("cpu"), {"": "cpu"}
-    if not torch.cuda.is_available():
+    if not gpu.count():
         raise LoadError(
             f"{config.id}: device {config.device!r} was asked for, but torch {torch.__version__} sees no GPU."
         )
     if not name.startswith("cuda"):
         return torch.device("cuda:0"), name
     device = torch.device(name if ":" in name else "cuda:0")
-    if (device.index or 0) >= torch.cuda.device_count():
-        raise LoadError(f"{config.id}: there is no {device}; this machine has {torch.cuda.device_count()} GPU(s).")
+    if (device.index or 0) >= gpu.count():
+        raise LoadError(f"{config.id}: there is no {device}; this machine has {gpu.count()} GPU(s).")
     return device, {"": str(device)}
 
 
