@@ -170,7 +170,15 @@ def _runner(ready: ReadyModel, blocks: int) -> Runner:
     if test.layers is None:
         return FallbackRunner(model, backend, ready.vocab_size, positions=test.positions)
     cache = backend.allocate(test.layers, blocks)
-    return PackedRunner(model, backend, cache, ready.vocab_size, single_rows=test.single_rows, row_safe=test.row_safe)
+    return PackedRunner(
+        model,
+        backend,
+        cache,
+        ready.vocab_size,
+        single_rows=test.single_rows,
+        row_safe=test.row_safe,
+        skips_masks=test.skips_masks,
+    )
 
 
 def _check_device(config: ModelConfig, model: nn.Module, placement: Placement) -> None:
