@@ -37,7 +37,7 @@ class TorchPlan:
         self.chunks = tuple(chunks)
         self.slots = torch.tensor([slot for chunk in chunks for slot in chunk.slots()], dtype=torch.int64)
         """`[rows] int64`: where each row's key and value are stored."""
-        self._finite = torch.ones(len(self.slots), dtype=torch.bool)
+        self._finite: dict[torch.device, Tensor] = {}  # asking a GPU in each layer would wait for it as often
         self._runs: dict[int, tuple[Run, ...]] = {}
         self._masks: dict[tuple[Any, ...], Tensor] = {}
         self._slots_on: dict[torch.device, Tensor] = {}
@@ -62,7 +62,10 @@ class TorchPlan:
 
     def finite(self) -> Tensor:
         """Return which rows' keys and values were finite in all layers: `[rows] bool`, on the CPU."""
-        return self._finite
+        whole = torch.ones(len(self.slots), dtype=torch.bool)
+        for finite in self._finite.values():
+            whole = whole & finite.cpu()
+        return whole
 
     def mask(self, chunk: PackedChunk, seen: KeyRange, rows: int, repeat: int, like: Tensor) -> Tensor:
         """Return the additive mask `[rows, padded_length(chunk)]`, built once per step and shape for all layers.
@@ -87,7 +90,8 @@ class TorchPlan:
         rows = len(self.slots)
         keys, values = keys[:, :rows], values[:, :rows]
         finite = keys.isfinite().all(2).all(0) & values.isfinite().all(2).all(0)
-        self._finite = self._finite & finite.cpu()
+        known = self._finite.get(keys.device)
+        self._finite[keys.device] = finite if known is None else known & finite
         if keys.device.type != "cpu" or not bool(finite.all()):
             keys = torch.where(finite[None, :, None], keys, 0)
             values = torch.where(finite[None, :, None], values, 0)
