@@ -43,6 +43,6 @@ class FakeGpu:
         self.kept, self.releases = 0, self.releases + 1
 
     def take(self, count: int) -> None:
-        """Allocate for a moment: the bytes are kept for reuse afterwards."""
-        self.kept += count
+        """Allocate for a moment: from what is kept for reuse first, and everything is kept afterwards."""
+        self.kept = max(self.kept, count)
         self.highest = max(self.highest, self.held())
