@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 from engine import LLM, Engine
 from engine.checkpoints.checkpoint import prepare_environment
 from engine.devices import gpu
-from engine.devices.gpu import DeviceStream
+from engine.devices.gpu import DeviceMemory, DeviceStream
 from engine.loading import loader
 from engine.serving.async_engine import AsyncEngine
 
@@ -189,3 +190,42 @@ def test_what_the_user_has_set_stays(
         monkeypatch.setenv(name, value)
     prepare_environment(pull=False)
     assert tuple(os.environ.get(name) for name in _NAMES) == then
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_a_real_gpus_memory_is_counted() -> None:
+    memory, size = DeviceMemory(torch.device("cuda:0")), 64 * 2**20
+    memory.release()
+    held, free = memory.held(), memory.free()
+    assert 0 < free <= memory.total()
+    memory.forget_peak()
+    tensor = torch.zeros(size, dtype=torch.uint8, device=memory.device)
+    assert memory.allocated() >= size
+    assert memory.peak() >= held + size
+    del tensor
+    memory.release()
+    assert memory.held() == held
+    assert abs(memory.free() - free) < size
+
+
+@pytest.mark.gpu
+def test_a_real_gpus_stream_is_the_threads_own_inside_the_block() -> None:
+    device = torch.device("cuda", gpu.count() - 1)
+    stream, before = DeviceStream(device), torch.cuda.current_stream(device)
+    with stream.current():
+        assert torch.cuda.current_device() == device.index
+        assert torch.cuda.current_stream() != before
+    assert torch.cuda.current_stream(device) == before
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu_says_what_its_memory_is_for(tiny: Callable[[str], Path]) -> None:
+    llm = LLM(tiny("qwen3"), device="cuda", cache_size="64MiB")
+    assert re.fullmatch(r"\d+\.\d GiB: weights 0\.0, cache 0\.\d \([\d,]+ tokens\), .*free \d+\.\d", llm.info.memory)
+    assert set(gpu.properties(torch.device("cuda:0"))) <= llm.info.fingerprint_parts.keys()
+    assert "triton" in llm.info.fingerprint_parts
+    assert len(llm.generate("Hello", max_tokens=4, ignore_eos=True)[0].token_ids) == 4
+    assert set(dict(llm.info.law.checks)) == {"packed", "chunked", "key spans"}
