@@ -46,16 +46,23 @@ class ModelConfig(BaseModel):
     device: str = "auto"
     """`auto` takes a GPU when there is one; or `cpu`, `cuda`, `cuda:N`, or an accelerate device map (`balanced`, …)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto`: float32 on a CPU (a bfloat16 checkpoint widens exactly), the checkpoint's own on a GPU."""
-    quantization: Literal["int8"] | None = None
+    """`auto`: float32 on a CPU (a bfloat16 checkpoint widens exactly). On a GPU the checkpoint's own, but bfloat16 for
+    a float32 checkpoint of more than two billion parameters, and float16 in place of bfloat16 on a GPU that is older
+    than Ampere."""
+    gpu: Literal["auto", "no-graphs", "no-kernels"] = "auto"
+    """For finding faults of a GPU, on which `auto` takes whatever passes the self-test. `no-graphs`: each step is
+    launched anew, slower and with the same bits. `no-kernels`: torch's own operations compute, and the law is not
+    promised."""
+    quantization: Literal["int8", "int4"] | None = None
     """`int8`: weights and inputs of linear layers are rounded to bytes at load, on a CPU. Takes less memory and
-    is faster; replies differ from those without it and are just as reproducible. Needs a C compiler."""
+    is faster; replies differ from those without it and are just as reproducible. Needs a C compiler. `int4` is for a
+    GPU, and none computes with it yet."""
     context_length: int | None = Field(default=None, ge=2)
     """Tokens of prompt and answer together. Default: the checkpoint's, as far as the cache holds it. A model with
     LongRoPE uses its long factors if this is beyond its original context (docs/decisions/0017)."""
     cache_size: int | None = Field(default=None, gt=0)
-    """Bytes for keys and values, also as '4GiB'. Default: a quarter of the free memory on a CPU, 80 % of a GPU's, never
-    more than all sequences can use."""
+    """Bytes for keys and values, also as '4GiB'. Default: a quarter of the free memory on a CPU, what weights and the
+    largest step leave on a GPU; never more than all sequences can use."""
     max_sequences: int = Field(default=16, ge=1, le=1024)
     """Choices that run at once; more wait."""
     max_batch_tokens: int = Field(default=512, ge=1)

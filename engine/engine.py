@@ -60,12 +60,10 @@ class Engine:
         self._ids = SpecialIds(frozenset(model.end_ids), model.closing_ids)
         # Special tokens that a chat format is written with add no text, but its parser has to see them.
         self._delimiters = {calls: _delimiters(model, calls=calls) for calls in (False, True)}
-        self._sampler = Sampler(
-            model.info.vocab_size,
-            model.vocabulary.invalid_ids(model.info.vocab_size),
-            model.end_ids,
-            model.device,
-        )
+        self._stream = model.stream
+        size = model.info.vocab_size
+        with self._stream.current():
+            self._sampler = Sampler(size, model.vocabulary.invalid_ids(size), model.end_ids, model.stream.device)
         self.drafts = not model.scheduler.whole_prompts and model.info.law.holds
         """Whether draft tokens are computed at all: where bits depend on the rows of a step they would change some."""
         self.speculates = _may_speculate(model, drafts=self.drafts)
@@ -174,7 +172,11 @@ class Engine:
         return RequestOutput(request_id, (), running.usage(), True, error)
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step. Returns one output for each request that it advanced or ended."""
+        """Compute one step, in any thread. Returns one output for each request that it advanced or ended."""
+        with self._stream.current():
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
         held = self._held()
         schedule = self._scheduler.schedule(held, self._propose)
         if held and not schedule.chunks:

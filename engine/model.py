@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from engine.compute.model_runner import Runner
 from engine.config import ModelConfig
+from engine.devices.gpu import DeviceStream
 from engine.grammar.compiler import GrammarCompiler
 from engine.replies.chat_format import ChatFormat
 from engine.scheduling.scheduler import Scheduler
@@ -23,7 +22,7 @@ class LoadedModel:
 
     Attributes:
         closing_ids: the tokens that end the model's thoughts when they grow too long.
-        device: where logits arrive.
+        stream: where its work is queued, on the device where logits arrive.
     """
 
     config: ModelConfig
@@ -37,4 +36,4 @@ class LoadedModel:
     closing_ids: tuple[int, ...]
     runner: Runner
     scheduler: Scheduler
-    device: torch.device
+    stream: DeviceStream

@@ -119,6 +119,7 @@ def _findings(info: ModelInfo) -> Table:
         ("  architecture", f"{info.architecture}, {info.runner} runner"),
         ("  device", f"{info.device}, {info.dtype}, linear layers: {info.linear}"),
         ("  context", f"{info.context_length} tokens; the cache holds {info.cache_tokens}"),
+        *([("  memory", info.memory)] if info.memory else []),
         ("  sampling", defaults),
         ("  thoughts", " … ".join(info.reasoning) if info.reasoning else "none that its template knows of"),
         ("  tool calls", info.tool_calls),

@@ -257,11 +257,15 @@ def _shards(index: Path, name: str) -> tuple[Path, ...]:
 
 
 def prepare_environment(*, pull: bool) -> None:
-    """Set the environment variables that libraries read once: at the first matrix product and the first hub call.
+    """Set the environment variables that libraries read once: at the first matrix product, hub call or use of a GPU.
 
     `MKL_CBWR`: attention's matrix products then keep their bits from shape to shape (docs/decisions/0002).
     `ONEDNN_MAX_CPU_ISA`: no AMX, whose bfloat16 products depend on the number of rows, and no instructions that
-    `ATEN_CPU_CAPABILITY` forbids torch. Values that the user has set are kept; the self-test judges them.
+    `ATEN_CPU_CAPABILITY` forbids torch.
+    `CUBLAS_WORKSPACE_CONFIG`: cuBLAS then gives products of one shape the same bits every time (NVIDIA's manual,
+    "Results reproducibility"). `PYTORCH_ALLOC_CONF`: memory that steps of one size have freed serves steps of another;
+    torch reads it on first use, and not at all where `PYTORCH_CUDA_ALLOC_CONF` is set.
+    Values that the user has set are kept; the self-test judges them.
     """
     import torch
 
@@ -270,6 +274,9 @@ def prepare_environment(*, pull: bool) -> None:
     if limit:
         os.environ.setdefault("MKL_CBWR", limit[0])
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", limit[1])
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if not pull:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -33,10 +33,13 @@ models are served in evaluation mode, and queries and keys contain their positio
 class Discovery:
     """Records what each attention layer stores and asks for during a pass, and attends to nothing.
 
-    `length`: how many tokens a sequence may have; masks are tried up to there.
+    `length`: how many tokens a sequence may have; masks are tried up to there. `masked`: the model is given
+    `blank_mask`, so that its layers' masks tell nothing. `skips_masks`: whether that changes nothing else.
     """
 
     length: int
+    masked: bool = False
+    skips_masks: bool = False
     layers: dict[int, LayerShape] = field(default_factory=dict)
     settings: dict[int, AttentionSettings] = field(default_factory=dict)
     states: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
@@ -78,6 +81,8 @@ class Discovery:
             NotUnderstood: the mask was not made through transformers' interface, a keyword is not known, or two
             disagree.
         """
+        if self.masked:
+            return KeyRange()
         given = [name for name, value in others.items() if value is not None]
         unknown = sorted(name for name in given if name not in _HARMLESS and not name.startswith("output_"))
         if unknown:
@@ -136,6 +141,15 @@ def make_mask(*, mask_function: Any, q_length: int, device: torch.device | str =
     if not isinstance(receiver, Discovery):
         return None
     return torch.full((1, 1, q_length, q_length), receiver.note_mask(mask_function, device), device=device)
+
+
+def blank_mask(device: torch.device) -> Tensor:
+    """Make the mask that keeps transformers from making one: `[1, 1, 1, 1]`, of four dimensions, it is taken as it is.
+
+    Making one, transformers asks the GPU in every pass whether the positions are those of one sequence, and waits. The
+    keys that a layer sees are known by then, and `attention_forward` looks at no mask in a step.
+    """
+    return torch.zeros(1, 1, 1, 1, device=device)
 
 
 def attention_forward(

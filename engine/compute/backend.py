@@ -126,6 +126,7 @@ class Backend(Protocol):
         *,
         single_rows: bool = False,
         row_safe: bool = False,
+        skips_masks: bool = False,
         bystanders: Sequence[int] = (),
         serves: bool = False,
     ) -> Runner:
@@ -133,7 +134,7 @@ class Backend(Protocol):
 
         Args:
             serves: it will serve, so preparations that take long are worth it; else it is for a trial.
-            single_rows, row_safe, bystanders: see `engine.compute.model_runner.PackedRunner`.
+            single_rows, row_safe, skips_masks, bystanders: see `engine.compute.model_runner.PackedRunner`.
         """
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:

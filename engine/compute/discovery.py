@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from engine.compute.attention import Discovery, attention_through
+from engine.compute.attention import Discovery, attention_through, blank_mask
 from engine.compute.attention_mask import NotUnderstood
+from engine.errors import out_of_memory
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 """Names of the cache in transformers' models, as argument and in their output; recurrent models use the last two."""
@@ -35,24 +36,43 @@ def discover(model: nn.Module, length: int) -> Discovery:
     strange = sorted(set(getattr(text, "layer_types", None) or ()) - _KNOWN_LAYERS)
     if strange:
         raise NotUnderstood(f"it has layers of type {', '.join(strange)}")
-    discovery = _observe(model, length, use_cache=False)
+    discovery = Discovery(length)
+    logits = _observe(model, discovery, use_cache=False)
     if sorted(discovery.layers) != list(range(text.num_hidden_layers)):
         raise NotUnderstood(
             f"only {len(discovery.layers)} of its {text.num_hidden_layers} layers call the attention interface"
         )
     _check_positions(model, discovery)
+    discovery.skips_masks = _skips_masks(model, discovery, logits)
     return discovery
 
 
-def _observe(model: nn.Module, length: int, **arguments: Any) -> Discovery:
-    """Run two tokens, the last ones of a sequence of `length`, through the model without attending to anything."""
-    discovery = Discovery(length)
+def _observe(model: nn.Module, discovery: Discovery, **arguments: Any) -> Tensor:
+    """Run two tokens, the last ones of a sequence, through the model without attending to anything.
+
+    Returns:
+        The logits that this gives.
+    """
     device = input_device(model)
-    first = max(length - 2, 0)
+    first = max(discovery.length - 2, 0)
     positions = torch.arange(first, first + 2, device=device)[None]
     with torch.inference_mode(), attention_through(discovery):
-        model(torch.zeros(1, 2, dtype=torch.int64, device=device), position_ids=positions, **arguments)
-    return discovery
+        output = model(torch.zeros(1, 2, dtype=torch.int64, device=device), position_ids=positions, **arguments)
+    logits: Tensor = output.logits
+    return logits
+
+
+def _skips_masks(model: nn.Module, discovery: Discovery, logits: Tensor) -> bool:
+    """Tell whether a `blank_mask` keeps the model from making masks, and changes no bit of what reaches attention."""
+    other = Discovery(discovery.length, masked=True)
+    try:
+        same = torch.equal(_observe(model, other, use_cache=False, attention_mask=blank_mask(logits.device)), logits)
+    except Exception as error:  # an architecture that does something else with its mask
+        if out_of_memory(error):
+            raise
+        return False
+    pairs = [(states, other.states.get(layer)) for layer, states in discovery.states.items()]
+    return same and not other.masks and all(b is not None and all(map(torch.equal, a, b)) for a, b in pairs)
 
 
 class _FarCache(DynamicCache):  # type: ignore[misc]
@@ -85,7 +105,8 @@ def _check_positions(model: nn.Module, discovery: Discovery) -> None:
     name = cache_name(model)
     if name is None:
         return
-    other = _observe(model, discovery.length, use_cache=True, **{name: _FarCache(max(discovery.length - 2, 0))})
+    other = Discovery(discovery.length)
+    _observe(model, other, use_cache=True, **{name: _FarCache(max(discovery.length - 2, 0))})
     for layer, states in discovery.states.items():
         pairs = zip(states, other.states.get(layer, ()), strict=True)
         if not all(torch.allclose(one, two, rtol=1e-4, atol=1e-5) for one, two in pairs):

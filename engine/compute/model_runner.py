@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.compute import rotary
-from engine.compute.attention import attention_through
+from engine.compute.attention import attention_through, blank_mask
 from engine.compute.attention_mask import NotUnderstood
 from engine.compute.backend import Backend, PackedChunk, StepPlan
 from engine.compute.discovery import CACHE_NAMES, cache_name, input_device
@@ -96,9 +96,12 @@ class _Model:
     def __call__(self, tokens: Tensor, rows: Tensor, **kwargs: Any) -> Any:
         """Run `tokens [1, T] int64` and keep the logits of `rows [n] int64`: `[1, n, vocab]` in the model's output."""
         if self._keeps:
-            return self.model(tokens, logits_to_keep=rows, **kwargs)
-        output = self.model(tokens, **kwargs)
-        output.logits = output.logits[:, rows.to(output.logits.device)]
+            output = self.model(tokens, logits_to_keep=rows, **kwargs)
+        else:
+            output = self.model(tokens, **kwargs)
+            output.logits = output.logits[:, rows.to(output.logits.device)]
+        # Spread over devices, accelerate's hooks bring them back: the sampler has its tables there.
+        assert output.logits.device == self.device, f"its logits arrive on {output.logits.device}, not on {self.device}"
         return output
 
 
@@ -166,6 +169,7 @@ class PackedRunner:
         *,
         single_rows: bool = False,
         row_safe: bool = False,
+        skips_masks: bool = False,
         bystanders: Seq[int] = (),
     ) -> None:
         """Serve a model from a cache that `backend` allocated; the self-test decides the keywords.
@@ -173,11 +177,13 @@ class PackedRunner:
         Args:
             single_rows: a row computed alone has the same bits as among others, so it needs no padding.
             row_safe: the model calls functions of torch that need `RowSafeFunctions`.
+            skips_masks: the model computes the same if it is kept from making masks.
             bystanders: positions of rows that belong to no sequence and are computed in every step, for the self-test.
         """
         self._model = _Model(model)
         self._fewest = 1 if single_rows else 2
         self._functions: Callable[[], AbstractContextManager[Any]] = RowSafeFunctions if row_safe else nullcontext
+        self._masks = {"attention_mask": blank_mask(self._model.device)} if skips_masks else {}
         self._bystanders = list(bystanders)
         self._backend = backend
         self.cache = cache
@@ -203,6 +209,7 @@ class PackedRunner:
                 torch.tensor(kept, device=device),
                 position_ids=torch.tensor([positions + padding], device=device),
                 use_cache=False,
+                **self._masks,
             )
         logits: Tensor = output.logits[0, : len(rows)]
         return logits.to(torch.float32)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 _PINNED = "pinned"
+_ORIGINAL = "original_max_position_embeddings"
 
 
 def _kinds(module: nn.Module) -> dict[str | None, str]:
@@ -61,6 +62,18 @@ def _pin(module: Any, layer_type: str | None, context_length: int) -> str | None
 def dynamic(model: nn.Module) -> bool:
     """Tell whether a rotary module of the model changes with the longest sequence it has seen."""
     return any("dynamic" in kind for module in model.modules() for kind in _kinds(module).values())
+
+
+def original_lengths(model: nn.Module) -> tuple[int, ...]:
+    """Return the contexts that the model was first trained with, where its scaling says so: borders between positions.
+
+    A step that has rows on both sides of one shows whether they change each other's frequencies.
+    """
+    text: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    given = getattr(text, "rope_parameters", None)
+    scalings = [given, *given.values()] if isinstance(given, dict) else []
+    said = [scaling.get(_ORIGINAL) for scaling in scalings if isinstance(scaling, dict)]
+    return tuple(sorted({n for n in (getattr(text, _ORIGINAL, None), *said) if isinstance(n, int) and n > 0}))
 
 
 def reset(model: nn.Module) -> None:

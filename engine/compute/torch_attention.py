@@ -38,7 +38,7 @@ class TorchPlan:
         self.chunks = tuple(chunks)
         self.slots = torch.tensor([slot for chunk in chunks for slot in chunk.slots()], dtype=torch.int64)
         """`[rows] int64`: where each row's key and value are stored."""
-        self._finite: dict[torch.device, Tensor] = {}
+        self._finite: dict[torch.device, Tensor] = {}  # asking a GPU in each layer would wait for it as often
         self._runs: dict[int, tuple[Run, ...]] = {}
         self._masks: dict[tuple[Any, ...], Tensor] = {}
         self._slots_on: dict[torch.device, Tensor] = {}
@@ -89,8 +89,8 @@ class TorchPlan:
         rows = len(self.slots)
         keys, values = keys[:, :rows], values[:, :rows]
         finite = keys.isfinite().all(2).all(0) & values.isfinite().all(2).all(0)
-        known = self._finite.get(finite.device)
-        self._finite[finite.device] = finite if known is None else known & finite
+        known = self._finite.get(keys.device)
+        self._finite[keys.device] = finite if known is None else known & finite
         if keys.device.type != "cpu" or not bool(finite.all()):
             keys = torch.where(finite[None, :, None], keys, 0)
             values = torch.where(finite[None, :, None], values, 0)

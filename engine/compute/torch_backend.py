@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -15,11 +15,15 @@ from engine.compute.linear import Make, pack_model
 from engine.compute.model_runner import PackedRunner
 from engine.compute.processor import processor_model
 from engine.compute.torch_attention import TorchPlan
+from engine.devices import gpu
 from engine.host_memory import give_back_memory
 
 
 class TorchBackend:
     """Computes with torch's own operations (see `engine.compute.backend.Backend`)."""
+
+    QUANTIZATIONS: ClassVar[frozenset[str]] = frozenset()
+    """What an entry's `quantization` may say."""
 
     def __init__(self, device: torch.device, linear: str = "torch", make: Make | None = None) -> None:
         """linear, make: the kind of linear layers and what makes them; without `make` the model's own stay."""
@@ -64,9 +68,9 @@ class TorchBackend:
 
 
 def hardware(device: torch.device) -> dict[str, str]:
-    """Return the hardware that the bits depend on: a GPU's name, or a CPU's model and instruction set."""
+    """Return the hardware that the bits depend on: a GPU's kind, or a CPU's model and instruction set."""
     if device.type == "cuda":
-        return {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
+        return gpu.properties(device)
     return {
         "cpu": processor_model(),
         "isa": torch.backends.cpu.get_cpu_capability(),

@@ -15,10 +15,12 @@ from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.json_files import read_json
 from engine.compute.backend import Backend
 from engine.config import ModelConfig
+from engine.devices.gpu import DeviceStream
 from engine.errors import VerbatimError
 from engine.loading import fingerprint
-from engine.loading.cache_size import CacheSize
 from engine.loading.manifest import manifest_of, remote_code_files
+from engine.loading.memory.cache_size import CacheSize
+from engine.loading.memory.gpu_budget import GpuBudget
 from engine.loading.placement import Placement
 from engine.loading.selftest import SelfTest
 from engine.loading.text_side import TextSide
@@ -43,6 +45,8 @@ class ReadyModel:
     model: nn.Module
     backend: Backend
     placement: Placement
+    stream: DeviceStream
+    budget: GpuBudget
     test: SelfTest
     vocab_size: int
     context_length: int
@@ -54,8 +58,10 @@ class ReadyModel:
         return "fallback" if self.test.layers is None else "packed"
 
 
-def describe(config: ModelConfig, found: Checkpoint, ready: ReadyModel, text: TextSide, size: CacheSize) -> ModelInfo:
-    """Gather everything in `ModelInfo`, the fingerprint included."""
+def describe(
+    config: ModelConfig, found: Checkpoint, ready: ReadyModel, text: TextSide, size: CacheSize, memory: str
+) -> ModelInfo:
+    """Gather everything in `ModelInfo`, the fingerprint included. `memory`: what a GPU's is taken by."""
     reasoning = text.chat_format.reasoning
     defaults = _default_sampling(config, found.folder)
     parts = _computed_parts(config, found, ready, text)
@@ -77,6 +83,7 @@ def describe(config: ModelConfig, found: Checkpoint, ready: ReadyModel, text: Te
         default_sampling=defaults,
         weight_bytes=found.stored_bytes,
         linear=ready.backend.linear,
+        memory=memory,
         reasoning=(reasoning.open, reasoning.close) if reasoning else None,
         tool_calls=text.chat_format.describe(),
         tool_calls_source=text.chat_format.source,
@@ -117,6 +124,7 @@ def _other_libraries(found: Checkpoint, ready: ReadyModel) -> tuple[str, ...]:
     return (
         *(("gguf",) if found.folder.is_file() else ()),
         *(fingerprint.QUANTISERS if found.config.get("quantization_config") is not None else ()),
+        *(() if ready.placement.on_cpu else (fingerprint.GPU_COMPILER,)),
         *(("accelerate",) if isinstance(ready.placement.device_map, str) else ()),  # it moves data between devices
     )
 

@@ -7,6 +7,7 @@ so.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,19 +21,25 @@ from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.reading import check_vocabulary, load_model
 from engine.compute import rotary
 from engine.compute.backend import Progress, StepSize
+from engine.compute.discovery import input_device
 from engine.compute.model_runner import FallbackRunner, Runner
 from engine.config import ModelConfig
+from engine.devices.gpu import DeviceStream
 from engine.errors import LoadError, NotEnoughMemory, VerbatimError, one_line, out_of_memory, panicked
-from engine.host_memory import format_bytes
+from engine.host_memory import format_bytes, free_memory
 from engine.loading import identity, manifest, versions
-from engine.loading.cache_size import CacheSize, context_length, size_cache
 from engine.loading.identity import ReadyModel
+from engine.loading.memory.cache_size import CacheSize, context_length, size_cache
+from engine.loading.memory.gpu_budget import GpuBudget
+from engine.loading.memory.largest_step import LargestStep
 from engine.loading.placement import Placement, choose_backend, place
 from engine.loading.selftest import Reference, self_test
 from engine.loading.text_side import TextFiles, TextSide
 from engine.model import LoadedModel
 from engine.scheduling.block_pool import BLOCK_SIZE, BlockPool
 from engine.scheduling.scheduler import MOST_ROWS, Scheduler
+
+log = logging.getLogger("verbatim.engine")
 
 _LOGITS = 2**25
 """Logits of a step beside one row for each sequence: 128 MiB."""
@@ -73,16 +80,18 @@ def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
     placement = place(config, found)
     if config.threads:
         torch.set_num_threads(config.threads)
-    with ThreadPoolExecutor(max_workers=2) as pool:  # hashes files and tries templates while weights are read
-        digests = pool.submit(manifest.hash_files, manifest.files_read(config, found))
-        say(f"reading {format_bytes(found.stored_bytes)} of weights")
-        files = TextFiles.read(config, folder, file)
-        trials = files.start_trials(pool)
-        ready = _prepare(config, found, file, placement, files, digests.result, say)
-        for trial in trials:
-            trial.result()
-    ready.backend.release_memory()
-    return _assemble(config, found, ready, files)
+    stream = DeviceStream(placement.device)
+    with stream.current():
+        with ThreadPoolExecutor(max_workers=2) as pool:  # hashes files and tries templates while weights are read
+            digests = pool.submit(manifest.hash_files, manifest.files_read(config, found))
+            say(f"reading {format_bytes(found.stored_bytes)} of weights")
+            files = TextFiles.read(config, folder, file)
+            trials = files.start_trials(pool)
+            ready = _prepare(config, found, file, placement, stream, files, digests.result, say)
+            for trial in trials:
+                trial.result()
+        ready.backend.release_memory()
+        return _assemble(config, found, ready, files)
 
 
 def _prepare(
@@ -90,12 +99,16 @@ def _prepare(
     found: Checkpoint,
     file: GGUFFile | None,
     placement: Placement,
+    stream: DeviceStream,
     files: TextFiles,
     digests: Callable[[], Mapping[Path, str]],
     say: Progress,
 ) -> ReadyModel:
     """Read the weights, fuse the model for its backend, and test it."""
+    budget = GpuBudget(placement.gpus)
     model = load_model(config, found, placement.dtype, placement.device_map, file)
+    stream.wait_for_all()
+    _check_device(config, model, placement)
     check_vocabulary(config, files.tokenizer, model)
     vocab_size, length = _vocab_size(model), context_length(config, model)
     longrope = rotary.pin(model, length)
@@ -106,15 +119,18 @@ def _prepare(
     say("self-test")
     rounded = config.quantization is not None
     test = self_test(model, backend, reference, vocab_size, placement.dtype, length, rounded=rounded)
-    return ReadyModel(model, backend, placement, test, vocab_size, length, longrope, digests())
+    return ReadyModel(model, backend, placement, stream, budget, test, vocab_size, length, longrope, digests())
 
 
 def _assemble(config: ModelConfig, found: Checkpoint, ready: ReadyModel, files: TextFiles) -> LoadedModel:
-    size = size_cache(config, ready.context_length, ready.test.layers, ready.placement)
+    size, runner = _fit(config, ready)
     text = TextSide.of(config, files, found, ready.model, ready.vocab_size)
+    memory = ready.budget.describe(size, ready.test.layers or ())
+    if memory:
+        log.info("%s: %s", config.id, memory)
     return LoadedModel(
         config=config,
-        info=identity.describe(config, found, ready, text, size),
+        info=identity.describe(config, found, ready, text, size, memory),
         tokenizer=text.tokenizer,
         vocabulary=text.vocabulary,
         template=text.template,
@@ -122,21 +138,59 @@ def _assemble(config: ModelConfig, found: Checkpoint, ready: ReadyModel, files: 
         grammars=text.grammars,
         chat_format=text.chat_format,
         closing_ids=text.closing_ids,
-        runner=_runner(config, ready, size),
+        runner=runner,
         scheduler=_scheduler(config, ready, size),
-        device=ready.placement.device,
+        stream=ready.stream,
     )
 
 
-def _runner(config: ModelConfig, ready: ReadyModel, size: CacheSize) -> Runner:
+def _fit(config: ModelConfig, ready: ReadyModel) -> tuple[CacheSize, Runner]:
+    """Size the cache, and make the runner that serves: on a GPU by the memory that the largest step leaves."""
+    layers, length, budget = ready.test.layers, ready.context_length, ready.budget
+    budget.note_weights()
+    host = {torch.device("cpu"): free_memory() // 4}
+    size = size_cache(config, length, layers, {**host, **budget.room()})
+    if layers is None or not budget.gpus:
+        return size, _runner(config, ready, size, serves=True)
+    _measure(config, ready, size.context_length)
+    size = size_cache(config, length, layers, {**host, **budget.room()})
+    return budget.allocate(config, size, layers, lambda size: _runner(config, ready, size, serves=True))
+
+
+def _measure(config: ModelConfig, ready: ReadyModel, context: int) -> None:
+    """Note the memory of the largest step over `context` tokens, and of graphs, in runners with a small cache."""
+    rows = _max_rows(ready) + config.max_sequences
+    step = LargestStep(config.max_batch_tokens, rows, config.max_sequences, context)
+    small = CacheSize(context, step.num_blocks)
+    runner = _runner(config, ready, small)
+    ready.budget.measure(
+        lambda: step.run(runner, ready.placement.device), lambda: _runner(config, ready, small, serves=True)
+    )
+
+
+def _runner(config: ModelConfig, ready: ReadyModel, size: CacheSize, *, serves: bool = False) -> Runner:
     test, model, backend = ready.test, ready.model, ready.backend
     if test.layers is None:
         return FallbackRunner(model, backend, ready.vocab_size, positions=test.positions)
-    cache = backend.allocate(test.layers, size.blocks)
-    steps = StepSize(config.max_batch_tokens + config.max_sequences, config.max_sequences, size.context_length)
     return backend.runner(
-        model, cache, ready.vocab_size, steps, single_rows=test.single_rows, row_safe=test.row_safe, serves=True
+        model,
+        backend.allocate(test.layers, size.blocks),
+        ready.vocab_size,
+        StepSize(config.max_batch_tokens + config.max_sequences, config.max_sequences, size.context_length),
+        single_rows=test.single_rows,
+        row_safe=test.row_safe,
+        skips_masks=test.skips_masks,
+        serves=serves,
     )
+
+
+def _check_device(config: ModelConfig, model: nn.Module, placement: Placement) -> None:
+    """Refuse a model whose device map takes tokens elsewhere than on the device that samples."""
+    if input_device(model) != placement.device:
+        raise LoadError(
+            f"{config.id}: device: {config.device} puts the embedding on {input_device(model)}, not on "
+            f"{placement.device}; choose another map."
+        )
 
 
 def _scheduler(config: ModelConfig, ready: ReadyModel, size: CacheSize) -> Scheduler:
@@ -145,9 +199,13 @@ def _scheduler(config: ModelConfig, ready: ReadyModel, size: CacheSize) -> Sched
         BlockPool(size.blocks, BLOCK_SIZE, caching=config.prefix_cache and packed),
         max_sequences=config.max_sequences,
         max_batch_tokens=config.max_batch_tokens,
-        max_rows=max(min(MOST_ROWS, _LOGITS // ready.vocab_size), 16),
+        max_rows=_max_rows(ready),
         whole_prompts=not packed,
     )
+
+
+def _max_rows(ready: ReadyModel) -> int:
+    return max(min(MOST_ROWS, _LOGITS // ready.vocab_size), 16)
 
 
 def _vocab_size(model: nn.Module) -> int:

@@ -17,8 +17,13 @@ from engine.compute.cpu.kernels import Kernels, NoKernels
 from engine.compute.linear import choose_linear
 from engine.compute.torch_backend import TorchBackend
 from engine.config import ModelConfig
+from engine.devices import gpu
+from engine.devices.gpu import DeviceMemory
 from engine.errors import LoadError, NotEnoughMemory
 from engine.host_memory import format_bytes, free_memory
+
+_LARGE = 2_000_000_000
+"""Parameters above which a float32 checkpoint is narrowed on a GPU, unless the entry says otherwise."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The dtypes that a model can be computed in, by the names that entries and checkpoints have for them."""
@@ -45,32 +50,76 @@ class Placement:
         return self.device.type == "cpu"
 
     @property
+    def gpus(self) -> tuple[DeviceMemory, ...]:
+        """The GPUs that weights may go to: the chosen one, or all where accelerate spreads them; none on a CPU."""
+        if self.on_cpu:
+            return ()
+        return DeviceMemory.of_all() if isinstance(self.device_map, str) else (DeviceMemory(self.device),)
+
+    @property
     def has_kernels(self) -> bool:
         """Whether compiled kernels exist for this placement: float32 on a CPU."""
         return self.on_cpu and self.dtype == torch.float32
-
-    def cache_room(self) -> int:
-        """Return how many bytes the cache may take unasked: a quarter of a CPU's free memory, 80 % of a GPU's."""
-        return free_memory() // 4 if self.on_cpu else int(torch.cuda.mem_get_info(self.device)[0] * 0.8)
 
 
 def place(config: ModelConfig, found: Checkpoint) -> Placement:
     """Choose device and dtype, and compare needed with free memory before a weight is read.
 
     Raises:
-        LoadError: the device does not exist, or the entry's quantisation is not for it; NotEnoughMemory.
+        LoadError: the device does not exist, or no backend has the entry's quantisation there; NotEnoughMemory.
     """
     device, device_map = _resolve_device(config)
     stored = DTYPES.get(found.dtype, torch.float32)
-    unasked = torch.float32 if device.type == "cpu" else stored
-    dtype = unasked if config.dtype == "auto" else DTYPES[config.dtype]
-    placement = Placement(device, device_map, dtype, stored)
-    if config.quantization and not placement.has_kernels:
-        raise LoadError(
-            f"{config.id}: quantization: {config.quantization} is for float32 on a CPU, not {dtype} on {device}."
-        )
+    placement = Placement(device, device_map, _dtype(config, found, device, stored), stored)
+    _check_quantization(config, placement)
     _check_memory(config, found, placement)
     return placement
+
+
+def _dtype(config: ModelConfig, found: Checkpoint, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """Choose the dtype to compute in, by the entry, the checkpoint and the kind of device, never by what is free."""
+    asked = None if config.dtype == "auto" else DTYPES[config.dtype]
+    if device.type == "cpu":
+        return asked or torch.float32
+    dtype = asked or stored
+    if asked is None and stored == torch.float32 and found.parameters > _LARGE:
+        dtype = torch.bfloat16
+        log.warning(
+            "%s: a float32 checkpoint of %.1f billion parameters is computed in bfloat16 on a GPU; dtype: float32 in "
+            "its entry keeps every digit, at twice the memory and several times the time",
+            config.id,
+            found.parameters / 1e9,
+        )
+    if dtype == torch.bfloat16 and not gpu.computes_bfloat16(device):
+        if asked is not None:
+            log.warning("%s: %s has no instructions for bfloat16: it is slow there", config.id, device)
+            return dtype
+        dtype = torch.float16
+        log.warning(
+            "%s: %s has no instructions for bfloat16: computed in float16, whose largest number is 65504; dtype: "
+            "float32 in its entry is for models with larger ones",
+            config.id,
+            device,
+        )
+    return dtype
+
+
+def _check_quantization(config: ModelConfig, placement: Placement) -> None:
+    """Refuse a quantisation that the backend of this placement does not have, before a weight is read."""
+    asked = config.quantization
+    if asked is None or asked in _quantizations(placement):
+        return
+    where = f"not {placement.dtype} on {placement.device}"
+    if asked == "int4" and placement.on_cpu:
+        raise LoadError(f"{config.id}: quantization: int4 is for a GPU, {where}.")
+    if asked == "int4":
+        raise LoadError(f"{config.id}: quantization: no kernels for int4 exist yet, neither for a CPU nor for a GPU.")
+    raise LoadError(f"{config.id}: quantization: {asked} is for float32 on a CPU, {where}.")
+
+
+def _quantizations(placement: Placement) -> frozenset[str]:
+    """Return the quantisations that the backend of a placement has."""
+    return CpuBackend.QUANTIZATIONS if placement.has_kernels else TorchBackend.QUANTIZATIONS
 
 
 def choose_backend(config: ModelConfig, placement: Placement, model: nn.Module, progress: Progress) -> Backend:
@@ -106,22 +155,22 @@ def _resolve_device(config: ModelConfig) -> tuple[torch.device, Any]:
     """Return the device on which logits arrive, and accelerate's device map."""
     name = config.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if gpu.count() else "cpu"
         if name == "cpu" and torch.version.cuda:
             log.warning(
                 "%s: this build of torch is for CUDA %s and sees no GPU: taking the CPU", config.id, torch.version.cuda
             )
     if name == "cpu":
         return torch.device("cpu"), {"": "cpu"}
-    if not torch.cuda.is_available():
+    if not gpu.count():
         raise LoadError(
             f"{config.id}: device {config.device!r} was asked for, but torch {torch.__version__} sees no GPU."
         )
     if not name.startswith("cuda"):
         return torch.device("cuda:0"), name
     device = torch.device(name if ":" in name else "cuda:0")
-    if (device.index or 0) >= torch.cuda.device_count():
-        raise LoadError(f"{config.id}: there is no {device}; this machine has {torch.cuda.device_count()} GPU(s).")
+    if (device.index or 0) >= gpu.count():
+        raise LoadError(f"{config.id}: there is no {device}; this machine has {gpu.count()} GPU(s).")
     return device, {"": str(device)}
 
 
@@ -130,10 +179,7 @@ def _check_memory(config: ModelConfig, found: Checkpoint, placement: Placement) 
     needed = quantized.check(config, found, placement.device_map, dtype)
     if needed is None:
         needed = found.float32_bytes() if placement.has_kernels else found.parameters * dtype.itemsize
-    if placement.on_cpu:
-        free = free_memory()
-    else:
-        free = sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+    free = free_memory() if placement.on_cpu else sum(memory.free() for memory in placement.gpus)
     if needed > free:
         place = "memory" if placement.on_cpu else "GPU memory"
         raise NotEnoughMemory(

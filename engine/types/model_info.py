@@ -44,6 +44,8 @@ class ModelInfo:
     weight_bytes: int
     linear: str = "torch"
     """What computes the linear layers: `native` (compiled here), `native int8`, `packed`, `strict` or `torch`."""
+    memory: str = ""
+    """What the GPU's memory was taken by once the model was loaded, in one line; empty on a CPU."""
     reasoning: tuple[str, str] | None = None
     """The delimiters before and after the model's thoughts; None if its template has none."""
     tool_calls: str = ""

@@ -27,6 +27,7 @@ def model_object(status: ModelStatus) -> dict[str, Any]:
         "device": info.device,
         "dtype": info.dtype,
         "linear": info.linear,
+        "memory": info.memory or None,
         "runner": info.runner,
         "system_fingerprint": info.system_fingerprint,
         "defaults_fingerprint": info.defaults_fingerprint,

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 ENGINE = (
-    "errors types config cache_folder host_memory confined",
+    "errors types config cache_folder host_memory devices confined",
     "text templates",
     "replies",
     "grammar prompts",

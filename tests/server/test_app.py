@@ -123,6 +123,13 @@ def test_a_model_tells_whether_the_law_holds_and_why_not() -> None:
     }
 
 
+def test_a_model_tells_what_a_gpus_memory_is_for() -> None:
+    told = "24.0 GiB: weights 15.3, cache 6.1 (50,000 tokens), activations 0.5, free 2.1"
+    app = make_app(FakeEngine(info=dataclasses.replace(INFO, memory=told)))
+    assert call(app, path="/v1/models/fake").json["memory"] == told
+    assert call(make_app(FakeEngine()), path="/v1/models/fake").json["memory"] is None
+
+
 def test_a_model_id_may_hold_a_slash() -> None:
     assert call(make_app(FAILED), path="/v1/models/org/broken").json["id"] == "org/broken"
 

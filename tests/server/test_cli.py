@@ -255,6 +255,7 @@ def test_check_prints_what_it_found_and_fails_if_one_does(elsewhere: Path, monke
             **{
                 **{name: getattr(INFO, name) for name in INFO.__slots__},
                 "law": ReproducibilityReport(False, "experts [differ]."),
+                "memory": "24.0 GiB: weights 15.3, free 8.7",
             }
         )
 
@@ -268,7 +269,7 @@ def test_check_prints_what_it_found_and_fails_if_one_does(elsewhere: Path, monke
     result = CliRunner(env={"COLUMNS": "300"}).invoke(cli.app, ["models", "check"])
     assert result.exit_code == 1
     assert "bad: gone: no config.json [checked]" in result.stderr
-    for word in ("FakeForCausalLM", "packed", "fp_fake", "no: experts [differ]."):
+    for word in ("FakeForCausalLM", "packed", "fp_fake", "no: experts [differ].", "24.0 GiB: weights"):
         assert word in result.stdout
     (elsewhere / "models.yaml").write_text("models:\n  - {id: good, builtin: noise}\n")
     assert CliRunner(env={"COLUMNS": "300"}).invoke(cli.app, ["models", "check"]).exit_code == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,6 +25,9 @@ from engine.host_memory import give_back_memory
 
 class CpuBackend:
     """Computes with compiled kernels (see `engine.compute.backend.Backend`)."""
+
+    QUANTIZATIONS: ClassVar[frozenset[str]] = frozenset({"int8"})
+    """What an entry's `quantization` may say."""
 
     def __init__(self, kernels: Kernels, quantization: str | None = None) -> None:
         """quantization: `int8`, or None to round no weight."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ class CudaBackend:
         device: torch.device,
         operations: Operations,
         quantization: str | None = None,
-        recorder: Recorder | None = None,
+        make_recorder: Callable[[], Recorder] | None = None,
         most_recorded: int | None = None,
     ) -> None:
         """Compute on a device.
@@ -43,12 +43,12 @@ class CudaBackend:
         Args:
             operations: the kernels.
             quantization: `int8` or `int4`, or None to round no weight.
-            recorder: records graphs; None: every step is launched anew.
+            make_recorder: makes what records a runner's graphs; None: every step is launched anew.
             most_recorded: rows of the largest step that is recorded; None: all sizes are.
         """
         self.device, self._operations, self._quantization = device, operations, quantization
-        self._recorder, self._most_recorded = recorder, most_recorded
-        self.no_graphs: str | None = None if recorder is not None else "not asked for"
+        self._make_recorder, self._most_recorded = make_recorder, most_recorded
+        self.no_graphs: str | None = None if make_recorder is not None else "not asked for"
         """Why steps are not recorded as graphs; None if they are, or will be."""
         self.linear = f"triton {quantization}" if quantization else "triton"
         self._replaced: Replaced | None = None
@@ -79,13 +79,16 @@ class CudaBackend:
         *,
         single_rows: bool = False,
         row_safe: bool = False,
+        skips_masks: bool = False,
         bystanders: Sequence[int] = (),
         serves: bool = False,
     ) -> CudaRunner:
         """Compute steps whose inputs stand in fixed memory; where it serves, as graphs."""
-        runner = CudaRunner(model, self, self._operations, cache, vocab_size, size, bystanders=bystanders)
-        if serves and self._recorder is not None:
-            self.no_graphs = runner.record(self._recorder, self._most_recorded)
+        runner = CudaRunner(
+            model, self, self._operations, cache, vocab_size, size, skips_masks=skips_masks, bystanders=bystanders
+        )
+        if serves and self._make_recorder is not None:
+            self.no_graphs = runner.record(self._make_recorder(), self._most_recorded)
             if self.no_graphs is not None:
                 log.warning("steps are launched one by one, not as graphs: %s", self.no_graphs)
         return runner

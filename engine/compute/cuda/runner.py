@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from engine.compute.attention import attention_through
+from engine.compute.attention import attention_through, blank_mask
 from engine.compute.backend import AttentionSettings, Backend, PackedChunk, StepSize
 from engine.compute.cuda.graphs import Graph, NotCapturable, Recorder, buckets, smallest
 from engine.compute.cuda.lookahead import CudaLookahead
@@ -31,7 +31,7 @@ __all__ = ["CudaPlan", "CudaRunner"]
 
 log = logging.getLogger("verbatim.engine")
 
-_SPARE_ROWS: Final = 4
+_SPARE_ROWS: Final = 8
 """Rows beside those of a step, for bystanders of the self-test."""
 
 
@@ -87,11 +87,14 @@ class CudaRunner:
         vocab_size: int,
         size: StepSize,
         *,
+        skips_masks: bool = True,
         bystanders: Seq[int] = (),
     ) -> None:
         """Serve a model from a cache of plain layout.
 
         Args:
+            skips_masks: the model may be given a mask that it leaves alone (`engine.compute.discovery`). Without one
+                transformers asks the device for the shape of the step, so that no step can be recorded.
             bystanders: positions of rows that belong to no sequence and are computed in every step, for the self-test.
 
         Raises:
@@ -108,7 +111,7 @@ class CudaRunner:
         self._most_kept = smallest(self._sizes, min(size.sequences, limits.rows))
         self._graphs: dict[int, Graph] = {}
         self._views: dict[tuple[int, int], StepViews] = {}
-        self._mask = torch.zeros(1, 1, 1, 1, device=self._device)
+        self._mask = {"attention_mask": blank_mask(self._device)} if skips_masks else {}
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.lookahead: CudaLookahead | None = None if bystanders else CudaLookahead(self.compute)
 
@@ -168,10 +171,9 @@ class CudaRunner:
         plan = CudaPlan(self._operations, self.cache, self._buffers, views)
         arguments: dict[str, Any] = {"logits_to_keep": views.kept} if self._keeps else {}
         with attention_through(plan):
-            # A mask of four dimensions is left alone; without one transformers asks the device for its shape.
             output = self._model(
                 views.tokens,
-                attention_mask=self._mask,
+                **self._mask,
                 position_ids=views.positions,
                 use_cache=False,
                 **arguments,

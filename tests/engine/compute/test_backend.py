@@ -71,6 +71,20 @@ def test_what_is_written_is_what_a_step_stores(kernels: Kernels) -> None:
             assert torch.equal(one, other)
 
 
+def test_what_is_finite_is_asked_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question to a GPU waits until it has computed everything before."""
+    asked = []
+    own = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (asked.append(self), own(self))[1])
+    backend = TorchBackend(CPU)
+    plan = backend.plan(backend.allocate(SHAPES, 4), [PackedChunk(0, LENGTH, 0, TABLE)])
+    for i, (states, settings) in enumerate(zip(STATES, SETTINGS, strict=True)):
+        plan.attend(i, *states, settings)
+    assert not asked
+    assert plan.finite().all()
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("layer", range(len(SHAPES)))
 def test_a_row_that_is_not_finite_is_told_by_any_layer(kernels: Kernels, layer: int) -> None:
     for backend in (CpuBackend(kernels), TorchBackend(CPU)):

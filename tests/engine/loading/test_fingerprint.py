@@ -10,12 +10,14 @@ import tomllib
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from engine import ModelConfig, ModelInfo, fingerprint_of, part_differences
-from engine.loading import fingerprint, versions as libraries
+from engine.checkpoints import checkpoint
+from engine.loading import fingerprint, identity, versions as libraries
 from engine.loading.loader import load
 from engine.types import versions
 from engine.types.sampling_params import SAMPLING_FIELDS
@@ -120,6 +122,20 @@ def test_each_kind_of_device_has_kernels_of_its_own_version() -> None:
         f"only in the first: cpu_kernels {versions.CPU_KERNELS_VERSION}",
         f"only in the second: gpu_kernels {versions.GPU_KERNELS_VERSION}",
     }
+
+
+@pytest.mark.parametrize(("on_cpu", "there"), [(True, False), (False, True)])
+def test_the_compiler_of_a_gpus_kernels_counts_where_there_is_a_gpu(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, on_cpu: bool, there: bool
+) -> None:
+    """It is installed on many machines where nothing computes with it."""
+    honest = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "9.9" if name == "triton" else honest(name))
+    found = checkpoint.inspect(folder, "m")
+    placement = SimpleNamespace(on_cpu=on_cpu, device_map={"": "somewhere"})
+    more = identity._other_libraries(found, SimpleNamespace(placement=placement))  # type: ignore[arg-type]
+    assert fingerprint.library_parts(more).get("triton") == ("9.9" if there else None)
+    assert on_cpu is False or "triton" not in _info(folder).fingerprint_parts
 
 
 def test_the_version_is_the_packages() -> None:

@@ -20,8 +20,8 @@ from engine.compute.cpu.kernels import Kernels, NoKernels
 from engine.compute.cpu.packed_weight import Product
 from engine.llm import Completion
 from engine.loading import loader, placement
-from engine.loading.cache_size import context_length
 from engine.loading.loader import load
+from engine.loading.memory.cache_size import context_length
 
 
 @pytest.fixture

@@ -15,18 +15,24 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from engine.checkpoints.checkpoint import prepare_environment
+from engine.compute.attention import IMPLEMENTATION, make_mask, register_attention
 from engine.compute.attention_mask import KeyRange
 from engine.compute.backend import AttentionSettings, PackedChunk
 from engine.compute.kv_cache import LayerShape
+from engine.compute.model_runner import PackedRunner
 from engine.compute.torch_attention import padded_length
 from engine.compute.torch_backend import TorchBackend
 from engine.errors import LoadError
+from engine.loading import selftest
 from engine.loading.attention_trial import AttentionTrial
-from engine.loading.selftest import Reference, SelfTest, self_test, verdict
+from engine.loading.selftest import ON_CPU, ON_GPU, Extent, Reference, SelfTest, self_test, verdict
+from engine.scheduling.schedule import Chunk, Schedule
+from engine.scheduling.sequence import Sequence
+from engine.types.sampling_params import SamplingParams
 
 VOCAB, LENGTH = 448, 2048
 TORCH = TorchBackend(torch.device("cpu"))
@@ -371,3 +377,179 @@ def test_what_no_trial_disproves_is_promised_only_where_it_is_known_why(
     found, reason = verdict(checks, backend.breaks_law, f"(M, bfloat16, {device})")
     assert found is holds
     assert says in reason
+
+
+# -- what a GPU needs -------------------------------------------------------------------------------------------------
+
+
+class _ManyRows(nn.Module):
+    """An activation that takes another kernel for hundreds of rows, as a library on a GPU does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.silu(x)
+        return out * (1 + 2e-7) if x.shape[-2] > 300 else out
+
+
+def test_a_gpus_self_test_makes_larger_steps_and_asks_nothing_of_threads() -> None:
+    """Its tiles and splits are larger than the prompts that show everything on a CPU."""
+    found = {}
+    for extent in (ON_CPU, ON_GPU):
+        model = _llama()
+        model.model.layers[0].mlp.act_fn = _ManyRows()  # type: ignore[union-attr,index]
+        report = _try(model, reference=Reference.of(model, VOCAB, LENGTH, extent)).report
+        found[extent] = dict(report.checks)
+    assert all(found[ON_CPU].values()), "a processor's self-test makes no such steps"
+    assert found[ON_GPU] == {"packed": False, "chunked": False, "key spans": True}
+
+
+def test_a_plain_model_passes_what_a_gpu_needs() -> None:
+    model = _llama()
+    reference = Reference.of(model, VOCAB, LENGTH, ON_GPU)
+    assert [len(text.prompt) for text in reference.texts] == [150, 9, 5, 3, 700]
+    test = _try(model, reference=reference)
+    assert (test.report.holds, test.report.reason) == (True, "the same bits alone, packed and chunked")
+
+
+def test_what_is_tried_depends_on_the_kind_of_device() -> None:
+    assert Extent.on(torch.device("cuda:1")) == ON_GPU
+    assert Extent.on(torch.device("cpu")) == ON_CPU
+
+
+def test_the_border_of_the_original_context_is_crossed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On both sides of it rows stand beside the sequences that are compared."""
+    seen: set[tuple[int, ...]] = set()
+    own = PackedRunner.__init__
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> None:
+        seen.add(tuple(kwargs["bystanders"]))
+        own(self, *args, **kwargs)
+
+    monkeypatch.setattr(PackedRunner, "__init__", watched)
+    scaling = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = _llama(rope_parameters={**scaling, "original_max_position_embeddings": 700})
+    assert _try(model).report.holds
+    assert seen == {(), (2047, 1023, 0, 699, 700)}
+
+
+def test_products_that_may_be_rounded_to_tf32_promise_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert selftest._tf32(torch.device("cuda:0")) is None
+    monkeypatch.setattr(selftest, "matmul_tf32", lambda: True)
+    assert selftest._tf32(torch.device("cpu")) is None
+    why = selftest._tf32(torch.device("cuda:0"))
+    assert verdict({"packed": True}, why, "(M, float32, cuda:0)") == (
+        False,
+        "no trial found other bits, but torch is set to round float32 products to TF32 (torch.backends.cuda.matmul) "
+        "(M, float32, cuda:0)",
+    )
+
+
+def test_numbers_beyond_float16_are_said_to_be_that() -> None:
+    model = _llama().to(torch.float16)
+    assert Reference.of(model, VOCAB, LENGTH)
+    model.model.layers[0].mlp.down_proj.weight.mul_(6e4)  # type: ignore[union-attr,index,operator]
+    with pytest.raises(LoadError, match=r"numbers beyond 65504, the largest of float16: give its entry dtype: float32"):
+        Reference.of(model, VOCAB, LENGTH)
+
+
+# -- masks ------------------------------------------------------------------------------------------------------------
+
+
+def _pass(model: nn.Module, test: SelfTest, *, skips_masks: bool) -> tuple[Tensor, int]:
+    """Run 40 tokens through the packed runner. Returns their logits, and how many masks transformers made."""
+    made = []
+
+    def make(**kwargs: Any) -> Any:
+        made.append(kwargs)
+        return make_mask(**kwargs)
+
+    assert test.layers is not None
+    cache = TORCH.allocate(test.layers, 3)
+    runner = PackedRunner(model, TORCH, cache, VOCAB, row_safe=test.row_safe, skips_masks=skips_masks)
+    sequence = Sequence("", 0, tuple(range(3, 43)), SamplingParams(), 0, block_table=[2, 0, 1])
+    AttentionMaskInterface.register(IMPLEMENTATION, make)
+    try:
+        return runner.forward(Schedule([Chunk(sequence, 0, 40, True, num_rows=40)])).logits, len(made)
+    finally:
+        register_attention()
+
+
+@pytest.mark.parametrize("family", sorted(set(tiny_models.FAMILIES) - {"bloom", "mamba"}))
+def test_a_packed_model_makes_no_masks_in_a_step(family: str) -> None:
+    """Making one asks a GPU something in every pass. What each layer sees is found before, and bits stay the same."""
+    model = _llama(family)
+    test = _try(model)
+    assert test.layers is not None
+    assert test.skips_masks
+    window = tiny_models.FAMILIES[family].get("sliding_window")
+    assert any(layer.seen == KeyRange(window=window) for layer in test.layers), "discovery sees them as before"
+    plain, made = _pass(model, test, skips_masks=False)
+    blank, none = _pass(model, test, skips_masks=True)
+    assert torch.equal(plain, blank)
+    assert made > none == 0
+
+
+def _counts_its_mask(model: nn.Module) -> None:
+    """A model that computes with its mask before the layers do."""
+    own = model.forward
+
+    def forward(self: Any, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        output = own(input_ids, attention_mask=attention_mask, **kwargs)
+        output.logits = output.logits + (0.0 if attention_mask is None else 1.0)
+        return output
+
+    _replace_forward(model, forward)
+
+
+def _takes_flat_masks(model: nn.Module) -> None:
+    """A model that takes no other mask than one number a token."""
+    own = model.forward
+
+    def forward(self: Any, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if attention_mask is not None:
+            attention_mask[:, : input_ids.shape[1]].view(1, -1).cumsum(-1).view(input_ids.shape)
+        return own(input_ids, attention_mask=attention_mask, **kwargs)
+
+    _replace_forward(model, forward)
+
+
+def _makes_masks_anyway(model: nn.Module) -> None:
+    own = model.forward
+    _replace_forward(model, lambda self, input_ids=None, attention_mask=None, **kwargs: own(input_ids, **kwargs))
+
+
+def _turns_by_its_mask(model: nn.Module) -> None:
+    """A mask that reaches a layer's queries."""
+    attention = model.model.layers[1].self_attn  # type: ignore[union-attr,index]
+    own = attention.forward
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        blank = attention_mask is not None and attention_mask.shape[-1] == 1
+        return own(hidden_states * (2.0 if blank else 1.0), *args, attention_mask=attention_mask, **kwargs)
+
+    _replace_forward(attention, forward)
+
+
+@pytest.mark.parametrize("change", [_counts_its_mask, _takes_flat_masks, _makes_masks_anyway, _turns_by_its_mask])
+def test_a_model_that_needs_its_masks_keeps_them(change: Callable[[nn.Module], None]) -> None:
+    model = _llama()
+    change(model)
+    test = _try(model)
+    assert test.layers is not None, "it is packed all the same"
+    assert not test.skips_masks
+    assert test.report.holds, test.report.reason
+
+
+def test_logits_on_another_device_than_the_samplers_are_refused() -> None:
+    """Spread over devices, a model may leave them on its last one."""
+    model = _llama()
+    reference = Reference.of(model, VOCAB, LENGTH)
+    own = model.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        output.logits = output.logits.to("meta")
+        return output
+
+    _replace_forward(model, forward)
+    with pytest.raises(LoadError, match="its logits arrive on meta, not on cpu"):
+        _try(model, reference=reference)

@@ -20,7 +20,7 @@ class ReferenceBackend(CudaBackend):
 
     def __init__(self, quantization: str | None = None, *, records: bool = False) -> None:
         operations = WholeOperations(TorchOperations())
-        recorder = StandInRecorder(operations) if records else None
+        recorder = (lambda: StandInRecorder(operations)) if records else None
         # Large steps take the stand-in long, and `test_graph_replays.py` tries every size.
         super().__init__(torch.device("cpu"), operations, quantization, recorder, most_recorded=16)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from engine.compute.kv_cache import KEY_BLOCK, LayerShape
 from engine.config import ModelConfig
 from engine.errors import LoadError, NotEnoughMemory
 from engine.host_memory import format_bytes
-from engine.loading.placement import Placement
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 _CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len", "max_target_positions", "n_positions")
@@ -27,6 +29,10 @@ class CacheSize:
     @property
     def tokens(self) -> int:
         return self.blocks * BLOCK_SIZE
+
+    def of_at_most(self, blocks: int) -> CacheSize:
+        """Return this size, or if it has more blocks, one of so many and the context that they hold."""
+        return self if blocks >= self.blocks else CacheSize(min(self.context_length, blocks * BLOCK_SIZE), blocks)
 
 
 def context_length(config: ModelConfig, model: nn.Module) -> int:
@@ -45,12 +51,13 @@ def context_length(config: ModelConfig, model: nn.Module) -> int:
 
 
 def size_cache(
-    config: ModelConfig, wanted: int, layers: tuple[LayerShape, ...] | None, placement: Placement
+    config: ModelConfig, wanted: int, layers: tuple[LayerShape, ...] | None, room: Mapping[torch.device, int]
 ) -> CacheSize:
     """Size the cache for sequences of up to `wanted` tokens, never larger than all sequences together can use.
 
     Args:
         layers: what each layer stores; None in the fallback runner, where blocks only count tokens.
+        room: bytes that the cache may take on each device of a layer, unless the entry says how many in all.
 
     Raises:
         NotEnoughMemory: one sequence of the length that the entry asks for does not fit.
@@ -58,16 +65,39 @@ def size_cache(
     most = -(-wanted // BLOCK_SIZE) * config.max_sequences
     if layers is None:  # transformers allocates its own caches
         return CacheSize(wanted, most)
-    per_token = sum(layer.bytes_per_token for layer in layers)
-    per_block, spare = per_token * BLOCK_SIZE, per_token * KEY_BLOCK
-    room = config.cache_size or placement.cache_room()
-    blocks = min(max(room - spare, 0) // per_block, most)
-    least = -(-(config.context_length or 2) // BLOCK_SIZE)
-    if blocks < least:
+    if config.cache_size:
+        shares = [(sum(layer.bytes_per_token for layer in layers), config.cache_size)]
+    else:
+        shares = [(per_token, max(room[device], 0)) for device, per_token in per_token_on_each(layers).items()]
+    fitting = [(max(given - per_token * KEY_BLOCK, 0) // (per_token * BLOCK_SIZE)) for per_token, given in shares]
+    size = CacheSize(wanted, most).of_at_most(min(fitting))
+    check_least(config, size, shares[fitting.index(min(fitting))])
+    return size
+
+
+def check_least(config: ModelConfig, size: CacheSize, share: tuple[int, int]) -> None:
+    """Refuse a cache that cannot hold one sequence of the length that the entry asks for.
+
+    Args:
+        share: of the device with the least room: the cache's bytes per token, and the bytes that it may take.
+
+    Raises:
+        NotEnoughMemory: it is too small.
+    """
+    (per_token, room), least = share, -(-(config.context_length or 2) // BLOCK_SIZE)
+    needed = per_token * (least * BLOCK_SIZE + KEY_BLOCK)
+    if size.blocks < least:
         raise NotEnoughMemory(
-            f"{config.id}: the cache for {least * BLOCK_SIZE} tokens needs {format_bytes(least * per_block + spare)}, "
+            f"{config.id}: the cache for {least * BLOCK_SIZE} tokens needs {format_bytes(needed)}, "
             f"{format_bytes(room)} are given to it; lower context_length or raise cache_size.",
-            needed=least * per_block + spare,
+            needed=needed,
             free=room,
         )
-    return CacheSize(min(wanted, blocks * BLOCK_SIZE), blocks)
+
+
+def per_token_on_each(layers: Iterable[LayerShape]) -> Mapping[torch.device, int]:
+    """Return how many bytes a token's keys and values take on each device."""
+    found: Counter[torch.device] = Counter()
+    for layer in layers:
+        found[layer.device] += layer.bytes_per_token
+    return found

@@ -1,0 +1,1 @@
+"""The processors that a model is computed on, as the operating system and torch know them."""

@@ -1,0 +1,1 @@
+"""Decide how much memory a loaded model may use, and for what."""
