@@ -19,7 +19,15 @@ from engine.replies.chat_format import ChatFormat
 from engine.types import versions
 from engine.types.fingerprint_parts import Part, digest_of
 
-__all__ = ["QUANTISERS", "chat_format_parts", "code_parts", "library_parts", "tokenizer_digest", "weights_digest"]
+__all__ = [
+    "GPU_LIBRARIES",
+    "QUANTISERS",
+    "chat_format_parts",
+    "code_parts",
+    "library_parts",
+    "tokenizer_digest",
+    "weights_digest",
+]
 
 _LIBRARIES: Final = (
     *("transformers", "safetensors"),  # the forward pass, and the bytes of the weights
@@ -29,9 +37,12 @@ _LIBRARIES: Final = (
 )
 _KERNELS: Final = (
     *("apex", "causal-conv1d", "flash-attn", "flash-attn-3", "flash-linear-attention", "kernels", "liger-kernel"),
-    *("mamba-ssm", "mambapy", "natten", "triton", "xlstm"),
+    *("mamba-ssm", "mambapy", "natten", "xlstm"),
 )
 """Libraries that transformers computes with, unasked, where they are installed."""
+
+GPU_LIBRARIES: Final = ("triton",)
+"""The same for a GPU alone. On a CPU they compute nothing: tests install them there, and no reply changes."""
 
 QUANTISERS: Final = (
     *("aqlm", "auto-round", "autoawq", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm-gpu", "fp-quant"),
