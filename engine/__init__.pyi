@@ -96,6 +96,13 @@ from engine.types.fingerprint_parts import (
     fingerprint_of as fingerprint_of,
     part_differences as part_differences,
 )
+from engine.types.gpu import (
+    DEVICE as DEVICE,
+    GRAPH as GRAPH,
+    GpuCheck as GpuCheck,
+    GpuReport as GpuReport,
+    GpuVerdict as GpuVerdict,
+)
 from engine.types.messages import (
     ChatMessage as ChatMessage,
     ToolCall as ToolCall,

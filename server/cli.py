@@ -118,6 +118,7 @@ def _findings(info: ModelInfo) -> Table:
         (info.id, ""),
         ("  architecture", f"{info.architecture}, {info.runner} runner"),
         ("  device", f"{info.device}, {info.dtype}, linear layers: {info.linear}"),
+        *([("  gpu", info.gpu.describe())] if info.gpu else []),
         ("  context", f"{info.context_length} tokens; the cache holds {info.cache_tokens}"),
         ("  sampling", defaults),
         ("  thoughts", " … ".join(info.reasoning) if info.reasoning else "none that its template knows of"),

@@ -92,3 +92,11 @@ class GpuReport:
     rung: Rung
     reasons: tuple[tuple[Rung, str], ...] = ()
     """The rungs that were passed over, the highest first, with one line each."""
+
+    def describe(self) -> str:
+        """Return one line for people: `torch (not graphs, kernels: linear: wrong numbers)`."""
+        grouped: dict[str, list[str]] = {}
+        for rung, reason in self.reasons:
+            grouped.setdefault(reason, []).append(rung)
+        told = "; ".join(f"not {', '.join(rungs)}: {reason}" for reason, rungs in grouped.items())
+        return f"{self.rung} ({told})" if told else self.rung

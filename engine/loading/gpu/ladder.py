@@ -25,7 +25,7 @@ GpuSetting = Literal["auto", "no-graphs", "no-kernels"]
 
 T = TypeVar("T")
 
-_LAWFUL = ("graphs", "kernels")
+_LAWFUL: tuple[Rung, ...] = ("graphs", "kernels")
 
 
 @dataclass(frozen=True, slots=True)
