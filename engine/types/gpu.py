@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-__all__ = ["DEVICE", "GRAPH", "RUNGS", "CheckState", "GpuCheck", "GpuReport", "GpuVerdict", "Rung"]
+__all__ = ["DEVICE", "GRAPH", "RUNGS", "CheckState", "GpuCheck", "GpuReport", "GpuVerdict", "Rung", "WeightKind"]
 
 Rung = Literal["graphs", "kernels", "torch", "fallback"]
 """A way to compute a model on a GPU, the fastest first: our kernels in CUDA graphs; our kernels, launched one by one;
@@ -17,10 +17,15 @@ RUNGS: Final[tuple[Rung, ...]] = get_args(Rung)
 
 CheckState = Literal["ok", "failed", "not tried"]
 
+WeightKind = Literal["exact", "int8", "int4"]
+"""How the weights of linear layers are stored, as in `engine.compute.cuda.operations.LinearWeight`."""
+
 DEVICE: Final = "device"
 """The check that torch sees a GPU."""
 GRAPH: Final = "CUDA graph"
-"""The check that the kernels give the same bits in a graph: the only one that the rung `kernels` can do without."""
+"""The check that the kernels give the same bits in a graph as one by one."""
+LINEAR: Final[dict[WeightKind, str]] = {"exact": "linear", "int8": "linear int8", "int4": "linear int4"}
+"""The checks of linear layers, by kind of weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +66,16 @@ class GpuVerdict:
     @property
     def is_well(self) -> bool:
         """Whether every check is ok."""
-        return self.kernels_fault is None and self.graphs_fault is None
+        return _fault(self.checks) is None
 
-    @property
-    def kernels_fault(self) -> str | None:
-        """Why the kernels may not serve, in one line; None where they may."""
-        return _fault([check for check in self.checks if check.name != GRAPH])
+    def kernels_fault(self, weights: WeightKind = "exact") -> str | None:
+        """Say in one line why the kernels may not serve a model with such weights; None where they may."""
+        unneeded = {GRAPH, *LINEAR.values()} - {LINEAR[weights]}
+        return _fault([check for check in self.checks if check.name not in unneeded])
 
-    @property
     def graphs_fault(self) -> str | None:
-        """Why CUDA graphs of the kernels may not serve, in one line; None where they may."""
-        return self.kernels_fault or _fault([self.check(GRAPH)])
+        """Say in one line why CUDA graphs of the kernels may not serve; None where they may."""
+        return _fault([self.check(GRAPH)])
 
 
 def _fault(checks: Sequence[GpuCheck]) -> str | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 from engine.errors import LoadError, NotEnoughMemory, one_line, out_of_memory
-from engine.types.gpu import RUNGS, GpuReport, GpuVerdict, Rung
+from engine.types.gpu import RUNGS, GpuReport, GpuVerdict, Rung, WeightKind
 
 __all__ = ["Attempt", "GpuSetting", "barred_rungs", "descend"]
 
@@ -45,21 +45,22 @@ class Attempt(Generic[T]):
     reason: str = ""
 
 
-def barred_rungs(setting: GpuSetting, verdict: GpuVerdict | None) -> dict[Rung, str]:
+def barred_rungs(setting: GpuSetting, verdict: GpuVerdict | None, weights: WeightKind = "exact") -> dict[Rung, str]:
     """Return the rungs that need not be tried, with a reason each.
 
     Args:
         setting: the entry's key `gpu`.
         verdict: of the checks of the card; None where they were not made, which `no-kernels` has no need of.
+        weights: how the model's linear layers will be stored.
     """
     if setting == "no-kernels":
         return dict.fromkeys(_LAWFUL, "the entry says gpu: no-kernels")
-    kernels = verdict.kernels_fault if verdict else "the kernels have not been tried on this card"
+    kernels = verdict.kernels_fault(weights) if verdict else "the kernels have not been tried on this card"
     if kernels is not None:
         return dict.fromkeys(_LAWFUL, kernels)
     if setting == "no-graphs":
         return {"graphs": "the entry says gpu: no-graphs"}
-    graphs = verdict.graphs_fault if verdict else None
+    graphs = verdict.graphs_fault() if verdict else None
     return {} if graphs is None else {"graphs": graphs}
 
 

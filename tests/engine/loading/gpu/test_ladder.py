@@ -113,6 +113,14 @@ def test_what_is_barred_says_why(setting: GpuSetting, verdict: str, graphs: str 
     assert not {"torch", "fallback"} & barred.keys()
 
 
+def test_a_kind_of_weight_that_fails_bars_only_models_that_have_it() -> None:
+    bad = GpuCheck("linear int4", "failed", "wrong numbers.")
+    verdict = GpuVerdict(checks=(DEVICE_OK, LINEAR_OK, GRAPH_OK, GpuCheck("linear int8", "ok"), bad))
+    assert barred_rungs("auto", verdict) == barred_rungs("auto", verdict, "int8") == {}
+    assert barred_rungs("auto", verdict, "int4")["kernels"] == "linear int4: wrong numbers."
+    assert not verdict.is_well
+
+
 def test_without_checks_no_kernel_is_tried() -> None:
     assert set(barred_rungs("auto", None)) == set(barred_rungs("no-graphs", None)) == {"graphs", "kernels"}
     assert "no-kernels" in barred_rungs("no-kernels", None)["kernels"]
