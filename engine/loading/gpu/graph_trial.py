@@ -51,7 +51,8 @@ class TinyLayer:
         blocks = -(-length // BLOCK_SIZE) + 1
         self._table = tuple(reversed(range(blocks)))
         sizes = ((_WIDTH + 2 * _KV_HEADS * dim, _WIDTH), (2 * _WIDTH, _WIDTH), (_WIDTH, _WIDTH))
-        self._weights = [LinearWeight(numbers(size, dtype, device, i)) for i, size in enumerate(sizes)]
+        self._weights = [LinearWeight(numbers(size, dtype, device, i) / 8) for i, size in enumerate(sizes)]
+        self._inputs = numbers((length, _WIDTH), dtype, device, 7)
         self._norm = numbers((_WIDTH,), dtype, device, 9)
         slots = blocks * BLOCK_SIZE
         self.keys = numbers((_KV_HEADS, slots, dim), dtype, device, 4)
@@ -66,7 +67,7 @@ class TinyLayer:
         """Fill the tensors for a step of tokens `start … start + count - 1`."""
         chunk = PackedChunk(0, count, start, self._table)
         self.x.zero_()
-        self.x[:count] = numbers((count, _WIDTH), self._shape.dtype, self._shape.device, start)
+        self.x[:count] = self._inputs[start : start + count]
         self.rows.fill_(count)
         self.slots.zero_()
         self.slots[:count] = torch.tensor(chunk.slots(), device=self._shape.device)
@@ -80,7 +81,7 @@ class TinyLayer:
         ops, shape, dim = self._operations, self._shape, self._shape.key_dim
         hidden = ops.rms_norm(self.x, self._norm, 1e-6, "weight")
         joined = ops.linear(hidden, self._weights[0], shape.dtype).view(_ROWS, -1, dim).transpose(0, 1)
-        query, key, value = torch.split(joined, (_HEADS, _KV_HEADS, _KV_HEADS))
+        query, key, value = torch.split(joined, [_HEADS, _KV_HEADS, _KV_HEADS])
         ops.store(key, value, self.keys, self.values, self.slots, self.rows, self.finite)
         seen = ops.attend(query, self.keys, self.values, self._step.work, self._step.partials, shape, self._settings)
         wide = ops.linear(seen.reshape(_ROWS, _WIDTH), self._weights[1], shape.dtype)

@@ -187,8 +187,8 @@ def check_capability(device: str) -> str:
     found = torch.cuda.get_device_capability(device)
     if found < LEAST_CAPABILITY:
         raise Missing(
-            f"Compute capability {found[0]}.{found[1]} is below 8.0, from which on the kernels work; models are served by "
-            f"torch, without the promise that bits are the same."
+            f"Compute capability {found[0]}.{found[1]} is below 8.0, which the kernels need; torch serves models here, "
+            f"without the promise that bits are the same."
         )
     return f"{found[0]}.{found[1]}"
 
