@@ -40,6 +40,11 @@ from engine.llm import (
     LLM as LLM,
     Completion as Completion,
 )
+from engine.loading.gpu.probe import (
+    Probed as Probed,
+    keep_verdict as keep_verdict,
+    probe_gpu as probe_gpu,
+)
 from engine.receipts.check import ReceiptCheck as ReceiptCheck
 from engine.receipts.difference import (
     Difference as Difference,

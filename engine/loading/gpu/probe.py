@@ -1,8 +1,10 @@
 """Try the GPU's kernels in a child process, which may crash or hang, and keep the verdict. Imports no torch or triton.
 
-probe ──▶ kernel_probe, in a process and session of its own ──▶ lines of JSON: what begins, what was found
-  │                                                               no line for `SECONDS`: ended, with all it started
-  └─ kept in the cache folder under card, driver, torch, triton and kernels: once for each is enough
+A verdict holds for one card, driver, torch, triton and set of kernels, and is kept under these in the cache folder.
+
+    probe_gpu ──▶ kernel_probe, in a process and session of its own
+        ▲               │
+        └───────────────┘  lines of JSON: what begins, what was found; none for `SECONDS`: the whole session is ended
 """
 
 from __future__ import annotations
@@ -28,7 +30,18 @@ from engine.loading.gpu.card import card_of
 from engine.loading.gpu.surroundings import SURROUNDINGS, triton_folder
 from engine.types.gpu import DEVICE, GRAPH, LINEAR, CheckState, GpuCheck, GpuVerdict
 
-__all__ = ["CAPABILITY", "CHECKS", "FIRST", "OPERATIONS", "REPORT", "Probed", "keep", "kept", "probe", "verdict_of"]
+__all__ = [
+    "CAPABILITY",
+    "CHECKS",
+    "FIRST",
+    "OPERATIONS",
+    "REPORT",
+    "Probed",
+    "keep_verdict",
+    "kept_verdict",
+    "probe_gpu",
+    "verdict_of",
+]
 
 SECONDS: Final = 120.0
 """How long a check may take. A kernel that is compiled for the first time takes one to six."""
@@ -66,16 +79,16 @@ class Probed:
 def verdict_of(device: str, progress: Callable[[str], None]) -> GpuVerdict:
     """Return the kept verdict about a card, or probe it and keep what was found. Starts CUDA in this process."""
     card = card_of(device)
-    found = kept(card)
+    found = kept_verdict(card)
     if found is None:
         progress("trying the GPU's kernels, once for this card and driver")
-        probed = probe(device, progress=progress)
-        keep(probed)
+        probed = probe_gpu(device, progress=progress)
+        keep_verdict(probed)
         found = probed.verdict
     return found
 
 
-def probe(
+def probe_gpu(
     device: str,
     *,
     operations: str = OPERATIONS,
@@ -218,7 +231,7 @@ def _last_line(complaints: IO[bytes]) -> str:
 # -- the kept verdict -------------------------------------------------------------------------------------------------
 
 
-def keep(probed: Probed) -> Path | None:
+def keep_verdict(probed: Probed) -> Path | None:
     """Keep a verdict for the next start, if it is about the kernels and lasts; return its file.
 
     What is missing on the machine (a compiler) is not kept: it may have been installed by the next start.
@@ -240,7 +253,7 @@ def keep(probed: Probed) -> Path | None:
     return path
 
 
-def kept(card: GpuVerdict) -> GpuVerdict | None:
+def kept_verdict(card: GpuVerdict) -> GpuVerdict | None:
     """Return the kept verdict about a card with this driver and these libraries and kernels; None if there is none."""
     path = _path(card)
     if path is None:
@@ -251,8 +264,7 @@ def kept(card: GpuVerdict) -> GpuVerdict | None:
         found = GpuVerdict(**{**said, "checks": tuple(_check(check) for check in said["checks"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    same = all(getattr(found, name) == getattr(card, name) for name in _FIELDS)
-    return found if same and tuple(check.name for check in found.checks) == CHECKS else None
+    return found if tuple(check.name for check in found.checks) == CHECKS else None
 
 
 def _check(said: Any) -> GpuCheck:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Final
 
 from engine.cache_folder import cache_folder, make_private
-from engine.types.gpu import GpuCheck
 
 __all__ = ["SURROUNDINGS", "Missing", "package", "triton_folder"]
 
@@ -155,11 +154,3 @@ SURROUNDINGS: Final[tuple[tuple[str, Callable[[], str]], ...]] = (
     ("cache folder", writable_folder),
 )
 """The checks, in order. Each returns what it found, or raises `Missing`."""
-
-
-def look(name: str, check: Callable[[], str]) -> GpuCheck:
-    """Make one check."""
-    try:
-        return GpuCheck(name, "ok", check())
-    except Missing as error:
-        return GpuCheck(name, "failed", str(error))

@@ -13,7 +13,7 @@ import pytest
 
 from engine.cache_folder import cache_folder
 from engine.loading.gpu import probe as probing
-from engine.loading.gpu.probe import CHECKS, FIRST, TRIALS, Probed, keep, kept, probe, verdict_of
+from engine.loading.gpu.probe import CHECKS, FIRST, TRIALS, Probed, keep_verdict, kept_verdict, probe_gpu, verdict_of
 from engine.types.gpu import DEVICE, GRAPH, GpuCheck, GpuVerdict
 
 
@@ -24,7 +24,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _probed(stand_in: str, seconds: float = 60.0) -> Probed:
-    return probe("cpu", operations=f"faulty_operations:{stand_in}", seconds=seconds)
+    return probe_gpu("cpu", operations=f"faulty_operations:{stand_in}", seconds=seconds)
 
 
 def _states(verdict: GpuVerdict) -> dict[str, str]:
@@ -34,7 +34,7 @@ def _states(verdict: GpuVerdict) -> dict[str, str]:
 @pytest.mark.slow
 def test_right_operations_are_found_right() -> None:
     told: list[str] = []
-    probed = probe("cpu", operations="engine.compute.cuda.reference:TorchOperations", progress=told.append)
+    probed = probe_gpu("cpu", operations="engine.compute.cuda.reference:TorchOperations", progress=told.append)
     states = _states(probed.verdict)
     assert tuple(states) == CHECKS
     assert {name for name, state in states.items() if state == "ok"} == {*TRIALS, "linear int8", "linear int4"}
@@ -101,7 +101,7 @@ def _listening(code: str, seconds: float) -> Probed:
     original = probing._START
     try:
         probing._START = code  # type: ignore[misc]
-        return probe("cpu", seconds=seconds)
+        return probe_gpu("cpu", seconds=seconds)
     finally:
         probing._START = original  # type: ignore[misc]
 
@@ -178,17 +178,17 @@ def _card(verdict: GpuVerdict) -> GpuVerdict:
 
 def test_a_verdict_is_kept_and_found_again() -> None:
     verdict = _verdict()
-    path = keep(Probed(verdict, lasting=True))
+    path = keep_verdict(Probed(verdict, lasting=True))
     assert path is not None
     assert path.parent == cache_folder()
-    assert kept(_card(verdict)) == verdict
+    assert kept_verdict(_card(verdict)) == verdict
     assert path.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize("field", ["gpu", "capability", "driver", "torch", "triton"])
 def test_it_is_about_this_card_driver_and_release_alone(field: str) -> None:
-    keep(Probed(_verdict(), lasting=True))
-    assert kept(_card(_verdict(**{field: "another"}))) is None
+    keep_verdict(Probed(_verdict(), lasting=True))
+    assert kept_verdict(_card(_verdict(**{field: "another"}))) is None
 
 
 def _without(name: str) -> GpuVerdict:
@@ -212,34 +212,34 @@ def _without(name: str) -> GpuVerdict:
 )
 def test_what_may_be_another_thing_next_time_is_not_kept(probed: Probed) -> None:
     """Somebody installs a compiler and starts again."""
-    assert keep(probed) is None
-    assert kept(_card(probed.verdict)) is None
+    assert keep_verdict(probed) is None
+    assert kept_verdict(_card(probed.verdict)) is None
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"checks": 7}', '{"checks": [{"state": "fine"}]}', "extra"])
 def test_a_damaged_file_is_no_verdict(damage: str) -> None:
     verdict = _verdict()
-    path = keep(Probed(verdict, lasting=True))
+    path = keep_verdict(Probed(verdict, lasting=True))
     assert path is not None
     if damage == "extra":
         damage = json.dumps({**json.loads(path.read_text()), "more": 1})
     path.write_text(damage)
-    assert kept(_card(verdict)) is None
+    assert kept_verdict(_card(verdict)) is None
 
 
 def test_a_verdict_of_other_checks_is_none() -> None:
     """A release with one more check must make it."""
     verdict = _verdict()
-    path = keep(Probed(verdict, lasting=True))
+    path = keep_verdict(Probed(verdict, lasting=True))
     assert path is not None
     said = json.loads(path.read_text())
     path.write_text(json.dumps({**said, "checks": said["checks"][:-1]}))
-    assert kept(_card(verdict)) is None
+    assert kept_verdict(_card(verdict)) is None
 
 
 def test_a_folder_that_cannot_be_written_costs_a_probe_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
-    assert keep(Probed(_verdict(), lasting=True)) is None
+    assert keep_verdict(Probed(_verdict(), lasting=True)) is None
 
 
 def test_once_for_each_card(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def test_once_for_each_card(monkeypatch: pytest.MonkeyPatch) -> None:
         return Probed(verdict, lasting=True)
 
     monkeypatch.setattr(probing, "card_of", lambda device: _card(verdict))
-    monkeypatch.setattr(probing, "probe", fake)
+    monkeypatch.setattr(probing, "probe_gpu", fake)
     told: list[str] = []
     assert verdict_of("cuda:1", told.append) == verdict_of("cuda:1", told.append) == verdict
     assert calls == ["cuda:1"]
