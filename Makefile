@@ -26,7 +26,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 LOCKED := install --quiet --require-hashes --no-deps --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test quick newest check lint types format docs bench zoo mutants evaluations demo-model lock clean
+.PHONY: help install serve test quick newest check lint types format docs bench gpu zoo mutants evaluations demo-model lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -93,6 +93,9 @@ docs: $(STAMP)  ## write docs/reference from the code
 
 bench: $(STAMP)  ## measure speed (see benchmarks/README.md)
 	$(BIN)/python benchmarks/overheads.py $(ARGS)
+
+gpu: $(STAMP)  ## try everything on a graphics card; write one file and one page to send home (docs/guides/gpu.md)
+	$(BIN)/python benchmarks/gpu_report.py $(ARGS)
 
 zoo: $(STAMP)  ## examine every architecture; write docs/reference/architectures.md
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m zoo.sweep --page docs/reference/architectures.md $(ARGS)
