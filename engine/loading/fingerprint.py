@@ -20,7 +20,7 @@ from engine.types import versions
 from engine.types.fingerprint_parts import Part, digest_of
 
 __all__ = [
-    "GPU_LIBRARIES",
+    "GPU_COMPILER",
     "QUANTISERS",
     "chat_format_parts",
     "code_parts",
@@ -41,8 +41,8 @@ _KERNELS: Final = (
 )
 """Libraries that transformers computes with, unasked, where they are installed."""
 
-GPU_LIBRARIES: Final = ("triton",)
-"""The same for a GPU alone. On a CPU they compute nothing: tests install them there, and no reply changes."""
+GPU_COMPILER: Final = "triton"
+"""Compiles the kernels of a GPU; it is installed on many machines where nothing computes with it."""
 
 QUANTISERS: Final = (
     *("aqlm", "auto-round", "autoawq", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm-gpu", "fp-quant"),

@@ -116,8 +116,8 @@ def _other_libraries(found: Checkpoint, ready: ReadyModel) -> tuple[str, ...]:
     """Name the libraries that only some checkpoints and placements pass through."""
     return (
         *(("gguf",) if found.folder.is_file() else ()),
-        *(() if ready.placement.on_cpu else fingerprint.GPU_LIBRARIES),
         *(fingerprint.QUANTISERS if found.config.get("quantization_config") is not None else ()),
+        *(() if ready.placement.on_cpu else (fingerprint.GPU_COMPILER,)),
         *(("accelerate",) if isinstance(ready.placement.device_map, str) else ()),  # it moves data between devices
     )
 
