@@ -19,7 +19,7 @@ from engine.compute.kv_cache import LayerShape
 from engine.loading.gpu.kernel_trials import Sizes, expect_near, expect_same, numbers
 from engine.scheduling.block_pool import BLOCK_SIZE
 
-__all__ = ["Step", "attention"]
+__all__ = ["StepTrial", "Step", "attention"]
 
 _KV_HEADS = 2
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
@@ -27,26 +27,35 @@ _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 
 
 def attention(operations: Operations, device: torch.device, sizes: Sizes) -> None:
-    """Try full attention, windows, chunks of keys, soft-capped scores and sinks."""
+    """Try full attention, windows, chunks of keys, soft-capped scores and sinks; other sizes and dtypes in one way.
+
+    Every combination is three kernels to compile, so not all are tried.
+    """
     for dtype in sizes.dtypes:
         for dim in sizes.head_dims:
-            for number, groups in enumerate(sizes.groups):
-                heads = _KV_HEADS * groups
-                sinks = numbers((heads,), torch.float32, device, 11)
-                plain = AttentionSettings(heads, dim**-0.5)
-                ways = [
-                    (KeyRange(), plain),
-                    (KeyRange(window=sizes.keys // 3), AttentionSettings(heads, dim**-0.5, 30.0)),
-                    (KeyRange(window=100), AttentionSettings(heads, dim**-0.5, None, sinks)),
-                    (KeyRange(chunk=128), plain),
-                ]
-                for seen, settings in ways if number == 0 else ways[:3:2]:
+            for groups in sizes.groups:
+                main = dtype == sizes.dtypes[0] and dim == sizes.head_dims[-1] and groups == sizes.groups[-1]
+                if not main and (dtype, dim) != (sizes.dtypes[0], sizes.head_dims[0]) and groups != sizes.groups[0]:
+                    continue
+                for seen, settings in _ways(groups, dim, sizes, device)[: None if main else 1]:
                     shape = LayerShape(_KV_HEADS, dim, dim, dtype, device, seen)
-                    _Trial(operations, shape, settings, sizes).run()
+                    StepTrial(operations, shape, settings, sizes).run()
+
+
+def _ways(groups: int, dim: int, sizes: Sizes, device: torch.device) -> list[tuple[KeyRange, AttentionSettings]]:
+    """List which keys are seen, and what is special about the scores; the plain way first."""
+    heads, scale = _KV_HEADS * groups, dim**-0.5
+    sinks = numbers((heads,), torch.float32, device, 11)
+    return [
+        (KeyRange(), AttentionSettings(heads, scale)),
+        (KeyRange(window=sizes.keys // 3), AttentionSettings(heads, scale, 30.0)),
+        (KeyRange(window=100), AttentionSettings(heads, scale, None, sinks)),
+        (KeyRange(chunk=128), AttentionSettings(heads, scale)),
+    ]
 
 
 @dataclass(eq=False)
-class _Trial:
+class StepTrial:
     """Two sequences in one cache, their blocks interleaved and out of order."""
 
     operations: Operations

@@ -86,7 +86,7 @@ class _Checks:
         from engine.loading.gpu import attention_steps, graph_trial, kernel_trials
 
         module, _, name = self._operations.partition(":")
-        operations = getattr(importlib.import_module(module), name)()
+        operations = _Beating(getattr(importlib.import_module(module), name)(), partial(self._say, alive=True))
         device = torch.device(self._device)
         sizes = kernel_trials.SMALL if self._rehearsal else kernel_trials.FULL
         tiled = None if self._rehearsal else graph_trial.tiled(device)
@@ -134,6 +134,24 @@ class _Checks:
 
     def _tell(self, name: str, state: str, detail: str, *, passing: bool = False) -> None:
         self._say(check=name, state=state, detail=detail, passing=passing)
+
+
+class _Beating:
+    """Operations that give a sign of life before each of them: only one that is silent for long is taken to hang."""
+
+    def __init__(self, operations: Any, beat: Callable[[], None]) -> None:
+        self._operations, self._beat = operations, beat
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._operations, name)
+        if not callable(found):
+            return found
+
+        def operation(*arguments: Any) -> Any:
+            self._beat()
+            return found(*arguments)
+
+        return operation
 
 
 def _told(name: str, error: Exception) -> str:

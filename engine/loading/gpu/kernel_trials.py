@@ -21,7 +21,7 @@ __all__ = ["FULL", "SMALL", "KernelFault", "Sizes", "Tiled", "copy_blocks", "lin
 Tiled = Callable[[Tensor, LinearWeight, torch.dtype], Iterator[tuple[str, Tensor]]]
 """Computes a linear layer once with every tile that may be chosen for it: `(tile, result)`."""
 
-_GROUP = 128
+_GROUP, _SMALL_GROUP = 128, 32
 """Columns of an int4 weight that share a scale."""
 _STEP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 """Half a step between neighbouring numbers, as a share of the number: what rounding once may cost."""
@@ -37,9 +37,10 @@ class Sizes:
 
     Attributes:
         rows: numbers of rows that are compared, on both sides of every border between tiles.
-        linear: `(out, in)` of linear layers, at least one narrow, wide and odd; `in` a multiple of 128 for int4.
+        linear: `(out, in)` of linear layers, one for each class of columns in the table of tiles; the second is the
+            odd one: `in` a multiple of 32, of 128 in the others.
         row: lengths of rows of norms and activations.
-        dtypes: of inputs.
+        dtypes: of inputs; everything is tried in the first.
         keys: of the longest sequence; head_dims, groups: of attention; piece: rows of a chunk.
     """
 
@@ -55,7 +56,7 @@ class Sizes:
 
 FULL = Sizes(
     rows=(1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257, 512),
-    linear=((256, 512), (1000, 384), (1040, 2048), (8200, 1024), (32_784, 256)),
+    linear=((256, 512), (1000, 352), (1040, 2048), (8200, 1024), (32_784, 256)),
     row=(128, 1024, 5120, 12_288),
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
     keys=1100,
@@ -65,7 +66,7 @@ FULL = Sizes(
 )
 SMALL = Sizes(
     rows=(1, 2, 5, 16, 17, 33),
-    linear=((24, 128), (40, 256)),
+    linear=((24, 128), (40, 96), (48, 256)),
     row=(32, 96),
     dtypes=(torch.bfloat16, torch.float32),
     keys=300,
@@ -125,43 +126,81 @@ def expect_independent_rows(what: str, compute: Callable[[Tensor], Tensor], x: T
 def linear(
     operations: Operations, device: torch.device, sizes: Sizes, kind: WeightKind, tiled: Tiled | None = None
 ) -> None:
-    """Try linear layers: with every number of rows, both kinds of output, with and without a bias, with every tile."""
-    for number, (out, depth) in enumerate(sizes.linear):
-        for dtype in sizes.dtypes:
-            bias = numbers((out,), dtype, device, 5) if number % 2 else None
-            weight, exact = _weight(kind, out, depth, dtype, device, bias)
-            x = numbers((max(sizes.rows), depth), dtype, device, 1)
-            for out_dtype in dict.fromkeys((dtype, torch.float32)):
-                what = f"a linear layer, {kind}, {_name(dtype)} to {_name(out_dtype)}, {out} × {depth}"
+    """Try linear layers: with every number of rows, both kinds of output, with and without a bias, with every tile.
 
-                def compute(part: Tensor, weight: LinearWeight = weight, to: torch.dtype = out_dtype) -> Tensor:
-                    return operations.linear(part, weight, to)
+    Every combination is a kernel to compile, so a dtype's second shape is tried only where it may matter.
+    """
+    first, *others = sizes.linear
+    for dtype in sizes.dtypes:
+        for number, shape in enumerate([first, *others] if dtype == sizes.dtypes[0] else [first]):
+            last = len(sizes.linear) > 1 and number == len(others)
+            trial = _LinearTrial(operations, device, kind, shape, dtype, odd=number == 1)
+            trial.run(sizes.rows, dtype, tiled if number == 0 else None)
+            if last and dtype != torch.float32:  # an output layer
+                trial.run(sizes.rows, torch.float32, None)
 
-                found = expect_independent_rows(what, compute, x, sizes.rows)
-                right, allowed = _product(x, exact, bias, out_dtype)
-                expect_near(what, found, right, allowed)
-                for tile, other in tiled(x, weight, out_dtype) if tiled else ():
-                    expect_same(f"{what}, tile {tile}", other, found)
+
+class _LinearTrial:
+    """One layer. `odd`: with a bias, and int4 weights in small groups with zeros of their own."""
+
+    def __init__(
+        self,
+        operations: Operations,
+        device: torch.device,
+        kind: WeightKind,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        *,
+        odd: bool,
+    ) -> None:
+        self._operations, self._dtype, self._device = operations, dtype, device
+        self._bias = numbers((shape[0],), dtype, device, 5) if odd else None
+        group = _SMALL_GROUP if odd else _GROUP
+        self._weight, self._exact = _weight(kind, shape, dtype, device, self._bias, group, zeros=odd)
+        self._what = f"a linear layer, {kind}, {shape[0]} × {shape[1]}, {_name(dtype)}"
+
+    def run(self, rows: Sequence[int], out_dtype: torch.dtype, tiled: Tiled | None) -> None:
+        x = numbers((max(rows), self._exact.shape[1]), self._dtype, self._device, 1)
+        what = f"{self._what} to {_name(out_dtype)}"
+
+        def compute(part: Tensor) -> Tensor:
+            return self._operations.linear(part, self._weight, out_dtype)
+
+        found = expect_independent_rows(what, compute, x, rows)
+        right, allowed = _product(x, self._exact, self._bias, out_dtype)
+        expect_near(what, found, right, allowed)
+        for tile, other in tiled(x, self._weight, out_dtype) if tiled else ():
+            expect_same(f"{what}, tile {tile}", other, found)
 
 
 def _weight(
-    kind: WeightKind, out: int, depth: int, dtype: torch.dtype, device: torch.device, bias: Tensor | None
+    kind: WeightKind,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    bias: Tensor | None,
+    group: int,
+    *,
+    zeros: bool,
 ) -> tuple[LinearWeight, Tensor]:
     """Make a weight, and the numbers that it stands for: `[out, in] float64`."""
     if kind == "exact":
-        data = numbers((out, depth), dtype, device, 2)
+        data = numbers(shape, dtype, device, 2)
         return LinearWeight(data, bias=bias), data.double()
     levels = 254 if kind == "int8" else 15
-    whole = ((numbers((out, depth), torch.float32, device, 2) + 1.0) * (levels / 2)).round().to(torch.int16)
+    whole = ((numbers(shape, torch.float32, device, 2) + 1.0) * (levels / 2)).round().to(torch.int16)
     if kind == "int8":
-        scale = (numbers((out,), torch.float32, device, 3) + 1.5) / 127
+        scale = (numbers(shape[:1], torch.float32, device, 3) + 1.5) / 127
         signed = (whole - 127).to(torch.int8)
         return LinearWeight(signed, "int8", scale, bias), signed.double() * scale.double()[:, None]
-    scale = (numbers((out, depth // _GROUP), torch.float32, device, 3) + 1.5) / 8
-    halves = whole.view(out, -1, 2, _GROUP // 2)  # low nibbles: the first half of a group's columns
+    groups = (shape[0], shape[1] // group)
+    scale = (numbers(groups, torch.float32, device, 3) + 1.5) / 8
+    zero = ((numbers(groups, torch.float32, device, 4) + 1.0) * 7.5).round().to(torch.uint8) if zeros else None
+    halves = whole.view(shape[0], -1, 2, group // 2)  # low nibbles: the first half of a group's columns
     packed = (halves[:, :, 0] | halves[:, :, 1] << 4).to(torch.uint8).flatten(1)
-    exact = (whole - 8).double() * scale.double().repeat_interleave(_GROUP, dim=1)
-    return LinearWeight(packed, "int4", scale, bias), exact
+    wide = whole.view(shape[0], -1, group).double() - (8.0 if zero is None else zero.double()[:, :, None])
+    exact = (wide * scale.double()[:, :, None]).flatten(1)
+    return LinearWeight(packed, "int4", scale, bias, zero), exact
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

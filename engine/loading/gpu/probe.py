@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 SECONDS: Final = 120.0
-"""How long a check may take. A kernel that is compiled for the first time takes one to six."""
+"""How long one operation may take. A kernel that is compiled for the first time takes one to six."""
 OPERATIONS: Final = "engine.compute.cuda.triton_operations:TritonOperations"
 
 CAPABILITY: Final = "compute capability"
@@ -144,7 +144,7 @@ class _Heard:
         elif "check" in said:
             self.checks.append(GpuCheck(said["check"], said["state"], said["detail"]))
             self.begun, self.passing = "", self.passing or said["passing"]
-        else:
+        elif "end" in said:
             self.ended = True
 
 

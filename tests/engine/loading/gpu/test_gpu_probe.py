@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from engine.cache_folder import cache_folder
 from engine.loading.gpu import probe as probing
@@ -146,6 +147,20 @@ def test_only_silence_is_too_long() -> None:
     probed = _listening(code, 2.0)
     assert _states(probed.verdict)["attention"] == "ok"
     assert probed.lasting
+
+
+def test_every_operation_is_a_sign_of_life() -> None:
+    """A check compiles many kernels, and takes longer than a single one may."""
+    from engine.compute.cuda.reference import TorchOperations
+    from engine.loading.gpu.kernel_probe import _Beating
+
+    beats: list[int] = []
+    operations = _Beating(TorchOperations(), lambda: beats.append(1))
+    assert operations.tile_rows == TorchOperations().tile_rows
+    assert not beats
+    x = torch.ones(3, 8)
+    assert torch.equal(operations.silu_mul(x), TorchOperations().silu_mul(x))
+    assert len(beats) == 1
 
 
 def test_a_child_that_dies_before_it_says_anything_is_blamed_on_the_first_check() -> None:
