@@ -19,7 +19,7 @@ from engine.compute.kv_cache import LayerShape
 from engine.loading.gpu.kernel_trials import Sizes, expect_near, expect_same, numbers
 from engine.scheduling.block_pool import BLOCK_SIZE
 
-__all__ = ["StepTrial", "Step", "attention"]
+__all__ = ["Step", "StepTrial", "attention"]
 
 _KV_HEADS = 2
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
