@@ -106,6 +106,16 @@ def test_the_header_is_looked_for_where_triton_includes_it(tmp_path: Path, monke
     assert header() == str(tmp_path)
 
 
+def test_debians_own_python_has_its_header_under_the_other_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {"posix_local": tmp_path / "local", "posix_prefix": tmp_path}
+    monkeypatch.setattr(sysconfig, "get_default_scheme", lambda: "posix_local")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(folders[scheme])})
+    (tmp_path / "Python.h").touch()
+    assert header() == str(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("folder", "words"),
     [
