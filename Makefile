@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The build of torch: `make install TORCH=cpu` or TORCH=cu130 (CUDA 13.0). The default is the one that is installed;
 # on a fresh machine cu130 where there is an NVIDIA driver that is new enough for it, and cpu elsewhere.
 BUILDS := cpu cu130
-INSTALLED := $(firstword $(patsubst $(VENV)/.installed-%,%,$(wildcard $(VENV)/.installed-*)))
+INSTALLED := $(firstword $(filter $(BUILDS),$(patsubst $(VENV)/.installed-%,%,$(wildcard $(VENV)/.installed-*))))
 DRIVER := $(shell { nvidia-smi --query-gpu=driver_version --format=csv,noheader; cat /proc/driver/nvidia/version; } 2>/dev/null \
   | grep -oE '[0-9]{3}\.[0-9.]+' | head -n 1)
 OLDEST_DRIVER := 580
@@ -16,6 +16,9 @@ ifeq ($(filter $(TORCH),$(BUILDS)),)
 $(error TORCH=$(TORCH) is not a build of torch; write one of: $(BUILDS))
 endif
 STAMP := $(VENV)/.installed-$(TORCH)
+# What the tests need beside it: without a GPU its kernels run in Triton's interpreter. The CUDA build brings Triton along.
+SYSTEM := $(shell uname -sm | tr ' ' -)
+INTERPRETER := $(if $(filter cpu,$(TORCH)),$(if $(filter Linux-x86_64 Linux-aarch64,$(SYSTEM)),$(VENV)/.installed-triton))
 JOBS ?= 2
 LOCK := requirements/torch-$(TORCH).txt requirements/dev.txt
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -23,7 +26,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 LOCKED := install --quiet --require-hashes --no-deps --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test quick newest check lint types format docs bench zoo mutants evaluations demo-model lock clean
+.PHONY: help install serve test quick newest check lint types format docs bench gpu zoo mutants evaluations demo-model lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -50,13 +53,18 @@ $(STAMP): $(LOCK) pyproject.toml setup.py
 	@$(BIN)/python -m pip check || { echo "$(VENV) holds something else, too; 'make clean' starts afresh"; exit 1; }
 	@touch $@
 
+$(VENV)/.installed-triton: $(STAMP) requirements/triton.txt
+	@$(BIN)/python -m pip $(LOCKED) -r requirements/triton.txt
+	@$(BIN)/python -m pip check || { echo "$(VENV) holds something else, too; 'make clean' starts afresh"; exit 1; }
+	@touch $@
+
 serve: $(STAMP)  ## serve models.yaml on http://127.0.0.1:8000 (ARGS="--port 9000")
 	$(BIN)/verbatim serve $(ARGS)
 
-test: $(STAMP)  ## run the whole suite, in two processes (JOBS=1: in one)
+test: $(STAMP) $(INTERPRETER)  ## run the whole suite, in two processes (JOBS=1: in one)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-quick: $(STAMP)  ## run the suite without the tests marked slow
+quick: $(STAMP) $(INTERPRETER)  ## run the suite without the tests marked slow
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not sweep" $(ARGS)
 
 newest:  ## run the suite with the newest releases that pyproject.toml allows, in .venv-newest
@@ -85,6 +93,9 @@ docs: $(STAMP)  ## write docs/reference from the code
 
 bench: $(STAMP)  ## measure speed (see benchmarks/README.md)
 	$(BIN)/python benchmarks/overheads.py $(ARGS)
+
+gpu: $(STAMP)  ## try everything on a graphics card; write one file and one page to send home (docs/guides/gpu.md)
+	$(BIN)/python benchmarks/gpu_report.py $(ARGS)
 
 zoo: $(STAMP)  ## examine every architecture; write docs/reference/architectures.md
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m zoo.sweep --page docs/reference/architectures.md $(ARGS)

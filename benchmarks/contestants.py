@@ -61,6 +61,7 @@ class Ours:
             "imports_rss": rss,
             "runner": info.runner,
             "law_holds": info.law.holds,
+            "gpu": info.gpu.describe() if info.gpu else "",
             "fingerprint": info.system_fingerprint,
         }
 

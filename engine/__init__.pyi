@@ -40,6 +40,11 @@ from engine.llm import (
     LLM as LLM,
     Completion as Completion,
 )
+from engine.loading.gpu.probe import (
+    Probed as Probed,
+    keep_verdict as keep_verdict,
+    probe_gpu as probe_gpu,
+)
 from engine.receipts.check import ReceiptCheck as ReceiptCheck
 from engine.receipts.difference import (
     Difference as Difference,
@@ -95,6 +100,13 @@ from engine.types.fingerprint_parts import (
     Parts as Parts,
     fingerprint_of as fingerprint_of,
     part_differences as part_differences,
+)
+from engine.types.gpu import (
+    DEVICE as DEVICE,
+    GRAPH as GRAPH,
+    GpuCheck as GpuCheck,
+    GpuReport as GpuReport,
+    GpuVerdict as GpuVerdict,
 )
 from engine.types.messages import (
     ChatMessage as ChatMessage,

@@ -53,6 +53,7 @@ def main(uv: str, *arguments: str) -> None:
         text = _NOTE + _export(uv, extras, left_out)
         (HERE / file).write_text(text, encoding="utf-8")
     (HERE / "torch-cpu.txt").write_text(cpu_build(packages), encoding="utf-8")
+    (HERE / "triton.txt").write_text(interpreter(packages), encoding="utf-8")
     (ROOT / "engine" / "loading" / "tried.json").write_text(tried(packages), encoding="utf-8")
 
 
@@ -92,6 +93,13 @@ def cpu_build(packages: list[dict[str, Any]]) -> str:
             _requirement(f"torch=={torch['version']} ; sys_platform != 'linux'", others),
         )
     )
+
+
+def interpreter(packages: list[dict[str, Any]]) -> str:
+    """triton.txt: the release of the CUDA build, for tests that run its kernels interpreted beside the CPU build."""
+    [triton] = [package for package in packages if package["name"] == "triton"]
+    text = f"triton=={triton['version']} ; sys_platform == 'linux'"
+    return _NOTE + _requirement(text, [wheel["hash"] for wheel in triton["wheels"]])
 
 
 def _requirement(text: str, hashes: list[str]) -> str:

@@ -20,6 +20,7 @@ from server.accounts.location import in_use
 from server.batch.commands import batch
 from server.bundle.commands import bundle
 from server.configuration import ConfigOption, ModelOption, PullOption, before_anything_heavy, read_configuration
+from server.gpu_probe import gpu_probe
 from server.logs import printable
 from server.receipts import commands as receipts, keeping_commands
 from server.settings import ServerSettings
@@ -40,6 +41,7 @@ app.command("verify")(receipts.verify)
 app.command("replay")(receipts.replay)
 app.command("diff")(receipts.diff)
 app.command("batch")(batch)
+app.command("gpu-probe")(gpu_probe)
 app.add_typer(bundle, name="bundle")
 app.add_typer(keeping_commands.receipts, name="receipts")
 models_app = typer.Typer(help="Inspect the models of a configuration.", no_args_is_help=True)
@@ -118,6 +120,7 @@ def _findings(info: ModelInfo) -> Table:
         (info.id, ""),
         ("  architecture", f"{info.architecture}, {info.runner} runner"),
         ("  device", f"{info.device}, {info.dtype}, linear layers: {info.linear}"),
+        *([("  gpu", info.gpu.describe())] if info.gpu else []),
         ("  context", f"{info.context_length} tokens; the cache holds {info.cache_tokens}"),
         *([("  memory", info.memory)] if info.memory else []),
         ("  sampling", defaults),

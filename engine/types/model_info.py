@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.types.fingerprint_parts import Parts
+from engine.types.gpu import GpuReport
 from engine.types.model_manifest import ModelManifest
 
 
@@ -61,6 +62,8 @@ class ModelInfo:
     """What the entry adds to a request that leaves fields out, and the limits that it is held to, by name."""
     manifest: ModelManifest = field(default_factory=lambda: ModelManifest(""))
     """The files of the checkpoint that were read, and their digests."""
+    gpu: GpuReport | None = None
+    """How a GPU computes the model, and why not in a faster way; None on a CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

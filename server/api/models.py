@@ -29,6 +29,7 @@ def model_object(status: ModelStatus) -> dict[str, Any]:
         "linear": info.linear,
         "memory": info.memory or None,
         "runner": info.runner,
+        "gpu": {"rung": info.gpu.rung, "reasons": dict(info.gpu.reasons)} if info.gpu else None,
         "system_fingerprint": info.system_fingerprint,
         "defaults_fingerprint": info.defaults_fingerprint,
         "reproducible": {"holds": info.law.holds, "reason": info.law.reason, "checks": dict(info.law.checks)},

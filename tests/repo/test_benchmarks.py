@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import overheads, real_model, server
+from benchmarks import gpu_parts, gpu_report, overheads, real_model, server
 from benchmarks.common import ROOT, alternate, fixed_prompt, ratios, summary
 from benchmarks.load import parse
 from benchmarks.report import newest, newest_comparison, read, readme_table, with_table
@@ -103,6 +103,67 @@ def test_engine_as_a_script(tmp_path: Path) -> None:
     together = named(report, "decode, 2 sequences")
     assert set(together["values"]) == {"verbatim", "transformers"}
     assert "in 4 of 4 sequences" in together["note"], "two sequences, twice: warm-up and measured"
+
+
+@pytest.mark.slow
+def test_a_report_about_a_card_is_rehearsed_without_one(tmp_path: Path) -> None:
+    """Every part runs, and there are one file and one page, in which nothing tells where they were made."""
+    command = ["benchmarks/gpu_report.py", "--device", "cpu", "--threads", "1", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = checked("gpu-report", tmp_path, done.stdout)
+    parts = report["settings"]["parts"]
+    assert {name: part["state"] for name, part in parts.items()} == dict.fromkeys(gpu_parts.PARTS, "ok")
+    assert "passed" in parts["invariants"]["found"]["summary"]
+    assert set(parts["tune"]["found"]["table"]) == {"exact", "int8", "int4"}
+    assert set(named(report, "decode, 16 streams")["values"]) == {"verbatim", "transformers"}
+    assert named(report, "share of a copy's speed, decode, 1 streams")["values"]
+    (page,) = tmp_path.glob("*.md")
+    text = page.read_text(encoding="utf-8")
+    for words in ("| attention | ok |", "decode, 8 streams", "as a proposal"):
+        assert words in text
+    for place in (str(ROOT), str(Path.home()), str(tmp_path)):
+        assert place == "/" or place not in text
+
+
+def test_every_part_of_a_report_about_a_card_survives_the_failure_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def part(name: str, settings: dict[str, Any], minutes: float) -> dict[str, Any]:
+        if name in ("probe", "bench"):
+            return {"state": "failed", "seconds": 1.0, "fault": "ended by SIGSEGV", "tail": f"in {ROOT}/x.py"}
+        found = {"gpu": "NVIDIA Made Up", "copy_bytes_per_second": 1e12, "summary": "3 passed", "failed": []}
+        return {"state": "ok", "seconds": 1.0, "found": {**found, "family": "ada", "table": {}}}
+
+    monkeypatch.setattr(gpu_report, "run_part", part)
+    assert gpu_report.main(["--threads", "1", "--out", str(tmp_path)]) == 1
+    report = checked("gpu-report", tmp_path, capsys.readouterr().out)
+    assert named(report, "part: probe")["values"]["verbatim"]["median"] == 0
+    assert named(report, "part: tests")["values"]["verbatim"]["median"] == 1
+    assert named(report, "a copy")["values"]["read and written"]["median"] == 1000
+    (page,) = tmp_path.glob("*NVIDIA_Made_Up*.md")
+    assert "| bench | failed | 1 | ended by SIGSEGV |" in page.read_text(encoding="utf-8")
+    assert "in ./x.py" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("raise ValueError('nothing here')", "ended with status 1"),
+        ("import os; os.abort()", "ended by SIGABRT"),
+        ("import time; time.sleep(60)", "took longer than 0.05 minutes"),
+        ("pass", "found nothing"),
+    ],
+)
+def test_a_part_that_ends_badly_says_how(monkeypatch: pytest.MonkeyPatch, code: str, words: str) -> None:
+    monkeypatch.setattr(gpu_report, "COMMAND", ["-c", code])
+    part = gpu_report.run_part("card", {}, minutes=0.05)
+    assert part["state"] == "failed"
+    assert words in part["fault"]
+    assert "nothing here" in part["tail"] or "nothing here" not in code
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ ENGINE = (
 SERVER = (
     "json_text hosts settings",
     "logs terminal ledger fingerprints",
-    "configuration errors",
+    "configuration errors gpu_probe",
     "wire accounts receipts",
     "api",
     "app",
@@ -216,6 +216,7 @@ def test_the_public_face_is_what_it_says() -> None:
     [
         "engine",
         "server.cli",
+        "engine.loading.gpu.probe",
         "server.api.chat_request",
         "engine.scheduling.scheduler",
         "engine.templates.chat_template",

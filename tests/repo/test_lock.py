@@ -92,6 +92,7 @@ def test_the_exports_are_of_this_lock(lock: ModuleType) -> None:
     assert dev == _locked(lock, cuda=False), RERUN
     assert _pinned("torch-cu130.txt") == _locked(lock, cuda=True), RERUN
     assert (LOCKS / "torch-cpu.txt").read_text(encoding="utf-8") == lock.cpu_build(PACKAGES), RERUN
+    assert (LOCKS / "triton.txt").read_text(encoding="utf-8") == lock.interpreter(PACKAGES), RERUN
     assert (ROOT / "engine" / "loading" / "tried.json").read_text(encoding="utf-8") == lock.tried(PACKAGES), RERUN
     runtime = _pinned("runtime.txt")
     assert runtime.items() <= dev.items()
@@ -140,8 +141,14 @@ def test_a_range_ends_at_the_last_minor_release_that_was_tried(requirement: Requ
     assert bounds[">="] <= newest
 
 
-def _make(folder: Path, *arguments: str, driver: str = "") -> subprocess.CompletedProcess[str]:
-    """What `make install` would do with the environment in `folder`; `driver`: the version that `nvidia-smi` says."""
+def test_tests_run_kernels_with_the_release_that_a_gpu_runs_them_with(lock: ModuleType) -> None:
+    assert _pinned("triton.txt").items() <= _pinned("torch-cu130.txt").items()
+    [release] = _pinned("triton.txt")
+    assert release[0] == "triton"
+
+
+def _make(folder: Path, *arguments: str, driver: str = "", target: str = "install") -> subprocess.CompletedProcess[str]:
+    """What `make TARGET` would do with the environment in `folder`; `driver`: the version that `nvidia-smi` says."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     smi = folder / "bin" / "nvidia-smi"
@@ -151,7 +158,7 @@ def _make(folder: Path, *arguments: str, driver: str = "") -> subprocess.Complet
     environment = {**os.environ, "PATH": f"{smi.parent}:{os.environ['PATH']}"}
     environment.pop("TORCH", None)
     given: list[Any] = [f"VENV={folder / 'venv'}", *([] if driver else ["DRIVER="]), *arguments]
-    command = ["make", "--no-print-directory", "-n", "install", *given]
+    command = ["make", "--no-print-directory", "-n", target, *given]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60)
 
 
@@ -195,3 +202,45 @@ def test_another_build_is_refused_by_name(tmp_path: Path) -> None:
     done = _make(tmp_path, "TORCH=cu126")
     assert done.returncode != 0
     assert "TORCH=cu126 is not a build of torch; write one of: cpu cu130" in done.stderr
+
+
+@pytest.mark.parametrize("target", ["test", "quick", "check"])
+@pytest.mark.parametrize(
+    ("build", "system", "wanted"),
+    [
+        ("cpu", "Linux-x86_64", True),
+        ("cpu", "Linux-aarch64", True),
+        ("cpu", "Darwin-arm64", False),  # there is no Triton for it
+        ("cu130", "Linux-x86_64", False),  # brings its own
+    ],
+)
+def test_tests_bring_the_interpreter_of_kernels(
+    tmp_path: Path, target: str, build: str, system: str, wanted: bool
+) -> None:
+    done = _make(tmp_path, f"TORCH={build}", f"SYSTEM={system}", target=target)
+    assert done.returncode == 0, done.stderr
+    [line, *more] = re.findall(r"-m pip install (.*-r requirements/triton\.txt)", done.stdout) or [""]
+    assert bool(line) == wanted
+    assert not more
+    assert not wanted or ("--require-hashes" in line and "--no-deps" in line)
+
+
+@pytest.mark.parametrize("target", ["install", "serve"])
+def test_serving_needs_no_interpreter_of_kernels(tmp_path: Path, target: str) -> None:
+    done = _make(tmp_path, "TORCH=cpu", "SYSTEM=Linux-x86_64", target=target)
+    assert done.returncode == 0, done.stderr
+    assert "triton" not in done.stdout
+
+
+def test_the_interpreters_stamp_is_no_build_of_torch(tmp_path: Path) -> None:
+    """It is the first by name in a folder of stamps, and alone if the installation of another build was begun."""
+    for name in (".installed-triton", ".installed-cu130"):
+        stamp = tmp_path / "venv" / name
+        stamp.parent.mkdir(exist_ok=True)
+        stamp.touch()
+        os.utime(stamp, (0, 0))
+        done = _make(tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert set(re.findall(r"-r requirements/torch-(\w+)\.txt", done.stdout)) == {
+            "cpu" if name == ".installed-triton" else "cu130"
+        }

@@ -12,7 +12,7 @@ import pytest
 from asgi import CHAT, begin, call, run
 from fakes import INFO, STATS, FakeEngine, FakeRegistry, chat, make_app
 
-from engine import EngineDead, ModelStatus, ReproducibilityReport
+from engine import EngineDead, GpuReport, ModelStatus, ReproducibilityReport
 from server.api import fields, openapi
 from server.app import create_app
 
@@ -128,6 +128,16 @@ def test_a_model_tells_what_a_gpus_memory_is_for() -> None:
     app = make_app(FakeEngine(info=dataclasses.replace(INFO, memory=told)))
     assert call(app, path="/v1/models/fake").json["memory"] == told
     assert call(make_app(FakeEngine()), path="/v1/models/fake").json["memory"] is None
+
+
+def test_a_model_tells_how_a_gpu_computes_it() -> None:
+    report = GpuReport("kernels", (("graphs", "CUDA graph: other bits"),))
+    app = make_app(FakeEngine(info=dataclasses.replace(INFO, gpu=report)))
+    assert call(app, path="/v1/models/fake").json["gpu"] == {
+        "rung": "kernels",
+        "reasons": {"graphs": "CUDA graph: other bits"},
+    }
+    assert call(make_app(FakeEngine()), path="/v1/models/fake").json["gpu"] is None
 
 
 def test_a_model_id_may_hold_a_slash() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from fakes import INFO
 from typer.testing import CliRunner
 
 import server.run
-from engine import ChoiceDelta, LoadError, ReproducibilityReport, RequestOutput, Usage
+from engine import ChoiceDelta, GpuReport, LoadError, ReproducibilityReport, RequestOutput, Usage
 from server import cli
 from server.run import bind, example_request
 from server.settings import ServerSettings
@@ -273,6 +274,20 @@ def test_check_prints_what_it_found_and_fails_if_one_does(elsewhere: Path, monke
         assert word in result.stdout
     (elsewhere / "models.yaml").write_text("models:\n  - {id: good, builtin: noise}\n")
     assert CliRunner(env={"COLUMNS": "300"}).invoke(cli.app, ["models", "check"]).exit_code == 0
+
+
+def test_check_says_how_a_gpu_computes_a_model(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (elsewhere / "models.yaml").write_text("models:\n  - {id: good, builtin: noise}\n")
+    report = GpuReport("torch", (("graphs", "linear: [wrong]"), ("kernels", "linear: [wrong]")))
+
+    class OnGpu(FakeLLM):
+        info = dataclasses.replace(INFO, gpu=report)
+
+    monkeypatch.setattr(cli, "_open", lambda entry, pull, progress: OnGpu())
+    result = CliRunner(env={"COLUMNS": "300"}).invoke(cli.app, ["models", "check"])
+    assert "torch (not graphs, kernels: linear: [wrong])" in result.stdout
+    monkeypatch.setattr(cli, "_open", lambda entry, pull, progress: FakeLLM())
+    assert "gpu" not in CliRunner(env={"COLUMNS": "300"}).invoke(cli.app, ["models", "check"]).stdout
 
 
 def test_generate_streams_to_stdout_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,14 @@ def test_digests_are_of_the_parts_and_parts_are_plain(folder: Path) -> None:
     assert pickle.loads(pickle.dumps(info)) == info
 
 
+def test_tests_may_install_triton_beside_the_cpu_build(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make test` does. A reply computed on a CPU is the same with it, so its fingerprint is, too."""
+    before = _info(folder)
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "9.9.9" if name == "triton" else version(name))
+    assert _told(before, _info(folder)) == set()
+
+
 @pytest.mark.parametrize(
     "fields",
     [
