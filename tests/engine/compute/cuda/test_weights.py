@@ -73,6 +73,8 @@ def test_rows_of_zeros_and_extreme_numbers_are_safe(largest: float) -> None:
     row = torch.zeros(1, 128)
     row[0, 5] = largest
     for packed in (weights.int8(row, None), weights.int4(row, None)):
+        assert packed.scale is not None
+        assert (packed.scale != 0).all()
         assert widened(packed).isfinite().all()
         assert torch.allclose(widened(packed), row, rtol=1e-5, atol=1e-44)
 
