@@ -16,8 +16,8 @@ from engine.sampling import contenders as contenders_file, drawing
 from engine.sampling.contenders import contenders
 from engine.sampling.rng import gaps, gumbel, token_steps
 from engine.sampling.sampler import Sampled, Sampler
+from engine.sampling.transfer import HostCopy, Readback, Upload
 from engine.scheduling.sequence import Sequence
-from engine.transfer import HostCopy, Readback, Upload
 from engine.types.sampling_params import SamplingParams
 from tests.packed_masks import packed
 from tests.sync_counter import SyncCounter
