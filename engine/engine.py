@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.ahead import foresee
 from engine.choice import Choice, SpecialIds
 from engine.compute.model_runner import ForwardResult
 from engine.errors import NumericalFault, OutOfMemory, VerbatimError, first_line, out_of_memory, panicked
@@ -181,7 +182,7 @@ class Engine:
         first = [draw for draw in schedule.draws if not draw.index or self._choice_of(draw.sequence).stays_free]
         try:
             result = self._forward(schedule)
-            sampled = self._sample(first, result)
+            sampled = self._sample(first, result, ahead=True)
             described = self._describe_prompts(schedule, result)
         except BaseException as error:
             if panicked(error):
@@ -240,10 +241,20 @@ class Engine:
             return ForwardResult(torch.empty(0, self._runner.vocab_size), tuple)
         return self._runner.forward(schedule)
 
-    def _sample(self, draws: list[Draw], result: ForwardResult) -> list[Drawn]:
+    def _sample(self, draws: list[Draw], result: ForwardResult, *, ahead: bool = False) -> list[Drawn]:
+        """Draw tokens. `ahead`: the next step may be launched before they are known."""
         if not draws:
             return []
-        return self._sampler.sample(result.logits, draws, [draw.row for draw in draws], self._allowed(draws))
+        drawing = self._sampler.start(result.logits, draws, [draw.row for draw in draws], self._allowed(draws))
+        lookahead = self._runner.lookahead
+        going = foresee(draws, self._scheduler, self._choice_of) if ahead and lookahead is not None else []
+        if lookahead is not None and going:
+            tokens = drawing.device_tokens()
+            lookahead.launch([draws[n].sequence for n in going], [tokens[n : n + 1] for n in going])
+        drawn = drawing.finish()
+        if lookahead is not None and going:
+            lookahead.confirm([drawing.device_told[n] for n in going])
+        return drawn
 
     def _describe_prompts(self, schedule: Schedule, result: ForwardResult) -> list[Described | NumericalFault]:
         scores = schedule.scores

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.checkpoints import claims, gguf_file, gguf_model, gguf_tokenizer
+from engine.checkpoints import claims, gguf_file, gguf_model, gguf_tokenizer, packed_layers
 from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.json_files import read_json
@@ -33,15 +33,25 @@ _QUANTISED = re.compile(r"scale|zero|g_idx|absmax|quant|shape|packed")
 
 
 def load_model(
-    config: ModelConfig, found: Checkpoint, dtype: torch.dtype, device_map: Any, file: GGUFFile | None
+    config: ModelConfig,
+    found: Checkpoint,
+    dtype: torch.dtype,
+    device_map: Any,
+    file: GGUFFile | None,
+    *,
+    packed: bool = False,
 ) -> nn.Module:
-    """Load the model with all its weights, ready to compute. `file`: the header, if the checkpoint is a GGUF file.
+    """Load the model with all its weights, ready to compute.
+
+    Args:
+        file: the header, if the checkpoint is a GGUF file.
+        packed: leave quantised layers packed, as `PackedLayer`; see `packed_layers.can_stay_packed`.
 
     Raises:
         LoadError: transformers cannot load it, or weights are missing; NotEnoughMemory.
     """
     if file is None:
-        model = _from_folder(config, found, dtype, device_map)
+        model = _from_folder(config, found, dtype, device_map, packed)
     else:
         from transformers import AutoModelForCausalLM
 
@@ -53,17 +63,19 @@ def load_model(
     return model
 
 
-def _from_folder(config: ModelConfig, found: Checkpoint, dtype: torch.dtype, device_map: Any) -> nn.Module:
+def _from_folder(
+    config: ModelConfig, found: Checkpoint, dtype: torch.dtype, device_map: Any, packed: bool
+) -> nn.Module:
     """Load with the causal class if it exists and finds its weights, else with the class for images and text."""
     classes = _classes(config, found)
     for auto in classes[:-1]:
         try:
-            return _from_pretrained(auto, config, found, dtype, device_map)
+            return _from_pretrained(auto, config, found, dtype, device_map, packed)
         except NotEnoughMemory:
             raise
         except LoadError as error:
             log.info("%s: %s", config.id, error.message)
-    return _from_pretrained(classes[-1], config, found, dtype, device_map)
+    return _from_pretrained(classes[-1], config, found, dtype, device_map, packed)
 
 
 def _classes(config: ModelConfig, found: Checkpoint) -> list[Any]:
@@ -111,13 +123,16 @@ def _settings(config: ModelConfig, folder: Path) -> Any:
 
 
 def _from_pretrained(
-    auto: Any, config: ModelConfig, found: Checkpoint, dtype: torch.dtype, device_map: Any
+    auto: Any, config: ModelConfig, found: Checkpoint, dtype: torch.dtype, device_map: Any, packed: bool = False
 ) -> nn.Module:
     folder = found.folder
     if folder.is_dir():
         _check_size(auto, config, found)
     try:
         with _source(config, folder) as source:
+            if packed:
+                source["config"] = settings = _settings(config, folder)
+                settings.quantization_config = packed_layers.describe(found, config.id)
             model, report = auto.from_pretrained(
                 **source,
                 dtype=dtype,

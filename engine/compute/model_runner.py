@@ -52,14 +52,15 @@ class ForwardResult:
 class Lookahead(Protocol):
     """Launches a step before the tokens of the one before it have reached the host."""
 
-    def launch(self, sequences: Seq[Sequence], tokens: Tensor) -> None:
+    def launch(self, sequences: Seq[Sequence], tokens: Seq[Tensor]) -> None:
         """Compute the next token's row of some sequences, each behind the token that it is drawing.
 
         The next `forward` returns what was launched, if its schedule asks for nothing else: neighbours change no bit.
+        Where there is no memory for it, nothing is launched.
 
         Args:
             sequences: have a block for that row, which nobody else reads.
-            tokens: `[sequences] int64`, on the device: what each is drawing.
+            tokens: `[1] int64` each, on the device: what each is drawing.
         """
 
     def confirm(self, tokens: Seq[int]) -> None:

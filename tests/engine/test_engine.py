@@ -187,6 +187,8 @@ def test_a_text_that_the_model_cannot_take_fails_that_request_and_spares_the_nei
 class _TooBig:
     """A runner that finds no memory for steps with many tokens."""
 
+    lookahead = None
+
     def __init__(self, inner: Any, limit: int, error: Callable[[], BaseException]) -> None:
         self.inner, self.limit, self.error = inner, limit, error
         self.vocab_size = inner.vocab_size

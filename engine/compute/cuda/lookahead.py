@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.compute.model_runner import PackedStep
+from engine.errors import out_of_memory
 from engine.scheduling.schedule import Schedule
 from engine.scheduling.sequence import Sequence
 
@@ -54,14 +55,19 @@ class CudaLookahead:
         self.taken = 0
         self.dropped = 0
 
-    def launch(self, sequences: Seq[Sequence], tokens: Tensor) -> None:
+    @torch.inference_mode()
+    def launch(self, sequences: Seq[Sequence], tokens: Seq[Tensor]) -> None:
         """Launch one row of each sequence, behind the token that it is drawing."""
         self.drop()
         step = PackedStep([], [], [], [], [])
         for sequence in sequences:
             step.add([0], len(sequence), tuple(sequence.block_table), 1)
         rows = {(sequence, len(sequence)): row for row, sequence in enumerate(sequences)}
-        self._launched = _Launched(rows, *self._compute(step, (), tokens))
+        try:
+            self._launched = _Launched(rows, *self._compute(step, (), torch.cat(list(tokens))))
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
 
     def confirm(self, tokens: Seq[int]) -> None:
         """Note what the device took for the tokens."""

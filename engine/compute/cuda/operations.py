@@ -35,7 +35,7 @@ class LinearWeight:
         kind: how the numbers are stored.
         scale: None for `exact`; `int8`: `[out] float32`; `int4`: `[out, in / group] float32`.
         bias: `[out]`, or None.
-        zeros: `int4`: `[out, in / group] uint8`, what stands for 0 in a group, 0 to 15; None where that is 8 everywhere.
+        zeros: `int4`: `[out, in / group] uint8`, what stands for 0 in a group, 0 to 15; None where it is always 8.
     """
 
     data: Tensor

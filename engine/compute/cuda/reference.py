@@ -29,8 +29,6 @@ _LOG2_E = 1.4426950408889634
 _LN_2 = 0.6931471805599453
 _ROOM = 1 << 22
 """Products that are held at once, in numbers: what does not fit is computed in parts, with the same bits."""
-_GROUP = 128
-"""Columns of an `int4` weight that share a scale."""
 _TILES = SPLIT // TILE
 
 
@@ -145,8 +143,9 @@ def _numbers(weight: LinearWeight, columns: slice) -> Tensor:
     """Return what is multiplied with the input, before any scale: `[in, columns] float32`."""
     data = weight.data[columns]
     if weight.kind == "int4":
-        pairs = data.view(len(data), -1, _GROUP // 2)  # low halves of the bytes: the first half of a group's columns
-        data = (torch.cat([pairs & 15, pairs >> 4], dim=2).to(torch.int8) - 8).flatten(1)
+        pairs = data.view(len(data), -1, weight.group // 2)  # low halves of bytes: the first half of a group's columns
+        zeros = 8 if weight.zeros is None else weight.zeros[columns].to(torch.int8)[:, :, None]
+        data = (torch.cat([pairs & 15, pairs >> 4], dim=2).to(torch.int8) - zeros).flatten(1)
     return data.float().t().contiguous()
 
 
@@ -157,8 +156,8 @@ def _scaled_sums(left: Tensor, right: Tensor, weight: LinearWeight, columns: sli
     if weight.kind == "int8":
         return _total(left[:, :, None] * right[:, None, :]) * weight.scale[columns]
     sums = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)
-    for group in range(left.shape[0] // _GROUP):
-        of_group = slice(group * _GROUP, (group + 1) * _GROUP)
+    for group in range(left.shape[0] // weight.group):
+        of_group = slice(group * weight.group, (group + 1) * weight.group)
         sums += _total(left[of_group, :, None] * right[of_group, None, :]) * weight.scale[columns, group]
     return sums
 
@@ -298,8 +297,8 @@ def _merge_partials(merges: Tensor, partials: Partials, sinks: Tensor | None, ou
     for number in range(int(count.max())):
         there = number < count
         slot = torch.where(there, first + number, first)
-        peak = torch.where(there[:, None], partials.peaks[slot], -math.inf)
-        total = torch.where(there[:, None], partials.totals[slot], 0.0)
-        result = torch.where(there[:, None, None], partials.sums[slot], 0.0)
-        sums = sums.merged(_Sums(peak, total, result))
+        peak = torch.where(
+            there[:, None], partials.peaks[slot], -math.inf
+        )  # of a row that is complete: nothing is seen
+        sums = sums.merged(_Sums(peak, partials.totals[slot], partials.sums[slot]))
     output[row] = sums.quotient().to(output.dtype)

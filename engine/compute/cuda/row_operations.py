@@ -37,9 +37,9 @@ _PRODUCTS: Final = frozenset({"aten::bmm", "aten::mm", "aten::matmul"})
 """Harmless if one number is multiplied by one: rotary embeddings multiply positions and frequencies so."""
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.doubtful: dict[str, None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -17,6 +17,7 @@ writes the result), 0. Columns of a merge (`MERGE`): the row, the first partial 
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,17 +100,14 @@ class Limits:
 
     Attributes:
         rows: of a step; sequences: chunks of a step; length: tokens of a sequence.
-        tile_rows: rows of a narrow and of a wide item, `groups` of them for each row of the step.
+        tile_rows: rows of a narrow and of a wide item, `groups` of them for each row of the step. An item has one
+            row of the step at least: where its heads are more than a tile's rows, the kernel computes them in parts.
     """
 
     rows: int
     sequences: int
     length: int
     tile_rows: tuple[int, int]
-
-    def supports(self, kind: AttentionKind) -> bool:
-        """Return whether a row's heads fit an item. Where they fit a wide one only, rows are never split."""
-        return kind.groups <= self.tile_rows[1]
 
     @property
     def blocks(self) -> int:
@@ -118,14 +116,12 @@ class Limits:
     def partials(self, kind: AttentionKind) -> int:
         """Return how many partial results a step has at most: enough to split one row of every sequence."""
         splits = kind.most_splits(self.length)
-        if splits == 1 or kind.groups > self.tile_rows[0]:
+        if splits == 1:
             return 0
         share = max(splits, FEW * min(splits, ROOMY))
         return min(min(self.sequences, self.rows) * share, self.rows * splits)
 
     def narrow(self, kind: AttentionKind) -> int:
-        if kind.groups > self.tile_rows[0]:
-            return 0
         return self._narrow_rows + self.partials(kind)
 
     def merges(self, kind: AttentionKind) -> int:
@@ -133,7 +129,11 @@ class Limits:
 
     def wide(self, kind: AttentionKind) -> int:
         chunks = min(self.sequences, self.rows)
-        return chunks + (self.rows - chunks) // (self.tile_rows[1] // kind.groups)
+        return chunks + (self.rows - chunks) // self.wide_rows(kind)
+
+    def wide_rows(self, kind: AttentionKind) -> int:
+        """Return how many rows of the step a wide item has at most."""
+        return max(self.tile_rows[1] // kind.groups, 1)
 
     @property
     def _narrow_rows(self) -> int:
@@ -188,7 +188,8 @@ class StepTables:
         assert len(chunks) <= limits.sequences, "a step has no more chunks than sequences"
         assert len(slots) <= limits.rows, "a step has no more rows"
         tables = tuple(_plan(chunks, offsets, kind, limits) for kind in kinds)
-        return cls(tables, array("i", blocks), array("q", slots))
+        packed = struct.pack(f"{len(blocks)}i", *blocks)  # thousands of numbers: half the time of array("i", blocks)
+        return cls(tables, array("i", packed), array("q", slots))
 
 
 def _append_slots(slots: list[int], chunk: PlannedChunk) -> None:
@@ -208,16 +209,14 @@ def _plan(chunks: Sequence[PlannedChunk], offsets: Sequence[int], kind: Attentio
     A chunk of up to `FEW` rows is computed row by row and split by split, unless a draft finds no more room for its
     partial results. A wide item reads its keys in one piece: slower where little else runs, and the same bits.
     """
-    assert limits.supports(kind), "the tiles have too few rows for the query heads that share a key head"
     narrow, wide, merges, used = array("i"), array("i"), array("i"), 0
-    most = FEW if kind.groups <= limits.tile_rows[0] else 0
-    needs = [_partials(chunk, kind) if chunk.count <= most else 0 for chunk in chunks]
+    needs = [_partials(chunk, kind) if chunk.count <= FEW else 0 for chunk in chunks]
     decodes = sum(need for chunk, need in zip(chunks, needs, strict=True) if chunk.count == 1)
     room = limits.partials(kind) - decodes  # for drafts
     assert room >= 0, "there is room for the splits of every decode"
     for chunk, offset, need in zip(chunks, offsets, needs, strict=True):
-        if chunk.count > most or (chunk.count > 1 and need > room):
-            _append_wide(wide, chunk, offset, kind, limits.tile_rows[1] // kind.groups)
+        if chunk.count > FEW or (chunk.count > 1 and need > room):
+            _append_wide(wide, chunk, offset, kind, limits.wide_rows(kind))
             continue
         for index in range(chunk.count):
             used += _append_row(narrow, merges, chunk.row + index, chunk.start + index, offset, kind, used)

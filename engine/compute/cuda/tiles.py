@@ -1,9 +1,9 @@
 """Choose the tile of a linear layer: from a table, by the GPU, the kind of weight, the columns and the number of rows.
 
-A tile decides speed, never bits: a number is one chain along k whatever the tile's height, width, warps and stages. What
-its bits may depend on, the block of k that a step of the chain takes (`block_k`), depends on nothing but the kind of
-weight and the size of the input's numbers. So layers with the same input may be merged, too. Knows neither torch nor
-triton.
+A tile decides speed, never bits: a number is one chain along k whatever the tile's height, width, warps and stages.
+What its bits may depend on, the block of k that a step of the chain takes (`block_k`), depends on nothing but the kind
+of weight and the size of the input's numbers. So layers with the same input may be merged, too. Knows neither torch
+nor triton.
 
 Every tile fits 101,376 bytes of shared memory, what a block may have on sm_86, sm_89 and sm_120. The numbers come from
 compiled kernels (registers, shared memory) and from an H100 (docs/log.md, "the first graphics card"); on the others
@@ -108,7 +108,7 @@ TABLE: Final[dict[Family, dict[tuple[Kind, int], _Table]]] = {
 
 
 def family(capability: tuple[int, int]) -> Family | None:
-    """Name the GPU's family by its compute capability, such as (8, 9); None for one that the kernels are not made for."""
+    """Name a GPU's family by its compute capability, such as (8, 9); None if the kernels are not made for it."""
     known: dict[int, Family] = {8: "ampere", 9: "hopper", 10: "blackwell", 12: "blackwell rtx"}
     return "ada" if capability == (8, 9) else known.get(capability[0])
 

@@ -1,9 +1,9 @@
 """Make the weights that the linear kernel reads, from float weights or from checkpoints that others have quantised.
 
 How an int4 weight is stored: numbers along `in` form groups of 32, 64 or 128, which share a scale. A number is
-`(q - zero) * scale`, where q is 0 to 15 and zero is the group's `zeros`, or 8. Byte `j` of a group holds the q of column
-`j` in its low four bits and that of column `group / 2 + j` in its high four: so the two halves of a group are two
-contiguous pieces of the input.
+`(q - zero) * scale`, where q is 0 to 15 and zero is the group's `zeros`, or 8. Byte `j` of a group holds the q of
+column `j` in its low four bits and that of column `group / 2 + j` in its high four: so the two halves of a group are
+two contiguous pieces of the input.
 
 Other formats hold the same numbers in another order, and are brought into this one without rounding anything; what
 cannot be is refused by name. Sources of the formats: AutoGPTQ and GPTQModel (`qlinear`, `dequantize_weight`), AutoAWQ
@@ -147,7 +147,7 @@ def _from_gptq(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Li
         raise LoadError("GPTQ with other settings for some layers (dynamic) cannot be read.")
     packed, scale = _tensor(tensors, "qweight"), _tensor(tensors, "scales")
     numbers = _unpacked(packed, bits, dim=0)
-    size = _group_size("GPTQ", settings, len(numbers))
+    size = _group_size("GPTQ", settings, len(numbers), len(scale))
     if "g_idx" in tensors:
         _check_order("GPTQ", tensors["g_idx"], len(numbers), size)
     elif settings.get("desc_act"):
@@ -155,7 +155,7 @@ def _from_gptq(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Li
     stored = _tensor(tensors, "qzeros")
     if version == "gptq":
         ones = sum(1 << at for at in range(0, 32, bits))
-        stored = (stored.to(torch.int64) + ones).to(torch.int32)
+        stored = stored + ones  # of int32: it wraps around
     zeros = _unpacked(stored, bits, dim=1)
     return _weight("GPTQ", bits, numbers.t(), scale.t(), zeros.t(), tensors.get("bias"))
 
@@ -167,8 +167,9 @@ def _from_awq(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Lin
         raise LoadError(f"AWQ in the format {version} with {settings['bits']} bits cannot be read; gemm with 4 can.")
     numbers = _unpacked(_tensor(tensors, "qweight"), 4, dim=1, order=_AWQ_ORDER)
     zeros = _unpacked(_tensor(tensors, "qzeros"), 4, dim=1, order=_AWQ_ORDER)
-    _group_size("AWQ", settings, len(numbers))
-    return _weight("AWQ", 4, numbers.t(), _tensor(tensors, "scales").t(), zeros.t(), tensors.get("bias"))
+    scale = _tensor(tensors, "scales")
+    _group_size("AWQ", settings, len(numbers), len(scale))
+    return _weight("AWQ", 4, numbers.t(), scale.t(), zeros.t(), tensors.get("bias"))
 
 
 def _from_compressed_tensors(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> LinearWeight:
@@ -185,6 +186,8 @@ def _from_compressed_tensors(tensors: Mapping[str, Tensor], settings: Mapping[st
     bits = _bits("compressed-tensors", {"bits": given.get("num_bits")})
     rows, columns = _tensor(tensors, "weight_shape").tolist()
     numbers = _unpacked(_tensor(tensors, "weight_packed"), bits, dim=1)[:, :columns]
+    if list(numbers.shape) != [rows, columns]:
+        raise LoadError(f"compressed-tensors: a weight_packed of {list(numbers.shape)} is no {[rows, columns]}.")
     scale = _tensor(tensors, "weight_scale")
     scale = scale.reshape(rows, -1) if scale.numel() > 1 else scale.reshape(1, 1).expand(rows, 1)
     if "weight_g_idx" in tensors:
@@ -194,7 +197,9 @@ def _from_compressed_tensors(tensors: Mapping[str, Tensor], settings: Mapping[st
         zeros = _unpacked(zeros, bits, dim=0)[:rows]
     elif zeros is not None:  # whole numbers around zero, one in a byte
         zeros = (
-            (zeros.to(torch.int32) + (1 << bits - 1)).to(torch.uint8).reshape(-1, zeros.shape[-1] if zeros.ndim else 1)
+            (zeros.to(torch.int32) + (1 << (bits - 1)))
+            .to(torch.uint8)
+            .reshape(-1, zeros.shape[-1] if zeros.ndim else 1)
         )
         zeros = zeros.expand(scale.shape)
     return _weight("compressed-tensors", bits, numbers, scale, zeros, tensors.get("bias"))
@@ -206,7 +211,7 @@ def _weight(
     """Build a weight of `numbers [out, in] uint8`, `scale [out, groups]` and `zeros [out, groups] uint8`."""
     rows, columns = numbers.shape
     groups = scale.shape[1]
-    middle = 1 << bits - 1
+    middle = 1 << (bits - 1)
     if scale.shape[0] != rows or columns % groups or (zeros is not None and zeros.shape != scale.shape):
         shapes = [list(t.shape) for t in (numbers, scale, zeros) if t is not None]
         raise LoadError(f"{method}: weights, scales and zeros do not fit each other: {shapes}.")
@@ -241,13 +246,12 @@ def _bits(method: str, settings: Mapping[str, Any]) -> int:
     return int(bits)
 
 
-def _group_size(method: str, settings: Mapping[str, Any], columns: int) -> int:
+def _group_size(method: str, settings: Mapping[str, Any], columns: int, groups: int) -> int:
     """Return the columns of a group: all, where the settings say -1."""
     size = int(settings.get("group_size", 128))
-    if size == -1:
-        return columns
-    if size <= 0 or columns % size:
-        raise LoadError(f"{method}: {columns} columns cannot be cut into groups of {size}.")
+    size = columns if size == -1 else size
+    if size <= 0 or columns != size * groups:
+        raise LoadError(f"{method}: {columns} columns are not {groups} groups of {size} (group_size).")
     return size
 
 
@@ -270,7 +274,7 @@ def _unpacked(words: Tensor, bits: int, dim: int, order: Sequence[int] | None = 
     shape[dim] *= each
     numbers = torch.empty(shape, dtype=torch.uint8, device=words.device)
     for position, place in enumerate(order or range(each)):  # one after the other: peak memory stays low
-        part = (words >> position * bits & (1 << bits) - 1).to(torch.uint8)
+        part = ((words >> (position * bits)) & ((1 << bits) - 1)).to(torch.uint8)
         if dim == 0:
             numbers[place::each] = part
         else:

@@ -471,6 +471,40 @@ def test_sequences_grow_in_consecutive_blocks_also_after_others_have_gone() -> N
         scheduler.pool.clear_cache()
 
 
+def _reserve(scheduler: Scheduler, sequences: list[Sequence]) -> None:
+    """Take blocks ahead of time: all that are asked for, unread by others and without anybody's loss, or none."""
+    before = {id(s): list(s.block_table) for s in scheduler.running}
+    free, size = scheduler.pool.num_free, scheduler.pool.block_size
+    if not scheduler.reserve_next(sequences):
+        assert scheduler.pool.num_free == free
+        assert all(s.block_table == before[id(s)] for s in scheduler.running)
+        return
+    assert scheduler.pool.num_free >= min(free, len(scheduler.running))
+    for sequence in sequences:
+        table = sequence.block_table
+        assert table[: len(before[id(sequence)])] == before[id(sequence)]
+        assert scheduler.pool.references(table[len(sequence) // size]) == 1
+
+
+def test_blocks_for_the_next_token_are_taken_ahead_only_where_nobody_loses_by_it() -> None:
+    scheduler = _scheduler(blocks=4, size=4)
+    scheduler.add(_request("one", [1, 2, 3, 4], 9))
+    schedule = scheduler.schedule()
+    [sequence] = scheduler.running
+    assert len(sequence.block_table) == 1
+    assert scheduler.reserve_next([sequence])
+    assert len(sequence.block_table) == 2
+    assert scheduler.reserve_next([sequence]), "it has it already"
+    assert len(sequence.block_table) == 2
+    _sample(scheduler, schedule, random.Random(0))
+    hog = scheduler.pool.allocate(2, "a hog")
+    while len(sequence) % 4:
+        _sample(scheduler, scheduler.schedule(), random.Random(0))
+    assert not scheduler.reserve_next([sequence])
+    scheduler.pool.release(hog, "a hog")
+    assert scheduler.reserve_next([sequence])
+
+
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(4, 24), st.integers(1, 5), st.integers(1, 6), st.integers(1, 20))
@@ -500,6 +534,9 @@ def test_random_walk(draw: random.Random, blocks: int, size: int, running: int, 
         sizes = [c.count - len(c.draft) for c in schedule.chunks if c.count - len(c.draft) > 1]
         assert sum(sizes) <= max(budget, 1)
         assert len({id(c.sequence) for c in schedule.chunks}) == len(schedule.chunks)
+        if draw.random() < 0.5:
+            _reserve(scheduler, [drawn.sequence for drawn in schedule.draws if not drawn.draft])
+            scheduler.check()
         if draw.random() < 0.05:
             scheduler.rollback(schedule)
         else:

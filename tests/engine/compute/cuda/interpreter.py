@@ -1,8 +1,8 @@
 """Make Triton's interpreter compute as a GPU does: products in a fixed order, bfloat16 read and rounded as bfloat16.
 
-The interpreter multiplies the bit patterns of bfloat16 as whole numbers, cuts float32 off where it narrows it, and
-leaves products to numpy, whose sums depend on the number of rows. `tests/conftest.py` switches the interpreter on,
-before anything imports triton, where there is no GPU.
+The interpreter multiplies the bit patterns of bfloat16 as whole numbers, takes whole numbers for such patterns, cuts
+float32 off where it narrows it, and leaves products to numpy, whose sums depend on the number of rows.
+`tests/conftest.py` switches the interpreter on, before anything imports triton, where there is no GPU.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _bfloat16(data: Any) -> Any:
 
 
 def _cast(self: Any, source: Any, target: Any) -> Any:
-    if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+    if source.dtype.scalar != tl.bfloat16 and target.scalar == tl.bfloat16:
         return interpreter.TensorHandle(_bfloat16(source.data).reshape(source.data.shape), target.scalar)
     return _plain_cast(self, source, target)
 

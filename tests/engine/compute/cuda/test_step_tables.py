@@ -75,7 +75,7 @@ def check_kind(
             chunk, start = owners[row]
             assert start == position
             assert row + rows <= chunk.row + chunk.count
-            assert 1 <= rows * kind.groups <= most
+            assert 1 <= rows <= max(most // kind.groups, 1)
             assert tuple(step.blocks[offset : offset + len(chunk.table)]) == chunk.table
             assert zero == 0
             if partial >= 0:
@@ -102,11 +102,12 @@ def check_kind(
         assert (splits[-1] + 1) * SPLIT > position
 
 
+sizes = st.integers(1, 1200) | st.sampled_from([SPLIT - 1, SPLIT, SPLIT + 1, SPLIT + 2, 2 * SPLIT + 1])
 kinds_of = st.builds(
     AttentionKind,
     groups=st.integers(1, 16) | st.sampled_from([17, 48, 64]),
-    window=st.none() | st.integers(1, 1200),
-    chunk=st.none() | st.integers(1, 1200),
+    window=st.none() | sizes,
+    chunk=st.none() | sizes,
 )
 counts = st.just(1) | st.integers(2, FEW + 1) | st.integers(10, 300)
 part = st.tuples(st.integers(0, LENGTH), counts).map(lambda pair: (min(pair[0], LENGTH - pair[1]), pair[1]))
@@ -170,17 +171,15 @@ def test_a_draft_without_room_for_partial_results_is_not_split() -> None:
         ([(near, FEW)], (FEW * 16, 0, FEW)),
         ([(far, FEW), (length - 1, 1)], (512, 1, 1)),
         ([(near, FEW), (length - 1, 1)], (FEW * 16 + 512, 0, FEW + 1)),
+        ([(100 * SPLIT - FEW, FEW)] * 2, (FEW * 100, 1, FEW)),
     ):
         assert StepTables.of(pack(parts), [kind], limits).kinds[0].counts == counts_
 
 
-def test_heads_that_fill_more_than_a_narrow_tile_are_computed_in_wide_ones() -> None:
-    limits = Limits(rows=8, sequences=2, length=4096, tile_rows=TILE_ROWS)
-    wide = AttentionKind(48)
-    assert limits.supports(wide)
-    assert not limits.supports(AttentionKind(65))
-    assert (limits.narrow(wide), limits.merges(wide), limits.partials(wide)) == (0, 0, 0)
-    assert StepTables.of(pack([(4000, 1), (17, 3)]), [wide], limits).kinds[0].counts == (0, 4, 0)
+def test_an_item_has_a_row_even_if_its_heads_are_more_than_a_tile_has_rows() -> None:
+    limits = Limits(rows=64, sequences=2, length=4096, tile_rows=TILE_ROWS)
+    (tables,) = StepTables.of(pack([(4000, 1), (17, 10)]), [AttentionKind(71)], limits).kinds
+    assert tables.counts == (4000 // SPLIT + 1, 10, 1)
 
 
 @pytest.mark.parametrize("parts", [[(0, 9)], [(0, 1), (0, 1), (0, 1)]])

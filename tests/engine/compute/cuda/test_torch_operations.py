@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pytest
@@ -19,6 +19,7 @@ from engine.compute.cuda import reference, step_tables
 from engine.compute.cuda.operations import AttentionWork, LinearWeight, NormKind, Operations, Partials
 from engine.compute.cuda.reference import TorchOperations
 from engine.compute.cuda.step_tables import AttentionKind, Limits, StepTables
+from engine.compute.cuda.weights import widened
 from engine.compute.kv_cache import LayerShape
 from engine.scheduling.block_pool import BLOCK_SIZE
 
@@ -207,6 +208,32 @@ def test_other_splits_have_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (before - after).abs().max() < 2e-6
 
 
+def test_an_item_of_any_tile_may_merge_its_splits_beside_items_of_one() -> None:
+    """As the tables say: what is written, and what is left to be merged, is a matter of the item alone."""
+    world = World.of(CASES["capped scores, sinks"])
+    case, table = world.case, world.sequences[0][3]
+    step = StepTables.of([PackedChunk(0, 1, 599, table)], [AttentionKind(2)], Limits(2, 1, 600, (16, 64)))
+    work, partials = _on_device(step, 3, case)
+    narrow = torch.cat([torch.tensor([[1, 1, 599, 0, 0, 3, -1, 0]], dtype=torch.int32), work.narrow])
+    work = replace(work, narrow=narrow, counts=torch.tensor([4, 0, 1], dtype=torch.int32))
+    query = world.sequences[0][0][:, [599, 599]]
+    shape = LayerShape(case.kv_heads, *case.dims, case.dtype, CPU)
+    split, whole = OPERATIONS.attend(query, world.keys, world.values, work, partials, shape, world.settings)
+    assert torch.equal(split, whole)
+
+
+def test_weights_are_rounded_to_the_dtype_of_the_values() -> None:
+    """As the matrix unit takes them; the sum of the weights, too, is one of rounded weights."""
+    keys, values = _random(1, BLOCK_SIZE, 8, dtype=torch.bfloat16), _random(1, BLOCK_SIZE, 4, dtype=torch.bfloat16)
+    query, shape = _random(1, 1, 8), LayerShape(1, 8, 4, torch.bfloat16, CPU)
+    step = StepTables.of([PackedChunk(0, 1, 15, (0,))], [AttentionKind(1)], Limits(1, 1, 16, (16, 64)))
+    work, partials = _on_device(step, 0, Case(torch.bfloat16, 1, 1, (8, 4)))
+    out = OPERATIONS.attend(query, keys, values, work, partials, shape, AttentionSettings(1, 1.0))
+    scores = query[0, 0].double() @ keys[0].double().T
+    weights = (scores - scores.max()).exp().bfloat16().double()
+    assert (out[0, 0] - weights @ values[0].double() / weights.sum()).abs().max() < 1e-6
+
+
 def test_rows_of_no_item_are_zeros() -> None:
     world = World.of(CASES["plain"])
     work, partials = _on_device(StepTables.of([], [AttentionKind(2)], Limits(8, 1, 64, (16, 64))), 1, world.case)
@@ -260,18 +287,25 @@ def _weight(kind: str, columns: int, depth: int, bias: bool) -> tuple[LinearWeig
         numbers = torch.randint(-127, 128, (columns, depth), generator=generator, dtype=torch.int8)
         scale = _random(columns).abs() / 100
         return LinearWeight(numbers, "int8", scale, offset), numbers.double() * scale[:, None].double()
-    if kind == "int4":
-        numbers = torch.randint(-8, 8, (columns, depth), generator=generator, dtype=torch.int8)
-        scale = _random(columns, depth // 128).abs() / 5
-        low, high = (numbers + 8).to(torch.uint8).view(columns, -1, 2, 64).unbind(2)
-        packed = LinearWeight((low | high << 4).flatten(1), "int4", scale, offset)
-        return packed, numbers.double() * scale.double().repeat_interleave(128, 1)
+    if kind.startswith("int4"):
+        group, zeros = (
+            (64, torch.arange(columns * depth // 64).view(columns, -1) % 16) if "zeros" in kind else (128, None)
+        )
+        numbers = torch.randint(0, 16, (columns, depth), generator=generator, dtype=torch.uint8)
+        scale = _random(columns, depth // group).abs() / 5
+        low, high = numbers.view(columns, -1, 2, group // 2).unbind(2)
+        packed = LinearWeight(
+            (low | high << 4).flatten(1), "int4", scale, offset, None if zeros is None else zeros.to(torch.uint8)
+        )
+        return packed, widened(packed).double()
     data = _random(columns, depth, dtype=getattr(torch, kind))
     return LinearWeight(data, "exact", None, offset), data.double()
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("kind", "depth"), [("bfloat16", 96), ("float32", 37), ("int8", 64), ("int4", 256)])
+@pytest.mark.parametrize(
+    ("kind", "depth"), [("bfloat16", 96), ("float32", 1037), ("int8", 64), ("int4", 256), ("int4, zeros", 128)]
+)
 def test_a_linear_layer_is_right_and_its_rows_are_independent(
     kind: str, depth: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
