@@ -108,7 +108,7 @@ def test_one_transfer_each_way(name: str, masked: bool) -> None:
     assert all(isinstance(one, Sampled) for one in found)
     assert len(seen.reads) == 1, seen.reads
     assert len(seen.uploads) == 1, seen.uploads
-    assert found == sampler_of(as_on_device=False).sample(logits, rows, sources, allowed)
+    assert found == sampler_of(as_on_device=False).sample(logits[sources], rows, None, allowed)
 
 
 def test_a_row_that_fails_costs_its_neighbours_nothing() -> None:
