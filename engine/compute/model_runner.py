@@ -25,10 +25,10 @@ from engine.compute.discovery import CACHE_NAMES, cache_name, input_device
 from engine.compute.kv_cache import KVCache
 from engine.compute.row_safe import RowSafeFunctions
 from engine.errors import ReplyFault, out_of_memory
+from engine.sampling.transfer import HostCopy
 from engine.scheduling.block_pool import BLOCK_SIZE
 from engine.scheduling.schedule import Chunk, Schedule
 from engine.scheduling.sequence import Sequence
-from engine.transfer import HostCopy
 
 log = logging.getLogger("verbatim.engine")
 

@@ -15,7 +15,7 @@ from engine.errors import InvalidParameter, NumericalFault, VerbatimError
 from engine.sampling.logits import log_mass
 from engine.sampling.measures import rounded
 from engine.sampling.rng import gap_of, gumbel, hash_token, stream_key
-from engine.transfer import Rows
+from engine.sampling.transfer import Rows
 from engine.types.outputs import TokenCheck
 from engine.types.sampling_params import SamplingParams
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.sampling.answers import SamplingRow
 from engine.sampling.logits import Filter, Filters
 from engine.sampling.rng import stream_key
-from engine.transfer import Upload
+from engine.sampling.transfer import Upload
 
 __all__ = ["GREEDY", "PLAIN", "WHOLE", "Batch", "Picked", "TokenColumns", "key_of"]
 

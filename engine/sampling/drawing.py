@@ -31,7 +31,7 @@ from engine.sampling.logits import (
 )
 from engine.sampling.measures import best_two, closeness, near_best
 from engine.sampling.rng import gaps
-from engine.transfer import Readback, Rows, Upload
+from engine.sampling.transfer import Readback, Rows, Upload
 
 __all__ = ["Drawing"]
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from engine.transfer import Part, Upload
+from engine.sampling.transfer import Part, Upload
 
 __all__ = ["Edits", "ban_table", "bans"]
 

@@ -29,7 +29,7 @@ from engine.sampling.drawing import Drawing
 from engine.sampling.edits import Edits, ban_table, bans
 from engine.sampling.logits import MAX_VOCABULARY, largest, masses, order_keys, scaled
 from engine.sampling.rng import token_steps
-from engine.transfer import Readback, Rows, Upload
+from engine.sampling.transfer import Readback, Rows, Upload
 
 __all__ = ["Described", "Drawing", "Sampled", "Sampler", "SamplingRow"]
 

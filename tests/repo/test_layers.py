@@ -18,7 +18,7 @@ ENGINE = (
     "replies",
     "grammar prompts",
     "receipts",
-    "scheduling transfer sampling",
+    "scheduling sampling",
     "compute",
     "compute.cpu compute.cuda",
     "checkpoints",
@@ -59,7 +59,6 @@ NO_TORCH |= {"prompts", "receipts", "scheduling"}
 
 FREE_OF_TIME_AND_THREADS = {"types", "config", "text", "templates", "replies", "grammar", "prompts", "scheduling"}
 FREE_OF_TIME_AND_THREADS |= {
-    "transfer",
     "sampling",
     "compute",
     "compute.cpu",

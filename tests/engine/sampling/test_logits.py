@@ -26,7 +26,7 @@ from engine.sampling.logits import (
     order_keys,
     scaled,
 )
-from engine.transfer import Upload
+from engine.sampling.transfer import Upload
 
 INF = math.inf
 

@@ -353,18 +353,19 @@ def test_memory_that_runs_out_between_the_draws_of_a_draft_loses_nothing(
     form = FORMS["expression"] | {"n": 1}
     [outputs], _ = run(plain, prepared(plain, form))
     tokens = reply(outputs)[0]["tokens"]
-    calls, sample = 0, plain.engine._sampler.sample
+    calls, start = 0, plain.engine._sampler.start
 
     def fails(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls in (4, 9):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return sample(*arguments)
+        return start(*arguments)
 
-    monkeypatch.setattr(plain.engine._sampler, "sample", fails)
+    monkeypatch.setattr(plain.engine._sampler, "start", fails)
     [found], _ = run(plain, prepared(plain, form, prediction=tokens))
     assert with_draws(found) == tokens
+    assert calls > 9
 
 
 def test_a_step_that_does_not_fit_is_tried_without_drafts_first(
@@ -394,15 +395,20 @@ def test_a_fault_behind_right_draft_tokens_comes_after_them(
     plain, _ = models
     [outputs], _ = run(plain, prepared(plain, {}))
     tokens = with_draws(outputs)
-    sample = plain.engine._sampler.sample
+    start = plain.engine._sampler.start
 
     def faulty(logits: Any, rows: Any, *more: Any) -> Any:
-        found = sample(logits, rows, *more)
-        return [
-            NumericalFault("not finite") if row.position == 30 else one for row, one in zip(rows, found, strict=True)
-        ]
+        drawing, broken = start(logits, rows, *more), [row.position == 30 for row in rows]
+        finish = drawing.finish
 
-    monkeypatch.setattr(plain.engine._sampler, "sample", faulty)
+        def late() -> list[Any]:
+            faults = (NumericalFault("not finite") if fault else None for fault in broken)
+            return [fault or one for fault, one in zip(faults, finish(), strict=True)]
+
+        monkeypatch.setattr(drawing, "finish", late)
+        return drawing
+
+    monkeypatch.setattr(plain.engine._sampler, "start", faulty)
     for prediction in ((), tokens):
         plain.engine.add(prepared(plain, {}, prediction=prediction))
         found: list[RequestOutput] = []
