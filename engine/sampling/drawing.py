@@ -1,7 +1,7 @@
 """`Drawing`: one call of the sampler, started on the device; its answers are made when they are read back.
 
 start:   peaks, contenders, masses, lists ──► one `Readback`      nothing waits
-finish:  fetch ──► decide each draw ──► rows that are not settled: a second `Round`, with more contenders
+finish:  fetch ──► decide each draw ──► rows that are not settled: a second `Round`, over all that may be drawn
                                    └──► rows with another token than the expected one: how close was it?
 """
 
@@ -38,7 +38,7 @@ __all__ = ["Drawing"]
 CONTENDERS: Final = 8
 """Tokens of a row among which the winner nearly always is."""
 _MORE: Final = 64
-"""How many times as many a second attempt looks at."""
+"""How many times as many each attempt after the second one looks at."""
 
 
 class Drawing:
@@ -111,12 +111,13 @@ class Drawing:
             readback.add(partial(answers.add_raw_list, part.names), tokens.gather(1, ids), ids)
 
     def _draw_again(self) -> None:
-        """Draw rows whose winner was not certain, with more contenders and all tokens that may be drawn. Rare, but for
-        flat rows with top_p.
+        """Draw rows whose winner was not certain. Rare, but for flat rows with top_p.
+
+        Those need all tokens that may be drawn, and no more contenders: many are slow to find. So the second attempt
+        has as many as the first, and only what it does not settle, which is hardly ever seen, gets more.
         """
         answers, count = self._answers, CONTENDERS
         while answers.unsettled:
-            count *= _MORE
             upload, readback = Upload(self._logits.device), Readback()
             batch = Batch(answers.rows, answers.unsettled, self._sources, self._columns, upload, again=True)
             picked = Picked(batch.names, [self._batch.names.index(name) for name in batch.names], upload)
@@ -125,6 +126,7 @@ class Drawing:
             work, peaks = picked.of(self._work), picked.of(self._peaks)
             Round(self._columns, batch, self._logits, work, peaks, answers, readback, count)
             readback.fetch()
+            count *= _MORE
 
     def _compare(self) -> None:
         """Find out how close expected tokens were that were not drawn. Rare: most checks find the same token."""
