@@ -48,6 +48,8 @@ def open_model(path: Path, streams: int) -> LoadedModel:
 class _TimedRunner:
     """A runner that notes its CPU time."""
 
+    lookahead = None
+
     def __init__(self, inner: Any) -> None:
         self._inner = inner
         self.vocab_size = inner.vocab_size

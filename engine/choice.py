@@ -126,6 +126,11 @@ class Choice:
         """
         return self.grammar is None and self.sequence.params.thinking_budget is None
 
+    @property
+    def may_draft(self) -> bool:
+        """Whether the next step may compute a draft, or a token that is forced."""
+        return self.drafter is not None or self.prediction is not None or self.forced is not None
+
     def draft(self, room: int) -> tuple[int, ...]:
         """Propose up to `room` next tokens."""
         sequence, grammar = self.sequence, self.grammar

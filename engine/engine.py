@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.ahead import foresee
 from engine.choice import Choice, SpecialIds
 from engine.compute.model_runner import ForwardResult
 from engine.errors import NumericalFault, OutOfMemory, VerbatimError, first_line, out_of_memory, panicked
@@ -31,6 +30,7 @@ from engine.preparation import Preparer
 from engine.replies.reply_stream import TextStream
 from engine.running import PromptLogprobs, RunningRequest
 from engine.sampling.sampler import Described, Sampler
+from engine.scheduling.ahead import foresee
 from engine.scheduling.drafts import Drafter, Places, Prediction, places_of
 from engine.scheduling.row_limit import RowLimit
 from engine.scheduling.schedule import Draw, Schedule
@@ -223,6 +223,9 @@ class Engine:
     def _choice_of(self, sequence: Sequence) -> Choice:
         return self._requests[sequence.request_id].choices[sequence.choice_index]
 
+    def _may_draft(self, sequence: Sequence) -> bool:
+        return self._choice_of(sequence).may_draft
+
     def _propose(self, sequence: Sequence, room: int) -> tuple[int, ...]:
         return self._choice_of(sequence).draft(room) if self.drafts else ()
 
@@ -249,7 +252,7 @@ class Engine:
             return []
         drawing = self._sampler.start(result.logits, draws, [draw.row for draw in draws], self._allowed(draws))
         lookahead = self._runner.lookahead
-        going = foresee(draws, self._scheduler, self._choice_of) if ahead and lookahead is not None else []
+        going = foresee(draws, self._scheduler, self._may_draft) if ahead and lookahead is not None else []
         if lookahead is not None and going:
             tokens = drawing.device_tokens()
             lookahead.launch([draws[n].sequence for n in going], [tokens[n : n + 1] for n in going])

@@ -1,4 +1,4 @@
-"""Load a checkpoint that others have quantised so that its weights stay packed, for the kernels of the CUDA path.
+"""Linear layers whose weights are packed for the kernels of the CUDA path: read from a checkpoint, or rounded here.
 
 transformers reads the files: the layers that the files hold packed become `PackedLayer`, which has a tensor for each of
 the stored ones, and packs them anew when all are there. No package of a quantiser is needed. A layer in a form that the
@@ -8,7 +8,7 @@ kernels cannot read is refused by name.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
@@ -21,7 +21,7 @@ from engine.compute.cuda import weights
 from engine.compute.cuda.operations import LinearWeight
 from engine.errors import LoadError
 
-__all__ = ["PackedLayer", "can_stay_packed", "describe"]
+__all__ = ["PackedLayer", "can_stay_packed", "describe", "round_layers"]
 
 METHODS: Final = ("gptq", "awq", "compressed-tensors")
 _NAME: Final = "verbatim_packed"
@@ -50,6 +50,13 @@ class PackedLayer(nn.Module):
         for name, (dtype, shape) in stored.items():
             self.register_buffer(name, torch.empty(shape, dtype=_DTYPES[dtype], device="meta"))
 
+    @classmethod
+    def of(cls, packed: LinearWeight) -> PackedLayer:
+        """Make a layer of a weight that is packed already."""
+        layer = cls(packed.in_features, packed.out_features, {})
+        layer.packed = packed
+        return layer
+
     def pack(self, settings: Mapping[str, Any]) -> None:
         """Pack the tensors that have been loaded; they are not kept. `settings`: the `quantization_config`.
 
@@ -69,6 +76,39 @@ class PackedLayer(nn.Module):
         assert self.packed is not None
         bias = self.packed.bias
         return F.linear(x, weights.widened(self.packed).to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+@torch.inference_mode()
+def round_layers(model: nn.Module, kind: str, name: str, say: Callable[[str], None]) -> None:
+    """Round the weights of a model's linear layers in place, those of its output layer aside, and free the originals.
+
+    Args:
+        kind: `int8` or `int4`; name: the model's id, for messages.
+
+    Raises:
+        LoadError: a weight cannot be rounded so.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    places = [
+        (parent, child_name, child)
+        for parent in model.modules()
+        for child_name, child in parent.named_children()
+        if type(child) is nn.Linear and child is not head
+    ]
+    while places:
+        parent, child_name, child = places.pop()
+        try:
+            packed = _ROUND[kind](child.weight, child.bias)
+        except LoadError as error:
+            raise LoadError(f"{name}: quantization: {kind} cannot be used: {child_name}: {error.message}") from error
+        setattr(parent, child_name, PackedLayer.of(packed))
+        del child
+        if len(places) % _TELL_EVERY == 0:
+            say(f"rounding weights to {kind}, {len(places)} layers left")
+
+
+_ROUND: Final = {"int8": weights.int8, "int4": weights.int4}
+_TELL_EVERY: Final = 32
 
 
 def can_stay_packed(found: Checkpoint) -> bool:

@@ -25,6 +25,7 @@ from engine.loading.placement import Placement
 from engine.loading.selftest import SelfTest
 from engine.loading.text_side import TextSide
 from engine.types.fingerprint_parts import Part, digest_of, fingerprint_of, flat
+from engine.types.gpu import GpuReport
 from engine.types.model_info import ModelInfo
 from engine.types.sampling_params import SAMPLING_FIELDS, SamplingParams
 
@@ -40,6 +41,7 @@ class ReadyModel:
     Attributes:
         longrope: which rotary frequencies were pinned, if it has two sets.
         digests: SHA-256 of the checkpoint's files.
+        gpu: on which rung of the ladder a GPU computes it.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class ReadyModel:
     context_length: int
     longrope: str | None
     digests: Mapping[Path, str]
+    gpu: GpuReport | None = None
 
     @property
     def runner(self) -> Literal["packed", "fallback"]:
@@ -72,6 +75,7 @@ def describe(
         architecture=type(ready.model).__name__,
         runner=ready.runner,
         device=str(ready.placement.device),
+        gpu=ready.gpu,
         dtype=str(ready.placement.dtype).removeprefix("torch."),
         context_length=size.context_length,
         cache_tokens=size.tokens,

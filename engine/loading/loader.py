@@ -7,6 +7,7 @@ so.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.checkpoints import checkpoint, claims, gguf_file
+from engine.checkpoints import checkpoint, claims, gguf_file, packed_layers
 from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.reading import check_vocabulary, load_model
 from engine.compute import rotary
-from engine.compute.backend import Progress, StepSize
+from engine.compute.backend import Backend, Progress, StepSize
 from engine.compute.discovery import input_device
 from engine.compute.model_runner import FallbackRunner, Runner
 from engine.config import ModelConfig
@@ -28,12 +29,13 @@ from engine.devices.gpu import DeviceStream
 from engine.errors import LoadError, NotEnoughMemory, VerbatimError, one_line, out_of_memory, panicked
 from engine.host_memory import format_bytes, free_memory
 from engine.loading import identity, manifest, versions
+from engine.loading.gpu.rungs import Rungs, choose_rung, kernels_of, served
 from engine.loading.identity import ReadyModel
 from engine.loading.memory.cache_size import CacheSize, context_length, size_cache
 from engine.loading.memory.gpu_budget import GpuBudget
 from engine.loading.memory.largest_step import LargestStep
 from engine.loading.placement import Placement, choose_backend, place
-from engine.loading.selftest import Reference, self_test
+from engine.loading.selftest import Reference, SelfTest, self_test
 from engine.loading.text_side import TextFiles, TextSide
 from engine.model import LoadedModel
 from engine.scheduling.block_pool import BLOCK_SIZE, BlockPool
@@ -106,25 +108,57 @@ def _prepare(
 ) -> ReadyModel:
     """Read the weights, fuse the model for its backend, and test it."""
     budget = GpuBudget(placement.gpus)
-    model = load_model(config, found, placement.dtype, placement.device_map, file)
+    model = load_model(config, found, placement.dtype, placement.device_map, file, packed=placement.packs)
     stream.wait_for_all()
     _check_device(config, model, placement)
     check_vocabulary(config, files.tokenizer, model)
     vocab_size, length = _vocab_size(model), context_length(config, model)
     longrope = rotary.pin(model, length)
+    if placement.on_one_gpu and config.quantization:
+        packed_layers.round_layers(model, config.quantization, config.id, say)
     say("a pass of plain transformers, to compare with")
     reference = Reference.of(model, vocab_size, length)
-    backend = choose_backend(config, placement, model, say)
-    backend.fuse(model, stored=placement.stored, length=length, progress=say)
-    say("self-test")
-    rounded = config.quantization is not None
-    test = self_test(model, backend, reference, vocab_size, placement.dtype, length, rounded=rounded)
-    return ReadyModel(model, backend, placement, stream, budget, test, vocab_size, length, longrope, digests())
+    rounds = placement.has_kernels and config.quantization is not None  # inputs, too, which the reference does not
+
+    def tested(backend: Backend) -> SelfTest:
+        return self_test(model, backend, reference, vocab_size, placement.dtype, length, rounded=rounds)
+
+    report = None
+    if placement.on_one_gpu:
+        rungs = _rungs(config, placement, model, tested, say)
+        backend, test, report = choose_rung(rungs, config.gpu)
+    else:
+        backend = choose_backend(config, placement, model, say)
+        backend.fuse(model, stored=placement.stored, length=length, progress=say)
+        say("self-test")
+        test = tested(backend)
+    return ReadyModel(model, backend, placement, stream, budget, test, vocab_size, length, longrope, digests(), report)
+
+
+def _rungs(
+    config: ModelConfig, placement: Placement, model: nn.Module, test: Callable[[Backend], SelfTest], say: Progress
+) -> Rungs:
+    device, length = placement.device, context_length(config, model)
+    return Rungs(
+        model=model,
+        device=device,
+        make_kernels=lambda: kernels_of(device),
+        test=test,
+        size=StepSize(config.max_batch_tokens + config.max_sequences, config.max_sequences, length),
+        vocab_size=_vocab_size(model),
+        stored=placement.stored,
+        length=length,
+        weights="int4" if placement.packs else config.quantization or "exact",
+        say=say,
+    )
 
 
 def _assemble(config: ModelConfig, found: Checkpoint, ready: ReadyModel, files: TextFiles) -> LoadedModel:
     size, runner = _fit(config, ready)
     text = TextSide.of(config, files, found, ready.model, ready.vocab_size)
+    ready = dataclasses.replace(ready, gpu=served(ready.gpu, ready.backend))
+    if ready.gpu is not None:
+        log.info("%s: computed on %s as %s", config.id, ready.placement.device, ready.gpu.describe())
     memory = ready.budget.describe(size, ready.test.layers or ())
     if memory:
         log.info("%s: %s", config.id, memory)

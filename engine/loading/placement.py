@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.checkpoints import quantized
+from engine.checkpoints import packed_layers, quantized
 from engine.checkpoints.checkpoint import Checkpoint
 from engine.compute.backend import Backend, Progress
 from engine.compute.cpu.backend import CpuBackend
 from engine.compute.cpu.kernels import Kernels, NoKernels
+from engine.compute.cuda.backend import CudaBackend
 from engine.compute.linear import choose_linear
 from engine.compute.torch_backend import TorchBackend
 from engine.config import ModelConfig
@@ -38,12 +40,14 @@ class Placement:
     Attributes:
         device: where logits arrive; device_map: accelerate's, for all modules.
         stored: the checkpoint's dtype; float32 if no model can be computed in that one.
+        packs: the checkpoint is quantised, and its layers stay as packed as they are.
     """
 
     device: torch.device
     device_map: Any
     dtype: torch.dtype
     stored: torch.dtype
+    packs: bool = False
 
     @property
     def on_cpu(self) -> bool:
@@ -55,6 +59,11 @@ class Placement:
         if self.on_cpu:
             return ()
         return DeviceMemory.of_all() if isinstance(self.device_map, str) else (DeviceMemory(self.device),)
+
+    @property
+    def on_one_gpu(self) -> bool:
+        """Whether the whole model is on one GPU: there our own kernels may compute it."""
+        return self.device.type == "cuda" and not isinstance(self.device_map, str)
 
     @property
     def has_kernels(self) -> bool:
@@ -71,6 +80,8 @@ def place(config: ModelConfig, found: Checkpoint) -> Placement:
     device, device_map = _resolve_device(config)
     stored = DTYPES.get(found.dtype, torch.float32)
     placement = Placement(device, device_map, _dtype(config, found, device, stored), stored)
+    if placement.on_one_gpu and config.gpu != "no-kernels" and packed_layers.can_stay_packed(found):
+        placement = dataclasses.replace(placement, packs=True)
     _check_quantization(config, placement)
     _check_memory(config, found, placement)
     return placement
@@ -112,18 +123,19 @@ def _check_quantization(config: ModelConfig, placement: Placement) -> None:
     where = f"not {placement.dtype} on {placement.device}"
     if asked == "int4" and placement.on_cpu:
         raise LoadError(f"{config.id}: quantization: int4 is for a GPU, {where}.")
-    if asked == "int4":
-        raise LoadError(f"{config.id}: quantization: no kernels for int4 exist yet, neither for a CPU nor for a GPU.")
-    raise LoadError(f"{config.id}: quantization: {asked} is for float32 on a CPU, {where}.")
+    raise LoadError(f"{config.id}: quantization: {asked} is for float32 on a CPU, or for one GPU, {where}.")
 
 
 def _quantizations(placement: Placement) -> frozenset[str]:
     """Return the quantisations that the backend of a placement has."""
+    if placement.on_one_gpu:
+        return CudaBackend.QUANTIZATIONS
     return CpuBackend.QUANTIZATIONS if placement.has_kernels else TorchBackend.QUANTIZATIONS
 
 
 def choose_backend(config: ModelConfig, placement: Placement, model: nn.Module, progress: Progress) -> Backend:
-    """Choose the model's backend: compiled kernels where they exist and compute rightly, else torch.
+    """Choose the backend of a model that is not on one GPU: compiled kernels where they exist and compute rightly, else
+    torch.
 
     Raises:
         LoadError: the entry asks for a quantisation that only compiled kernels have, and there are none that work.
@@ -176,7 +188,7 @@ def _resolve_device(config: ModelConfig) -> tuple[torch.device, Any]:
 
 def _check_memory(config: ModelConfig, found: Checkpoint, placement: Placement) -> None:
     dtype = placement.dtype
-    needed = quantized.check(config, found, placement.device_map, dtype)
+    needed = found.stored_bytes if placement.packs else quantized.check(config, found, placement.device_map, dtype)
     if needed is None:
         needed = found.float32_bytes() if placement.has_kernels else found.parameters * dtype.itemsize
     free = free_memory() if placement.on_cpu else sum(memory.free() for memory in placement.gpus)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -12,11 +13,11 @@ from torch import nn
 from engine.compute.attention import IMPLEMENTATION, register_attention
 from engine.compute.backend import PackedChunk, Progress, StepSize
 from engine.compute.cuda import tiles
-from engine.compute.cuda.graphs import Recorder
-from engine.compute.cuda.modules import Replaced, replace_modules
+from engine.compute.cuda.modules import Replaced, RowLinear, replace_modules
 from engine.compute.cuda.operations import Operations
 from engine.compute.cuda.row_operations import doubtful_operations
 from engine.compute.cuda.runner import CudaPlan, CudaRunner, plan_once
+from engine.compute.cuda.steps.graphs import Recorder
 from engine.compute.kv_cache import KVCache, LayerShape
 from engine.compute.torch_backend import hardware
 from engine.errors import first_line, out_of_memory
@@ -30,11 +31,13 @@ log = logging.getLogger("verbatim.engine")
 class CudaBackend:
     """Computes on one device (see `engine.compute.backend.Backend`)."""
 
+    QUANTIZATIONS: ClassVar[frozenset[str]] = frozenset({"int8", "int4"})
+    """Of weights, which are rounded before the model is compared with plain transformers."""
+
     def __init__(
         self,
         device: torch.device,
         operations: Operations,
-        quantization: str | None = None,
         make_recorder: Callable[[], Recorder] | None = None,
         most_recorded: int | None = None,
     ) -> None:
@@ -42,15 +45,16 @@ class CudaBackend:
 
         Args:
             operations: the kernels.
-            quantization: `int8` or `int4`, or None to round no weight.
             make_recorder: makes what records a runner's graphs; None: every step is launched anew.
             most_recorded: rows of the largest step that is recorded; None: all sizes are.
         """
-        self.device, self._operations, self._quantization = device, operations, quantization
+        self.device, self._operations = device, operations
         self._make_recorder, self._most_recorded = make_recorder, most_recorded
+        self.uses_graphs = make_recorder is not None
+        """Whether steps that serve are recorded."""
         self.no_graphs: str | None = None if make_recorder is not None else "not asked for"
         """Why steps are not recorded as graphs; None if they are, or will be."""
-        self.linear = f"triton {quantization}" if quantization else "triton"
+        self.linear = "triton"
         self._replaced: Replaced | None = None
         self._doubt: str | None = None
 
@@ -87,7 +91,7 @@ class CudaBackend:
         runner = CudaRunner(
             model, self, self._operations, cache, vocab_size, size, skips_masks=skips_masks, bystanders=bystanders
         )
-        if serves and self._make_recorder is not None:
+        if serves and self.uses_graphs and self._make_recorder is not None:
             self.no_graphs = runner.record(self._make_recorder(), self._most_recorded)
             if self.no_graphs is not None:
                 log.warning("steps are launched one by one, not as graphs: %s", self.no_graphs)
@@ -95,17 +99,15 @@ class CudaBackend:
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
         """Replace linear layers, norms and gated feed-forward parts."""
-        self._replaced = replace_modules(model, self._operations, self._quantization, progress)
+        self._replaced = replace_modules(model, self._operations, progress)
+        kinds = {module.packed.kind for module in model.modules() if isinstance(module, RowLinear)} - {"exact"}
+        self.linear = " ".join(["triton", *sorted(kinds)])
         told = ", ".join(f"{count} {kind}" for kind, count in self._replaced.counts.items())
         progress(f"replaced by kernels: {told or 'nothing'}")
         self._doubt = _doubt(model)
 
     def restore(self) -> None:
-        """Give the model that was fused its own modules back.
-
-        Raises:
-            ValueError: its weights were rounded.
-        """
+        """Give the model that was fused its own modules back."""
         if self._replaced is not None:
             self._replaced.undo()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -24,9 +24,6 @@ from engine.compute.linear import quasi_random
 from engine.errors import out_of_memory
 
 __all__ = ["Replaced", "RowGatedMLP", "RowLinear", "RowNorm", "replace_modules"]
-
-Make = Callable[[Tensor, Tensor | None], LinearWeight]
-"""`weight [out, in]` and `bias [out]` → what the kernel reads."""
 
 
 class RowLinear(nn.Module):
@@ -119,19 +116,17 @@ class Replaced:
         counts: how many of each kind were replaced.
     """
 
-    def __init__(self, quantization: str | None) -> None:
+    def __init__(self) -> None:
         self.counts: dict[str, int] = {}
-        self._rounded = quantization is not None
         self._places: list[tuple[nn.Module, str, nn.Module]] = []
         self._own: dict[RowLinear, Any] = {}
 
-    def put(self, parent: nn.Module, name: str, new: nn.Module, kind: str, *, keeps: bool = True) -> None:
-        """Put a module in the place of another. `keeps`: the other one is kept, and its weight stays a view of ours."""
+    def put(self, parent: nn.Module, name: str, new: nn.Module, kind: str) -> None:
+        """Put a module in the place of another, which is kept."""
         old = getattr(parent, name)
-        if keeps:
-            self._places.append((parent, name, old))
-            if isinstance(new, RowLinear) and type(old) is nn.Linear:
-                self._own[new] = old
+        self._places.append((parent, name, old))
+        if isinstance(new, RowLinear) and not _is_conv1d(old):
+            self._own[new] = old
         setattr(parent, name, new)
         self.counts[kind] = self.counts.get(kind, 0) + 1
 
@@ -143,18 +138,15 @@ class Replaced:
             end = start + layer.out_features
             layer.packed = weights.part(shared.packed, start, end)
             layer.shared = (shared, index)
-            if layer in self._own:
-                self._own[layer].weight = nn.Parameter(layer.packed.data, requires_grad=False)
+            own = self._own.get(layer)
+            if own is not None and _is_packed(own):
+                own.packed = layer.packed
+            elif own is not None:
+                own.weight = nn.Parameter(layer.packed.data, requires_grad=False)
             start = end
 
     def undo(self) -> None:
-        """Give the model its own modules back.
-
-        Raises:
-            ValueError: their weights were rounded, and the originals are gone.
-        """
-        if self._rounded:
-            raise ValueError("the weights were rounded: the model's own are gone")
+        """Give the model its own modules back."""
         for parent, name, old in reversed(self._places):
             setattr(parent, name, old)
         self._places.clear()
@@ -163,18 +155,14 @@ class Replaced:
 
 
 @torch.inference_mode()
-def replace_modules(model: nn.Module, operations: Operations, quantization: str | None, say: Progress) -> Replaced:
-    """Replace what is recognised, in place.
-
-    Args:
-        quantization: `int8` or `int4`: weights of linear layers are rounded, those of the head aside; None: none is.
-    """
-    replaced = Replaced(quantization)
+def replace_modules(model: nn.Module, operations: Operations, say: Progress) -> Replaced:
+    """Replace what is recognised, in place."""
+    replaced = Replaced()
     dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
     for parent, name, child in list(_children(model)):
         if (norm := _as_norm(child, operations)) is not None:
             replaced.put(parent, name, norm, "norms")
-    _replace_linears(model, operations, quantization, replaced, say)
+    _replace_linears(model, operations, replaced, say)
     _share_inputs(model, replaced)
     for parent, name, child in list(_children(model)):
         if (gated := _as_gated(child, operations, dtype)) is not None:
@@ -187,27 +175,35 @@ def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
         yield from ((parent, name, child) for name, child in parent.named_children())
 
 
-def _replace_linears(
-    model: nn.Module, operations: Operations, quantization: str | None, replaced: Replaced, say: Progress
-) -> None:
+def _replace_linears(model: nn.Module, operations: Operations, replaced: Replaced, say: Progress) -> None:
     head = model.get_output_embeddings()  # type: ignore[operator]
-    targets = [place for place in _children(model) if type(place[2]) is nn.Linear or _is_conv1d(place[2])]
+    targets = [place for place in _children(model) if _is_linear(place[2])]
     for number, (parent, name, child) in enumerate(targets, 1):
-        linear: Any = child
-        weight = linear.weight.detach()
-        kind = "exact" if quantization is None or child is head else quantization
-        packed = _MAKE[kind](weight.T.contiguous() if _is_conv1d(child) else weight, linear.bias)
         # Logits leave in float32: between 16 and 32 the step of bfloat16 is an eighth.
-        new = RowLinear(operations, packed, torch.float32 if child is head else None)
-        replaced.put(parent, name, new, "linears", keeps=quantization is None)
-        del linear, weight, child
-        targets[number - 1] = (parent, name, new)  # or the list would hold what was rounded
+        new = RowLinear(operations, _packed_of(child), torch.float32 if child is head else None)
+        replaced.put(parent, name, new, "linears")
         if number % _TELL_EVERY == 0 or number == len(targets):
             say(f"preparing layers {number}/{len(targets)}")
 
 
-_MAKE: Final[dict[str, Make]] = {"exact": weights.exact, "int8": weights.int8, "int4": weights.int4}
 _TELL_EVERY: Final = 32
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or _is_conv1d(module) or _is_packed(module)
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Tell whether a module is a linear layer whose weight is in the kernel's form already: rounded, or read so."""
+    return not isinstance(module, RowLinear) and isinstance(getattr(module, "packed", None), LinearWeight)
+
+
+def _packed_of(linear: Any) -> LinearWeight:
+    if _is_packed(linear):
+        packed: LinearWeight = linear.packed
+        return packed
+    weight = linear.weight.detach()
+    return weights.exact(weight.T.contiguous() if _is_conv1d(linear) else weight, linear.bias)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -66,7 +66,7 @@ class LinearWeight:
 class AttentionWork:
     """What the attention of one step has to do, in device memory, for layers with one shape of heads and key range.
 
-    The tables are those of `engine.compute.cuda.step_tables`, which says what their columns mean.
+    The tables are those of `engine.compute.cuda.steps.tables`, which says what their columns mean.
 
     Attributes:
         narrow: `[capacity, 8] int32`, work items of few rows; wide: those of many; merges: `[capacity, 4] int32`.

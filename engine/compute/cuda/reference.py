@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.compute.backend import AttentionSettings
 from engine.compute.cuda.operations import AttentionWork, LinearWeight, NormKind, Partials
-from engine.compute.cuda.step_tables import SPLIT, TILE
+from engine.compute.cuda.steps.tables import SPLIT, TILE
 from engine.compute.kv_cache import LayerShape
 from engine.scheduling.block_pool import BLOCK_SIZE
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from engine.compute.attention import attention_through, blank_mask
 from engine.compute.backend import AttentionSettings, Backend, PackedChunk, StepSize
-from engine.compute.cuda.graphs import Graph, NotCapturable, Recorder, buckets, smallest
-from engine.compute.cuda.lookahead import CudaLookahead
 from engine.compute.cuda.operations import Operations
-from engine.compute.cuda.step_buffers import StepBuffers, StepViews, kind_of
-from engine.compute.cuda.step_tables import AttentionKind, Limits, StepTables
+from engine.compute.cuda.steps.buffers import StepBuffers, StepViews, kind_of
+from engine.compute.cuda.steps.graphs import Graph, NotCapturable, Recorder, buckets, smallest
+from engine.compute.cuda.steps.lookahead import CudaLookahead
+from engine.compute.cuda.steps.tables import AttentionKind, Limits, StepTables
 from engine.compute.discovery import input_device
 from engine.compute.kv_cache import KVCache
 from engine.compute.model_runner import ForwardResult, PackedStep

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.compute.attention_mask import KeyRange
 from engine.compute.backend import AttentionSettings, PackedChunk
 from engine.compute.cuda.operations import AttentionWork, Operations, Partials
-from engine.compute.cuda.step_tables import ITEM, MERGE, AttentionKind, Limits, StepTables
+from engine.compute.cuda.steps.tables import ITEM, MERGE, AttentionKind, Limits, StepTables
 from engine.compute.kv_cache import LayerShape
 from engine.loading.gpu.kernel_trials import Sizes, expect_near, expect_same, numbers
 from engine.scheduling.block_pool import BLOCK_SIZE

@@ -28,7 +28,7 @@ from torch import Tensor
 from engine.compute.attention_mask import ALL_BEFORE
 from engine.compute.backend import AttentionSettings
 from engine.compute.cuda.operations import AttentionWork, Partials
-from engine.compute.cuda.step_tables import ITEM, MERGE, SPLIT, TILE
+from engine.compute.cuda.steps.tables import ITEM, MERGE, SPLIT, TILE
 from engine.compute.kv_cache import LayerShape
 from engine.scheduling.block_pool import BLOCK_SIZE
 

@@ -11,7 +11,7 @@ from compiling import Variant
 from engine.compute.attention_mask import ALL_BEFORE, KeyRange
 from engine.compute.backend import AttentionSettings
 from engine.compute.cuda.kernels import attention, rows
-from engine.compute.cuda.step_tables import MERGE
+from engine.compute.cuda.steps.tables import MERGE
 from engine.compute.kv_cache import LayerShape
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

@@ -15,10 +15,10 @@ import interpreter
 
 from engine.compute.attention_mask import ALL_BEFORE, KeyRange
 from engine.compute.backend import AttentionSettings, PackedChunk
-from engine.compute.cuda import step_tables
 from engine.compute.cuda.kernels import attention
 from engine.compute.cuda.operations import AttentionWork, Partials
-from engine.compute.cuda.step_tables import AttentionKind, Limits, StepTables
+from engine.compute.cuda.steps import tables as step_tables
+from engine.compute.cuda.steps.tables import AttentionKind, Limits, StepTables
 from engine.compute.kv_cache import LayerShape
 from engine.scheduling.block_pool import BLOCK_SIZE
 

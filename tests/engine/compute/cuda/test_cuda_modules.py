@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.checkpoints.packed_layers import round_layers
 from engine.compute.cuda.modules import Replaced, RowGatedMLP, RowLinear, RowNorm, replace_modules
 from engine.compute.cuda.reference import TorchOperations
+from engine.errors import LoadError
 
 TOKENS = torch.tensor([[5, 9, 300, 44, 12, 7]])
 EXPECTED = {  # linear layers, norms, gated feed-forward parts, of two layers
@@ -35,8 +37,8 @@ def make(family: str, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def replace(model: Any, quantization: str | None = None) -> Replaced:
-    return replace_modules(model, TorchOperations(), quantization, lambda _: None)
+def replace(model: Any) -> Replaced:
+    return replace_modules(model, TorchOperations(), lambda _: None)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -97,21 +99,29 @@ def test_a_tied_head_is_held_once() -> None:
     assert model.lm_head.packed.data.data_ptr() == model.get_input_embeddings().weight.data_ptr()
 
 
-@pytest.mark.parametrize(("quantization", "bound"), [("int8", 0.03), ("int4", 0.4)])
-def test_rounded_weights_stay_close_and_cannot_be_given_back(quantization: str, bound: float) -> None:
+@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.03), ("int4", 0.4)])
+def test_rounded_weights_stay_close_and_are_given_back_rounded(kind: str, bound: float) -> None:
     torch.manual_seed(1)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = AutoConfig.for_model("llama", **{**tiny_models.COMMON, **sizes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    before = logits(model)
-    replaced = replace(model, quantization)
+    whole = logits(model)
+    round_layers(model, kind, "tiny", lambda _: None)
+    rounded = logits(model)
+    assert 0 < float((rounded - whole).norm() / whole.norm()) < bound
+    replaced = replace(model)
     kinds = {module.packed.kind for module in model.modules() if isinstance(module, RowLinear)}
-    assert kinds == {"exact", quantization}, "the head is not rounded"
+    assert kinds == {"exact", kind}, "the head is not rounded"
     assert model.lm_head.packed.kind == "exact"
-    difference = float((logits(model) - before).norm() / before.norm())
-    assert 0 < difference < bound
-    with pytest.raises(ValueError, match="the model's own are gone"):
-        replaced.undo()
+    assert replaced.counts == {"linears": 15, "norms": 5, "gated": 2}
+    torch.testing.assert_close(logits(model), rounded, rtol=1e-4, atol=1e-4)
+    replaced.undo()
+    assert torch.equal(logits(model), rounded)
+
+
+def test_a_weight_that_cannot_be_rounded_is_named() -> None:
+    with pytest.raises(LoadError, match=r"tiny: quantization: int4 cannot be used: down_proj: .* 96 columns"):
+        round_layers(make("llama"), "int4", "tiny", lambda _: None)
 
 
 class OtherNorm(nn.Module):

@@ -14,9 +14,9 @@ from engine.compute import rotary
 from engine.compute.attention import IMPLEMENTATION, register_attention
 from engine.compute.backend import StepSize
 from engine.compute.cuda.backend import CudaBackend
-from engine.compute.cuda.graphs import NotCapturable, buckets, smallest
 from engine.compute.cuda.reference import TorchOperations
 from engine.compute.cuda.runner import CudaRunner
+from engine.compute.cuda.steps.graphs import NotCapturable, buckets, smallest
 from engine.compute.discovery import discover
 
 CPU = torch.device("cpu")

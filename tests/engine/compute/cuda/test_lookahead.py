@@ -12,7 +12,7 @@ import torch
 from on_reference import reference_backend
 
 from engine import LLM, Constraint
-from engine.compute.cuda.lookahead import CudaLookahead
+from engine.compute.cuda.steps.lookahead import CudaLookahead
 from engine.llm import join_outputs
 from engine.sampling.drawing import Drawing
 

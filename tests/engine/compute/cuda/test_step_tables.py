@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from engine.compute.cuda.step_tables import FEW, ITEM, MERGE, SPLIT, AttentionKind, KindTables, Limits, StepTables
+from engine.compute.cuda.steps.tables import FEW, ITEM, MERGE, SPLIT, AttentionKind, KindTables, Limits, StepTables
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 LENGTH = 3000
@@ -193,5 +193,5 @@ def test_tables_need_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, engine.compute.cuda.step_tables; sys.exit('torch' in sys.modules)"
+    code = "import sys, engine.compute.cuda.steps.tables; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,10 +15,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from engine.compute.attention_mask import KeyRange
 from engine.compute.backend import AttentionSettings, PackedChunk
-from engine.compute.cuda import reference, step_tables
+from engine.compute.cuda import reference
 from engine.compute.cuda.operations import AttentionWork, LinearWeight, NormKind, Operations, Partials
 from engine.compute.cuda.reference import TorchOperations
-from engine.compute.cuda.step_tables import AttentionKind, Limits, StepTables
+from engine.compute.cuda.steps import tables as step_tables
+from engine.compute.cuda.steps.tables import AttentionKind, Limits, StepTables
 from engine.compute.cuda.weights import widened
 from engine.compute.kv_cache import LayerShape
 from engine.scheduling.block_pool import BLOCK_SIZE

@@ -13,7 +13,7 @@ import interpreter
 from engine.compute.backend import AttentionSettings, PackedChunk
 from engine.compute.cuda.kernels import rows
 from engine.compute.cuda.operations import AttentionWork, LinearWeight, Operations, Partials
-from engine.compute.cuda.step_tables import ITEM, MERGE, AttentionKind, Limits, StepTables
+from engine.compute.cuda.steps.tables import ITEM, MERGE, AttentionKind, Limits, StepTables
 from engine.compute.cuda.triton_operations import TritonOperations
 from engine.compute.kv_cache import LayerShape
 from engine.scheduling.block_pool import BLOCK_SIZE

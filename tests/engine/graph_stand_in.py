@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from engine.compute.cuda.graphs import NotCapturable
 from engine.compute.cuda.operations import Operations
+from engine.compute.cuda.steps.graphs import NotCapturable
 
 READS = {
     *("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero"),
@@ -93,7 +93,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 class StandInRecorder:
-    """Records on a CPU (see `engine.compute.cuda.graphs.Recorder`)."""
+    """Records on a CPU (see `engine.compute.cuda.steps.graphs.Recorder`)."""
 
     def __init__(self, operations: WholeOperations) -> None:
         self._operations = operations

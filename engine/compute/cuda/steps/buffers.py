@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.compute.backend import AttentionSettings
 from engine.compute.cuda.operations import AttentionWork, Partials
-from engine.compute.cuda.step_tables import ITEM, MERGE, AttentionKind, Limits, StepTables
+from engine.compute.cuda.steps.tables import ITEM, MERGE, AttentionKind, Limits, StepTables
 from engine.compute.kv_cache import LayerShape
 
 __all__ = ["StepBuffers", "StepViews", "kind_of"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence as Seq
 
-from engine.choice import Choice
 from engine.scheduling.schedule import Draw
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
@@ -17,20 +16,18 @@ from engine.scheduling.sequence import Sequence
 __all__ = ["foresee"]
 
 
-def foresee(draws: Seq[Draw], scheduler: Scheduler, choice_of: Callable[[Sequence], Choice]) -> list[int]:
+def foresee(draws: Seq[Draw], scheduler: Scheduler, may_draft: Callable[[Sequence], bool]) -> list[int]:
     """Return which draws' sequences the next step computes, by their place in `draws`; none if it is not known.
 
     Those sequences have a block for the next step's token then, which nobody else reads.
+
+    Args:
+        may_draft: whether a sequence may have a draft in the next step, or takes another token than it draws.
     """
     drawn = {draw.sequence for draw in draws}
     if scheduler.waiting or len(drawn) != len(draws) or drawn != set(scheduler.running):
         return []
-    if any(draw.draft or draw.expected is not None or _drafts(choice_of(draw.sequence)) for draw in draws):
+    if any(draw.draft or draw.expected is not None or may_draft(draw.sequence) for draw in draws):
         return []
     going = [n for n, draw in enumerate(draws) if draw.position + 1 < (draw.params.max_tokens or 0)]
     return going if going and scheduler.reserve_next([draws[n].sequence for n in going]) else []
-
-
-def _drafts(choice: Choice) -> bool:
-    """Tell whether a choice may have a draft in the next step, or takes another token than it draws."""
-    return choice.drafter is not None or choice.prediction is not None or choice.forced is not None

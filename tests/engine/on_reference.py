@@ -18,11 +18,11 @@ from engine.loading import loader
 class ReferenceBackend(CudaBackend):
     """A CUDA backend whose operations are torch's, and whose graphs are recorded by a stand-in."""
 
-    def __init__(self, quantization: str | None = None, *, records: bool = False) -> None:
+    def __init__(self, *, records: bool = False) -> None:
         operations = WholeOperations(TorchOperations())
         recorder = (lambda: StandInRecorder(operations)) if records else None
         # Large steps take the stand-in long, and `test_graph_replays.py` tries every size.
-        super().__init__(torch.device("cpu"), operations, quantization, recorder, most_recorded=16)
+        super().__init__(torch.device("cpu"), operations, recorder, most_recorded=16)
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def reference_backend(**options: Any) -> Iterator[None]:
     """Let every model that is loaded in the `with` block be computed by a `ReferenceBackend`."""
 
     def choose(config: Any, placement: Any, model: Any, progress: Any) -> ReferenceBackend:
-        return ReferenceBackend(config.quantization, **options)
+        return ReferenceBackend(**options)
 
     with mock.patch.object(loader, "choose_backend", choose):
         yield

@@ -1,7 +1,7 @@
 """CUDA graphs: a step's operations recorded once, and launched again without Python. Knows no model and no table.
 
 A graph holds the very tensors that it was recorded with. What differs from step to step therefore stands in tensors
-that stay where they are (`engine.compute.cuda.step_buffers`), and what a graph computes is overwritten by its next
+that stay where they are (`engine.compute.cuda.steps.buffers`), and what a graph computes is overwritten by its next
 replay. Bits are those of the same operations launched one by one.
 """
 
