@@ -42,6 +42,19 @@ class FakeGpu:
     def release(self) -> None:
         self.kept, self.releases = 0, self.releases + 1
 
+    def hold(self, count: int) -> object:
+        """Take memory that a thing keeps as long as it lives; return the thing."""
+        gpu = self
+
+        class Thing:
+            def __init__(self) -> None:
+                gpu.tensors += count
+
+            def __del__(self) -> None:
+                gpu.tensors -= count
+
+        return Thing()
+
     def take(self, count: int) -> None:
         """Allocate for a moment: from what is kept for reuse first, and everything is kept afterwards."""
         self.kept = max(self.kept, count)

@@ -275,7 +275,9 @@ def test_kernels_that_compute_wrongly_are_not_used(
 
 
 def test_int8_is_for_float32_on_a_cpu(folder: Path) -> None:
-    with pytest.raises(LoadError, match=r"quantization: int8 is for float32 on a CPU, not torch\.bfloat16 on cpu"):
+    with pytest.raises(
+        LoadError, match=r"quantization: int8 is for float32 on a CPU, or for one GPU, not torch\.bfloat16 on cpu"
+    ):
         load(ModelConfig(id="m", path=folder, quantization="int8", dtype="bfloat16"))
 
 

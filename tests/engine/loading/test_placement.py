@@ -131,8 +131,11 @@ def test_on_a_cpu_the_dtype_is_float32_whatever_the_size(found: Checkpoint) -> N
     [
         ({"quantization": "int4", "device": "cpu"}, r"quantization: int4 is for a GPU, not torch\.float32 on cpu"),
         ({"quantization": "int4", "device": "cpu", "dtype": "bfloat16"}, r"int4 is for a GPU, not torch\.bfloat16"),
-        ({"quantization": "int4", "device": "cuda"}, r"no kernels for int4 exist yet"),
-        ({"quantization": "int8", "device": "cuda"}, r"int8 is for float32 on a CPU, not torch\.bfloat16 on cuda:0"),
+        (
+            {"quantization": "int8", "device": "balanced"},
+            r"int8 is for float32 on a CPU, or for one GPU, not torch\.bfloat16 on cuda:0",
+        ),
+        ({"quantization": "int4", "device": "balanced"}, r"int4 is for float32 on a CPU, or for one GPU"),
     ],
 )
 def test_a_quantisation_that_no_backend_has_is_refused_before_a_weight_is_read(
@@ -142,9 +145,16 @@ def test_a_quantisation_that_no_backend_has_is_refused_before_a_weight_is_read(
         _place(found, **fields)
 
 
-def test_what_a_backend_has_is_accepted(
-    gpus: list[FakeGpu], found: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_backend_has_is_accepted(gpus: list[FakeGpu], found: Checkpoint) -> None:
     assert _place(found, device="cpu", quantization="int8").on_cpu
-    monkeypatch.setattr(placement.TorchBackend, "QUANTIZATIONS", frozenset({"int4"}))
-    assert not _place(found, device="cuda:1", quantization="int4").on_cpu
+    for kind in ("int4", "int8"):
+        assert _place(found, device="cuda:1", quantization=kind).on_one_gpu
+
+
+def test_a_quantised_checkpoint_stays_packed_on_one_gpu_only(gpus: list[FakeGpu], found: Checkpoint) -> None:
+    packed = replace(found, config={**found.config, "quantization_config": {"quant_method": "awq", "bits": 4}})
+    assert _place(packed, device="cuda:0").packs
+    assert not _place(found, device="cuda:0").packs
+    for fields in ({"device": "cpu"}, {"device": "balanced"}, {"device": "cuda", "gpu": "no-kernels"}):
+        with pytest.raises(LoadError, match=r"the checkpoint is quantised \(awq\), and cannot be loaded here"):
+            _place(packed, **fields)
