@@ -25,5 +25,5 @@ calls and answer, and how a grammar is made of a schema."""
 CPU_KERNELS_VERSION: Final = 4
 """Raised when a forward pass on a CPU may have other bits: compiled kernels, attention and linear layers in torch."""
 
-GPU_KERNELS_VERSION: Final = 4
-"""Raised when a forward pass on a GPU may have other bits: attention and linear layers in torch."""
+GPU_KERNELS_VERSION: Final = 5
+"""Raised when a forward pass on a GPU may have other bits: the Triton kernels, attention and linear layers in torch."""

@@ -51,6 +51,7 @@ def folder(tmp_path: Path) -> Path:
     return tiny_models.write(tmp_path, "llama", **sizes)
 
 
+@pytest.mark.slow
 def test_rounded_weights_are_other_models_with_names_of_their_own(folder: Path) -> None:
     found = {kind: open_model(folder, quantization=kind) for kind in (None, "int8", "int4")}
     assert [llm.info.linear for llm in found.values()] == ["triton", "triton int8", "triton int4"]
@@ -63,7 +64,9 @@ def test_rounded_weights_are_other_models_with_names_of_their_own(folder: Path) 
     assert reply(open_model(folder, quantization="int4", gpu="no-graphs")) == reply(found["int4"])
 
 
-@pytest.mark.parametrize("form", ["gptq", "awq", "compressed-tensors"])
+@pytest.mark.parametrize(
+    "form", ["gptq", *(pytest.param(form, marks=pytest.mark.slow) for form in ("awq", "compressed-tensors"))]
+)
 def test_checkpoints_of_others_stay_packed(form: str, tmp_path: Path) -> None:
     quantise(tmp_path, form)
     llm = open_model(tmp_path, dtype="float32")
@@ -74,6 +77,7 @@ def test_checkpoints_of_others_stay_packed(form: str, tmp_path: Path) -> None:
     assert reply(llm) == alone
 
 
+@pytest.mark.slow
 def test_graphs_and_single_launches_have_the_same_bits_and_fingerprint(folder: Path) -> None:
     graphs, launches = open_model(folder), open_model(folder, gpu="no-graphs")
     assert launches.info.gpu == GpuReport("kernels", (("graphs", "the entry says gpu: no-graphs"),))
@@ -91,6 +95,7 @@ def test_a_card_whose_kernels_fail_serves_by_torch(folder: Path, card: list[GpuV
     assert len(reply(llm)[0]) == 8
 
 
+@pytest.mark.slow
 def test_without_kernels_rounded_weights_are_widened_again(folder: Path) -> None:
     """Slowly: the same rounded model as with kernels, and no other."""
     llm, kernels = (open_model(folder, quantization="int4", **more) for more in ({"gpu": "no-kernels"}, {}))
@@ -102,6 +107,7 @@ def test_without_kernels_rounded_weights_are_widened_again(folder: Path) -> None
     assert llm.info.system_fingerprint != open_model(folder, gpu="no-kernels").info.system_fingerprint
 
 
+@pytest.mark.slow
 def test_a_weight_that_cannot_be_rounded_is_refused_by_name(tiny: Callable[[str], Path]) -> None:
     with pytest.raises(LoadError, match=r"quantization: int4 cannot be used: down_proj: .* 96 columns in groups"):
         open_model(tiny("llama"), quantization="int4")
