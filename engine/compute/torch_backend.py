@@ -16,6 +16,7 @@ from engine.compute.model_runner import PackedRunner
 from engine.compute.processor import processor_model
 from engine.compute.torch_attention import TorchPlan
 from engine.devices import gpu
+from engine.devices.gpu import release_cache
 from engine.host_memory import give_back_memory
 
 
@@ -59,7 +60,7 @@ class TorchBackend:
     def release_memory(self) -> None:
         """Give freed memory back to the operating system and the GPU."""
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            release_cache()
         give_back_memory()
 
     def describe(self) -> Mapping[str, str]:

@@ -5,14 +5,32 @@ The only file of the engine that asks for a GPU's memory and kind, so that a tes
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 
-__all__ = ["DeviceMemory", "DeviceStream", "computes_bfloat16", "count", "matmul_tf32", "properties"]
+__all__ = [
+    "CAPTURE",
+    "DeviceMemory",
+    "DeviceStream",
+    "computes_bfloat16",
+    "count",
+    "matmul_tf32",
+    "properties",
+    "recording_stream",
+    "release_cache",
+    "wait_for",
+]
+
+CAPTURE: Final = threading.RLock()
+"""Held while any thread of this process captures a CUDA graph. Giving memory back and waiting for a whole GPU are not
+allowed meanwhile, on any stream: torch's allocator asserts, and CUDA may end the capture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +70,8 @@ class DeviceMemory:
 
     def release(self) -> None:
         """Wait until the GPU has done what was asked of it, and give back what is kept for reuse."""
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
+        wait_for(self.device)
+        release_cache()
 
 
 class DeviceStream:
@@ -79,7 +97,36 @@ class DeviceStream:
     def wait_for_all(self) -> None:
         """Wait until the GPU has done what was queued on any stream: weights are read on other threads' streams."""
         if self._stream is not None:
-            torch.cuda.synchronize(self.device)
+            wait_for(self.device)
+
+
+def release_cache() -> None:
+    """Give back to the GPUs what this process keeps for reuse."""
+    with CAPTURE:
+        torch.cuda.empty_cache()
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done everything that was queued.
+
+    Raises:
+        RuntimeError: it cannot be used any more, after an illegal address, say.
+    """
+    with CAPTURE:
+        torch.cuda.synchronize(device)
+
+
+@functools.cache
+def recording_stream(device: torch.device) -> Any:
+    """Return the stream on which all graphs of a GPU are captured.
+
+    torch has 32 streams of each priority and hands them out in turn: a new one for each capture would soon be one that
+    another model is served on. Models are served on streams of the other priority.
+    """
+    return _new_stream(device, -1)
+
+
+_new_stream: Callable[[torch.device, int], Any] = torch.cuda.Stream
 
 
 def count() -> int:

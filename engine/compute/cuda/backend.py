@@ -20,6 +20,7 @@ from engine.compute.cuda.runner import CudaPlan, CudaRunner, plan_once
 from engine.compute.cuda.steps.graphs import Recorder
 from engine.compute.kv_cache import KVCache, LayerShape
 from engine.compute.torch_backend import hardware
+from engine.devices.gpu import release_cache
 from engine.errors import first_line, out_of_memory
 from engine.host_memory import give_back_memory
 
@@ -91,6 +92,8 @@ class CudaBackend:
         runner = CudaRunner(
             model, self, self._operations, cache, vocab_size, size, skips_masks=skips_masks, bystanders=bystanders
         )
+        if serves:
+            runner.warm()
         if serves and self.uses_graphs and self._make_recorder is not None:
             self.no_graphs = runner.record(self._make_recorder(), self._most_recorded)
             if self.no_graphs is not None:
@@ -114,7 +117,7 @@ class CudaBackend:
     def release_memory(self) -> None:
         """Give freed memory back to the device and the operating system."""
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            release_cache()
         give_back_memory()
 
     def describe(self) -> Mapping[str, str]:

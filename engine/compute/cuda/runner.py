@@ -31,6 +31,8 @@ __all__ = ["CudaPlan", "CudaRunner"]
 
 log = logging.getLogger("verbatim.engine")
 
+_MOST_WARMED: Final = 128
+"""Rows of logits that are computed once before a model serves: more take the same kernels."""
 _SPARE_ROWS: Final = 8
 """Rows beside those of a step, for bystanders of the self-test."""
 
@@ -110,7 +112,7 @@ class CudaRunner:
         self._sizes = buckets(limits.rows)
         self._most_kept = smallest(self._sizes, min(size.sequences, limits.rows))
         self._graphs: dict[int, Graph] = {}
-        self._views: dict[tuple[int, int], StepViews] = {}
+        self._views: dict[int, StepViews] = {}  # of each size, with as many kept rows as a graph has
         self._mask = {"attention_mask": blank_mask(self._device)} if skips_masks else {}
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.lookahead: CudaLookahead | None = None if bystanders else CudaLookahead(self.compute)
@@ -185,9 +187,24 @@ class CudaRunner:
         return min(size, self._most_kept)
 
     def _views_of(self, size: int, kept: int) -> StepViews:
-        if (size, kept) not in self._views:
-            self._views[size, kept] = self._buffers.views(size, kept)
-        return self._views[size, kept]
+        if kept != self._kept_of(size):
+            return self._buffers.views(size, kept)
+        if size not in self._views:
+            self._views[size] = self._buffers.views(size, kept)
+        return self._views[size]
+
+    @torch.inference_mode()
+    def warm(self) -> None:
+        """Launch what a step may need, so that no kernel is compiled while requests wait.
+
+        Copies of blocks, and the output layer for as many rows as have a tile of their own.
+        """
+        self._send(self._trial(1, 0), (), 1)
+        self._operations.copy_blocks([*self.cache.keys, *self.cache.values], *self._buffers.pairs)
+        for size in self._sizes:
+            if size <= _MOST_WARMED:
+                self._send(self._trial(size, 0), (), size)
+                self._run(self._views_of(size, size))
 
     # -- graphs -------------------------------------------------------------------------------------------------
 

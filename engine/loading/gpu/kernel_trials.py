@@ -60,7 +60,7 @@ FULL = Sizes(
     row=(128, 1024, 5120, 12_288),
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
     keys=1100,
-    head_dims=(64, 128),
+    head_dims=(64, 128, 256),
     groups=(1, 4, 7),
     piece=170,
 )

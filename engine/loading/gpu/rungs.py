@@ -19,6 +19,7 @@ from engine.compute.backend import Backend, Progress, StepSize
 from engine.compute.cuda.backend import CudaBackend
 from engine.compute.cuda.steps.graphs import CudaRecorder
 from engine.compute.torch_backend import TorchBackend
+from engine.devices.gpu import wait_for
 from engine.errors import LoadError
 from engine.loading.gpu import probe
 from engine.loading.gpu.ladder import Attempt, GpuSetting, barred_rungs, descend
@@ -132,7 +133,7 @@ def choose_rung(rungs: Rungs, setting: GpuSetting) -> tuple[Backend, SelfTest, G
     """
     verdict = None if setting == "no-kernels" else probe.verdict_of(str(rungs.device), rungs.say)
     barred = barred_rungs(setting, verdict, rungs.weights)
-    check = (lambda: torch.cuda.synchronize(rungs.device)) if rungs.device.type == "cuda" else (lambda: None)
+    check = (lambda: wait_for(rungs.device)) if rungs.device.type == "cuda" else (lambda: None)
     (backend, found), report = descend(rungs.attempt, barred=barred, check_device=check)
     return backend, found, report
 

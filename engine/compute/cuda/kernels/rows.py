@@ -16,6 +16,9 @@ from torch import Tensor
 from engine.compute.cuda.operations import NormKind
 from engine.scheduling.block_pool import BLOCK_SIZE
 
+_ALIGNED = 16
+"""Bytes. Triton compiles another kernel for numbers that lie otherwise, and sums a row in another order there."""
+
 
 @triton.jit
 def _rms_norm(
@@ -45,6 +48,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: NormKind) -> Tenso
     assert x.dim() in (2, 3)
     assert x.stride(-1) == 1
     assert weight.is_contiguous()
+    if x.data_ptr() % _ALIGNED or any(stride * x.itemsize % _ALIGNED for stride in x.stride()[:-1]):
+        x = x.contiguous()
     size = x.shape[-1]
     heads = x.shape[1] if x.dim() == 3 else 1
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -85,6 +85,7 @@ class StepBuffers:
         pinned = device.type == "cuda"
         self._hosts = [torch.zeros(end, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._arrays: list[Any] = [host.numpy() for host in self._hosts]
+        self._sent: list[Any] = [None, None]  # when each was read by the device
         self._turn = 0
         self._device = torch.zeros(end, dtype=torch.int32, device=device)
         self._finite = torch.ones(limits.rows, dtype=torch.int32, device=device)
@@ -122,9 +123,11 @@ class StepBuffers:
     ) -> None:
         """Send a step to the device, padded with zeros to `rows` rows and to as many kept ones.
 
-        Only one step may be under way beside the one that is sent: the host's buffers are used in turn.
+        The host's buffers are used in turn; one that the device has not read yet is waited for.
         """
         self._turn ^= 1
+        if self._sent[self._turn] is not None:
+            self._sent[self._turn].synchronize()
         host = self._arrays[self._turn]
         for name, values in (("tokens", tokens), ("positions", positions), ("slots", tables.slots), ("kept", kept)):
             place = host[self._places[name]].view(np.int64)
@@ -141,6 +144,8 @@ class StepBuffers:
         _fill(host[blocks], tables.blocks)
         end = blocks.start + len(tables.blocks)
         self._device[:end].copy_(self._hosts[self._turn][:end], non_blocking=True)
+        if self.device.type == "cuda":
+            self._sent[self._turn] = torch.cuda.current_stream(self.device).record_event()
 
     def views(self, rows: int, kept: int) -> StepViews:
         """Return the device's inputs for steps that are padded to `rows` rows and `kept` rows with logits."""

@@ -7,16 +7,16 @@ replay. Bits are those of the same operations launched one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["CudaRecorder", "Graph", "NotCapturable", "Recorder", "buckets", "smallest"]
+from engine.devices.gpu import CAPTURE, recording_stream
 
-_WARM_UPS: Final = 2
-"""Runs before a recording: the first compiles kernels, and libraries allocate their workspaces in it."""
+__all__ = ["CudaRecorder", "Graph", "NotCapturable", "Recorder", "buckets", "smallest"]
 
 
 class NotCapturable(Exception):
@@ -60,14 +60,20 @@ class CudaRecorder:
         self._pool: Any = None
 
     def record(self, run: Callable[[], Tensor]) -> Graph:
-        """Record what a function launches: see `Recorder`."""
-        with torch.cuda.device(self._device):
-            stream = _new_stream(self._device)  # recording on the default stream is not allowed
+        """Record what a function launches: see `Recorder`.
+
+        It runs twice before: once to compile kernels and allocate workspaces, and once to find out whether it waits for
+        the GPU. A capture that fails would leave torch's allocator in a state in which no memory is given back.
+        """
+        with CAPTURE, torch.cuda.device(self._device):
+            stream = recording_stream(self._device)
             stream.wait_stream(torch.cuda.current_stream())
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.stream(stream):
-                    for _ in range(_WARM_UPS):
+                    run()
+                    with _waits_forbidden():
                         run()
                     # Threads of other models go on meanwhile.
                     with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
@@ -78,11 +84,18 @@ class CudaRecorder:
                 raise NotCapturable(str(error).split("\n", 1)[0]) from error
             finally:
                 torch.cuda.current_stream().wait_stream(stream)
-            self._pool = self._pool or graph.pool()
         return _CudaGraph(graph, output)
 
 
-_new_stream: Callable[[torch.device], Any] = torch.cuda.Stream
+@contextmanager
+def _waits_forbidden() -> Iterator[None]:
+    """Make torch raise RuntimeError where the host would wait for a GPU, whichever thread does; `CAPTURE` is held."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def buckets(most: int) -> tuple[int, ...]:
