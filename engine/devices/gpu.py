@@ -6,6 +6,7 @@ The only file of the engine that asks for a GPU's memory and kind, so that a tes
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -102,6 +103,7 @@ class DeviceStream:
 
 def release_cache() -> None:
     """Give back to the GPUs what this process keeps for reuse."""
+    gc.collect()  # what holds itself in a cycle holds its tensors, too
     with CAPTURE:
         torch.cuda.empty_cache()
 

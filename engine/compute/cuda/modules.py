@@ -158,6 +158,15 @@ class Replaced:
 def replace_modules(model: nn.Module, operations: Operations, say: Progress) -> Replaced:
     """Replace what is recognised, in place."""
     replaced = Replaced()
+    try:
+        _replace(model, operations, replaced, say)
+    except BaseException:  # a kernel that does not compile, say: the model is somebody else's then
+        replaced.undo()
+        raise
+    return replaced
+
+
+def _replace(model: nn.Module, operations: Operations, replaced: Replaced, say: Progress) -> None:
     dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
     for parent, name, child in list(_children(model)):
         if (norm := _as_norm(child, operations)) is not None:
@@ -167,7 +176,6 @@ def replace_modules(model: nn.Module, operations: Operations, say: Progress) -> 
     for parent, name, child in list(_children(model)):
         if (gated := _as_gated(child, operations, dtype)) is not None:
             replaced.put(parent, name, gated, "gated")
-    return replaced
 
 
 def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -6,7 +6,6 @@ Padding rows write nothing and belong to no sequence. By the law they change no 
 from __future__ import annotations
 
 import inspect
-import itertools
 import logging
 from collections.abc import Sequence as Seq
 from typing import Any, Final
@@ -245,18 +244,19 @@ class CudaRunner:
 
         No two sequences share a block, since they would overwrite each other in any order.
         """
-        limits, free = self._buffers.limits, iter(range(self.cache.num_blocks))
+        limits, free = self._buffers.limits, list(range(self.cache.num_blocks))
         step = PackedStep([], [], [], [], [])
         left = max(size - number, 1)
         sequences = min(limits.sequences, left)
         for index in range(sequences):
             last = index == sequences - 1
-            start = min((5, 40, 300, 700)[(index + number) % 4] + 3 * number, limits.length - 1)
-            count = min(left, limits.length - start) if last else 1
-            table = tuple(itertools.islice(free, -(-(start + count) // BLOCK_SIZE)))
-            count = min(count, len(table) * BLOCK_SIZE - start)
-            if count <= 0:
-                continue  # a small cache
+            room = min(len(free) * BLOCK_SIZE, limits.length)
+            if not room:
+                break  # a small cache
+            start = min((5, 40, 300, 700)[(index + number) % 4] + 3 * number, room - 1)
+            count = min(left, room - start) if last else 1
+            needed = -(-(start + count) // BLOCK_SIZE)
+            table, free = tuple(free[:needed]), free[needed:]
             step.add([(31 * index + 7 * row + number) % self.vocab_size for row in range(count)], start, table, 1)
             left -= count
         return step

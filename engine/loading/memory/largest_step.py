@@ -53,7 +53,7 @@ class LargestStep:
     def _prompts(self, text: tuple[int, ...]) -> list[Chunk]:
         chunks: list[Chunk] = []
         tokens, rows = self.tokens, self.logit_rows
-        while tokens > 0:
+        while tokens > 0 and len(chunks) < self.sequences:
             count = min(tokens, self.context)
             chunks.append(self._chunk(text, count, min(rows, count)))
             tokens, rows = tokens - count, rows - min(rows, count)

@@ -164,8 +164,14 @@ def test_the_largest_step_is_as_large_as_steps_can_be_and_needs_a_small_cache(ti
 def test_prompts_shorter_than_a_step_fill_it_together(tiny: Callable[[str], Path]) -> None:
     model = LLM(tiny("qwen3"), cache_size="8MiB").engine.model
     watched: Any = _Watched(model.runner)  # type: ignore[arg-type]
-    LargestStep(tokens=100, logit_rows=50, sequences=2, context=40).run(watched, torch.device("cpu"))
-    assert watched.asked == [[(0, 40, 40), (0, 40, 10), (20, 20, 0)], [(39, 1, 1)] * 2]
+    LargestStep(tokens=100, logit_rows=50, sequences=3, context=40).run(watched, torch.device("cpu"))
+    assert watched.asked == [[(0, 40, 40), (0, 40, 10), (20, 20, 0)], [(39, 1, 1)] * 3]
+
+
+def test_a_step_has_no_more_prompts_than_sequences(tiny: Callable[[str], Path]) -> None:
+    watched: Any = _Watched(LLM(tiny("qwen3"), cache_size="8MiB").engine.model.runner)  # type: ignore[arg-type]
+    LargestStep(tokens=512, logit_rows=50, sequences=1, context=40).run(watched, torch.device("cpu"))
+    assert watched.asked == [[(0, 40, 40)], [(39, 1, 1)]]
 
 
 # -- a whole start ----------------------------------------------------------------------------------------------------

@@ -7,16 +7,17 @@ replay. Bits are those of the same operations launched one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from engine.devices.gpu import CAPTURE, recording_stream
 
-__all__ = ["CudaRecorder", "Graph", "NotCapturable", "Recorder", "buckets", "smallest"]
+__all__ = ["CudaRecorder", "Graph", "NoWaits", "NotCapturable", "Recorder", "buckets", "smallest"]
 
 
 class NotCapturable(Exception):
@@ -73,12 +74,12 @@ class CudaRecorder:
             try:
                 with torch.cuda.stream(stream):
                     run()
-                    with _waits_forbidden():
+                    with NoWaits():  # type: ignore[no-untyped-call]
                         run()
                     # Threads of other models go on meanwhile.
                     with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                         output = run()
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, NotCapturable):
                 raise
             except RuntimeError as error:
                 raise NotCapturable(str(error).split("\n", 1)[0]) from error
@@ -87,15 +88,22 @@ class CudaRecorder:
         return _CudaGraph(graph, output)
 
 
-@contextmanager
-def _waits_forbidden() -> Iterator[None]:
-    """Make torch raise RuntimeError where the host would wait for a GPU, whichever thread does; `CAPTURE` is held."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+_READS: Final = "_local_scalar_dense bincount equal is_nonzero item masked_select nonzero unique_dim"
+_WAITS: Final = frozenset(f"aten::{name}" for name in _READS.split())
+"""Operations that read a number back, or whose result has a shape that depends on numbers."""
+
+
+class NoWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A mode in which what waits for the device raises NotCapturable: on this thread, and on no other."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name: str = func._schema.name
+        given = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()}
+        out = None if name in _WAITS else func(*args, **(kwargs or {}))
+        made = {t.device.type for t in tree_leaves(out) if isinstance(t, Tensor)}
+        if name in _WAITS or len(given | made) > 1:
+            raise NotCapturable(f"{name.removeprefix('aten::')} waits for the device")
+        return out
 
 
 def buckets(most: int) -> tuple[int, ...]:

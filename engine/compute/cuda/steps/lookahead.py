@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence as Seq
 from dataclasses import dataclass, field
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -50,7 +51,8 @@ class CudaLookahead:
     """
 
     def __init__(self, compute: Compute) -> None:
-        self._compute = compute
+        """compute: a method of the runner, held weakly: a cycle would keep the runner's cache and graphs alive."""
+        self._method = WeakMethod(compute)
         self._launched: _Launched | None = None
         self.taken = 0
         self.dropped = 0
@@ -64,10 +66,15 @@ class CudaLookahead:
             step.add([0], len(sequence), tuple(sequence.block_table), 1)
         rows = {(sequence, len(sequence)): row for row, sequence in enumerate(sequences)}
         try:
-            self._launched = _Launched(rows, *self._compute(step, (), torch.cat(list(tokens))))
+            self._launched = _Launched(rows, *self._compute()(step, (), torch.cat(list(tokens))))
         except Exception as error:
             if not out_of_memory(error):
                 raise
+
+    def _compute(self) -> Compute:
+        compute = self._method()
+        assert compute is not None, "the runner is gone"
+        return compute
 
     def confirm(self, tokens: Seq[int]) -> None:
         """Note what the device took for the tokens."""

@@ -159,3 +159,22 @@ def test_what_only_looks_alike_stays() -> None:
     assert replaced.counts == {"linears": 15, "norms": 4, "gated": 1}
     assert isinstance(model.model.norm, OtherNorm)
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("calls", [0, 2, 4])
+def test_an_operation_that_raises_leaves_the_model_as_it_was(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, left = make("llama"), iter(range(calls))
+    before = logits(model)
+    real = TorchOperations.rms_norm
+
+    def fails(*given: Any) -> torch.Tensor:
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError("no shared memory")
+        return real(*given)
+
+    monkeypatch.setattr(TorchOperations, "rms_norm", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        replace(model)
+    monkeypatch.undo()
+    assert not any(isinstance(module, RowLinear | RowNorm | RowGatedMLP) for module in model.modules())
+    assert torch.equal(logits(model), before)

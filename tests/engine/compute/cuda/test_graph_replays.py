@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,7 +19,7 @@ from engine.compute.backend import StepSize
 from engine.compute.cuda.backend import CudaBackend
 from engine.compute.cuda.reference import TorchOperations
 from engine.compute.cuda.runner import CudaRunner
-from engine.compute.cuda.steps.graphs import NotCapturable, buckets, smallest
+from engine.compute.cuda.steps.graphs import NotCapturable, NoWaits, buckets, smallest
 from engine.compute.discovery import discover
 
 CPU = torch.device("cpu")
@@ -118,3 +121,39 @@ def test_sizes_of_steps(most: int, sizes: tuple[int, ...]) -> None:
     assert [smallest(sizes, count) for count in range(1, most + 1)] == [
         min(size for size in sizes if size >= count) for count in range(1, most + 1)
     ]
+
+
+def test_a_runner_that_is_let_go_is_gone_with_its_cache_and_graphs() -> None:
+    runner, recorder = runner_of(make("llama", {}))
+    assert runner.record(recorder) is None
+    kept = weakref.ref(runner)
+    gc.disable()
+    try:
+        del runner, recorder
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 19, 40])
+@pytest.mark.parametrize("size", [1, 4, 20])
+def test_every_trial_computes_a_row_and_shares_no_block(blocks: int, size: int) -> None:
+    runner, _ = runner_of(make("llama", {}), blocks=blocks)
+    for number in range(3):
+        step = runner._trial(size, number)
+        used = [block for chunk in step.chunks for block in chunk.table]
+        assert step.tokens
+        assert step.kept
+        assert len(used) == len(set(used)) <= blocks
+        assert len(step.tokens) <= size
+
+
+def test_waits_are_seen_on_their_own_thread_alone() -> None:
+    numbers = torch.arange(4.0)
+    for waits in (lambda: numbers[0].item(), lambda: numbers.nonzero(), lambda: bool(numbers[1] > 0)):
+        with pytest.raises(NotCapturable, match="waits for the device"), NoWaits():
+            waits()
+        with NoWaits(), ThreadPoolExecutor() as other:
+            other.submit(waits).result()
+    with NoWaits():
+        assert (numbers * 2 + numbers.amax()).shape == (4,)

@@ -132,6 +132,6 @@ def test_a_step_without_memory_is_computed_in_its_turn(llm: LLM, monkeypatch: py
         raise torch.OutOfMemoryError("no room")
 
     taken = lookahead.taken
-    monkeypatch.setattr(lookahead, "_compute", fails)
+    monkeypatch.setattr(lookahead, "_compute", lambda: fails)
     assert generate(llm, max_tokens=12) == right
     assert lookahead.taken == taken
