@@ -29,10 +29,12 @@ _COPIES: Final = (
     "cat clone contiguous copy copy_ embedding gather index index_select repeat repeat_interleave stack to type_as "
     "_to_copy __and__ __or__"
 )
-_ROWS: Final = "amax amin dropout max min layer_norm native_layer_norm"
-"""Dropout is off where a model is served. A maximum is the same in any order. `layer_norm` takes one block of threads
+_ROWS: Final = "dropout layer_norm native_layer_norm"
+"""Dropout is off where a model is served. `layer_norm` takes one block of threads
 for each row, whose shape depends on the length of a row alone (aten/native/cuda/layer_norm_kernel.cu)."""
 _HARMLESS: Final = frozenset(f"aten::{name}" for name in f"{_NEW} {_VIEWS} {_COPIES} {_ROWS}".split())
+_WITHIN_ROWS: Final = frozenset({"aten::amax", "aten::amin", "aten::max", "aten::min"})
+"""Harmless over the last dimension alone: a maximum is the same in any order, and over rows it would couple them."""
 _PRODUCTS: Final = frozenset({"aten::bmm", "aten::mm", "aten::matmul"})
 """Harmless if one number is multiplied by one: rotary embeddings multiply positions and frequencies so."""
 
@@ -44,9 +46,22 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name: str = func._schema.name
-        if torch.Tag.pointwise not in func.tags and name not in _HARMLESS and not _is_outer(name, args):
+        out = func(*args, **(kwargs or {}))
+        known = torch.Tag.pointwise in func.tags or name in _HARMLESS or _is_outer(name, args)
+        if name == "aten::slice":
+            known = _keeps_rows(args[0], out)
+        elif name in _WITHIN_ROWS:
+            given = (args[1] if len(args) > 1 else None) or (kwargs or {}).get("dim")
+            dims = [given] if isinstance(given, int) else list(given or ())
+            known = dims in ([-1], [args[0].dim() - 1]) or (torch.Tag.pointwise in func.tags)
+        if not known:
             self.doubtful[name.removeprefix("aten::")] = None
-        return func(*args, **(kwargs or {}))
+        return out
+
+
+def _keeps_rows(before: Tensor, after: Tensor) -> bool:
+    """Tell whether a slice leaves all but the last dimension whole: part of the rows, moved, would be a shift."""
+    return before.dim() < 2 or before.shape[:-1] == after.shape[:-1]
 
 
 def _is_outer(name: str, args: Any) -> bool:

@@ -45,6 +45,9 @@ def test_a_family_with_doubtful_operations_is_served_without_the_promise(tiny: C
         (lambda x: x @ torch.eye(64), "matmul"),
         (lambda x: x.cumsum(-1), "cumsum"),
         (lambda x: x.softmax(-1), "softmax"),
+        (lambda x: x / x.abs().amax(1, keepdim=True), "amax"),
+        (lambda x: x / x.max(), "max"),
+        (lambda x: x + torch.cat([x[:, :1] * 0, x[:, :-1]], 1), "slice"),
         (lambda x: x * torch.tanh(x) + x.abs().amax(-1, keepdim=True), None),
     ],
 )
