@@ -65,8 +65,8 @@ class _TimedRunner:
     def forget(self, sequence: Any) -> None:
         self._inner.forget(sequence)
 
-    def release_memory(self) -> None:
-        self._inner.release_memory()
+    def release_memory(self, *, again: bool = False) -> bool:
+        return bool(self._inner.release_memory(again=again))
 
 
 class Steps:

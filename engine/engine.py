@@ -70,6 +70,7 @@ class Engine:
         """Whether sequences that are added propose draft tokens of their own."""
         self._requests: dict[str, RunningRequest] = {}
         self._row_limit = RowLimit(model.scheduler)
+        self._shortages = 0  # steps in a row that did not fit
         self._steps = 0
         self._drafted_tokens = 0
         self._accepted_tokens = 0
@@ -288,6 +289,7 @@ class Engine:
     ) -> list[RequestOutput]:
         """Register what was computed, append what was drawn, return the outputs. A fault ends its own request."""
         self._steps += 1
+        self._shortages = 0
         self._row_limit.settle(fits=True)
         faults = step_faults(schedule, result, drawn, described)
         outputs = [self.refuse(request_id, error) for request_id, error in faults.items()]
@@ -437,10 +439,10 @@ class Engine:
         self._runner.forget(sequence)
 
     def _drop_largest(self, schedule: Schedule, error: BaseException) -> list[RequestOutput]:
-        """End the largest request of a step that did not fit in memory. The others are recomputed."""
+        """End the largest request of a step that did not fit, if nothing else helps. The others are recomputed."""
         self._undo(schedule)
-        self._runner.release_memory()
-        if self._row_limit.try_without(schedule):
+        self._shortages += 1
+        if self._runner.release_memory(again=self._shortages > 1) or self._row_limit.try_without(schedule):
             return []
         self._row_limit.settle(fits=False)
         largest = max(schedule.chunks, key=lambda c: (c.count, c.start))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from engine.compute.model_runner import Runner
 from engine.config import ModelConfig
@@ -23,6 +26,7 @@ class LoadedModel:
     Attributes:
         closing_ids: the tokens that end the model's thoughts when they grow too long.
         stream: where its work is queued, on the device where logits arrive.
+        step_bytes: the most memory that a step takes beside weights and cache, on each GPU.
     """
 
     config: ModelConfig
@@ -37,3 +41,4 @@ class LoadedModel:
     runner: Runner
     scheduler: Scheduler
     stream: DeviceStream
+    step_bytes: Mapping[torch.device, int] = field(default_factory=dict)

@@ -81,8 +81,15 @@ class Runner(Protocol):
     def forget(self, sequence: Any) -> None:
         """Drop the state of a sequence that was finished, aborted or preempted."""
 
-    def release_memory(self) -> None:
-        """Give freed memory back to the device, after a step that did not fit."""
+    def release_memory(self, *, again: bool = False) -> bool:
+        """Give freed memory back to the device, after a step that did not fit.
+
+        Args:
+            again: the same was done for this step already, and it did not fit once more.
+
+        Returns:
+            Whether enough may be free now to try the same step once more.
+        """
 
 
 class _Model:
@@ -217,8 +224,9 @@ class PackedRunner:
     def forget(self, sequence: Any) -> None:
         """Do nothing: the pool owns the blocks."""
 
-    def release_memory(self) -> None:
+    def release_memory(self, *, again: bool = False) -> bool:
         self._backend.release_memory()
+        return False
 
 
 class FallbackRunner:
@@ -289,5 +297,6 @@ class FallbackRunner:
     def forget(self, sequence: Any) -> None:
         self._caches.pop(sequence, None)
 
-    def release_memory(self) -> None:
+    def release_memory(self, *, again: bool = False) -> bool:
         self._backend.release_memory()
+        return False

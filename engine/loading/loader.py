@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,15 +47,25 @@ _LOGITS = 2**25
 """Logits of a step beside one row for each sequence: 128 MiB."""
 _LONGEST_MESSAGE = 600
 
+StepBytes = Sequence[Mapping[torch.device, int]]
+"""`LoadedModel.step_bytes` of each model that is served already."""
 
-def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None = None) -> LoadedModel:
+
+def load(
+    config: ModelConfig, *, pull: bool = False, progress: Progress | None = None, beside: Iterable[LoadedModel] = ()
+) -> LoadedModel:
     """Load one entry.
+
+    Args:
+        pull: fetch what is not in the hub's cache.
+        progress: told what takes long.
+        beside: the models that this process serves already, which need their share of a GPU's memory.
 
     Raises:
         LoadError: whatever is wrong, in one sentence; NotEnoughMemory with `needed` and `free` bytes.
     """
     try:
-        return _load(config, pull, progress or (lambda _: None))
+        return _load(config, pull, progress or (lambda _: None), [model.step_bytes for model in beside])
     except VerbatimError as error:
         told = one_line(error.message, _LONGEST_MESSAGE)  # it may quote a stranger's file
         if isinstance(error, LoadError) and told.startswith(f"{config.id}: "):
@@ -72,7 +82,7 @@ def load(config: ModelConfig, *, pull: bool = False, progress: Progress | None =
         raise LoadError(f"{config.id}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
 
 
-def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
+def _load(config: ModelConfig, pull: bool, say: Progress, beside: StepBytes) -> LoadedModel:
     versions.warn_of_untried()
     checkpoint.prepare_environment(pull=pull)
     folder = checkpoint.locate(config, pull=pull)
@@ -89,7 +99,7 @@ def _load(config: ModelConfig, pull: bool, say: Progress) -> LoadedModel:
             say(f"reading {format_bytes(found.stored_bytes)} of weights")
             files = TextFiles.read(config, folder, file)
             trials = files.start_trials(pool)
-            ready = _prepare(config, found, file, placement, stream, files, digests.result, say)
+            ready = _prepare(config, found, file, placement, stream, files, digests.result, say, beside)
             for trial in trials:
                 trial.result()
         ready.backend.release_memory()
@@ -105,9 +115,10 @@ def _prepare(
     files: TextFiles,
     digests: Callable[[], Mapping[Path, str]],
     say: Progress,
+    beside: StepBytes,
 ) -> ReadyModel:
     """Read the weights, fuse the model for its backend, and test it."""
-    budget = GpuBudget(placement.gpus)
+    budget = GpuBudget(placement.gpus, beside)
     model = load_model(config, found, placement.dtype, placement.device_map, file, packed=placement.packs)
     stream.wait_for_all()
     _check_device(config, model, placement)
@@ -175,6 +186,7 @@ def _assemble(config: ModelConfig, found: Checkpoint, ready: ReadyModel, files: 
         runner=runner,
         scheduler=_scheduler(config, ready, size),
         stream=ready.stream,
+        step_bytes=ready.budget.activations,
     )
 
 

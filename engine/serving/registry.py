@@ -14,6 +14,7 @@ from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.errors import EngineDead, ModelLoading, ModelNotFound, VerbatimError
 from engine.loading.loader import load
+from engine.model import LoadedModel
 from engine.serving.async_engine import AsyncEngine
 from engine.serving.protocol import EngineProtocol
 from engine.types.model_info import ModelInfo
@@ -98,11 +99,12 @@ class Registry:
         return ModelStatus(model_id, "loading", self._details[model_id])
 
     def _load_all(self) -> None:
+        served: list[LoadedModel] = []
         for model_id, config in self._configs.items():
             if self._closing:
                 return
             try:
-                model = load(config, pull=self._pull, progress=partial(self._say, model_id))
+                model = load(config, pull=self._pull, progress=partial(self._say, model_id), beside=served)
                 engine = AsyncEngine(Engine(model))
             except VerbatimError as error:
                 self._failures[model_id] = error.message
@@ -120,6 +122,7 @@ class Registry:
             if engine is not None:
                 engine.close()
                 return
+            served.append(model)
             self._say(model_id, "ready")
 
     def _say(self, model_id: str, text: str) -> None:

@@ -201,8 +201,8 @@ class _TooBig:
     def forget(self, sequence: Any) -> None:
         self.inner.forget(sequence)
 
-    def release_memory(self) -> None:
-        self.inner.release_memory()
+    def release_memory(self, *, again: bool = False) -> bool:
+        return bool(self.inner.release_memory(again=again))
 
 
 ERRORS = {
@@ -228,6 +228,48 @@ def test_out_of_memory_ends_the_largest_request_and_the_others_are_answered_as_e
         list(llm.outputs(large))
     tokens = tuple(t for o in outputs for d in o.deltas for t in d.token_ids)
     assert clean.token_ids[-len(tokens) :] == tokens
+    _nothing_is_left(llm)
+
+
+class _Short:
+    """A runner that finds no memory for a while, and gives back something each time that it is asked to."""
+
+    lookahead = None
+
+    def __init__(self, inner: Any, fails: int, helps: int) -> None:
+        self.inner, self.fails, self.helps = inner, fails, helps
+        self.vocab_size = inner.vocab_size
+        self.asked: list[bool] = []
+
+    def forward(self, schedule: Any) -> Any:
+        if self.fails:
+            self.fails -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.inner.forward(schedule)
+
+    def forget(self, sequence: Any) -> None:
+        self.inner.forget(sequence)
+
+    def release_memory(self, *, again: bool = False) -> bool:
+        self.asked.append(again)
+        return len(self.asked) <= self.helps
+
+
+@pytest.mark.parametrize(("fails", "helps"), [(1, 1), (2, 2), (3, 2)])
+def test_a_shortage_that_passes_ends_no_request(llm: LLM, fails: int, helps: int) -> None:
+    """Another model's memory comes free, or graphs are given up; only then does the largest request end."""
+    [clean] = llm.generate(PROMPT, max_tokens=9, seed=3)
+    runner = llm.engine._runner = _Short(llm.engine._runner, fails, helps)  # type: ignore[assignment]
+    outputs: list[Any] = []
+    try:
+        outputs = list(llm.outputs(llm.add(PROMPT, max_tokens=9, seed=3).request_id))
+    except OutOfMemory:
+        assert fails > helps
+    assert runner.asked == [False, True, True][:fails]
+    if fails <= helps:
+        assert tuple(t for o in outputs for d in o.deltas for t in d.token_ids) == clean.token_ids
+    again = llm.generate(PROMPT, max_tokens=9, seed=3)
+    assert again[0].token_ids == clean.token_ids
     _nothing_is_left(llm)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import nn
@@ -27,6 +28,12 @@ from engine.host_memory import give_back_memory
 __all__ = ["CudaBackend"]
 
 log = logging.getLogger("verbatim.engine")
+
+_SETTINGS: Final = (
+    *("DISABLE_MMA_V3", "DISABLE_MMA_V5", "DISABLE_PTXAS_OPT", "TRITON_DEFAULT_FP_FUSION", "TRITON_F32_DEFAULT"),
+    *("TRITON_INTERPRET", "TRITON_OVERRIDE_ARCH", "TRITON_PTXAS_PATH"),
+)
+"""Variables by which Triton compiles other code from the same kernels."""
 
 
 class CudaBackend:
@@ -121,8 +128,18 @@ class CudaBackend:
         give_back_memory()
 
     def describe(self) -> Mapping[str, str]:
-        """Return the kind of linear layers, the table of their tiles, and the hardware."""
-        return {"linear": self.linear, "tiles": tiles.digest(), **hardware(self.device)}
+        """Return the kind of linear layers, the table of their tiles, which modules are ours, and the hardware.
+
+        And what is set in the environment that changes the code which Triton compiles.
+        """
+        counts = self._replaced.counts if self._replaced is not None else {}
+        return {
+            "linear": self.linear,
+            "tiles": tiles.digest(),
+            "modules": " ".join(f"{kind} {count}" for kind, count in sorted(counts.items())),
+            "triton_settings": " ".join(f"{name}={os.environ[name]}" for name in _SETTINGS if os.environ.get(name)),
+            **hardware(self.device),
+        }
 
 
 def _doubt(model: nn.Module) -> str | None:

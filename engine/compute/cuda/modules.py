@@ -125,8 +125,9 @@ class Replaced:
         """Put a module in the place of another, which is kept."""
         old = getattr(parent, name)
         self._places.append((parent, name, old))
-        if isinstance(new, RowLinear) and not _is_conv1d(old):
+        if isinstance(new, RowLinear):
             self._own[new] = old
+            _point(old, new.packed)
         setattr(parent, name, new)
         self.counts[kind] = self.counts.get(kind, 0) + 1
 
@@ -138,11 +139,7 @@ class Replaced:
             end = start + layer.out_features
             layer.packed = weights.part(shared.packed, start, end)
             layer.shared = (shared, index)
-            own = self._own.get(layer)
-            if own is not None and _is_packed(own):
-                own.packed = layer.packed
-            elif own is not None:
-                own.weight = nn.Parameter(layer.packed.data, requires_grad=False)
+            _point(self._own[layer], layer.packed)
             start = end
 
     def undo(self) -> None:
@@ -212,6 +209,15 @@ def _packed_of(linear: Any) -> LinearWeight:
         return packed
     weight = linear.weight.detach()
     return weights.exact(weight.T.contiguous() if _is_conv1d(linear) else weight, linear.bias)
+
+
+def _point(own: Any, packed: LinearWeight) -> None:
+    """Let a model's own layer read the weight that the kernel reads, so that no number is held twice."""
+    if _is_packed(own):
+        own.packed = packed
+    else:
+        data = packed.data.T if _is_conv1d(own) else packed.data
+        own.weight = nn.Parameter(data, requires_grad=False)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -8,11 +8,13 @@ choose their shape by it), and is named.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from engine.compute.attention import attention_through
 from engine.compute.backend import AttentionSettings
@@ -20,21 +22,24 @@ from engine.compute.discovery import input_device
 
 __all__ = ["doubtful_operations"]
 
+_ROWS: Final = 37
+"""Tokens of the watched pass: a prime that is the size of nothing else in a model, so that a dimension of this size, or
+of a multiple of it, is one of tokens."""
 _NEW: Final = "arange empty empty_like full new_empty new_full new_ones new_zeros ones scalar_tensor zeros zeros_like"
 _VIEWS: Final = (
-    "alias as_strided chunk detach detach_ expand expand_as flatten lift_fresh movedim narrow permute reshape select "
-    "slice split split_with_sizes squeeze t transpose unbind unfold unsqueeze view view_as _unsafe_view"
+    "alias as_strided detach detach_ expand expand_as flatten lift_fresh movedim permute reshape squeeze t transpose "
+    "unfold unsqueeze view view_as _unsafe_view"
 )
-_COPIES: Final = (
-    "cat clone contiguous copy copy_ embedding gather index index_select repeat repeat_interleave stack to type_as "
-    "_to_copy __and__ __or__"
-)
-_ROWS: Final = "dropout layer_norm native_layer_norm"
-"""Dropout is off where a model is served. `layer_norm` takes one block of threads
-for each row, whose shape depends on the length of a row alone (aten/native/cuda/layer_norm_kernel.cu)."""
-_HARMLESS: Final = frozenset(f"aten::{name}" for name in f"{_NEW} {_VIEWS} {_COPIES} {_ROWS}".split())
-_WITHIN_ROWS: Final = frozenset({"aten::amax", "aten::amin", "aten::max", "aten::min"})
-"""Harmless over the last dimension alone: a maximum is the same in any order, and over rows it would couple them."""
+_COPIES: Final = "clone contiguous copy copy_ dropout embedding repeat repeat_interleave to type_as _to_copy"
+_HARMLESS: Final = frozenset(f"aten::{name}" for name in f"{_NEW} {_VIEWS} {_COPIES} __and__ __or__".split())
+"""Dropout is off where a model is served."""
+_TAKEN: Final = "cat chunk gather index index_select narrow select slice split split_with_sizes stack unbind"
+_APART: Final = frozenset(f"aten::{name}" for name in _TAKEN.split())
+"""Harmless unless tokens are taken apart or put together: a part of them, moved, would be a shift."""
+_WITHIN: Final = frozenset(f"aten::{name}" for name in ("amax", "amin", "max", "min"))
+_NORMS: Final = frozenset({"aten::layer_norm", "aten::native_layer_norm"})
+"""Harmless unless they go over tokens. A maximum is the same in any order. `layer_norm` takes one block of threads for
+each row, whose shape depends on the length of a row alone (aten/native/cuda/layer_norm_kernel.cu)."""
 _PRODUCTS: Final = frozenset({"aten::bmm", "aten::mm", "aten::matmul"})
 """Harmless if one number is multiplied by one: rotary embeddings multiply positions and frequencies so."""
 
@@ -47,25 +52,33 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name: str = func._schema.name
         out = func(*args, **(kwargs or {}))
-        known = torch.Tag.pointwise in func.tags or name in _HARMLESS or _is_outer(name, args)
-        if name == "aten::slice":
-            known = _keeps_rows(args[0], out)
-        elif name in _WITHIN_ROWS:
-            given = (args[1] if len(args) > 1 else None) or (kwargs or {}).get("dim")
-            dims = [given] if isinstance(given, int) else list(given or ())
-            known = dims in ([-1], [args[0].dim() - 1]) or (torch.Tag.pointwise in func.tags)
-        if not known:
+        if torch.Tag.pointwise not in func.tags and not _is_known(name, args, kwargs or {}, out):
             self.doubtful[name.removeprefix("aten::")] = None
         return out
 
 
-def _keeps_rows(before: Tensor, after: Tensor) -> bool:
-    """Tell whether a slice leaves all but the last dimension whole: part of the rows, moved, would be a shift."""
-    return before.dim() < 2 or before.shape[:-1] == after.shape[:-1]
+def _is_known(name: str, args: Any, kwargs: Any, out: Any) -> bool:
+    if name in _HARMLESS:
+        return True
+    if name in _PRODUCTS:
+        return bool(args[0].shape[-1] == 1)
+    given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
+    if name in _APART:
+        most = max(map(_tokens, given), default=0)
+        joined = given if name in ("aten::cat", "aten::stack") else ()
+        return not most or all(_tokens(tensor) == most for tensor in (*joined, *tree_leaves(out)))
+    if name in _NORMS:
+        return not any(size % _ROWS == 0 for size in args[1])
+    if name in _WITHIN:
+        found = next(tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor))
+        return _tokens(given[0]) == _tokens(found)
+    return False
 
 
-def _is_outer(name: str, args: Any) -> bool:
-    return name in _PRODUCTS and args[0].shape[-1] == 1
+def _tokens(tensor: Any) -> int:
+    """Multiply the sizes of the dimensions that hold tokens; 0 if there is none."""
+    sizes = [size for size in tensor.shape if size and size % _ROWS == 0] if isinstance(tensor, Tensor) else []
+    return math.prod(sizes) if sizes else 0
 
 
 class _NoAttention:
@@ -80,12 +93,15 @@ class _NoAttention:
 
 @torch.inference_mode()
 def doubtful_operations(model: nn.Module) -> list[str]:
-    """Run two tokens as a step does, and name the operations that are not known to treat every row by itself.
+    """Run some tokens as a step does, and name the operations that are not known to treat every row by itself.
 
     The model must have our attention function. Our own operations are launched as kernels, which are not seen here.
     """
     device = input_device(model)
-    tokens, positions = torch.zeros(1, 2, dtype=torch.int64, device=device), torch.arange(2, device=device)[None]
+    tokens, positions = (
+        torch.zeros(1, _ROWS, dtype=torch.int64, device=device),
+        torch.arange(_ROWS, device=device)[None],
+    )
     mask = torch.zeros(1, 1, 1, 1, device=device)
     with attention_through(_NoAttention()), _Watch() as watch:
         model(tokens, attention_mask=mask, position_ids=positions, use_cache=False)

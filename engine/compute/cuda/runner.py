@@ -97,9 +97,6 @@ class CudaRunner:
             skips_masks: the model may be given a mask that it leaves alone (`engine.compute.discovery`). Without one
                 transformers asks the device for the shape of the step, so that no step can be recorded.
             bystanders: positions of rows that belong to no sequence and are computed in every step, for the self-test.
-
-        Raises:
-            ValueError: the model's forward pass cannot be asked for the logits of some rows.
         """
         self.vocab_size, self.cache = vocab_size, cache
         self._model, self._backend, self._operations = model, backend, operations
@@ -264,11 +261,16 @@ class CudaRunner:
     def forget(self, sequence: Any) -> None:
         """Do nothing: the pool owns the blocks."""
 
-    def release_memory(self) -> None:
-        """Drop the graphs, whose memory nothing else can use, and give freed memory back to the device."""
+    def release_memory(self, *, again: bool = False) -> bool:
+        """Give freed memory back to the device; if that was not enough, drop the graphs, whose memory nobody else uses.
+
+        Another model of this process may have been about to give memory back, or capturing, when torch may not.
+        """
         if self.lookahead is not None:
             self.lookahead.drop()
-        if self._graphs:
+        helps = not again or bool(self._graphs)
+        if again and self._graphs:
             log.warning("memory is short: steps are launched one by one from here on, not as graphs")
             self._graphs.clear()
         self._backend.release_memory()
+        return helps

@@ -1,6 +1,7 @@
 """Divide the memory of a model's GPUs: weights, what a step needs, and the cache in the rest. Knows no model.
 
-    room for the cache = 94 % of the GPU − what others take − weights − activations − 1.1 · graphs − 256 MiB
+    room for the cache = 94 % of the GPU − what others and their steps take
+                         − weights − activations − 1.1 · graphs − 256 MiB
 
 Activations and graphs are measured, by running the largest step. Another process may take memory meanwhile: if the
 cache cannot be allocated, it is tried with 7/8 of its blocks.
@@ -9,7 +10,8 @@ cache cannot be allocated, it is tried with 7/8 of its blocks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -76,9 +78,16 @@ class GpuBudget:
         graphs: bytes that a captured step keeps, by device.
     """
 
-    def __init__(self, gpus: Sequence[DeviceMemory]) -> None:
-        """Take note of what other models hold. To be made before the weights are read."""
+    def __init__(self, gpus: Sequence[DeviceMemory], beside: Iterable[Mapping[torch.device, int]] = ()) -> None:
+        """Take note of what other models hold. To be made before the weights are read.
+
+        Args:
+            beside: what a step of each other model of this process takes, by device. It looks free between steps.
+        """
         self.gpus = tuple(gpus)
+        self._beside = Counter[torch.device]()
+        for steps in beside:
+            self._beside.update(steps)
         self.activations: dict[torch.device, int] = {}
         self.graphs: dict[torch.device, int] = {}
         self._before = {gpu.device: gpu.allocated() for gpu in self.gpus}
@@ -104,7 +113,13 @@ class GpuBudget:
             self.activations[gpu.device] = max(gpu.peak() - held[gpu.device], 0)
             gpu.release()
         held = {gpu.device: gpu.held() for gpu in self.gpus}
-        kept = record()
+        try:
+            kept = record()
+        except Exception as error:  # as for a cache: what serves is tried with fewer blocks
+            if not out_of_memory(error):
+                raise
+            log.warning("memory ran out while steps were recorded to measure them: %s", first_line(error))
+            kept = None
         for gpu in self.gpus:
             gpu.release()
             self.graphs[gpu.device] = max(gpu.held() - held[gpu.device], 0)
@@ -116,6 +131,7 @@ class GpuBudget:
         for gpu in self.gpus:
             gpu.release()
             needed = self.activations.get(gpu.device, 0) + int(_GRAPHS * self.graphs.get(gpu.device, 0))
+            needed += self._beside[gpu.device]
             found[gpu.device] = gpu.free() - int(gpu.total() * (1 - _SHARE)) - needed - _MARGIN
         return found
 

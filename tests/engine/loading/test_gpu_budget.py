@@ -11,7 +11,7 @@ import pytest
 import torch
 from gpus_for_tests import GIB, FakeGpu
 
-from engine import LLM, ModelConfig, NotEnoughMemory
+from engine import LLM, ModelConfig, NotEnoughMemory, Registry
 from engine.compute.kv_cache import KEY_BLOCK, LayerShape
 from engine.compute.model_runner import PackedRunner
 from engine.config import ModelConfig as Entry
@@ -125,6 +125,30 @@ def test_the_sentence_adds_up() -> None:
     assert use.weights + use.cache + use.activations + use.graphs + use.others <= use.total
 
 
+def test_what_steps_of_other_models_need_is_left_to_them() -> None:
+    """Between two steps it looks free: torch keeps it for reuse, and gives it back when it is asked to."""
+    other = {CARD: 3 * GIB, SECOND: 9 * GIB}
+    alone, beside = (GpuBudget([FakeGpu()], models) for models in ((), (other, other)))  # type: ignore[list-item]
+    assert alone.room()[CARD] - beside.room()[CARD] == 6 * GIB
+
+
+def test_memory_that_runs_out_while_graphs_are_measured_refuses_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    budget = GpuBudget([FakeGpu()])  # type: ignore[list-item]
+
+    def record() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    budget.measure(lambda: None, record)
+    assert budget.graphs[CARD] == 0
+    assert "while steps were recorded to measure them" in caplog.text
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        budget.measure(lambda: None, lambda: _raise(RuntimeError("no kernel image")))
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
 def test_two_gpus_are_told_apart_and_none_says_nothing() -> None:
     gpus = [FakeGpu(), FakeGpu(SECOND, size=12 * GIB)]
     budget = GpuBudget(gpus)  # type: ignore[arg-type]
@@ -222,6 +246,28 @@ def test_a_start_tries_a_smaller_cache(folder: Path, monkeypatch: pytest.MonkeyP
     assert failed == [2048, 1792]
     assert model.info.cache_tokens == 1568 * BLOCK_SIZE
     assert model.scheduler.pool.num_blocks == 1568
+
+
+def test_a_second_model_leaves_the_first_its_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the registry, as a server loads them."""
+    gpu = FakeGpu(torch.device("cpu"), size=2 * GIB)
+    _with_gpu(monkeypatch, gpu)
+    monkeypatch.setattr(LargestStep, "run", lambda self, runner, device: gpu.take(100 * MIB))
+    made: list[GpuBudget] = []
+    real = GpuBudget.__init__
+
+    def noted(self: GpuBudget, *given: Any) -> None:
+        made.append(self)
+        real(self, *given)
+
+    monkeypatch.setattr(GpuBudget, "__init__", noted)
+    entries = [ModelConfig(id=name, path=folder, cache_size="1MiB", max_sequences=1) for name in ("one", "two")]
+    registry = Registry(entries)
+    registry.start()
+    registry.wait()
+    registry.close()
+    one, two = (budget.room()[gpu.device] for budget in made)
+    assert one - two == 100 * MIB
 
 
 def test_without_a_gpu_there_is_nothing_to_say(folder: Path) -> None:

@@ -38,6 +38,7 @@ def linear_kernel(
     m,
     n,
     k,
+    stride_weight,
     stride_x,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
@@ -66,7 +67,7 @@ def linear_kernel(
     if KIND == "int4":
         HALF: tl.constexpr = GROUP // 2  # of a group: its first half is in the low nibbles, its second in the high ones
         half = tl.arange(0, HALF)[None, :]
-        weight += columns.to(tl.int64)[:, None] * (k // 2) + half
+        weight += columns.to(tl.int64)[:, None] * stride_weight + half
         scale += columns.to(tl.int64) * (k // GROUP)
         zeros += columns.to(tl.int64) * (k // GROUP)
         for group in range(0, k // GROUP):
@@ -81,7 +82,7 @@ def linear_kernel(
             total += part * tl.load(scale + group, mask=in_columns, other=0.0)[None, :]
     else:
         depth = tl.arange(0, BLOCK_K)[None, :]
-        weight += columns.to(tl.int64)[:, None] * k
+        weight += columns.to(tl.int64)[:, None] * stride_weight
         for start in range(0, k, BLOCK_K):
             at = start + depth
             if WHOLE_K:
@@ -128,6 +129,7 @@ def linear(x: Tensor, weight: LinearWeight, out_dtype: torch.dtype, tile: Tile) 
             rows,
             weight.out_features,
             depth,
+            data.shape[1],  # not computed from k in the kernel: its divisibility decides how wide loads are
             x.stride(0) if rows > 1 else depth,  # torch gives a single row any stride; each kind is another kernel
             KIND=weight.kind,
             GROUP=group,

@@ -17,7 +17,9 @@ from engine.compute.cuda.operations import NormKind
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 _ALIGNED = 16
-"""Bytes. Triton compiles another kernel for numbers that lie otherwise, and sums a row in another order there."""
+"""Triton compiles another kernel for addresses and strides that are no multiple of it, which may sum in another order.
+
+So a row is computed by one kernel, whether it is a part of a wider tensor or not."""
 
 
 @triton.jit
@@ -48,10 +50,10 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: NormKind) -> Tenso
     assert x.dim() in (2, 3)
     assert x.stride(-1) == 1
     assert weight.is_contiguous()
-    if x.data_ptr() % _ALIGNED or any(stride * x.itemsize % _ALIGNED for stride in x.stride()[:-1]):
-        x = x.contiguous()
     size = x.shape[-1]
     heads = x.shape[1] if x.dim() == 3 else 1
+    if x.data_ptr() % _ALIGNED or any(stride % _ALIGNED for stride in x.stride()[:-1]):
+        x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     pad = triton.next_power_of_2(size)
     _rms_norm[(x.shape[0] * heads,)](
@@ -61,8 +63,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kind: NormKind) -> Tenso
         size,
         1.0 / size,
         epsilon,
-        x.stride(0),
-        x.stride(1) if x.dim() == 3 else 0,
+        x.stride(0) if x.shape[0] > 1 else size * heads,  # torch gives a single row any stride
+        x.stride(1) if heads > 1 else size,
         INNER=heads,
         PAD=pad,
         ADD_ONE=kind == "one plus weight",

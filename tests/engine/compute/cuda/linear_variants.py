@@ -50,6 +50,7 @@ def variants() -> Iterator[Variant]:
                 "m": "i32",
                 "n": "i32",
                 "k": "i32",
+                "stride_weight": "i32",
                 "stride_x": "i32",
             },
             constants={
@@ -64,5 +65,5 @@ def variants() -> Iterator[Variant]:
             },
             warps=tile.warps,
             stages=tile.stages,
-            divisible=("n", "k", "stride_x"),
+            divisible=("n", "k", "stride_weight", "stride_x"),
         )

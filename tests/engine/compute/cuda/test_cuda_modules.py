@@ -93,6 +93,18 @@ def test_joined_weights_are_held_once() -> None:
     assert parts[1].weight.shape == (32, 64)
 
 
+def test_a_weight_that_is_turned_is_held_once() -> None:
+    """GPT-2's layers are `[in, out]`: their own weight becomes a view of the kernel's."""
+    model = make("gpt2")
+    own = model.transformer.h[0].mlp.c_fc
+    replaced = replace(model)
+    ours = model.transformer.h[0].mlp.c_fc
+    assert isinstance(ours, RowLinear)
+    assert own.weight.data_ptr() == ours.packed.data.data_ptr()
+    replaced.undo()
+    assert model.transformer.h[0].mlp.c_fc is own
+
+
 def test_a_tied_head_is_held_once() -> None:
     model = make("qwen3")
     replace(model)

@@ -157,3 +157,16 @@ def test_waits_are_seen_on_their_own_thread_alone() -> None:
             other.submit(waits).result()
     with NoWaits():
         assert (numbers * 2 + numbers.amax()).shape == (4,)
+
+
+def test_memory_is_given_back_before_graphs_are_given_up() -> None:
+    runner, recorder = runner_of(make("llama", {}))
+    assert runner.record(recorder) is None
+    graphs = runner.graphs
+    assert runner.release_memory()
+    assert runner.graphs == graphs
+    assert runner.release_memory(again=True)
+    assert runner.graphs == 0
+    assert not runner.release_memory(again=True), "there is nothing more to give up"
+    logits, _ = runner.compute(runner._trial(4, 0))
+    assert logits.isfinite().all()

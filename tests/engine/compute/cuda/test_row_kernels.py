@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -146,3 +146,32 @@ def test_blocks_are_copied_in_the_order_of_the_pairs() -> None:
     rows.copy_blocks(rows.CacheTable(tensors), int32(pairs), int32([4]))
     for tensor, right in zip(tensors, expected, strict=True):
         assert torch.equal(tensor, right)
+
+
+class _Noted:
+    """A kernel that notes what it is launched with, and computes nothing."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *given, **options: self.calls.append(given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("wide", [3 * 64, 3 * 64 + 8, 3 * 64 + 1])
+@pytest.mark.parametrize("first", [0, 8, 64])
+def test_a_norm_of_a_part_of_a_wider_tensor_is_computed_by_one_kernel(
+    wide: int, first: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton compiles by whether addresses and strides are multiples of 16: that may not depend on the rows."""
+    noted = _Noted()
+    monkeypatch.setattr(rows, "_rms_norm", noted)
+    for count in (1, 2, 5):
+        part = torch.zeros(count, wide, dtype=dtype)[:, first : first + 64]
+        rows.rms_norm(part, torch.ones(64, dtype=dtype), 1e-6, "weight")
+        rows.rms_norm(part.view(count, 2, 32), torch.ones(32, dtype=dtype), 1e-6, "weight")
+    for given in noted.calls:
+        x, outer, inner = given[0], given[6], given[7]
+        assert x.data_ptr() % 16 == 0
+        assert (outer % 16, inner % 16) == (0, 0)
