@@ -39,6 +39,7 @@ class Envelope:
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         began, status = time.monotonic(), 0
         state = scope.setdefault("state", {})
+        state["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -56,7 +57,7 @@ class Envelope:
         except Exception as error:
             if status:
                 raise  # too late for a status: the connection must break, or half an answer would look whole
-            await error_response(error)(scope, receive, send_with_id)
+            await error_response(error, scope)(scope, receive, send_with_id)
         finally:
             key = state.get("key")
             logs.access(

@@ -157,4 +157,4 @@ def _all(scope: Scope, name: bytes) -> list[str]:
 
 async def _refuse(fault: VerbatimError, scope: Scope, receive: Receive, send: Send) -> None:
     scope.setdefault("state", {})["told"] = {"refused": fault.code}
-    await error_response(fault)(scope, receive, send)
+    await error_response(fault, scope)(scope, receive, send)

@@ -121,7 +121,9 @@ def test_every_route_is_behind_a_key_or_on_the_list(desk: Desk) -> None:
         [], [(b"authorization", b"")], [(b"authorization", b"Bearer")], [(b"authorization", b"Bearer ")],
         [(b"authorization", b"Bearer vk-wrong")], [(b"authorization", b"Basic %s")], [(b"authorization", b"%s")],
         [(b"authorization", b"Bearer \xff\xfe")], [(b"authorization", b"Bearer %s"), (b"authorization", b"Bearer x")],
-        [(b"x-api-key", b"%s")],
+        [(b"x-api-key", b"")], [(b"x-api-key", b"vk-wrong")], [(b"x-api-key", b"Bearer %s")],
+        [(b"x-api-key", b"%s"), (b"authorization", b"Bearer x")],
+        [(b"x-api-key", b"x"), (b"authorization", b"Bearer %s")],
     ],
 )  # fmt: skip
 def test_what_opens_nothing(desk: Desk, headers: list[tuple[bytes, bytes]]) -> None:
@@ -134,6 +136,38 @@ def test_what_opens_nothing(desk: Desk, headers: list[tuple[bytes, bytes]]) -> N
     answer = run(ask())
     assert (answer.status, answer.error["type"]) == (401, "authentication_error")
     assert secret.decode() not in answer.body.decode()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(b"x-api-key", b"%s")], [(b"x-api-key", b"%s"), (b"authorization", b"Bearer %s")],
+        [(b"authorization", b"bearer %s")],
+    ],
+)  # fmt: skip
+def test_what_opens_the_server(desk: Desk, headers: list[tuple[bytes, bytes]]) -> None:
+    """Clients of Anthropic's API send the key in a header of its own, and some send both."""
+    secret = desk.key().secret.encode()
+    given = [(name, value.replace(b"%s", secret)) for name, value in headers]
+
+    async def ask() -> Answer:
+        return await begin(desk.app, chat(), headers=given).ended()
+
+    assert run(ask()).status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/api/v1/messages/count_tokens"])
+def test_errors_of_anthropics_paths_have_its_shape(desk: Desk, path: str) -> None:
+    desk.key()
+
+    async def ask() -> Answer:
+        return await begin(desk.app, chat(), path=path).ended()
+
+    answer = run(ask())
+    assert answer.json["type"] == "error"
+    assert answer.json["error"]["type"] == "authentication_error"
+    assert answer.json["error"]["code"] == "invalid_api_key"
+    assert answer.json["request_id"] == answer.headers["x-request-id"]
 
 
 def test_nothing_of_a_body_is_read_without_a_key(desk: Desk) -> None:
