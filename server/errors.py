@@ -77,6 +77,30 @@ class UnsupportedMediaType(VerbatimError):
     code = "unsupported_media_type"
 
 
+class UnsupportedEncoding(UnsupportedMediaType):
+    """The body's content encoding is not gzip."""
+
+    code = "unsupported_content_encoding"
+
+
+class PathNotFound(VerbatimError):
+    """Nothing is served at this path."""
+
+    code = "not_found"
+
+
+class NotServed(PathNotFound):
+    """Other servers have something at this path, and this one has not."""
+
+    code = "not_supported"
+
+
+class MethodNotAllowed(VerbatimError):
+    """The path does not take this method. `methods`: those that it takes."""
+
+    code = "method_not_allowed"
+
+
 class Unauthorized(VerbatimError):
     """The key is missing, unknown, revoked or expired."""
 
@@ -135,6 +159,8 @@ TABLE: Final[tuple[tuple[type[VerbatimError], int, str], ...]] = (
     (RateLimited, 429, "rate_limit_error"),
     (LedgerFault, 503, "server_error"),
     (KeepingFault, 503, "server_error"),
+    (PathNotFound, 404, "invalid_request_error"),
+    (MethodNotAllowed, 405, "invalid_request_error"),
     (NoKeys, 404, "invalid_request_error"),
     (ReceiptNotFound, 404, "invalid_request_error"),
     (ReceiptError, 422, "invalid_request_error"),
@@ -201,6 +227,10 @@ def headers_of(error: BaseException, retry_after: int) -> dict[str, str]:
     """Return the headers of an error's answer. `retry_after`: seconds, used where a retry may help."""
     if isinstance(error, Unauthorized | UnknownKey):
         return {"www-authenticate": "Bearer"}
+    if isinstance(error, UnsupportedEncoding):
+        return {"accept-encoding": "gzip"}
+    if isinstance(error, MethodNotAllowed):
+        return {"allow": ", ".join(error.details.get("methods", ()))}
     if isinstance(error, RateLimited):
         final = {"x-should-retry": "false"} if error.hopeless else {}
         return {"retry-after": str(error.retry_after), **final}
@@ -240,21 +270,14 @@ def anthropic_error(body: Mapping[str, Any], status: int, request_id: str | None
 
 
 def install(app: FastAPI, retry_after: int) -> None:
-    """Make the application answer errors as the table says."""
+    """Make the application answer errors as the table says. Paths and methods: `server/wire/paths.py`."""
 
     async def known(request: Request, error: Exception) -> JSONResponse:
         return error_response(error, request.scope, retry_after)
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        path = request.url.path[:200]
-        if error.status_code == 404:
-            message, code = f"There is nothing at {path}.", "not_found"
-        elif error.status_code == 405:
-            message, code = f"{path} does not take {request.method[:20]}.", "method_not_allowed"
-        else:
-            message, code = str(error.detail), "http_error"
-        body = error_body(message, "invalid_request_error", None, code)
+        body = error_body(str(error.detail), "invalid_request_error", None, "http_error")
         return _answer(error.status_code, body, request.scope, error.headers)
 
     app.add_exception_handler(VerbatimError, known)

@@ -14,7 +14,7 @@ from server.ledger.records import Key
 
 __all__ = ["OPEN", "Authentication", "key_of"]
 
-OPEN: Final = frozenset({"/health/live", "/health/ready", "/api/v1/receipts/key", "/v1/receipts/key"})
+OPEN: Final = frozenset({"/health", "/health/live", "/health/ready", "/api/v1/receipts/key", "/v1/receipts/key"})
 """The paths that need no key: those of the server's health, and the public key that it signs receipts with. Paths that
 do not exist need one, so that trying paths tells a stranger nothing."""
 _HEADERS: Final = (b"authorization", b"x-api-key")
