@@ -120,7 +120,7 @@ class JsonCall:
 
     def _read_named(self, text: str) -> tuple[str, str] | None:
         """Read a call whose name stands before its JSON."""
-        match = pattern(self._format.open, r"(?P<name>[A-Za-z0-9_.-]+)", self._format.middle).match(text)
+        match = pattern(self._format.open, r"(?P<name>[A-Za-z0-9_./-]+)", self._format.middle).match(text)
         if match is None:
             return None
         value = _object_at(text, match.end())

@@ -21,7 +21,7 @@ from engine.types.tools import Tool
 
 __all__ = ["PairsCall"]
 
-_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NAME: Final = re.compile(r"[A-Za-z0-9_./-]{1,128}")
 _LONGEST_NAME: Final = 4096  # of an argument that no schema names
 
 
