@@ -260,7 +260,7 @@ class TemplateParser:
     def _close(self, match: Any, text: list[str], calls: list[tuple[str, str]], cut: bool = False) -> None:
         """End the region, at a delimiter or (None) with the reply. `cut`: as in `finish`."""
         region, opened, body = self._region, self._opened, self._body
-        stop = match.start() if match is not None else len(self._buffer)
+        stop = match.start() if match is not None else self._almost_closed(region)
         after = match.end() if match is not None else len(self._buffer)
         self._region = None
         self._space, self._trim = "", True
@@ -276,6 +276,17 @@ class TemplateParser:
             self._space, self._trim = self._before
             text.append(self._say(self._buffer[opened:after]))
         self._at = after
+
+    def _almost_closed(self, region: Any) -> int:
+        """Return where the text of a call ends that lacks but the rest of its closing delimiter."""
+        if region.name in _CALLS and region.close_re is not None and not self._plain:
+            try:
+                match = region.close_re.search(self._buffer, self._body, partial=True, timeout=PATIENCE)
+            except TimeoutError:
+                raise too_slow(region.name) from None
+            if match is not None and match.partial:
+                return int(match.start())
+        return len(self._buffer)
 
     def _begun(self, region: Any, body: str) -> bool | None:
         """Say whether a region that has not ended is a call that has begun; None if only its opening is there."""
