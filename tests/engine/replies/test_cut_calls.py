@@ -1,4 +1,4 @@
-"""A call that breaks off shows no markup: the text before it, whole calls, and nothing of it, wherever the reply ends."""
+"""A call that breaks off shows no markup: only the text and the whole calls before it, wherever the reply ends."""
 
 from __future__ import annotations
 
@@ -102,11 +102,12 @@ def test_the_beginning_of_an_opening_is_text_only_where_the_model_ended_itself(o
     assert read(HERMES, list(after), cut=False) == (opening, [READ])
 
 
+PIECES = st.sampled_from(["<tool_call>", "{", '{"name": "', "ping", "\n", "<call>", "[TOOL_CALLS]", "a ", '"'])
+
+
 @given(
     name=st.sampled_from(sorted(FORMATS)),
-    parts=st.lists(
-        st.sampled_from(["<tool_call>", "{", '{"name": "', "ping", "\n", "<call>", "[TOOL_CALLS]", "a ", '"']), max_size=6
-    ),
+    parts=st.lists(PIECES, max_size=6),
     cuts=st.sets(st.integers(1, 80), max_size=8),
     cut=st.booleans(),
 )  # fmt: skip
