@@ -137,7 +137,10 @@ from engine.types.requests import (
     PreparedRequest as PreparedRequest,
     TokenizedPrompt as TokenizedPrompt,
 )
-from engine.types.sampling_fields import SamplingField as SamplingField
+from engine.types.sampling_fields import (
+    SamplingField as SamplingField,
+    whole_number as whole_number,
+)
 from engine.types.sampling_params import (
     SAMPLING_FIELDS as SAMPLING_FIELDS,
     SamplingParams as SamplingParams,

@@ -198,7 +198,7 @@ class Choice:
         if goes_on:
             finish = "length"
         if finish:
-            rest = self.text.finish()
+            rest = self.text.finish(cut=finish == "length")
             delta = _joined(delta, rest)
             finish = "stop" if rest.stopped else finish  # half a character, cut, may still complete a stop string
         calls = tuple(self._call(name, arguments) for name, arguments in delta.calls)
@@ -228,7 +228,7 @@ class Choice:
 
     def _cut_off(self, check: TokenCheck) -> ChoiceDelta:
         """End a reply that is checked before a token that could not be taken."""
-        text = self.text.finish()
+        text = self.text.finish(cut=True)
         return ChoiceDelta(
             index=self.sequence.choice_index,
             text=text.text,

@@ -201,7 +201,8 @@ class Preparer:
     ) -> ReplyGrammar | None:
         """Compile the grammar that the reply must satisfy; None for free text."""
         choice, tools, form, written = request.tool_choice, request.tools, request.constraint, None
-        if tools and choice.kind == "auto" and form is None and not any(tool.strict for tool in tools):
+        free = choice.kind == "auto" and not choice.allowed and form is None
+        if tools and free and not any(tool.strict for tool in tools):
             return None
         if not tools and form is None:
             return None
@@ -210,7 +211,8 @@ class Preparer:
             if written is None:
                 raise Unsupported(
                     "tool_choice: how this model writes calls is known from its response template alone, which can be "
-                    "read but not written; only none, and auto without strict functions or a form, can be honoured.",
+                    "read but not written; only none, and auto without strict functions, a list of allowed ones or a "
+                    "form, can be honoured.",
                     param="tool_choice",
                 )
         several = request.parallel_tool_calls
@@ -382,6 +384,7 @@ def _check_tools(request: GenerationRequest) -> None:
         raise InvalidFormat(
             f"tool_choice must be a ToolChoice, not {type(request.tool_choice).__name__}.", param="tool_choice"
         )
-    name = request.tool_choice.name
-    if name is not None and name not in {tool.name for tool in request.tools}:
-        raise InvalidParameter(f"tool_choice: there is no tool {name!r}.", param="tool_choice")
+    choice, names = request.tool_choice, {tool.name for tool in request.tools}
+    for name in (*([] if choice.name is None else [choice.name]), *choice.allowed):
+        if name not in names:
+            raise InvalidParameter(f"tool_choice: there is no tool {name!r}.", param="tool_choice")

@@ -95,11 +95,10 @@ def load_text(text: str) -> Any:
 
 
 def excess_of(texts: Iterable[str]) -> str:
-    """Say which limit several JSON texts of a body exceed together; empty if none.
-
-    Correct up to the first text that is not JSON.
-    """
-    return excess_in(",".join(texts).encode())
+    """Say which limit several texts of a body exceed together; empty if none. Of each as much counts as is JSON."""
+    raw = [text.encode() for text in texts]
+    joined = b",".join(raw)
+    return _over(joined) and _over(b",".join(map(_bare, raw)))
 
 
 def excess_in(raw: bytes) -> str:
@@ -108,13 +107,15 @@ def excess_in(raw: bytes) -> str:
     A value is an object, a list, or follows a comma; a name precedes a colon. Most texts have far fewer such characters
     altogether. Otherwise the ones inside strings are removed, in a few passes over the bytes.
     """
-    found = _over(raw)
-    if not found:
-        return ""
+    return _over(raw) and _over(_bare(raw))
+
+
+def _bare(raw: bytes) -> bytes:
+    """Remove what stands inside strings; nothing where the strings alone are too many."""
     bare = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # now every quote begins or ends a string
     if bare.count(b'"') > 4 * MAX_VALUES:  # a name and a value, two quotes each
-        return found
-    return _over(b"".join(bare.split(b'"')[::2]))
+        return raw
+    return b"".join(bare.split(b'"')[::2])
 
 
 def _over(raw: bytes) -> str:

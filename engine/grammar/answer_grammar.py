@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Final
 
 from llguidance import regex_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
-from engine.errors import InvalidParameter
+from engine.errors import InvalidParameter, one_line
 from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.diagnosis import check_bounds, schema_rule
 from engine.grammar.lark import literal, quoted
@@ -19,6 +22,11 @@ __all__ = ["ReplyGrammar", "answer_grammar", "answer_rules"]
 
 MAX_CHOICES: Final = 1_900
 """Texts to choose from: as many items are in a row of the parser, which holds 2,000."""
+_PARTS: Final = re.compile(r'"(?:\\.|[^"\\])*"|#[^\r\n]*|\[(?:\\.|[^\]\\])*\]|\.', re.DOTALL)
+"""A text, a comment, a class of characters or any character in GBNF."""
+_ESCAPE: Final = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
+_SET_OPERATIONS: Final = ("&&", "~~", "--")
+"""Characters in a class of GBNF; in one of an expression, operations on sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,11 @@ def answer_grammar(
     Raises:
         InvalidParameter: it cannot be compiled; with `strict`, it cannot be enforced whole. A JSON pointer says where.
     """
+    if constraint.kind == "gbnf":
+        check_bounds(constraint)
+        constraint = dataclasses.replace(
+            constraint, kind="grammar", value=lark_of(str(constraint.value), constraint.param)
+        )
     if constraint.kind == "grammar":
         check_bounds(constraint)
         compiler.check(str(constraint.value), constraint.param)
@@ -85,11 +98,52 @@ def answer_rules(
                 return [f"text: {start}FORM", f"FORM: {rule} & ~/(.|\\n)*{literal(without)}(.|\\n)*/"], ()
         case "choice":
             rule = _choices(constraint, without)
-        case "grammar":
+        case "grammar" | "gbnf":
             raise InvalidParameter(
                 f"{constraint.param} cannot be combined with tools: it is a whole grammar.", param=constraint.param
             )
     return [f"text: {start}form", f"form: {rule}"], unenforced
+
+
+def lark_of(gbnf: str, param: str) -> str:
+    """Translate a grammar in GBNF (https://github.com/ggml-org/llama.cpp/blob/master/grammars/README.md) into Lark.
+
+    Every text of the translation is one of the grammar. As a lexer takes the longest word, the reverse does not hold:
+    of a rule like `[a-z]+ "b"` no text can be written.
+
+    Raises:
+        InvalidParameter: it is none, or holds what the translation would get wrong.
+    """
+    try:
+        return gbnf_to_lark(_PARTS.sub(_plain, gbnf))
+    except (Exception, RecursionError) as error:  # its own type, ValueError, IndexError: it was not made for strangers
+        raise InvalidParameter(f"{param} is not valid GBNF: {one_line(str(error))[:300]}", param=param) from None
+
+
+def _plain(found: re.Match[str]) -> str:
+    """Write a part of a grammar in GBNF so that its translation means the same in Lark."""
+    part = found[0]
+    if part == ".":  # which is no line break in Lark
+        return '(. | "\\n")'
+    if part.startswith("#"):
+        return part
+    if part.startswith("[") and any(operation in part for operation in _SET_OPERATIONS):
+        raise ValueError(f"a class of characters with {' or '.join(_SET_OPERATIONS)} in it cannot be translated")
+    written = _ESCAPE.sub(_escape, part)
+    if part.startswith("["):
+        return written
+    written = re.sub(r"\\(?:([\[\]])|.)", lambda escape: escape[1] or escape[0], written)
+    return "".join(f"\\x{ord(c):02x}" if c < " " or c == "\x7f" else c for c in written)
+
+
+def _escape(found: re.Match[str]) -> str:
+    """Write a character that is escaped by its number as itself, or by two digits if it could mean something."""
+    digits = found[1] or found[2]
+    if digits is None:
+        return found[0]
+    code = int(digits, 16)
+    chr(code).encode()  # half a surrogate pair is no character: ValueError
+    return f"\\x{code:02x}" if code < 0x80 else chr(code)
 
 
 def _choices(constraint: Constraint, without: str) -> str:

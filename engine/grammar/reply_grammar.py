@@ -63,7 +63,7 @@ class GrammarSource:
                 "constraint": Constraint(**value["constraint"]) if value["constraint"] else None,
                 "tools": tuple(Tool(**tool) for tool in value["tools"]),
                 "tool_format": ToolFormat(**value["tool_format"]) if value["tool_format"] else None,
-                "choice": ToolChoice(**value["choice"]),
+                "choice": ToolChoice(**{**value["choice"], "allowed": tuple(value["choice"]["allowed"])}),
                 "reasoning": ReasoningFormat(**{**reasoning, "asides": tuple(reasoning["asides"])})
                 if reasoning
                 else None,
@@ -100,7 +100,7 @@ def reply_grammar(compiler: GrammarCompiler, source: GrammarSource) -> ReplyGram
         source.thinking,
         free=choice.kind == "auto" and constraint is None,
         several=source.parallel_tool_calls and choice.kind != "function",
-        only=choice.name,
+        allows=choice.allows,
         otherwise=constraint if choice.kind == "auto" else None,
     )
     compiler.check(grammar.text, "tools")

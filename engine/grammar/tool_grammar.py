@@ -6,7 +6,7 @@ Whatever such a grammar allows is read back by `engine.replies.tool_calls`: a ca
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from engine.errors import InvalidParameter
@@ -36,7 +36,7 @@ def tool_grammar(
     *,
     free: bool,
     several: bool,
-    only: str | None = None,
+    allows: Callable[[str], bool] = lambda name: True,
     otherwise: Constraint | None = None,
 ) -> ReplyGrammar:
     """Write the grammar of a reply with calls of these tools, each with arguments that satisfy its schema.
@@ -50,7 +50,7 @@ def tool_grammar(
         free: whether the reply may be any text, which must be a valid call once the delimiter of one is written.
             Without, it is nothing but calls.
         several: whether another call may follow the first.
-        only: the name of the one tool that may be called.
+        allows: whether the tool of a name may be called; others are left out.
         otherwise: the constraint on a reply without calls; not with `free`.
 
     Raises:
@@ -58,7 +58,7 @@ def tool_grammar(
     """
     made = _CallRules(compiler, tool_format)
     for i, tool in enumerate(tools):
-        if only in (None, tool.name):
+        if allows(tool.name):
             made.add(i, tool)
     delimiter, whole = compiler.lark.delimiter, compiler.lark.whole
     close = [delimiter(part) if part else "" for part in tool_format.close.split(CALL_ID)]
@@ -75,7 +75,7 @@ def tool_grammar(
         if otherwise is None:
             return ReplyGrammar(whole(thoughts, opened, "answer: calls", [calls, *lines]), (), unenforced_tools)
         if not tool_format.tagged and otherwise.kind == "json" and "{" in tool_format.open:
-            rule, unenforced, unenforced_tools = _as_json(compiler, tool_format, tools, otherwise)
+            rule, unenforced, unenforced_tools = _as_json(compiler, tool_format, tools, otherwise, allows)
             text = whole(thoughts, opened, "answer: json", [f"json: {rule}"])
             return ReplyGrammar(text, unenforced, unenforced_tools)
         form, unenforced = answer_rules(
@@ -88,7 +88,11 @@ def tool_grammar(
 
 
 def _as_json(
-    compiler: GrammarCompiler, tool_format: ToolFormat, tools: Sequence[Tool], otherwise: Constraint
+    compiler: GrammarCompiler,
+    tool_format: ToolFormat,
+    tools: Sequence[Tool],
+    otherwise: Constraint,
+    allows: Callable[[str], bool],
 ) -> tuple[str, tuple[str, ...], frozenset[str]]:
     """Write one JSON schema for a call without a delimiter or an answer in JSON.
 
@@ -99,11 +103,13 @@ def _as_json(
     listed: list[Any] = []
     unenforced_tools = set()
     for i, tool in enumerate(tools):
+        if not allows(tool.name):
+            continue
         whole = {**(tool.parameters or {}), "type": "object"}
         schema, dropped = enforceable(compiler, Constraint("json", whole, tool.strict, _param(i)))
         if dropped:
             unenforced_tools.add(tool.name)
-        members = {name: {"const": tool.name}, arguments: moved(schema, f"/anyOf/{i}/properties/{arguments}")}
+        members = {name: {"const": tool.name}, arguments: moved(schema, f"/anyOf/{len(listed)}/properties/{arguments}")}
         listed.append({"type": "object", "properties": members, "required": [*members], "additionalProperties": False})
     check_bounds(otherwise)
     form, unenforced = enforceable(compiler, otherwise)

@@ -55,7 +55,7 @@ def to_record(request: GenerationRequest, params: SamplingParams) -> dict[str, A
         "reasoning_effort": request.reasoning_effort,
         "tools": [_tool_record(tool) for tool in request.tools],
         "parallel_tool_calls": request.parallel_tool_calls,
-        "tool_choice": {"kind": choice.kind, "name": choice.name},
+        "tool_choice": _choice_record(choice),
         "clock": request.clock.isoformat() if request.clock and request.messages is not None else None,
     }
 
@@ -73,12 +73,6 @@ def from_record(record: Any, request_id: str, *, group: str = "") -> GenerationR
     variables = json_of(read.text("chat_template_kwargs"), "request.chat_template_kwargs")
     if not isinstance(variables, dict):
         raise ReceiptError("request.chat_template_kwargs must be the text of an object.")
-    choice = Reader(read.any("tool_choice"), "request.tool_choice", ("kind", "name"))
-    kind: Any = choice.one_of("kind", "auto", "required", "function")
-    try:
-        tool_choice = ToolChoice(kind, choice.text_or_none("name"))
-    except RequestError as error:
-        raise ReceiptError(f"request.{error.message}") from None
     return GenerationRequest(
         request_id=request_id,
         messages=_messages(read.list("messages")) if given == ["messages"] else None,
@@ -93,7 +87,7 @@ def from_record(record: Any, request_id: str, *, group: str = "") -> GenerationR
         reasoning_effort=read.text_or_none("reasoning_effort"),
         tools=tuple(_tool(tool, f"request.tools.{i}") for i, tool in enumerate(read.list("tools"))),
         parallel_tool_calls=read.flag("parallel_tool_calls"),
-        tool_choice=tool_choice,
+        tool_choice=_choice(read.any("tool_choice")),
         clock=_clock(read.text_or_none("clock")),
         group=group,
         record=True,
@@ -142,6 +136,11 @@ def _constraint_record(constraint: Constraint | None) -> dict[str, Any] | None:
     value = list(constraint.value) if constraint.kind == "choice" else constraint.value
     text = text_of_json(value, constraint.param)
     return {"kind": constraint.kind, "value": text, "strict": constraint.strict}
+
+
+def _choice_record(choice: ToolChoice) -> dict[str, Any]:
+    allowed = {"allowed": list(choice.allowed)} if choice.allowed else {}  # receipts of the first release have none
+    return {"kind": choice.kind, "name": choice.name, **allowed}
 
 
 def _tool_record(tool: Tool) -> dict[str, Any]:
@@ -196,8 +195,21 @@ def _constraint(value: Any) -> Constraint | None:
     if value is None:
         return None
     read = Reader(value, "request.constraint", ("kind", "value", "strict"))
-    kind: Any = read.one_of("kind", "json", "regex", "choice", "grammar")
+    kind: Any = read.one_of("kind", "json", "regex", "choice", "grammar", "gbnf")
     return Constraint(kind, json_of(read.text("value"), "request.constraint.value"), read.flag("strict"))
+
+
+def _choice(value: Any) -> ToolChoice:
+    where = "request.tool_choice"
+    read = Reader(value, where, ("kind", "name"), ("allowed",))
+    kind: Any = read.one_of("kind", "auto", "required", "function")
+    allowed = read.list("allowed") if read.has("allowed") else []
+    if not all(isinstance(name, str) for name in allowed) or (read.has("allowed") and not allowed):
+        raise ReceiptError(f"{where}.allowed must be a list of names.")
+    try:
+        return ToolChoice(kind, read.text_or_none("name"), tuple(allowed))
+    except RequestError as error:
+        raise ReceiptError(f"request.{error.message}") from None
 
 
 def _tool(value: Any, where: str) -> Tool:

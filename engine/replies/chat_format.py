@@ -60,7 +60,7 @@ _FAMILIES: Final = (
                     # The model writes the recipient before the channel or after it.
                     # Each piece has a bound, because text that may become a call is held back and searched again.
                     "open_pattern": r"(?:<\|start\|>assistant)?(?:<\|channel\|>\w{1,16})? to=functions\."
-                    r"(?P<name>[\w.-]{1,64}+)(?:<\|channel\|>\w{1,16})?[^<]{0,32}"
+                    r"(?P<name>[\w./-]{1,128}+)(?:<\|channel\|>\w{1,16})?[^<]{0,32}"
                     r"(?:<\|constrain\|>\w{1,16})?<\|message\|>",
                     "close": ["<|call|>", "<|end|>"],
                     "repeats": True,

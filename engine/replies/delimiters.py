@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-__all__ = ["SPACE", "TAG", "begins", "end_of", "literal", "overlap", "pattern", "shared"]
+__all__ = ["SPACE", "TAG", "begins", "end_of", "has_begun", "literal", "overlap", "pattern", "shared"]
 
 TAG: Final = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,}\]")
 """A tag, as models write them around what is not plain text: `<tool_call>`, `[TOOL_CALLS]`."""
@@ -51,6 +51,19 @@ def begins(delimiter: str, text: str, at: int) -> bool:
         return False  # no delimiter has so much white space
     rest, whole = "".join(text[at:].split()), "".join(delimiter.split())
     return len(rest) < len(whole) and whole.startswith(rest)
+
+
+def has_begun(text: str, begin: str, opening: str) -> bool | None:
+    """Return whether a text goes on behind an opening, with `begin` before it or without; None if it may yet.
+
+    White space is free.
+    """
+    written, possible = "".join(text.split()), False
+    for whole in ("".join((begin + opening).split()), "".join(opening.split())):
+        if written.startswith(whole) and len(written) > len(whole):
+            return True
+        possible = possible or whole.startswith(written)
+    return None if possible else False
 
 
 def shared(a: Sequence[str], b: Sequence[str]) -> int:

@@ -23,7 +23,7 @@ class Parsed(NamedTuple):
 
 
 class ReplyParser(Protocol):
-    """Takes the text of one choice in pieces. The joined parts do not depend on the cuts, and nothing is lost."""
+    """Takes the text of one choice in pieces. The joined parts do not depend on the pieces."""
 
     @property
     def thinking(self) -> bool:
@@ -32,8 +32,12 @@ class ReplyParser(Protocol):
     def push(self, text: str) -> Parsed:
         """Take a piece of text; return what is certain of it."""
 
-    def finish(self) -> Parsed:
-        """End the reply; return what was held back."""
+    def finish(self, *, cut: bool = False) -> Parsed:
+        """End the reply; return what was held back.
+
+        A call that breaks off is left out. `cut`: the reply was ended by a limit and not by the model; then what may
+        be the beginning of a call is left out, too.
+        """
 
 
 class DelimiterParser:
@@ -58,13 +62,13 @@ class DelimiterParser:
             text, calls = self._reader.push(text)
         return Parsed(reasoning, text, tuple(calls))
 
-    def finish(self) -> Parsed:
+    def finish(self, *, cut: bool = False) -> Parsed:
         reasoning, text = "", ""
         calls: list[tuple[str, str]] = []
         if self._splitter is not None:
             reasoning, text = self._splitter.finish()
         if self._reader is not None:
             text, calls = self._reader.push(text)
-            rest, more = self._reader.finish()
+            rest, more = self._reader.finish(cut=cut)
             text, calls = text + rest, calls + more
         return Parsed(reasoning, text, tuple(calls))

@@ -86,17 +86,17 @@ class TextStream:
         """Whether the text so far ends inside the thoughts."""
         return self._parser is not None and self._parser.thinking
 
-    def finish(self) -> TextDelta:
+    def finish(self, *, cut: bool = False) -> TextDelta:
         """End the text; return what was held back, and an incomplete character as U+FFFD. Empty after a stop string.
 
-        That U+FFFD can still complete a stop string; then `stopped` is set.
+        `cut`: as in `ReplyParser.finish`. That U+FFFD can still complete a stop string; then `stopped` is set.
         """
         if self.stopped:
             return TextDelta("", True, b"")
         text, reasoning = self._detokenizer.flush(), ""
         calls: tuple[tuple[str, str], ...] = ()
         if self._parser is not None:
-            last, rest = self._parser.push(text), self._parser.finish()
+            last, rest = self._parser.push(text), self._parser.finish(cut=cut)
             reasoning, text, calls = last.reasoning + rest.reasoning, last.text + rest.text, last.calls + rest.calls
         text, stopped = self._match(text)
         return TextDelta(text if stopped else text + self._matcher.release(), stopped, b"", reasoning, calls)

@@ -94,7 +94,7 @@ class TemplateParser:
     """The `ReplyParser` of a response template. One per choice.
 
     White space beside the delimiters of a region is dropped. A call that cannot be read, or names an unknown tool, is
-    text.
+    text; one that breaks off with the reply is left out.
 
     Args:
         template: the model's response template.
@@ -136,8 +136,10 @@ class TemplateParser:
         self._buffer += text
         return self._read(end=False)
 
-    def finish(self) -> Parsed:
-        parsed = self._read(end=True)
+    def finish(self, *, cut: bool = False) -> Parsed:
+        if cut:
+            self._leave_out_half_an_opening()
+        parsed = self._read(end=True, cut=cut)
         space, self._space = self._space, ""
         if self._trim or self._region is not None:
             return parsed
@@ -145,7 +147,7 @@ class TemplateParser:
 
     # -- the parts ---------------------------------------------------------------------------------------------------
 
-    def _read(self, *, end: bool) -> Parsed:
+    def _read(self, *, end: bool, cut: bool = False) -> Parsed:
         reasoning: list[str] = []
         text: list[str] = []
         calls: list[tuple[str, str]] = []
@@ -171,7 +173,7 @@ class TemplateParser:
                 self._give_up()
             seen.add(place)
         if end and self._region is not None:
-            self._close(None, text, calls)
+            self._close(None, text, calls, cut)
         whole = self._region is not None and self._region.name in _CALLS  # a call is kept until it has ended
         if (
             not whole and self._at > _KEPT
@@ -242,10 +244,23 @@ class TemplateParser:
             self._said = True
         return said
 
-    def _close(self, match: Any, text: list[str], calls: list[tuple[str, str]]) -> None:
-        """End the region, at a delimiter or (None) with the reply."""
+    def _leave_out_half_an_opening(self) -> None:
+        """Drop the end of the text if it may be the beginning of a call's opening delimiter."""
+        if self._plain or self._region is not None:
+            return
+        for field in self._fields:
+            if field.name in _CALLS:
+                try:
+                    match = field.open_re.search(self._buffer, self._at, partial=True, timeout=PATIENCE)
+                except TimeoutError:
+                    raise too_slow(field.name) from None
+                if match is not None and match.partial:
+                    self._buffer = self._buffer[: match.start()]
+
+    def _close(self, match: Any, text: list[str], calls: list[tuple[str, str]], cut: bool = False) -> None:
+        """End the region, at a delimiter or (None) with the reply. `cut`: as in `finish`."""
         region, opened, body = self._region, self._opened, self._body
-        stop = match.start() if match is not None else len(self._buffer)
+        stop = match.start() if match is not None else self._almost_closed(region)
         after = match.end() if match is not None else len(self._buffer)
         self._region = None
         self._space, self._trim = "", True
@@ -255,10 +270,32 @@ class TemplateParser:
         if found:
             calls += found
             self._count += len(found)
+        elif match is None and (cut if (begun := self._begun(region, self._buffer[body:])) is None else begun):
+            pass  # it breaks off
         else:
             self._space, self._trim = self._before
             text.append(self._say(self._buffer[opened:after]))
         self._at = after
+
+    def _almost_closed(self, region: Any) -> int:
+        """Return where the text of a call ends that lacks but the rest of its closing delimiter."""
+        if region.name in _CALLS and region.close_re is not None and not self._plain:
+            try:
+                match = region.close_re.search(self._buffer, self._body, partial=True, timeout=PATIENCE)
+            except TimeoutError:
+                raise too_slow(region.name) from None
+            if match is not None and match.partial:
+                return int(match.start())
+        return len(self._buffer)
+
+    def _begun(self, region: Any, body: str) -> bool | None:
+        """Say whether a region that has not ended is a call that has begun; None if only its opening is there."""
+        body = body.strip()
+        if not body:
+            return True if self._match.groupdict() else None
+        if region.content == "json":
+            return body[0] in "{[" and not _is_whole(body)
+        return body[0] == "<" if region.content == "xml-inline" else True
 
     def _is_quoted(self, match: Any) -> bool:
         """Whether a closing delimiter is inside a JSON string of the call."""
@@ -274,6 +311,15 @@ class TemplateParser:
         captures = {k: v for k, v in self._match.groupdict().items() if v is not None}
         calls = read_calls(region, body, captures, self._tools)
         return calls if self._parallel else calls[:1]
+
+
+def _is_whole(body: str) -> bool:
+    """Whether a text begins with a whole JSON value."""
+    try:
+        json.JSONDecoder().raw_decode(body)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _patterns(field: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:

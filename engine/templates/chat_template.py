@@ -7,8 +7,8 @@ refused. A test compares the two on every template at hand.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
@@ -25,6 +25,7 @@ from jinja2.utils import Namespace
 from engine.errors import InvalidFormat, InvalidParameter, LoadError, TemplateRefused
 from engine.templates.budget import Budget, OverBudget, current
 from engine.templates.sandbox import BoundedEnvironment
+from engine.templates.turns import TurnStyle, definition_of, turn_of
 from engine.types.messages import ChatMessage, ToolCall
 from engine.types.tools import Tool
 
@@ -75,7 +76,7 @@ class ChatTemplate:
         self._template: jinja2.Template | None = None
         self.variables: frozenset[str] = frozenset()
         """Names that the template reads without setting them: `messages`, `enable_thinking`, …"""
-        self._in_parts = False
+        self._style = TurnStyle()
         if source is None:
             return
         if len(source) > _LONGEST_TEMPLATE:
@@ -95,7 +96,9 @@ class ChatTemplate:
         except (SyntaxError, RecursionError, MemoryError, ValueError, OverflowError) as error:
             # Python cannot compile what Jinja made of it: twenty nested loops, thousands of brackets.
             raise LoadError(f"The chat template cannot be compiled: {_cut(error)}") from None
-        self._in_parts = self._drops_text()
+        self._style = TurnStyle(developers="developer" in source, thinking="thinking" in source)
+        self._style = dataclasses.replace(self._style, in_parts=self._drops_text())
+        self._style = dataclasses.replace(self._style, arguments_as_text=self._shows_arguments_as_text())
 
     @classmethod
     def from_tokenizer(
@@ -158,13 +161,10 @@ class ChatTemplate:
             raise InvalidFormat("messages must hold at least one message.", param="messages")
         variables = variables or {}
         self._check(variables)
-        keep_developer = "developer" in self.source
         context = {
             **self._special_tokens,
             **variables,
-            "messages": [
-                _as_dict(message, keep_developer, "thinking" in self.source, self._in_parts) for message in messages
-            ],
+            "messages": [turn_of(message, self._style) for message in messages],
             "tools": [definition_of(tool) for tool in tools] or None,
             "documents": None,
             "add_generation_prompt": again,
@@ -176,16 +176,29 @@ class ChatTemplate:
     def _drops_text(self) -> bool:
         """Whether a message's text must be a list of parts, as in many templates of models with images."""
         message = ChatMessage("user", "Frage")
-        for self._in_parts in (False, True):
+        for in_parts in (False, True):
+            self._style = dataclasses.replace(self._style, in_parts=in_parts)
             try:
                 if "Frage" in self.render([message]):
-                    return self._in_parts
+                    return in_parts
             except TemplateRefused as refused:
                 if isinstance(refused.__cause__, OverBudget):
                     raise LoadError(
                         f"The chat template {refused.__cause__.message}, in a prompt of one word."
                     ) from None
         return False
+
+    def _shows_arguments_as_text(self) -> bool:
+        """Whether the template shows arguments that are text and no object."""
+        call = ToolCall("abcdef001", "aufruf", "kein JSON")
+        turns = [ChatMessage("user", "Frage"), ChatMessage("assistant", "", tool_calls=(call,))]
+        self._style = dataclasses.replace(self._style, arguments_as_text=True)
+        try:
+            return call.arguments in self.render(
+                turns, again=False, tools=[Tool(call.name, "-", {"type": "object", "properties": {}})]
+            )
+        except TemplateRefused:
+            return False
 
     def _check(self, variables: Mapping[str, Any]) -> None:
         for name in variables:
@@ -248,46 +261,6 @@ def _names(node: nodes.Node) -> Iterator[nodes.Name]:
     children = list(node.iter_child_nodes())
     for child in reversed(children) if isinstance(node, nodes.Assign) else children:
         yield from _names(child)
-
-
-def _as_dict(message: ChatMessage, keep_developer: bool, as_thinking: bool, in_parts: bool) -> dict[str, Any]:
-    role = "system" if message.role == "developer" and not keep_developer else message.role
-    content: Any = message.content
-    if in_parts and content is not None:
-        content = [{"type": "text", "text": content}]
-    fields: dict[str, Any] = {
-        "role": role,
-        "content": content,
-        "name": message.name,
-        "reasoning_content": message.reasoning_content,
-        "thinking": message.reasoning_content if as_thinking else None,  # gpt-oss's name for it
-        "tool_calls": [_call(call) for call in message.tool_calls] or None,
-        "tool_call_id": message.tool_call_id,
-    }
-    # As transformers does: many templates write a None as the word None, and cope with a missing key.
-    return {key: value for key, value in fields.items() if value is not None}
-
-
-def definition_of(tool: Tool) -> dict[str, Any]:
-    """Write a tool's definition as chat templates expect it, the shape of transformers and of the OpenAI API.
-
-    `strict` is left out: the grammar enforces it, and the model need not know.
-    """
-    function: dict[str, Any] = {"name": tool.name}
-    if tool.description is not None:
-        function["description"] = tool.description
-    if tool.parameters is not None:
-        function["parameters"] = tool.parameters
-    return {"type": "function", "function": function}
-
-
-def _call(call: ToolCall) -> dict[str, Any]:
-    # Templates get arguments as an object, as in transformers; text that is no JSON stays as it is.
-    try:
-        arguments = json.loads(call.arguments)
-    except ValueError:
-        arguments = call.arguments
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def _render(template: jinja2.Template, context: Mapping[str, Any], budget: Budget) -> str:

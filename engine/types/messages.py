@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that a model makes. `arguments`: a JSON object as text."""
+    """A call that a model makes.
+
+    `arguments`: a JSON object as text; in earlier turns whatever a model wrote in its place, which stays text.
+    """
 
     id: str
     name: str

@@ -18,10 +18,10 @@ class Constraint:
     """The form that a reply must have. `param`: the request's field that asks for it, for error messages.
 
     `kind` and `value`: `json`, a JSON schema (with `strict`, enforced whole or refused); `regex`, an expression;
-    `choice`, a list of texts; `grammar`, Lark in llguidance's dialect.
+    `choice`, a list of texts; `grammar`, Lark in llguidance's dialect; `gbnf`, a grammar in llama.cpp's language.
     """
 
-    kind: Literal["json", "regex", "choice", "grammar"]
+    kind: Literal["json", "regex", "choice", "grammar", "gbnf"]
     value: Any
     strict: bool = True
     param: str = "response_format"

@@ -50,27 +50,34 @@ class SamplingField:
     Attributes:
         default: the value of a field that was not given. Where it is None, None is also a value that can be given.
         extension: whether the OpenAI API lacks this field.
+        off: a number below the range that asks for the default, as other servers write it; None: there is none.
     """
 
     kind: Kind
     default: Any
     description: str
     extension: bool
+    off: int | None = None
 
     def checked(self, name: str, value: Any) -> Any:
         """Check a value; see `Kind.checked`."""
+        if self.off is not None and whole_number(value) == self.off:
+            return self.default
         return None if value is None and self.default is None else self.kind.checked(name, value)
 
     def schema(self) -> dict[str, Any]:
         """Return the JSON schema of the field, with its default and its description."""
         default = {"default": _plain(self.default)} if isinstance(self.default, int | float | str) else {}
+        least = {} if self.off is None else {"minimum": self.off}
         prefix = "Extension. " if self.extension else ""
-        return {**self.kind.schema(), **default, "description": prefix + self.description}
+        return {**self.kind.schema(), **least, **default, "description": prefix + self.description}
 
 
-def sampling_field(default: Any, kind: Kind, description: str, *, extension: bool = False) -> Any:
+def sampling_field(
+    default: Any, kind: Kind, description: str, *, extension: bool = False, off: int | None = None
+) -> Any:
     """Declare a field of `SamplingParams`."""
-    declared = SamplingField(kind, default, description, extension)
+    declared = SamplingField(kind, default, description, extension, off)
     return dataclasses.field(default=default, metadata={_METADATA: declared})
 
 
@@ -89,12 +96,13 @@ class Integer:
     words: ClassVar = "an integer"
 
     def checked(self, name: str, value: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool):
+        number = whole_number(value)
+        if number is None:
             raise InvalidFormat(f"{name} must be {self.words}, not {value!r}.", param=name)
-        if value < self.low or (self.high is not None and value > self.high):
+        if number < self.low or (self.high is not None and number > self.high):
             limit = f"at least {self.low}" if self.high is None else f"between {self.low} and {self.high}"
-            raise InvalidParameter(f"{name} must be {limit}, not {value}.", param=name)
-        return value
+            raise InvalidParameter(f"{name} must be {limit}, not {number}.", param=name)
+        return number
 
     def schema(self) -> dict[str, Any]:
         return {"type": "integer", "minimum": self.low, **({} if self.high is None else {"maximum": self.high})}
@@ -198,11 +206,12 @@ class TokenIds:
     words: ClassVar = "a list of integers"
 
     def checked(self, name: str, value: Any) -> tuple[int, ...]:
-        if not isinstance(value, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
+        ids = [whole_number(i) for i in value] if isinstance(value, Sequence) else [None]
+        if None in ids:
             raise InvalidFormat(f"{name} must be {self.words}, not {value!r}.", param=name)
-        if len(value) > self.most:
-            raise InvalidParameter(f"{name} takes at most {self.most} ids, not {len(value)}.", param=name)
-        return tuple(sorted(set(value)))
+        if len(ids) > self.most:
+            raise InvalidParameter(f"{name} takes at most {self.most} ids, not {len(ids)}.", param=name)
+        return tuple(sorted({i for i in ids if i is not None}))
 
     def schema(self) -> dict[str, Any]:
         return {"type": "array", "maxItems": self.most, "items": {"type": "integer"}}
@@ -241,6 +250,16 @@ class TokenBiases:
     def schema(self) -> dict[str, Any]:
         each = {"type": "number", "minimum": _plain(self.low), "maximum": _plain(self.high)}
         return {"type": "object", "additionalProperties": each}
+
+
+def whole_number(value: Any) -> int | None:
+    """Return an integer, also one written with a point (7.0), as JSON of some languages has it; None for all else.
+
+    A float beyond 2^53 may stand for several integers, so it is none.
+    """
+    if type(value) is float and value.is_integer() and abs(value) <= 2**53:
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _digits(key: object) -> int:

@@ -44,11 +44,13 @@ class SamplingParams:
     max_tokens: int | None = sampling_field(
         None,
         Integer(0),
-        "Cap on generated tokens; clamped to what is left of the context. 0 computes the prompt and draws nothing.",
+        "Cap on generated tokens; clamped to what is left of the context. 0 computes the prompt and draws nothing; -1 "
+        "sets no cap.",
+        off=-1,
     )
     temperature: float = sampling_field(1.0, Number(0.0, 2.0), "0 is greedy; the lowest token id wins a tie.")
     top_p: float = sampling_field(1.0, Number(0.0, 1.0), "Keep the likeliest tokens up to this mass, at least one.")
-    top_k: int = sampling_field(0, Integer(0), "Keep this many tokens; 0 keeps all.", extension=True)
+    top_k: int = sampling_field(0, Integer(0), "Keep this many tokens; 0 and -1 keep all.", extension=True, off=-1)
     min_p: float = sampling_field(
         0.0, Number(0.0, 1.0), "Keep tokens at least this likely, as a share of the likeliest.", extension=True
     )

@@ -27,11 +27,13 @@ class ToolChoice:
     """Whether the model must call a tool: it decides (`auto`), some tool (`required`), or the one `name`d (`function`).
 
     Raises:
-        InvalidParameter: another kind, or a name with any kind but `function`.
+        InvalidParameter: another kind, a name with any kind but `function`, or `allowed` with that.
     """
 
     kind: Literal["auto", "required", "function"] = "auto"
     name: str | None = None
+    allowed: tuple[str, ...] = ()
+    """Names of the tools that may be called, of those that the prompt shows; empty: all of them."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("auto", "required", "function"):
@@ -43,6 +45,12 @@ class ToolChoice:
                 f"tool_choice: {self.kind} takes {'the name of a function' if self.name is None else 'no name'}.",
                 param="tool_choice",
             )
+        if self.allowed and self.kind == "function":
+            raise InvalidParameter("tool_choice: function takes no list of allowed tools.", param="tool_choice")
+
+    def allows(self, name: str) -> bool:
+        """Return whether the tool of this name may be called."""
+        return name == self.name if self.kind == "function" else not self.allowed or name in self.allowed
 
 
 AUTO: Final = ToolChoice()

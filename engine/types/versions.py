@@ -14,11 +14,11 @@ PROJECT_VERSION: Final = "0.1.0"
 SAMPLER_VERSION: Final = 1
 """Raised when the same logits, parameters, seed, choice and position may give another token or log-probability."""
 
-PROMPT_FORMAT_VERSION: Final = 1
+PROMPT_FORMAT_VERSION: Final = 2
 """Raised when the same messages, tools and template may give other token ids: what templates are told, how content is
 kept apart from control tokens, how tools are explained to models whose template knows none."""
 
-REPLY_FORMAT_VERSION: Final = 1
+REPLY_FORMAT_VERSION: Final = 2
 """Raised when the same tokens may give another reply: how text is decoded, cut at stop strings, split into thoughts,
 calls and answer, and how a grammar is made of a schema."""
 

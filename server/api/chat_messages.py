@@ -7,9 +7,9 @@ from typing import Any, Final
 
 from engine import ChatMessage, InvalidFormat, InvalidParameter, ToolCall, Unsupported
 from server.api.fields import MAX_NAME, ROLES
-from server.api.parsing import LIST, OBJECT, STRING, at_most, optional, required, typed
+from server.api.parsing import LIST, OBJECT, STRING, Kind, at_most, optional, required, typed
 from server.api.tools import function_name
-from server.json_text import excess_of, load_text
+from server.json_text import excess_of, to_json
 
 MAX_MESSAGES: Final = 10_000
 MAX_PARTS: Final = 10_000
@@ -22,6 +22,9 @@ CALL_FIELDS: Final = ("tool_calls", "tool_call_id")
 PART_FIELDS: Final = frozenset({"type", "text"})
 THOUGHTS: Final = ("reasoning_content", "reasoning")
 """The names under which clients send an assistant's thoughts back."""
+_ARGUMENTS: Final[Kind] = ((str, dict), "a string or an object")
+_MAY_BE_SILENT: Final = ("assistant", "tool")
+"""Roles whose turn may have no content: a model that called, or said, nothing; a function that returned nothing."""
 UNSUPPORTED_MESSAGE_FIELDS: Final = ("function_call", "audio", "refusal")
 
 
@@ -59,20 +62,11 @@ def _check_answers(messages: Sequence[ChatMessage]) -> None:
 
 
 def _check_arguments(messages: Sequence[ChatMessage]) -> None:
-    """Check that the arguments of every call are a JSON object, and that all of them together are not too much."""
+    """Check that the arguments of all calls together are not too much. Those that are no JSON stay text."""
     if excess := excess_of(call.arguments for message in messages for call in message.tool_calls):
         raise InvalidParameter(
             f"The arguments in messages hold more than {excess}; at most that many are allowed.", param="messages"
         )
-    for i, message in enumerate(messages):
-        for j, call in enumerate(message.tool_calls):
-            try:
-                whole = isinstance(load_text(call.arguments), dict)
-            except ValueError:
-                whole = False
-            if not whole:
-                at = f"messages.{i}.tool_calls.{j}.function.arguments"
-                raise InvalidParameter(f"{at} must be a JSON object as text, not {call.arguments[:100]!r}.", param=at)
 
 
 def _message(message: Any, at: str, ignored: list[str]) -> ChatMessage:
@@ -96,7 +90,8 @@ def _message(message: Any, at: str, ignored: list[str]) -> ChatMessage:
     reasoning = next((text for text in thoughts if text), None)
     calls = _calls(message, at, role, ignored)
     answers = _answered(message, at, role)
-    content = "" if calls and message.get("content") is None else read_content(message, f"{at}.content", ignored)
+    silent = role in _MAY_BE_SILENT and message.get("content") in (None, [])
+    content = "" if silent else read_content(message, f"{at}.content", ignored)
     return ChatMessage(role, content, name, reasoning, calls, answers)
 
 
@@ -114,10 +109,10 @@ def _calls(message: Mapping[str, Any], at: str, role: str, ignored: list[str]) -
         if kind != "function":
             raise InvalidParameter(f"{here}type must be function, not {kind!r:.100}.", param=f"{here}type")
         function = required(call, "function", OBJECT, here)
-        arguments = required(function, "arguments", STRING, f"{here}function.")
+        arguments = optional(function, "arguments", _ARGUMENTS, f"{here}function.")
         ignored += [f"{here}{key}" for key in call if key not in ("id", "type", "function", "index")]
-        found = ToolCall(_call_id(call, "id", here), function_name(function, f"{here}function."), arguments or "{}")
-        calls.append(found)
+        text = to_json(arguments) if isinstance(arguments, dict) else arguments
+        calls.append(ToolCall(_call_id(call, "id", here), function_name(function, f"{here}function."), text or "{}"))
     return tuple(calls)
 
 
@@ -147,7 +142,7 @@ def read_content(holder: Mapping[str, Any], at: str, ignored: list[str]) -> str:
     if isinstance(content, str):
         return content
     if content is None:
-        raise InvalidFormat(f"{at} may be null only in an assistant's message with tool calls.", param=at)
+        raise InvalidFormat(f"{at} may be null only in an assistant's or a tool's message.", param=at)
     if not typed(content, at, ((list,), "a string or a list of parts")):
         raise InvalidParameter(f"{at} must hold at least one part.", param=at)
     at_most(MAX_PARTS, len(content), at, "parts")

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 from engine import InvalidParameter, ModelNotFound, Unsupported
 from server.api.fields import MAX_SALT, BodyFields
-from server.api.parsing import FLAG, STRING, optional, required, typed
+from server.api.parsing import FLAG, optional, required
 
 __all__ = ["Common", "read_common", "read_model"]
 
@@ -106,7 +106,6 @@ def _stream_options(fields: BodyFields, data: Mapping[str, Any], stream: bool, i
 
 
 def _check_annotations(fields: BodyFields, data: Mapping[str, Any]) -> None:
-    """Check `user` and `metadata`. They are for the client's own records and change nothing."""
+    """Check `user` and `metadata`. They are for the client's own records and change nothing, whatever is in them."""
     fields.given(data, "user")
-    for key, value in (fields.given(data, "metadata") or {}).items():
-        typed(value, f"metadata.{key}", STRING)
+    fields.given(data, "metadata")

@@ -131,11 +131,12 @@ _MESSAGE: Final = {
 }
 _FORMAT: Final = {
     "type": {"type": "string", "enum": ["text", "json_object", "json_schema"]},
+    "schema": {"type": "object", "description": "Extension. The schema, without a name."},
     "json_schema": {
         "type": "object",
-        "required": ["name", "schema"],
+        "required": ["schema"],
         "properties": {
-            "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
+            "name": {"type": "string", "pattern": "^[A-Za-z0-9_./-]{1,128}$"},
             "description": {"type": "string"},
             "schema": {"type": "object"},
             "strict": {"type": "boolean"},
@@ -192,7 +193,27 @@ SHARED: Final[Mapping[str, Field]] = {
         maxItems=MAX_CHOICES,
         items={"type": "string", "minLength": 1},
     ),
-    "guided_grammar": declare(STRING, "Lark, in llguidance's dialect.", extension=True, minLength=1),
+    "guided_grammar": declare(STRING, "Lark, in llguidance's dialect, or GBNF.", extension=True, minLength=1),
+    "structured_outputs": declare(
+        OBJECT,
+        "One of the forms above, as vLLM names them: json, regex, choice, grammar, or json_object: true.",
+        extension=True,
+        properties={
+            "json": {"anyOf": [{"type": "object"}, {"type": "string"}]},
+            "regex": {"type": "string", "minLength": 1},
+            "choice": {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
+            "grammar": {"type": "string", "minLength": 1},
+            "json_object": {"type": "boolean"},
+        },
+    ),
+    "json_schema": declare(
+        ((dict, str), "an object, or its text"),
+        "A JSON schema, as in llama.cpp and SGLang: enforced as far as it can be, the rest is checked afterwards.",
+        extension=True,
+    ),
+    "regex": declare(STRING, "As guided_regex; SGLang's name for it.", extension=True, minLength=1),
+    "grammar": declare(STRING, "As guided_grammar; llama.cpp's name for it.", extension=True, minLength=1),
+    "ebnf": declare(STRING, "As guided_grammar; SGLang's name for it.", extension=True, minLength=1),
     "cache_salt": declare(
         STRING,
         "Only requests with the same salt find each other's prompts in the prefix cache.",
@@ -209,10 +230,8 @@ SHARED: Final[Mapping[str, Field]] = {
             "default": False,
         },
     ),
-    "user": declare(STRING, "For the client's own records; without effect."),
-    "metadata": declare(
-        OBJECT, "For the client's own records; without effect.", additionalProperties={"type": "string"}
-    ),
+    "user": declare(((str, int), "a string or an integer"), "For the client's own records; without effect."),
+    "metadata": declare(OBJECT, "For the client's own records; without effect."),
 }
 """The fields that all endpoints for completions have, beside those of sampling."""
 
@@ -222,7 +241,7 @@ REFUSED: Final[Mapping[str, tuple[Any, ...]]] = {
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "typical_p": (1, 1.0),
-    "grammar": (),
+    "guided_whitespace_pattern": (),
     "bad_words": ([],),
     "skip_special_tokens": (True,),
 }
@@ -232,14 +251,15 @@ CHAT: Final = BodyFields(
         "model": MODEL,
         "messages": MESSAGES,
         "max_completion_tokens": _sampling(SAMPLING_FIELDS["max_tokens"]),
-        "max_tokens": declare(INTEGER, "The older name; max_completion_tokens wins.", minimum=0),
+        "max_tokens": declare(INTEGER, "The older name; max_completion_tokens wins.", minimum=-1),
         **SAMPLING,
         **SHARED,
         "tools": TOOLS,
         "tool_choice": declare(
             ((str, dict), "a string or an object"),
-            'none, auto, required, or the function that must be called: `{"type": "function", "function": {"name": '
-            "…}}`.",
+            'none, auto, required, the function that must be called, `{"type": "function", "function": {"name": …}}`, '
+            'or those that may be, of all that the prompt shows: `{"type": "allowed_tools", "allowed_tools": {"mode": '
+            '"auto" or "required", "tools": [{"type": "function", "function": {"name": …}}]}}`.',
             default="auto",
         ),
         "parallel_tool_calls": declare(FLAG, "False: the answer ends with its first call.", default=True),
@@ -265,7 +285,7 @@ CHAT: Final = BodyFields(
         "audio": (),
         "modalities": (["text"],),
         "web_search_options": (),
-        "verbosity": (),
+        "verbosity": ("medium",),
         "best_of": (1,),
         "echo": (False,),
         "suffix": (),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from engine import GenerationRequest, InvalidFormat, InvalidParameter
+from engine import GenerationRequest, InvalidFormat, InvalidParameter, whole_number
 from server.json_text import kind_of, shown
 
 Kind = tuple[tuple[type, ...], str]
@@ -45,8 +45,10 @@ class ParsedRequest:
 
 
 def typed(value: Any, name: str, kind: Kind) -> Any:
-    """Return a value of the right type, or raise `InvalidFormat`."""
+    """Return a value of the right type, or raise `InvalidFormat`. 7.0 is an integer where one is meant."""
     types, words = kind
+    if type(value) is float and int in types and float not in types and (whole := whole_number(value)) is not None:
+        return whole
     if type(value) not in types:  # exactly: True is an int to isinstance
         raise InvalidFormat(f"{name} must be {words}, not {kind_of(value)}{shown(value)}.", param=name)
     return value

@@ -11,16 +11,24 @@ from server.api.fields import MAX_TOOLS
 from server.api.parsing import FLAG, LIST, OBJECT, STRING, at_most, optional, required, typed
 
 TOOL_FIELDS: Final = ("name", "description", "parameters", "strict")
-TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+MOST_NAME: Final = 128
+NAME: Final = re.compile(rf"[A-Za-z0-9_./-]{{1,{MOST_NAME}}}")
+"""The names of functions and of forms: those of the OpenAI API, and what frameworks make of paths and packages."""
 
 
 def function_name(function: Mapping[str, Any], at: str) -> str:
     name: str = required(function, "name", STRING, at)
-    if not TOOL_NAME.fullmatch(name):
-        raise InvalidParameter(
-            f"{at}name must be 1 to 64 of the characters A-Z a-z 0-9 _ -, not {name[:100]!r}.", param=f"{at}name"
-        )
+    check_name(name, f"{at}name")
     return name
+
+
+def check_name(name: str, at: str) -> None:
+    """Refuse a name of other characters, or of too many."""
+    if not NAME.fullmatch(name):
+        what = f"{name[:100]!r}" if len(name) <= MOST_NAME else f"{len(name)}"
+        raise InvalidParameter(
+            f"{at} must be 1 to {MOST_NAME} of the characters A-Z a-z 0-9 _ - . /, not {what}.", param=at
+        )
 
 
 def read_tools(data: Mapping[str, Any], ignored: list[str]) -> tuple[tuple[Tool, ...], ToolChoice]:
@@ -74,15 +82,44 @@ def _chosen(choice: Any, names: list[str], ignored: list[str]) -> ToolChoice:
         return ToolChoice("required")
     else:
         kind = optional(choice, "type", STRING, "tool_choice.")
+        if kind == "allowed_tools":
+            return _allowed(choice, names, ignored)
         if kind not in (None, "function"):
             raise Unsupported(
-                f"tool_choice.type: only function is supported, not {kind[:100]!r}.", param="tool_choice.type"
+                f"tool_choice.type: only function and allowed_tools are supported, not {kind[:100]!r}.",
+                param="tool_choice.type",
             )
-        ignored += [f"tool_choice.{key}" for key in choice if key not in ("type", "function")]
-        function = required(choice, "function", OBJECT, "tool_choice.")
-        ignored += [f"tool_choice.function.{key}" for key in function if key != "name"]
-        name = required(function, "name", STRING, "tool_choice.function.")
-        if name not in names:
-            at = "tool_choice.function.name"
-            raise InvalidParameter(f"{at}: {name[:100]!r} is not among the tools.", param=at)
-        return ToolChoice("function", name)
+        return ToolChoice("function", _named(choice, "tool_choice.", names, ignored))
+
+
+def _allowed(choice: Mapping[str, Any], names: list[str], ignored: list[str]) -> ToolChoice:
+    """Read the list of tools that may be called, of those that the prompt shows."""
+    at = "tool_choice.allowed_tools"
+    given = required(choice, "allowed_tools", OBJECT, "tool_choice.")
+    ignored += [f"tool_choice.{key}" for key in choice if key not in ("type", "allowed_tools")]
+    ignored += [f"{at}.{key}" for key in given if key not in ("mode", "tools")]
+    mode: Any = required(given, "mode", STRING, f"{at}.")
+    if mode not in ("auto", "required"):
+        raise InvalidParameter(f"{at}.mode must be auto or required, not {mode[:100]!r}.", param=f"{at}.mode")
+    listed = required(given, "tools", LIST, f"{at}.")
+    if not listed:
+        raise InvalidParameter(
+            f"{at}.tools must hold at least one tool; tool_choice: none allows none.", param=f"{at}.tools"
+        )
+    at_most(MAX_TOOLS, len(listed), f"{at}.tools", "names")
+    allowed = [_named(tool, f"{at}.tools.{i}.", names, ignored) for i, tool in enumerate(listed)]
+    return ToolChoice(mode, allowed=tuple(dict.fromkeys(allowed)))
+
+
+def _named(tool: Any, at: str, names: list[str], ignored: list[str]) -> str:
+    """Read the name of one of the tools from an object that names it."""
+    kind = optional(typed(tool, at[:-1], OBJECT), "type", STRING, at)
+    if kind not in (None, "function"):
+        raise Unsupported(f"{at}type: only function is supported, not {kind[:100]!r}.", param=f"{at}type")
+    ignored += [f"{at}{key}" for key in tool if key not in ("type", "function")]
+    function = required(tool, "function", OBJECT, at)
+    ignored += [f"{at}function.{key}" for key in function if key != "name"]
+    name: str = required(function, "name", STRING, f"{at}function.")
+    if name not in names:
+        raise InvalidParameter(f"{at}function.name: {name[:100]!r} is not among the tools.", param=f"{at}function.name")
+    return name

@@ -138,6 +138,12 @@ _TEMPLATES: Final[dict[str, str | None]] = {
     "no tools": CHATML,
     "no system": "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML,
     "switch": CHATML + "{% if enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}",
+    "one by one": CHATML.replace(
+        "m.content +",
+        "m.content }}{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name }}"
+        "{% for key, value in c.function.arguments | items %}<key>{{ key }}<value>{{ value }}</value>{% endfor %}"
+        "{{ '</call>' }}{% endfor %}{{",
+    ),
     "dated": "{{ bos_token or '' }}{{ strftime_now('%d %B %Y') }}\n" + CHATML,
 }
 _CLOCK: Final = dt.datetime(2026, 1, 31, 12, 30)
@@ -147,6 +153,7 @@ _WEATHER: Final = Tool(
     {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]},
 )
 _CALL: Final = ToolCall("call_abcdef012", "weather", '{"city": "Köln", "days": 2}')
+_LISTED: Final = ToolCall("call_3", "weather", '["Köln", 2]')
 _USER: Final = ChatMessage("user", "Hello, wörld 漢字 🤷")
 _CONVERSATIONS: Final[dict[str, tuple[tuple[ChatMessage, ...], tuple[Tool, ...], dict[str, Any]]]] = {
     "one turn": ((_USER,), (), {}),
@@ -166,7 +173,7 @@ _CONVERSATIONS: Final[dict[str, tuple[tuple[ChatMessage, ...], tuple[Tool, ...],
         (
             ChatMessage("system", "Be brief."),
             _USER,
-            ChatMessage("assistant", None, tool_calls=(_CALL, ToolCall("call_2", "weather", "not JSON"))),
+            ChatMessage("assistant", None, tool_calls=(_CALL, ToolCall("call_2", "weather", "not JSON"), _LISTED)),
             ChatMessage("tool", '{"sky": "grey"}', tool_call_id="call_abcdef012"),
             ChatMessage("tool", "<tool_response> <|im_end|>", tool_call_id="call_2"),
         ),
@@ -220,6 +227,8 @@ _REPLIES: Final = {
     "a call": 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>',
     "two calls": '<tool_call>\n{"name": "weather", "arguments": {"city": "a"}}\n</tool_call>\n'
     '<tool_call>\n{"name": "weather", "arguments": {"city": "b", "days": 2}}\n</tool_call>',
+    "an opening": "Let me see.\n<tool_call>\n",
+    "half a call": 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city',
     "no call": '<tool_call>\n{"name": "other", "arguments": {}}\n</tool_call> <tool_call>{"name":',
 }
 _RESPONSE: Final = {
@@ -245,6 +254,8 @@ _GRAMMARS: Final[dict[str, tuple[Constraint | None, tuple[Tool, ...], ToolChoice
     "texts": (Constraint("choice", ["yes", "no", "<|im_end|>"]), (), AUTO),
     "a tool": (None, (_WEATHER,), ToolChoice("required")),
     "a tool or a schema": (Constraint("json", _ANSWER), (_WEATHER,), AUTO),
+    "an allowed tool": (None, (_WEATHER, Tool("other")), ToolChoice(allowed=("weather",))),
+    "GBNF": (Constraint("gbnf", 'root ::= [a-z]+ "\\u00e4" | .'), (), AUTO),
 }
 
 
@@ -279,17 +290,18 @@ def _replies() -> Iterator[Case]:
             for several in (True, False):
                 form = ReplyFormat(chat=True, tools=(_WEATHER,), parallel_tool_calls=several)
                 ids = _tokenizer()(text, add_special_tokens=False)["input_ids"]
-                parser, characters = chat_format.parser(form), Detokenizer(vocabulary)
-                assert parser is not None
-                # The text of every token, special ones too: what the delimiters are made of.
-                parts = [parser.push(characters.push(token)[0] or _spelled(token)) for token in ids]
-                parts.append(parser.finish())
-                yield {
-                    "case": [name, title, several],
-                    "reasoning": "".join(part.reasoning for part in parts),
-                    "text": "".join(part.text for part in parts),
-                    "calls": [list(call) for part in parts for call in part.calls],
-                }
+                for cut in (True, False):
+                    parser, characters = chat_format.parser(form), Detokenizer(vocabulary)
+                    assert parser is not None
+                    # The text of every token, special ones too: what the delimiters are made of.
+                    parts = [parser.push(characters.push(token)[0] or _spelled(token)) for token in ids]
+                    parts.append(parser.finish(cut=cut))
+                    yield {
+                        "case": [name, title, several, cut],
+                        "reasoning": "".join(part.reasoning for part in parts),
+                        "text": "".join(part.text for part in parts),
+                        "calls": [list(call) for part in parts for call in part.calls],
+                    }
 
 
 def _spelled(token: int) -> str:

@@ -12,11 +12,12 @@ import re
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Final
 
-from engine.replies.delimiters import SPACE, TAG, overlap, pattern
+from engine.replies.delimiters import SPACE, TAG, begins, end_of, has_begun, overlap, pattern
 from engine.replies.tool_format import CALL_ID, ToolFormat
 
 __all__ = ["JsonCall", "could_begin", "ends_in_string", "no_constant"]
 
+NAMED: Final = r"(?P<name>[A-Za-z0-9_./-]+)"
 _CHECKS: Final = 64  # of whether JSON was cut inside a string, for one call
 
 
@@ -112,6 +113,34 @@ class JsonCall:
             text = text[members[1] :].strip().removeprefix(between).strip()
         return calls
 
+    def begun(self, held: str) -> bool | None:
+        """Say whether a text that has not ended is a call that has begun; None if so far it is but an opening.
+
+        To be asked after `end`.
+        """
+        head, brace, _ = self._format.open.partition("{")
+        if self._begin >= 0 and self._depth == 0:
+            whole = _object_at(held, self._begin)
+            close = self._format.close.partition("}")[2] if brace else self._format.close
+            if whole is None:
+                return False
+            rest, close = "".join(held[whole[1] :].split()), "".join(close.split())
+            return rest != close and close.startswith(rest)
+        if brace and self._format.tagged:
+            return has_begun(held, self._format.begin, head + brace)
+        opened = has_begun(held, self._format.begin, self._format.open)
+        if brace or not opened:
+            return opened
+        match = pattern(self._format.open, NAMED).match(self._without_begin(held))
+        if match is None:
+            return False
+        text, middle = self._without_begin(held), self._format.middle
+        return (
+            match.end() == len(text)
+            or begins(middle, text, match.end())
+            or end_of(middle, text, match.end()) is not None
+        )
+
     def _without_begin(self, text: str) -> str:
         """The text behind `begin`, if it is there. White space beside its tags is free."""
         tags = [piece for piece in re.split(f"({TAG.pattern})", self._format.begin) if piece]
@@ -120,7 +149,7 @@ class JsonCall:
 
     def _read_named(self, text: str) -> tuple[str, str] | None:
         """Read a call whose name stands before its JSON."""
-        match = pattern(self._format.open, r"(?P<name>[A-Za-z0-9_.-]+)", self._format.middle).match(text)
+        match = pattern(self._format.open, NAMED, self._format.middle).match(text)
         if match is None:
             return None
         value = _object_at(text, match.end())

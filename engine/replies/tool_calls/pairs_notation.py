@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from engine.replies.delimiters import SPACE, begins, end_of, literal
+from engine.replies.delimiters import SPACE, begins, end_of, has_begun, literal
 from engine.replies.tool_calls.json_notation import ends_in_string, no_constant
 from engine.replies.tool_format import ToolFormat
 from engine.text.json_schema import properties_of, read_value, types_of
@@ -21,7 +21,7 @@ from engine.types.tools import Tool
 
 __all__ = ["PairsCall"]
 
-_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NAME: Final = re.compile(r"[A-Za-z0-9_./-]{1,128}")
 _LONGEST_NAME: Final = 4096  # of an argument that no schema names
 
 
@@ -77,6 +77,17 @@ class PairsCall:
     def unfinished(self, held: str) -> list[str]:
         """Return the end of a reply, as the text of one call, if only the rest of its closing delimiter is missing."""
         return [held] if self._lacks_only_its_end(held) else []
+
+    def begun(self, held: str) -> bool | None:
+        """Say whether a text that has not ended is a call that has begun; None if so far it is but an opening.
+
+        To be asked after `end`.
+        """
+        opened = has_begun(held, self._format.begin, self._format.open)
+        if self._failed or not opened:
+            return False if self._failed else opened
+        head = end_of(self._format.begin + self._format.open, held, 0) or end_of(self._format.open, held, 0)
+        return head is not None and (self._name is not None or _NAME.match(held, head) is not None)
 
     def _lacks_only_its_end(self, held: str) -> bool:
         """Whether so much of the closing delimiter is there that no argument can follow."""

@@ -1,7 +1,7 @@
 """`CallReader`: separates tool calls from text while a reply is generated. No tokens, no torch, no HTTP.
 
-A call is returned only when it is complete and valid: the name of a tool, and arguments that are a JSON object. What
-else follows an opening delimiter is returned as text, so that nothing is lost and no client sees half a call.
+A call is returned only when it is complete and valid: the name of a tool, and arguments that are a JSON object. One
+that breaks off with the reply is left out. What else follows an opening delimiter is returned as text.
 """
 
 from __future__ import annotations
@@ -69,10 +69,16 @@ class CallReader:
         self._held += text
         return self._read(end=False)
 
-    def finish(self) -> tuple[str, list[tuple[str, str]]]:
-        """End the reply; return what was held back, as calls if they are complete, else as text."""
-        shown, calls = self._read(end=True)
+    def finish(self, *, cut: bool = False) -> tuple[str, list[tuple[str, str]]]:
+        """End the reply; return what was held back, as calls if they are complete, else as text.
+
+        A call that breaks off is left out. `cut`: the reply was ended by a limit; then what may be the beginning of a
+        call's opening is left out, too, and otherwise it is text.
+        """
+        shown, calls = self._read(end=True, cut=cut)
         held, self._held = self._held, ""
+        if cut and held.strip():  # the beginning of an opening
+            held = ""
         if self._after:  # white space beside a call, and the beginning of what ends a block, belong to nothing
             held = "" if self._ends.startswith(held.strip()) else self._beside(held.strip())
         return shown + held, calls
@@ -84,7 +90,7 @@ class CallReader:
             return JsonCall(self._format, exact=self._exact)
         return PairsCall(self._format, self._tools)
 
-    def _read(self, *, end: bool) -> tuple[str, list[tuple[str, str]]]:
+    def _read(self, *, end: bool, cut: bool = False) -> tuple[str, list[tuple[str, str]]]:
         shown = ""
         calls: list[tuple[str, str]] = []
         while True:
@@ -103,6 +109,9 @@ class CallReader:
             if place is None and (last := self._last(self._held)):
                 self._held, self._calling, self._after = "", False, True
                 return shown, calls + last
+            if place is None and self._breaks_off(cut):
+                self._held, self._calling = "", False
+                return shown, calls
             if place is None:  # it never ended: its closing tag may stand in a string whose quote is missing
                 place = self._first_stop()
             text, self._held, self._calling = self._held[:place], self._held[place:], False
@@ -172,6 +181,12 @@ class CallReader:
         begun, opening = ("".join(part.split()) for part in (self._held, self._format.open))
         self._confirmed = begun.startswith(opening)
         return None if could_begin(self._format, self._held) else len(self._held)
+
+    def _breaks_off(self, cut: bool) -> bool:
+        """Whether what is held is a call that the end of the reply cuts, and not a text that only names a tag."""
+        self._call.end(self._held)  # which also says how far it has come; no more than once where a call has tags
+        begun = self._call.begun(self._held)
+        return cut if begun is None else begun
 
     def _first_stop(self) -> int:
         """Return how far a call that never ended reaches: to the first closing tag, even one inside a string."""

@@ -44,8 +44,9 @@ COMPLETION: Final = BodyFields(
         ),
         "max_tokens": declare(
             INTEGER,
-            "Cap on generated tokens; clamped to what is left of the context. 0 computes the prompt and draws nothing.",
-            minimum=0,
+            "Cap on generated tokens; clamped to what is left of the context. 0 computes the prompt and draws nothing; "
+            "-1 sets no cap.",
+            minimum=-1,
             default=DEFAULT_MAX_TOKENS,
         ),
         **{name: declared for name, declared in SAMPLING.items() if name not in _OF_CHAT},

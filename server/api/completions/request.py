@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
-from engine import GenerationRequest, InvalidFormat, InvalidParameter, Unsupported
+from engine import GenerationRequest, InvalidFormat, InvalidParameter, Unsupported, whole_number
 from server.api.common_fields import read_common, read_model
 from server.api.completions.fields import COMPLETION, DEFAULT_MAX_TOKENS, MOST_LOGPROBS, MOST_PROMPTS
 from server.api.formats import read_constraint
@@ -68,7 +68,7 @@ def _prompts(given: Any) -> list[str | tuple[int, ...]]:
         return [given]
     if not given:
         raise InvalidParameter("prompt must not be an empty list.", param="prompt")
-    if type(given[0]) is int:
+    if whole_number(given[0]) is not None:
         return [_token_ids(given, "prompt")]
     at_most(MOST_PROMPTS, len(given), "prompt", "prompts")
     kind = type(given[0])
@@ -81,10 +81,11 @@ def _prompts(given: Any) -> list[str | tuple[int, ...]]:
 
 
 def _token_ids(given: list[Any], at: str) -> tuple[int, ...]:
-    for i, token in enumerate(given):
-        if type(token) is not int:
-            raise _wrong(f"{at}.{i}", "an integer", token)
-    return tuple(given)
+    ids = [whole_number(token) for token in given]
+    if None in ids:
+        i = ids.index(None)
+        raise _wrong(f"{at}.{i}", "an integer", given[i])
+    return tuple(token for token in ids if token is not None)
 
 
 def _wrong(at: str, words: str, value: Any) -> InvalidFormat:

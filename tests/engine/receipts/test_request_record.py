@@ -36,7 +36,7 @@ MESSAGES = st.builds(
 TOOLS = st.builds(Tool, TEXT, st.none() | TEXT, st.none() | OBJECTS, st.booleans())
 CONSTRAINTS = st.one_of(
     st.builds(Constraint, st.just("json"), JSON, st.booleans()),
-    st.builds(Constraint, st.sampled_from(["regex", "grammar"]), TEXT),
+    st.builds(Constraint, st.sampled_from(["regex", "grammar", "gbnf"]), TEXT),
     st.builds(Constraint, st.just("choice"), st.lists(TEXT, min_size=1, max_size=3)),
 )
 BIASES = st.dictionaries(st.integers(0, 400), st.floats(-100, 100), max_size=3)
@@ -72,7 +72,9 @@ def requests(draw: st.DrawFn) -> GenerationRequest:
         )
     )
     tools = tuple(draw(st.lists(TOOLS, max_size=2)))
-    choices = [ToolChoice(), ToolChoice("required"), ToolChoice("function", tools[0].name if tools else "f")]
+    names = tuple(tool.name for tool in tools)
+    choices = [ToolChoice(), ToolChoice("required"), ToolChoice("function", names[0] if names else "f")]
+    choices += [ToolChoice(choice.kind, allowed=names) for choice in choices[:2]]
     return GenerationRequest(
         request_id="r",
         **prompt,
@@ -170,6 +172,8 @@ RECORD = to_record(
         ("sampling.beam", 1, "request.sampling.beam is not known"),
         ("tool_choice.kind", "none", "request.tool_choice.kind must be auto or required or function"),
         ("tool_choice.name", "f", "request.tool_choice: auto takes no name"),
+        ("tool_choice.allowed", [], "request.tool_choice.allowed must be a list of names"),
+        ("tool_choice.allowed", ["f", 1], "request.tool_choice.allowed must be a list of names"),
         ("constraint.kind", "xml", "request.constraint.kind must be json or regex"),
         ("clock", "noon", "request.clock must be a time"),
         ("chat_template_kwargs", "[]", "request.chat_template_kwargs must be the text of an object"),

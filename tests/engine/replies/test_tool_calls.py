@@ -61,8 +61,6 @@ def test_what_is_no_call_stays_text(name: str) -> None:
     assert read(found, [unknown]) == (unknown, [])
     broken = whole.replace("get_weather", "get weather")
     assert read(found, list(broken)) == (broken, [])
-    half = whole[: whole.index("slo") + 1]
-    assert read(found, list(half)) == (half, [])
 
 
 @pytest.mark.parametrize(
@@ -100,7 +98,7 @@ def test_arguments_one_by_one_and_no_end(found: ToolFormat, cut: str, call: tupl
     whole = written(found, [call])
     assert read(found, list(whole.removesuffix(cut))) == ("", [call])
     begun = whole[: whole.index(found.close.strip()) + 1]
-    assert read(found, list(begun)) == (begun, [])
+    assert read(found, list(begun)) == ("", [])
 
 
 @pytest.mark.parametrize("value", ["[" * 5000, "NaN", '"\\ud800"', "1e999", "9" * 5000, "\x00", "]"])
@@ -235,7 +233,7 @@ def test_half_a_call_is_never_told(found: ToolFormat) -> None:
     for cut in range(len(text) + 1):
         said, calls = read(found, [text[:cut]])
         assert calls in ([], [("get_weather", {"city": "Oslo", "days": 3})])
-        assert calls or said == text[:cut]
+        assert said in ("", text[:cut])
         told.append(bool(calls))
     assert told == sorted(told)
     assert told.count(True) > 5, "most of the closing delimiter may be missing"
@@ -439,9 +437,7 @@ def test_no_half_call_at_the_limit(llm: LLM) -> None:
         answer = say(llm, text, max_tokens=limit)
         assert answer.finish_reason == "length"
         assert all(call.arguments == "{}" for call in answer.tool_calls)
-        if not answer.tool_calls:
-            assert answer.text == text[: len(answer.text)], "what was written is told as text"
-            assert answer.text
+        assert answer.text == "", "no markup is shown"
 
 
 def test_stop_strings_do_not_look_into_calls(llm: LLM) -> None:

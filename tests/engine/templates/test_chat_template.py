@@ -60,7 +60,7 @@ def by_transformers(source: str, messages: list[ChatMessage], monkeypatch: pytes
     tokenizer = byte_level()
     tokenizer.add_special_tokens(SPECIAL)
     # Without the missing ones, as newer releases of transformers do by themselves.
-    fields = [{"role": m.role, "content": m.content, "name": m.name} for m in messages]
+    fields = [{"role": m.role, "content": m.content or "", "name": m.name} for m in messages]
     dicts = [{key: value for key, value in turn.items() if value is not None} for turn in fields]
     return tokenizer.apply_chat_template(
         dicts, chat_template=source, tokenize=False, add_generation_prompt=True, **kwargs
@@ -174,11 +174,11 @@ def test_developer_becomes_system_unless_the_template_knows_developers() -> None
 
 
 def test_messages_are_data() -> None:
-    """Jinja inside a message is text; names arrive; a content or name that is None is no key at all."""
+    """Jinja inside a message is text; names arrive; a name that is None is no key at all, a content an empty text."""
     source = "{% for m in messages %}{{ m.content }}|{{ m.name }}|{{ m | tojson }};{% endfor %}"
     rendered = ChatTemplate(source).render([ChatMessage("user", "{{ 7*7 }}<é>", "Ada"), ChatMessage("user", None)])
     first = '{{ 7*7 }}<é>|Ada|{"role": "user", "content": "{{ 7*7 }}<é>", "name": "Ada"};'
-    assert rendered == first + '||{"role": "user"};'
+    assert rendered == first + '||{"role": "user", "content": ""};'
 
 
 @pytest.mark.parametrize(

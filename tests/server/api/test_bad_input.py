@@ -93,9 +93,9 @@ NUMBERS = [
 INTEGERS = [
     # field, lowest, highest; None: as large as JSON can write
     ("n", 1, CHOICES),
-    ("max_tokens", 0, None),
-    ("max_completion_tokens", 0, None),
-    ("top_k", 0, None),
+    ("max_tokens", -1, None),
+    ("max_completion_tokens", -1, None),
+    ("top_k", -1, None),
     ("min_tokens", 0, 3),
     ("seed", -(2**63), 2**63 - 1),
     ("top_logprobs", 0, 20),
@@ -163,7 +163,7 @@ EXAMPLES: list[tuple[str, Any, set[str]]] = [
     ("a boolean", True, {"boolean"}),
     ("a number", 1, {"integer", "number"}),
     ("a number", 1.5, {"number"}),
-    ("a number", 1.0, {"number"}),
+    ("a number", 1.0, {"integer", "number"}),
     ("a string", "1", {"string"}),
     ("a list", [1], {"array"}),
     ("an object", {"1": 1}, {"object"}),

@@ -193,7 +193,7 @@ REFUSED = [
     ({"logprobs": True}, 400, "logprobs", FORMAT, "an integer"),
     ({"logprobs": 21}, 422, "logprobs", PARAMETER, "between 0 and 20, not 21"),
     ({"logprobs": -1}, 422, "logprobs", PARAMETER, "between 0 and 20, not -1"),
-    ({"max_tokens": -1}, 422, "max_tokens", PARAMETER, "at least 0"),
+    ({"max_tokens": -2}, 422, "max_tokens", PARAMETER, "at least 0"),
     ({"echo": 1}, 400, "echo", FORMAT, "true or false"),
     ({"echo": True, "suffix": "x"}, 422, "suffix", PARAMETER, "cannot be combined"),
     ({"suffix": 1}, 400, "suffix", FORMAT, "a string"),
