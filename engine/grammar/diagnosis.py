@@ -154,7 +154,7 @@ class _Diagnosis:
         for pointer, part in list(parts(schema)):
             if not isinstance(part, dict) or keyword not in part:
                 continue
-            if pointer != where and not self._shared(complaint, keyword, part[keyword], value, schema):
+            if pointer != where and not self._shared(complaint, keyword, part, value, schema):
                 continue
             if keyword == "oneOf" and "anyOf" not in part:
                 part["anyOf"] = part.pop("oneOf")  # at least one, instead of exactly one
@@ -166,15 +166,15 @@ class _Diagnosis:
                 dropped.append(f"{pointer}/additionalProperties")
         return dropped
 
-    def _shared(self, complaint: str, keyword: str, other: Any, value: Any, schema: Any) -> bool:
+    def _shared(self, complaint: str, keyword: str, part: Mapping[str, Any], value: Any, schema: Any) -> bool:
         """Whether a complaint about a keyword is true of the same keyword elsewhere, with another value."""
         if complaint.startswith("Unimplemented"):
             return True
         if keyword == "pattern":
-            return self._complaint({"type": "string", "pattern": other}) is not None
+            return self._complaint({"type": "string", "pattern": part[keyword]}) is not None
         if keyword == "oneOf":
-            return self._left > 0 and self._complaint({**_definitions(schema), "oneOf": other}) is not None
-        return keyword == "format" and bool(other == value)
+            return self._left > 0 and self._complaint({**_definitions(schema), **part}) is not None
+        return keyword == "format" and bool(part[keyword] == value)
 
     def _emptied(self, schema: Any, where: str) -> Any:
         """Return a schema with an empty part at a pointer."""

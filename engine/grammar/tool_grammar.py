@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from engine.errors import InvalidParameter
@@ -189,7 +190,8 @@ class _CallRules:
         if self._format.style == "json":
             self.lines += [f"call_{number}: {head} args_{number} close", f"args_{number}: {rule}"]
         else:
-            arguments = PairArguments(self._compiler, self._format, tool, number, param, self._json_values)
+            told = replace(tool, parameters=held)
+            arguments = PairArguments(self._compiler, self._format, told, number, param, self._json_values)
             terms = arguments.terms()
             self.lines.append(f"call_{number}: {head} {' '.join(terms)} close")
             left_out += [name for name in names_of(param, arguments.left_out) if name not in left_out]

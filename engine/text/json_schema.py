@@ -22,8 +22,8 @@ from engine.errors import InvalidParameter
 
 __all__ = [
     "ANNOTATIONS", "MAX_DEPTH", "TYPES", "alternatives", "at", "bundled", "check_depth", "choices_of", "decoded",
-    "dotted", "encoded", "inner", "moved", "object_of", "parts", "pointed", "properties_of", "read_value", "resolved", "target_of",
-    "types_of",
+    "dotted", "encoded", "inner", "moved", "object_of", "parts", "pointed", "properties_of", "read_value", "resolved",
+    "target_of", "types_of",
 ]  # fmt: skip
 
 TYPES: Final = frozenset({"string", "number", "integer", "boolean", "object", "array", "null"})

@@ -30,6 +30,7 @@ from engine.text.schema_keywords import (
     says_nothing,
 )
 from engine.text.schema_references import References
+from engine.text.schema_unions import tell_apart
 
 __all__ = ["ReadSchema", "read_schema"]
 
@@ -79,6 +80,7 @@ class _Reader:
             pointer = self._waiting.pop()
             part = self._schema(at(self._root, pointer), pointer)
             found.setdefault("$defs", {})[self._names[pointer]] = part
+        tell_apart(found)
         return found
 
     def named(self) -> tuple[str, ...]:
@@ -93,9 +95,11 @@ class _Reader:
         found: dict[str, Any] = {}
         for keyword, value in part.items():
             here = f"{pointer}/{pointed(keyword)}"
-            if keyword in ANNOTATIONS or keyword.startswith("x-"):
+            if keyword == "discriminator":
+                found[keyword] = value  # as long as `tell_apart` has not read it
+            elif keyword in ANNOTATIONS or keyword.startswith("x-"):
                 continue
-            if keyword not in KEYWORDS:
+            elif keyword not in KEYWORDS:
                 self.left_out.append(here)
             elif keyword == "dependencies":
                 self._dependencies(value, here, found)

@@ -1,0 +1,499 @@
+"""Schemas as frameworks write them: what of each is enforced, what is left out and named, what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from jsonschema import Draft4Validator, Draft7Validator, Draft202012Validator
+
+S: Final[dict[str, Any]] = {"type": "string"}
+I: Final[dict[str, Any]] = {"type": "integer"}  # noqa: E741
+DRAFT_7: Final = "http://json-schema.org/draft-07/schema#"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A schema, and what becomes of it.
+
+    Attributes:
+        good, bad: values that its grammar allows and does not allow, whether it is strict or not.
+        left_out: what is left out, as dotted names in the schema; with `refused`, only without `strict`.
+        refused: the pointer in the refusal with `strict`.
+        invalid: the pointer in the refusal with and without `strict`.
+        oracle: who else says of the values what the grammar says; None for a dialect that no validator knows.
+    """
+
+    schema: Any
+    good: tuple[Any, ...] = ()
+    bad: tuple[Any, ...] = ()
+    left_out: tuple[str, ...] = ()
+    refused: str | None = None
+    invalid: str | None = None
+    oracle: Any = Draft202012Validator
+
+
+def members(required: tuple[str, ...] = (), /, **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": [*required]}
+
+
+def closed(**properties: Any) -> dict[str, Any]:
+    return {**members((*properties,), **properties), "additionalProperties": False}
+
+
+CAT = {"title": "Cat", **members(("kind", "lives"), kind={"const": "cat", "title": "Kind", "type": "string"}, lives=I)}
+DOG = {"title": "Dog", **members(("kind", "name"), kind={"const": "dog", "title": "Kind", "type": "string"}, name=S)}
+UNION = {"oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}]}
+MAPPING = {"propertyName": "kind", "mapping": {"cat": "#/$defs/Cat", "dog": "#/$defs/Dog"}}
+PETS = {"Cat": CAT, "Dog": DOG}
+DEFAULTS = {name: {**pet, "required": pet["required"][1:]} for name, pet in PETS.items()}
+WRONG_PETS = ({"kind": "cat", "lives": "many"}, {"kind": "cow", "lives": 1}, {"lives": 1})
+LOOKAHEAD = "^(?=.*[A-Z]).{2,}$"
+DECIMAL = r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"
+EMAIL = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+JSON = {
+    "anyOf": [
+        S,
+        {"type": "array", "items": {"$ref": "#/$defs/J"}},
+        {"type": "object", "additionalProperties": {"$ref": "#/$defs/J"}},
+    ]
+}
+TREE = {
+    "type": "object",
+    "properties": {"v": I, "next": {"anyOf": [{"$ref": "#/$defs/T"}, {"type": "null"}]}},
+    "required": ["v"],
+    "additionalProperties": False,
+}
+
+PYDANTIC = {
+    "model": Row(
+        {"title": "M", "description": "A model.", **closed(name={"title": "Name", **S}, age=I)},
+        ({"name": "a", "age": 1},),
+        ({"name": "a"}, {"name": 1, "age": 1}),
+    ),
+    "Optional": Row(
+        members(a={"anyOf": [I, {"type": "null"}], "default": None}), ({"a": None}, {"a": 1}, {}), ({"a": "x"},)
+    ),
+    "discriminated union": Row(
+        {"$defs": PETS, **UNION, "discriminator": MAPPING},
+        ({"kind": "cat", "lives": 9}, {"kind": "dog", "name": "x"}),
+        WRONG_PETS,
+    ),
+    "union whose tag has a default": Row(
+        {"$defs": DEFAULTS, **UNION, "discriminator": MAPPING}, ({"kind": "cat", "lives": 9},), WRONG_PETS, oracle=None
+    ),
+    "union in a list": Row(
+        {"$defs": PETS, "type": "array", "items": {**UNION, "discriminator": MAPPING}},
+        ([], [{"kind": "cat", "lives": 9}]),
+        ([{"lives": 1}],),
+    ),
+    "Decimal": Row(
+        members(("d",), d={"anyOf": [{"type": "number"}, {"type": "string", "pattern": DECIMAL}]}),
+        ({"d": 1.5}, {"d": "1.5"}),
+        ({"d": None},),
+        ("properties.d.anyOf.1.pattern",),
+        "/properties/d/anyOf/1/pattern",
+    ),
+    "datetime": Row(
+        {"type": "string", "format": "date-time"}, ("2024-01-31T10:00:00Z",), ("2024-13-31T10:00:00Z", "x"), oracle=None
+    ),
+    "date": Row({"type": "string", "format": "date"}, ("2024-02-29",), ("2024-02-31",), oracle=None),
+    "timedelta": Row({"type": "string", "format": "duration"}, ("P3D",), ("3 days",), oracle=None),
+    "UUID": Row({"type": "string", "format": "uuid"}, ("123e4567-e89b-12d3-a456-426614174000",), ("123",), oracle=None),
+    "UUID4": Row({"type": "string", "format": "uuid4"}, ("x",), (1,), ("format",), "/format"),
+    "SecretStr": Row({"type": "string", "format": "password", "writeOnly": True}, ("x",), (1,)),
+    "bytes": Row({"type": "string", "format": "binary"}, ("x",), (1,)),
+    "Path": Row({"type": "string", "format": "path"}, ("/x",), (1,)),
+    "AnyUrl": Row({"type": "string", "format": "uri", "minLength": 1}, ("https://example.com/a",), ("",), oracle=None),
+    "recursive model": Row(
+        {"$defs": {"T": TREE}, "$ref": "#/$defs/T"},
+        ({"v": 1}, {"v": 1, "next": {"v": 2, "next": None}}),
+        ({"next": None}, {"v": 1, "next": 2}),
+    ),
+    "Literal": Row({"enum": ["a", "b"], "type": "string"}, ("a",), ("c",)),
+    "Literal of one": Row({"const": "a", "type": "string"}, ("a",), ("b",)),
+    "Enum by reference": Row(
+        {
+            "$defs": {"E": {"enum": [1, 2], "type": "integer"}},
+            **members(("e",), e={"allOf": [{"$ref": "#/$defs/E"}], "default": 1}),
+        },
+        ({"e": 2},),
+        ({"e": 3},),
+    ),
+    "reference with a default": Row(
+        {"$defs": {"E": {"enum": [1, 2]}}, **members(("e",), e={"$ref": "#/$defs/E", "default": 1})},
+        ({"e": 2},),
+        ({"e": 3},),
+    ),
+    "dict[str, int]": Row({"type": "object", "additionalProperties": I}, ({}, {"a": 1}), ({"a": "x"},)),
+    "dict by pattern": Row(
+        {"type": "object", "patternProperties": {"^x-": S}, "additionalProperties": False},
+        ({"x-a": "b"},),
+        ({"x-a": 1}, {"a": "b"}),
+    ),
+    "tuple": Row(
+        {"type": "array", "prefixItems": [S, I], "minItems": 2, "maxItems": 2}, (["a", 1],), (["a"], [1, "a"])
+    ),
+    "set": Row(
+        {"type": "array", "items": I, "uniqueItems": True}, ([1, 2],), (["a"],), ("uniqueItems",), "/uniqueItems"
+    ),
+    "constr": Row(
+        {"type": "string", "pattern": "^[a-z]+$", "minLength": 2, "maxLength": 3}, ("ab",), ("a", "abcd", "A1")
+    ),
+    "conint": Row({"type": "integer", "exclusiveMinimum": 0, "maximum": 9}, (1, 9), (0, 10)),
+    "multiple_of": Row({"type": "integer", "multipleOf": 5, "minimum": 1, "maximum": 20}, (5, 20), (7, 25)),
+    "extra=allow": Row({**members(("a",), a=I), "additionalProperties": True}, ({"a": 1, "b": "x"},), ({"b": 1},)),
+    "JsonValue": Row({**members(("a",), a={})}, ({"a": [None]},), ({},)),
+    "annotations": Row(
+        {
+            "type": "string",
+            "title": "T",
+            "default": "x",
+            "examples": ["y"],
+            "deprecated": True,
+            "readOnly": True,
+            "contentMediaType": "application/json",
+        },
+        ("z",),
+        (1,),
+    ),
+}
+
+ZOD = {
+    "zod 3": Row(
+        {"$schema": DRAFT_7, **closed(a=S, b={"type": ["string", "null"]})},
+        ({"a": "x", "b": None},),
+        ({"a": "x"},),
+        oracle=Draft7Validator,
+    ),
+    "a named schema": Row(
+        {"$ref": "#/definitions/x", "definitions": {"x": closed(a=I)}, "$schema": DRAFT_7},
+        ({"a": 1},),
+        ({"a": "x"},),
+        oracle=Draft7Validator,
+    ),
+    "a schema used twice": Row(
+        closed(a=closed(x=I), b={"$ref": "#/properties/a"}),
+        ({"a": {"x": 1}, "b": {"x": 2}},),
+        ({"a": {"x": 1}, "b": {"x": "y"}},),
+    ),
+    "lazy": Row(
+        {
+            "$schema": DRAFT_7,
+            "$ref": "#/definitions/n",
+            "definitions": {"n": closed(c={"type": "array", "items": {"$ref": "#/definitions/n"}})},
+        },
+        ({"c": []}, {"c": [{"c": []}]}),
+        ({"c": [1]},),
+        oracle=Draft7Validator,
+    ),
+    "nullable object": Row({"anyOf": [closed(a=I), {"type": "null"}]}, (None, {"a": 1}), ({"a": None},)),
+    "never": Row(members(a={"not": {}}), ({},), (1,), ("properties.a.not",), "/properties/a/not"),
+    "any": Row({"$schema": DRAFT_7}, (1, "a", None, {})),
+    "tuple of zod 3": Row(
+        {"type": "array", "minItems": 2, "maxItems": 2, "items": [S, I]},
+        (["a", 1],),
+        (["a"], [1, 1]),
+        oracle=Draft7Validator,
+    ),
+    "tuple without more": Row(
+        {"type": "array", "items": [S], "additionalItems": False}, (["a"],), (["a", 1],), oracle=Draft7Validator
+    ),
+    "positive of draft 4": Row(
+        {"type": "integer", "minimum": 0, "exclusiveMinimum": True}, (1,), (0,), oracle=Draft4Validator
+    ),
+    "not exclusive of draft 4": Row(
+        {"type": "integer", "minimum": 0, "exclusiveMinimum": False}, (0,), (-1,), oracle=Draft4Validator
+    ),
+    "int of zod 4": Row({"type": "integer", "minimum": -(2**53 - 1), "maximum": 2**53 - 1}, (2**53 - 1,), (2**53,)),
+    "record of zod 4": Row(
+        {"type": "object", "propertyNames": S, "additionalProperties": I}, ({"a": 1},), ({"a": "x"},)
+    ),
+    "record by an enum": Row(
+        {"type": "object", "propertyNames": {"enum": ["a", "b"], "type": "string"}, "additionalProperties": I},
+        ({"a": 1}, {}),
+        ({"c": 1}, {"a": "x"}),
+    ),
+    "record by a pattern": Row(
+        {"type": "object", "propertyNames": {"pattern": "^[a-z]+$"}, "additionalProperties": I},
+        ({"a": 1},),
+        ({"A": 1}, {"a": "x"}),
+    ),
+    "record by a lookahead": Row(
+        {"type": "object", "propertyNames": {"pattern": LOOKAHEAD}},
+        ({"aB": 1},),
+        (1,),
+        ("propertyNames",),
+        "/propertyNames",
+    ),
+    "record by a length": Row(
+        {"type": "object", "propertyNames": {"minLength": 2}}, ({"ab": 1},), (1,), ("propertyNames",), "/propertyNames"
+    ),
+    "email of zod 4": Row(
+        {"type": "string", "format": "email", "pattern": EMAIL}, ("a@example.com",), ("a",), ("pattern",), "/pattern"
+    ),
+    "nested enum": Row(closed(a={"type": "string", "enum": ["x", "y"]}), ({"a": "x"},), ({"a": "z"},)),
+    "intersection": Row(
+        {"allOf": [members(("a",), a=S), members(("b",), b=I)]}, ({"a": "x", "b": 1},), ({"a": "x"}, {"b": 1})
+    ),
+    "union with overlap": Row({"oneOf": [{"type": "number"}, I]}, (1.5,), ("x",), ("oneOf",), "/oneOf"),
+    "discriminated union without a name": Row({"$defs": PETS, **UNION}, ({"kind": "cat", "lives": 9},), WRONG_PETS),
+    "cuid": Row(
+        {"type": "string", "format": "cuid", "pattern": "^c[a-z0-9]{3}$"}, ("c123",), ("x123",), ("format",), "/format"
+    ),
+    "maximal safe length": Row({"type": "array", "items": I, "maxItems": 2**53 - 1}, ([1],), (["a"],)),
+}
+
+MCP = {
+    "an object": Row({"type": "object"}, ({}, {"a": 1}), (1,)),
+    "no members": Row({"type": "object", "properties": {}}, ({}, {"a": 1}), (1,)),
+    "no required": Row(
+        {"type": "object", "properties": {"url": {"type": "string", "format": "uri"}}},
+        ({}, {"url": "https://a.b/c"}),
+        ({"url": 1},),
+        oracle=None,
+    ),
+    "anything beside": Row(
+        {"type": "object", "properties": {"a": S}, "additionalProperties": {}}, ({"a": "x", "b": 1},), ({"a": 1},)
+    ),
+    "a list of anything": Row({"type": "array", "items": {}}, ([1, "a"],), (1,)),
+    "a ring": Row({"$defs": {"J": JSON}, "$ref": "#/$defs/J"}, ("a", ["a", {"b": []}]), (1, [1])),
+    "a ring of two": Row(
+        {"$defs": {"A": members(b={"$ref": "#/$defs/B"}), "B": members(a={"$ref": "#/$defs/A"})}, "$ref": "#/$defs/A"},
+        ({}, {"b": {"a": {}}}),
+        ({"b": 1},),
+    ),
+    "a ring of nothing else": Row(
+        {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, **members(x={"$ref": "#/$defs/a"})},
+        ({},),
+        (1,),
+        ("$defs.b.$ref",),
+        "/$defs/b/$ref",
+        oracle=None,
+    ),
+    "a ring that demands itself": Row(
+        {"$defs": {"a": members(("b",), b={"$ref": "#/$defs/a"})}, **members(("x",), x={"$ref": "#/$defs/a"})},
+        ({"x": {"b": 1}},),
+        ({"x": 1},),
+        ("$defs.a.properties.b.$ref",),
+        "/$defs/a/properties/b/$ref",
+        oracle=None,
+    ),
+    "either of two": Row(
+        {**members(a=S, b=S), "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, ({"a": "x"}, {"b": "x"}), ({},)
+    ),
+    "exactly one of two": Row(
+        {**members(a=S, b=S), "oneOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        ({"a": "x"},),
+        ({},),
+        ("oneOf",),
+        "/oneOf",
+    ),
+    "a reference to nowhere": Row(
+        members(a={"$ref": "#/$defs/gone"}),
+        ({"a": 1},),
+        (1,),
+        ("properties.a.$ref",),
+        "/properties/a/$ref",
+        oracle=None,
+    ),
+    "a reference elsewhere": Row(
+        members(a={"$ref": "https://example.com/a.json"}),
+        ({"a": 1},),
+        (1,),
+        ("properties.a.$ref",),
+        "/properties/a/$ref",
+        oracle=None,
+    ),
+    "names of keywords": Row(
+        members(("$ref", "type"), **{"$ref": S, "type": S, "properties": I, "required": {"type": "boolean"}}),
+        ({"$ref": "a", "type": "b"},),
+        ({"$ref": "a"}, {"$ref": 1, "type": "b"}),
+    ),
+    "a huge enum": Row({"enum": [f"value {i}" for i in range(1500)]}, ("value 7", "value 1499"), ("value 1500",)),
+    "a constant object": Row({"const": {"a": [1, {"b": None}]}}, ({"a": [1, {"b": None}]},), ({"a": [1]},)),
+    "names that nobody allows": Row(
+        {**members(("z",)), "additionalProperties": False}, ({},), (1,), ("required",), "/required", oracle=None
+    ),
+    "a name that is not described": Row(members(("z",)), ({"z": 1},), ({},)),
+    "counted members": Row(
+        {"type": "object", "properties": {"a": I, "b": I}, "minProperties": 1},
+        ({"a": 1},),
+        (1,),
+        ("minProperties",),
+        "/minProperties",
+    ),
+    "an identifier": Row(
+        {
+            "$id": "https://example.com/s",
+            "$schema": "https://example.com/meta",
+            **members(a={"$ref": "https://example.com/s#/$defs/x"}),
+            "$defs": {"x": I},
+        },
+        ({"a": 1},),
+        ({"a": "x"},),
+        oracle=None,
+    ),
+    "an anchor": Row(
+        {"$defs": {"x": {"$anchor": "here", **I}}, **members(a={"$ref": "#here"})}, ({"a": 1},), ({"a": "x"},)
+    ),
+    "a dynamic reference": Row(
+        {"$dynamicAnchor": "node", **members(a={"$dynamicRef": "#node"})}, ({"a": {"a": {}}},), ({"a": 1},)
+    ),
+    "an identifier inside": Row(
+        {
+            "$defs": {
+                "x": {
+                    "$id": "https://example.com/x",
+                    "type": "array",
+                    "items": {"$ref": "#/$defs/y"},
+                    "$defs": {"y": I},
+                }
+            },
+            **members(a={"$ref": "https://example.com/x"}),
+        },
+        ({"a": [1]},),
+        ({"a": ["x"]},),
+    ),
+    "a name that is encoded": Row(
+        {"$defs": {"R[é]": I}, **members(a={"$ref": "#/$defs/R%5B%C3%A9%5D"})}, ({"a": 1},), ({"a": "x"},)
+    ),
+    "components": Row(
+        {
+            "components": {"schemas": {"X": {"type": "array", "items": {"$ref": "#/components/schemas/Y"}}, "Y": I}},
+            **members(a={"$ref": "#/components/schemas/X"}),
+        },
+        ({"a": [1]},),
+        ({"a": ["x"]},),
+    ),
+}
+
+OTHERS = {
+    "lookahead": Row(
+        {"type": "string", "pattern": LOOKAHEAD}, ("aB", "ab"), (1,), ("pattern",), "/pattern", oracle=None
+    ),
+    "word boundary": Row({"type": "string", "pattern": r"\bfoo\b"}, ("foo",), (1,), ("pattern",), "/pattern"),
+    "digits": Row({"type": "string", "pattern": r"^\d{2}$"}, ("12",), ("1a", "١٢"), oracle=None),
+    "letters": Row({"type": "string", "pattern": r"^\p{L}+$"}, ("é",), ("1",), oracle=None),
+    "pattern inside": Row({"type": "string", "pattern": "b"}, ("abc",), ("ac",)),
+    "int32": Row({"type": "integer", "format": "int32"}, (2**31 - 1,), (2**31,), oracle=None),
+    "int64": Row({"type": "integer", "format": "int64"}, (2**62,), (2**64,), oracle=None),
+    "double": Row({"type": "number", "format": "double"}, (1.5,), ("x",)),
+    "a format of another type": Row({"type": "integer", "format": "currency"}, (1,), ("x",), ("format",)),
+    "bounds of int64": Row({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, (2**63 - 1,), (2**63,)),
+    "bounds of doubles": Row(
+        {"type": "number", "minimum": -1.7976931348623157e308, "maximum": 1.7976931348623157e308},
+        (1e30,),
+        ("x",),
+        ("minimum", "maximum"),
+    ),
+    "a bound beyond": Row({"type": "number", "maximum": 1e25}, (1e20,), ("x",), ("maximum",), "/maximum"),
+    "cents": Row({"type": "number", "multipleOf": 0.01}, (0.25,), (0.255,)),
+    "minLength 0": Row({"type": "string", "minLength": 0}, ("",), (1,)),
+    "a float for a count": Row({"type": "string", "minLength": 1.0, "maxLength": 2.0}, ("a",), ("", "abc")),
+    "a length of a billion": Row({"type": "string", "maxLength": 1_000_000_000}, ("a",), (1,), ("maxLength",)),
+    "a length of 2^53": Row({"type": "string", "maxLength": 2**53 - 1}, ("a",), (1,), ("maxLength",)),
+    "contains": Row({"type": "array", "contains": S}, (["a"],), ("a",), ("contains",), "/contains"),
+    "dependentRequired": Row(
+        {**members(a=S, b=S), "dependentRequired": {"a": ["b"]}},
+        ({"b": "x"},),
+        (1,),
+        ("dependentRequired",),
+        "/dependentRequired",
+    ),
+    "dependencies": Row(
+        {**members(a=S, b=S), "dependencies": {"a": ["b"]}},
+        ({"b": "x"},),
+        (1,),
+        ("dependentRequired",),
+        "/dependentRequired",
+        oracle=Draft7Validator,
+    ),
+    "if": Row(
+        {"type": "string", "if": {"minLength": 2}, "then": {"pattern": "a"}}, ("b",), (1,), ("if", "then"), "/if"
+    ),
+    "if without then": Row({"type": "string", "if": {"minLength": 2}}, ("b",), (1,)),
+    "overlapping patterns": Row(
+        {"type": "object", "patternProperties": {"^a": S, "b$": I}, "additionalProperties": False},
+        ({"ac": "x"},),
+        (1,),
+        ("patternProperties", "additionalProperties"),
+        "/patternProperties",
+    ),
+    "unevaluatedProperties": Row(
+        {**members(("a",), a=S), "unevaluatedProperties": False}, ({"a": "x"},), ({"a": "x", "b": 1},)
+    ),
+    "unevaluatedProperties of TypeBox": Row(
+        {"type": "object", "allOf": [members(("a",), a=S)], "unevaluatedProperties": False},
+        ({"a": "x"},),
+        ({},),
+        ("unevaluatedProperties",),
+        "/unevaluatedProperties",
+    ),
+    "true": Row(True, (1, "a")),
+    "uniqueItems false": Row({"type": "array", "items": I, "uniqueItems": False}, ([1, 1],), (["a"],)),
+    "nullable": Row({"type": "string", "nullable": True, "example": "x"}, ("a", None), (1,), oracle=None),
+    "nullable enum": Row({"type": "string", "nullable": True, "enum": ["a"]}, ("a", None), ("b",), oracle=None),
+    "nullable reference": Row(
+        {"$defs": {"x": I}, **members(("a",), a={"allOf": [{"$ref": "#/$defs/x"}], "nullable": True})},
+        ({"a": None}, {"a": 1}),
+        ({"a": "x"},),
+        oracle=None,
+    ),
+    "OpenAPI": Row(
+        {
+            "type": "object",
+            "x-order": 1,
+            "xml": {"name": "a"},
+            "externalDocs": {"url": "u"},
+            "properties": {"a": {**S, "x-a": 1}},
+        },
+        ({"a": "x"},),
+        ({"a": 1},),
+    ),
+    "required of draft 3": Row(
+        {"type": "object", "properties": {"a": {**S, "required": True}, "b": {**S, "required": False}}},
+        ({"a": "x"},),
+        ({"b": "x"}, {}),
+        ("properties.b.required",),
+        oracle=None,
+    ),
+    "a keyword that nobody knows": Row({"type": "string", "minLenght": 3}, ("a",), (1,), ("minLenght",)),
+    "properties []": Row({"type": "object", "properties": []}, ({},), (1,), ("properties",), oracle=None),
+    "required null": Row({**members(a=S), "required": None}, ({},), ({"a": 1},), ("required",), oracle=None),
+    "description null": Row({**S, "description": None, "title": None}, ("a",), (1,), oracle=None),
+    "items []": Row({"type": "array", "items": []}, ([1],), (1,), oracle=None),
+    "type []": Row({"type": [], "minLength": 1}, ("a",), ("",), ("type",), oracle=None),
+    "type null": Row({"type": None, "enum": ["a"]}, ("a",), ("b",), ("type",), oracle=None),
+    "a member null": Row(members(a=None), ({"a": 1},), (1,), ("properties.a",), oracle=None),
+    "enum []": Row(
+        members(("a",), a={"enum": []}),
+        ({"a": 1},),
+        ({},),
+        ("properties.a.enum",),
+        "/properties/a/enum",
+        oracle=None,
+    ),
+    "least above most": Row(
+        {"type": "integer", "minimum": 5, "maximum": 3}, (1,), ("x", 4), ("minimum",), "/minimum", oracle=None
+    ),
+    "false": Row(members(("a",), a=False), ({"a": 1},), (1,), ("properties.a",), "/properties/a", oracle=None),
+}
+
+INVALID = {
+    "Google's types": Row({"type": "OBJECT", "properties": {"a": {"type": "STRING"}}}, invalid="/type"),
+    "Google's types inside": Row(members(a={"type": "STRING"}), invalid="/properties/a/type"),
+    "Python's types": Row(members(a={"type": "str"}), invalid="/properties/a/type"),
+    "any type": Row(members(a={"type": "any"}), invalid="/properties/a/type"),
+    "a schema null": Row({"anyOf": [S, None]}, invalid="/anyOf/1"),
+    "anyOf []": Row({"anyOf": []}, invalid="/anyOf"),
+    "required as text": Row({**members(a=S), "required": "a"}, invalid="/required"),
+    "a bound as text": Row({"type": "integer", "minimum": "0"}, invalid="/minimum"),
+    "a length below 0": Row({"type": "string", "maxLength": -1}, invalid="/maxLength"),
+    "half a length": Row({"type": "string", "maxLength": 1.5}, invalid="/maxLength"),
+    "enum as text": Row({"enum": "a"}, invalid="/enum"),
+    "multiples of 0": Row({"type": "number", "multipleOf": 0}, invalid="/multipleOf"),
+    "members as a list": Row({"type": "object", "properties": [{"name": "a"}]}, invalid="/properties"),
+}
+
+ROWS: Final[dict[str, Row]] = {**PYDANTIC, **ZOD, **MCP, **OTHERS, **INVALID}
