@@ -47,11 +47,13 @@ ANNOTATIONS: Final = frozenset(
 
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number from 0 on; 2.0 is one."""
-    return _is_number(value) and value >= 0 and float(value).is_integer()
+    return _is_number(value) and value >= 0 and (isinstance(value, int) or value.is_integer())
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return (isinstance(value, int) and not isinstance(value, bool)) or (
+        isinstance(value, float) and math.isfinite(value)
+    )
 
 
 def _is_names(value: Any) -> bool:
