@@ -19,7 +19,7 @@ from engine.replies.tool_calls.reader import call_id
 from engine.sampling.sampler import Sampled
 from engine.scheduling.drafts import Drafter, Prediction
 from engine.scheduling.sequence import Sequence
-from engine.text.json_schema import unenforced_errors
+from engine.text.schema_check import unenforced_errors
 from engine.text.vocabulary import Vocabulary
 from engine.types.messages import ToolCall
 from engine.types.outputs import ChoiceDelta, FinishReason, TokenCheck, TokenLogprob, TopLogprob

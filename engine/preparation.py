@@ -17,6 +17,7 @@ from typing import Any, Final
 from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported, panicked
 from engine.grammar.answer_grammar import ReplyGrammar
 from engine.grammar.reply_grammar import GrammarSource
+from engine.grammar.request_schemas import read_schemas
 from engine.grammar.trial import GrammarTrial
 from engine.host_memory import give_back_memory
 from engine.model import LoadedModel
@@ -148,6 +149,7 @@ class Preparer:
             raise InvalidParameter(f"n must be at most {self._config.max_choices} here, not {params.n}.", param="n")
         self._check_ids(params)
         _check_tools(request)
+        schemas = read_schemas(request.constraint, request.tools)
         if params.thinking_budget is not None and self._reasoning is None:
             raise Unsupported("thinking_budget: this model does not think.", param="thinking_budget")
         prompt = self._prompt(request)
@@ -162,6 +164,8 @@ class Preparer:
         may_think = found if request.messages is not None else None
         if text is not None and found is not None and text.rstrip().endswith(found.close):
             may_think = None  # the template has closed the thoughts before they began
+        # The template was told the schemas as they came; from here on they are as they were read.
+        request = dataclasses.replace(request, constraint=schemas.constraint, tools=schemas.tools)
         grammar = self._grammar(request, may_think, thinks)
         params = self._complete(params, len(tokens), request.context_limit)
         return PreparedRequest(
@@ -171,6 +175,7 @@ class Preparer:
             grammar=grammar.text if grammar else None,
             reply_format=self._reply_format(request, prompt, grammar, thinks),
             ignored=prompt.ignored,
+            left_out=(*(grammar.left_out if grammar else ()), *schemas.left_out),
             group=request.group,
             echo=prompt.echo,
             prediction=self._prediction(request.prediction, params.max_tokens or 0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,10 +16,10 @@ from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.diagnosis import check_bounds, schema_rule
 from engine.grammar.lark import literal, quoted
 from engine.replies.reasoning import ReasoningFormat
-from engine.text.json_schema import check_schema
+from engine.text.json_schema import dotted
 from engine.types.requests import Constraint
 
-__all__ = ["ReplyGrammar", "answer_grammar", "answer_rules"]
+__all__ = ["ReplyGrammar", "answer_grammar", "answer_rules", "names_of"]
 
 MAX_CHOICES: Final = 1_900
 """Texts to choose from: as many items are in a row of the parser, which holds 2,000."""
@@ -39,6 +40,8 @@ class ReplyGrammar:
     """JSON pointers to keywords of the answer's schema."""
     unenforced_tools: frozenset[str] = frozenset()
     """Names of tools with such keywords in the schema of their arguments."""
+    left_out: tuple[str, ...] = ()
+    """Dotted names of all these keywords, from the request's field on."""
 
 
 def answer_grammar(
@@ -70,7 +73,12 @@ def answer_grammar(
     rules, unenforced = answer_rules(compiler, constraint, thoughts)
     grammar = compiler.lark.whole(thoughts, opened, "answer: text", rules)
     compiler.check(grammar, constraint.param)
-    return ReplyGrammar(grammar, unenforced)
+    return ReplyGrammar(grammar, unenforced, left_out=names_of(constraint.param, unenforced))
+
+
+def names_of(param: str, pointers: Iterable[str]) -> tuple[str, ...]:
+    """Write pointers to keywords of a field's schema as dotted names."""
+    return tuple(dotted(param, pointer) for pointer in pointers)
 
 
 def answer_rules(
@@ -90,8 +98,6 @@ def answer_rules(
     match constraint.kind:
         case "json":
             rule, unenforced = schema_rule(compiler, constraint)
-            if unenforced:
-                check_schema(value, constraint.param)
         case "regex":
             rule = f"/{regex_to_lark(str(value))}/"
             if without:

@@ -19,21 +19,29 @@ from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.lark import json_rule
 from engine.grammar.paths import check_rules, check_schema_path
 from engine.text.json_schema import at, check_depth, parts
+from engine.text.schema_rings import unending
 from engine.types.requests import Constraint
 
-__all__ = ["check_bounds", "enforceable", "schema_rule"]
+__all__ = ["MOST_LETTERS", "check_bounds", "enforceable", "schema_rule"]
 
 MAX_BYTES: Final = 256 * 1024
 """Of a schema, an expression or a grammar as JSON."""
+MOST_LETTERS: Final = 10_000
+"""Of a `maxLength`: the lexer needs 9 states for each letter, and has 100,000 for a reply."""
 _BLAMED: Final = 400  # parts of a schema that are compiled alone to find the one at fault
 _RELAXED: Final = 64  # keywords that are left out of a schema one by one
 _COMPILED: Final = 20_000_000  # characters of schemas that are compiled to find the fault in one
 
-_KEYWORD_OF: Final = (
-    # what a complaint of llguidance begins with, the keyword that it is about
-    ("oneOf", "oneOf"), ("Unknown format", "format"), ("regex parse error", "pattern"), ("Invalid type", "type"),
-    ("Expected positive integer for '", None), ("Unsatisfiable", None), ("Pointer", "$ref"), ("Resource", "$ref"),
+_SUBJECTS: Final = (
+    # what a complaint of llguidance holds, the keywords that it may be about
+    ("oneOf", ("oneOf",)), ("Unknown format", ("format",)), ("lookarounds", ("pattern", "patternProperties")),
+    ("regex parse error", ("pattern", "patternProperties", *(f"{end}Length" for end in ("max", "min")))),
+    ("patternProperty", ("patternProperties",)), ("min/maxProperties", ("minProperties", "maxProperties")),
+    ("Invalid type", ("type",)), ("Pointer", ("$ref",)), ("Resource", ("$ref",)), ("nothing satisfies", ("$ref",)),
+    ("Unsatisfiable", ("enum", "const", "pattern", "format", "minLength", "minItems", "minProperties", "anyOf")),
 )  # fmt: skip
+_BOUNDS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_ENDLESS: Final = "nothing satisfies this reference: it demands itself for ever"
 
 
 def check_bounds(constraint: Constraint) -> None:
@@ -79,36 +87,48 @@ class _Diagnosis:
         self._left = _COMPILED  # characters that may still be compiled
 
     def enforceable(self, constraint: Constraint) -> tuple[Any, tuple[str, ...]]:
-        schema = {} if constraint.value is True else constraint.value
-        complaint = self._complaint(schema)
+        schema, dropped = _without_long({} if constraint.value is True else constraint.value)
+        complaint = self._fault(schema)
         if complaint is None:
-            return schema, ()
+            return schema, tuple(dropped)
         if constraint.strict:
             raise self._refusal(schema, complaint)
         schema = deepcopy(schema)
-        dropped: list[str] = []
         for _ in range(_RELAXED):
-            where, keyword = self._blame(schema, complaint)
-            if keyword is None or self._left <= 0:
+            if self._left <= 0:
                 break
-            dropped += _without(schema, where, keyword, complaint)
-            complaint = self._complaint(schema)
+            where, keyword = self._blame(schema, complaint)
+            if keyword is None:
+                schema = self._emptied(schema, where)
+                dropped.append(where)
+            else:
+                dropped += self._without(schema, where, keyword, complaint)
+            complaint = self._fault(schema)
             if complaint is None:
                 return schema, tuple(dropped)
-        raise self._refusal(schema, complaint)
+        return {}, ("",)  # nothing of it is enforced; all of it is checked afterwards
+
+    def _fault(self, schema: Any) -> str | None:
+        """What is wrong with a schema; None if it can be enforced whole."""
+        found = self._complaint(schema)
+        return _ENDLESS if found is None and unending(schema) is not None else found
 
     def _complaint(self, schema: Any) -> str | None:
-        """What is wrong with a schema, in llguidance's words; None if it can be enforced whole."""
+        """Why llguidance does not compile a schema, in its words; None if it does."""
         try:
             text = json.dumps(schema)
             self._left -= len(text)
-            grammar = LLMatcher.grammar_from_json_schema(text, overrides={"lenient": False})
+            # A schema that is not an object is refused by llguidance beside its options.
+            told = json.dumps({"allOf": [schema]}) if isinstance(schema, bool) else text
+            grammar = LLMatcher.grammar_from_json_schema(told, overrides={"lenient": False})
         except ValueError as error:
             return str(error)
         return self._compiler.complaint(grammar)
 
     def _blame(self, schema: Any, complaint: str) -> tuple[str, str | None]:
         """Find the fault: the pointer of the part of the schema that has it, and its keyword if that is known."""
+        if complaint == _ENDLESS:
+            return unending(schema) or "", "$ref"
         named = re.match(r"Unimplemented keys: (\[.*\])", complaint)
         if named:
             keys = json.loads(named[1])
@@ -117,7 +137,7 @@ class _Diagnosis:
                     if isinstance(part, Mapping) and key in part:
                         return pointer, key
         deepest = ""
-        root = {key: schema[key] for key in ("$defs", "definitions") if isinstance(schema, dict) and key in schema}
+        root = _definitions(schema)
         for count, (pointer, part) in enumerate(parts(schema)):
             if count == _BLAMED or self._left <= 0:
                 break
@@ -125,14 +145,46 @@ class _Diagnosis:
             found = self._complaint(alone) if pointer.startswith(deepest) else None
             if found and found.split(":")[0] == complaint.split(":")[0]:
                 deepest = pointer
-        part = at(schema, deepest)
-        for beginning, keyword in _KEYWORD_OF:
-            if complaint.startswith(beginning):
-                if keyword is None:
-                    quoted = re.search(r"'(\w+)'", complaint)
-                    keyword = quoted[1] if quoted else None
-                return deepest, keyword if isinstance(part, dict) and keyword in part else None
-        return deepest, None
+        return deepest, _keyword(at(schema, deepest), complaint)
+
+    def _without(self, schema: Any, where: str, keyword: str, complaint: str) -> list[str]:
+        """Delete a keyword at a pointer and wherever else it is at fault in the same way; return all the pointers."""
+        dropped = []
+        value = at(schema, where)[keyword]
+        for pointer, part in list(parts(schema)):
+            if not isinstance(part, dict) or keyword not in part:
+                continue
+            if pointer != where and not self._shared(complaint, keyword, part, value, schema):
+                continue
+            if keyword == "oneOf" and "anyOf" not in part:
+                part["anyOf"] = part.pop("oneOf")  # at least one, instead of exactly one
+            else:
+                del part[keyword]
+            dropped.append(f"{pointer}/{keyword}")
+            if keyword == "patternProperties" and "additionalProperties" in part:
+                del part["additionalProperties"]  # it would forbid the names that the expressions allow
+                dropped.append(f"{pointer}/additionalProperties")
+        return dropped
+
+    def _shared(self, complaint: str, keyword: str, part: Mapping[str, Any], value: Any, schema: Any) -> bool:
+        """Whether a complaint about a keyword is true of the same keyword elsewhere, with another value."""
+        if complaint.startswith("Unimplemented"):
+            return True
+        if keyword == "pattern":
+            return self._complaint({"type": "string", "pattern": part[keyword]}) is not None
+        if keyword == "oneOf":
+            return self._left > 0 and self._complaint({**_definitions(schema), **part}) is not None
+        return keyword == "format" and bool(part[keyword] == value)
+
+    def _emptied(self, schema: Any, where: str) -> Any:
+        """Return a schema with an empty part at a pointer."""
+        if not where:
+            return _definitions(schema)
+        above, _, step = where.rpartition("/")
+        holder = at(schema, above)
+        step = step.replace("~1", "/").replace("~0", "~")
+        holder[int(step) if isinstance(holder, list) else step] = {}
+        return schema
 
     def _refusal(self, schema: Any, complaint: str) -> InvalidParameter:
         where, keyword = self._blame(schema, complaint)
@@ -146,19 +198,37 @@ class _Diagnosis:
         )
 
 
-def _without(schema: Any, where: str, keyword: str, complaint: str) -> list[str]:
-    """Delete a keyword at a pointer, and wherever else the same complaint applies; return the pointers to it."""
-    dropped = []
-    value = at(schema, where)[keyword]
-    everywhere = complaint.startswith(("Unimplemented", "Unknown"))
-    for pointer, part in list(parts(schema)):
-        if not isinstance(part, dict) or keyword not in part or (keyword == "format" and part[keyword] != value):
-            continue
-        if pointer != where and not everywhere:
-            continue
-        if keyword == "oneOf" and "anyOf" not in part:
-            part["anyOf"] = part.pop("oneOf")  # at least one, instead of exactly one
-        else:
-            del part[keyword]
-        dropped.append(f"{pointer}/{keyword}")
-    return dropped
+def _definitions(schema: Any) -> dict[str, Any]:
+    """The keywords of a schema that references lead into."""
+    return {key: schema[key] for key in ("$defs", "definitions") if isinstance(schema, dict) and key in schema}
+
+
+def _without_long(schema: Any) -> tuple[Any, list[str]]:
+    """Leave out lengths that no reply reaches before its lexer's states are used up; return pointers to them, too."""
+    found = [f"{pointer}/maxLength" for pointer, part in parts(schema) if _is_long(part)]
+    if found:
+        schema = deepcopy(schema)
+        for _, part in parts(schema):
+            if _is_long(part):
+                del part["maxLength"]
+    return schema, found
+
+
+def _is_long(part: Any) -> bool:
+    most = part.get("maxLength") if isinstance(part, dict) else None
+    return isinstance(most, int | float) and most > MOST_LETTERS
+
+
+def _keyword(part: Any, complaint: str) -> str | None:
+    """The keyword of a part that a complaint of llguidance is about; None if it tells none."""
+    if not isinstance(part, Mapping):
+        return None
+    words: list[str] = re.findall(r"\w+", complaint.split("regex parse error")[0])
+    for word in words if complaint.startswith(("Unsatisfiable", "Expected", "invalid")) else ():
+        if word in part and word not in ("type", "properties", "items"):
+            return word
+    for text, keywords in (*_SUBJECTS, ("", _BOUNDS)):
+        for keyword in keywords if text in complaint else ():
+            if keyword in part:
+                return keyword
+    return None

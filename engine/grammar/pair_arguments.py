@@ -14,7 +14,7 @@ from llguidance import regex_to_lark
 
 from engine.errors import InvalidParameter
 from engine.grammar.compiler import GrammarCompiler
-from engine.grammar.diagnosis import schema_rule
+from engine.grammar.diagnosis import MOST_LETTERS, schema_rule
 from engine.grammar.lark import ANY, literal, quoted
 from engine.replies.tool_format import ToolFormat
 from engine.text.json_schema import (
@@ -32,6 +32,9 @@ from engine.types.tools import Tool
 __all__ = ["JsonValues", "PairArguments"]
 
 _MOST: Final = 1_000_000  # characters of all rules for values that are JSON
+_UNQUOTED: Final = (
+    "it cannot be enforced in the form in which this model writes arguments, one by one and without quotes"
+)
 _NUMBERS: Final = {
     "integer": r"/-?(0|[1-9][0-9]{0,18})/",
     "number": r"/-?(0|[1-9][0-9]{0,18})(\.[0-9]{1,18})?/",
@@ -79,6 +82,8 @@ class PairArguments:
     json_values: JsonValues
     unenforced: bool = False
     """Whether the rules leave out a keyword of the schema."""
+    left_out: list[str] = field(default_factory=list)
+    """JSON pointers to keywords that cannot be enforced without quotes."""
 
     @property
     def schema(self) -> Mapping[str, Any]:
@@ -102,18 +107,20 @@ class PairArguments:
         for i, (key, part) in enumerate(properties_of(self.schema).items()):
             pointer = f"/properties/{key.replace('~', '~0').replace('/', '~1')}"
             if part is False or not types_of(part, self.schema):
-                if key in required:
-                    raise self._refused(pointer, "nothing satisfies what is required")
-                continue
+                if key not in required:
+                    continue
+                self._leave_out(pointer, "", "nothing satisfies what is required")
+                part = True
             name = f"pair_{self.number}_{i}"
             opening = lark.terms([*lark.pieces(found.key_open), (None, key), *lark.pieces(found.value_open)])
             if "string" in types_of(part, self.schema):
                 value = f"VALUE_{self.number}_{i}"
                 text = self._text(pointer, part)
                 if not text or not self._can_end(text, close):
-                    if key in required:
-                        raise self._refused(pointer, "nothing that can be written here satisfies it")
-                    continue
+                    if key not in required:
+                        continue
+                    self._leave_out(pointer, "", "nothing that can be written here satisfies it")
+                    text = f"{ANY} & {self._unended()}"
                 self.json_values.lines.append(f"{value}: ({text}) {quoted(close)}" if close else f"{value}: {text}")
                 end = lark.terms(after) if after else ""
             else:
@@ -174,6 +181,8 @@ class PairArguments:
     def _string(self, leaf: Mapping[str, Any], pointer: str) -> str:
         terms = []
         least, most = leaf.get("minLength", 0), leaf.get("maxLength")
+        if isinstance(most, int) and most > MOST_LETTERS:
+            most = None  # it is named among what the whole schema leaves out
         if (least or most is not None) and all(isinstance(n, int | None) for n in (least, most)):
             # The first letters of what ends a value are left out: to count letters and look for a tag at once is more
             # than the lexer bears.
@@ -189,11 +198,14 @@ class PairArguments:
                 terms.append(searched)
         return " & ".join(terms) or ANY
 
-    def _leave_out(self, pointer: str, keyword: str) -> None:
+    def _leave_out(self, pointer: str, keyword: str, why: str = _UNQUOTED) -> None:
+        """Note a keyword, or all of a part, that the rules do not enforce; refuse it with `strict`."""
+        pointer = f"{pointer}/{keyword}" if keyword else pointer
         if self.tool.strict:
-            raise self._refused(f"{pointer}/{keyword}", "it cannot be enforced in the form in which this model writes "
-                                "arguments, one by one and without quotes")  # fmt: skip
+            raise self._refused(pointer, why)
         self.unenforced = True
+        if pointer not in self.left_out:
+            self.left_out.append(pointer)
 
     def _refused(self, pointer: str, why: str) -> InvalidParameter:
         return InvalidParameter(

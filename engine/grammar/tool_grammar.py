@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from engine.errors import InvalidParameter
-from engine.grammar.answer_grammar import ReplyGrammar, answer_rules
+from engine.grammar.answer_grammar import ReplyGrammar, answer_rules, names_of
 from engine.grammar.compiler import GrammarCompiler
-from engine.grammar.diagnosis import check_bounds, enforceable, schema_rule
+from engine.grammar.diagnosis import check_bounds, enforceable
 from engine.grammar.lark import ANY, json_rule, literal, quoted
 from engine.grammar.pair_arguments import JsonValues, PairArguments
 from engine.replies.reasoning import ReasoningFormat
@@ -70,21 +71,22 @@ def tool_grammar(
         more = f"({delimiter(tool_format.between) if tool_format.between else ''} {delimiter(tool_format.open)} call)*"
     end = delimiter(tool_format.end) if tool_format.end else ""
     calls = f"calls: {delimiter(tool_format.begin + tool_format.open)} call {more} {end}"
-    unenforced_tools = frozenset(made.unenforced)
+    unenforced_tools, left_out = frozenset(made.unenforced), tuple(made.left_out)
     if not free:
         if otherwise is None:
-            return ReplyGrammar(whole(thoughts, opened, "answer: calls", [calls, *lines]), (), unenforced_tools)
+            text = whole(thoughts, opened, "answer: calls", [calls, *lines])
+            return ReplyGrammar(text, (), unenforced_tools, left_out)
         if not tool_format.tagged and otherwise.kind == "json" and "{" in tool_format.open:
-            rule, unenforced, unenforced_tools = _as_json(compiler, tool_format, tools, otherwise, allows)
+            rule, unenforced = _as_json(compiler, tool_format, tools, otherwise, allows)
             text = whole(thoughts, opened, "answer: json", [f"json: {rule}"])
-            return ReplyGrammar(text, unenforced, unenforced_tools)
+            return ReplyGrammar(text, unenforced, unenforced_tools, left_out + names_of(otherwise.param, unenforced))
         form, unenforced = answer_rules(
             compiler, otherwise, thoughts, tool_format.delimiter if tool_format.tagged else ""
         )
         text = whole(thoughts, opened, "answer: calls | text", [calls, *lines, *form])
-        return ReplyGrammar(text, unenforced, unenforced_tools)
+        return ReplyGrammar(text, unenforced, unenforced_tools, left_out + names_of(otherwise.param, unenforced))
     answer, rules = _free(compiler, tool_format, thoughts, opened, calls, lines, several)
-    return ReplyGrammar(whole(thoughts, opened, answer, rules, asides=True), (), unenforced_tools)
+    return ReplyGrammar(whole(thoughts, opened, answer, rules, asides=True), (), unenforced_tools, left_out)
 
 
 def _as_json(
@@ -93,28 +95,25 @@ def _as_json(
     tools: Sequence[Tool],
     otherwise: Constraint,
     allows: Callable[[str], bool],
-) -> tuple[str, tuple[str, ...], frozenset[str]]:
+) -> tuple[str, tuple[str, ...]]:
     """Write one JSON schema for a call without a delimiter or an answer in JSON.
 
-    The lexer could not tell which of two rules has begun. Returns also what is not enforced: keywords of the answer's
-    schema, and tools.
+    The lexer could not tell which of two rules has begun. Returns also pointers to the unenforced keywords of the
+    answer's schema.
     """
     name, arguments = (re.findall(r"\w+", part)[0] for part in (tool_format.open, tool_format.middle))
     listed: list[Any] = []
-    unenforced_tools = set()
     for i, tool in enumerate(tools):
         if not allows(tool.name):
             continue
         whole = {**(tool.parameters or {}), "type": "object"}
-        schema, dropped = enforceable(compiler, Constraint("json", whole, tool.strict, _param(i)))
-        if dropped:
-            unenforced_tools.add(tool.name)
+        schema, _ = enforceable(compiler, Constraint("json", whole, tool.strict, _param(i)))
         members = {name: {"const": tool.name}, arguments: moved(schema, f"/anyOf/{len(listed)}/properties/{arguments}")}
         listed.append({"type": "object", "properties": members, "required": [*members], "additionalProperties": False})
     check_bounds(otherwise)
     form, unenforced = enforceable(compiler, otherwise)
     listed.append(moved(form, f"/anyOf/{len(listed)}"))
-    return json_rule({"anyOf": listed}), unenforced, frozenset(unenforced_tools)
+    return json_rule({"anyOf": listed}), unenforced
 
 
 def _free(
@@ -171,6 +170,8 @@ class _CallRules:
         """The rule of each tool."""
         self.unenforced: set[str] = set()
         """Tools with keywords in their schema that no rule enforces."""
+        self.left_out: list[str] = []
+        """The dotted names of these keywords."""
         self._compiler = compiler
         self._format = tool_format
         self._json_values = JsonValues(compiler, self.lines)
@@ -187,16 +188,21 @@ class _CallRules:
         if "object" not in types_of(schema, schema):
             raise InvalidParameter(f"{param} must describe an object.", param=param)
         whole = Constraint("json", {**schema, "type": "object"}, tool.strict, param)
-        rule, dropped = schema_rule(self._compiler, whole)  # also for pairs, to refuse what is no schema
+        held, dropped = enforceable(self._compiler, whole)  # also for pairs, to refuse what is no schema
+        rule = json_rule({**held, "type": "object"})  # whatever else was left out
         head = lark.terms([(None, tool.name), *lark.pieces(self._format.middle)])
+        left_out = [*names_of(param, dropped)]
         unenforced = bool(dropped)
         if self._format.style == "json":
             self.lines += [f"call_{number}: {head} args_{number} close", f"args_{number}: {rule}"]
         else:
-            arguments = PairArguments(self._compiler, self._format, tool, number, param, self._json_values)
+            told = replace(tool, parameters=held)
+            arguments = PairArguments(self._compiler, self._format, told, number, param, self._json_values)
             terms = arguments.terms()
             self.lines.append(f"call_{number}: {head} {' '.join(terms)} close")
+            left_out += [name for name in names_of(param, arguments.left_out) if name not in left_out]
             unenforced = unenforced or arguments.unenforced
+        self.left_out += left_out
         self.names.append(f"call_{number}")
         if unenforced:
             self.unenforced.add(tool.name)

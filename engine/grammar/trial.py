@@ -51,6 +51,7 @@ _WALKS: Final = 2
 _FORCED: Final = 100_000  # forced tokens in a row, after which a walk ends: more than a schema can hold
 _KEPT: Final = 32 << 20  # characters of outcomes
 _POINTERS: Final = 16  # of keywords that are not enforced; that there are some is what counts
+_NAMES: Final = 64  # of keywords that a client is told of
 _MOST: Final = 1_000_000  # characters of a request's tools and constraint together
 
 
@@ -97,7 +98,8 @@ class GrammarTrial:
         if "text" not in outcome:
             kind = Unsupported if outcome["kind"] == "Unsupported" else InvalidParameter
             raise kind(outcome["message"], param=outcome["param"], code=outcome["code"], **outcome["details"])
-        made = ReplyGrammar(outcome["text"], tuple(outcome["unenforced"]), frozenset(outcome["unenforced_tools"]))
+        told_of = tuple(outcome["unenforced"]), frozenset(outcome["unenforced_tools"]), tuple(outcome["left_out"])
+        made = ReplyGrammar(outcome["text"], *told_of)
         self._compiler.check(made.text, source.param)
         return made
 
@@ -206,8 +208,13 @@ def made(told: str, kept: _Kept) -> dict[str, Any]:
         return _refused(
             InvalidParameter(f"{source.param}: its grammar {error}.", param=source.param, code="grammar_too_costly")
         )
-    left_out = [pointer[:200] for pointer in grammar.unenforced[:_POINTERS]]  # thousands, each a long one, may be
-    return {"text": grammar.text, "unenforced": left_out, "unenforced_tools": sorted(grammar.unenforced_tools)}
+    return {
+        "text": grammar.text,
+        # Thousands, each a long one, may be.
+        "unenforced": [pointer[:200] for pointer in grammar.unenforced[:_POINTERS]],
+        "unenforced_tools": sorted(grammar.unenforced_tools),
+        "left_out": [name[:300] for name in grammar.left_out[:_NAMES]],
+    }
 
 
 def _on_a_small_stack(function: Any) -> None:

@@ -1,13 +1,12 @@
-"""Answers questions about JSON schemas: their parts, references and types, and whether a text satisfies one.
+"""Answers questions about JSON schemas: their parts, references and types.
 
     parts, at             the schemas inside a schema, and their JSON pointers (RFC 6901)
     bundled               a part with all that it refers to, as a schema of its own
     types_of, choices_of  which values a part allows, where its keywords say so directly
     read_value            text without quotes → JSON
-    unenforced_errors     validates a finished text
 
-Schemas come from requests. All that follows references or validates is bounded by a count, not by a clock, so that the
-answer depends only on the input. No tokens, no torch, no HTTP.
+Schemas come from requests, as `engine.text.schema_reading` wrote them. All that follows references is bounded by a
+count, not by a clock, so that the answer depends only on the input. No tokens, no torch, no HTTP.
 """
 
 from __future__ import annotations
@@ -15,20 +14,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any, Final
 
-from jsonschema import Draft202012Validator, SchemaError, ValidationError
-from jsonschema.validators import extend
-from referencing import Registry
-
-from engine.errors import InvalidParameter, one_line
+from engine.errors import InvalidParameter
 
 __all__ = [
-    "ANNOTATIONS", "MAX_DEPTH", "TYPES", "alternatives", "at", "bundled", "check_depth", "check_schema", "choices_of",
-    "inner", "moved", "object_of", "parts", "properties_of", "read_value", "resolved", "target_of", "types_of",
-    "unenforced_errors",
+    "ANNOTATIONS", "MAX_DEPTH", "TYPES", "alternatives", "at", "bundled", "check_depth", "choices_of", "decoded",
+    "dotted", "encoded", "inner", "moved", "object_of", "parts", "pointed", "properties_of", "read_value", "resolved",
+    "target_of", "types_of",
 ]  # fmt: skip
 
 TYPES: Final = frozenset({"string", "number", "integer", "boolean", "object", "array", "null"})
@@ -42,7 +37,6 @@ ANNOTATIONS: Final = frozenset(
 
 MAX_DEPTH: Final = 100
 _FOLLOWED: Final = 256  # parts that are looked at for one answer
-_CHECKS: Final = 20_000  # keywords that are evaluated for one text
 
 _MAPS: Final = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTS: Final = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -67,8 +61,7 @@ def parts(schema: Any, pointer: str = "") -> Iterator[tuple[str, Any]]:
     for key in _MAPS:
         if isinstance(schema.get(key), Mapping):
             for name, part in schema[key].items():
-                escaped = str(name).replace("~", "~0").replace("/", "~1")
-                yield from parts(part, f"{pointer}/{key}/{escaped}")
+                yield from parts(part, f"{pointer}/{key}/{pointed(name)}")
 
 
 def inner(part: Mapping[str, Any]) -> list[Any]:
@@ -101,15 +94,14 @@ def at(schema: Any, pointer: str) -> Any:
     return schema
 
 
-def check_schema(schema: Any, param: str) -> None:
-    """Raise `InvalidParameter` for a value that is not a schema of draft 2020-12."""
-    try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError as error:
-        where = "".join(f"/{step}" for step in error.absolute_path)
-        raise InvalidParameter(
-            f"{param}: at {where or 'the root'}: {one_line(error.message)}", param=param, pointer=where
-        ) from None
+def pointed(name: Any) -> str:
+    """Write a name as a step of a JSON pointer."""
+    return str(name).replace("~", "~0").replace("/", "~1")
+
+
+def dotted(param: str, pointer: str) -> str:
+    """Write what a JSON pointer points at, in a field of the request, as a dotted name."""
+    return param + pointer.replace("/", ".").replace("~1", "/").replace("~0", "~")
 
 
 def check_depth(value: Any, param: str) -> None:
@@ -126,6 +118,22 @@ def _children(node: dict[str, Any] | list[Any]) -> list[Any]:
     return list(node.values()) if isinstance(node, dict) else node
 
 
+def encoded(pointer: str) -> str:
+    """Write a JSON pointer as a fragment of a URI (RFC 3986, 3.5)."""
+    return re.sub(
+        r"[^A-Za-z0-9._~!$&'()*+,;=:@/?-]",
+        lambda letter: "".join(f"%{byte:02X}" for byte in letter[0].encode("utf-8", "surrogatepass")),
+        pointer,
+    )
+
+
+def decoded(fragment: str) -> str:
+    """Read a fragment of a URI: what `encoded` wrote."""
+    data = fragment.encode("utf-8", "surrogatepass")
+    data = re.sub(rb"%([0-9A-Fa-f]{2})", lambda code: bytes([int(code[1], 16)]), data)
+    return data.decode("utf-8", "replace")
+
+
 # -- references -------------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +142,7 @@ def target_of(reference: str, root: Any) -> Any:
     if reference != "#" and not reference.startswith("#/"):
         return None
     try:
-        return at(root, re.sub("%([0-9A-Fa-f]{2})", lambda code: chr(int(code[1], 16)), reference[1:]))
+        return at(root, decoded(reference[1:]))
     except (LookupError, ValueError):
         return None
 
@@ -349,73 +357,3 @@ def _is_infinite(value: Any) -> bool:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-# -- a finished text --------------------------------------------------------------------------------------------------
-
-
-class _TooMuchError(Exception):
-    """A validation evaluated more keywords than allowed."""
-
-
-def unenforced_errors(text: str, schema: Any) -> str | None:
-    """Validate a finished text; return why it does not satisfy a schema, None if it does.
-
-    Expressions are not run: the grammar enforces those it can, and Python's could run for ever. Nothing is fetched: a
-    reference to another document is an error. A validation of too many steps ends with an error that says so.
-    """
-    schema = deepcopy(schema)
-    for _, part in parts(schema):
-        if isinstance(part, dict):
-            part.pop("pattern", None)
-            if part.pop("patternProperties", None):
-                part.pop("additionalProperties", None)
-                part.pop("unevaluatedProperties", None)
-    try:
-        return _first_error(json.loads(text), schema)
-    except _TooMuchError:
-        return f"it cannot be checked: more than {_CHECKS:,} keywords would have to be evaluated"
-    except Exception as problem:
-        # An invalid schema can make the validator raise anything. The error says that the text is unchecked; other
-        # replies must not end because of it.
-        return one_line(f"it cannot be checked: {type(problem).__name__}: {problem}")
-
-
-def _first_error(value: Any, schema: Any) -> str | None:
-    left = [_CHECKS]
-
-    def counted(check: Callable[..., Any]) -> Callable[..., Any]:
-        def evaluate(validator: Any, wanted: Any, instance: Any, schema: Any) -> Any:
-            # An enum is gone through, and so are the items of a list.
-            left[0] -= 1 + sum(len(part) // 8 for part in (wanted, instance) if isinstance(part, list | dict))
-            if check is _unique and isinstance(instance, list):
-                left[0] -= len(instance)
-            if left[0] < 0:
-                raise _TooMuchError
-            return check(validator, wanted, instance, schema)
-
-        return evaluate
-
-    checks = {**Draft202012Validator.VALIDATORS, "uniqueItems": _unique}
-    validator: Any = extend(  # type: ignore[no-untyped-call]
-        Draft202012Validator, {name: counted(check) for name, check in checks.items()}
-    )
-    error = next(iter(validator(schema, registry=Registry()).iter_errors(value)), None)
-    return None if error is None else f"{error.json_path}: {error.message}"[:500]
-
-
-def _unique(_: Any, wanted: Any, instance: Any, __: Any) -> Iterator[ValidationError]:
-    """Check `uniqueItems` in one pass; jsonschema compares each item with each other."""
-    if wanted and isinstance(instance, list):
-        seen = {json.dumps(_canonical(item), sort_keys=True) for item in instance}
-        if len(seen) < len(instance):
-            yield ValidationError("its items are not unique")
-
-
-def _canonical(value: Any) -> Any:
-    """Return JSON in which equal values have one spelling: 1 and 1.0 are equal, 1 and true are not."""
-    if isinstance(value, dict):
-        return {key: _canonical(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_canonical(inner) for inner in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value

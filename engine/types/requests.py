@@ -111,6 +111,8 @@ class PreparedRequest:
     reply_format: ReplyFormat = field(default_factory=ReplyFormat)
     ignored: tuple[str, ...] = ()
     """Fields that have no effect on this model."""
+    left_out: tuple[str, ...] = ()
+    """Dotted names of keywords of schemas that do not hold the reply: some say nothing, others cannot be enforced."""
     group: str = ""
     echo: EchoedPrompt | None = None
     """The prompt as text, if the request asks for it."""

@@ -102,7 +102,7 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
     prepared = tuple(made for _, made in requests)
     _check_told(prepared)
     first, info = prepared[0], engine.info
-    headers = ignored_fields(parsed.ignored + first.ignored, service.settings)
+    headers = ignored_fields(parsed.ignored + first.ignored, service.settings, first.left_out)
     if parsed.receipt is True and form == "digest":
         headers["x-receipt-form"] = "digest"
     account.admit_prompt(sum(len(one.prompt_token_ids) for one in prepared))
@@ -161,16 +161,24 @@ async def _prepared(
     return prepared
 
 
-def ignored_fields(names: tuple[str, ...], settings: ServerSettings) -> dict[str, str]:
-    """Name ignored fields in a response header, or refuse them where `strict_params` is set."""
-    if not names:
-        return {}
-    if settings.strict_params:
+def ignored_fields(names: tuple[str, ...], settings: ServerSettings, left_out: tuple[str, ...] = ()) -> dict[str, str]:
+    """Name ignored fields in a response header, or refuse them where `strict_params` is set.
+
+    Args:
+        left_out: keywords of schemas that are not enforced. They are named and not refused: to refuse them is what
+            `strict` beside a schema is for.
+    """
+    if names and settings.strict_params:
         raise InvalidParameter(f"{names[0][:200]} is not a known field.", param=names[0][:200], code="unknown_field")
-    return {"x-ignored-fields": shown_names(names)}
+    return {"x-ignored-fields": shown_names((*names, *left_out))} if names or left_out else {}
 
 
 def shown_names(names: tuple[str, ...]) -> str:
     """Join field names for a header: printable ASCII and of bounded length, whatever a client called them."""
-    shown = [re.sub(r"[^!-+\--~]", "?", name[:64]) for name in names[:32]]
+    shown = [re.sub(r"[^!-+\--~]", "?", _shortened(name)) for name in names[:32]]
     return ", ".join([*shown, "..."] if len(names) > 32 else shown)
+
+
+def _shortened(name: str) -> str:
+    """A name of at most 64 characters: of a long one its beginning and its end, where a schema's keyword is."""
+    return name if len(name) <= 64 else f"{name[:20]}...{name[-41:]}"

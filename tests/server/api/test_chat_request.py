@@ -253,7 +253,7 @@ def test_the_documents_defaults_are_the_engines() -> None:
         (("a", "b.c"), "a, b.c"),
         (("a\r\nset-cookie: x",), "a??set-cookie:?x"),
         (("é\u2028\x00", "a,b"), "???, a?b"),
-        (("x" * 1000,), "x" * 64),
+        (("x" * 1000,), "x" * 20 + "..." + "x" * 41),
     ],
 )
 def test_a_hostile_name_cannot_leave_its_header(names: tuple[str, ...], value: str) -> None:

@@ -1,0 +1,89 @@
+"""Checks a finished text against a JSON schema: `unenforced_errors`.
+
+Schemas come from requests. A check is bounded by a count, not by a clock, so that the answer depends only on the input.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any, Final
+
+from jsonschema import Draft202012Validator, ValidationError
+from jsonschema.validators import extend
+from referencing import Registry
+
+from engine.errors import one_line
+from engine.text.json_schema import parts
+
+__all__ = ["unenforced_errors"]
+
+_CHECKS: Final = 20_000  # keywords that are evaluated for one text
+
+
+class _TooMuchError(Exception):
+    """A validation evaluated more keywords than allowed."""
+
+
+def unenforced_errors(text: str, schema: Any) -> str | None:
+    """Validate a finished text; return why it does not satisfy a schema, None if it does.
+
+    Expressions are not run: the grammar enforces those it can, and Python's could run for ever. Nothing is fetched: a
+    reference to another document is an error. A validation of too many steps ends with an error that says so.
+    """
+    schema = deepcopy(schema)
+    for _, part in parts(schema):
+        if isinstance(part, dict):
+            part.pop("pattern", None)
+            if part.pop("patternProperties", None):
+                part.pop("additionalProperties", None)
+                part.pop("unevaluatedProperties", None)
+    try:
+        return _first_error(json.loads(text), schema)
+    except _TooMuchError:
+        return f"it cannot be checked: more than {_CHECKS:,} keywords would have to be evaluated"
+    except Exception as problem:
+        # An invalid schema can make the validator raise anything. The error says that the text is unchecked; other
+        # replies must not end because of it.
+        return one_line(f"it cannot be checked: {type(problem).__name__}: {problem}")
+
+
+def _first_error(value: Any, schema: Any) -> str | None:
+    left = [_CHECKS]
+
+    def counted(check: Callable[..., Any]) -> Callable[..., Any]:
+        def evaluate(validator: Any, wanted: Any, instance: Any, schema: Any) -> Any:
+            # An enum is gone through, and so are the items of a list.
+            left[0] -= 1 + sum(len(part) // 8 for part in (wanted, instance) if isinstance(part, list | dict))
+            if check is _unique and isinstance(instance, list):
+                left[0] -= len(instance)
+            if left[0] < 0:
+                raise _TooMuchError
+            return check(validator, wanted, instance, schema)
+
+        return evaluate
+
+    checks = {**Draft202012Validator.VALIDATORS, "uniqueItems": _unique}
+    validator: Any = extend(  # type: ignore[no-untyped-call]
+        Draft202012Validator, {name: counted(check) for name, check in checks.items()}
+    )
+    error = next(iter(validator(schema, registry=Registry()).iter_errors(value)), None)
+    return None if error is None else f"{error.json_path}: {error.message}"[:500]
+
+
+def _unique(_: Any, wanted: Any, instance: Any, __: Any) -> Iterator[ValidationError]:
+    """Check `uniqueItems` in one pass; jsonschema compares each item with each other."""
+    if wanted and isinstance(instance, list):
+        seen = {json.dumps(_canonical(item), sort_keys=True) for item in instance}
+        if len(seen) < len(instance):
+            yield ValidationError("its items are not unique")
+
+
+def _canonical(value: Any) -> Any:
+    """Return JSON in which equal values have one spelling: 1 and 1.0 are equal, 1 and true are not."""
+    if isinstance(value, dict):
+        return {key: _canonical(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_canonical(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
