@@ -86,15 +86,19 @@ class TextSide:
         template = ChatTemplate.from_tokenizer(tokenizer, source=files.template, clock=fixed)
         end_ids = _end_ids(found, model, tokenizer, vocab_size)
         chat_format = _find_chat_format(config, template, files)
+        grammars = GrammarCompiler(vocabulary, vocab_size, end_ids, _plain_encoder(tokenizer))
         closing = chat_format.reasoning.closing if chat_format.reasoning else None
+        closing_ids = grammars.spell(closing) if closing is not None else []
+        if closing_ids is None:
+            closing_ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
         return cls(
             tokenizer=tokenizer,
             vocabulary=vocabulary,
             template=template,
             chat_format=chat_format,
             end_ids=end_ids,
-            closing_ids=tuple(tokenizer(closing, add_special_tokens=False)["input_ids"]) if closing is not None else (),
-            grammars=GrammarCompiler(vocabulary, vocab_size, end_ids, _plain_encoder(tokenizer)),
+            closing_ids=tuple(closing_ids),
+            grammars=grammars,
         )
 
 
