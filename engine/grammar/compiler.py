@@ -111,9 +111,10 @@ class GrammarState:
         self._pending.extend(self._matcher.compute_ff_tokens())
         # No tokens although text is forced: its last token is open, or it has no spelling.
         if not self._pending and not self._speller.can_spell(text := self._matcher.compute_ff_bytes()):
-            written = one_line(text.decode("utf-8", "replace"), 60)
+            written = text[:60].decode("utf-8", "replace")
             raise Unsupported(
-                f"{self._param}: no tokens of this model spell {written!r}, which must be written.", param=self._param
+                f"{self._param}: no tokens of this model spell {written!r}, which the reply must contain.",
+                param=self._param,
             )
 
     def _fail(self) -> None:
@@ -203,6 +204,11 @@ class GrammarCompiler:
                 return None
             ids += spelled
         return ids
+
+    def can_spell(self, text: str) -> bool:
+        """Return whether some tokens have the bytes of a text, with special tokens by their ids."""
+        texts = [piece for special, piece in self.lark.pieces(text) if special is None]
+        return all(self._speller.can_spell(piece.encode("utf-8", "surrogatepass")) for piece in texts)
 
     def holds_nothing(self, grammar: str) -> bool:
         """Return whether no text satisfies a grammar, as far as its first token tells; False for one that is invalid.
