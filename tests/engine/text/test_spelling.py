@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings, strategies as st
 from tokenizers_for_tests import SAMPLE, WRITERS
+from transformers import AutoTokenizer
 
 from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.token_table import TokenTable
-from engine.loading.text_side import _plain_encoder
+from engine.loading.text_side import plain_encoder
 from engine.text.spelling import Speller
 from engine.text.vocabulary import Vocabulary
 
+CHECKPOINTS = Path(__file__).parents[3].parent / "shared" / "checkpoints"
+REAL = ("qwen3-0.6b", "phi-3")
 WITH_HOLES = {"unigram_with_holes", "word_piece_chat"}
 PIECES = [
     " ", "  ", "\n", "\t", "yes", " yes", "maybe", "Maybe", "e\u0301", "É", "ﬁ", "Ⅷ", "▁", "漢", "🤷🏽", "\ufdd0", "\0",
@@ -26,16 +30,34 @@ TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_si
 
 @functools.cache
 def made(name: str) -> tuple[Any, GrammarCompiler, TokenTable]:
-    tokenizer = WRITERS[name]()
+    if name in REAL:
+        if not (CHECKPOINTS / name).is_dir():
+            pytest.skip(f"../shared/checkpoints/{name} is absent")
+        tokenizer = AutoTokenizer.from_pretrained(CHECKPOINTS / name)
+    else:
+        tokenizer = WRITERS[name]()
     size = len(tokenizer) + 3
-    compiler = GrammarCompiler(Vocabulary.from_tokenizer(tokenizer), size, [2], _plain_encoder(tokenizer))
+    compiler = GrammarCompiler(Vocabulary.from_tokenizer(tokenizer), size, [2], plain_encoder(tokenizer))
     compiler.warm()
-    return tokenizer, compiler, compiler.table()
+    return tokenizer, compiler, compiler._own_table
 
 
-def cuts(data: bytes, table: TokenTable) -> bool:
+@functools.cache
+def of_the_trial(name: str) -> GrammarCompiler:
+    """The compiler of the process in which grammars are tried: it has no tokenizer."""
+    return made(name)[1].fresh()
+
+
+@functools.cache
+def _texts(name: str) -> frozenset[bytes]:
+    table = made(name)[2]
+    special = set(table.special)
+    return frozenset(token for i, token in enumerate(table.tokens) if i not in special)
+
+
+def cuts(data: bytes, name: str) -> bool:
     """Whether some tokens have these bytes: how far one can get, byte by byte."""
-    tokens = {token for i, token in enumerate(table.tokens) if i not in table.special}
+    tokens = _texts(name)
     reached = [True, *[False] * len(data)]
     for end in range(1, len(data) + 1):
         reached[end] = any(reached[start] and data[start:end] in tokens for start in range(max(0, end - 64), end))
@@ -43,7 +65,7 @@ def cuts(data: bytes, table: TokenTable) -> bool:
 
 
 @pytest.mark.parametrize("trial", [False, True], ids=["tokenizer", "table alone"])
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", [*WRITERS, *REAL])
 @settings(deadline=None, max_examples=60)
 @given(text=TEXTS)
 @example(text=SAMPLE)
@@ -52,9 +74,9 @@ def cuts(data: bytes, table: TokenTable) -> bool:
 @example(text="\ufdd0 \ufdd1")
 def test_a_spelling_has_the_bytes_of_its_text(name: str, trial: bool, text: str) -> None:
     _, compiler, table = made(name)
-    speller = (compiler.fresh() if trial else compiler)._speller
+    speller = (of_the_trial(name) if trial else compiler)._speller
     ids = speller.spell(text)
-    assert (ids is not None) == speller.can_spell(text.encode()) == cuts(text.encode(), table)
+    assert (ids is not None) == speller.can_spell(text.encode()) == cuts(text.encode(), name)
     if ids is not None:
         assert b"".join(table.tokens[i] for i in ids) == text.encode()
         assert not set(ids) & set(table.special)
@@ -68,7 +90,7 @@ def test_a_spelling_has_the_bytes_of_its_text(name: str, trial: bool, text: str)
 def test_what_a_tokenizer_spells_to_the_byte_stays_as_it_spells_it(text: str) -> None:
     for name in ("byte_level_chat", "no_dummy_prefix"):
         tokenizer, compiler, table = made(name)
-        ids = _plain_encoder(tokenizer)(text)
+        ids = plain_encoder(tokenizer)(text)
         if b"".join(table.tokens[i] for i in ids) == text.encode():
             assert compiler._speller.spell(text) == ids
         else:
@@ -81,6 +103,8 @@ def test_what_a_tokenizer_spells_to_the_byte_stays_as_it_spells_it(text: str) ->
         ("dummy_prefix", "yes", ["yes"]),
         ("dummy_prefix", " yes", ["▁yes"]),
         ("dummy_prefix_once", '{"name": "left"', ['{"name', '":▁"left', '"']),
+        ("phi-3", '{"name": "', ['{"', "name", '":', '▁"']),
+        ("phi-3", " yes", ["▁yes"]),
         ("unigram", " Oslo", ["▁Oslo"]),
         ("unigram", "Oslo", ["Oslo"]),
         ("word_piece_chat", " yes", ["yes"]),
