@@ -79,11 +79,13 @@ FORMS: dict[str, tuple[dict[str, Any], Callable[[str], bool] | None]] = {
     "tools or guided_choice": (form("choice", SPACED, tools=LOOSE), SPACED.__contains__),
 }
 CALLS = {form for form in FORMS if form.startswith("tools")} - {"tools, auto"}
-UNSPELLABLE = {  # no line break, with which a call begins; no two spaces
-    "unigram_with_holes": CALLS,
-    "word_piece_chat": CALLS | {"guided_choice, with spaces"},
+SPACES = ("guided_choice, with spaces", "tools or guided_choice")
+UNSPELLABLE = {
+    "unigram_with_holes": dict.fromkeys(CALLS, "tools"),  # no line break, with which a call begins
+    "word_piece_chat": {**dict.fromkeys(CALLS, "tools"), **dict.fromkeys(SPACES, "response_format")},  # nor two spaces
 }
-"""By kind: forms with a text that no tokens spell. They are refused by name, before the first byte."""
+"""By kind: forms with a text that no tokens spell, and the field that asks for it. They are refused by name, before the
+first byte."""
 ENDLESS = {"json_object", "tools, auto", "tools, auto, strict"}
 """Forms whose replies may go on for ever, as a model with random weights does."""
 
@@ -124,7 +126,7 @@ def test_every_form_on_every_tokenizer(llm: LLM, name: str, request: pytest.Fixt
     if name in UNSPELLABLE.get(kind, ()):
         with pytest.raises(Unsupported) as raised:
             llm.engine.prepare(llm.request(HELLO, **asked))
-        assert raised.value.param == ("tools" if tools else "response_format")
+        assert raised.value.param == UNSPELLABLE[kind][name]
         return
     finished = 0
     for prompt, temperature, seed in ((HELLO, 1.0, 7), (HELLO if tools else "so", 0.0, 8)):

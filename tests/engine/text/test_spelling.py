@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 from hypothesis import example, given, settings, strategies as st
-from tokenizers_for_tests import SAMPLE, WRITERS
+from tokenizers_for_tests import PROBED, SAMPLE, TABLED, WRITERS
 from transformers import AutoTokenizer
 
 from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.token_table import TokenTable
 from engine.loading.text_side import plain_encoder
 from engine.text.spelling import Speller
-from engine.text.vocabulary import Vocabulary
+from engine.text.vocabulary import Detokenizer, Vocabulary
 
 CHECKPOINTS = Path(__file__).parents[3].parent / "shared" / "checkpoints"
 REAL = ("qwen3-0.6b", "phi-3")
@@ -138,3 +138,18 @@ def test_a_tokenizer_that_gives_up_is_not_needed() -> None:
         assert speller.spell("abc") == [0, 3], "the longest token leads into a dead end"
         assert speller.spell("c") is None
         assert speller.spell("") == []
+
+
+@pytest.mark.parametrize("name", TABLED | PROBED)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_text_that_is_held_to_a_form_is_its_tokens_bytes(name: str, data: st.DataObject) -> None:
+    """Each token adds what a grammar reads of it, wherever it stands; at the beginning of a text only if it is told."""
+    vocabulary = Vocabulary.from_tokenizer((TABLED | PROBED)[name]())
+    ids = data.draw(st.lists(st.integers(0, vocabulary.size - 1), max_size=8))
+    form = Detokenizer(vocabulary, vocabulary.middle, alike=True)
+    assert [(form.token_bytes(i), form.push(i)[1]) for i in ids] == [(vocabulary.token_bytes(i),) * 2 for i in ids]
+    free = Detokenizer(vocabulary, alike=True)
+    text = [i for i in ids if vocabulary.is_text(i)]
+    assert [free.push(i)[1] for i in text[:1]] == [vocabulary.contribution(i, None) for i in text[:1]]
+    assert [free.push(i)[1] for i in text[1:]] == [vocabulary.token_bytes(i) for i in text[1:]]

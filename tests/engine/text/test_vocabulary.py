@@ -216,21 +216,6 @@ def test_token_text() -> None:
     assert text.token_bytes(hello) == b" hello"
 
 
-@pytest.mark.parametrize("name", TABLED | PROBED)
-@settings(max_examples=30, deadline=None)
-@given(data=st.data())
-def test_a_text_that_is_held_to_a_form_is_its_tokens_bytes(name: str, data: st.DataObject) -> None:
-    """Each token adds what a grammar reads of it, wherever it stands; at the beginning of a text only if it is told."""
-    _, vocabulary = load(name)
-    ids = data.draw(st.lists(st.integers(0, vocabulary.size - 1), max_size=8))
-    form = Detokenizer(vocabulary, vocabulary.middle, alike=True)
-    assert [(form.token_bytes(i), form.push(i)[1]) for i in ids] == [(vocabulary.token_bytes(i),) * 2 for i in ids]
-    free = Detokenizer(vocabulary, alike=True)
-    text = [i for i in ids if vocabulary.is_text(i)]
-    assert [free.push(i)[1] for i in text[:1]] == [vocabulary.contribution(i, None) for i in text[:1]]
-    assert [free.push(i)[1] for i in text[1:]] == [vocabulary.token_bytes(i) for i in text[1:]]
-
-
 def test_padding_rows_of_a_real_checkpoint() -> None:
     """Qwen3's embedding has 267 rows that no token belongs to."""
     tokenizer, vocabulary = load("qwen3-0.6b")
