@@ -136,8 +136,9 @@ class Engine:
         )
         parser = model.chat_format.parser(request.reply_format)
         reply = request.reply_format
-        text = TextStream(model.vocabulary, stops, parser, self._delimiters[bool(reply.tools)], reply.previous)
-        grammar = model.grammars.start(request.grammar) if request.grammar else None
+        delimiters, held = self._delimiters[bool(reply.tools)], request.grammar is not None
+        text = TextStream(model.vocabulary, stops, parser, delimiters, reply.previous, alike=held)
+        grammar = model.grammars.start(request.grammar, request.grammar_param) if request.grammar else None
         choice = Choice(sequence, request.reply_format, text, grammar, model.vocabulary, self._ids)
         if self.speculates:
             choice.drafter = Drafter()

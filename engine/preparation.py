@@ -72,6 +72,7 @@ class Preparer:
         self._info = model.info
         self._tokenizer = model.tokenizer
         self._template = model.template
+        self._vocabulary = model.vocabulary
         self._trial = GrammarTrial(model.grammars)
         self._chat_format = model.chat_format
         self._reasoning = model.chat_format.reasoning
@@ -173,6 +174,7 @@ class Preparer:
             prompt_token_ids=tokens,
             params=params,
             grammar=grammar.text if grammar else None,
+            grammar_param="tools" if request.tools or not request.constraint else request.constraint.param,
             reply_format=self._reply_format(request, prompt, grammar, thinks),
             ignored=prompt.ignored,
             left_out=(*(grammar.left_out if grammar else ()), *schemas.left_out),
@@ -188,11 +190,15 @@ class Preparer:
     ) -> ReplyFormat:
         """Decide how the reply is read, from the request, its prompt and the grammar it is held to."""
         constraint, auto = request.constraint, request.tool_choice.kind == "auto"
+        previous = None if request.messages is not None else self._plain.last_text(prompt.tokens)
+        free = thinking or (request.tools and constraint is None and auto)  # any text may come first
+        if previous is None and grammar is not None and not free:
+            previous = self._vocabulary.middle
         return ReplyFormat(
             chat=request.messages is not None,
             thinking=thinking,
             opening=self._opening(prompt),
-            previous=None if request.messages is not None else self._plain.last_text(prompt.tokens),
+            previous=previous,
             tools=request.tools,
             parallel_tool_calls=request.parallel_tool_calls,
             exact_calls=grammar is not None,

@@ -19,9 +19,10 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
-from engine.errors import InvalidParameter, one_line
+from engine.errors import InvalidParameter, Unsupported, one_line
 from engine.grammar.lark import LarkWriter
 from engine.grammar.token_table import TokenTable
+from engine.text.spelling import Speller
 from engine.text.vocabulary import Vocabulary
 
 __all__ = ["GrammarCompiler", "GrammarState"]
@@ -50,19 +51,28 @@ class GrammarState:
     being computed.
     """
 
-    __slots__ = ("_matcher", "_pending", "ahead", "slow")
+    __slots__ = ("_matcher", "_param", "_pending", "_speller", "ahead", "slow")
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, speller: Speller, param: str) -> None:
+        """`param`: the request's field that asks for the grammar, for error messages.
+
+        Raises:
+            Unsupported: no tokens spell the text that the grammar begins with.
+        """
         self._matcher = matcher
+        self._speller = speller
+        self._param = param
         self.slow = False
         self.ahead: Any = None
-        self._pending: deque[int] = deque(matcher.compute_ff_tokens())
+        self._pending: deque[int] = deque()
+        self._look_ahead()
 
     @property
     def forced(self) -> int | None:
         """The only token that may come next; None if several may.
 
-        It spells the forced text as the tokenizer does, so that appending it and drawing it give the same reply.
+        It spells the forced text as the tokenizer does, or to the byte where the tokenizer cannot. Appending it and
+        drawing it give the same reply.
         """
         return self._pending[0] if self._pending else None
 
@@ -86,6 +96,7 @@ class GrammarState:
 
         Raises:
             InvalidParameter: the grammar does not allow it, or has grown beyond its limits.
+            Unsupported: no tokens spell what must come next.
         """
         if self._pending and self._pending[0] == token_id:
             self._pending.popleft()
@@ -94,12 +105,22 @@ class GrammarState:
         if not self._matcher.consume_token(token_id):
             self._fail()
         if not self._pending and not self._matcher.is_stopped():
-            self._pending.extend(self._matcher.compute_ff_tokens())
+            self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        self._pending.extend(self._matcher.compute_ff_tokens())
+        # No tokens although text is forced: its last token is open, or it has no spelling.
+        if not self._pending and not self._speller.can_spell(text := self._matcher.compute_ff_bytes()):
+            written = text[:60].decode("utf-8", "replace")
+            raise Unsupported(
+                f"{self._param}: no tokens of this model spell {written!r}, which the reply must contain.",
+                param=self._param,
+            )
 
     def _fail(self) -> None:
         raise InvalidParameter(
             f"The grammar cannot be followed any further: {one_line(self._matcher.get_error())}",
-            param="response_format",
+            param=self._param,
             code="grammar_failed",
         )
 
@@ -116,7 +137,7 @@ class GrammarCompiler:
         vocabulary: the true bytes of each token.
         vocab_size: columns of the model's logits.
         end_ids: tokens that end a reply; allowed where the grammar is satisfied.
-        encode: text → ids without special tokens, to spell forced text.
+        encode: text → ids without special tokens, to spell forced text as the tokenizer does.
     """
 
     def __init__(
@@ -130,7 +151,7 @@ class GrammarCompiler:
         self._set_up(names, end_ids)
         self.vocab_size = vocab_size
         self.table: Callable[[], TokenTable] = lambda: TokenTable.of(vocabulary, vocab_size, names, end_ids)
-        self._encode = encode
+        self._encode: Callable[[str], list[int]] | None = encode
 
     @classmethod
     def from_table(cls, table: TokenTable) -> GrammarCompiler:
@@ -139,14 +160,13 @@ class GrammarCompiler:
         made._set_up(table.names, table.ends)
         made.vocab_size = len(table.tokens)
         made.table = lambda: table
-        # llguidance asks for a first spelling while the tokenizer is being made.
-        made._encode = lambda text: made._tokens.greedy_tokenize(text) if "_tokens" in made.__dict__ else []
+        made._encode = None
         return made
 
     def fresh(self) -> GrammarCompiler:
         """Return the same compiler with an empty cache."""
         made = GrammarCompiler.from_table(self.table())
-        made._tokens = self._tokens
+        made._tokens, made._speller = self._tokens, self._speller
         return made
 
     def _set_up(self, names: Mapping[str, int], ends: Sequence[int]) -> None:
@@ -160,18 +180,35 @@ class GrammarCompiler:
         """Build the tokenizer now, not with the first grammar: a large vocabulary takes a good part of a second."""
         self._tokens  # noqa: B018
 
-    def start(self, grammar: str) -> GrammarState:
-        """Compile a grammar and return its state before the first token.
+    def start(self, grammar: str, param: str = "response_format") -> GrammarState:
+        """Compile a grammar and return its state before the first token. `param`: the field that asks for it.
 
         Raises:
             InvalidParameter: the grammar is not valid, or larger than the limits.
+            Unsupported: no tokens spell the text that it begins with.
         """
         matcher = self._matcher(grammar)
         if matcher.is_error():
-            raise InvalidParameter(
-                f"The grammar is not valid: {one_line(matcher.get_error())}", param="response_format"
-            )
-        return GrammarState(matcher.deep_copy())
+            raise InvalidParameter(f"The grammar is not valid: {one_line(matcher.get_error())}", param=param)
+        return GrammarState(matcher.deep_copy(), self._speller, param)
+
+    def spell(self, text: str) -> list[int] | None:
+        """Return the tokens of a text that a reply must continue with, special tokens by their ids.
+
+        Returns None if its bytes have no spelling.
+        """
+        ids: list[int] = []
+        for special, piece in self.lark.pieces(text):
+            spelled = self._speller.spell(piece) if special is None else [special]
+            if spelled is None:
+                return None
+            ids += spelled
+        return ids
+
+    def can_spell(self, text: str) -> bool:
+        """Return whether some tokens have the bytes of a text, with special tokens by their ids."""
+        texts = [piece for special, piece in self.lark.pieces(text) if special is None]
+        return all(self._speller.can_spell(piece.encode("utf-8", "surrogatepass")) for piece in texts)
 
     def holds_nothing(self, grammar: str) -> bool:
         """Return whether no text satisfies a grammar, as far as its first token tells; False for one that is invalid.
@@ -179,7 +216,13 @@ class GrammarCompiler:
         The grammar is part of another one, so it is not cached, and faults in it are reported for the whole.
         """
         matcher = self._compile(grammar)
-        if matcher.is_error() or (state := GrammarState(matcher)).accepting:
+        if matcher.is_error():
+            return False
+        try:
+            state = GrammarState(matcher, self._speller, "")
+        except Unsupported:
+            return False
+        if state.accepting:
             return False
         allowed = self.allowed(state)
         allowed[self._ends] = False
@@ -249,7 +292,20 @@ class GrammarCompiler:
 
     @functools.cached_property
     def _tokens(self) -> LLTokenizer:
-        return self.table().tokenizer(self._encode)
+        return self._own_table.tokenizer(self._spelled)
+
+    @functools.cached_property
+    def _speller(self) -> Speller:
+        return Speller(self._own_table.tokens, self._encode, lambda text: self._tokens.greedy_tokenize(text))
+
+    @functools.cached_property
+    def _own_table(self) -> TokenTable:
+        return self.table()
+
+    def _spelled(self, text: str) -> list[int]:
+        # llguidance asks for a first spelling while the tokenizer is being made. Of a text without one it hears no
+        # tokens; `GrammarState` finds out.
+        return (self._speller.spell(text) or []) if "_tokens" in self.__dict__ else []
 
     @functools.cached_property
     def _threads(self) -> LLExecutor:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.errors import Unsupported
 from engine.grammar.answer_grammar import ReplyGrammar, answer_grammar
 from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.tool_grammar import tool_grammar
 from engine.replies.reasoning import ReasoningFormat
-from engine.replies.tool_format import ToolFormat
+from engine.replies.tool_format import CALL_ID, ToolFormat
 from engine.types.requests import Constraint
 from engine.types.tools import AUTO, Tool, ToolChoice
 
@@ -84,7 +85,14 @@ def reply_grammar(compiler: GrammarCompiler, source: GrammarSource) -> ReplyGram
 
     Raises:
         InvalidParameter: it cannot be compiled; with `strict`, it cannot be enforced whole.
+        Unsupported: it holds a text that no tokens spell.
     """
+    made = _written(compiler, source)
+    _check_spelling(compiler, source)
+    return made
+
+
+def _written(compiler: GrammarCompiler, source: GrammarSource) -> ReplyGrammar:
     constraint, choice = source.constraint, source.choice
     if not source.tools:
         assert constraint is not None
@@ -105,3 +113,20 @@ def reply_grammar(compiler: GrammarCompiler, source: GrammarSource) -> ReplyGram
     )
     compiler.check(grammar.text, "tools")
     return grammar
+
+
+def _check_spelling(compiler: GrammarCompiler, source: GrammarSource) -> None:
+    """Refuse texts that a reply may have to contain and no tokens spell: choices, and what is around a call.
+
+    Only vocabularies without a token for each byte have such texts.
+    """
+    texts: list[tuple[str, str]] = []
+    constraint, written = source.constraint, source.tool_format
+    if constraint is not None and constraint.kind == "choice":
+        texts += [(constraint.param, text) for text in constraint.value]
+    if written is not None:
+        texts += [("tools", f"{written.begin}{written.open}{tool.name}{written.middle}") for tool in source.tools]
+        texts += [("tools", text) for text in f"{written.close}{written.end}".split(CALL_ID)]
+    for param, text in texts:
+        if not compiler.can_spell(text):
+            raise Unsupported(f"{param}: no tokens of this model spell {text[:60]!r}.", param=param)

@@ -201,7 +201,7 @@ def made(told: str, kept: _Kept) -> dict[str, Any]:
     source = GrammarSource.from_json(json.loads(told))
     try:
         grammar = reply_grammar(kept.compiler, source)
-        _on_a_small_stack(lambda: _followed(kept, grammar.text))
+        _on_a_small_stack(lambda: _followed(kept, grammar.text, source.param))
     except InvalidParameter as error:
         return _refused(error)
     except _CostlyError as error:
@@ -234,28 +234,31 @@ def _on_a_small_stack(function: Any) -> None:
         raise failed[0]
 
 
-def _followed(kept: _Kept, text: str) -> None:
+def _followed(kept: _Kept, text: str, param: str) -> None:
     try:
-        _walk(kept, text)
+        _walk(kept, text, param)
+    except Unsupported:  # no tokens spell it
+        raise
     except InvalidParameter as error:  # its words are about a reply, and there is none yet
         said = re.split("; (?:consider|try) | <", error.message.partition(": ")[2])[0]
         said = said.replace("constructed", f"constructed; max is {STEP_FUEL:,}")
         raise _CostlyError(f"goes beyond the limits of a step: {said}") from None
 
 
-def _walk(kept: _Kept, text: str) -> None:
+def _walk(kept: _Kept, text: str, param: str) -> None:
     """Compile a grammar with an empty cache and follow it for some tokens.
 
     Raises:
         _CostlyError: it takes too long, or exceeds the counts that bound a reply.
+        InvalidParameter: it cannot be followed; names `param`.
     """
     compiler = kept.compiler.fresh()
     began = time.thread_time()
-    compiler.start(text)
+    compiler.start(text, param)
     if (took := time.thread_time() - began) > _COMPILE_SECONDS:
         raise _CostlyError(f"takes {took:.1f} seconds to compile; at most {_COMPILE_SECONDS:g} are allowed")
     for walk in range(_WALKS):
-        state, spent, steps = compiler.start(text), 0.0, 0
+        state, spent, steps = compiler.start(text, param), 0.0, 0
         while steps < _STEPS and (cost := _step(kept, compiler, state, walk, steps)) is not None:
             spent, steps = spent + cost, steps + 1
             if cost > _STEP_SECONDS:

@@ -45,14 +45,16 @@ class TextStream:
         parser: ReplyParser | None = None,
         delimiters: Mapping[int, str] | None = None,
         previous: int | None = None,
+        *,
+        alike: bool = False,
     ) -> None:
         """Begin the text of a choice.
 
         Args:
             delimiters: special tokens by id that the parser must see although they add no text.
-            previous: the token of text before the first one; None at the beginning of a text.
+            previous, alike: see `Detokenizer`.
         """
-        self._detokenizer = Detokenizer(vocabulary, previous)
+        self._detokenizer = Detokenizer(vocabulary, previous, alike=alike)
         self._parser = parser
         self._delimiters = delimiters or {}
         self._matcher = StopMatcher(stop if isinstance(stop, StopStrings) else StopStrings(stop))

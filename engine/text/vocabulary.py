@@ -150,6 +150,7 @@ class Vocabulary:
         special_ids: ids that `skip_special_tokens` leaves out of a text (`special: true` in tokenizer.json).
         byte_fallback: whether each invalid byte becomes a U+FFFD of its own (SentencePiece's byte fallback), or each
             maximal invalid subsequence does (byte-level BPE, Unicode's recommendation).
+        middle: an id after which any other one is in the middle of a text; None if there is no text.
     """
 
     def __init__(
@@ -165,6 +166,7 @@ class Vocabulary:
         # byte-fallback token of one letter would form a run with its neighbour (see `Detokenizer`).
         words = (i for i in range(self.size) if self.is_text(i) and len(w := speller(i, None)) > 1 and w.isalpha())
         self._anchor = next(words, None)
+        self.middle = self._anchor if self._anchor is not None else min(self._text_ids, default=None)
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> Vocabulary:
@@ -228,7 +230,7 @@ class Vocabulary:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of an id in the middle of a text, leading space included."""
-        return self.contribution(token_id, self._anchor)
+        return self.contribution(token_id, self.middle)
 
     def token_text(self, token_id: int, data: bytes | None = None) -> str:
         r"""Return how logprobs write a token: its text, or `bytes:\xe2\x80` if it is no complete text by itself.
@@ -255,21 +257,30 @@ class Detokenizer:
     stream has sent them by then and cannot take them back, so they stay, streamed or not.
     """
 
-    __slots__ = ("_pending", "_previous", "_vocabulary")
+    __slots__ = ("_alike", "_pending", "_previous", "_vocabulary")
 
-    def __init__(self, vocabulary: Vocabulary, previous: int | None = None) -> None:
-        """`previous`: the token of text before the first one; None at the beginning of a text."""
+    def __init__(self, vocabulary: Vocabulary, previous: int | None = None, *, alike: bool = False) -> None:
+        """Begin a text.
+
+        Args:
+            previous: the token of text before the first one; None at the beginning of a text.
+            alike: whether a token adds the same bytes after any other one (`Vocabulary.token_bytes`), which are those
+                that a grammar reads. Tokenizers that join words may decode it otherwise after some tokens.
+        """
         self._vocabulary = vocabulary
         self._previous = previous
+        self._alike = alike
         self._pending = b""
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a candidate would add at this place."""
+        if self._alike and self._previous is not None:
+            return self._vocabulary.token_bytes(token_id)
         return self._vocabulary.contribution(token_id, self._previous)
 
     def push(self, token_id: int) -> tuple[str, bytes]:
         """Take one id; return the characters that it completes and the bytes that it adds."""
-        data = self._vocabulary.contribution(token_id, self._previous)
+        data = self.token_bytes(token_id)
         if self._vocabulary.is_text(token_id):
             self._previous = token_id
         return (self._decode(data, final=False) if data else ""), data

@@ -22,8 +22,9 @@ class ReplyFormat:
     opening: str = ""
     """The beginning of the reply that the prompt has already written, for models read by a response template."""
     previous: int | None = None
-    """The prompt's last token of text, where the reply goes on with the prompt's text: a tokenizer may write a token in
-    the middle of a text otherwise than at its beginning."""
+    """The token of text before the first one of the reply: a tokenizer may write a token in the middle of a text
+    otherwise than at its beginning. The prompt's last one, where the reply goes on with the prompt's text. Any one,
+    where the reply is held to a form from its beginning: then its first token keeps its space. Else None."""
     tools: tuple[Tool, ...] = ()
     """The tools whose calls are recognised. Without any, calls stay text."""
     parallel_tool_calls: bool = True

@@ -108,6 +108,8 @@ class PreparedRequest:
     params: SamplingParams
     grammar: str | None = None
     """The grammar that the reply must satisfy, in llguidance's dialect of Lark; None for free text."""
+    grammar_param: str = "response_format"
+    """The request's field that asks for the grammar, for error messages."""
     reply_format: ReplyFormat = field(default_factory=ReplyFormat)
     ignored: tuple[str, ...] = ()
     """Fields that have no effect on this model."""

@@ -24,7 +24,9 @@ from engine.compute.cpu.attention_plan import AttentionPlan
 from engine.compute.cpu.kernels import Kernels
 from engine.errors import TemplateRefused
 from engine.grammar.compiler import GrammarCompiler
+from engine.grammar.lark import quoted
 from engine.grammar.reply_grammar import GrammarSource, reply_grammar
+from engine.loading.text_side import plain_encoder
 from engine.prompts.chat_prompt import ChatPrompts, control_words
 from engine.prompts.content_guard import ControlWords
 from engine.prompts.prompt_encoder import PromptEncoder
@@ -39,6 +41,7 @@ from engine.types.reply_format import ReplyFormat
 from engine.types.requests import Constraint, GenerationRequest
 from engine.types.sampling_params import SamplingParams
 from engine.types.tools import AUTO, Tool, ToolChoice
+from tests.engine import tokenizers_for_tests
 from tests.packed_masks import packed
 
 FOLDER: Final = Path(__file__).with_name("golden")
@@ -248,6 +251,7 @@ _RESPONSE: Final = {
 
 
 _ANSWER: Final = {"type": "object", "properties": {"city": {"enum": ["Köln", "a"]}}, "required": ["city"]}
+_FORCED: Final = (" yes", "yes", '{"name": "left", "city": "', "  no\n", "ﬁ e\u0301", "▁left", "</s><|im_end|>")
 _GRAMMARS: Final[dict[str, tuple[Constraint | None, tuple[Tool, ...], ToolChoice]]] = {
     "a schema": (Constraint("json", _ANSWER), (), AUTO),
     "an expression": (Constraint("regex", "[0-9]{2,4}|ja"), (), AUTO),
@@ -260,9 +264,10 @@ _GRAMMARS: Final[dict[str, tuple[Constraint | None, tuple[Tool, ...], ToolChoice
 
 
 def reply_format() -> Iterator[Case]:
-    """Replies are read, and grammars written."""
+    """Replies are read, grammars written, and forced texts spelled."""
     yield from _replies()
     yield from _grammars()
+    yield from _spellings()
 
 
 def _grammars() -> Iterator[Case]:
@@ -278,6 +283,19 @@ def _grammars() -> Iterator[Case]:
         written = found.tool_format if tools else None
         source = GrammarSource(constraint, tools, written, choice, True, found.reasoning, False)
         yield {"case": ["grammar", title], "grammar": reply_grammar(compiler, source).text}
+
+
+def _spellings() -> Iterator[Case]:
+    """The tokens of forced texts, and the text of a reply that is held to them, for two kinds of tokenizer."""
+    for name, tokenizer in (("byte-level", _tokenizer()), ("SentencePiece", tokenizers_for_tests.unigram())):
+        vocabulary = Vocabulary.from_tokenizer(tokenizer)
+        compiler = GrammarCompiler(vocabulary, len(tokenizer), (0, 2), plain_encoder(tokenizer))
+        for text in (*_FORCED, *tokenizers_for_tests.SAMPLE.split()):
+            state = compiler.start(f"start: {quoted(text)}")
+            written = Detokenizer(vocabulary, vocabulary.middle, alike=True)
+            ids = state.all_forced
+            shown = "".join(written.push(token)[0] for token in ids) + written.flush()
+            yield {"case": ["spelling", name, text], "ids": list(ids), "text": shown}
 
 
 def _replies() -> Iterator[Case]:

@@ -17,7 +17,7 @@ import pytest
 import rfc8785
 from hypothesis import HealthCheck, event, given, settings, strategies as st
 from tiny_models import write
-from tokenizers_for_tests import llama_like
+from tokenizers_for_tests import llama_like, unigram
 
 from engine import (
     LLM,
@@ -83,11 +83,13 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
-@pytest.fixture(scope="module", params=["byte-level", "SentencePiece"])
+@pytest.fixture(scope="module", params=["byte-level", "SentencePiece", "dummy prefix"])
 def llm(request: pytest.FixtureRequest, template: str, tmp_path_factory: pytest.TempPathFactory) -> LLM:
     folder = write(tmp_path_factory.mktemp("model") / "tiny", "qwen3")
     if request.param == "SentencePiece":
         llama_like().save_pretrained(folder)
+    if request.param == "dummy prefix":
+        unigram().save_pretrained(folder)
     return LLM(folder, cache_size="32MiB", context_length=512, chat_template=template)
 
 

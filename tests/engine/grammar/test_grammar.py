@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from jsonschema import Draft202012Validator
 
-from engine import LLM, Constraint, InvalidParameter
+from engine import LLM, ChatMessage, Constraint, InvalidParameter, Tool
 from engine.grammar.answer_grammar import answer_grammar
 from engine.grammar.diagnosis import MAX_BYTES
 from engine.text.schema_check import unenforced_errors
@@ -25,6 +25,8 @@ POINT: dict[str, Any] = {
     "required": ["x", "name"],
     "additionalProperties": False,
 }
+
+TOOL = Tool("f", "", {"type": "object", "properties": {}, "additionalProperties": False}, strict=True)
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +316,30 @@ def test_the_name_of_a_special_token_is_text(llm: LLM, constraint: Constraint, t
         [answer] = llm.generate(PROMPT, constraint=constraint, seed=1, logprobs=logprobs, max_tokens=60)
         assert (answer.text, answer.finish_reason) == (text, "stop")
         assert not set(answer.token_ids) & set(llm.engine.model.end_ids)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"constraint": Constraint("regex", "a+b", param="guided_regex")}, "guided_regex"),
+        ({"constraint": Constraint("json", POINT)}, "response_format"),
+        ({"tools": (TOOL,)}, "tools"),
+        ({"tools": (TOOL,), "constraint": Constraint("json", POINT, param="guided_json")}, "tools"),
+    ],
+)
+def test_a_grammar_that_fails_names_the_field_that_asked_for_it(llm: LLM, fields: dict[str, Any], param: str) -> None:
+    """Whatever the grammar library says of it, and however late."""
+    prepared = llm.engine.prepare(llm.request([ChatMessage("user", "say")], **fields))
+    assert prepared.grammar is not None
+    with pytest.raises(InvalidParameter) as early:
+        llm.engine.model.grammars.start("start: (", prepared.grammar_param)
+    llm.engine.add(prepared)
+    state = llm.engine._requests[prepared.request_id].choices[0].grammar
+    assert state is not None
+    with pytest.raises(InvalidParameter) as late:
+        state.consume(llm.engine.model.vocabulary.size)  # no token at all
+    assert (early.value.param, late.value.param) == (param, param)
+    llm.engine.abort(prepared.request_id)
 
 
 def test_finding_a_fault_is_bounded(llm: LLM) -> None:
