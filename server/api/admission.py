@@ -13,13 +13,21 @@ import datetime as dt
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from fastapi import Request
 
-from engine import EngineProtocol, GenerationRequest, InvalidParameter, PreparedRequest, Registry, timed
+from engine import (
+    EngineProtocol,
+    GenerationRequest,
+    InvalidParameter,
+    PreparedRequest,
+    Registry,
+    VerbatimError,
+    timed,
+)
 from server.accounts.account import Account, account_of
 from server.accounts.authentication import key_of
 from server.accounts.charging import Meter
@@ -93,7 +101,11 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
         engine = service.registry.get(parsed.model)
         form = service.receipts.form(parsed.receipt)
         work = _prepared(engine, parsed.generations, account, identity.clock, record=form is not None)
-        requests = await unless_disconnected(work, request.receive)
+        try:
+            requests = await unless_disconnected(work, request.receive)
+        except VerbatimError as error:
+            _name(error, endpoint, parsed.places)
+            raise
         if requests is None:
             raise ClientGone
         body = RecordedBody(service.bodies.memory, account.group, sizes[0])
@@ -102,7 +114,8 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
     prepared = tuple(made for _, made in requests)
     _check_told(prepared)
     first, info = prepared[0], engine.info
-    headers = ignored_fields(parsed.ignored + first.ignored, service.settings)
+    ignored = tuple(_own_name(name, endpoint, parsed.places) or name for name in first.ignored)
+    headers = ignored_fields(parsed.ignored + ignored, service.settings)
     if parsed.receipt is True and form == "digest":
         headers["x-receipt-form"] = "digest"
     account.admit_prompt(sum(len(one.prompt_token_ids) for one in prepared))
@@ -111,6 +124,23 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
     reply = Reply(first.request_id, *told, prepared, parsed.prompt_logprobs, parsed.repeated)
     job = Job(engine, account, reply, parsed.stream, parsed.include_usage, headers, recording)
     return CompletionResponse(job, endpoint, service.settings)
+
+
+def _name(error: VerbatimError, endpoint: Endpoint, places: Mapping[str, str]) -> None:
+    """Make an error of the engine speak of a field by its name in the body."""
+    name, own = error.param, _own_name(error.param, endpoint, places)
+    if name and own and name != own:
+        error.param = own
+        if error.message.startswith(name):
+            error.message = own + error.message.removeprefix(name)
+
+
+def _own_name(name: str | None, endpoint: Endpoint, places: Mapping[str, str]) -> str | None:
+    """Return the name that a field has in the body. `places`: as in `ParsedRequest`."""
+    for place, own in places.items():
+        if name is not None and (name == place or name.startswith(f"{place}.")):
+            return own + name.removeprefix(place)
+    return endpoint.own_name(name)
 
 
 def _check_told(prepared: Sequence[PreparedRequest]) -> None:
