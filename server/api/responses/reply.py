@@ -9,8 +9,10 @@ from typing import Any, Final
 
 from engine import RequestOutput, Usage
 from server.api.chat_reply import prompt_logprobs_object
+from server.api.formats import FORMAT_FIELDS
 from server.api.generation import Reply, event, with_member
 from server.api.responses.output import Event, OutputItems
+from server.api.responses.tools import shown_tool
 from server.errors import describe
 from server.json_text import to_json
 
@@ -18,6 +20,7 @@ __all__ = ["ResponseCollector", "ResponseEvents"]
 
 _RECORDS: Final = ("prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user")
 """Fields of the body that a response repeats where they are there."""
+_FORM: Final = ("type", *FORMAT_FIELDS)
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
@@ -34,7 +37,7 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 def response_object(reply: Reply, status: str, output: list[dict[str, Any]], **told: Any) -> dict[str, Any]:
     """Return a response. `told`: members that are null, or absent, unless something is known of them."""
     fields, params = reply.repeated["fields"], reply.params
-    text, reasoning = fields.get("text", {}), fields.get("reasoning", {})
+    form, reasoning = fields.get("text", {}).get("format") or {"type": "text"}, fields.get("reasoning", {})
     return {
         "id": reply.id,
         "object": "response",
@@ -54,9 +57,9 @@ def response_object(reply: Reply, status: str, output: list[dict[str, Any]], **t
         "service_tier": "default",
         "store": False,
         "temperature": params.temperature,
-        "text": {"format": text.get("format") or {"type": "text"}, "verbosity": "medium"},
+        "text": {"format": {name: value for name, value in form.items() if name in _FORM}, "verbosity": "medium"},
         "tool_choice": fields.get("tool_choice", "auto"),
-        "tools": fields.get("tools", []),
+        "tools": [shown_tool(tool) for tool in fields.get("tools", [])],
         "top_logprobs": params.top_logprobs,
         "top_p": params.top_p,
         "truncation": "disabled",

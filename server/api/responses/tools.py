@@ -12,7 +12,7 @@ from server.api.parsing import FLAG, LIST, OBJECT, STRING, at_most, optional, re
 from server.api.responses.fields import RESPONSES
 from server.api.tools import function_name
 
-__all__ = ["OfferedTools", "called_name", "read_tools"]
+__all__ = ["OfferedTools", "called_name", "read_tools", "shown_tool"]
 
 _FIELDS: Final = ("type", "name", "description", "parameters", "strict")
 _REFUSED: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -46,6 +46,19 @@ class _Found:
     at: str
     namespace: str | None
     name: str
+
+
+def shown_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a definition that was read as a response repeats it, with what it may leave out."""
+    if tool["type"] == "namespace":
+        inner = [shown_tool(one) for one in tool["tools"]]
+        return {
+            "type": "namespace",
+            "name": tool["name"],
+            "description": tool.get("description") or "",
+            "tools": inner,
+        }
+    return {name: tool.get(name) for name in _FIELDS}
 
 
 def called_name(call: Mapping[str, Any], at: str) -> str:
