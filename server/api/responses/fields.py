@@ -50,6 +50,7 @@ _MESSAGE: Final[dict[str, Any]] = {
     "required": ["role", "content"],
     "properties": {"role": {"type": "string", "enum": list(ROLES)}, "content": {"type": "string"}},
 }
+_ITEMS: Final[dict[str, Any]] = {"type": "object", "anyOf": [_MESSAGE, _ITEM]}
 _TOOL: Final[dict[str, Any]] = {
     "type": "object",
     "required": ["type", "name"],
@@ -84,7 +85,7 @@ RESPONSES: Final = BodyFields(
             {
                 "description": "What the user says, or the conversation so far as items: messages, thoughts, calls "
                 "and their outputs, a response's `output` among them as it came.",
-                "anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": {"anyOf": [_MESSAGE, _ITEM]}}],
+                "anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _ITEMS}],
             },
         ),
         "instructions": declare(STRING, "A system message before everything else."),
