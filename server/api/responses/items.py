@@ -1,7 +1,8 @@
 """The `input` of a body, a text or items → `ChatMessage`s.
 
-Thoughts, a message and calls that follow each other are one turn of the assistant. What instructs the model at the
-beginning (`instructions`, messages of the system and of developers) is one message, since many templates take only one.
+Thoughts, a message and calls that follow each other are one turn of the assistant; messages of the user that do are one
+of the user, since many templates take turns that alternate only. What instructs the model at the beginning
+(`instructions`, messages of the system and of developers) is one message, for the same reason.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ _TEXTS: Final[Mapping[str, str]] = {"input_text": "text", "output_text": "text",
 """The parts of a message's content that are text, each with the field that holds it."""
 _UNUSED: Final = frozenset(("annotations", "logprobs"))
 """Fields of text parts that come back as they were told, and say nothing to the model."""
-_ENDS: Final = ("system", "developer")
+_INSTRUCTING: Final = ("system", "developer")
+_BETWEEN: Final = "\n\n"
+"""What stands between messages that become one."""
 
 
 @dataclass(slots=True)
@@ -76,10 +79,10 @@ def read_input(data: Mapping[str, Any], ignored: list[str]) -> tuple[ChatMessage
 
 def _one_instruction(turns: list[_Turn]) -> list[_Turn]:
     """Join the messages at the beginning that instruct the model."""
-    count = next((i for i, turn in enumerate(turns) if turn.role not in _ENDS), len(turns))
+    count = next((i for i, turn in enumerate(turns) if turn.role not in _INSTRUCTING), len(turns))
     if count < 2:
         return turns
-    return [_Turn(turns[0].role, "\n\n".join(turn.content or "" for turn in turns[:count])), *turns[count:]]
+    return [_Turn(turns[0].role, _BETWEEN.join(turn.content or "" for turn in turns[:count])), *turns[count:]]
 
 
 def _check(messages: Sequence[ChatMessage], turns: Sequence[_Turn]) -> None:
@@ -126,6 +129,8 @@ def _message(item: Mapping[str, Any], at: str, turns: list[_Turn], ignored: list
     text = _texts(item, "content", at, ignored)
     if role == "assistant":
         _assistant(turns, fresh=lambda turn: turn.content is not None).content = text
+    elif role == "user" and turns and turns[-1].role == "user":
+        turns[-1].content = f"{turns[-1].content}{_BETWEEN}{text}"
     else:
         turns.append(_Turn(role, text))
 

@@ -152,10 +152,8 @@ class ResponseEvents:
 
     def start(self) -> bytes:
         """Write that there is a response, with no items yet."""
-        begun = response_object(self._reply, "in_progress", [])
-        return b"".join(
-            self._event({"type": name, "response": begun}) for name in ("response.created", "response.in_progress")
-        )
+        begun = to_json(response_object(self._reply, "in_progress", [])).encode()
+        return self._response("created", begun) + self._response("in_progress", begun)
 
     def add(self, output: RequestOutput) -> bytes:
         """Write the events of one step: what the items gained, and those that began or ended."""
@@ -163,16 +161,22 @@ class ResponseEvents:
 
     def end(self, usage: Usage, receipt: bytes) -> bytes:
         """Write the whole response, and its receipt if it was asked for."""
-        body = with_member(to_json(self._collected.body()).encode(), receipt)
-        name = f"response.{self._collected.status}"
-        head = to_json({"type": name, "sequence_number": self._number}).encode()
-        return f"event: {name}\ndata: ".encode() + with_member(head, b'"response":' + body) + b"\n\n"
+        whole = with_member(to_json(self._collected.body()).encode(), receipt)
+        return self._response(self._collected.status, whole)
 
     def fail(self, error: BaseException) -> bytes:
         """Write that the response has failed, and why. Nothing follows."""
-        return self._event({"type": "response.failed", "response": self._collected.failed(error)})
+        return self._response("failed", to_json(self._collected.failed(error)).encode())
+
+    def _response(self, status: str, response: bytes) -> bytes:
+        """Write an event that holds a response."""
+        name = f"response.{status}"
+        head = to_json({"type": name, "sequence_number": self._next()}).encode()
+        return f"event: {name}\ndata: ".encode() + with_member(head, b'"response":' + response) + b"\n\n"
 
     def _event(self, told: Event) -> bytes:
-        numbered = {**told, "sequence_number": self._number}
+        return event({**told, "sequence_number": self._next()}, told["type"])
+
+    def _next(self) -> int:
         self._number += 1
-        return event(numbered, told["type"])
+        return self._number - 1

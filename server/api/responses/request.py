@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from engine import GenerationRequest
+from engine import GenerationRequest, InvalidParameter
 from server.api.common_fields import read_common, read_model
 from server.api.parsing import ParsedRequest
 from server.api.responses.fields import ENCRYPTED, LOGPROBS, RESPONSES
 from server.api.responses.items import read_input
 from server.api.responses.options import read_effort, read_form, read_include
 from server.api.responses.tools import read_tools
-from server.json_text import load_body
+from server.json_text import load_body, to_json
 
 __all__ = ["own_name", "parse"]
 
@@ -44,6 +44,19 @@ _ECHOED: Final = (
 )
 """Fields that a response repeats."""
 
+_RECORDS: Final = (
+    "max_tool_calls",
+    "safety_identifier",
+    "client_metadata",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prompt_cache_options",
+)
+"""Fields of which only the type is checked: they change nothing."""
+
+MOST_REPEATED: Final = 1 << 20
+"""Characters of JSON that a response repeats: they are kept until it ends, and written three times in a stream."""
+
 
 def own_name(name: str | None) -> str | None:
     """Return the name that a field of the engine has in this endpoint's bodies."""
@@ -64,9 +77,7 @@ def parse(raw: bytes, request_id: str) -> ParsedRequest:
     messages = read_input(data, nested)
     offered = read_tools(data, nested)
     include = read_include(data)
-    for name in ("max_tool_calls", "safety_identifier", "client_metadata", "prompt_cache_key"):
-        RESPONSES.given(data, name)
-    for name in ("prompt_cache_retention", "prompt_cache_options"):
+    for name in _RECORDS:
         RESPONSES.given(data, name)
     generation = GenerationRequest(
         request_id=request_id,
@@ -88,12 +99,30 @@ def parse(raw: bytes, request_id: str) -> ParsedRequest:
         (*common.ignored, *nested),
         receipt=common.receipt,
         repeated={
-            "fields": {name: data[name] for name in _ECHOED if data.get(name) is not None},
+            "fields": _repeated(data),
             "names": offered.names,
             "packed": ENCRYPTED in include,
         },
         places=offered.places,
     )
+
+
+def _repeated(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that the response repeats.
+
+    Raises:
+        InvalidParameter: they are too long together.
+    """
+    found = {name: data[name] for name in _ECHOED if data.get(name) is not None}
+    sizes = {name: len(to_json(value)) for name, value in found.items()}
+    if sum(sizes.values()) > MOST_REPEATED:
+        name = max(sizes, key=lambda one: sizes[one])
+        raise InvalidParameter(
+            f"{name} has {sizes[name]} characters of JSON; fields that the response repeats may have at most "
+            f"{MOST_REPEATED} together.",
+            param=name,
+        )
+    return found
 
 
 def _sampling(data: Mapping[str, Any], include: frozenset[str]) -> dict[str, Any]:

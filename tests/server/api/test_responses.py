@@ -159,7 +159,7 @@ CONVERSATIONS: list[tuple[Any, list[ChatMessage]]] = [
     ([{**SAYS, "type": "message"}], [USER]),
     ([{"role": "user", "content": [{"type": "input_text", "text": "H"}, {"type": "text", "text": "i"}]}], [USER]),
     ([{"role": "user", "content": []}], [ChatMessage("user", "")]),
-    ([SAYS, SAYS], [USER, USER]),
+    ([SAYS, SAYS], [ChatMessage("user", "Hi\n\nHi")]),
     (
         [SAYS, THINKS, PROMISES, CALLS, CALLS_TOO, ANSWERS, PARTS],
         [
@@ -375,6 +375,15 @@ def test_what_is_refused_is_named(fields: dict[str, Any], status: int, param: st
     assert (answer.status, answer.error["param"]) == (status, param), answer.body
     assert param.split(".")[-1] in answer.error["message"] or param == "model"
     assert "messages" not in answer.error["message"] or param == "messages"
+
+
+def test_what_a_response_repeats_is_bounded() -> None:
+    """It is kept until the reply ends, however slowly that is read, and no prompt need hold it."""
+    tool = {"type": "function", "name": "a", "description": "x" * (1 << 20)}
+    for fields, param in (({"metadata": {"a": "x" * (1 << 20)}}, "metadata"), ({"tools": [tool]}, "tools")):
+        answer = ask(**fields, tool_choice="none")
+        assert (answer.status, answer.error["param"]) == (422, param)
+        assert "at most 1048576" in answer.error["message"]
 
 
 def test_what_could_be_done_instead_is_said() -> None:
