@@ -181,8 +181,8 @@ def api() -> str:
             NOTE + "# The API\n",
             "`POST /v1/chat/completions` and `POST /api/v1/chat/completions` are the same. Under both prefixes: "
             "`POST /completions`, `POST /responses`, `GET /models`, `GET /models/{id}` and, where keys are in use, "
-            "`GET /usage` (`since`: a date or Unix seconds; `by`: day or model) for the key's own usage; and, at the root "
-            "too, `POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info` (`model`: may be left out). "
+            "`GET /usage` (`since`: a date or Unix seconds; `by`: day or model) for the key's own usage; and, at the "
+            "root too, `POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info` (`model`: may be left out). "
             "Beside them `GET /health/live`, `GET /health/ready` and the machine readable form of this page, "
             "`GET /openapi.json`.\n",
             "## Request fields\n",
@@ -220,9 +220,9 @@ def api() -> str:
             "They cost nothing and count as requests.\n",
             "## Response\n",
             "As the OpenAI API: `chat.completion`, or with `stream` events of `chat.completion.chunk` and at the end "
-            "`data: [DONE]`; of a plain completion `text_completion`, streamed or not; of `/responses` a `response`, or "
-            "its events. `system_fingerprint` names what the bits depend on, `seed` (an extension) is the one that was used, given or drawn. Every "
-            "response has a header `x-request-id`: the client's own, or a fresh one.\n",
+            "`data: [DONE]`; of a plain completion `text_completion`, streamed or not; of `/responses` a `response` "
+            "or its events. `system_fingerprint` names what the bits depend on, `seed` (an extension) is the one that "
+            "was used, given or drawn. Every response has a header `x-request-id`: the client's own, or a fresh one.\n",
             f"`GET /models/{{id}}` of a loaded model has: {_listed(_model_keys())}. `GET /models` lists the same "
             "without `fingerprint_parts` and `default_parts`, the named parts of which `system_fingerprint` and "
             "`defaults_fingerprint` are digests. `max_model_len` is `context_length` under the name that evaluation "

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine import Constraint, InvalidParameter, Unsupported
-from server.api.fields import SHARED, BodyFields
+from server.api.fields import CHAT, SHARED, BodyFields
 from server.api.formats import FORMAT_FIELDS, FORMAT_NAME, read_constraint
 from server.api.parsing import FLAG, OBJECT, STRING, at_most, optional, required, typed
 from server.api.responses.fields import INCLUDABLE, RESPONSES
@@ -15,6 +15,7 @@ __all__ = ["read_effort", "read_form", "read_include"]
 
 _FORMS = BodyFields(SHARED)
 _MOST_INCLUDED = 100
+_EFFORTS: tuple[str, ...] = tuple(CHAT.honoured["reasoning_effort"].schema["enum"])
 
 
 def read_form(data: Mapping[str, Any], ignored: list[str]) -> Constraint | None:
@@ -70,7 +71,7 @@ def read_effort(data: Mapping[str, Any], ignored: list[str]) -> str | None:
 
     Raises:
         InvalidFormat: a member of the wrong type.
-        Unsupported: one that this build cannot honour.
+        InvalidParameter: an effort that nobody knows; Unsupported: a member that this build cannot honour.
     """
     given = RESPONSES.given(data, "reasoning") or {}
     neutral = {"summary": "auto", "generate_summary": "auto", "context": "auto", "mode": "standard"}
@@ -83,6 +84,10 @@ def read_effort(data: Mapping[str, Any], ignored: list[str]) -> str | None:
             )
     ignored += [f"reasoning.{key}" for key in given if key != "effort" and key not in neutral]
     effort: str | None = optional(given, "effort", STRING, "reasoning.")
+    if effort is not None and effort not in _EFFORTS:
+        raise InvalidParameter(
+            f"reasoning.effort must be one of {', '.join(_EFFORTS)}, not {effort[:100]!r}.", param="reasoning.effort"
+        )
     return effort
 
 

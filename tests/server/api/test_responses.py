@@ -349,6 +349,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"guided_regex": "a", "text": {"format": {"type": "json_object"}}}, 422, "guided_regex"),
     ({"reasoning": {"summary": "detailed"}}, 422, "reasoning.summary"),
     ({"reasoning": {"effort": 1}}, 400, "reasoning.effort"),
+    ({"reasoning": {"effort": ""}}, 422, "reasoning.effort"),
     ({"include": ["everything"]}, 422, "include.0"),
     ({"include": [1]}, 400, "include.0"),
     ({"max_output_tokens": -5}, 422, "max_output_tokens"),
