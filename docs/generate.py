@@ -36,6 +36,7 @@ from server.api.chat_messages import UNSUPPORTED_MESSAGE_FIELDS
 from server.api.completions.fields import COMPLETION
 from server.api.fields import CHAT, BodyFields
 from server.api.models import model_details
+from server.api.responses.fields import RESPONSES
 from server.api.tokenizer.fields import DETOKENIZE, TOKENIZE
 from server.cli import app
 from server.errors import classify, headers_of
@@ -183,8 +184,8 @@ def api() -> str:
         [
             NOTE + "# The API\n",
             "`POST /v1/chat/completions` and `POST /api/v1/chat/completions` are the same. Under both prefixes: "
-            "`POST /completions`, `GET /models`, `GET /models/{id}` and, where keys are in use, `GET /usage` "
-            "(`since`: a date or Unix seconds; `by`: day or model) for the key's own usage; and, at the root "
+            "`POST /completions`, `POST /responses`, `POST /messages`, `POST /messages/count_tokens`, `GET /models`, "
+            "`GET /models/{id}` and, where keys are in use, `GET /usage` (`since`: a date or Unix seconds; `by`: day or model) for the key's own usage; and, at the root "
             "too, `POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info` (`model`: may be left out). "
             "Beside them `GET /health`, `GET /health/live`, `GET /health/ready`, `GET /version` and the machine "
             "readable form of this page, `GET /openapi.json`.\n",
@@ -216,6 +217,12 @@ def api() -> str:
             "As in chat completions: " + _alike(COMPLETION, CHAT) + ".\n",
             "Refused, as above:\n",
             _refused(COMPLETION),
+            "## Responses\n",
+            "`POST /responses` takes and returns items; see [the guide](../guides/responses.md).\n",
+            _fields(_schemas(RESPONSES, apart=CHAT)),
+            "As in chat completions: " + _alike(RESPONSES, CHAT) + ".\n",
+            "Refused, as above:\n",
+            _refused(RESPONSES),
             "## Tokens\n",
             "`POST /tokenize` returns `count`, `max_model_len`, `tokens` and `token_strs`:\n",
             _fields(_schemas(TOKENIZE)),
@@ -224,9 +231,9 @@ def api() -> str:
             "They cost nothing and count as requests.\n",
             "## Response\n",
             "As the OpenAI API: `chat.completion`, or with `stream` events of `chat.completion.chunk` and at the end "
-            "`data: [DONE]`; of a plain completion `text_completion`, streamed or not. `system_fingerprint` "
-            "names what the bits depend on, `seed` (an extension) is the one that was used, given or drawn. Every "
-            "response has a header `x-request-id`: the client's own, or a fresh one.\n",
+            "`data: [DONE]`; of a plain completion `text_completion`, streamed or not; of `/responses` a `response` "
+            "or its events. `system_fingerprint` names what the bits depend on, `seed` (an extension) is the one that "
+            "was used, given or drawn. Every response has a header `x-request-id`: the client's own, or a fresh one.\n",
             f"`GET /models/{{id}}` of a loaded model has: {_listed(_model_keys())}. `GET /models` lists the same "
             "without `fingerprint_parts` and `default_parts`, the named parts of which `system_fingerprint` and "
             "`defaults_fingerprint` are digests. `max_model_len` is `context_length` under the name that evaluation "
@@ -244,8 +251,8 @@ def api() -> str:
             "A 503 and a 429 carry `Retry-After`; with `x-should-retry: false` trying again does not help. Further "
             "codes: "
             + ", ".join(f"`{code}`" for code in _other_codes())
-            + ". An error after the first event of a stream is one `data:` event with the same body, and the stream "
-            "ends without `[DONE]`.\n",
+            + ". An error after the first event of a stream is one `data:` event with the same body, of `/responses` "
+            "one `response.failed`, and the stream ends without `[DONE]`.\n",
         ]
     )
 

@@ -31,6 +31,9 @@ from server.api.completions.reply import CompletionChunks, CompletionCollector
 from server.api.generation import Endpoint
 from server.api.models import model_details, model_object, state_of
 from server.api.receipts.routes import receipt_routes
+from server.api.responses import request as responses_request
+from server.api.responses.fields import RESPONSES
+from server.api.responses.reply import ResponseCollector, ResponseEvents
 from server.api.tokenizer.routes import tokenizer_routes
 from server.errors import NoKeys, install
 from server.ledger.records import read_since
@@ -131,6 +134,7 @@ def _completions(service: Service) -> APIRouter:
     router = APIRouter()
     chat = Endpoint("chatcmpl-", chat_request.parse, Collector, ChunkWriter)
     plain = Endpoint("cmpl-", completions_request.parse, CompletionCollector, CompletionChunks)
+    items = Endpoint("resp_", responses_request.parse, ResponseCollector, ResponseEvents, responses_request.own_name)
 
     @router.post(
         "/chat/completions",
@@ -151,6 +155,16 @@ def _completions(service: Service) -> APIRouter:
     )
     async def completions(request: Request) -> Response:
         return await answer(service, plain, request)
+
+    @router.post(
+        "/responses",
+        summary="Create a response, synchronously or streaming: items in, items out. Nothing is stored.",
+        openapi_extra={"requestBody": openapi.request_body(RESPONSES, openapi.EXAMPLES["response"])},
+        responses=openapi.RESPONSE_RESPONSES,
+        response_model=None,
+    )
+    async def responses(request: Request) -> Response:
+        return await answer(service, items, request)
 
     return router
 

@@ -22,6 +22,7 @@ from engine.receipts.receipt import (
     Stability,
     checked_digest,
 )
+from engine.receipts.reply import is_reply
 from engine.receipts.request_record import from_record, recorded_params
 from engine.types.model_info import ReproducibilityReport
 from engine.types.model_manifest import ModelManifest
@@ -91,7 +92,7 @@ def document_of(data: bytes) -> dict[str, Any]:
 def documents_of(data: bytes) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Return the receipts or envelopes in a text: one, or as many as a reply to several prompts has.
 
-    The second value is the reply around them; None if there is none, or if it has no choices, as the end of a stream.
+    The second value is the reply around them; None if there is none, or if it is not whole, as the end of a stream.
 
     Raises:
         ReceiptError: it is too large, not JSON, or holds none.
@@ -99,16 +100,16 @@ def documents_of(data: bytes) -> tuple[list[dict[str, Any]], dict[str, Any] | No
     if len(data) > MOST_RECEIPT_BYTES:
         raise ReceiptError(f"the receipt has more than {MOST_RECEIPT_BYTES} bytes, which is the most that is read.")
     value = parse(data)
-    is_reply, reply = False, None
-    for name in ("response", "body"):  # a line of a batch's output
+    inside, reply = False, None
+    for name in ("response", "body"):  # a line of a batch's output; the event that ends the stream of a response
         if _is_outside(value) and name in value:
-            value, is_reply = value[name], True
+            value, inside = value[name], True
     if _is_outside(value):  # a reply of the API
-        is_reply = is_reply or "choices" in value
-        reply = value if isinstance(value.get("choices"), list) and value["choices"] else None
-        value = value.get("receipts", value.get("receipt", None if is_reply else value))
+        inside = inside or "choices" in value or value.get("object") == "response"
+        reply = value if is_reply(value) else None
+        value = value.get("receipts", value.get("receipt", None if inside else value))
     found = value if isinstance(value, list) else [value]
-    if is_reply and found in ([], [None]):
+    if inside and found in ([], [None]):
         raise ReceiptError("this is a reply without a receipt.")
     if not all(isinstance(one, dict) and ("version" in one or "payload" in one) for one in found) or not found:
         raise ReceiptError("this is JSON, but not a receipt: it has no version.")

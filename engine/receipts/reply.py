@@ -1,4 +1,7 @@
-"""Compares a reply of the API with the receipt inside it. The reply's text is not compared, only what both hold."""
+"""Compares a reply of the API with the receipt inside it. The reply's text is not compared, only what both hold.
+
+A reply is a completion, which has `choices`, or a response, which has `output` and is one choice.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,14 @@ from typing import Any
 from engine.receipts.canonical import digest_of_ids
 from engine.receipts.receipt import ChoiceRecord, Receipt
 
-__all__ = ["reply_difference"]
+__all__ = ["is_reply", "reply_difference"]
+
+
+def is_reply(value: Mapping[str, Any]) -> bool:
+    """Return whether an object is a whole reply of the API."""
+    if value.get("object") == "response":
+        return isinstance(value.get("output"), list)
+    return isinstance(value.get("choices"), list) and bool(value["choices"])
 
 
 def reply_difference(reply: Mapping[str, Any], receipt: Receipt, number: int = 0, prompts: int = 1) -> str | None:
@@ -17,12 +27,14 @@ def reply_difference(reply: Mapping[str, Any], receipt: Receipt, number: int = 0
     Compared are the id, the number of choices, their finish reasons, and their token ids if the reply has them.
 
     Args:
-        reply: as it was sent, with `choices`.
+        reply: as it was sent, with `choices` or `output`.
         number: of the receipt's prompt, from 0; prompts: how many the reply is to.
     """
     expected = str(reply.get("id")) + (f"-{number}" if number else "")
     if expected != receipt.id:
         return f"the reply has the id {expected!r:.100}, and its receipt {receipt.id!r:.100}"
+    if reply.get("object") == "response":
+        return _response_difference(reply, receipt)
     choices, n = reply["choices"], len(receipt.choices)
     if len(choices) != n * prompts:
         return f"the reply has {len(choices)} choices, and its receipt {n}" + (
@@ -36,6 +48,18 @@ def reply_difference(reply: Mapping[str, Any], receipt: Receipt, number: int = 0
             return f"the finish reason of choice {choice['index']} is {told}"
         if "token_ids" in choice and not _same_tokens(choice["token_ids"], record):
             return f"choice {choice['index']} has other token ids in the reply than in its receipt"
+    return None
+
+
+def _response_difference(reply: Mapping[str, Any], receipt: Receipt) -> str | None:
+    if len(receipt.choices) != 1:
+        return f"the reply is a response, which is one choice, and its receipt has {len(receipt.choices)}"
+    [record] = receipt.choices
+    expected = "incomplete" if record.finish_reason == "length" else "completed"
+    if (status := reply.get("status")) != expected:
+        return f"the status is {status!r:.40} in the reply, and {expected!r} by its receipt"
+    if "token_ids" in reply and not _same_tokens(reply["token_ids"], record):
+        return "the reply has other token ids than its receipt"
     return None
 
 

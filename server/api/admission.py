@@ -13,13 +13,21 @@ import datetime as dt
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from fastapi import Request
 
-from engine import EngineProtocol, GenerationRequest, InvalidParameter, PreparedRequest, Registry, timed
+from engine import (
+    EngineProtocol,
+    GenerationRequest,
+    InvalidParameter,
+    PreparedRequest,
+    Registry,
+    VerbatimError,
+    timed,
+)
 from server.accounts.account import Account, account_of
 from server.accounts.authentication import key_of
 from server.accounts.charging import Meter
@@ -31,8 +39,11 @@ from server.receipts.service import Receipts
 from server.settings import ServerSettings
 from server.wire.bodies import Bodies
 
-__all__ = ["Identity", "Service", "answer", "ignored_fields", "shown_names"]
+__all__ = ["Identity", "Service", "answer", "ignored_fields", "own_names", "renamed", "shown_names"]
 
+T = TypeVar("T")
+OwnName = Callable[[str | None], str | None]
+"""What the engine calls a field → where the body has it; None where no body has it."""
 
 MOST_TOLD: Final = 1 << 17
 """Log-probabilities of prompts in one reply: writing them takes the event loop some tenths of a second."""
@@ -93,7 +104,8 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
         engine = service.registry.get(parsed.model)
         form = service.receipts.form(parsed.receipt)
         work = _prepared(engine, parsed.generations, account, identity.clock, record=form is not None)
-        requests = await unless_disconnected(work, request.receive)
+        own_name = own_names(endpoint.own_name, parsed.places)
+        requests = await unless_disconnected(renamed(work, own_name), request.receive)
         if requests is None:
             raise ClientGone
         body = RecordedBody(service.bodies.memory, account.group, sizes[0])
@@ -102,7 +114,8 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
     prepared = tuple(made for _, made in requests)
     _check_told(prepared)
     first, info = prepared[0], engine.info
-    headers = ignored_fields(parsed.ignored + first.ignored, service.settings, first.left_out)
+    ignored, left_out = (tuple(filter(None, map(own_name, names))) for names in (first.ignored, first.left_out))
+    headers = ignored_fields(parsed.ignored + ignored, service.settings, left_out)
     if parsed.receipt is True and form == "digest":
         headers["x-receipt-form"] = "digest"
     account.admit_prompt(sum(len(one.prompt_token_ids) for one in prepared))
@@ -111,6 +124,35 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
     reply = Reply(first.request_id, *told, prepared, parsed.prompt_logprobs, parsed.repeated)
     job = Job(engine, account, reply, parsed.stream, parsed.include_usage, headers, recording)
     return CompletionResponse(job, endpoint, service.settings)
+
+
+def own_names(own_name: OwnName, places: Mapping[str, str]) -> OwnName:
+    """Return the function from what the engine calls a field to where the body has it.
+
+    Args:
+        own_name: the same for every body of an endpoint; None for a field that no body has.
+        places: as in `ParsedRequest`.
+    """
+
+    def found(name: str | None) -> str | None:
+        for place, own in places.items():
+            if name is not None and (name == place or name.startswith(f"{place}.")):
+                return own + name.removeprefix(place)
+        return own_name(name)
+
+    return found
+
+
+async def renamed(work: Awaitable[T], own_name: OwnName) -> T:
+    """Await work of the engine's. Its errors come with the names that fields have in the body."""
+    try:
+        return await work
+    except VerbatimError as error:
+        name, own = error.param, own_name(error.param)
+        error.param = own
+        if name and own and error.message.startswith(name):
+            error.message = own + error.message.removeprefix(name)
+        raise
 
 
 def _check_told(prepared: Sequence[PreparedRequest]) -> None:

@@ -44,9 +44,18 @@ def read_messages(data: Mapping[str, Any], ignored: list[str]) -> tuple[ChatMess
     parts = sum(len(content) for content in contents if isinstance(content, list))
     at_most(MAX_PARTS, parts, "messages", "parts")
     messages = tuple(_message(message, f"messages.{i}", ignored) for i, message in enumerate(given))
+    check_calls(messages)
+    return messages
+
+
+def check_calls(messages: Sequence[ChatMessage]) -> None:
+    """Check the calls of all messages together, and that every answer is to one of them.
+
+    Raises:
+        InvalidParameter: an answer to a call that nobody made, or arguments that cannot be taken.
+    """
     _check_answers(messages)
     _check_arguments(messages)
-    return messages
 
 
 def _check_answers(messages: Sequence[ChatMessage]) -> None:

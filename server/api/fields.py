@@ -45,11 +45,13 @@ class BodyFields:
         refused: fields that clients know and this build does not honour, each with the values that ask for what happens
             anyway; null always does. Any other value is refused by name, never ignored.
         required: the names of the fields that must be there.
+        instead: for refused fields why, or what to send instead, where there is something to say.
     """
 
     honoured: Mapping[str, Field]
     refused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     required: tuple[str, ...] = ()
+    instead: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def known(self) -> frozenset[str]:
@@ -86,7 +88,8 @@ class BodyFields:
             value = data.get(name)
             # The type too: 1 == True in Python, not in JSON.
             if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
-                raise Unsupported(f"{name} is not supported by this build.", param=name)
+                why = f": {self.instead[name]}" if name in self.instead else ""
+                raise Unsupported(f"{name} is not supported by this build{why}.", param=name)
 
 
 def declare(kind: Kind, description: str = "", *, extension: bool = False, **schema: Any) -> Field:
@@ -149,7 +152,9 @@ _TOOL: Final = {
     "properties": {"type": {"const": "function"}, "function": {"type": "object"}},
 }
 
-ALIASES: Final[Mapping[str, tuple[str, ...]]] = {"max_tokens": ("max_tokens", "max_completion_tokens")}
+ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
+    "max_tokens": ("max_tokens", "max_completion_tokens", "max_output_tokens")
+}
 """Sampling fields that a body may give under several names, a later one wins."""
 
 SAMPLING: Final[Mapping[str, Field]] = {

@@ -94,6 +94,10 @@ class EventWriter(Protocol):
         """End the stream of a reply that an error has ended, whatever was written before."""
 
 
+def _same(name: str | None) -> str | None:
+    return name
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """An endpoint for completions: how it reads a body, and how it writes a reply.
@@ -103,12 +107,14 @@ class Endpoint:
         parse: a body and the reply's id → the request.
         body: makes the writer of a reply in one piece.
         events: makes the writer of a streamed reply; the second argument says whether usage is included.
+        own_name: the engine's name of a field, in its errors and among what it ignored → the name in the bodies here.
     """
 
     id_prefix: str
     parse: Callable[[bytes, str], ParsedRequest]
     body: Callable[[Reply], BodyWriter]
     events: Callable[[Reply, bool], EventWriter]
+    own_name: Callable[[str | None], str | None] = _same
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,28 +219,29 @@ class CompletionResponse(Response):
     async def _events(self, outputs: JoinedStreams, sender: _EventSender, writer: EventWriter) -> None:
         """Send all events of a request that succeeds. Raises the error that ended one that does not."""
         data = writer.start()
-        async for output in outputs:
-            batch = [output, *outputs.ready()]  # more than one if the client is slower than the engine
-            last = batch[-1]
-            for one in batch:
-                data += await _beside(writer.add, one, large=one.prompt_logprobs is not None)
-            if last.error:
-                if sender.started and data:
-                    await sender.send(data)
-                raise last.error
-            for one in batch:
-                self._note(one)
-            if last.finished:
-                if self._job.recording is not None:  # the text does not wait for its receipt
-                    await sender.send(data)
-                    data = b""
-                receipt = await self._receipt()
-                await sender.send(data + writer.end(last.usage, receipt.member), more=False)
-                return
-            if data:
-                await sender.send(data)
-                data = b""
-        raise RuntimeError("the engine ended a request without finishing it")
+        try:
+            async for output in outputs:
+                batch = [output, *outputs.ready()]  # more than one if the client is slower than the engine
+                last = batch[-1]
+                for one in batch:
+                    data += await _beside(writer.add, one, large=one.prompt_logprobs is not None)
+                if last.error:
+                    raise last.error
+                for one in batch:
+                    self._note(one)
+                if last.finished:
+                    if self._job.recording is not None:  # the text does not wait for its receipt
+                        data = await sender.send(data)
+                    receipt = await self._receipt()
+                    await sender.send(data + writer.end(last.usage, receipt.member), more=False)
+                    return
+                if data:
+                    data = await sender.send(data)
+            raise RuntimeError("the engine ended a request without finishing it")
+        except Exception as error:
+            if sender.started and data and not isinstance(error, ClientGone):
+                await sender.send(data)  # what the end that follows is the end of
+            raise
 
 
 async def _beside(function: Callable[..., T], *arguments: Any, large: bool) -> T:
@@ -252,7 +259,8 @@ class _EventSender:
         self._last = time.monotonic()
         self.started = False
 
-    async def send(self, data: bytes, *, more: bool = True) -> None:
+    async def send(self, data: bytes, *, more: bool = True) -> bytes:
+        """Send some bytes. Returns those that are left to send: none."""
         self._last = time.monotonic()
         if not self.started:
             self.started = True
@@ -265,6 +273,7 @@ class _EventSender:
             raw = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers.items()]
             await self._deliver({"type": "http.response.start", "status": 200, "headers": raw})
         await self._deliver({"type": "http.response.body", "body": data, "more_body": more})
+        return b""
 
     async def beat(self) -> None:
         """Send a comment whenever the stream has been silent for a while, also while the request is queued."""

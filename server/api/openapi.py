@@ -9,6 +9,7 @@ from server.api.fields import CHAT, BodyFields
 EXAMPLES: Final[dict[str, dict[str, Any]]] = {
     "chat": {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "seed": 7},
     "completion": {"model": "demo", "prompt": "Once upon a time", "max_tokens": 16, "seed": 7},
+    "response": {"model": "demo", "input": "Hello", "seed": 7},
     "tokenize": {"model": "demo", "prompt": "Hello"},
     "detokenize": {"model": "demo", "tokens": [1, 2, 3]},
 }
@@ -81,6 +82,14 @@ RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 COMPLETION_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {
         "description": "A `text_completion`, or with `stream` a sequence of them and `[DONE]`.",
+        "content": _JSON_OR_EVENTS,
+    },
+    **_REFUSALS,
+}
+
+RESPONSE_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "A `response`, or with `stream` a sequence of events, the last of which holds it.",
         "content": _JSON_OR_EVENTS,
     },
     **_REFUSALS,

@@ -32,6 +32,7 @@ class ParsedRequest:
         prompt_logprobs: of a completion of plain text, which computes them for `echo` too: alternatives beside each
             token where the reply tells them by themselves; None where it does not.
         repeated: what the endpoint's writers need of the body, by names of the endpoint's own.
+        places: paths in `generations` whose place in the body is another one: `tools.1.function` → `tools.0.tools.1`.
     """
 
     model: str
@@ -42,6 +43,7 @@ class ParsedRequest:
     prompt_logprobs: int | None = None
     receipt: bool | Literal["digest"] = False
     repeated: Mapping[str, Any] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=dict)
 
 
 def typed(value: Any, name: str, kind: Kind) -> Any:

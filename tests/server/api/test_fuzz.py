@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
+import response_events
 from asgi import Answer, call
 from fakes import chat, complete, make_app
 from hypothesis import example, given, settings, strategies as st
 
 from server.api import fields
 from server.api.completions.fields import COMPLETION
+from server.api.responses.fields import INCLUDABLE, RESPONSES, ROLES
 from server.api.tokenizer.fields import DETOKENIZE, TOKENIZE
 
 pytestmark = pytest.mark.slow
+RESPONSES_TRIED = int(os.environ.get("VERBATIM_FUZZ_REQUESTS", "200"))
+"""Bodies of items that are tried; `VERBATIM_FUZZ_REQUESTS=5000` tries that many."""
 
 SCALARS = (
     st.none()
@@ -58,6 +63,7 @@ PLAIN_FIELDS = [*sorted(COMPLETION.known), "unknown", ""]
 OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {
     # path: a good body, and the fields
     "/v1/completions": (complete(), PLAIN_FIELDS),
+    "/v1/responses": ({"model": "fake", "input": "a"}, [*sorted(RESPONSES.known), "unknown", ""]),
     "/tokenize": ({"prompt": "a"}, [*sorted(TOKENIZE.known), "unknown", ""]),
     "/v1/tokenize": ({"messages": [{"role": "user", "content": "a"}]}, sorted(TOKENIZE.known)),
     "/detokenize": ({"tokens": [1]}, [*sorted(DETOKENIZE.known), "unknown", ""]),
@@ -70,9 +76,12 @@ def check(answer: Answer) -> None:
         assert answer.status in (400, 404, 413, 422)
         assert answer.error["code"]
     elif answer.headers["content-type"].startswith("text/event-stream"):
-        assert answer.events[-1] == "[DONE]"
+        if b"event: response.created" in answer.body:
+            assert response_events.collected(response_events.read(answer.body))["status"] in ("completed", "incomplete")
+        else:
+            assert answer.events[-1] == "[DONE]"
     else:
-        assert answer.json.get("object") in ("chat.completion", "text_completion", None)
+        assert answer.json.get("object") in ("chat.completion", "text_completion", "response", None)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +122,44 @@ def test_odd_fields_of_other_endpoints(served: Any, path: str, data: st.DataObje
 def test_any_prompt(served: Any, prompt: Any, stream: bool, echo: bool, logprobs: int | None) -> None:
     body = complete(prompt=prompt, stream=stream, echo=echo, logprobs=logprobs)
     check(call(served, json.dumps(body).encode(), path="/v1/completions"))
+
+
+TYPES = ["message", "reasoning", "function_call", "function_call_output", "item_reference", "function", "namespace"]
+TYPES += ["input_text", "output_text", "reasoning_text", "text", "json_object", "json_schema", "allowed_tools", "x"]
+WORDS = st.sampled_from(["", "a", "c1", "{}", "auto", "required", "none", *ROLES]) | VALUES
+ENTRY = st.recursive(
+    st.fixed_dictionaries({}, optional={"type": st.sampled_from(TYPES) | VALUES, "text": WORDS}),
+    lambda inner: st.fixed_dictionaries(
+        {"type": st.sampled_from(TYPES)},
+        optional={
+            **dict.fromkeys(("role", "call_id", "name", "namespace", "arguments", "id", "mode"), WORDS),
+            **dict.fromkeys(("content", "output", "summary", "tools"), st.lists(inner, max_size=2) | WORDS),
+            **dict.fromkeys(("format", "schema", "parameters"), inner | VALUES),
+            "strict": st.booleans() | VALUES,
+            "encrypted_content": st.sampled_from(["verbatim-text:aG0=", "verbatim-text:/w==", "gAAA"]) | VALUES,
+        },
+    ),
+    max_leaves=4,
+)
+RESPONSE = st.fixed_dictionaries(
+    {"model": st.just("fake"), "input": st.lists(ENTRY, max_size=4) | st.just("a")},
+    optional={
+        "tools": st.lists(ENTRY, max_size=2),
+        "tool_choice": ENTRY | WORDS,
+        "text": st.fixed_dictionaries({}, optional={"format": ENTRY}) | ENTRY,
+        "reasoning": st.dictionaries(st.sampled_from(["effort", "summary", "x"]), WORDS, max_size=2),
+        "include": st.lists(st.sampled_from(INCLUDABLE) | WORDS, max_size=2),
+        "instructions": WORDS,
+        "stream": st.booleans(),
+        "top_logprobs": st.integers(-1, 3),
+    },
+)
+
+
+@given(body=RESPONSE)
+@settings(max_examples=RESPONSES_TRIED, deadline=None)
+def test_any_items(served: Any, body: dict[str, Any]) -> None:
+    check(call(served, json.dumps(body).encode(), path="/v1/responses"))
 
 
 @given(body=st.binary(max_size=40) | VALUES.map(lambda v: json.dumps(v).encode()))

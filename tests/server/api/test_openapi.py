@@ -49,14 +49,16 @@ async def send(app: Any, secret: str, case: Any, body: Any) -> Answer:
 
 
 def _exchange(app: Any, secret: str, strategy: Any, seen: Counter[int], count: int) -> None:
-    """Send what a strategy makes, every other completion to the model that is there."""
+    """Send what a strategy makes, every other completion to the model that is there, and short."""
 
     @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(strategy)
     def ask(case: Any) -> None:
         body = case.body if case.method == "POST" and case.body is not schemathesis.core.NOT_SET else None
         if isinstance(body, dict) and "model" in body and sum(seen.values()) % 2:
-            body = {**body, "model": "tiny", "max_tokens": 2, "max_completion_tokens": 2, "n": 1}
+            items = case.formatted_path.endswith("/responses")
+            short = {"max_output_tokens": 2} if items else {"max_tokens": 2, "max_completion_tokens": 2, "n": 1}
+            body = {**body, "model": "tiny", **short}
         answer = asyncio.run(send(app, secret, case, body))
         seen[answer.status] += 1
         assert answer.status < 500, (case.formatted_path, body, answer.body)
@@ -75,6 +77,8 @@ def test_no_request_is_a_500(app: tuple[Any, str], engine: AsyncEngine) -> None:
     for operation in operations:
         chat = operation.path.endswith("/chat/completions")
         share = REQUESTS // 4 if chat else max(REQUESTS // 40, 3)  # half of them completions, under either prefix
+        if operation.path == "/v1/responses":
+            share = REQUESTS // 4
         for mode in GenerationMode if chat else (GenerationMode.POSITIVE,):
             strategy = operation.as_strategy(generation_mode=mode)
 

@@ -1,0 +1,1 @@
+"""`POST /responses`: items in, items out, over the same request and the same outputs as every other endpoint."""
