@@ -28,6 +28,11 @@ from server.api.completions import request as completions_request
 from server.api.completions.fields import COMPLETION
 from server.api.completions.reply import CompletionChunks, CompletionCollector
 from server.api.generation import Endpoint
+from server.api.messages import request as messages_request
+from server.api.messages.events import MessageEvents
+from server.api.messages.fields import MESSAGE
+from server.api.messages.reply import MessageCollector
+from server.api.messages.routes import count_routes
 from server.api.models import model_details, model_object, state_of
 from server.api.receipts.routes import receipt_routes
 from server.api.tokenizer.routes import tokenizer_routes
@@ -82,7 +87,7 @@ def create_app(
     for prefix in PREFIXES:
         for routes in (_completions(service), _models(service), _usage(service)):
             app.include_router(routes, prefix=prefix)
-        for routes in (tokenizer_routes(service), receipt_routes(service)):
+        for routes in (tokenizer_routes(service), receipt_routes(service), count_routes(service)):
             app.include_router(routes, prefix=prefix)
     app.include_router(tokenizer_routes(service))  # where clients of vLLM look for them
     app.include_router(_health(registry, meter, receipts))
@@ -117,6 +122,14 @@ def _completions(service: Service) -> APIRouter:
     router = APIRouter()
     chat = Endpoint("chatcmpl-", chat_request.parse, Collector, ChunkWriter)
     plain = Endpoint("cmpl-", completions_request.parse, CompletionCollector, CompletionChunks)
+    message = Endpoint(
+        "msg_",
+        messages_request.parse,
+        MessageCollector,
+        MessageEvents,
+        messages_request.own_name,
+        messages_request.fitted,
+    )
 
     @router.post(
         "/chat/completions",
@@ -137,6 +150,16 @@ def _completions(service: Service) -> APIRouter:
     )
     async def completions(request: Request) -> Response:
         return await answer(service, plain, request)
+
+    @router.post(
+        "/messages",
+        summary="Create a message, synchronously or streaming, as Anthropic's API does.",
+        openapi_extra={"requestBody": openapi.request_body(MESSAGE, openapi.EXAMPLES["message"])},
+        responses=openapi.MESSAGE_RESPONSES,
+        response_model=None,
+    )
+    async def messages(request: Request) -> Response:
+        return await answer(service, message, request)
 
     return router
 

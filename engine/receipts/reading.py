@@ -104,8 +104,9 @@ def documents_of(data: bytes) -> tuple[list[dict[str, Any]], dict[str, Any] | No
         if _is_outside(value) and name in value:
             value, is_reply = value[name], True
     if _is_outside(value):  # a reply of the API
-        is_reply = is_reply or "choices" in value
-        reply = value if isinstance(value.get("choices"), list) and value["choices"] else None
+        message = value.get("type") == "message"
+        is_reply = is_reply or "choices" in value or message
+        reply = value if message or (isinstance(value.get("choices"), list) and value["choices"]) else None
         value = value.get("receipts", value.get("receipt", None if is_reply else value))
     found = value if isinstance(value, list) else [value]
     if is_reply and found in ([], [None]):

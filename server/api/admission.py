@@ -13,13 +13,21 @@ import datetime as dt
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from fastapi import Request
 
-from engine import EngineProtocol, GenerationRequest, InvalidParameter, PreparedRequest, Registry, timed
+from engine import (
+    EngineProtocol,
+    GenerationRequest,
+    InvalidParameter,
+    PreparedRequest,
+    Registry,
+    VerbatimError,
+    timed,
+)
 from server.accounts.account import Account, account_of
 from server.accounts.authentication import key_of
 from server.accounts.charging import Meter
@@ -31,8 +39,9 @@ from server.receipts.service import Receipts
 from server.settings import ServerSettings
 from server.wire.bodies import Bodies
 
-__all__ = ["Identity", "Service", "answer", "ignored_fields", "shown_names"]
+__all__ = ["Identity", "Service", "answer", "ignored_fields", "renamed", "shown_names"]
 
+T = TypeVar("T")
 
 MOST_TOLD: Final = 1 << 17
 """Log-probabilities of prompts in one reply: writing them takes the event loop some tenths of a second."""
@@ -91,9 +100,10 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
         ignored_fields(parsed.ignored, service.settings)  # refused here, before anything is prepared
         account.admit_model(parsed.model)
         engine = service.registry.get(parsed.model)
+        parsed = endpoint.fitted(parsed, engine.info)
         form = service.receipts.form(parsed.receipt)
         work = _prepared(engine, parsed.generations, account, identity.clock, record=form is not None)
-        requests = await unless_disconnected(work, request.receive)
+        requests = await unless_disconnected(renamed(work, endpoint.own_name), request.receive)
         if requests is None:
             raise ClientGone
         body = RecordedBody(service.bodies.memory, account.group, sizes[0])
@@ -102,7 +112,8 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
     prepared = tuple(made for _, made in requests)
     _check_told(prepared)
     first, info = prepared[0], engine.info
-    headers = ignored_fields(parsed.ignored + first.ignored, service.settings)
+    ignored = [name for field in first.ignored if (name := endpoint.own_name(field)) is not None]
+    headers = ignored_fields((*parsed.ignored, *ignored), service.settings)
     if parsed.receipt is True and form == "digest":
         headers["x-receipt-form"] = "digest"
     account.admit_prompt(sum(len(one.prompt_token_ids) for one in prepared))
@@ -111,6 +122,21 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
     reply = Reply(first.request_id, *told, prepared, parsed.prompt_logprobs, parsed.repeated)
     job = Job(engine, account, reply, parsed.stream, parsed.include_usage, headers, recording)
     return CompletionResponse(job, endpoint, service.settings)
+
+
+async def renamed(work: Awaitable[T], own_name: Callable[[str | None], str | None]) -> T:
+    """Await work of the engine's. Its errors come with the names that fields have in the body.
+
+    `own_name`: as in `Endpoint`.
+    """
+    try:
+        return await work
+    except VerbatimError as error:
+        param = own_name(error.param)
+        if error.param is not None and param is not None:
+            error.message = error.message.replace(error.param, param)
+        error.param = param
+        raise
 
 
 def _check_told(prepared: Sequence[PreparedRequest]) -> None:

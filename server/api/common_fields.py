@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 from engine import InvalidParameter, ModelNotFound, Unsupported
 from server.api.fields import MAX_SALT, BodyFields
-from server.api.parsing import FLAG, STRING, optional, required, typed
+from server.api.parsing import FLAG, STRING, optional, required
 
 __all__ = ["Common", "read_common", "read_model"]
 
@@ -91,7 +91,7 @@ def _receipt(fields: BodyFields, data: Mapping[str, Any]) -> bool | Literal["dig
 
 def _stream_options(fields: BodyFields, data: Mapping[str, Any], stream: bool, ignored: list[str]) -> bool:
     """Read whether the stream ends with the usage."""
-    options = fields.given(data, "stream_options")
+    options = fields.given(data, "stream_options") if "stream_options" in fields.honoured else None
     if options is None:
         return False
     if not stream:
@@ -107,6 +107,8 @@ def _stream_options(fields: BodyFields, data: Mapping[str, Any], stream: bool, i
 
 def _check_annotations(fields: BodyFields, data: Mapping[str, Any]) -> None:
     """Check `user` and `metadata`. They are for the client's own records and change nothing."""
-    fields.given(data, "user")
-    for key, value in (fields.given(data, "metadata") or {}).items():
-        typed(value, f"metadata.{key}", STRING)
+    if "user" in fields.honoured:
+        fields.given(data, "user")
+    metadata = fields.given(data, "metadata") or {}
+    for key in metadata:
+        optional(metadata, key, STRING, "metadata.")

@@ -9,6 +9,13 @@ from server.api.fields import CHAT, BodyFields
 EXAMPLES: Final[dict[str, dict[str, Any]]] = {
     "chat": {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "seed": 7},
     "completion": {"model": "demo", "prompt": "Once upon a time", "max_tokens": 16, "seed": 7},
+    "message": {
+        "model": "demo",
+        "max_tokens": 64,
+        "messages": [{"role": "user", "content": "Hello"}],
+        "seed": 7,
+    },
+    "count": {"model": "demo", "messages": [{"role": "user", "content": "Hello"}]},
     "tokenize": {"model": "demo", "prompt": "Hello"},
     "detokenize": {"model": "demo", "tokens": [1, 2, 3]},
 }
@@ -80,6 +87,14 @@ RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 COMPLETION_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {
         "description": "A `text_completion`, or with `stream` a sequence of them and `[DONE]`.",
+        "content": _JSON_OR_EVENTS,
+    },
+    **_REFUSALS,
+}
+
+MESSAGE_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "A message, or with `stream` its events, from `message_start` to `message_stop`.",
         "content": _JSON_OR_EVENTS,
     },
     **_REFUSALS,
