@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from anthropic.types import Message, MessageTokensCount, RawMessageStreamEvent
@@ -16,13 +17,15 @@ _EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 _GROWS = {"text_delta": "text", "thinking_delta": "thinking"}
 
 
-def body_of(**fields: Any) -> dict[str, Any]:
+def body_of(path: str = MESSAGES, **fields: Any) -> dict[str, Any]:
     """A good body, with these fields on top."""
-    return {"model": "fake", "max_tokens": 30, "messages": [{"role": "user", "content": "Hi"}], **fields}
+    length = {} if path.endswith("/count_tokens") else {"max_tokens": 30}
+    return {"model": "fake", **length, "messages": [{"role": "user", "content": "Hi"}], **fields}
 
 
-def ask(app: Any, path: str = MESSAGES, **fields: Any) -> Answer:
-    return call(app, body_of(**fields), path=path)
+def ask(app: Any, path: str = MESSAGES, *, how: Mapping[str, Any] | None = None, **fields: Any) -> Answer:
+    """One whole exchange. `how`: arguments of `call`."""
+    return call(app, body_of(path, **fields), path=path, **(how or {}))
 
 
 def message_of(answer: Answer) -> dict[str, Any]:
