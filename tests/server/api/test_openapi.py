@@ -73,8 +73,8 @@ def test_no_request_is_a_500(app: tuple[Any, str], engine: AsyncEngine) -> None:
     operations = [found.ok() for found in schemathesis.openapi.from_dict(application.openapi()).get_all_operations()]
     assert len(operations) >= 8
     for operation in operations:
-        chat = operation.path.endswith("/chat/completions")
-        share = REQUESTS // 4 if chat else max(REQUESTS // 40, 3)  # half of them completions, under either prefix
+        chat = operation.path.endswith(("/chat/completions", "/messages"))
+        share = REQUESTS // 4 if chat else max(REQUESTS // 40, 3)  # most of them for replies, under either prefix
         for mode in GenerationMode if chat else (GenerationMode.POSITIVE,):
             strategy = operation.as_strategy(generation_mode=mode)
 
