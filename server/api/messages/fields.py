@@ -57,7 +57,7 @@ _MESSAGE: Final[dict[str, Any]] = {
         "content": {
             "description": "Text, or blocks: `text`; of a user also `tool_result`; of the assistant also `thinking` "
             "and `tool_use`.",
-            "anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": _BLOCKS}}],
+            "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object", "anyOf": _BLOCKS}}],
         },
     },
 }
@@ -185,7 +185,6 @@ MESSAGE: Final = BodyFields(
         "margins": (False,),
         "return_token_ids": (False,),
         "max_completion_tokens": (),
-        "stream_options": ({"include_usage": True}, {}),
         "response_format": ({"type": "text"},),
         "guided_json": (),
         "guided_regex": (),

@@ -194,7 +194,7 @@ SETTINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {
             "metadata": {"user_id": None}, "service_tier": "auto", "cache_control": {"type": "ephemeral", "ttl": "1h"},
             "container": None, "mcp_servers": [], "context_management": {"edits": []}, "inference_geo": "global",
-            "speed": "standard", "stream_options": {"include_usage": True}, "n": 1,
+            "speed": "standard", "n": 1,
         },
         {"sampling": {"max_tokens": 30}},
     ),
