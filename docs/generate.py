@@ -180,7 +180,8 @@ def api() -> str:
         [
             NOTE + "# The API\n",
             "`POST /v1/chat/completions` and `POST /api/v1/chat/completions` are the same. Under both prefixes: "
-            "`POST /completions`, `POST /messages`, `POST /messages/count_tokens`, `GET /models`, `GET /models/{id}` and, where keys are in use, `GET /usage` "
+            "`POST /completions`, `POST /messages`, `POST /messages/count_tokens`, `GET /models`, `GET /models/{id}` "
+            "and, where keys are in use, `GET /usage` "
             "(`since`: a date or Unix seconds; `by`: day or model) for the key's own usage; and, at the root "
             "too, `POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info` (`model`: may be left out). "
             "Beside them `GET /health/live`, `GET /health/ready` and the machine readable form of this page, "
@@ -235,7 +236,7 @@ def api() -> str:
             "`tokens`.\n",
             "## Errors\n",
             'Always `{"error": {"message", "type", "param", "code"}}`, some with numbers beside them. At `/messages` '
-            'it is `{"type": "error", "error": {…}, "request_id"}` with the `type` that Anthropic has for the status.\n',
+            'it is `{"type": "error", "error": {…}, "request_id"}`, with the `type` that Anthropic has for a status.\n',
             table(("status", "code", "type", "raised as", "when"), list(_errors())),
             "Before there is a request, and so before any key, with the same body; then the connection ends:\n",
             table(("status", "code", "message"), [(str(s), f"`{code}`", text) for s, code, text in REFUSALS]),
