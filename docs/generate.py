@@ -35,6 +35,7 @@ from server.api import openapi
 from server.api.chat_messages import UNSUPPORTED_MESSAGE_FIELDS
 from server.api.completions.fields import COMPLETION
 from server.api.fields import CHAT, BodyFields
+from server.api.messages.fields import COUNT, MESSAGE
 from server.api.models import model_details
 from server.api.responses.fields import RESPONSES
 from server.api.tokenizer.fields import DETOKENIZE, TOKENIZE
@@ -185,7 +186,8 @@ def api() -> str:
             NOTE + "# The API\n",
             "`POST /v1/chat/completions` and `POST /api/v1/chat/completions` are the same. Under both prefixes: "
             "`POST /completions`, `POST /responses`, `POST /messages`, `POST /messages/count_tokens`, `GET /models`, "
-            "`GET /models/{id}` and, where keys are in use, `GET /usage` (`since`: a date or Unix seconds; `by`: day or model) for the key's own usage; and, at the root "
+            "`GET /models/{id}` and, where keys are in use, `GET /usage` "
+            "(`since`: a date or Unix seconds; `by`: day or model) for the key's own usage; and, at the root "
             "too, `POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info` (`model`: may be left out). "
             "Beside them `GET /health`, `GET /health/live`, `GET /health/ready`, `GET /version` and the machine "
             "readable form of this page, `GET /openapi.json`.\n",
@@ -223,6 +225,13 @@ def api() -> str:
             "As in chat completions: " + _alike(RESPONSES, CHAT) + ".\n",
             "Refused, as above:\n",
             _refused(RESPONSES),
+            "## Messages\n",
+            "`POST /messages` takes and returns what Anthropic's Messages API does ([guide](../guides/messages.md)).\n",
+            _fields(_schemas(MESSAGE, apart=CHAT)),
+            "As in chat completions: " + _alike(MESSAGE, CHAT) + ".\n",
+            "Refused, as above:\n",
+            _refused(MESSAGE),
+            "`POST /messages/count_tokens` returns `input_tokens`. It takes " + _listed(list(COUNT.honoured)) + ".\n",
             "## Tokens\n",
             "`POST /tokenize` returns `count`, `max_model_len`, `tokens` and `token_strs`:\n",
             _fields(_schemas(TOKENIZE)),
@@ -244,7 +253,8 @@ def api() -> str:
             "minute in `x-ratelimit-limit-requests`, `x-ratelimit-remaining-requests`, `x-ratelimit-reset-requests` "
             "(seconds, as `12s`), and the same for `tokens`.\n",
             "## Errors\n",
-            'Always `{"error": {"message", "type", "param", "code"}}`, some with numbers beside them.\n',
+            'Always `{"error": {"message", "type", "param", "code"}}`, some with numbers beside them. At `/messages` '
+            'it is `{"type": "error", "error": {…}, "request_id"}`, with the `type` that Anthropic has for a status.\n',
             table(("status", "code", "type", "raised as", "when"), list(_errors())),
             "Before there is a request, and so before any key, with the same body; then the connection ends:\n",
             table(("status", "code", "message"), [(str(s), f"`{code}`", text) for s, code, text in REFUSALS]),

@@ -218,6 +218,7 @@ class Choice:
             checks=tuple(checks),
             goes_on=goes_on,
             schema_error=self._schema_error if finish else None,
+            stop_string=self.text.stop_string if finish else None,
         )
 
     def _followed(self) -> int | None:

@@ -29,6 +29,11 @@ from server.api.completions import request as completions_request
 from server.api.completions.fields import COMPLETION
 from server.api.completions.reply import CompletionChunks, CompletionCollector
 from server.api.generation import Endpoint
+from server.api.messages import request as messages_request
+from server.api.messages.events import MessageEvents
+from server.api.messages.fields import MESSAGE
+from server.api.messages.reply import MessageCollector
+from server.api.messages.routes import count_routes
 from server.api.models import model_details, model_object, state_of
 from server.api.receipts.routes import receipt_routes
 from server.api.responses import request as responses_request
@@ -96,7 +101,7 @@ def create_app(
     for prefix in PREFIXES:
         for routes in (_completions(service), _models(service), _usage(service)):
             include(routes, prefix)
-        for routes in (tokenizer_routes(service), receipt_routes(service)):
+        for routes in (tokenizer_routes(service), receipt_routes(service), count_routes(service)):
             include(routes, prefix)
     include(tokenizer_routes(service))  # where clients of vLLM look for them
     include(_health(registry, meter, receipts))
@@ -135,6 +140,14 @@ def _completions(service: Service) -> APIRouter:
     chat = Endpoint("chatcmpl-", chat_request.parse, Collector, ChunkWriter)
     plain = Endpoint("cmpl-", completions_request.parse, CompletionCollector, CompletionChunks)
     items = Endpoint("resp_", responses_request.parse, ResponseCollector, ResponseEvents, responses_request.own_name)
+    message = Endpoint(
+        "msg_",
+        messages_request.parse,
+        MessageCollector,
+        MessageEvents,
+        messages_request.own_name,
+        messages_request.fitted,
+    )
 
     @router.post(
         "/chat/completions",
@@ -165,6 +178,16 @@ def _completions(service: Service) -> APIRouter:
     )
     async def responses(request: Request) -> Response:
         return await answer(service, items, request)
+
+    @router.post(
+        "/messages",
+        summary="Create a message, synchronously or streaming, as Anthropic's API does.",
+        openapi_extra={"requestBody": openapi.request_body(MESSAGE, openapi.EXAMPLES["message"])},
+        responses=openapi.MESSAGE_RESPONSES,
+        response_model=None,
+    )
+    async def messages(request: Request) -> Response:
+        return await answer(service, message, request)
 
     return router
 

@@ -15,6 +15,7 @@ from typing import Any
 from engine.errors import InvalidFormat, TemplateRefused
 from engine.prompts.content_guard import ContentGuard, ControlWords, Conversation, Marked
 from engine.prompts.prompt_encoder import CLOSE, OPEN, PromptEncoder, find_control_words
+from engine.prompts.system_turns import lost_roles, with_late_turns_as_users
 from engine.prompts.tool_messages import generic_messages, one_call_a_turn, with_written_calls
 from engine.replies.chat_format import ChatFormat
 from engine.replies.tool_format import CALL_ID, GENERIC, ToolFormat
@@ -71,10 +72,13 @@ class ChatPrompts:
         self._encoder = encoder
         self._words = words
         self._guard = ContentGuard(words) if words is not None else None
+        self._lost = {tools: lost_roles(template.serving(tools=tools), tools=tools) for tools in (False, True)}
 
     def conversation(self, request: GenerationRequest, variables: Mapping[str, Any]) -> Conversation:
         """Collect what the template renders of a request with messages."""
         messages: Sequence[ChatMessage] = request.messages or ()
+        if lost := self._lost[bool(request.tools)]:
+            messages = with_late_turns_as_users(messages, lost)
         form = self._chat_format.template_format
         if self._by_template(request.tools) and form is not None and CALL_ID in form.close:
             messages = [_with_short_ids(message) for message in messages]

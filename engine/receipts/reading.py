@@ -105,7 +105,7 @@ def documents_of(data: bytes) -> tuple[list[dict[str, Any]], dict[str, Any] | No
         if _is_outside(value) and name in value:
             value, inside = value[name], True
     if _is_outside(value):  # a reply of the API
-        inside = inside or "choices" in value or value.get("object") == "response"
+        inside = inside or "choices" in value or value.get("object") == "response" or value.get("type") == "message"
         reply = value if is_reply(value) else None
         value = value.get("receipts", value.get("receipt", None if inside else value))
     found = value if isinstance(value, list) else [value]

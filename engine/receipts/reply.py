@@ -6,7 +6,7 @@ A reply is a completion, which has `choices`, or a response, which has `output` 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from engine.receipts.canonical import digest_of_ids
 from engine.receipts.receipt import ChoiceRecord, Receipt
@@ -16,9 +16,19 @@ __all__ = ["is_reply", "reply_difference"]
 
 def is_reply(value: Mapping[str, Any]) -> bool:
     """Return whether an object is a whole reply of the API."""
+    if value.get("type") == "message":
+        return True
     if value.get("object") == "response":
         return isinstance(value.get("output"), list)
     return isinstance(value.get("choices"), list) and bool(value["choices"])
+
+
+_STOP_REASONS: Final = {
+    "stop": ("end_turn", "stop_sequence"),
+    "length": ("max_tokens",),
+    "tool_calls": ("tool_use", "end_turn"),
+}
+"""By finish reason, the stop reasons of Anthropic's API that tell it."""
 
 
 def reply_difference(reply: Mapping[str, Any], receipt: Receipt, number: int = 0, prompts: int = 1) -> str | None:
@@ -27,7 +37,7 @@ def reply_difference(reply: Mapping[str, Any], receipt: Receipt, number: int = 0
     Compared are the id, the number of choices, their finish reasons, and their token ids if the reply has them.
 
     Args:
-        reply: as it was sent, with `choices` or `output`.
+        reply: as it was sent, with `choices` or `output`; or a message, as Anthropic's API has it.
         number: of the receipt's prompt, from 0; prompts: how many the reply is to.
     """
     expected = str(reply.get("id")) + (f"-{number}" if number else "")
@@ -35,6 +45,8 @@ def reply_difference(reply: Mapping[str, Any], receipt: Receipt, number: int = 0
         return f"the reply has the id {expected!r:.100}, and its receipt {receipt.id!r:.100}"
     if reply.get("object") == "response":
         return _response_difference(reply, receipt)
+    if reply.get("type") == "message":
+        return _message_difference(reply, receipt)
     choices, n = reply["choices"], len(receipt.choices)
     if len(choices) != n * prompts:
         return f"the reply has {len(choices)} choices, and its receipt {n}" + (
@@ -60,6 +72,16 @@ def _response_difference(reply: Mapping[str, Any], receipt: Receipt) -> str | No
         return f"the status is {status!r:.40} in the reply, and {expected!r} by its receipt"
     if "token_ids" in reply and not _same_tokens(reply["token_ids"], record):
         return "the reply has other token ids than its receipt"
+    return None
+
+
+def _message_difference(message: Mapping[str, Any], receipt: Receipt) -> str | None:
+    """Say in what a message is not the one that its receipt is of. It tells no token ids."""
+    if len(receipt.choices) != 1:
+        return f"a message is one choice, and its receipt has {len(receipt.choices)}"
+    expected = receipt.choices[0].finish_reason
+    if (reason := message.get("stop_reason")) not in _STOP_REASONS[expected]:
+        return f"the stop reason is {reason!r:.40} in the message, and {expected!r} in its receipt"
     return None
 
 

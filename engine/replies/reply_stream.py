@@ -84,6 +84,11 @@ class TextStream:
         return self._detokenizer.whole
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the text; None if none has."""
+        return self._matcher.found
+
+    @property
     def thinking(self) -> bool:
         """Whether the text so far ends inside the thoughts."""
         return self._parser is not None and self._parser.thinking

@@ -67,12 +67,14 @@ class StopMatcher:
     always the text of the generated tokens, cut at its first stop string.
     """
 
-    __slots__ = ("_held", "_state", "_stops")
+    __slots__ = ("_held", "_state", "_stops", "found")
 
     def __init__(self, stops: StopStrings) -> None:
         self._stops = stops
         self._state = 0
         self._held = ""
+        self.found: str | None = None
+        """The stop string that ended the text: of those that begin where it ends, the first to be complete."""
 
     def push(self, text: str) -> tuple[str, bool]:
         """Take a piece of text; return the text that is certain, and whether a stop string was found."""
@@ -84,8 +86,10 @@ class StopMatcher:
         state = self._state
         for end in range(begin, len(text)):
             state = stops.step(state, text[end])
-            if length := stops.longest[state]:
-                first = min(first, end + 1 - length)
+            length = stops.longest[state]
+            if length and end + 1 - length < first:
+                first = end + 1 - length
+                self.found = text[first : end + 1]
         if first < len(text):
             self._state, self._held = 0, ""
             return text[:first], True

@@ -84,6 +84,8 @@ class ChoiceDelta:
     """With the finish reason of a reply that is checked: its tokens end, but the model would not have ended here."""
     schema_error: str | None = None
     """With the finish reason, where a schema could not be enforced whole: why the text is not valid; empty if it is."""
+    stop_string: str | None = None
+    """With the finish reason: the stop string that ended the text; None if something else did."""
 
 
 @dataclass(frozen=True, slots=True)

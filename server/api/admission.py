@@ -102,6 +102,7 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
         ignored_fields(parsed.ignored, service.settings)  # refused here, before anything is prepared
         account.admit_model(parsed.model)
         engine = service.registry.get(parsed.model)
+        parsed = endpoint.fitted(parsed, engine.info)
         form = service.receipts.form(parsed.receipt)
         work = _prepared(engine, parsed.generations, account, identity.clock, record=form is not None)
         own_name = own_names(endpoint.own_name, parsed.places)

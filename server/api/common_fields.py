@@ -91,7 +91,7 @@ def _receipt(fields: BodyFields, data: Mapping[str, Any]) -> bool | Literal["dig
 
 def _stream_options(fields: BodyFields, data: Mapping[str, Any], stream: bool, ignored: list[str]) -> bool:
     """Read whether the stream ends with the usage."""
-    options = fields.given(data, "stream_options")
+    options = fields.given(data, "stream_options") if "stream_options" in fields.honoured else None
     if options is None:
         return False
     if not stream:
@@ -107,5 +107,6 @@ def _stream_options(fields: BodyFields, data: Mapping[str, Any], stream: bool, i
 
 def _check_annotations(fields: BodyFields, data: Mapping[str, Any]) -> None:
     """Check `user` and `metadata`. They are for the client's own records and change nothing, whatever is in them."""
-    fields.given(data, "user")
+    if "user" in fields.honoured:
+        fields.given(data, "user")
     fields.given(data, "metadata")

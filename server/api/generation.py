@@ -22,6 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 from engine import (
     EngineProtocol,
     JoinedStreams,
+    ModelInfo,
     PreparedRequest,
     RequestOutput,
     RequestStream,
@@ -98,6 +99,10 @@ def _same(name: str | None) -> str | None:
     return name
 
 
+def _as_it_is(parsed: ParsedRequest, info: ModelInfo) -> ParsedRequest:
+    return parsed
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """An endpoint for completions: how it reads a body, and how it writes a reply.
@@ -107,7 +112,9 @@ class Endpoint:
         parse: a body and the reply's id → the request.
         body: makes the writer of a reply in one piece.
         events: makes the writer of a streamed reply; the second argument says whether usage is included.
-        own_name: the engine's name of a field, in its errors and among what it ignored → the name in the bodies here.
+        own_name: what the engine calls a field, in its errors and among what it ignored → where the body has it.
+        fitted: a request and what is known of its model → the request without what clients ask of all models alike
+            and this one does not have. What is left out is named in `ignored`.
     """
 
     id_prefix: str
@@ -115,6 +122,7 @@ class Endpoint:
     body: Callable[[Reply], BodyWriter]
     events: Callable[[Reply, bool], EventWriter]
     own_name: Callable[[str | None], str | None] = _same
+    fitted: Callable[[ParsedRequest, ModelInfo], ParsedRequest] = _as_it_is
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,13 @@ EXAMPLES: Final[dict[str, dict[str, Any]]] = {
     "chat": {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "seed": 7},
     "completion": {"model": "demo", "prompt": "Once upon a time", "max_tokens": 16, "seed": 7},
     "response": {"model": "demo", "input": "Hello", "seed": 7},
+    "message": {
+        "model": "demo",
+        "max_tokens": 64,
+        "messages": [{"role": "user", "content": "Hello"}],
+        "seed": 7,
+    },
+    "count": {"model": "demo", "messages": [{"role": "user", "content": "Hello"}]},
     "tokenize": {"model": "demo", "prompt": "Hello"},
     "detokenize": {"model": "demo", "tokens": [1, 2, 3]},
 }
@@ -90,6 +97,14 @@ COMPLETION_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 RESPONSE_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {
         "description": "A `response`, or with `stream` a sequence of events, the last of which holds it.",
+        "content": _JSON_OR_EVENTS,
+    },
+    **_REFUSALS,
+}
+
+MESSAGE_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "A message, or with `stream` its events, from `message_start` to `message_stop`.",
         "content": _JSON_OR_EVENTS,
     },
     **_REFUSALS,

@@ -49,6 +49,7 @@ class Envelope:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
+                headers["request-id"] = request_id  # where Anthropic's clients read it
                 headers["x-content-type-options"] = "nosniff"
             await send(message)
 

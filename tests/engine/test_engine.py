@@ -70,7 +70,8 @@ def test_a_stop_string_across_tokens_is_cut_out_and_nothing_of_it_was_streamed(l
     outputs = list(llm.stream(PROMPT, max_tokens=40, seed=7, ignore_eos=True, stop=[stop]))
     text = "".join(d.text for o in outputs for d in o.deltas)
     assert text == free.text[: free.text.index(stop)]
-    assert outputs[-1].deltas[0].finish_reason == "stop"
+    assert (outputs[-1].deltas[0].finish_reason, outputs[-1].deltas[0].stop_string) == ("stop", stop)
+    assert all(delta.stop_string is None for output in outputs[:-1] for delta in output.deltas)
     tokens = [t for o in outputs for d in o.deltas for t in d.token_ids]
     assert tuple(tokens) == free.token_ids[: len(tokens)]
 

@@ -112,9 +112,12 @@ class Answer:
 
     @property
     def error(self) -> dict[str, Any]:
-        """The error object, after checking that it has the one shape that errors have."""
+        """The error object, after checking that it has the shape that errors have: Anthropic's adds two members."""
         assert self.headers["content-type"] == "application/json"
-        assert set(self.json) == {"error"}
+        assert set(self.json) == {"error"} or (self.json["type"], set(self.json) - {"type", "request_id"}) == (
+            "error",
+            {"error"},
+        )
         error = self.json["error"]
         assert {"message", "type", "param", "code"} <= set(error)
         assert isinstance(error["message"], str)
@@ -131,7 +134,7 @@ class Answer:
         text = self.body.decode("utf-8")
         assert text.endswith("\n\n")
         lines = text.split("\n")
-        assert all(line == "" or line.startswith(("data: ", ":")) for line in lines)
+        assert all(line == "" or line.startswith(("data: ", "event: ", ":")) for line in lines)
         data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
         return [item if item == "[DONE]" else json.loads(item) for item in data]
 

@@ -68,7 +68,7 @@ _TEXT: Final[dict[str, Any]] = {
         "required": ["type"],
         "properties": {
             "type": {"type": "string", "enum": ["text", "json_object", "json_schema"]},
-            "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
+            "name": {"type": "string", "pattern": "^[A-Za-z0-9_./-]{1,128}$"},
             "description": {"type": "string"},
             "schema": {"type": "object"},
             "strict": {"type": "boolean"},

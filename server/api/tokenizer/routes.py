@@ -21,7 +21,7 @@ from server.api.tokenizer.requests import TextOf, TokensOf, parse_detokenize, pa
 from server.errors import ClientGone
 from server.json_text import to_json
 
-__all__ = ["tokenizer_routes"]
+__all__ = ["answer_from_tokenizer", "tokenizer_routes"]
 
 _Asked = TypeVar("_Asked", TokensOf, TextOf)
 
@@ -38,7 +38,7 @@ def tokenizer_routes(service: Service) -> APIRouter:
         response_model=None,
     )
     async def tokenize(request: Request) -> Response:
-        return await _answer(service, request, parse_tokenize, _tokens)
+        return await answer_from_tokenizer(service, request, parse_tokenize, _tokens)
 
     @router.post(
         "/detokenize",
@@ -48,7 +48,7 @@ def tokenizer_routes(service: Service) -> APIRouter:
         response_model=None,
     )
     async def detokenize(request: Request) -> Response:
-        return await _answer(service, request, parse_detokenize, _text)
+        return await answer_from_tokenizer(service, request, parse_detokenize, _text)
 
     @router.get("/tokenizer_info", summary="A model's tokenizer: its class, its special tokens, its chat template.")
     async def tokenizer_info(request: Request, model: str | None = None) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def tokenizer_routes(service: Service) -> APIRouter:
     return router
 
 
-async def _answer(
+async def answer_from_tokenizer(
     service: Service,
     request: Request,
     parse: Callable[[bytes, str], _Asked],

@@ -291,6 +291,28 @@ def test_matcher_law(chunks: list[str], stops: list[str]) -> None:
     assert (text, False) == ("".join(deltas), stopped)
 
 
+@settings(max_examples=300)
+@given(
+    text=st.text("abc", max_size=12),
+    cuts=st.lists(st.integers(0, 12), max_size=4),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=4),
+)
+@example(text="xabcab", cuts=[], stops=["bca", "abc", "ab"])
+@example(text="abc", cuts=[2], stops=["abc", "ab"])
+def test_the_stop_string_that_was_found_is_told(text: str, cuts: list[int], stops: list[str]) -> None:
+    """It begins where the text ends, and no other that begins there was complete before it."""
+    matcher, shown = StopMatcher(StopStrings(stops)), ""
+    places = [0, *sorted(cut for cut in cuts if cut <= len(text)), len(text)]
+    for begin, end in itertools.pairwise(places):
+        delta, stopped = matcher.push(text[begin:end])
+        shown += delta
+        if stopped:
+            fitting = [stop for stop in stops if text.startswith(stop, len(shown))]
+            assert matcher.found == min(fitting, key=len)
+            return
+    assert matcher.found is None
+
+
 def offline(vocabulary: Vocabulary, ids: list[int], stops: list[str], min_tokens: int) -> tuple[str, int | None]:
     """The law of `TextStream`, from whole prefixes: text, and at how many ids a stop string was complete."""
     added = stream(vocabulary, ids)[1]

@@ -14,6 +14,7 @@ from hypothesis import example, given, settings, strategies as st
 
 from server.api import fields
 from server.api.completions.fields import COMPLETION
+from server.api.messages.fields import COUNT, MESSAGE as MESSAGES
 from server.api.responses.fields import INCLUDABLE, RESPONSES, ROLES
 from server.api.tokenizer.fields import DETOKENIZE, TOKENIZE
 
@@ -67,7 +68,55 @@ OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "/tokenize": ({"prompt": "a"}, [*sorted(TOKENIZE.known), "unknown", ""]),
     "/v1/tokenize": ({"messages": [{"role": "user", "content": "a"}]}, sorted(TOKENIZE.known)),
     "/detokenize": ({"tokens": [1]}, [*sorted(DETOKENIZE.known), "unknown", ""]),
+    "/v1/messages": (chat(), [*sorted(MESSAGES.known), "unknown", ""]),
+    "/v1/messages/count_tokens": (chat(), [*sorted(COUNT.known), "unknown", ""]),
 }
+
+BLOCK = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.sampled_from(["text", "tool_use", "tool_result", "thinking", "redacted_thinking", "image"]) | VALUES,
+        "text": st.text(max_size=5) | VALUES,
+        "thinking": st.text(max_size=5) | VALUES,
+        "id": st.sampled_from(["a", "b"]) | VALUES,
+        "tool_use_id": st.sampled_from(["a", "b"]) | VALUES,
+        "name": st.just("ping") | VALUES,
+        "input": st.dictionaries(st.text(max_size=2), SCALARS, max_size=2) | VALUES,
+        "content": st.text(max_size=5) | st.lists(PART, max_size=2) | VALUES,
+        "is_error": st.booleans() | VALUES,
+        "cache_control": st.just({"type": "ephemeral"}) | VALUES,
+    },
+)
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system"]) | VALUES},
+    optional={"content": st.text(max_size=5) | st.lists(BLOCK, max_size=3) | VALUES, "other": VALUES},
+)
+KIND = st.sampled_from(
+    ["auto", "any", "tool", "none", "enabled", "disabled", "adaptive", "json_schema", "clear_thinking_20251015"]
+)
+OBJECTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": KIND | VALUES,
+        "name": st.just("ping") | VALUES,
+        "input_schema": st.just({"type": "object"}) | VALUES,
+        "budget_tokens": st.integers() | VALUES,
+        "effort": st.sampled_from(["low", "max"]) | VALUES,
+        "format": st.just({"type": "json_schema", "schema": {}}) | VALUES,
+        "schema": st.just({}) | VALUES,
+        "edits": st.lists(st.fixed_dictionaries({"type": KIND}), max_size=2) | VALUES,
+        "other": VALUES,
+    },
+)
+OF_MESSAGES = st.fixed_dictionaries(
+    {"messages": st.lists(TURN, min_size=1, max_size=4)},
+    optional={
+        "system": st.text(max_size=5) | st.lists(PART, max_size=2) | VALUES,
+        "tools": st.lists(OBJECTS, max_size=2) | VALUES,
+        **dict.fromkeys(("tool_choice", "thinking", "output_config", "output_format", "context_management"), OBJECTS),
+        "stream": st.booleans(),
+    },
+)
 
 
 def check(answer: Answer) -> None:
@@ -79,7 +128,7 @@ def check(answer: Answer) -> None:
         if b"event: response.created" in answer.body:
             assert response_events.collected(response_events.read(answer.body))["status"] in ("completed", "incomplete")
         else:
-            assert answer.events[-1] == "[DONE]"
+            assert answer.events[-1] in ("[DONE]", {"type": "message_stop"})
     else:
         assert answer.json.get("object") in ("chat.completion", "text_completion", "response", None)
 
@@ -115,6 +164,13 @@ def test_odd_fields_of_other_endpoints(served: Any, path: str, data: st.DataObje
     body, names = OTHERS[path]
     odd = data.draw(st.dictionaries(st.sampled_from(names), VALUES | PROMPTS, max_size=2))
     check(call(served, json.dumps({**body, **odd}).encode(), path=path))
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+@given(fields=OF_MESSAGES)
+@settings(max_examples=300, deadline=None)
+def test_any_message(served: Any, path: str, fields: dict[str, Any]) -> None:
+    check(call(served, json.dumps({"model": "fake", **fields}).encode(), path=path))
 
 
 @given(prompt=PROMPTS, stream=st.booleans(), echo=st.booleans(), logprobs=st.none() | st.integers(-1, 21))

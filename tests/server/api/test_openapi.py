@@ -29,6 +29,11 @@ from server.ledger.store import Ledger
 
 REQUESTS = int(os.environ.get("VERBATIM_SCHEMA_REQUESTS", "120"))
 CHAT = "/v1/chat/completions"
+CAPS = {
+    "/responses": {"max_output_tokens": 2},
+    "/completions": {"max_tokens": 2, "max_completion_tokens": 2, "n": 1},
+}
+"""Fields that keep a reply short."""
 
 
 @pytest.fixture
@@ -56,8 +61,7 @@ def _exchange(app: Any, secret: str, strategy: Any, seen: Counter[int], count: i
     def ask(case: Any) -> None:
         body = case.body if case.method == "POST" and case.body is not schemathesis.core.NOT_SET else None
         if isinstance(body, dict) and "model" in body and sum(seen.values()) % 2:
-            items = case.formatted_path.endswith("/responses")
-            short = {"max_output_tokens": 2} if items else {"max_tokens": 2, "max_completion_tokens": 2, "n": 1}
+            short = next((cap for path, cap in CAPS.items() if case.path.endswith(path)), {"max_tokens": 2})
             body = {**body, "model": "tiny", **short}
         answer = asyncio.run(send(app, secret, case, body))
         seen[answer.status] += 1
@@ -75,10 +79,8 @@ def test_no_request_is_a_500(app: tuple[Any, str], engine: AsyncEngine) -> None:
     operations = [found.ok() for found in schemathesis.openapi.from_dict(application.openapi()).get_all_operations()]
     assert len(operations) >= 8
     for operation in operations:
-        chat = operation.path.endswith("/chat/completions")
-        share = REQUESTS // 4 if chat else max(REQUESTS // 40, 3)  # half of them completions, under either prefix
-        if operation.path == "/v1/responses":
-            share = REQUESTS // 4
+        chat = operation.path.endswith(("/chat/completions", "/messages", "/responses"))
+        share = REQUESTS // 4 if chat else max(REQUESTS // 40, 3)  # most of them for replies, under either prefix
         for mode in GenerationMode if chat else (GenerationMode.POSITIVE,):
             strategy = operation.as_strategy(generation_mode=mode)
 

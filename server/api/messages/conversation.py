@@ -1,0 +1,97 @@
+"""The system prompt and the messages of a body, as `ChatMessage`s."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from engine import ChatMessage, InvalidFormat, InvalidParameter, Unsupported
+from server.api.chat_messages import MAX_MESSAGES, MAX_PARTS
+from server.api.messages.blocks import assistant_turn, blocks_of, text_of, user_turns
+from server.api.parsing import LIST, OBJECT, STRING, at_most, required, typed
+
+__all__ = ["read_conversation", "refuse_prefill"]
+
+_ROLES: Final = ("user", "assistant", "system")
+
+
+def read_conversation(data: Mapping[str, Any], ignored: list[str]) -> tuple[ChatMessage, ...]:
+    """Read `system` and `messages`. Turns of one role that follow each other are combined, as in Anthropic's API.
+
+    Adds names of unknown fields to `ignored`.
+
+    Raises:
+        InvalidFormat: a message or a block lacks a field, or has one of the wrong type.
+        InvalidParameter: too many of something, a wrong role, or the result of a call that nobody made.
+        Unsupported: a block that this build cannot honour.
+    """
+    given = required(data, "messages", LIST)
+    if not given:
+        raise InvalidParameter("messages must hold at least one message, not 0.", param="messages")
+    at_most(MAX_MESSAGES, len(given), "messages", "messages")
+    contents = (message.get("content") for message in given if isinstance(message, dict))
+    at_most(MAX_PARTS, sum(len(c) for c in contents if isinstance(c, list)), "messages", "blocks")
+    turns: list[ChatMessage] = []
+    if data.get("system") is not None and (system := text_of(blocks_of(data["system"], "system"), "system", ignored)):
+        turns.append(ChatMessage("system", system))
+    called: set[str] = set()
+    for i, message in enumerate(given):
+        found = _turns(message, f"messages.{i}", called, ignored)
+        called.update(call.id for turn in found for call in turn.tool_calls)
+        turns += found
+    return tuple(_combined(turns))
+
+
+def refuse_prefill(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a last message of the assistant: the reply would have to go on with it.
+
+    Raises:
+        Unsupported: there is one.
+    """
+    if messages[-1]["role"] == "assistant":
+        at = f"messages.{len(messages) - 1}.role"
+        raise Unsupported(
+            f"{at}: the last message is the assistant's, which the reply would go on with; that is not supported by "
+            "this build.",
+            param=at,
+        )
+
+
+def _turns(message: Any, at: str, called: set[str], ignored: list[str]) -> list[ChatMessage]:
+    """Read one message. A user's is several turns if it has results of tools."""
+    typed(message, at, OBJECT)
+    role = required(message, "role", STRING, f"{at}.")
+    if role not in _ROLES:
+        raise InvalidParameter(f"{at}.role must be one of {', '.join(_ROLES)}, not {role[:100]!r}.", param=f"{at}.role")
+    ignored += [f"{at}.{key}" for key in message if key not in ("role", "content")]
+    if "content" not in message:
+        raise InvalidFormat(f"{at}.content is required.", param=f"{at}.content", code="missing_field")
+    content = message["content"]
+    blocks = blocks_of([] if content is None and role == "assistant" else content, f"{at}.content")
+    if role == "user":
+        return user_turns(blocks, called, ignored)
+    if role == "assistant":
+        return [assistant_turn(blocks, ignored)]
+    return [ChatMessage("system", text_of(blocks, "system", ignored))]
+
+
+def _combined(turns: Iterable[ChatMessage]) -> list[ChatMessage]:
+    """Combine turns of one role that follow each other; results of tools stay apart."""
+    found: list[ChatMessage] = []
+    for turn in turns:
+        last = found[-1] if found else None
+        if last is None or turn.role == "tool" or last.role != turn.role:
+            found.append(turn)
+            continue
+        found[-1] = dataclasses.replace(
+            last,
+            content=_joined(last.content, turn.content),
+            reasoning_content=_joined(last.reasoning_content, turn.reasoning_content) or None,
+            tool_calls=last.tool_calls + turn.tool_calls,
+        )
+    return found
+
+
+def _joined(*texts: str | None) -> str:
+    return "\n".join(text for text in texts if text)
