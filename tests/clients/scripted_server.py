@@ -8,6 +8,7 @@ is the first line of the output. `POST /scripted` says what the model is to do u
     call, arguments   call this tool in a conversation that has not called it yet, then say `text`
     text              what it says; default: a value for the schema that is asked for, else "The answer is 4."
     thoughts          what it thinks before
+    drawn             it draws a text that this expression describes
     free              it says what its weights say
 
 Where a call is required, it calls the first tool that has not been called, with arguments that its schema allows. The
@@ -49,9 +50,7 @@ def checkpoint(folder: Path) -> Path:
     """Write a model of one layer with the demo model's tokenizer and template: ChatML, tools, thoughts."""
     size = json.loads((DEMO / "config.json").read_text())["vocab_size"]
     shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}
-    tiny_models.write(
-        folder, "qwen3", dtype=torch.float32, vocab_size=size, max_position_embeddings=CONTEXT, **shape
-    )
+    tiny_models.write(folder, "qwen3", dtype=torch.float32, vocab_size=size, max_position_embeddings=CONTEXT, **shape)
     for path in DEMO.iterdir():
         if path.name.startswith(("tokenizer", "chat_template")):
             shutil.copy(path, folder)
@@ -64,25 +63,24 @@ class ScriptedModel:
     def __init__(self) -> None:
         self.script: dict[str, Any] = {}
 
-    def answer(self, request: GenerationRequest) -> str | None:
+    def answer(self, request: GenerationRequest) -> Constraint | None:
         """What the model says after its thoughts, as it writes it; None: what its weights say."""
-        if self.script.get("free") or (request.messages is None and "text" not in self.script):
+        if "drawn" in self.script:
+            return Constraint("regex", self.script["drawn"])
+        if self.script.get("free"):
             return None
+        text = self._call(request) or self.script.get("text") or self._text(request.constraint)
+        return None if text is None else Constraint("choice", [text])
+
+    def _call(self, request: GenerationRequest) -> str | None:
         called = {call.name for message in request.messages or () for call in message.tool_calls}
         name = self._tool(request, called)
-        if name is not None:
-            tool = next(tool for tool in request.tools if tool.name == name)
-            given = self.script.get("arguments") if name == self.script.get("call") else None
-            arguments = instance(dict(tool.parameters or {"type": "object"})) if given is None else given
-            return f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {json.dumps(arguments)}}}\n</tool_call>'
-        if "text" in self.script:
-            return str(self.script["text"])
-        constraint = request.constraint
-        if constraint is not None and constraint.kind == "json":
-            return json.dumps(instance(constraint.value or {"type": "object"}))
-        if constraint is not None and constraint.kind == "choice":
-            return str(constraint.value[0])
-        return "The answer is 4." if constraint is None else None
+        if name is None:
+            return None
+        tool = next(tool for tool in request.tools if tool.name == name)
+        given = self.script.get("arguments") if name == self.script.get("call") else None
+        arguments = instance(dict(tool.parameters or {"type": "object"})) if given is None else given
+        return f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {json.dumps(arguments)}}}\n</tool_call>'
 
     def _tool(self, request: GenerationRequest, called: set[str]) -> str | None:
         choice = request.tool_choice
@@ -93,6 +91,14 @@ class ScriptedModel:
             return str(self.script["call"])
         return offered[0] if choice.kind == "required" and offered else None
 
+    @staticmethod
+    def _text(constraint: Constraint | None) -> str | None:
+        if constraint is None:
+            return "The answer is 4."
+        if constraint.kind == "json":
+            return json.dumps(instance(constraint.value or {"type": "object"}))
+        return str(constraint.value[0]) if constraint.kind == "choice" else None
+
     def scripted(
         self, prepare: Callable[[GenerationRequest], PreparedRequest], grammars: Any
     ) -> Callable[[GenerationRequest], PreparedRequest]:
@@ -100,13 +106,14 @@ class ScriptedModel:
 
         def prepared(request: GenerationRequest) -> PreparedRequest:
             made = prepare(request)
-            text = self.answer(request)
-            if text is None:
+            said = self.answer(request)
+            if said is None:
                 return made
             thoughts = self.script.get("thoughts", "Two and two." if made.reply_format.thinking else "")
-            if thoughts:
-                text = f"{'' if made.reply_format.thinking else '<think>'}\n{thoughts}\n</think>\n\n{text}"
-            grammar = answer_grammar(grammars, Constraint("choice", [text])).text
+            if thoughts and said.kind == "choice":
+                opened = "" if made.reply_format.thinking else "<think>"
+                said = Constraint("choice", [f"{opened}\n{thoughts}\n</think>\n\n{said.value[0]}"])
+            grammar = answer_grammar(grammars, said).text
             reply_format = dataclasses.replace(made.reply_format, exact_calls=True)
             return dataclasses.replace(made, grammar=grammar, reply_format=reply_format)
 

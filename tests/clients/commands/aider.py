@@ -12,7 +12,13 @@ def edited(*more: str) -> str:
     with Tool("aider") as aider:
         Path(aider.work, "hello.txt").write_text("What is 2 + 2?\n")
         where = ["--model", f"openai/{MODEL}", "--openai-api-base", BASE, "--openai-api-key", KEY]
-        quiet = ["--no-git", "--no-check-update", "--no-analytics", "--no-show-model-warnings", "--no-show-release-notes"]
+        quiet = [
+            "--no-git",
+            "--no-check-update",
+            "--no-analytics",
+            "--no-show-model-warnings",
+            "--no-show-release-notes",
+        ]
         quiet += ["--yes-always", "--no-pretty", "--no-gitignore", "--no-detect-urls", "--map-tokens", "0"]
         request = ["--edit-format", "whole", "--message", "Answer in the file.", "hello.txt"]
         aider.run(*where, *quiet, *more, *request)

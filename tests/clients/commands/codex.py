@@ -8,6 +8,7 @@ from tries import ANSWER, BASE, KEY, MODEL, QUESTION, run
 CONFIG = f"""
 model = "{MODEL}"
 model_provider = "verbatim"
+web_search = "disabled"
 check_for_update_on_startup = false
 
 [model_providers.verbatim]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from tool import Tool, holds
-from tries import ADD, ANSWER, BASE, FREE, KEY, MODEL, QUESTION, run, same, seeded
+from tries import ADD, ANSWER, BASE, DRAWN, KEY, MODEL, QUESTION, run, same, seeded
 
 MODELS = f"""
 - model_id: verbatim
@@ -48,6 +48,6 @@ run(
         "stream": stream,
         "tools": (tools, ADD),
         "structured": structured,
-        "seed": (seed, FREE),
+        "seed": (seed, DRAWN),
     },
 )

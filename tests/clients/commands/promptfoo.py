@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tool import Tool
-from tries import ADD, ANSWER, BASE, FREE, KEY, MODEL, QUESTION, run, same, seeded
+from tries import ADD, ANSWER, BASE, DRAWN, KEY, MODEL, QUESTION, run, same, seeded
 
 QUIET = {"PROMPTFOO_DISABLE_TELEMETRY": "1", "PROMPTFOO_DISABLE_UPDATE": "1", "PROMPTFOO_DISABLE_SHARING": "1"}
 QUIET |= {"PROMPTFOO_DISABLE_REMOTE_GENERATION": "1"}
@@ -23,7 +23,7 @@ def tries(kind: str) -> dict[str, Any]:
         """What the model said, as promptfoo's own report has it."""
         provider = {"id": f"openai:{kind}:{MODEL}", "config": {"apiBaseUrl": BASE, "apiKey": KEY, **config}}
         with Tool("promptfoo") as promptfoo:
-            suite = {"prompts": [QUESTION], "providers": [provider], "tests": [{}]}
+            suite = {"prompts": [QUESTION], "providers": [provider], "tests": [{"vars": {}}]}
             Path(promptfoo.work, "promptfooconfig.json").write_text(json.dumps(suite))
             where = {"PROMPTFOO_CONFIG_DIR": str(promptfoo.home), **QUIET}
             promptfoo.run(
@@ -54,7 +54,7 @@ def tries(kind: str) -> dict[str, Any]:
         seeded(lambda number: output(max_tokens=24, temperature=1, seed=number, **more))
 
     made = {"plain": plain, "tools": (tools, ADD), "structured": structured}
-    return {**made, "seed": (seed, FREE)} if kind == "chat" else made
+    return {**made, "seed": (seed, DRAWN)} if kind == "chat" else made
 
 
 run("chat/completions", tries("chat"))

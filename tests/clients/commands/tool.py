@@ -24,7 +24,7 @@ class Tool:
         self.home.mkdir()
         self.work.mkdir()
         node = ENVIRONMENT / "node_modules" / ".bin" / name
-        self._path = node if node.exists() else ENVIRONMENT / "bin" / name
+        self.path = node if node.exists() else ENVIRONMENT / "bin" / name
 
     def __enter__(self) -> Tool:
         return self
@@ -42,7 +42,7 @@ class Tool:
         environment |= {"XDG_DATA_HOME": str(self.home / "data"), "XDG_CACHE_HOME": str(self.home / "cache")}
         environment |= {"XDG_STATE_HOME": str(self.home / "state"), **QUIET, **variables}
         process = subprocess.Popen(
-            [str(self._path), *arguments],
+            [str(self.path), *arguments],
             cwd=self.work,
             env=environment,
             stdin=subprocess.DEVNULL,

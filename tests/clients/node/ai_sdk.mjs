@@ -1,5 +1,5 @@
 // Vercel AI SDK with its three providers that a server of one's own can stand behind.
-import { ADD, ANSWER, BASE, FREE, KEY, MODEL, QUESTION, load, run, same, seeded } from "./tries.mjs";
+import { ADD, ANSWER, BASE, DRAWN, KEY, MODEL, QUESTION, load, run, same, seeded } from "./tries.mjs";
 
 const { Output, generateText, stepCountIs, streamText, tool } = await load("ai");
 const { createOpenAI } = await load("@ai-sdk/openai");
@@ -37,7 +37,7 @@ function tries(model) {
     structured: async () => same((await generateText({ ...asked, output: Output.object({ schema }) })).output, { answer: 4 }),
     seed: [
       () => seeded(async (seed) => (await generateText({ ...asked, seed, temperature: 1, maxOutputTokens: 24 })).text),
-      FREE,
+      DRAWN,
     ],
   };
 }

@@ -1,5 +1,5 @@
 // OpenAI's SDK for Node.
-import { ADD, ANSWER, BASE, FREE, KEY, MODEL, QUESTION, load, run, same, seeded } from "./tries.mjs";
+import { ADD, ANSWER, BASE, DRAWN, KEY, MODEL, QUESTION, load, run, same, seeded } from "./tries.mjs";
 
 const { default: OpenAI } = await load("openai");
 const { zodResponseFormat, zodTextFormat } = await load("openai/helpers/zod");
@@ -45,7 +45,7 @@ await run("chat/completions", {
     const found = await client.chat.completions.parse({ model: MODEL, messages, response_format: zodResponseFormat(Answer, "answer") });
     same(found.choices[0].message.parsed, { answer: 4 });
   },
-  seed: [() => seeded(async (seed) => (await chat({ seed, temperature: 1, max_tokens: 24 })).choices[0].message.content), FREE],
+  seed: [() => seeded(async (seed) => (await chat({ seed, temperature: 1, max_tokens: 24 })).choices[0].message.content), DRAWN],
 });
 
 await run("responses", {

@@ -11,7 +11,7 @@ export const KEY = "none";
 export const QUESTION = "What is 2 + 2?";
 export const ANSWER = "The answer is 4.";
 export const ADD = { call: "add", arguments: { a: 2, b: 2 } };
-export const FREE = { free: true };
+export const DRAWN = { drawn: "[a-z]{16}" };
 
 // Packages lie in the client's own environment, not beside its script.
 const require = createRequire(path.join(process.env.CLIENT_ENVIRONMENT, "package.json"));

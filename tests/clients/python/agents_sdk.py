@@ -13,7 +13,7 @@ from agents import (
 )
 from openai import AsyncOpenAI
 from pydantic import BaseModel
-from tries import ADD, ANSWER, BASE, FREE, KEY, MODEL, QUESTION, run, same, seeded
+from tries import ADD, ANSWER, BASE, DRAWN, KEY, MODEL, QUESTION, run, same, seeded
 
 set_tracing_disabled(True)
 calls: list[tuple[int, int]] = []
@@ -72,7 +72,7 @@ def tries(kind: type) -> dict:
         "stream": stream,
         "tools": (tools, ADD),
         "structured": structured,
-        "seed": (seed, FREE),
+        "seed": (seed, DRAWN),
     }
 
 

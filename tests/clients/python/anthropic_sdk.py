@@ -2,7 +2,7 @@
 
 import anthropic
 from pydantic import BaseModel
-from tries import ADD, ANSWER, FREE, KEY, MODEL, QUESTION, ROOT, run, same, seeded
+from tries import ADD, ANSWER, DRAWN, KEY, MODEL, QUESTION, ROOT, run, same, seeded
 
 client = anthropic.Anthropic(base_url=ROOT, api_key=KEY, max_retries=0, timeout=60)
 ASKED = {"model": MODEL, "max_tokens": 1024, "messages": [{"role": "user", "content": QUESTION}]}
@@ -81,7 +81,7 @@ run(
         "stream": stream,
         "tools": (tools, ADD),
         "structured": structured,
-        "seed": (seed, FREE),
+        "seed": (seed, DRAWN),
         "thinking": (thinking, {"thoughts": "Two and two."}),
         "count_tokens": count,
     },

@@ -1,12 +1,13 @@
 """DSPy with its adapters for text, for JSON and for native tool calls."""
 
 import dspy
-from tries import ANSWER, BASE, FREE, KEY, MODEL, QUESTION, run, same, seeded
+from tries import ANSWER, BASE, DRAWN, KEY, MODEL, QUESTION, run, same, seeded
 
 # DSPy's own client has to be told what a server can do; it uses neither tools nor schemas of one that it does not know.
 dspy.lm15.register_provider(
     dspy.lm15.ProviderDefinition.chat(
-        dspy.lm15.AccessPolicy(provider="verbatim", env_keys=("VERBATIM_KEY",), base_url=BASE), compat=dspy.lm15.OpenAIChatCompat()
+        dspy.lm15.AccessPolicy(provider="verbatim", env_keys=("VERBATIM_KEY",), base_url=BASE),
+        compat=dspy.lm15.OpenAIChatCompat(),
     ),
     supports=dspy.lm15.ModelSupport(function_calling=True, response_schema=True),
 )
@@ -82,6 +83,6 @@ run(
         "stream": (stream, {"text": FIELDS}),
         "tools": (tools, {"call": "add", "arguments": {"a": 2, "b": 2}, "text": FIELDS}),
         "structured": structured,
-        "seed": (seed, FREE),
+        "seed": (seed, DRAWN),
     },
 )

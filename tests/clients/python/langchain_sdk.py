@@ -4,7 +4,7 @@ from langchain.agents import create_agent
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
-from tries import ADD, ANSWER, BASE, FREE, KEY, MODEL, QUESTION, run, same, seeded
+from tries import ADD, ANSWER, BASE, DRAWN, KEY, MODEL, QUESTION, run, same, seeded
 
 calls: list[tuple[int, int]] = []
 
@@ -53,7 +53,7 @@ def tries(**kind: object) -> dict:
         "stream": stream,
         "tools": (tools, ADD),
         "structured": structured,
-        "seed": (seed, FREE),
+        "seed": (seed, DRAWN),
     }
 
 

@@ -4,7 +4,7 @@ import json
 
 import litellm
 from pydantic import BaseModel
-from tries import ADD, ANSWER, BASE, FREE, KEY, MODEL, QUESTION, ROOT, run, same, seeded
+from tries import ADD, ANSWER, BASE, DRAWN, KEY, MODEL, QUESTION, ROOT, run, same, seeded
 
 litellm.telemetry = False
 WHERE = {"model": f"openai/{MODEL}", "api_base": BASE, "api_key": KEY, "max_retries": 0, "timeout": 60}
@@ -55,7 +55,7 @@ def tries(where: dict) -> dict:
         "stream": stream,
         "tools": (tools, ADD),
         "structured": structured,
-        "seed": (seed, FREE),
+        "seed": (seed, DRAWN),
     }
 
 

@@ -4,7 +4,7 @@ import json
 
 from openai import OpenAI
 from pydantic import BaseModel
-from tries import ADD, ANSWER, BASE, FREE, KEY, MODEL, QUESTION, run, same, seeded
+from tries import ADD, ANSWER, BASE, DRAWN, FREE, KEY, MODEL, QUESTION, run, same, seeded
 
 client = OpenAI(base_url=BASE, api_key=KEY, max_retries=0, timeout=60)
 MESSAGES = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": QUESTION}]
@@ -123,7 +123,7 @@ run(
         "stream": chat_stream,
         "tools": (chat_tools, ADD),
         "structured": chat_structured,
-        "seed": (chat_seed, FREE),
+        "seed": (chat_seed, DRAWN),
     },
 )
 run(
@@ -133,7 +133,7 @@ run(
         "stream": responses_stream,
         "tools": (responses_tools, ADD),
         "structured": responses_structured,
-        "seed": (responses_seed, FREE),
+        "seed": (responses_seed, DRAWN),
         "reasoning": (reasoning, {"thoughts": "Two and two."}),
     },
 )
@@ -142,6 +142,6 @@ run(
     {
         "plain": (completions_plain, FREE),
         "stream": (completions_stream, FREE),
-        "seed": (completions_seed, FREE),
+        "seed": (completions_seed, DRAWN),
     },
 )

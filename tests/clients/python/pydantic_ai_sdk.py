@@ -11,7 +11,7 @@ from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
-from tries import ADD, ANSWER, BASE, FREE, KEY, MODEL, QUESTION, ROOT, run, same, seeded
+from tries import ADD, ANSWER, BASE, DRAWN, KEY, MODEL, QUESTION, ROOT, run, same, seeded
 
 calls: list[tuple[int, int]] = []
 
@@ -34,7 +34,7 @@ def anthropic() -> AnthropicProvider:
     return AnthropicProvider(anthropic_client=AsyncAnthropic(base_url=ROOT, api_key=KEY, max_retries=0))
 
 
-def tries(model: object) -> dict:
+def tries(model: object, *, native: bool) -> dict:
     # Each run has an event loop of its own, so each has a client of its own, too.
     def agent(**more: object) -> Agent:
         made: Model = model()
@@ -57,7 +57,8 @@ def tries(model: object) -> dict:
 
     def structured() -> None:
         same(agent(output_type=Answer).run_sync(QUESTION).output, Answer(answer=4))
-        same(agent(output_type=NativeOutput(Answer)).run_sync(QUESTION).output, Answer(answer=4))
+        if native:  # elsewhere it takes only models that it knows for able to
+            same(agent(output_type=NativeOutput(Answer)).run_sync(QUESTION).output, Answer(answer=4))
 
     def seed() -> None:
         def ask(number: int) -> str:
@@ -71,10 +72,10 @@ def tries(model: object) -> dict:
         "stream": stream,
         "tools": (tools, ADD),
         "structured": structured,
-        "seed": (seed, FREE),
+        "seed": (seed, DRAWN),
     }
 
 
-run("chat/completions", tries(lambda: OpenAIChatModel(MODEL, provider=openai())))
-run("responses", tries(lambda: OpenAIResponsesModel(MODEL, provider=openai())))
-run("messages", tries(lambda: AnthropicModel(MODEL, provider=anthropic())))
+run("chat/completions", tries(lambda: OpenAIChatModel(MODEL, provider=openai()), native=True))
+run("responses", tries(lambda: OpenAIResponsesModel(MODEL, provider=openai()), native=True))
+run("messages", tries(lambda: AnthropicModel(MODEL, provider=anthropic()), native=False))

@@ -23,8 +23,10 @@ ANSWER = "The answer is 4."
 
 ADD: dict[str, Any] = {"call": "add", "arguments": {"a": 2, "b": 2}}
 """What the model does in the try with tools: it calls `add`, and says `ANSWER` once it has the result."""
+DRAWN = {"drawn": "[a-z]{16}"}
+"""The model draws a text of this form: for tries of seeds, which a scripted reply would pass whatever the seed."""
 FREE = {"free": True}
-"""The model says what its weights say: for tries of seeds, which a scripted reply would pass whatever the seed."""
+"""The model says what its weights say, in the form that is asked for."""
 
 Try = Callable[[], object]
 
