@@ -14,6 +14,7 @@ import json
 import socket
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -192,7 +193,15 @@ def with_field(name: str, text: bytes) -> Callable[[Target], list[str]]:
     return lambda target: post(target, request(target)[:-1] + b', "' + name.encode() + b'": ' + text + b"}")
 
 
+def gzip_bomb(target: Target) -> list[str]:
+    """Half a gigabyte behind half a megabyte."""
+    encoder = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    body = b"".join(encoder.compress(bytes(MIB)) for _ in range(512)) + encoder.flush()
+    return post(target, body, {"Content-Encoding": "gzip"})
+
+
 BODIES = [
+    Attack("a gzip bomb", frozenset({"413"}), gzip_bomb),
     Attack("lists in lists", BAD, with_field("x", b"[" * 100_000 + b"]" * 100_000)),
     Attack("many lists in an unknown field", BAD | {"200"}, with_field("x", b"[" + b"[]," * 2_500_000 + b"1]")),
     Attack("many numbers in an unknown field", BAD | {"200"}, with_field("x", b"[" + b"1," * 3_900_000 + b"1]")),

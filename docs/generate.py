@@ -49,7 +49,11 @@ _WHEN = {
     "HostNotAllowed": "the `Host` header names neither this machine nor an entry of `hosts`",
     "OriginNotAllowed": "a page sent it whose origin is neither the server's own nor in `cors_origins`",
     "UnsupportedMediaType": "the `Content-Type` is not JSON",
-    "BodyTooLarge": "the body is over `max_body_bytes`",
+    "UnsupportedEncoding": "the `Content-Encoding` is not gzip; `Accept-Encoding` tells what is",
+    "PathNotFound": "nothing is served at this path; the message says what was meant, or what there is",
+    "NotServed": "other servers have something at this path (embeddings, audio, Ollama's protocol), this one has not",
+    "MethodNotAllowed": "the path does not take this method; `methods` and `Allow` name those it takes",
+    "BodyTooLarge": "the body, as it is sent or decoded, is over `max_body_bytes`",
     "BodiesFull": "the bodies being read take `max_bodies_bytes`, or those of one key half of it",
     "BodyTooSlow": "the body did not arrive within `body_seconds`",
     "Unauthorized": "keys are in use, and this one is missing, unknown, revoked or expired; before the body is read",
@@ -182,8 +186,15 @@ def api() -> str:
             "`POST /completions`, `GET /models`, `GET /models/{id}` and, where keys are in use, `GET /usage` "
             "(`since`: a date or Unix seconds; `by`: day or model) for the key's own usage; and, at the root "
             "too, `POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info` (`model`: may be left out). "
-            "Beside them `GET /health/live`, `GET /health/ready` and the machine readable form of this page, "
-            "`GET /openapi.json`.\n",
+            "Beside them `GET /health`, `GET /health/live`, `GET /health/ready`, `GET /version` and the machine "
+            "readable form of this page, `GET /openapi.json`.\n",
+            "Every `GET` answers `HEAD`, too, and every path `OPTIONS`, with its methods in `Allow`. Slashes at the "
+            "end of a path or doubled mean nothing: `/v1/models/` is `/v1/models`, without a redirection. `/health` "
+            "is `/health/ready`: 200 where every model is loaded, alive and making progress, else 503, as llama.cpp "
+            "answers while it loads and vLLM when its engine is dead. A probe that restarts what fails it should ask "
+            "for `/health/live`. A body may be sent with `Content-Encoding: gzip`; limits are for what is sent and "
+            "for what it is decoded to. Connections speak HTTP/1.1: a wish for HTTP/2 or WebSocket (`Upgrade`) is "
+            "ignored.\n",
             "## Request fields\n",
             "`null` is the same as leaving a field out. Defaults of sampling fields are those below, then the "
             "checkpoint's `generation_config.json`, then the entry's `sampling`; the last one wins.\n",
@@ -221,10 +232,10 @@ def api() -> str:
             "`defaults_fingerprint` are digests. `max_model_len` is `context_length` under the name that evaluation "
             "harnesses ask for.\n",
             "## Keys\n",
-            "Where a server has keys, every path but `/health/live` and `/health/ready` needs one: `Authorization: "
-            "Bearer KEY`. A key with limits sees what is left of its minute in `x-ratelimit-limit-requests`, "
-            "`x-ratelimit-remaining-requests`, `x-ratelimit-reset-requests` (seconds, as `12s`), and the same for "
-            "`tokens`.\n",
+            "Where a server has keys, every path but `/health`, `/health/live`, `/health/ready` and "
+            "`/receipts/key` needs one: `Authorization: Bearer KEY`. A key with limits sees what is left of its "
+            "minute in `x-ratelimit-limit-requests`, `x-ratelimit-remaining-requests`, `x-ratelimit-reset-requests` "
+            "(seconds, as `12s`), and the same for `tokens`.\n",
             "## Errors\n",
             'Always `{"error": {"message", "type", "param", "code"}}`, some with numbers beside them.\n',
             table(("status", "code", "type", "raised as", "when"), list(_errors())),
@@ -357,7 +368,7 @@ def _other_codes() -> list[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.keyword) and node.arg == "code" and isinstance(node.value, ast.Constant):
                 found.add(str(node.value.value))
-    return sorted(found | {"not_found", "method_not_allowed"})
+    return sorted(found)
 
 
 # -- the command line ------------------------------------------------------------------------------------------------

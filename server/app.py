@@ -1,6 +1,7 @@
 """Composes the application: routes, middleware, and the order in which a request is checked. Knows no torch.
 
-request id → host and origin (400, 403) → key (401) → type of the body (415) → server/api/admission.py → only now 200
+request id → one form of path and method → host and origin (400, 403) → key (401) → type of the body (415) →
+server/api/admission.py → only now 200
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import inspect
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib import metadata
 from typing import Any, Final
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from engine import InvalidParameter, ModelNotFound, ModelStatus, Registry
@@ -37,11 +38,14 @@ from server.receipts.service import Receipts
 from server.settings import ServerSettings
 from server.wire.bodies import Bodies
 from server.wire.envelope import Envelope
-from server.wire.origin import JsonOnly, NoForeignPages
+from server.wire.one_form import OneForm
+from server.wire.origin import JsonOnly, NoForeignPages, Preflights
+from server.wire.paths import Paths, install_paths
 
 PREFIXES: Final = ("/api/v1", "/v1")
 _SILENT: Final = frozenset({"/health/live"})
-"""Paths that tell nothing about models. Without keys `/health/ready` names them."""
+"""Paths that tell nothing about models. Without keys `/health` and `/health/ready` name them."""
+_DISTRIBUTION: Final = "verbatim-server"
 
 
 def create_app(
@@ -75,18 +79,27 @@ def create_app(
         docs_url=None,  # the pages load scripts from the internet
         redoc_url=None,
         lifespan=lifespan,
-        redirect_slashes=False,  # any other path is a 404 with a body, like every error
+        redirect_slashes=False,  # `OneForm` answers such paths as they are
         # Nothing is sent anywhere, whatever the environment says. Versions before 0.165 ignore this argument.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
+    paths = Paths(PREFIXES)
+    paths.add(app.router)  # the document
+
+    def include(routes: APIRouter, prefix: str = "") -> None:
+        app.include_router(routes, prefix=prefix)
+        paths.add(routes, prefix)
+
     for prefix in PREFIXES:
         for routes in (_completions(service), _models(service), _usage(service)):
-            app.include_router(routes, prefix=prefix)
+            include(routes, prefix)
         for routes in (tokenizer_routes(service), receipt_routes(service)):
-            app.include_router(routes, prefix=prefix)
-    app.include_router(tokenizer_routes(service))  # where clients of vLLM look for them
-    app.include_router(_health(registry, meter, receipts))
+            include(routes, prefix)
+    include(tokenizer_routes(service))  # where clients of vLLM look for them
+    include(_health(registry, meter, receipts))
+    include(_version())
     install(app, settings.retry_after_seconds)
+    install_paths(app, paths, settings.retry_after_seconds)
     _add_middleware(app, settings, meter)
     if meter:
         app.openapi = lambda: openapi.with_keys(FastAPI.openapi(app), OPEN)  # type: ignore[method-assign]
@@ -100,16 +113,17 @@ def _add_middleware(app: FastAPI, settings: ServerSettings, meter: Meter | None)
         app.add_middleware(Authentication, meter=meter, retry_after=settings.retry_after_seconds)
     if settings.cors_origins:
         # Chrome asks whether a public page may use a private address. Newer versions of starlette refuse by default.
-        named = inspect.signature(CORSMiddleware).parameters
+        named = inspect.signature(Preflights).parameters
         private: dict[str, Any] = {"allow_private_network": True} if "allow_private_network" in named else {}
         app.add_middleware(
-            CORSMiddleware,
+            Preflights,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
             **private,
         )
     app.add_middleware(NoForeignPages, settings=settings, keys=meter is not None, silent=OPEN if meter else _SILENT)
+    app.add_middleware(OneForm)
     app.add_middleware(Envelope)
 
 
@@ -186,18 +200,34 @@ def _one_of(value: str | None, allowed: tuple[str, ...], name: str) -> str | Non
 
 def _health(registry: Registry, meter: Meter | None, receipts: Receipts) -> APIRouter:
     """Routes for health checks. Nobody needs a key for them, so with keys they do not tell about the models."""
-    router = APIRouter(prefix="/health")
+    router = APIRouter()
 
-    @router.get("/live", summary="The process answers.")
+    @router.get("/health/live", summary="The process answers.")
     async def live() -> dict[str, str]:
         return {"status": "live"}
 
-    @router.get("/ready", summary="Every model is loaded, alive and making progress.")
+    @router.get("/health", summary="The same as `/health/ready`, where clients of other servers look for it.")
+    @router.get("/health/ready", summary="Every model is loaded, alive and making progress.")
     async def ready() -> JSONResponse:
         states = {status.id: state_of(registry, status) for status in registry.list()}
         good, told = meter.health() if meter else (True, {"models": states})
         good = good and all(state == "ready" for state in states.values())
         body = {"status": "ready" if good else "not ready", **told, **receipts.health()}
         return JSONResponse(body, status_code=200 if good else 503)
+
+    return router
+
+
+def _version() -> APIRouter:
+    """The route for the version. With keys it needs one: which faults a server has is nobody else's business."""
+    router = APIRouter()
+    try:
+        found = metadata.version(_DISTRIBUTION)
+    except metadata.PackageNotFoundError:  # run from a folder, never installed
+        found = "unknown"
+
+    @router.get("/version", summary="The version of this server.")
+    async def version() -> dict[str, str]:
+        return {"version": found}
 
     return router

@@ -1,18 +1,20 @@
 """Maps errors to HTTP: status, type, body and headers. The only file that knows status codes of errors.
 
-Every body is `{"error": {"message", "type", "param", "code", …}}`. For a bug the client gets an id that is in the log,
-never a traceback.
+Every body is `{"error": {"message", "type", "param", "code", …}}`, or the same in Anthropic's shape where clients of
+its API ask. For a bug the client gets an id that is in the log, never a traceback.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Mapping
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from engine import (
     EngineDead,
@@ -75,6 +77,30 @@ class UnsupportedMediaType(VerbatimError):
     code = "unsupported_media_type"
 
 
+class UnsupportedEncoding(UnsupportedMediaType):
+    """The body's content encoding is not gzip."""
+
+    code = "unsupported_content_encoding"
+
+
+class PathNotFound(VerbatimError):
+    """Nothing is served at this path."""
+
+    code = "not_found"
+
+
+class NotServed(PathNotFound):
+    """Other servers have something at this path, and this one has not."""
+
+    code = "not_supported"
+
+
+class MethodNotAllowed(VerbatimError):
+    """The path does not take this method. `methods`: those that it takes."""
+
+    code = "method_not_allowed"
+
+
 class Unauthorized(VerbatimError):
     """The key is missing, unknown, revoked or expired."""
 
@@ -133,6 +159,8 @@ TABLE: Final[tuple[tuple[type[VerbatimError], int, str], ...]] = (
     (RateLimited, 429, "rate_limit_error"),
     (LedgerFault, 503, "server_error"),
     (KeepingFault, 503, "server_error"),
+    (PathNotFound, 404, "invalid_request_error"),
+    (MethodNotAllowed, 405, "invalid_request_error"),
     (NoKeys, 404, "invalid_request_error"),
     (ReceiptNotFound, 404, "invalid_request_error"),
     (ReceiptError, 422, "invalid_request_error"),
@@ -146,6 +174,21 @@ TABLE: Final[tuple[tuple[type[VerbatimError], int, str], ...]] = (
 
 FINAL: Final = (EngineDead, OutOfMemory, NumericalFault)
 """Unavailable, and retrying does not help: the same request takes the same memory and computes the same bits."""
+
+
+_MESSAGES: Final = ("/messages", "/messages/count_tokens")
+"""How the paths end whose clients speak Anthropic's Messages API."""
+
+_KINDS: Final[Mapping[int, str]] = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+"""Anthropic's `error.type` by status: https://docs.anthropic.com/en/api/errors. Its 529 is a 503 here."""
 
 
 def classify(error: VerbatimError) -> tuple[int, str]:
@@ -184,6 +227,10 @@ def headers_of(error: BaseException, retry_after: int) -> dict[str, str]:
     """Return the headers of an error's answer. `retry_after`: seconds, used where a retry may help."""
     if isinstance(error, Unauthorized | UnknownKey):
         return {"www-authenticate": "Bearer"}
+    if isinstance(error, UnsupportedEncoding):
+        return {"accept-encoding": "gzip"}
+    if isinstance(error, MethodNotAllowed):
+        return {"allow": ", ".join(error.details.get("methods", ()))}
     if isinstance(error, RateLimited):
         final = {"x-should-retry": "false"} if error.hopeless else {}
         return {"retry-after": str(error.retry_after), **final}
@@ -196,29 +243,42 @@ def headers_of(error: BaseException, retry_after: int) -> dict[str, str]:
     return {"retry-after": str(retry_after)}
 
 
-def error_response(error: BaseException, retry_after: int = 1) -> JSONResponse:
-    """Build the answer to any exception. `retry_after`: seconds, used where a retry may help."""
+def error_response(error: BaseException, scope: Scope, retry_after: int = 1) -> JSONResponse:
+    """Build the answer to any exception, in the shape that the clients of the scope's path read.
+
+    `retry_after`: seconds, used where a retry may help.
+    """
     status, body = describe(error)
-    return JSONResponse(body, status_code=status, headers=headers_of(error, retry_after))
+    return _answer(status, body, scope, headers_of(error, retry_after))
+
+
+def _answer(status: int, body: dict[str, Any], scope: Scope, headers: Mapping[str, str] | None) -> JSONResponse:
+    request_id = scope.get("state", {}).get("request_id")
+    return JSONResponse(_shaped(body, status, scope["path"], request_id), status_code=status, headers=headers)
+
+
+def _shaped(body: dict[str, Any], status: int, path: str, request_id: str | None) -> dict[str, Any]:
+    """Return the body of an error, `{"error": {"message", …}}`, in the shape that the clients of a path read."""
+    return anthropic_error(body, status, request_id) if path.endswith(_MESSAGES) else body
+
+
+def anthropic_error(body: Mapping[str, Any], status: int, request_id: str | None = None) -> dict[str, Any]:
+    """Return an error's body in Anthropic's shape. The members that this server's errors have beside it stay."""
+    kind = _KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    named = {} if request_id is None else {"request_id": request_id}
+    return {"type": "error", "error": {**body["error"], "type": kind}, **named}
 
 
 def install(app: FastAPI, retry_after: int) -> None:
-    """Make the application answer errors as the table says."""
+    """Make the application answer errors as the table says. Paths and methods: `server/wire/paths.py`."""
 
     async def known(request: Request, error: Exception) -> JSONResponse:
-        return error_response(error, retry_after)
+        return error_response(error, request.scope, retry_after)
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        path = request.url.path[:200]
-        if error.status_code == 404:
-            message, code = f"There is nothing at {path}.", "not_found"
-        elif error.status_code == 405:
-            message, code = f"{path} does not take {request.method[:20]}.", "method_not_allowed"
-        else:
-            message, code = str(error.detail), "http_error"
-        body = error_body(message, "invalid_request_error", None, code)
-        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+        body = error_body(str(error.detail), "invalid_request_error", None, "http_error")
+        return _answer(error.status_code, body, request.scope, error.headers)
 
     app.add_exception_handler(VerbatimError, known)
     app.add_exception_handler(HTTPException, http)

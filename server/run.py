@@ -146,6 +146,7 @@ def configured(app: ASGIApp, settings: ServerSettings, connections: Connections)
         ),
         ws="none",
         backlog=_AT_A_TIME,
+        timeout_keep_alive=settings.idle_seconds,
         workers=1,  # otherwise WEB_CONCURRENCY of the environment is read
         proxy_headers=False,  # the client's address is not used
         log_level="warning",

@@ -86,6 +86,9 @@ class ServerSettings(BaseModel):
     """Seconds that running requests may take after the server was told to stop; then they end with an error."""
     body_seconds: float = Field(default=60.0, gt=0)
     """Seconds that a client may take to send the head of a request, and again for its body."""
+    idle_seconds: int = Field(default=120, ge=1)
+    """Seconds that a connection is kept without a request. Agents pause between requests; a connection that is closed
+    just when the next one is sent is an error for many clients."""
     send_seconds: float = Field(default=60.0, gt=0)
     """Seconds in which a client must read at least a tenth of what waits for it; otherwise its request ends."""
     ledger: str | None = None

@@ -14,9 +14,10 @@ from server.ledger.records import Key
 
 __all__ = ["OPEN", "Authentication", "key_of"]
 
-OPEN: Final = frozenset({"/health/live", "/health/ready", "/api/v1/receipts/key", "/v1/receipts/key"})
+OPEN: Final = frozenset({"/health", "/health/live", "/health/ready", "/api/v1/receipts/key", "/v1/receipts/key"})
 """The paths that need no key: those of the server's health, and the public key that it signs receipts with. Paths that
 do not exist need one, so that trying paths tells a stranger nothing."""
+_HEADERS: Final = (b"authorization", b"x-api-key")
 
 
 class Authentication:
@@ -39,7 +40,7 @@ class Authentication:
         try:
             key = await self._key(scope)
         except VerbatimError as error:
-            await error_response(error, self._retry_after)(scope, receive, send)
+            await error_response(error, scope, self._retry_after)(scope, receive, send)
             return
         scope.setdefault("state", {})["key"] = key
 
@@ -53,16 +54,30 @@ class Authentication:
         await self._app(scope, receive, send_with_limits)
 
     async def _key(self, scope: Scope) -> Key:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        if not given:
-            raise Unauthorized("this server needs a key: send the header Authorization: Bearer KEY.")
-        kind, _, secret = given[0].decode("latin-1").partition(" ")
-        if kind.lower() != "bearer" or not secret.strip() or len(given) > 1:
-            raise Unauthorized("the Authorization header must be Bearer, a space and the key.")
-        key = await self._meter.authenticate(secret.strip())
+        secrets = {_secret(name, value.decode("latin-1")) for name, value in scope["headers"] if name in _HEADERS}
+        if not secrets:
+            raise Unauthorized(
+                "this server needs a key: send the header Authorization: Bearer KEY, or X-Api-Key: KEY as clients of "
+                "Anthropic's API do."
+            )
+        if len(secrets) > 1:
+            raise Unauthorized("the request's headers hold more than one key.")
+        key = await self._meter.authenticate(secrets.pop())
         if key is None:
             raise Unauthorized("this key is not known here, was revoked, or has expired.")
         return key
+
+
+def _secret(header: bytes, value: str) -> str:
+    """Return the key that a header holds."""
+    if header == b"x-api-key":
+        if not value.strip():
+            raise Unauthorized("the X-Api-Key header is empty.")
+        return value.strip()
+    kind, _, secret = value.partition(" ")
+    if kind.lower() != "bearer" or not secret.strip():
+        raise Unauthorized("the Authorization header must be Bearer, a space and the key.")
+    return secret.strip()
 
 
 def key_of(scope: Scope) -> Key | None:

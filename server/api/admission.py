@@ -108,7 +108,7 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
     account.admit_prompt(sum(len(one.prompt_token_ids) for one in prepared))
     request.scope["state"]["told"] = {"model": info.id, "completion": first.request_id}
     told = identity.created, info.id, info.system_fingerprint
-    reply = Reply(first.request_id, *told, prepared, parsed.prompt_logprobs)
+    reply = Reply(first.request_id, *told, prepared, parsed.prompt_logprobs, parsed.repeated)
     job = Job(engine, account, reply, parsed.stream, parsed.include_usage, headers, recording)
     return CompletionResponse(job, endpoint, service.settings)
 

@@ -20,7 +20,8 @@ from engine import (
     Usage,
     clean_logprob,
 )
-from server.api.generation import Reply, with_member
+from server.api.generation import Reply, event, with_member
+from server.errors import describe
 from server.json_text import escape_line_breaks, to_json
 
 DONE = b"data: [DONE]\n\n"
@@ -61,6 +62,11 @@ def last_events(head: dict[str, Any], usage: Usage | None, receipt: bytes) -> by
         return DONE
     told = {} if usage is None else {"usage": usage_object(usage)}
     return b"data: " + with_member(to_json({**head, "choices": [], **told}).encode(), receipt) + b"\n\n" + DONE
+
+
+def error_event(error: BaseException) -> bytes:
+    """Write the event that ends the stream of a reply that failed. Nothing follows it, `[DONE]` neither."""
+    return event(describe(error)[1])
 
 
 def logprob_object(entry: TokenLogprob) -> dict[str, Any]:
@@ -202,6 +208,9 @@ class ChunkWriter:
         """Write the usage and the receipt, if they were asked for, and `[DONE]`."""
         head = reply_head(self._reply, "chat.completion.chunk")
         return last_events(head, usage if self._include_usage else None, receipt)
+
+    def fail(self, error: BaseException) -> bytes:
+        return error_event(error)
 
     def _roles(self, prompt_logprobs: list[dict[str, Any] | None] | None = None) -> bytes:
         role = '{"role":"assistant","content":"","refusal":null}'

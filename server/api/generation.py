@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
@@ -32,7 +32,7 @@ from engine import (
 from server.accounts.account import Account
 from server.api.parsing import ParsedRequest
 from server.api.receipts.recording import NO_RECEIPT, FinishedRecording, Recording
-from server.errors import ClientGone, describe, error_response
+from server.errors import ClientGone, error_response
 from server.json_text import to_json
 from server.settings import ServerSettings
 
@@ -53,6 +53,8 @@ class Reply:
     """The engine's requests that it is made of, one per prompt."""
     prompt_logprobs: int | None = None
     """As in `ParsedRequest`."""
+    repeated: Mapping[str, Any] = field(default_factory=dict)
+    """The same."""
 
     @property
     def params(self) -> SamplingParams:
@@ -87,6 +89,9 @@ class EventWriter(Protocol):
 
     def end(self, usage: Usage, receipt: bytes) -> bytes:
         """`receipt`: the member of a JSON object that holds the reply's receipt; empty if it is not sent."""
+
+    def fail(self, error: BaseException) -> bytes:
+        """End the stream of a reply that an error has ended, whatever was written before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +161,7 @@ class CompletionResponse(Response):
                 answer = self._streamed(outputs, send) if job.stream else self._whole(outputs)
                 response = await unless_disconnected(answer, receive)
         except VerbatimError as error:  # nothing has been sent yet
-            response = error_response(error, self._settings.retry_after_seconds)
+            response = error_response(error, scope, self._settings.retry_after_seconds)
             response.headers.update(job.headers)
         if response is not None:
             try:
@@ -194,19 +199,19 @@ class CompletionResponse(Response):
         """Send events as they come. An error before the first one still gets its status."""
         sender = _EventSender(send, self._job.headers, self._settings.keepalive_seconds)
         beat = asyncio.create_task(sender.beat())
+        writer = self._endpoint.events(self._job.reply, self._job.include_usage)
         try:
-            await self._events(outputs, sender)
+            await self._events(outputs, sender, writer)
         except Exception as error:
             if not sender.started or isinstance(error, ClientGone):
                 raise
-            await sender.send(event(describe(error)[1]), more=False)
+            await sender.send(writer.fail(error), more=False)
         finally:
             beat.cancel()
             self._job.account.sent = sender.started
 
-    async def _events(self, outputs: JoinedStreams, sender: _EventSender) -> None:
+    async def _events(self, outputs: JoinedStreams, sender: _EventSender, writer: EventWriter) -> None:
         """Send all events of a request that succeeds. Raises the error that ended one that does not."""
-        writer = self._endpoint.events(self._job.reply, self._job.include_usage)
         data = writer.start()
         async for output in outputs:
             batch = [output, *outputs.ready()]  # more than one if the client is slower than the engine
@@ -301,6 +306,7 @@ def with_member(body: bytes, member: bytes) -> bytes:
     return body[:-1] + b"," + member + body[-1:] if member else body
 
 
-def event(data: Any) -> bytes:
+def event(data: Any, name: str | None = None) -> bytes:
     """Write one server-sent event. JSON escapes line ends, so nothing inside can break out of it."""
-    return f"data: {to_json(data)}\n\n".encode()
+    named = "" if name is None else f"event: {name}\n"
+    return f"{named}data: {to_json(data)}\n\n".encode()

@@ -53,11 +53,12 @@ _REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
     401: _failure("Authentication Fails: the key is missing, unknown, revoked or expired."),
     402: _failure("Insufficient Balance: the key's balance does not cover the request's worst case."),
     403: _failure("The Host header names another host, or a page of another origin sent the request."),
-    404: _failure("Unknown model."),
+    404: _failure("Unknown model, unknown path."),
+    405: _failure("The path does not take this method; see Allow."),
     408: _failure("The body did not arrive in time."),
     413: _failure("Body over the limit."),
     414: _failure("Path and query over the limit."),
-    415: _failure("The Content-Type is not JSON."),
+    415: _failure("The Content-Type is not JSON, or the Content-Encoding not gzip."),
     422: _failure("Invalid Parameters: out of range, an impossible combination, a field this build cannot honour."),
     429: _failure(
         "Rate Limit Reached: the key's requests or tokens of a minute, or its requests at once; see Retry-After."

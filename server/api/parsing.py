@@ -6,7 +6,7 @@ Knows no field of the API by name. Every error names the field by its dotted pat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from engine import GenerationRequest, InvalidFormat, InvalidParameter
@@ -31,6 +31,7 @@ class ParsedRequest:
         receipt: whether the reply comes with its receipt; `digest`: with one without text.
         prompt_logprobs: of a completion of plain text, which computes them for `echo` too: alternatives beside each
             token where the reply tells them by themselves; None where it does not.
+        repeated: what the endpoint's writers need of the body, by names of the endpoint's own.
     """
 
     model: str
@@ -40,6 +41,7 @@ class ParsedRequest:
     ignored: tuple[str, ...]
     prompt_logprobs: int | None = None
     receipt: bool | Literal["digest"] = False
+    repeated: Mapping[str, Any] = field(default_factory=dict)
 
 
 def typed(value: Any, name: str, kind: Kind) -> Any:

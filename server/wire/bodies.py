@@ -1,7 +1,8 @@
 """Reads and parses request bodies, bounded in size, in time, and in the memory of all of them together.
 
 Memory for a body is reserved before it is read and returned once the request is prepared; a body for which too
-little is left is refused. All but small bodies are parsed on one separate thread, so as not to block the event loop.
+little is left is refused. What is sent as gzip is decoded in small parts under the same limits. All but small bodies
+are parsed on one separate thread, so as not to block the event loop.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fastapi import Request
 
 from server.errors import BodiesFull, BodyTooLarge, BodyTooSlow, ClientGone
 from server.settings import ServerSettings
+from server.wire.content_encoding import decoder_of
 
 __all__ = ["Bodies", "BodyMemory"]
 
@@ -100,7 +102,8 @@ class Bodies:
         """Yield a function that reads and parses the body under a request's id. Holds its memory until the block ends.
 
         Raises:
-            BodyTooLarge: it exceeds the limit, by its `Content-Length` or while it is read.
+            UnsupportedEncoding: its `Content-Encoding` is not gzip.
+            BodyTooLarge: it exceeds the limit, by its `Content-Length`, while it is read, or while it is decoded.
             BodyTooSlow: it did not arrive in time.
             BodiesFull: there is no memory for it at the moment.
             ClientGone: the client disconnected before the body was complete.
@@ -122,21 +125,29 @@ class Bodies:
             yield checked
 
     async def _read(self, request: Request, reservation: _Reservation) -> bytes:
+        """Read a body and decode it. The limit is for what is sent and for what it stands for; kept is the latter."""
+        decoder = decoder_of(request.headers.getlist("content-encoding"))
         announced = request.headers.get("content-length", "")
         if announced.isascii() and announced.isdigit():
             if int(announced[:20]) > self._limit:
                 raise _too_large(f"{announced[:20]} bytes", self._limit)
             reservation.grow(int(announced[:20]))
-        data = io.BytesIO()
+        data, sent = io.BytesIO(), 0
         while True:
             message = await request.receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
-            data.write(message.get("body", b""))
-            if data.tell() > self._limit:
-                raise _too_large(f"more than {self._limit} bytes", self._limit)
-            reservation.grow(data.tell())
+            piece = message.get("body", b"")
+            sent += len(piece)
+            for number, part in enumerate(decoder.feed(piece)):
+                if number:  # few bytes may stand for many: others run between the parts
+                    await asyncio.sleep(0)
+                if max(sent, data.tell() + len(part)) > self._limit:
+                    raise _too_large(f"more than {self._limit} bytes", self._limit)
+                reservation.grow(data.tell() + len(part))
+                data.write(part)
             if not message.get("more_body", False):
+                decoder.end()
                 return data.getvalue()
 
 

@@ -5,6 +5,7 @@ Knows no path and no key.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import time
@@ -13,6 +14,7 @@ from typing import Final
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine import Unavailable
 from server import logs
 from server.errors import ClientGone, error_response
 
@@ -39,6 +41,7 @@ class Envelope:
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         began, status = time.monotonic(), 0
         state = scope.setdefault("state", {})
+        state["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -53,10 +56,15 @@ class Envelope:
             await self._app(scope, receive, send_with_id)
         except ClientGone:
             return
+        except asyncio.CancelledError:
+            if not status:  # the server ends, and uvicorn would answer in plain text
+                error = Unavailable("the server is stopping, and this request was not answered in time.")
+                await error_response(error, scope)(scope, receive, send_with_id)
+            raise
         except Exception as error:
             if status:
                 raise  # too late for a status: the connection must break, or half an answer would look whole
-            await error_response(error)(scope, receive, send_with_id)
+            await error_response(error, scope)(scope, receive, send_with_id)
         finally:
             key = state.get("key")
             logs.access(

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine import VerbatimError
@@ -16,7 +19,7 @@ from server.errors import BadHost, HostNotAllowed, OriginNotAllowed, Unsupported
 from server.hosts import Authority, covers, is_loopback, parse_authority, same_authority
 from server.settings import ServerSettings
 
-__all__ = ["JsonOnly", "NoForeignPages"]
+__all__ = ["JsonOnly", "NoForeignPages", "Preflights"]
 
 _READING: Final = frozenset({"GET", "HEAD"})
 _SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
@@ -92,6 +95,21 @@ class NoForeignPages:
         )
 
 
+class Preflights(CORSMiddleware):
+    """Starlette's answers to pages of other origins, none of them in plain text: JSON where one is refused."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        answer = super().preflight_response(request_headers)
+        kept = {name: value for name, value in answer.headers.items() if not name.startswith("content-")}
+        if answer.status_code < 400:
+            return Response(status_code=answer.status_code, headers=kept)
+        method = request_headers["access-control-request-method"][:20]
+        fault = OriginNotAllowed(f"a page may not send {method} here: {bytes(answer.body).decode()}.")
+        refused = error_response(fault, {"path": ""})  # read by a browser, in any shape
+        refused.headers.update(kept)
+        return refused
+
+
 class JsonOnly:
     """Pure ASGI: refuses bodies whose content type is not JSON.
 
@@ -157,4 +175,4 @@ def _all(scope: Scope, name: bytes) -> list[str]:
 
 async def _refuse(fault: VerbatimError, scope: Scope, receive: Receive, send: Send) -> None:
     scope.setdefault("state", {})["told"] = {"refused": fault.code}
-    await error_response(fault)(scope, receive, send)
+    await error_response(fault, scope)(scope, receive, send)

@@ -53,6 +53,11 @@ class _Refused(Exception):
 
 
 _NOT_HTTP: Final = (400, "invalid_http", "What was sent is not an HTTP/1.1 request.")
+_NOT_HTTP_1: Final = (
+    505,
+    "http_version_not_supported",
+    "This server speaks HTTP/1.1, and not HTTP/2 without TLS (h2c).",
+)
 _LONG_HEAD: Final = (431, "head_too_large", f"The head of a request, or its trailer, may have {MAX_HEAD} bytes.")
 _MANY_FIELDS: Final = (431, "head_too_large", f"The head of a request, or its trailer, may have {MAX_FIELDS} fields.")
 _LONG_TARGET: Final = (414, "target_too_long", f"A path with its query may have at most {MAX_TARGET} bytes.")
@@ -64,7 +69,16 @@ _MANY_REQUESTS: Final = (
 _SMALL_PIECES: Final = (400, "pieces_too_small", "The body comes in pieces of a few bytes; send larger ones.")
 _FULL: Final = (503, "connections_full", "The server has as many connections as it may have, all at work; try later.")
 
-REFUSALS: Final = (_NOT_HTTP, _MANY_REQUESTS, _SMALL_PIECES, _LONG_TARGET, _LONG_HEAD, _MANY_FIELDS, _FULL)
+REFUSALS: Final = (
+    _NOT_HTTP,
+    _MANY_REQUESTS,
+    _SMALL_PIECES,
+    _LONG_TARGET,
+    _LONG_HEAD,
+    _MANY_FIELDS,
+    _FULL,
+    _NOT_HTTP_1,
+)
 """Status, code and message of every refusal before there is a request."""
 
 
@@ -164,7 +178,9 @@ class _BoundedProtocol(HttpToolsProtocol):
                     self.parser.feed_data(piece[upgrade.args[0] :])
             except httptools.HttpParserError as error:
                 cause = error.__context__
-                self._refuse(cause if isinstance(cause, _Refused) else _Refused(*_NOT_HTTP))
+                later = self.parser.get_http_version() >= "2"  # also HTTP/2's own first line, `PRI * HTTP/2.0`
+                fault = _Refused(*(_NOT_HTTP_1 if later else _NOT_HTTP))
+                self._refuse(cause if isinstance(cause, _Refused) else fault)
             else:
                 if self._still > MAX_HEAD:
                     self._refuse(_Refused(*_LONG_HEAD))
@@ -208,6 +224,8 @@ class _BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self._head + len(self.url) > MAX_HEAD:
             raise _Refused(*_LONG_HEAD)
+        if self.parser.get_http_version() >= "2":
+            raise _Refused(*_NOT_HTTP_1)
         if self.parser.get_method() == b"CONNECT" or any(b"\n" in value for _, value in self.headers):
             raise _Refused(*_NOT_HTTP)
         if self.parser.should_upgrade():

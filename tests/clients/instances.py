@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +49,7 @@ def _instance(schema: Any, root: Any, depth: int) -> Any:
     if kind == "array":
         return [_instance(schema.get("items", {}), root, depth + 1)] * max(1, schema.get("minItems", 1))
     if kind in ("integer", "number"):
-        return min(max(4, schema.get("minimum", 4)), schema.get("maximum", 4))
+        return min(max(4, schema.get("minimum", 4)), schema.get("maximum", math.inf))
     return _SIMPLE[kind]
 
 

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import re
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -181,6 +182,8 @@ def test_ready_means_every_engine_is(entries: list[Any], status: int, word: str)
     assert word in answer.body.decode()
     assert set(answer.json["models"]) == {e.info.id if isinstance(e, FakeEngine) else e.id for e in entries}
     assert call(app, path="/health/live").status == 200
+    assert call(app, path="/health").json == answer.json
+    assert call(app, path="/health").status == status
 
 
 def test_a_registry_that_hands_out_no_dead_engine_is_not_ready_either() -> None:
@@ -188,6 +191,10 @@ def test_a_registry_that_hands_out_no_dead_engine_is_not_ready_either() -> None:
     answer = call(create_app(registry), path="/health/ready")
     assert answer.status == 503
     assert "disk full" in answer.json["models"]["fake"]
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert call(make_app(), path="/version").json == {"version": metadata.version("verbatim-server")}
 
 
 # -- ids -------------------------------------------------------------------------------------------------------------

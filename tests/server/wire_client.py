@@ -43,7 +43,7 @@ def serving(
     config = configured(app, ServerSettings(shutdown_seconds=0, **settings), room)
     config.loop = loop  # type: ignore[assignment]
     config.lifespan = "off"
-    config.timeout_keep_alive = 1
+    config.timeout_keep_alive = settings.get("idle_seconds", 1)
     config.timeout_graceful_shutdown = 1
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     if send_buffer:

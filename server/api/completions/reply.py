@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine import ChoiceDelta, EchoedPrompt, RequestOutput, TokenLogprob, Usage, clean_logprob
-from server.api.chat_reply import last_events, prompt_logprobs_object, reply_head, usage_object
+from server.api.chat_reply import error_event, last_events, prompt_logprobs_object, reply_head, usage_object
 from server.api.generation import Reply
 from server.json_text import to_json
 
@@ -224,6 +224,9 @@ class CompletionChunks:
     def end(self, usage: Usage, receipt: bytes) -> bytes:
         """Write the usage and the receipt, if they were asked for, and `[DONE]`."""
         return last_events(reply_head(self._reply, _KIND), usage if self._include_usage else None, receipt)
+
+    def fail(self, error: BaseException) -> bytes:
+        return error_event(error)
 
     def _chunks(self, parts: Iterable[_Part]) -> Iterator[str]:
         for part in parts:

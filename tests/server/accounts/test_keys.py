@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asgi import CHAT, Answer, begin, run
+from asgi import CHAT, Answer, begin, call, run
 from fakes import HELLO, SILENT, FakeEngine, Script, chat, make_app, output, word_by_word
 from ledger_for_tests import Clock, query
 
@@ -104,15 +104,44 @@ def test_every_route_is_behind_a_key_or_on_the_list(desk: Desk) -> None:
     desk.key()
     seen = routes(desk.app)
     assert {path for _, path in seen} > {CHAT, "/v1/usage", "/openapi.json", *OPEN}
-    for method, path in [*seen, ("GET", "/nothing"), ("OPTIONS", CHAT), ("GET", "/health/"), ("GET", "//health/live")]:
+    for method, path in [
+        *seen,
+        ("GET", "/nothing"),
+        ("OPTIONS", CHAT),
+        ("GET", "/health/nope"),
+        ("GET", "/v1//models/"),
+    ]:
         body = chat() if method == "POST" else None
         answer = desk.ask(None, body, path=path, method=method)
         if path in OPEN:
             assert answer.status == (404 if path.endswith("/receipts/key") else 200), path  # it does not sign
         else:
-            assert (answer.status, answer.error["code"]) == (401, "invalid_api_key"), path
+            assert answer.status == 401, path
+            assert method == "HEAD" or answer.error["code"] == "invalid_api_key"
             assert answer.headers["www-authenticate"] == "Bearer"
     assert desk.engine.requests == []
+
+
+def test_a_stranger_is_told_nothing_by_paths_methods_and_encodings(desk: Desk) -> None:
+    """Neither models nor paths; and no body is decoded without a key."""
+    key = desk.key()
+    for path in ("/health", "/health/", "/health/ready"):
+        assert b"fake" not in desk.ask(None, path=path).body
+        assert desk.ask(None, path=path, method="HEAD").status == 200
+    for method, path in (
+        ("HEAD", "/v1/models"),
+        ("GET", "/chat/completions"),
+        ("OPTIONS", "/nope"),
+        ("GET", "/version"),
+    ):
+        answers = [desk.ask(who, path=path, method=method).status for who in (None, key)]
+        assert answers[0] == 401
+        assert answers[1] in (200, 404)
+    for encoding in (b"br", b"gzip"):
+        headers = [(b"content-encoding", encoding)]
+        bearer = (b"authorization", f"Bearer {key.secret}".encode())
+        assert call(desk.app, chat(), headers=headers).status == 401
+        assert call(desk.app, chat(), headers=[*headers, bearer]).status in (400, 415)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +150,9 @@ def test_every_route_is_behind_a_key_or_on_the_list(desk: Desk) -> None:
         [], [(b"authorization", b"")], [(b"authorization", b"Bearer")], [(b"authorization", b"Bearer ")],
         [(b"authorization", b"Bearer vk-wrong")], [(b"authorization", b"Basic %s")], [(b"authorization", b"%s")],
         [(b"authorization", b"Bearer \xff\xfe")], [(b"authorization", b"Bearer %s"), (b"authorization", b"Bearer x")],
-        [(b"x-api-key", b"%s")],
+        [(b"x-api-key", b"")], [(b"x-api-key", b"vk-wrong")], [(b"x-api-key", b"Bearer %s")],
+        [(b"x-api-key", b"%s"), (b"authorization", b"Bearer x")],
+        [(b"x-api-key", b"x"), (b"authorization", b"Bearer %s")],
     ],
 )  # fmt: skip
 def test_what_opens_nothing(desk: Desk, headers: list[tuple[bytes, bytes]]) -> None:
@@ -134,6 +165,38 @@ def test_what_opens_nothing(desk: Desk, headers: list[tuple[bytes, bytes]]) -> N
     answer = run(ask())
     assert (answer.status, answer.error["type"]) == (401, "authentication_error")
     assert secret.decode() not in answer.body.decode()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(b"x-api-key", b"%s")], [(b"x-api-key", b"%s"), (b"authorization", b"Bearer %s")],
+        [(b"authorization", b"bearer %s")],
+    ],
+)  # fmt: skip
+def test_what_opens_the_server(desk: Desk, headers: list[tuple[bytes, bytes]]) -> None:
+    """Clients of Anthropic's API send the key in a header of its own, and some send both."""
+    secret = desk.key().secret.encode()
+    given = [(name, value.replace(b"%s", secret)) for name, value in headers]
+
+    async def ask() -> Answer:
+        return await begin(desk.app, chat(), headers=given).ended()
+
+    assert run(ask()).status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/api/v1/messages/count_tokens"])
+def test_errors_of_anthropics_paths_have_its_shape(desk: Desk, path: str) -> None:
+    desk.key()
+
+    async def ask() -> Answer:
+        return await begin(desk.app, chat(), path=path).ended()
+
+    answer = run(ask())
+    assert answer.json["type"] == "error"
+    assert answer.json["error"]["type"] == "authentication_error"
+    assert answer.json["error"]["code"] == "invalid_api_key"
+    assert answer.json["request_id"] == answer.headers["x-request-id"]
 
 
 def test_nothing_of_a_body_is_read_without_a_key(desk: Desk) -> None:

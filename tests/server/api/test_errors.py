@@ -447,7 +447,7 @@ def test_a_body_in_many_parts_is_one_body() -> None:
         ("GET", "/", 404, "not_found"),
         ("GET", "/v1", 404, "not_found"),
         ("POST", "/v2/chat/completions", 404, "not_found"),
-        ("POST", CHAT + "/", 404, "not_found"),
+        ("POST", CHAT + "/", 400, "invalid_format"),
         ("GET", CHAT, 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
         ("POST", "/health/live", 405, "method_not_allowed"),

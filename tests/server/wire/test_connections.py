@@ -15,6 +15,8 @@ import pytest
 from fakes import make_app
 from wire_client import LIVE, PATIENCE, post, serving, until
 
+from server.run import configured
+from server.settings import ServerSettings
 from server.wire.connections import Connections
 
 HEAD = b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n"
@@ -31,6 +33,33 @@ def test_who_waits_longest_makes_way_and_requests_are_served() -> None:
                     client.send(LIVE)
                     assert client.reply().status == 200  # type: ignore[union-attr]
             assert len(running.connections) <= 10
+
+
+def test_a_connection_is_kept_for_as_long_as_an_agent_thinks() -> None:
+    """Proxies and clients keep theirs for 60 or 75 s; whoever closes first makes an error of the other's request."""
+    assert ServerSettings().idle_seconds >= 75
+    config = configured(make_app(), ServerSettings(idle_seconds=77), Connections(10))
+    assert config.timeout_keep_alive == 77
+
+
+def test_idle_connections_keep_nobody_out() -> None:
+    """All of them have been served once and would stay for an hour: the one that is idle longest makes way."""
+    with serving(make_app(), connections=10, idle_seconds=3600) as running, contextlib.ExitStack() as stack:
+        idle = []
+        for _ in range(50):
+            client = stack.enter_context(running.client())
+            client.send(LIVE)
+            assert client.reply().status == 200  # type: ignore[union-attr]
+            idle.append(client)
+        assert len(running.connections) == 10
+        assert all(client.closed() for client in idle[:40])
+        idle[40].send(LIVE)  # not idle any more, and so the last to go
+        assert idle[40].reply().status == 200  # type: ignore[union-attr]
+        for _ in range(9):
+            stack.enter_context(running.client()).send(LIVE)
+        assert all(client.closed() for client in idle[41:])
+        idle[40].send(LIVE)
+        assert idle[40].reply().status == 200  # type: ignore[union-attr]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="there is no list of descriptors")

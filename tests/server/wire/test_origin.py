@@ -172,7 +172,7 @@ def test_a_page_of_another_origin_gets_nothing_and_nothing_runs(sent: Headers) -
         for method, body in (("GET", None), ("HEAD", None), ("OPTIONS", None), ("POST", chat())):
             answer = call(make_app(engine), body, path=path, method=method, headers=[*sent, *JSON])
             assert answer.status == 403, (path, method)
-            assert answer.error["code"] == "origin_not_allowed"
+            assert method == "HEAD" or answer.error["code"] == "origin_not_allowed"
             assert not any(name.startswith("access-control") for name in answer.headers)
     assert not engine.requests
 
