@@ -87,15 +87,15 @@ def attempt(client: Client, root: str, log: Path, scratch: Path) -> list[dict[st
     if fault or not tries:
         last = requests[-1] if requests else {}
         tries.append({"endpoint": last.get("endpoint") or "", "try": "script", "error": fault or "it tried nothing"})
-    return [_judged(one, requests, str(scratch)) for one in tries]
+    return [judged(one, requests, str(scratch)) for one in tries]
 
 
-def _judged(one: dict[str, Any], requests: list[dict[str, Any]], scratch: str) -> dict[str, Any]:
+def judged(one: dict[str, Any], requests: list[dict[str, Any]], scratch: str) -> dict[str, Any]:
     """Add to a try what the server said in it: refusals, ignored fields, fields that came."""
     mine = [r for r in requests if (r["endpoint"], r["try"]) == (one["endpoint"], one["try"])]
     fields = sorted({name for r in mine for name in r["fields"]})
     refusals = {f"{r['method']} {r['path']}: {r['status']} {_reason(r['error'])}" for r in mine if r["error"]}
-    if one["try"] == "seed" and one["error"] and mine and "seed" not in fields:
+    if one["try"] == "seed" and one["error"] and mine and not refusals and "seed" not in fields:
         refusals.add("the client does not send `seed`")
     return {
         "endpoint": one["endpoint"],
