@@ -76,7 +76,7 @@ def _rows(client: Client, found: Mapping[str, Any], notes: list[str]) -> list[st
         cells: dict[str, str] = {}
         for one in found["tries"]:
             if one["endpoint"] == endpoint:
-                cells[one["try"]] = _cell(client, one, notes)
+                cells[one["try"]] = _cell(one, notes)
         more = ", ".join(f"{name}: {cell}" for name, cell in cells.items() if name not in USUAL)
         version = next(iter(found["versions"].values()), "")
         head = ("", "") if number else (client.name, version)
@@ -84,13 +84,14 @@ def _rows(client: Client, found: Mapping[str, Any], notes: list[str]) -> list[st
     return rows
 
 
-def _cell(client: Client, one: Mapping[str, Any], notes: list[str]) -> str:
+def _cell(one: Mapping[str, Any], notes: list[str]) -> str:
+    """What became of a try. Tries that fail for the same reason share its number."""
     if not one["error"]:
         return "works"
-    reasons = one["refusals"] or [one["error"]]
-    text = f"{client.name}, `/v1/{one['endpoint']}`, {one['try']}: {'; '.join(_line(reason) for reason in reasons)}"
-    notes.append(text)
-    return f"no ({len(notes)})"
+    reason = "; ".join(_line(reason) for reason in one["refusals"] or [one["error"]])
+    if reason not in notes:
+        notes.append(reason)
+    return f"no ({notes.index(reason) + 1})"
 
 
 def _ignored(client: Client, found: Mapping[str, Any]) -> list[str]:

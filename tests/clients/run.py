@@ -111,7 +111,8 @@ def _reason(body: str) -> str:
     """What an error body says, and the field that it names."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         error = json.loads(body)["error"]
-        return f"{error['message']}" + (f" (`{error['param']}`)" if error.get("param") else "")
+        message = error["message"].split(" There are: ")[0]  # a 404 lists every path
+        return message + (f" (`{error['param']}`)" if error.get("param") else "")
     return body[:300]
 
 

@@ -41,12 +41,12 @@ def test_a_failure_is_numbered_and_explained() -> None:
     found = {"date": "2026-01-02", "versions": {"x": "1.2"}, "not installed": "", "tries": [tried]}
     text = page([client], {"clients": {"x": found}})
     assert "| X | 1.2 | `/v1/responses` | no (1) | — | — | — | — |  |" in text
-    assert r"1. X, `/v1/responses`, plain: Boom: a \| b" in text
+    assert "\n1. Boom: a \\| b\n" in text
     assert "- X, `/v1/responses`: `foo`" in text
     refused = {**tried, "refusals": ["POST /v1/responses: 422 nope (`input.0.type`)"]}
-    assert "plain: POST /v1/responses: 422 nope (`input.0.type`)" in page(
-        [client], {"clients": {"x": {**found, "tries": [refused]}}}
-    )
+    text = page([client], {"clients": {"x": {**found, "tries": [refused, {**refused, "try": "stream"}]}}})
+    assert "| no (1) | no (1) |" in text
+    assert "\n1. POST /v1/responses: 422 nope (`input.0.type`)\n" in text
 
 
 def test_one_that_cannot_be_installed_is_named_with_the_reason() -> None:
