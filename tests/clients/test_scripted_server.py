@@ -81,7 +81,9 @@ def test_the_log_tells_what_was_refused_and_what_was_ignored() -> None:
     plain = judged({"endpoint": "x", "try": "plain", "error": ""}, lines, "/scratch")
     assert (plain["ignored"], plain["refusals"]) == (["bar", "foo"], [])
     tools = judged({"endpoint": "x", "try": "tools", "error": "Boom at /scratch/f"}, lines, "/scratch")
-    assert (tools["error"], tools["refusals"]) == ("Boom at …/f", ["POST /v1/x: 422 no bad things. (`bad`)"])
+    assert (tools["error"], tools["refusals"]) == ("refused", ["POST /v1/x: 422 no bad things. (`bad`)"])
+    other = judged({"endpoint": "x", "try": "stream", "error": "Boom at /scratch/f"}, lines, "/scratch")
+    assert (other["error"], other["refusals"]) == ("Boom at …/f", [])
 
 
 @pytest.mark.parametrize(
