@@ -26,7 +26,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 LOCKED := install --quiet --require-hashes --no-deps --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test quick newest check lint types format docs bench gpu zoo mutants evaluations demo-model lock clean
+.PHONY: help install serve test quick newest check lint types format docs bench gpu zoo mutants evaluations clients demo-model lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -119,6 +119,9 @@ mutants: $(STAMP)  ## break the code in small ways and count what no test notice
 evaluations: $(STAMP) .venv-evals/.installed  ## check that lm-eval's and inspect-ai's numbers do not move (ARGS="--limit 20")
 	$(BIN)/python -m evaluations.check $(ARGS)
 
+clients: $(STAMP)  ## run the clients of the registries; write docs/reference/clients.md (ARGS="codex llm", ARGS="--newest")
+	PYTHONPATH=tests OMP_NUM_THREADS=1 nice $(BIN)/python -m clients.run $(ARGS)
+
 demo-model: $(STAMP)  ## train the demo model again into demo/model (about two hours on two cores)
 	$(BIN)/python -m demo.train $(ARGS)
 
@@ -127,4 +130,4 @@ lock:  ## lock again after a change in pyproject.toml (ARGS="--upgrade" for the 
 	$(PYTHON) requirements/lock.py .venv-lock/bin/uv $(ARGS)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .venv-newest .venv-lock .venv-mutants .venv-evals build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-lock .venv-mutants .venv-evals .venv-clients .node-clients build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
