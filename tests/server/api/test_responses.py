@@ -341,7 +341,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"text": {"format": {}}}, 400, "text.format.type"),
     ({"text": {"format": {"type": "grammar"}}}, 422, "text.format.type"),
     (form(), 400, "text.format.schema"),
-    (form(name="a b", schema={}), 422, "text.format.schema"),
+    (form(name="a b", schema={}), 422, "text.format.name"),
     (form(name="a"), 400, "text.format.schema"),
     (form(name="a", schema=1), 400, "text.format.schema"),
     (form(name="a", schema={}, strict=1), 400, "text.format.strict"),
