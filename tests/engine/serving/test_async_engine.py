@@ -311,7 +311,7 @@ def test_a_request_that_cannot_be_taken_up_is_alone_in_that(
 ) -> None:
     """Its grammar is begun on the engine's thread: a fault there would else be the end of everybody's model."""
 
-    def broken(_: str) -> Any:
+    def broken(grammar: str, param: str | None = None) -> Any:
         raise fault
 
     async def main() -> None:
