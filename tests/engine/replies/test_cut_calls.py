@@ -83,6 +83,30 @@ MENTIONS = [
     (HERMES, "two lines \n"),
     (HERMES, '<tool_call>{"name": "rm", "arguments": {}}</tool_call> and'),
     (HERMES, '<tool_call>{"name": "get_weather", "arguments": {}} and then I thought'),
+    # what has begun and can be no call of these tools
+    (HERMES, 'See <tool_call>\n{"foo": 1, more text'),
+    (HERMES, 'See <tool_call>\n{"foo": 1'),
+    (HERMES, 'See <tool_call>\n{"foo": 1}'),
+    (HERMES, 'See <tool_call>\n{"foo'),
+    (HERMES, 'See <tool_call>\n{"name": "rm", "arguments": {"path": "/'),
+    (HERMES, 'See <tool_call>\n{"name": "rm'),
+    (HERMES, 'See <tool_call>\n{"name": 7'),
+    (HERMES, 'See <tool_call>\n{"arguments": {"a": 1}, "name": "rm'),
+    (HERMES, 'See <tool_call>\n{"name": "get_weather" and so on'),
+    (HERMES, 'See <tool_call>\n{"name" is the first key'),
+    (HERMES, "<tool_call>{a dictionary, as Python"),
+    (LISTED, 'See [TOOL_CALLS][{"name": "rm", "arguments": {"path": "/'),
+    (CLOSE, "See <calls><call>rm<sep>{"),
+    (CLOSE, "See <calls><call>get_weather<sep>and so on"),
+    (XML, "See <tool_call>\n<function=rm>\n<parameter=path>\n/"),
+    (XML, "See <tool_call>\n<function=rm"),
+    (KEYED, "See <tool_call>rm\n<arg_key>path</arg_key>"),
+    (BARE, '{"name": "Bob", "bio": "word word'),
+    (BARE, '{"name": "Bob'),
+    (BARE, '{"name": "get_weather forecast'),
+    (BARE, '{"name": "get_weather\\u0021", "bio": "word'),
+    (BARE, ' {\n "name": "Bob",\n "bio": "a'),
+    (BARE, '{"bio": "word word'),
 ]
 
 
@@ -91,6 +115,40 @@ MENTIONS = [
 def test_what_is_no_call_is_shown(found: ToolFormat, text: str, cut: bool) -> None:
     assert read(found, [text], cut=cut) == (text, [])
     assert read(found, list(text), cut=cut) == (text, [])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("answer", ['{"name": "Bob", "bio": "word', '{ "name" :"got', '{"name": "get_w!'])
+def test_an_answer_that_begins_like_a_call_is_streamed_once_its_name_is_no_tools(answer: str, exact: bool) -> None:
+    reader = CallReader(BARE, ReplyFormat(tools=TOOLS, exact_calls=exact))
+    shown = [reader.push(character)[0] for character in answer]
+    assert "".join(shown) == answer
+    assert reader.push(' "more"}') == (' "more"}', [])
+
+
+def test_under_a_grammar_an_answer_may_name_a_tool() -> None:
+    """There a call is written to the letter."""
+    answer = '{"name": "get_weather", "city": "Os'
+    assert read(BARE, list(answer), cut=True, exact_calls=True) == (answer, [])
+    assert read(BARE, [answer], cut=False, exact_calls=True) == (answer, [])
+
+
+CUT_CALLS = [
+    # calls whose members come in another order, or with escapes
+    (HERMES, '<tool_call>{"id": "x", "na'),
+    (HERMES, '<tool_call>{"arguments": {"city": "Os'),
+    (HERMES, '<tool_call>{"arguments": {"city": "Oslo"}, "name": "get_'),
+    (HERMES, '<tool_call>{"name": "get\\u005fwea'),
+    (HERMES, '<tool_call>{"name": "get_weather", "arguments": {}}\n</tool'),
+    (BARE, '{"name": "get\\u005fweather", "parameters": {"city'),
+    (BARE, '{ "name": "get_weather", "parameters": {'),
+]
+
+
+@pytest.mark.parametrize(("found", "text"), CUT_CALLS)
+def test_however_a_call_is_written_its_half_is_no_text(found: ToolFormat, text: str) -> None:
+    assert read(found, [text], cut=False)[0] == ""
+    assert read(found, list(text), cut=True)[0] == ""
 
 
 @pytest.mark.parametrize("opening", ["<", "<tool", "<tool_call>", "<tool_call>\n"])
