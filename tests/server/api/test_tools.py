@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asgi import Answer, begin
+from asgi import Answer, begin, call
 from fakes import FakeEngine, Step, chat, make_app, output
 
 from engine import ChoiceDelta, ModelConfig, PreparedRequest, Registry, Tool, ToolCall
@@ -79,6 +79,19 @@ def test_a_conversation_with_results_goes_on() -> None:
     answer = ask(messages=messages)
     assert answer.status == 200, answer.body
     assert "x-ignored-fields" not in answer.headers
+
+
+def test_every_member_of_a_call_is_taken_named_or_refused() -> None:
+    made = {"id": "call_a", "type": None, "zzz": 1, "function": {"name": "ping", "arguments": "{}", "yyy": 1}}
+    messages = [{"role": "assistant", "tool_calls": [made]}, {"role": "user", "content": "?"}]
+    answer = ask(messages=messages)
+    assert answer.status == 200, answer.body
+    at = "messages.0.tool_calls.0"
+    assert set(answer.headers["x-ignored-fields"].split(", ")) == {f"{at}.zzz", f"{at}.function.yyy"}
+    del made["zzz"]
+    refused = call(make_app(FakeEngine(script), strict_params=True), chat(messages=messages))
+    assert refused.status == 422
+    assert f"{at}.function.yyy" in refused.error["message"]
 
 
 def test_what_the_engine_is_told() -> None:
