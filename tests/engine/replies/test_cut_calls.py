@@ -15,6 +15,8 @@ from tool_forms import BARE, CLOSE, FORMATS, HERMES, KEYED, LISTED, XML, written
 
 from engine import LLM, ReplyFormat, Tool
 from engine.replies.chat_format import find_chat_format
+from engine.replies.reasoning import ReasoningFormat, Splitter
+from engine.replies.reply_parser import DelimiterParser
 from engine.replies.response_template import ResponseTemplate, TemplateParser
 from engine.replies.tool_calls.reader import CallReader
 from engine.replies.tool_format import GENERIC, ToolFormat
@@ -241,6 +243,60 @@ def test_no_markup_through_a_response_template(name: str, said: str) -> None:
 )
 def test_a_response_template_shows_what_is_no_call(text: str, cut: bool) -> None:
     assert parsed(BY_TEMPLATE["marked"][0], [text], cut=cut) == (text, 0)
+
+
+THOUGHT = "Is a < b?\n"
+THINKERS: dict[str, tuple[Callable[[], Any], str, str, str]] = {
+    # how replies are read: what makes a parser, and the delimiters around thoughts and before an answer
+    "delimiters": (
+        lambda: DelimiterParser(Splitter(ReasoningFormat("<think>", "</think>", "</think>"), opened=False), None),
+        "<think>", "</think>", "",
+    ),
+    "delimiters and calls": (
+        lambda: DelimiterParser(
+            Splitter(ReasoningFormat("<|a|>", "<|e|><|f|>", "<|e|><|f|>", "<|f|>"), opened=False),
+            CallReader(HERMES, ReplyFormat(tools=TOOLS)),
+        ),
+        "<|a|>", "<|e|><|f|>", "",
+    ),
+    "no thoughts": (
+        lambda: DelimiterParser(Splitter(ReasoningFormat("<|a|>", "<|e|>", "<|e|>", "<|f|>"), opened=False), None),
+        "", "", "<|f|>",
+    ),
+    "template": (
+        lambda: TemplateParser(ResponseTemplate(MARKED), ReplyFormat(chat=True, tools=TOOLS)),
+        "<think>", "</think>", "",
+    ),
+    "gpt-oss": (
+        lambda: TemplateParser(TABLE["gpt-oss"], ReplyFormat(chat=True)),
+        "<|channel|>analysis<|message|>", "<|end|>", "<|start|>assistant<|channel|>final<|message|>",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", THINKERS)
+def test_wherever_a_limit_cuts_thoughts_have_no_markup(name: str) -> None:
+    """Thoughts and answer are as far as they are certain, in whole replies and in streams; each only grows."""
+    make, opening, closing, before = THINKERS[name]
+    thought = THOUGHT if opening else ""
+    text = f"{opening}{thought}{closing}{before}Yes."
+    told = []
+    for end in range(len(text) + 1):
+        whole, stream = make(), make()
+        parts = [whole.push(text[:end]), whole.finish(cut=True)]
+        pieces = [*map(stream.push, text[:end]), stream.finish(cut=True)]
+        thoughts, answer = ("".join(getattr(part, what) for part in parts) for what in ("reasoning", "text"))
+        assert thoughts == "".join(part.reasoning for part in pieces)
+        assert answer == "".join(part.text for part in pieces)
+        assert thought.startswith(thoughts), text[:end]
+        assert "Yes.".startswith(answer), text[:end]
+        told.append((len(thoughts), len(answer)))
+    assert told[-1] == (len(thought.rstrip()), 4)
+
+
+def test_a_model_that_ends_itself_has_said_all_of_it() -> None:
+    parser = THINKERS["delimiters"][0]()
+    assert parser.push("<think>hm </thi").reasoning + parser.finish(cut=False).reasoning == "hm </thi"
 
 
 # -- with a model ------------------------------------------------------------------------------------------------------
