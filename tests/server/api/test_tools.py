@@ -81,6 +81,21 @@ def test_a_conversation_with_results_goes_on() -> None:
     assert "x-ignored-fields" not in answer.headers
 
 
+def test_a_reply_of_half_a_call_has_an_empty_text_in_both_kinds_of_answer() -> None:
+    """The engine leaves such a call out. Null is for turns that call."""
+
+    def half(request: PreparedRequest) -> Iterable[Step]:
+        yield output(request, [ChoiceDelta(0, "", (1,), None, "length")], 1, finished=True)
+
+    whole = ask(half).json["choices"][0]
+    assert (whole["message"]["content"], whole["finish_reason"]) == ("", "length")
+    assert "tool_calls" not in whole["message"]
+    deltas = [choice["delta"] for part in ask(half, stream=True).events[:-1] for choice in part["choices"]]
+    assert "".join(delta.get("content", "") for delta in deltas) == ""
+    assert deltas[0]["content"] == ""
+    assert not any("tool_calls" in delta for delta in deltas)
+
+
 def test_every_member_of_a_call_is_taken_named_or_refused() -> None:
     made = {"id": "call_a", "type": None, "zzz": 1, "function": {"name": "ping", "arguments": "{}", "yyy": 1}}
     messages = [{"role": "assistant", "tool_calls": [made]}, {"role": "user", "content": "?"}]
