@@ -7,6 +7,7 @@ its API ask. For a bug the client gets an id that is in the log, never a traceba
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 from collections.abc import Mapping
 from typing import Any, Final
@@ -176,8 +177,12 @@ FINAL: Final = (EngineDead, OutOfMemory, NumericalFault)
 """Unavailable, and retrying does not help: the same request takes the same memory and computes the same bits."""
 
 
-_MESSAGES: Final = ("/messages", "/messages/count_tokens")
-"""How the paths end whose clients speak Anthropic's Messages API."""
+_MESSAGES: Final = re.compile(
+    r"(?:(?:(?:/api)?/v1)*|/api|(?!(?:/api)?/v1/).*/v1)/messages(?:/.*)?",
+    re.DOTALL,
+)
+"""The paths whose clients speak Anthropic's Messages API: those that are served, what Anthropic has below them, and
+the same under a wrong base URL, `/messages` or `/x/v1/messages`. Not `/v1/threads/t/messages`, which is OpenAI's."""
 
 _KINDS: Final[Mapping[int, str]] = {
     401: "authentication_error",
@@ -259,7 +264,7 @@ def _answer(status: int, body: dict[str, Any], scope: Scope, headers: Mapping[st
 
 def _shaped(body: dict[str, Any], status: int, path: str, request_id: str | None) -> dict[str, Any]:
     """Return the body of an error, `{"error": {"message", …}}`, in the shape that the clients of a path read."""
-    return anthropic_error(body, status, request_id) if path.endswith(_MESSAGES) else body
+    return anthropic_error(body, status, request_id) if _MESSAGES.fullmatch(path) else body
 
 
 def anthropic_error(body: Mapping[str, Any], status: int, request_id: str | None = None) -> dict[str, Any]:

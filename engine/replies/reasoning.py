@@ -154,9 +154,14 @@ class Splitter:
             return thoughts, answer
         return thoughts, ""
 
-    def finish(self) -> tuple[str, str]:
-        """End the reply; return what was held back."""
+    def finish(self, *, cut: bool = False) -> tuple[str, str]:
+        """End the reply; return what was held back.
+
+        `cut`: the reply was ended by a limit; then what may be the beginning of a delimiter is left out.
+        """
         held, self._held = self._held, ""
+        if cut and held.strip():  # nothing else is held back but white space
+            return "", ""
         if self._state == "thoughts":
             return held.rstrip(), ""
         return "", held if self._state == "start" else ""

@@ -36,7 +36,7 @@ class ReplyParser(Protocol):
         """End the reply; return what was held back.
 
         A call that breaks off is left out. `cut`: the reply was ended by a limit and not by the model; then what may
-        be the beginning of a call is left out, too.
+        be the beginning of a call, or of a delimiter of thoughts or answer, is left out, too.
         """
 
 
@@ -66,7 +66,7 @@ class DelimiterParser:
         reasoning, text = "", ""
         calls: list[tuple[str, str]] = []
         if self._splitter is not None:
-            reasoning, text = self._splitter.finish()
+            reasoning, text = self._splitter.finish(cut=cut)
         if self._reader is not None:
             text, calls = self._reader.push(text)
             rest, more = self._reader.finish(cut=cut)

@@ -138,7 +138,7 @@ class TemplateParser:
 
     def finish(self, *, cut: bool = False) -> Parsed:
         if cut:
-            self._leave_out_half_an_opening()
+            self._leave_out_half_a_delimiter()
         parsed = self._read(end=True, cut=cut)
         space, self._space = self._space, ""
         if self._trim or self._region is not None:
@@ -244,18 +244,21 @@ class TemplateParser:
             self._said = True
         return said
 
-    def _leave_out_half_an_opening(self) -> None:
-        """Drop the end of the text if it may be the beginning of a call's opening delimiter."""
-        if self._plain or self._region is not None:
+    def _leave_out_half_a_delimiter(self) -> None:
+        """Drop the end of the text if it may be the beginning of a delimiter. How a call ends is seen when it does."""
+        if self._plain or (self._region is not None and self._region.name in _CALLS):
             return
-        for field in self._fields:
-            if field.name in _CALLS:
-                try:
-                    match = field.open_re.search(self._buffer, self._at, partial=True, timeout=PATIENCE)
-                except TimeoutError:
-                    raise too_slow(field.name) from None
-                if match is not None and match.partial:
-                    self._buffer = self._buffer[: match.start()]
+        fields = self._fields if self._region is None else (self._region,)
+        for field in fields:
+            delimiter = field.open_re if self._region is None else field.close_re
+            if delimiter is None:
+                continue
+            try:
+                match = delimiter.search(self._buffer, self._at, partial=True, timeout=PATIENCE)
+            except TimeoutError:
+                raise too_slow(field.name) from None
+            if match is not None and match.partial:
+                self._buffer = self._buffer[: match.start()]
 
     def _close(self, match: Any, text: list[str], calls: list[tuple[str, str]], cut: bool = False) -> None:
         """End the region, at a delimiter or (None) with the reply. `cut`: as in `finish`."""

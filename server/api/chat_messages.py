@@ -114,12 +114,13 @@ def _calls(message: Mapping[str, Any], at: str, role: str, ignored: list[str]) -
     for i, call in enumerate(given):
         here = f"{at}.{i}."
         typed(call, here[:-1], OBJECT)
-        kind = call.get("type", "function")
-        if kind != "function":
+        kind = call.get("type")
+        if kind not in (None, "function"):
             raise InvalidParameter(f"{here}type must be function, not {kind!r:.100}.", param=f"{here}type")
         function = required(call, "function", OBJECT, here)
         arguments = optional(function, "arguments", _ARGUMENTS, f"{here}function.")
         ignored += [f"{here}{key}" for key in call if key not in ("id", "type", "function", "index")]
+        ignored += [f"{here}function.{key}" for key in function if key not in ("name", "arguments")]
         text = to_json(arguments) if isinstance(arguments, dict) else arguments
         calls.append(ToolCall(_call_id(call, "id", here), function_name(function, f"{here}function."), text or "{}"))
     return tuple(calls)

@@ -110,11 +110,11 @@ class Paths:
     def fault(self, path: str) -> PathNotFound | NotServed:
         """Return the refusal of a path that is not served."""
         nothing = f"There is nothing at {path[:_SHOWN]}"
-        if meant := self._with_another_base(path):
-            return PathNotFound(f"{nothing}; {meant}")
-        if found := self._reason(path):
+        if found := self._reason(path):  # first: `threads/t/messages` is no path of a client with another base URL
             why, instead = found
             return NotServed(f"{nothing}: {why}." + (f" Instead: {instead}." if instead else ""))
+        if meant := self._with_another_base(path):
+            return PathNotFound(f"{nothing}; {meant}")
         near = difflib.get_close_matches(path[:_SHOWN], self._all, n=1, cutoff=0.8)
         meant = f"; did you mean {near[0]}?" if near else "."
         return PathNotFound(f"{nothing}{meant} There are: {', '.join(self._listed())}.")

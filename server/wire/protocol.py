@@ -171,11 +171,7 @@ class _BoundedProtocol(HttpToolsProtocol):
             piece = data[start : start + _SLICE]
             self._still += len(piece)
             try:
-                try:
-                    self.parser.feed_data(piece)
-                except httptools.HttpParserUpgrade as upgrade:
-                    self._stay()
-                    self.parser.feed_data(piece[upgrade.args[0] :])
+                self._parse(piece)
             except httptools.HttpParserError as error:
                 cause = error.__context__
                 later = self.parser.get_http_version() >= "2"  # also HTTP/2's own first line, `PRI * HTTP/2.0`
@@ -184,6 +180,17 @@ class _BoundedProtocol(HttpToolsProtocol):
             else:
                 if self._still > MAX_HEAD:
                     self._refuse(_Refused(*_LONG_HEAD))
+
+    def _parse(self, data: bytes) -> None:
+        """Parse bytes, which may hold several requests that wish for another protocol."""
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+            # Not in the handler: an error there would have the wish as its context, and not the limit it exceeds.
+            self._stay()
 
     def _stay(self) -> None:
         """Parse the head of a request again without its `Upgrade`, which a server may ignore.

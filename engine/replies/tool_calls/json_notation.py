@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Final
 
@@ -19,6 +20,9 @@ __all__ = ["JsonCall", "could_begin", "ends_in_string", "no_constant"]
 
 NAMED: Final = r"(?P<name>[A-Za-z0-9_./-]+)"
 _CHECKS: Final = 64  # of whether JSON was cut inside a string, for one call
+_STRING: Final = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_ESCAPE: Final = len("\\u0041")  # how many characters may stand for one of a name
+_BESIDE: Final = ("id", "type", "index", "arguments", "parameters")  # members that may precede a name
 
 
 def no_constant(name: str) -> None:
@@ -37,12 +41,13 @@ class JsonCall:
     """
 
     __slots__ = (
-        "_at", "_begin", "_checks", "_depth", "_exact", "_format", "_passed", "_pattern", "_quoted", "_stop",
+        "_at", "_begin", "_checks", "_depth", "_exact", "_format", "_passed", "_pattern", "_quoted", "_stop", "_tools",
     )  # fmt: skip
 
-    def __init__(self, tool_format: ToolFormat, *, exact: bool) -> None:
-        """`exact`: whether only what the format writes to the letter is a call."""
+    def __init__(self, tool_format: ToolFormat, tools: Iterable[str], *, exact: bool) -> None:
+        """`tools`: names. `exact`: whether only what the format writes to the letter is a call."""
         self._format = tool_format
+        self._tools = tuple(tools)
         self._exact = exact
         self._stop = tool_format.stop
         stop = f"|{re.escape(self._stop)}" if self._stop else ""
@@ -113,33 +118,96 @@ class JsonCall:
             text = text[members[1] :].strip().removeprefix(between).strip()
         return calls
 
+    def opens(self, held: str) -> bool | None:
+        """Say whether a text begins as a call of one of the tools; None if that cannot be told yet.
+
+        For formats without tags, where an answer in JSON may begin like a call.
+        """
+        at = _behind(held, self._format.open)
+        if at is None:
+            return None
+        if at < 0:  # a call whose members come in another order is one, unless a grammar holds the reply
+            return False if self._exact else None
+        longest = _ESCAPE * max(map(len, self._tools), default=0) + 2
+        written = '"' + held[at : at + longest]
+        name = _STRING.match(written)
+        if name is None:
+            return None if len(written) <= longest and self._may_name(written) else False
+        if not self._may_name(name[0]):
+            return False
+        place = _behind(held, self._format.middle, at + name.end() - 2) if self._exact else 0
+        return None if place is None else place >= 0
+
     def begun(self, held: str) -> bool | None:
         """Say whether a text that has not ended is a call that has begun; None if so far it is but an opening.
 
-        To be asked after `end`.
+        To be asked after `end`. What can be no call of one of the tools has not begun.
         """
-        head, brace, _ = self._format.open.partition("{")
+        head, brace, key = self._format.open.partition("{")
+        close = self._format.close.partition("}")[2] if brace else self._format.close
         if self._begin >= 0 and self._depth == 0:
             whole = _object_at(held, self._begin)
-            close = self._format.close.partition("}")[2] if brace else self._format.close
             if whole is None:
                 return False
-            rest, close = "".join(held[whole[1] :].split()), "".join(close.split())
-            return rest != close and close.startswith(rest)
-        if brace and self._format.tagged:
-            return has_begun(held, self._format.begin, head + brace)
-        opened = has_begun(held, self._format.begin, self._format.open)
-        if brace or not opened:
+            rest = "".join(held[whole[1] :].split())
+            return "".join(close.split()).startswith(rest) and self._is_call(held[: whole[1]] + close)
+        opened = has_begun(held, self._format.begin, head + brace if self._format.tagged else self._format.open)
+        if not opened:
             return opened
-        match = pattern(self._format.open, NAMED).match(self._without_begin(held))
-        if match is None:
-            return False
+        if brace:
+            return self._begin < 0 or self._may_be_call(held, key.strip(' ":'))
         text, middle = self._without_begin(held), self._format.middle
-        return (
-            match.end() == len(text)
-            or begins(middle, text, match.end())
-            or end_of(middle, text, match.end()) is not None
-        )
+        match = pattern(self._format.open, NAMED).match(text)
+        if match is None or not self._may_name(f'"{match["name"]}' + '"' * (match.end() < len(text))):
+            return False
+        if match.end() == len(text) or begins(middle, text, match.end()):
+            return True
+        place = end_of(middle, text, match.end())
+        return place is not None and text[place:].lstrip()[:1] in ("", "{")
+
+    def _may_be_call(self, held: str, name: str) -> bool:
+        """Whether a JSON object that breaks off has members as those of a call, as far as they have come.
+
+        `name`: the member that names the tool.
+        """
+        known = (name, self._format.middle.strip('", :'), *_BESIDE)
+        at, first = _after_space(held, self._begin + 1), True
+        while at < len(held):
+            key = _STRING.match(held, at)
+            if key is None:  # it breaks off, or is none
+                rest = held[at + 1 :]
+                return held[at] == '"' and (not first or any(member.startswith(rest) for member in known))
+            if first and key[0][1:-1] not in known:
+                return False
+            at = _after_space(held, key.end())
+            if held[at : at + 1] not in ("", ":"):
+                return False
+            at = _after_space(held, at + 1)
+            value = _value_at(held, at)
+            if key[0][1:-1] == name and at < len(held) and not self._may_name(held[at:value]):
+                return False
+            if value is None:  # it breaks off
+                return True
+            at = _after_space(held, value)
+            if held[at : at + 1] not in ("", ","):
+                return False
+            at, first = _after_space(held, at + 1), False
+        return True
+
+    def _may_name(self, written: str) -> bool:
+        """Whether a JSON string is the name of a tool; if it has no end yet, whether it may become one."""
+        if _STRING.fullmatch(written):
+            return _decoded(written) in self._tools
+        begun = written[1:].partition("\\")[0]  # of an escape only the rest tells what it stands for
+        return written[:1] == '"' and any(tool.startswith(begun) for tool in self._tools)
+
+    def _is_call(self, text: str) -> bool:
+        """Whether a whole text is a call of one of the tools."""
+        try:
+            call = self.read(text)
+        except (ValueError, RecursionError):
+            return False
+        return call is not None and call[0] in self._tools
 
     def _without_begin(self, text: str) -> str:
         """The text behind `begin`, if it is there. White space beside its tags is free."""
@@ -190,6 +258,24 @@ def could_begin(tool_format: ToolFormat, text: str) -> bool:
     return begun.startswith(opening) or opening.startswith(begun)
 
 
+def _behind(text: str, delimiter: str, at: int = 0) -> int | None:
+    """Return where a delimiter ends that begins at `at`; None if its rest is missing, -1 if another text is there.
+
+    White space, also within it, is free.
+    """
+    expected = (character for character in delimiter if not character.isspace())
+    wanted = next(expected, None)
+    while wanted is not None:
+        if at == len(text):
+            return None
+        if text[at] == wanted:
+            wanted = next(expected, None)
+        elif not text[at].isspace():
+            return -1
+        at += 1
+    return at
+
+
 def ends_in_string(value: str) -> bool:
     """Return whether JSON was cut inside a string."""
     try:
@@ -205,6 +291,26 @@ def _is_closing(text: str, close: str) -> bool:
     """Whether a text is `close` and nothing else, with any call id in it."""
     parts = [pattern(part).pattern for part in close.split(CALL_ID)]
     return re.fullmatch(r"[^\"]*".join(parts) + r"\s*", text) is not None
+
+
+def _after_space(text: str, at: int) -> int:
+    return SPACE.match(text, at).end()  # type: ignore[union-attr]
+
+
+def _decoded(string: str) -> str | None:
+    """The text of a JSON string; None if it is not one."""
+    try:
+        return str(json.loads(string))
+    except ValueError:
+        return None
+
+
+def _value_at(text: str, at: int) -> int | None:
+    """Where the JSON value at `at` ends; None if it does not."""
+    try:
+        return int(_DECODER.raw_decode(text, at)[1])
+    except (ValueError, RecursionError):
+        return None
 
 
 def _object_at(text: str, at: int) -> tuple[int, int] | None:

@@ -78,16 +78,26 @@ class PairsCall:
         """Return the end of a reply, as the text of one call, if only the rest of its closing delimiter is missing."""
         return [held] if self._lacks_only_its_end(held) else []
 
+    def opens(self, held: str) -> bool | None:
+        """Say whether a text begins as the format writes a call; None if that cannot be told yet."""
+        begun, opening = ("".join(part.split()) for part in (held, self._format.open))
+        return True if begun.startswith(opening) else None if opening.startswith(begun) else False
+
     def begun(self, held: str) -> bool | None:
         """Say whether a text that has not ended is a call that has begun; None if so far it is but an opening.
 
-        To be asked after `end`.
+        To be asked after `end`. What can be no call of one of the tools has not begun.
         """
         opened = has_begun(held, self._format.begin, self._format.open)
         if self._failed or not opened:
             return False if self._failed else opened
+        if self._name is not None:
+            return self._name in self._tools
         head = end_of(self._format.begin + self._format.open, held, 0) or end_of(self._format.open, held, 0)
-        return head is not None and (self._name is not None or _NAME.match(held, head) is not None)
+        match = _NAME.match(held, head) if head is not None else None
+        if match is None or match.end() < len(held):
+            return match is not None and match[0] in self._tools
+        return any(tool.startswith(match[0]) for tool in self._tools)
 
     def _lacks_only_its_end(self, held: str) -> bool:
         """Whether so much of the closing delimiter is there that no argument can follow."""

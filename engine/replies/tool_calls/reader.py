@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 
 from engine.replies.delimiters import TAG, overlap
-from engine.replies.tool_calls.json_notation import JsonCall, could_begin
+from engine.replies.tool_calls.json_notation import JsonCall
 from engine.replies.tool_calls.pairs_notation import PairsCall
 from engine.replies.tool_format import ToolFormat
 from engine.types.reply_format import ReplyFormat
@@ -87,7 +87,7 @@ class CallReader:
 
     def _new_call(self) -> JsonCall | PairsCall:
         if self._format.style == "json":
-            return JsonCall(self._format, exact=self._exact)
+            return JsonCall(self._format, self._tools, exact=self._exact)
         return PairsCall(self._format, self._tools)
 
     def _read(self, *, end: bool, cut: bool = False) -> tuple[str, list[tuple[str, str]]]:
@@ -99,11 +99,11 @@ class CallReader:
                 if not self._calling:
                     return shown, calls
                 self._call = self._new_call()
-            place: int | None = None
-            if self._format.tagged:
-                place = self._call.end(self._held)
-            elif self._exact and not self._confirmed:
-                place = self._confirm()
+            if not self._format.tagged and self._is_answer():
+                text, self._held, self._calling = self._held, "", False
+                shown += self._beside(self._gap + text)
+                continue
+            place = self._call.end(self._held) if self._format.tagged else None
             if place is None and not end:
                 return shown, calls
             if place is None and (last := self._last(self._held)):
@@ -176,11 +176,11 @@ class CallReader:
                 return False
         return True
 
-    def _confirm(self) -> int | None:
-        """Note whether the held text begins a call; return its length once it certainly does not, else None."""
-        begun, opening = ("".join(part.split()) for part in (self._held, self._format.open))
-        self._confirmed = begun.startswith(opening)
-        return None if could_begin(self._format, self._held) else len(self._held)
+    def _is_answer(self) -> bool:
+        """Whether the held text, in a format without tags, certainly begins no call of one of the tools."""
+        opens = None if self._confirmed else self._call.opens(self._held)
+        self._confirmed = self._confirmed or opens is True
+        return opens is False
 
     def _breaks_off(self, cut: bool) -> bool:
         """Whether what is held is a call that the end of the reply cuts, and not a text that only names a tag."""

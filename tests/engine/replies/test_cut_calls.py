@@ -15,6 +15,8 @@ from tool_forms import BARE, CLOSE, FORMATS, HERMES, KEYED, LISTED, XML, written
 
 from engine import LLM, ReplyFormat, Tool
 from engine.replies.chat_format import find_chat_format
+from engine.replies.reasoning import ReasoningFormat, Splitter
+from engine.replies.reply_parser import DelimiterParser
 from engine.replies.response_template import ResponseTemplate, TemplateParser
 from engine.replies.tool_calls.reader import CallReader
 from engine.replies.tool_format import GENERIC, ToolFormat
@@ -83,6 +85,30 @@ MENTIONS = [
     (HERMES, "two lines \n"),
     (HERMES, '<tool_call>{"name": "rm", "arguments": {}}</tool_call> and'),
     (HERMES, '<tool_call>{"name": "get_weather", "arguments": {}} and then I thought'),
+    # what has begun and can be no call of these tools
+    (HERMES, 'See <tool_call>\n{"foo": 1, more text'),
+    (HERMES, 'See <tool_call>\n{"foo": 1'),
+    (HERMES, 'See <tool_call>\n{"foo": 1}'),
+    (HERMES, 'See <tool_call>\n{"foo'),
+    (HERMES, 'See <tool_call>\n{"name": "rm", "arguments": {"path": "/'),
+    (HERMES, 'See <tool_call>\n{"name": "rm'),
+    (HERMES, 'See <tool_call>\n{"name": 7'),
+    (HERMES, 'See <tool_call>\n{"arguments": {"a": 1}, "name": "rm'),
+    (HERMES, 'See <tool_call>\n{"name": "get_weather" and so on'),
+    (HERMES, 'See <tool_call>\n{"name" is the first key'),
+    (HERMES, "<tool_call>{a dictionary, as Python"),
+    (LISTED, 'See [TOOL_CALLS][{"name": "rm", "arguments": {"path": "/'),
+    (CLOSE, "See <calls><call>rm<sep>{"),
+    (CLOSE, "See <calls><call>get_weather<sep>and so on"),
+    (XML, "See <tool_call>\n<function=rm>\n<parameter=path>\n/"),
+    (XML, "See <tool_call>\n<function=rm"),
+    (KEYED, "See <tool_call>rm\n<arg_key>path</arg_key>"),
+    (BARE, '{"name": "Bob", "bio": "word word'),
+    (BARE, '{"name": "Bob'),
+    (BARE, '{"name": "get_weather forecast'),
+    (BARE, '{"name": "get_weather\\u0021", "bio": "word'),
+    (BARE, ' {\n "name": "Bob",\n "bio": "a'),
+    (BARE, '{"bio": "word word'),
 ]
 
 
@@ -91,6 +117,40 @@ MENTIONS = [
 def test_what_is_no_call_is_shown(found: ToolFormat, text: str, cut: bool) -> None:
     assert read(found, [text], cut=cut) == (text, [])
     assert read(found, list(text), cut=cut) == (text, [])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("answer", ['{"name": "Bob", "bio": "word', '{ "name" :"got', '{"name": "get_w!'])
+def test_an_answer_that_begins_like_a_call_is_streamed_once_its_name_is_no_tools(answer: str, exact: bool) -> None:
+    reader = CallReader(BARE, ReplyFormat(tools=TOOLS, exact_calls=exact))
+    shown = [reader.push(character)[0] for character in answer]
+    assert "".join(shown) == answer
+    assert reader.push(' "more"}') == (' "more"}', [])
+
+
+def test_under_a_grammar_an_answer_may_name_a_tool() -> None:
+    """There a call is written to the letter."""
+    answer = '{"name": "get_weather", "city": "Os'
+    assert read(BARE, list(answer), cut=True, exact_calls=True) == (answer, [])
+    assert read(BARE, [answer], cut=False, exact_calls=True) == (answer, [])
+
+
+CUT_CALLS = [
+    # calls whose members come in another order, or with escapes
+    (HERMES, '<tool_call>{"id": "x", "na'),
+    (HERMES, '<tool_call>{"arguments": {"city": "Os'),
+    (HERMES, '<tool_call>{"arguments": {"city": "Oslo"}, "name": "get_'),
+    (HERMES, '<tool_call>{"name": "get\\u005fwea'),
+    (HERMES, '<tool_call>{"name": "get_weather", "arguments": {}}\n</tool'),
+    (BARE, '{"name": "get\\u005fweather", "parameters": {"city'),
+    (BARE, '{ "name": "get_weather", "parameters": {'),
+]
+
+
+@pytest.mark.parametrize(("found", "text"), CUT_CALLS)
+def test_however_a_call_is_written_its_half_is_no_text(found: ToolFormat, text: str) -> None:
+    assert read(found, [text], cut=False)[0] == ""
+    assert read(found, list(text), cut=True)[0] == ""
 
 
 @pytest.mark.parametrize("opening", ["<", "<tool", "<tool_call>", "<tool_call>\n"])
@@ -183,6 +243,60 @@ def test_no_markup_through_a_response_template(name: str, said: str) -> None:
 )
 def test_a_response_template_shows_what_is_no_call(text: str, cut: bool) -> None:
     assert parsed(BY_TEMPLATE["marked"][0], [text], cut=cut) == (text, 0)
+
+
+THOUGHT = "Is a < b?\n"
+THINKERS: dict[str, tuple[Callable[[], Any], str, str, str]] = {
+    # how replies are read: what makes a parser, and the delimiters around thoughts and before an answer
+    "delimiters": (
+        lambda: DelimiterParser(Splitter(ReasoningFormat("<think>", "</think>", "</think>"), opened=False), None),
+        "<think>", "</think>", "",
+    ),
+    "delimiters and calls": (
+        lambda: DelimiterParser(
+            Splitter(ReasoningFormat("<|a|>", "<|e|><|f|>", "<|e|><|f|>", "<|f|>"), opened=False),
+            CallReader(HERMES, ReplyFormat(tools=TOOLS)),
+        ),
+        "<|a|>", "<|e|><|f|>", "",
+    ),
+    "no thoughts": (
+        lambda: DelimiterParser(Splitter(ReasoningFormat("<|a|>", "<|e|>", "<|e|>", "<|f|>"), opened=False), None),
+        "", "", "<|f|>",
+    ),
+    "template": (
+        lambda: TemplateParser(ResponseTemplate(MARKED), ReplyFormat(chat=True, tools=TOOLS)),
+        "<think>", "</think>", "",
+    ),
+    "gpt-oss": (
+        lambda: TemplateParser(TABLE["gpt-oss"], ReplyFormat(chat=True)),
+        "<|channel|>analysis<|message|>", "<|end|>", "<|start|>assistant<|channel|>final<|message|>",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", THINKERS)
+def test_wherever_a_limit_cuts_thoughts_have_no_markup(name: str) -> None:
+    """Thoughts and answer are as far as they are certain, in whole replies and in streams; each only grows."""
+    make, opening, closing, before = THINKERS[name]
+    thought = THOUGHT if opening else ""
+    text = f"{opening}{thought}{closing}{before}Yes."
+    told = []
+    for end in range(len(text) + 1):
+        whole, stream = make(), make()
+        parts = [whole.push(text[:end]), whole.finish(cut=True)]
+        pieces = [*map(stream.push, text[:end]), stream.finish(cut=True)]
+        thoughts, answer = ("".join(getattr(part, what) for part in parts) for what in ("reasoning", "text"))
+        assert thoughts == "".join(part.reasoning for part in pieces)
+        assert answer == "".join(part.text for part in pieces)
+        assert thought.startswith(thoughts), text[:end]
+        assert "Yes.".startswith(answer), text[:end]
+        told.append((len(thoughts), len(answer)))
+    assert told[-1] == (len(thought.rstrip()), 4)
+
+
+def test_a_model_that_ends_itself_has_said_all_of_it() -> None:
+    parser = THINKERS["delimiters"][0]()
+    assert parser.push("<think>hm </thi").reasoning + parser.finish(cut=False).reasoning == "hm </thi"
 
 
 # -- with a model ------------------------------------------------------------------------------------------------------

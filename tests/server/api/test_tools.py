@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asgi import Answer, begin
+from asgi import Answer, begin, call
 from fakes import FakeEngine, Step, chat, make_app, output
 
 from engine import ChoiceDelta, ModelConfig, PreparedRequest, Registry, Tool, ToolCall
@@ -79,6 +79,34 @@ def test_a_conversation_with_results_goes_on() -> None:
     answer = ask(messages=messages)
     assert answer.status == 200, answer.body
     assert "x-ignored-fields" not in answer.headers
+
+
+def test_a_reply_of_half_a_call_has_an_empty_text_in_both_kinds_of_answer() -> None:
+    """The engine leaves such a call out. Null is for turns that call."""
+
+    def half(request: PreparedRequest) -> Iterable[Step]:
+        yield output(request, [ChoiceDelta(0, "", (1,), None, "length")], 1, finished=True)
+
+    whole = ask(half).json["choices"][0]
+    assert (whole["message"]["content"], whole["finish_reason"]) == ("", "length")
+    assert "tool_calls" not in whole["message"]
+    deltas = [choice["delta"] for part in ask(half, stream=True).events[:-1] for choice in part["choices"]]
+    assert "".join(delta.get("content", "") for delta in deltas) == ""
+    assert deltas[0]["content"] == ""
+    assert not any("tool_calls" in delta for delta in deltas)
+
+
+def test_every_member_of_a_call_is_taken_named_or_refused() -> None:
+    made = {"id": "call_a", "type": None, "zzz": 1, "function": {"name": "ping", "arguments": "{}", "yyy": 1}}
+    messages = [{"role": "assistant", "tool_calls": [made]}, {"role": "user", "content": "?"}]
+    answer = ask(messages=messages)
+    assert answer.status == 200, answer.body
+    at = "messages.0.tool_calls.0"
+    assert set(answer.headers["x-ignored-fields"].split(", ")) == {f"{at}.zzz", f"{at}.function.yyy"}
+    del made["zzz"]
+    refused = call(make_app(FakeEngine(script), strict_params=True), chat(messages=messages))
+    assert refused.status == 422
+    assert f"{at}.function.yyy" in refused.error["message"]
 
 
 def test_what_the_engine_is_told() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,7 +44,7 @@ def test_there_are_routes_to_try() -> None:
 
 
 def told(answer: Answer) -> Any:
-    headers = {k: v for k, v in answer.headers.items() if k != "x-request-id"}
+    headers = {k: v for k, v in answer.headers.items() if k not in ("x-request-id", "request-id")}
     return answer.status, headers
 
 
@@ -177,6 +178,10 @@ OTHERS = [
     ("/v1/moderations", "moderation", ""),
     ("/v1/files/file-1/content", "stores no files", "verbatim batch"),
     ("/v1/threads/t/runs", "conversations", CHAT),
+    ("/v1/threads/t/messages", "conversations", CHAT),
+    ("/api/v1/threads/t/messages", "conversations", CHAT),
+    ("/threads/t/messages", "conversations", CHAT),
+    ("/v1/files/completions", "stores no files", "verbatim batch"),
     ("/v1/complete", "older path", CHAT),
     ("/api/chat", "Ollama", CHAT),
     ("/api/generate", "Ollama", "/v1/completions"),
@@ -201,3 +206,35 @@ def test_what_is_named_instead_is_there() -> None:
     there = {path.replace("fake", "{model_id}") for _, path in ROUTES}
     for _, _, instead in OTHERS:
         assert not instead.startswith("/") or instead in there
+
+
+@pytest.mark.parametrize(
+    ("path", "anthropics"),
+    [
+        ("/v1/messages", True),
+        ("/api/v1/messages", True),
+        ("/v1/messages/count_tokens", True),
+        ("/v1/messages/batches", True),
+        ("/v1/messages/batches/b/results", True),
+        ("/messages", True),
+        ("/api/messages", True),
+        ("/v1/v1/messages", True),
+        ("/api/v1/v1/messages/count_tokens", True),
+        ("/v1/messages/v1/messages", True),
+        ("/anthropic/v1/messages", True),
+        ("/v1/threads/t/messages", False),
+        ("/threads/t/messages", False),
+        ("/v1/conversations/messages", False),
+        ("/v1/models/my/messages", False),
+        ("/v1/models/v1/messages", False),
+        ("/v1/messages_of_mine", False),
+        ("/v1/chat/completions", False),
+    ],
+)
+def test_an_error_has_the_shape_that_the_clients_of_its_path_read(path: str, anthropics: bool) -> None:
+    answer = call(APP, path=path, method="DELETE" if "models" not in path else "GET")
+    assert answer.status in (404, 405)
+    body = json.loads(answer.body)
+    assert (body.get("type") == "error") is anthropics
+    assert ("request_id" in body) is anthropics
+    assert "param" in body["error"]

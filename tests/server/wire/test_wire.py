@@ -120,6 +120,27 @@ def test_a_wish_to_close_beside_one_for_another_protocol_is_kept(wire: Wire) -> 
         assert client.reply() is None
 
 
+WISH = HEAD + b"connection: upgrade, http2-settings\r\nupgrade: h2c\r\n"
+WISHES = [
+    # several requests in one packet, the statuses of their answers
+    ("two heads", WISH + b"\r\n" + WISH + b"\r\n", [200, 200]),
+    ("twelve heads", (WISH + b"\r\n") * 12, [200] * 12),
+    ("a body before a head", post(good(), "connection: upgrade", "upgrade: h2c") + WISH + b"\r\n" + LIVE, [200] * 3),
+    ("no HTTP behind", WISH + b"\r\n" + WISH + b"\r\nnonsense\r\n\r\n", [200, 200, 400]),
+    ("too long a head behind", WISH + b"\r\n" + WISH + b"x-a: 1\r\n" * 100 + b"\r\n", [200, 431]),
+    ("too long a target behind", WISH + b"\r\n" + b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n\r\n", [200, 414]),
+    ("too many", (WISH + b"\r\n") * 40, [200] * 17 + [400]),
+]
+
+
+@pytest.mark.parametrize(("data", "statuses"), [c[1:] for c in WISHES], ids=[c[0] for c in WISHES])
+def test_wishes_for_another_protocol_in_one_packet(wire: Wire, data: bytes, statuses: list[int]) -> None:
+    with wire.client() as client:
+        client.send(data)
+        replies = [client.reply() for _ in statuses]
+        assert [reply and reply.status for reply in replies] == statuses
+
+
 def test_a_field_of_a_trailer_joins_no_head(wire: Wire) -> None:
     """Those were checked before: a field that comes after them must not be seen by what runs later."""
     seen: list[Any] = []
