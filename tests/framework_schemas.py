@@ -150,6 +150,54 @@ OTHERS = {
         ("x",),
         ("minimum", "maximum"),
     ),
+    "a least number beyond": Row(
+        {"type": "number", "minimum": 1e300}, (1,), ("x",), ("minimum",), "/minimum", oracle=None
+    ),
+    "a greatest number beyond": Row(
+        {"type": "number", "maximum": -1e308}, (1,), ("x",), ("maximum",), "/maximum", oracle=None
+    ),
+    "a least number of many digits": Row(
+        {"type": "integer", "minimum": 10**400}, (1,), ("x",), ("minimum",), "/minimum", oracle=None
+    ),
+    "exclusive of draft 4 beyond": Row(
+        {"type": "number", "minimum": 1e301, "exclusiveMinimum": True},
+        (1,),
+        ("x",),
+        ("exclusiveMinimum",),
+        "/exclusiveMinimum",
+        oracle=None,
+    ),
+    "a greatest integer beyond int64": Row(
+        {"type": "integer", "minimum": 0, "maximum": 2**64 - 1}, (0, 2**64 - 1), (-1, "x"), ("maximum",)
+    ),
+    "an exclusive integer beyond int64": Row(
+        {"type": "integer", "exclusiveMaximum": 2**63}, (2**63 - 1,), (2**63, "x")
+    ),
+    "a least integer beyond int64": Row(
+        {"type": "integer", "minimum": -(10**20)}, (-(10**20), 5), ("x",), ("minimum",)
+    ),
+    "uint64": Row({"type": "integer", "format": "uint64"}, (0, 2**64 - 1), (-1,), ("format",), oracle=None),
+    "an integer of int64 or null": Row({"type": ["integer", "null"], "minimum": -(2**63)}, (-1, None), ("x",)),
+    "an ambiguous dynamic reference": Row(
+        {
+            "$id": "https://example.com/l",
+            "$ref": "list",
+            "$defs": {
+                "strings": {"$dynamicAnchor": "T", **S},
+                "list": {
+                    "$id": "list",
+                    "type": "array",
+                    "items": {"$dynamicRef": "#T"},
+                    "$defs": {"T": {"$dynamicAnchor": "T"}},
+                },
+            },
+        },
+        (["a"], [1]),
+        ("x",),
+        ("$defs.list.items.$dynamicRef",),
+        "/$defs/list/items/$dynamicRef",
+        oracle=None,
+    ),
     "a bound beyond": Row({"type": "number", "maximum": 1e25}, (1e20,), ("x",), ("maximum",), "/maximum"),
     "cents": Row({"type": "number", "multipleOf": 0.01}, (0.25,), (0.255,)),
     "minLength 0": Row({"type": "string", "minLength": 0}, ("",), (1,)),

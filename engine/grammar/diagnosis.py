@@ -22,7 +22,7 @@ from engine.text.json_schema import at, check_depth, parts
 from engine.text.schema_rings import unending
 from engine.types.requests import Constraint
 
-__all__ = ["MOST_LETTERS", "check_bounds", "enforceable", "schema_rule"]
+__all__ = ["MOST_LETTERS", "check_bounds", "check_length", "enforceable", "schema_rule"]
 
 MAX_BYTES: Final = 256 * 1024
 """Of a schema, an expression or a grammar as JSON."""
@@ -50,14 +50,27 @@ def check_bounds(constraint: Constraint) -> None:
     Nothing may look further into a constraint before this.
     """
     value, param = constraint.value, constraint.param
-    check_depth(value, param)
-    size = len(value if isinstance(value, str) else json.dumps(value))
-    if size > MAX_BYTES:
-        raise InvalidParameter(f"{param} has {size} characters; at most {MAX_BYTES} are allowed.", param=param)
+    check_length(value, param)
     if constraint.kind == "json":
         check_schema_path(value, param)
     elif constraint.kind == "grammar":
         check_rules(str(value), param)
+
+
+def check_length(value: Any, param: str) -> int:
+    """Return how many characters the value of a field has as JSON, or as the text that it is.
+
+    Raises:
+        InvalidParameter: it is nested too deeply, too large, or no JSON.
+    """
+    check_depth(value, param)
+    try:
+        size = len(value if isinstance(value, str) else json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidParameter(f"{param} is not JSON: {one_line(str(error))[:300]}", param=param) from None
+    if size > MAX_BYTES:
+        raise InvalidParameter(f"{param} has {size} characters; at most {MAX_BYTES} are allowed.", param=param)
+    return size
 
 
 def schema_rule(compiler: GrammarCompiler, constraint: Constraint) -> tuple[str, tuple[str, ...]]:

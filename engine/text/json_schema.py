@@ -23,7 +23,7 @@ from engine.errors import InvalidParameter
 __all__ = [
     "ANNOTATIONS", "MAX_DEPTH", "TYPES", "alternatives", "at", "bundled", "check_depth", "choices_of", "decoded",
     "dotted", "encoded", "inner", "moved", "object_of", "parts", "pointed", "properties_of", "read_value", "resolved",
-    "target_of", "types_of",
+    "subschemas", "target_of", "types_of",
 ]  # fmt: skip
 
 TYPES: Final = frozenset({"string", "number", "integer", "boolean", "object", "array", "null"})
@@ -62,6 +62,21 @@ def parts(schema: Any, pointer: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(schema.get(key), Mapping):
             for name, part in schema[key].items():
                 yield from parts(part, f"{pointer}/{key}/{pointed(name)}")
+
+
+def subschemas(schema: Any) -> Iterator[Any]:
+    """Yield a schema and all schemas inside it, as `parts` does, without pointers: those may be long."""
+    yield schema
+    if isinstance(schema, Mapping):
+        for key in _SINGLES:
+            if isinstance(schema.get(key), Mapping):
+                yield from subschemas(schema[key])
+        for key in _LISTS:
+            for part in schema[key] if isinstance(schema.get(key), list) else ():
+                yield from subschemas(part)
+        for key in _MAPS:
+            for part in schema[key].values() if isinstance(schema.get(key), Mapping) else ():
+                yield from subschemas(part)
 
 
 def inner(part: Mapping[str, Any]) -> list[Any]:
@@ -147,12 +162,21 @@ def target_of(reference: str, root: Any) -> Any:
         return None
 
 
-def resolved(schema: Any, root: Any) -> Any:
-    """Follow a part that is nothing but a reference (`$ref`, or `allOf` of one); itself if that leads nowhere."""
+def resolved(schema: Any, root: Any, left: list[int] | None = None) -> Any:
+    """Follow a part that is nothing but a reference (`$ref`, or `allOf` of one); itself if that leads nowhere.
+
+    `left`: a count of steps for many answers together, which this one takes from; below 0, nothing is followed.
+    """
     found = schema
     for _ in range(_FOLLOWED):
+        if left is not None:
+            left[0] -= 1
+            if left[0] < 0:
+                return schema
         said = set(found) - ANNOTATIONS if isinstance(found, Mapping) else set()
         if said == {"$ref"} and isinstance(found["$ref"], str):
+            if left is not None:
+                left[0] -= len(found["$ref"]) // 64
             found = target_of(found["$ref"], root)
             if found is None:
                 return schema
@@ -166,7 +190,7 @@ def resolved(schema: Any, root: Any) -> Any:
 def moved(schema: Any, pointer: str) -> Any:
     """Return a schema with its references rewritten, to be put into another one at this pointer."""
     schema = deepcopy(schema)
-    for _, inner in parts(schema):
+    for inner in subschemas(schema):
         reference = inner.get("$ref") if isinstance(inner, dict) else None
         if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
             inner["$ref"] = f"#{pointer}{reference[1:]}"
@@ -181,7 +205,7 @@ def bundled(part: Any, root: Any) -> Any:
 
     def own(schema: Any) -> Any:
         schema = deepcopy(schema)
-        for _, inner in parts(schema):
+        for inner in subschemas(schema):
             if not isinstance(inner, dict) or not isinstance(inner.get("$ref"), str):
                 continue
             target = target_of(inner["$ref"], root)
@@ -210,18 +234,29 @@ def bundled(part: Any, root: Any) -> Any:
 
 def types_of(schema: Any, root: Any) -> frozenset[str]:
     """Return the JSON types that a part can allow; all of them where it does not restrict them."""
-    return _types(schema, root, [_FOLLOWED])
+    return _types(schema, root, [_FOLLOWED], {})
 
 
-def _types(schema: Any, root: Any, left: list[int]) -> frozenset[str]:
-    left[0] -= 1
+def _types(schema: Any, root: Any, left: list[int], known: dict[int, frozenset[str]]) -> frozenset[str]:
+    """`known`: the answers for parts by identity. Each is looked at once, however often it is referred to."""
     if schema is False:
         return frozenset()
-    if not isinstance(schema, Mapping) or left[0] < 0:
+    if not isinstance(schema, Mapping):
         return TYPES
+    if id(schema) not in known:
+        left[0] -= 1
+        known[id(schema)] = TYPES  # where it refers to itself
+        if left[0] >= 0:
+            known[id(schema)] = _types_said(schema, root, left, known)
+    return known[id(schema)]
+
+
+def _types_said(
+    schema: Mapping[str, Any], root: Any, left: list[int], known: dict[int, frozenset[str]]
+) -> frozenset[str]:
     found = TYPES
     if isinstance(schema.get("$ref"), str):
-        found &= _types(target_of(schema["$ref"], root), root, left)
+        found &= _types(target_of(schema["$ref"], root), root, left, known)
     named = schema.get("type")
     if isinstance(named, str):
         named = [named]
@@ -233,10 +268,10 @@ def _types(schema: Any, root: Any, left: list[int]) -> frozenset[str]:
     if isinstance(schema.get("enum"), list):
         found &= frozenset().union(*map(_types_of_value, schema["enum"]))
     for inner in schema["allOf"] if isinstance(schema.get("allOf"), list) else ():
-        found &= _types(inner, root, left)
+        found &= _types(inner, root, left, known)
     for key in ("anyOf", "oneOf"):
         if isinstance(schema.get(key), list):
-            found &= frozenset().union(*(_types(inner, root, left) for inner in schema[key]))
+            found &= frozenset().union(*(_types(inner, root, left, known) for inner in schema[key]))
     return found
 
 
@@ -276,12 +311,13 @@ def alternatives(schema: Any, root: Any) -> list[Any]:
     return [schema]
 
 
-def choices_of(schema: Any, root: Any) -> list[Any] | None:
+def choices_of(schema: Any, root: Any, left: list[int] | None = None) -> list[Any] | None:
     """Return the values of an `enum` or a `const`, if the part allows no others; None if it has neither.
 
     Values that a type or a length beside it forbids are left out. None, if it has any other keyword.
+    `left`: a count of steps, as of `resolved`.
     """
-    schema = resolved(schema, root)
+    schema = resolved(schema, root, left)
     if not isinstance(schema, Mapping):
         return None
     if "const" in schema:
@@ -290,6 +326,8 @@ def choices_of(schema: Any, root: Any) -> list[Any] | None:
         values = list(schema["enum"])
     else:
         return None
+    if left is not None:
+        left[0] -= len(values)
     if set(schema) - ANNOTATIONS - {"enum", "const", "type", "minLength", "maxLength"}:
         return None  # to the caller it is then a keyword like the others
     kinds = types_of({"type": schema["type"]}, root) if "type" in schema else TYPES

@@ -15,7 +15,7 @@ from jsonschema.validators import extend
 from referencing import Registry
 
 from engine.errors import one_line
-from engine.text.json_schema import parts
+from engine.text.json_schema import subschemas
 
 __all__ = ["unenforced_errors"]
 
@@ -33,7 +33,7 @@ def unenforced_errors(text: str, schema: Any) -> str | None:
     reference to another document is an error. A validation of too many steps ends with an error that says so.
     """
     schema = deepcopy(schema)
-    for _, part in parts(schema):
+    for part in subschemas(schema):
         if isinstance(part, dict):
             part.pop("pattern", None)
             if part.pop("patternProperties", None):

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.text.json_schema import parts, target_of
+from engine.text.json_schema import parts, subschemas, target_of
 
 __all__ = ["unending"]
 
 
 def unending(schema: Any) -> str | None:
     """Return the JSON pointer of the last part whose `$ref` no finite value satisfies; None if there is none."""
-    references = {part["$ref"]: False for _, part in parts(schema) if _refers(part)}
+    references = {part["$ref"]: False for part in subschemas(schema) if _refers(part)}
     if not references:
         return None
     targets = {reference: target_of(reference, schema) for reference in references}

@@ -9,6 +9,7 @@ import pytest
 from framework_schemas import INVALID, ROWS
 from hypothesis import HealthCheck, given, settings, strategies as st
 from jsonschema import Draft202012Validator
+from schema_rows import I, S
 
 from engine import Constraint, InvalidParameter
 from engine.grammar.answer_grammar import answer_grammar
@@ -145,6 +146,132 @@ def test_references_by_name(reference: str, found: Any) -> None:
     }
     read = read_schema(schema, "here").schema
     assert target_of(read["properties"]["a"]["$ref"], read) == found
+
+
+def _two(target: Any, reference: str) -> dict[str, Any]:
+    return {"type": "object", "properties": {"x": target, "y": {"$ref": reference}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "found"),
+    [
+        (_two({"nullable": True, "anyOf": [S, I]}, "#/properties/x/anyOf/0"), S),
+        (_two({"nullable": True, "anyOf": [S, I]}, "#/properties/x/anyOf/1"), I),
+        (_two({"nullable": True, "allOf": [S]}, "#/properties/x/allOf/0"), S),
+        (_two({"nullable": True, "oneOf": [S, I]}, "#/properties/x/oneOf/1"), I),
+        (_two({"nullable": True, "anyOf": [{"nullable": True, "not": S}]}, "#/properties/x/anyOf/0/not"), S),
+        (_two({"nullable": True, "type": "string"}, "#/properties/x"), {"type": ["string", "null"]}),
+        (_two({"items": [S], "additionalItems": I}, "#/properties/x/items/0"), S),
+        (_two({"items": [S], "additionalItems": I}, "#/properties/x/additionalItems"), I),
+        (_two({"additionalItems": I}, "#/properties/x/additionalItems"), I),
+        (_two({"propertyNames": S}, "#/properties/x/propertyNames"), S),
+        (_two({"propertyNames": {"enum": ["a", "b"]}, "additionalProperties": I}, "#/properties/x/propertyNames"),
+         {"enum": ["a", "b"]}),
+        (_two({"propertyNames": {"enum": ["a", "b"]}, "additionalProperties": I},
+              "#/properties/x/additionalProperties"), I),
+        (_two({"propertyNames": {"enum": ["a"]}, "properties": {"z": True}}, "#/properties/x/properties/z"), True),
+        (_two({"unevaluatedProperties": S}, "#/properties/x/unevaluatedProperties"), S),
+        (_two({"if": S}, "#/properties/x/if"), S),
+        (_two({"then": False}, "#/properties/x/then"), False),
+        (_two({"dependencies": {"a": S}}, "#/properties/x/dependencies/a"), S),
+        (_two({"zz": {"$ref": "#/properties/x/zz/zz", "zz": S}}, "#/properties/x/zz/zz"), S),
+        (_two({"k" * 5_000: S, "$defs": {"k" * 5_000: {"$anchor": "far", **I}}}, "#far"), I),
+        (_two({"nullable": True, "$ref": "#/$defs/x"}, "#/properties/x/anyOf/1"), None),
+        (_two(S, "#/$defs/at0:x"), None),
+        (_two(S, "#/properties/x/-1"), None),
+    ],
+)  # fmt: skip
+def test_references_follow_what_reading_moves_or_drops(schema: Any, found: Any) -> None:
+    read = read_schema(schema, "here").schema
+    assert target_of(read["properties"]["y"]["$ref"], read) == found
+
+
+def test_copies_take_no_name_of_the_schema() -> None:
+    properties = {"y": {"$ref": "#/components/X"}, "z": {"$ref": "#/$defs/at0:X"}}
+    read = read_schema({"$defs": {"at0:X": I}, "components": {"X": S}, "properties": properties}, "here").schema
+    assert [target_of(read["properties"][name]["$ref"], read) for name in "yz"] == [S, I]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("also", [{}, {"allOf": [{"minLength": 1}]}, {"nullable": True}])
+def test_all_references_of_a_schema_count(order: int, also: dict[str, Any]) -> None:
+    both = [("$ref", "#/$defs/a"), ("$dynamicRef", "#/$defs/b")][::order]
+    read = read_schema({**dict(both), "$defs": {"a": {"type": ["string", "integer"]}, "b": S}, **also}, "here").schema
+    assert [_valid(read, value) for value in ("x", 1, None)] == [True, False, bool(also.get("nullable"))]
+
+
+@pytest.mark.parametrize(
+    ("inner", "read"),
+    [
+        ({"$dynamicAnchor": "T"}, {"$dynamicRef": "#T"}),
+        ({"$anchor": "T"}, {"$ref": "#"}),
+        ({}, {"$ref": "#"}),
+    ],
+)
+def test_a_dynamic_reference_is_read_if_it_can_name_one_part_only(inner: Any, read: Any) -> None:
+    """Else it stays, and is refused or named as every keyword that cannot be enforced."""
+    schema = {"$dynamicAnchor": "T", "items": {"$dynamicRef": "#T"}, "$defs": {"a": {"$id": "a:b", **inner}}}
+    assert read_schema(schema, "here").schema["items"] == read
+
+
+def test_a_recursive_reference_is_read_if_it_can_name_one_part_only() -> None:
+    schema = {"$recursiveAnchor": True, "items": {"$recursiveRef": "#"}}
+    assert read_schema(schema, "here").schema["items"] == {"$ref": "#"}
+    schema["$defs"] = {"a": {"$id": "a:b", "$recursiveAnchor": True}}
+    assert read_schema(schema, "here").schema["items"] == {"$recursiveRef": "#"}
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "reference"),
+    [
+        ({"id": "https://example.com/r.json"}, {"id": "#foo"}, "#foo"),
+        ({"id": "https://example.com/r.json"}, {"id": "a/b.json"}, "https://example.com/a/b.json"),
+        ({}, {"id": "#foo"}, "#foo"),
+        ({}, {"$id": "#foo"}, "#foo"),
+        ({}, {"$id": "c.json#foo"}, "c.json#foo"),
+        ({"$id": "https://example.com/a/b.json"}, {"$id": "./c.json"}, "c.json"),
+        ({"$id": "https://example.com/a/b.json"}, {"$id": "../c.json"}, "/c.json"),
+        ({"$id": "https://example.com/a/b.json"}, {"$id": "../../../c.json"}, "https://example.com/c.json"),
+        ({"$id": "https://example.com"}, {"$id": "c.json"}, "https://example.com/c.json"),
+        ({"$id": "https://example.com/a/b.json"}, {"$id": "//example.org/c.json"}, "https://example.org/c.json"),
+        ({"$id": "https://example.com/a/b.json"}, {"$id": "./d/./c.json"}, "d/x/../c.json"),
+        ({}, {"$id": "./c.json"}, "c.json"),
+        ({}, {"$id": "urn:x:y"}, "urn:x:y"),
+    ],
+)
+def test_identifiers_of_every_draft(base: Any, own: Any, reference: str) -> None:
+    schema = {**base, "definitions": {"a": {**own, **I}, "b": S}, "properties": {"x": {"$ref": reference}}}
+    read = read_schema(schema, "here").schema
+    assert target_of(read["properties"]["x"]["$ref"], read) == I
+
+
+def test_an_id_that_is_only_a_name() -> None:
+    """In draft 4 it is what `#` is relative to; where nothing is there, whoever wrote it meant the document."""
+    inner = {"id": "A", "properties": {"y": {"$ref": "#/definitions/B"}}}
+    for own, found in (({}, S), ({"definitions": {"B": I}}, I)):
+        read = read_schema({"definitions": {"A": {**inner, **own}, "B": S}}, "here").schema
+        assert target_of(read["definitions"]["A"]["properties"]["y"]["$ref"], read) == found
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [{"properties": {"a": {}}}], "propertyNames": {"enum": ["a", "b"]}, "unevaluatedProperties": False},
+        {"allOf": [{"propertyNames": {"enum": ["a", "b"]}}], "unevaluatedProperties": False},
+        {"allOf": [{"propertyNames": {"pattern": "^[ab]$"}}], "unevaluatedProperties": False},
+        {
+            "$ref": "#/components/x",
+            "components": {"x": {"propertyNames": {"const": "b"}}},
+            "unevaluatedProperties": False,
+        },
+        {"if": {"properties": {"a": {}}}, "unevaluatedProperties": False},
+        {"allOf": [{"if": {"properties": {"a": {}}}}], "unevaluatedProperties": False},
+        {"if": {"prefixItems": [{}]}, "unevaluatedItems": False},
+    ],
+)
+@pytest.mark.parametrize("value", [{}, {"a": 1}, {"b": 1}, {"c": 1}, [], [1], [1, 2]])
+def test_what_is_unevaluated_stays_so(schema: Any, value: Any) -> None:
+    assert _valid(read_schema(schema, "here").schema, value) == _valid(schema, value)
 
 
 @pytest.mark.parametrize(
