@@ -447,6 +447,17 @@ def test_an_error_of_the_engine_speaks_of_the_bodys_fields(name: str, tools: Any
     assert (answer.status, answer.error["param"], answer.error["message"]) == (422, own, f"{own} is wrong.")
 
 
+def test_an_error_speaks_of_other_fields_as_the_body_does() -> None:
+    """A message names a field of another endpoint, and the client looks for it in vain."""
+    for said, told in (
+        ("min_tokens is 50, more than max_tokens, 3.", "min_tokens is 50, more than max_output_tokens, 3."),
+        ("min_tokens: turn it off (reasoning_effort: none).", "min_tokens: turn it off (reasoning.effort: none)."),
+        *((same, same) for same in ("min_tokens: not 'my max_tokens'.", "min_tokens: at /properties/max_tokens/type.",
+                                    "min_tokens: max_tokens_of, xmax_tokens, max_tokens.0.", "min_tokens: messages.")),
+    ):  # fmt: skip
+        assert ask(FakeEngine(prepare_error=InvalidParameter(said, param="min_tokens"))).error["message"] == told
+
+
 def test_an_error_keeps_its_numbers() -> None:
     error = ContextLengthExceeded("too long", param="messages", prompt_tokens=9, context_length=4)
     answer = ask(FakeEngine(prepare_error=error))
