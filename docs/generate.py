@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import json
 import re
 import types
 import typing
@@ -319,8 +320,10 @@ def _values(values: tuple[Any, ...]) -> str:
 def _shown(value: Any) -> str:
     if value is None:
         return ""
-    if isinstance(value, str | list | dict):
-        return "`" + str(value).replace("'", '"') + "`"
+    if isinstance(value, list | dict):
+        return f"`{json.dumps(value)}`"
+    if isinstance(value, str):
+        return f"`{value}`"
     return f"`{str(value).lower()}`"
 
 

@@ -54,17 +54,22 @@ def with_late_turns_as_users(messages: Sequence[ChatMessage], roles: Collection[
     They are combined with a user's turn beside them: templates that allow one system turn often demand turns in
     alternation.
     """
-    turns: list[ChatMessage] = []
+    turns: list[list[ChatMessage]] = []  # each one turn, joined at the end: once, however many there are
     began = moved = False
     for message in messages:
         late = began and message.role in roles
         began = began or message.role not in _ROLES
         turn = replace(message, role="user") if late else message
-        if turns and turn.role == turns[-1].role == "user" and (late or moved):
-            content = "\n".join(text for text in (turns[-1].content, turn.content) if text)
-            turns[-1] = replace(turns[-1], content=content)
+        if turns and turn.role == turns[-1][0].role == "user" and (late or moved):
+            turns[-1].append(turn)
         else:
-            turns.append(turn)
+            turns.append([turn])
             moved = False
         moved = moved or late
-    return turns
+    return [_combined(parts) for parts in turns]
+
+
+def _combined(parts: Sequence[ChatMessage]) -> ChatMessage:
+    if len(parts) == 1:
+        return parts[0]
+    return replace(parts[0], content="\n".join(part.content for part in parts if part.content))

@@ -45,6 +45,11 @@ T = TypeVar("T")
 OwnName = Callable[[str | None], str | None]
 """What the engine calls a field → where the body has it; None where no body has it."""
 
+_WORDS: Final = re.compile(
+    r"""(?<!\w)(?:'[^']*'|"[^"]*"|`[^`]*`) | (?<![\w./-]) (?P<name>[a-z]+(?:_[a-z]+)+) (?![./-]?\w)""", re.VERBOSE
+)
+"""What is quoted in a message, and names of fields in several words: those in one are words of English, too."""
+
 MOST_TOLD: Final = 1 << 17
 """Log-probabilities of prompts in one reply: writing them takes the event loop some tenths of a second."""
 
@@ -151,9 +156,17 @@ async def renamed(work: Awaitable[T], own_name: OwnName) -> T:
     except VerbatimError as error:
         name, own = error.param, own_name(error.param)
         error.param = own
+        begin = ""
         if name and own and error.message.startswith(name):
-            error.message = own + error.message.removeprefix(name)
+            begin = own
+            error.message = error.message.removeprefix(name)
+        error.message = begin + _WORDS.sub(lambda found: _own_word(found, own_name), error.message)
         raise
+
+
+def _own_word(found: re.Match[str], own_name: OwnName) -> str:
+    """Return the name that a body has for a field which a message speaks of; what is quoted stays."""
+    return (found["name"] and own_name(found["name"])) or found[0]
 
 
 def _check_told(prepared: Sequence[PreparedRequest]) -> None:

@@ -7,7 +7,7 @@ these tables.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -53,6 +53,18 @@ class BodyFields:
     required: tuple[str, ...] = ()
     instead: Mapping[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def refusing_others(
+        cls,
+        *,
+        honoured: Mapping[str, Field],
+        refused: Mapping[str, tuple[Any, ...]],
+        required: tuple[str, ...],
+        instead: Mapping[str, str] | None = None,
+    ) -> BodyFields:
+        """Return the fields of an endpoint that also refuses what only others have: who sends it expects an effect."""
+        return cls(honoured, {**refused, **refused_elsewhere({*honoured, *refused})}, required, instead or {})
+
     @property
     def known(self) -> frozenset[str]:
         """The names that are not ignored."""
@@ -86,10 +98,19 @@ class BodyFields:
         """Raise `Unsupported` for a field that this build cannot honour."""
         for name, neutral in self.refused.items():
             value = data.get(name)
-            # The type too: 1 == True in Python, not in JSON.
-            if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
+            if value is not None and not any(_same(value, one) for one in neutral):
                 why = f": {self.instead[name]}" if name in self.instead else ""
                 raise Unsupported(f"{name} is not supported by this build{why}.", param=name)
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two values of JSON are the same. 1 and 1.0 are, 1 and true are only in Python."""
+    return isinstance(value, bool) is isinstance(other, bool) and bool(value == other)
+
+
+def refused_elsewhere(own: Collection[str]) -> dict[str, tuple[Any, ...]]:
+    """Return the fields that some endpoint has, apart from an endpoint's own, as `BodyFields.refused` has them."""
+    return {name: neutral for name, neutral in KNOWN.items() if name not in own}
 
 
 def declare(kind: Kind, description: str = "", *, extension: bool = False, **schema: Any) -> Field:
@@ -244,14 +265,71 @@ REFUSED: Final[Mapping[str, tuple[Any, ...]]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
     "use_beam_search": (False,),
-    "length_penalty": (1, 1.0),
-    "typical_p": (1, 1.0),
+    "length_penalty": (1,),
+    "typical_p": (1,),
     "guided_whitespace_pattern": (),
     "bad_words": ([],),
     "skip_special_tokens": (True,),
 }
 
-CHAT: Final = BodyFields(
+RECORDS: Final = frozenset((
+    "user", "metadata", "safety_identifier", "client_metadata", "prompt_cache_key", "prompt_cache_retention",
+    "prompt_cache_options", "cache_control",
+))  # fmt: skip
+"""Fields without effect wherever they are known, so that an endpoint which does not know them ignores them."""
+
+_WITHOUT_NEUTRAL: Final = (
+    "messages", "max_tokens", "max_completion_tokens", "reasoning_effort", "prediction", "audio", "web_search_options",
+    "chat_template", "prompt", "suffix", "truncate_prompt_tokens", "prompt_embeds", "allowed_token_ids", "input",
+    "instructions", "max_output_tokens", "max_tool_calls", "background_options", "previous_response_id",
+    "conversation", "moderation", "system", "thinking", "output_format", "compaction", "thread", "container",
+    "diagnostics", "fallback_credit_token", "tokens",
+)  # fmt: skip
+"""Of chat completions, completions, responses, messages and tokenization; the same in the next table."""
+
+_OF_SOME: Final[Mapping[str, tuple[Any, ...]]] = {
+    **dict.fromkeys(_WITHOUT_NEUTRAL, ()),
+    **dict.fromkeys(
+        ("tools", "functions", "documents", "include", "stop_sequences", "mcp_servers", "fallbacks"), ([],)
+    ),
+    **dict.fromkeys(("chat_template_kwargs", "reasoning", "output_config"), ({},)),
+    **dict.fromkeys(("mm_processor_kwargs", "media_io_kwargs"), ({},)),
+    **dict.fromkeys(("continue_final_message", "echo", "background", "return_token_strs"), (False,)),
+    **dict.fromkeys(("include_stop_str_in_output", "return_tokens_as_token_ids"), (False,)),
+    **dict.fromkeys(("parallel_tool_calls", "add_generation_prompt", "spaces_between_special_tokens"), (True,)),
+    "add_special_tokens": (False,),  # of a conversation: the template writes them
+    "tool_choice": ("none", "auto"),
+    "stream_options": ({}, {"include_usage": True}, {"include_usage": False}),
+    "response_format": ({"type": "text"},),
+    "function_call": ("none",),
+    "modalities": (["text"],),
+    "verbosity": ("medium",),
+    "best_of": (1,),
+    "text": ({}, {"format": {"type": "text"}}),
+    "truncation": ("disabled",),
+    "context_management": ([], {}, {"edits": []}),
+    "speed": ("standard",),
+    "inference_geo": ("global",),
+}
+
+KNOWN: Final[Mapping[str, tuple[Any, ...]]] = {
+    name: neutral
+    for name, neutral in {
+        **{
+            name: (one.schema["default"],) if "default" in one.schema else ()
+            for name, one in {**SAMPLING, **SHARED}.items()
+        },
+        **REFUSED,
+        **_OF_SOME,
+    }.items()
+    if name not in RECORDS
+}
+"""Every field that an endpoint knows, each with the values that ask for nothing where it is not honoured.
+
+A test holds that every field of every table is here.
+"""
+
+CHAT: Final = BodyFields.refusing_others(
     honoured={
         "model": MODEL,
         "messages": MESSAGES,
@@ -283,23 +361,7 @@ CHAT: Final = BodyFields(
         ),
         "chat_template_kwargs": _TEMPLATE_KWARGS,
     },
-    refused={
-        **REFUSED,
-        "functions": ([],),
-        "function_call": ("none",),
-        "audio": (),
-        "modalities": (["text"],),
-        "web_search_options": (),
-        "verbosity": ("medium",),
-        "best_of": (1,),
-        "echo": (False,),
-        "suffix": (),
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
-        "chat_template": (),
-        "documents": (),
-        "thinking": (),
-    },
+    refused={**REFUSED, "documents": ()},
     required=("model", "messages"),
 )
 """`POST /chat/completions`."""

@@ -50,8 +50,8 @@ class Holds(LedgerPart):
                     raise UnknownKey(f"the key {key.name!r} was revoked.")
                 free = (key.balance or 0) - key.held
                 raise NoBalance(
-                    f"the key {key.name!r} has {free} left, and this request may cost {amount}. Ask for fewer tokens "
-                    "(max_completion_tokens), or have it credited.",
+                    f"the key {key.name!r} has {free} left, and this request may cost {amount}. Ask for fewer tokens, "
+                    "or have it credited.",
                     available=free,
                     needed=amount,
                 )

@@ -18,7 +18,7 @@ _OF_CHAT: Final = frozenset(("logprobs", "top_logprobs", "thinking_budget"))
 
 _IDS: Final[dict[str, Any]] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 
-COMPLETION: Final = BodyFields(
+COMPLETION: Final = BodyFields.refusing_others(
     honoured={
         "model": MODEL,
         "prompt": Field(
@@ -62,20 +62,7 @@ COMPLETION: Final = BodyFields(
             FLAG, "Encode the text with the tokens that the tokenizer puts around one.", extension=True, default=True
         ),
     },
-    refused={
-        **REFUSED,
-        "messages": (),
-        "max_completion_tokens": (),
-        "tools": ([],),
-        "prediction": (),
-        "include_stop_str_in_output": (False,),
-        "spaces_between_special_tokens": (True,),
-        "truncate_prompt_tokens": (),
-        "prompt_embeds": (),
-        "allowed_token_ids": (),
-        "return_tokens_as_token_ids": (False,),
-        "thinking_budget": (),
-    },
+    refused=REFUSED,
     required=("model", "prompt"),
 )
 """`POST /completions`."""

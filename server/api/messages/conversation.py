@@ -77,21 +77,29 @@ def _turns(message: Any, at: str, called: set[str], ignored: list[str]) -> list[
 
 
 def _combined(turns: Iterable[ChatMessage]) -> list[ChatMessage]:
-    """Combine turns of one role that follow each other; results of tools stay apart."""
-    found: list[ChatMessage] = []
+    """Combine turns of one role that follow each other; results of tools stay apart.
+
+    Each text is copied once, however many turns there are.
+    """
+    found: list[list[ChatMessage]] = []
     for turn in turns:
-        last = found[-1] if found else None
-        if last is None or turn.role == "tool" or last.role != turn.role:
-            found.append(turn)
-            continue
-        found[-1] = dataclasses.replace(
-            last,
-            content=_joined(last.content, turn.content),
-            reasoning_content=_joined(last.reasoning_content, turn.reasoning_content) or None,
-            tool_calls=last.tool_calls + turn.tool_calls,
-        )
-    return found
+        if found and turn.role == found[-1][0].role != "tool":
+            found[-1].append(turn)
+        else:
+            found.append([turn])
+    return [_one(parts) for parts in found]
 
 
-def _joined(*texts: str | None) -> str:
+def _one(parts: Sequence[ChatMessage]) -> ChatMessage:
+    if len(parts) == 1:
+        return parts[0]
+    return dataclasses.replace(
+        parts[0],
+        content=_joined(part.content for part in parts),
+        reasoning_content=_joined(part.reasoning_content for part in parts) or None,
+        tool_calls=tuple(call for part in parts for call in part.tool_calls),
+    )
+
+
+def _joined(texts: Iterable[str | None]) -> str:
     return "\n".join(text for text in texts if text)

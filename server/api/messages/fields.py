@@ -133,14 +133,7 @@ _PROMPT: Final[Mapping[str, Field]] = {
 }  # fmt: skip
 """The fields that decide the prompt, or are about it."""
 
-_REFUSED_ANYWHERE: Final[Mapping[str, tuple[Any, ...]]] = {
-    "mcp_servers": ([],),
-    "speed": ("standard",),
-    "compaction": (),
-    "thread": (),
-}
-
-MESSAGE: Final = BodyFields(
+MESSAGE: Final = BodyFields.refusing_others(
     honoured={
         **_PROMPT,
         "max_tokens": declare(
@@ -167,36 +160,10 @@ MESSAGE: Final = BodyFields(
             additionalProperties={"type": "string"},
         ),
     },
-    refused={
-        **_REFUSED_ANYWHERE,
-        "service_tier": ("auto", "standard_only"),
-        "container": (),
-        "inference_geo": ("global",),
-        "diagnostics": (),
-        "fallbacks": ([],),
-        "fallback_credit_token": (),
-        "n": (1,),
-        "stop": (),
-        "thinking_budget": (),
-        "logprobs": (False,),
-        "top_logprobs": (0,),
-        "logprobs_mode": ("raw",),
-        "prompt_logprobs": (),
-        "margins": (False,),
-        "return_token_ids": (False,),
-        "max_completion_tokens": (),
-        "response_format": ({"type": "text"},),
-        "guided_json": (),
-        "guided_regex": (),
-        "guided_choice": (),
-        "guided_grammar": (),
-        "reasoning_effort": (),
-        "parallel_tool_calls": (True,),
-        "prediction": (),
-    },
+    refused={"service_tier": ("auto", "standard_only")},
     required=("model", "messages"),
 )
 """`POST /messages`."""
 
-COUNT: Final = BodyFields(honoured=_PROMPT, refused=_REFUSED_ANYWHERE, required=("model", "messages"))
-"""`POST /messages/count_tokens`."""
+COUNT: Final = BodyFields(honoured=_PROMPT, refused=MESSAGE.refused, required=("model", "messages"))
+"""`POST /messages/count_tokens`. What a message honours and a prompt does not depend on is ignored and named."""

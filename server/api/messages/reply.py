@@ -139,13 +139,15 @@ class MessageCollector:
 
 
 def _object_of(arguments: str) -> dict[str, Any] | None:
-    """Return a call's arguments as the object that they are; None if they are none, or nested too deeply.
+    """Return a call's arguments as the object that they are; None if they are none that can be sent.
+
+    One that cannot be sent is nested too deeply, or holds half a surrogate pair, which JSON can spell and UTF-8 cannot.
 
     Numbers beyond those that clients can hold become the largest that they can.
     """
     try:
         found = _finite(load_text(arguments))
-        to_json(found)
+        to_json(found).encode()
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -25,7 +25,6 @@ _SCHEMA: Final = re.compile(r"(tools\.\d+)\.function\.parameters")
 _NAMES: Final[Mapping[str, str]] = {
     "stop": "stop_sequences",
     "thinking_budget": "thinking.budget_tokens",
-    "reasoning_effort": "thinking",
 }
 """Fields of the engine's → where a body has what is told of them."""
 
@@ -50,7 +49,8 @@ def parse(raw: bytes, request_id: str) -> ParsedRequest:
         sampling["thinking_budget"] = thoughts.budget
     request = dataclasses.replace(request, sampling=sampling, cache_salt=common.cache_salt)
     ignored = (*common.ignored, *nested)
-    return ParsedRequest(model, (request,), common.stream, True, ignored, receipt=common.receipt)
+    places = {"reasoning_effort": thoughts.place}
+    return ParsedRequest(model, (request,), common.stream, True, ignored, receipt=common.receipt, places=places)
 
 
 def parse_count(raw: bytes, request_id: str) -> TokensOf:
@@ -61,11 +61,11 @@ def parse_count(raw: bytes, request_id: str) -> TokensOf:
     data = load_body(raw)
     model = read_model(COUNT, data)
     ignored = [name for name in data if name not in COUNT.known]
-    request, _ = _prompt(COUNT, data, request_id, ignored)
+    request, thoughts = _prompt(COUNT, data, request_id, ignored)
     COUNT.refuse_unsupported(data)
     if data["messages"][-1]["role"] == "assistant":  # it is not answered, so nobody else's turn begins
         request = dataclasses.replace(request, add_generation_prompt=False)
-    return TokensOf(model, request, False, tuple(ignored))
+    return TokensOf(model, request, False, tuple(ignored), {"reasoning_effort": thoughts.place})
 
 
 def _prompt(

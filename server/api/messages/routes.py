@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from engine import EngineProtocol
 from server.api import openapi
-from server.api.admission import Service, renamed
+from server.api.admission import Service, own_names, renamed
 from server.api.messages.fields import COUNT
 from server.api.messages.request import own_name, parse_count
 from server.api.tokenizer.requests import TokensOf
@@ -37,5 +37,6 @@ def count_routes(service: Service) -> APIRouter:
 
 
 async def _count(engine: EngineProtocol, asked: TokensOf, group: str) -> dict[str, Any]:
-    found = await renamed(engine.tokenize(dataclasses.replace(asked.request, group=group)), own_name)
+    work = engine.tokenize(dataclasses.replace(asked.request, group=group))
+    found = await renamed(work, own_names(own_name, asked.places))
     return {"input_tokens": len(found.tokens)}

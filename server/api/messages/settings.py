@@ -19,10 +19,17 @@ _KEPT: Final = ("all", {"type": "all"})
 
 @dataclass(frozen=True, slots=True)
 class Thoughts:
-    """How much the model thinks. `effort`: the engine's `reasoning_effort`; `budget`: tokens of thought at most."""
+    """How much the model thinks.
+
+    Attributes:
+        effort: the engine's `reasoning_effort`.
+        budget: tokens of thought at most.
+        place: the field of the body that asks for the effort.
+    """
 
     effort: str | None = None
     budget: int | None = None
+    place: str = "thinking"
 
 
 def read_thoughts(data: Mapping[str, Any], ignored: list[str]) -> Thoughts:
@@ -37,7 +44,7 @@ def read_thoughts(data: Mapping[str, Any], ignored: list[str]) -> Thoughts:
     effort = _effort(data)
     given = optional(data, "thinking", OBJECT)
     if given is None:
-        return Thoughts(effort)
+        return Thoughts(effort, place="thinking" if effort is None else "output_config.effort")
     kind, budget = required(given, "type", STRING, "thinking."), optional(given, "budget_tokens", INTEGER, "thinking.")
     if kind not in _KINDS:
         raise Unsupported(

@@ -77,7 +77,7 @@ _TEXT: Final[dict[str, Any]] = {
     "verbosity": {"type": "string", "enum": ["medium"]},
 }
 
-RESPONSES: Final = BodyFields(
+RESPONSES: Final = BodyFields.refusing_others(
     honoured={
         "model": MODEL,
         "input": Field(
@@ -135,25 +135,10 @@ RESPONSES: Final = BodyFields(
     },
     refused={
         **REFUSED,
-        "background": (False,),
-        "background_options": (),
-        "previous_response_id": (),
-        "conversation": (),
-        "prompt": (),
-        "truncation": ("disabled",),
+        "prompt": (),  # one that OpenAI keeps
         "context_management": ([],),
-        "moderation": (),
-        "n": (1,),
-        "logprobs": (False,),
-        "messages": (),
-        "max_tokens": (),
-        "max_completion_tokens": (),
         "response_format": (),
-        "reasoning_effort": (),
         "verbosity": (),
-        "functions": ([],),
-        "function_call": ("none",),
-        "prediction": (),
     },
     required=("model", "input"),
     instead={

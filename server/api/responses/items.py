@@ -1,6 +1,6 @@
 """The `input` of a body, a text or items → `ChatMessage`s.
 
-Thoughts, a message and calls that follow each other are one turn of the assistant; messages of the user that do are one
+Thoughts, messages and calls that follow each other are one turn of the assistant; messages of the user that do are one
 of the user, since many templates take turns that alternate only. What instructs the model at the beginning
 (`instructions`, messages of the system and of developers) is one message, for the same reason.
 """
@@ -29,23 +29,35 @@ _UNUSED: Final = frozenset(("annotations", "logprobs"))
 """Fields of text parts that come back as they were told, and say nothing to the model."""
 _INSTRUCTING: Final = ("system", "developer")
 _BETWEEN: Final = "\n\n"
-"""What stands between messages that become one."""
+"""What stands between messages that become one. Texts of the assistant that only thoughts part are joined as they are:
+it wrote them as one."""
 
 
 @dataclass(slots=True)
 class _Turn:
-    """A message while its items are read. `answers`: the path of its call's id; `arguments`: those of its calls'."""
+    """A message while its items are read, whose texts are joined at the end: once, however many there are.
+
+    `parted`: the next text begins a paragraph; `answers`: the path of its call's id; `arguments`: those of its calls'.
+    """
 
     role: str
-    content: str | None = None
-    thoughts: str = ""
+    texts: list[str] = field(default_factory=list)
+    parted: bool = False
+    thoughts: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     call_id: str | None = None
     answers: str = ""
     arguments: list[str] = field(default_factory=list)
 
+    def say(self, text: str) -> None:
+        """Add a message's text."""
+        if text:
+            self.texts += [_BETWEEN, text] if self.parted else [text]
+            self.parted = True
+
     def message(self) -> ChatMessage:
-        return ChatMessage(self.role, self.content or "", None, self.thoughts or None, tuple(self.calls), self.call_id)
+        thoughts = "".join(self.thoughts) or None
+        return ChatMessage(self.role, "".join(self.texts), None, thoughts, tuple(self.calls), self.call_id)
 
 
 def read_input(data: Mapping[str, Any], ignored: list[str]) -> tuple[ChatMessage, ...]:
@@ -58,9 +70,9 @@ def read_input(data: Mapping[str, Any], ignored: list[str]) -> tuple[ChatMessage
     """
     given = required(data, "input", RESPONSES.honoured["input"].kind)
     instructions = RESPONSES.given(data, "instructions")
-    turns = [] if instructions is None else [_Turn("system", instructions)]
+    turns = [] if instructions is None else [_Turn("system", [instructions])]
     if isinstance(given, str):
-        turns.append(_Turn("user", given))
+        turns.append(_Turn("user", [given]))
     else:
         if not given:
             raise InvalidParameter("input must hold at least one item, not 0.", param="input")
@@ -82,7 +94,8 @@ def _one_instruction(turns: list[_Turn]) -> list[_Turn]:
     count = next((i for i, turn in enumerate(turns) if turn.role not in _INSTRUCTING), len(turns))
     if count < 2:
         return turns
-    return [_Turn(turns[0].role, _BETWEEN.join(turn.content or "" for turn in turns[:count])), *turns[count:]]
+    text = _BETWEEN.join("".join(turn.texts) for turn in turns[:count])
+    return [_Turn(turns[0].role, [text]), *turns[count:]]
 
 
 def _check(messages: Sequence[ChatMessage], turns: Sequence[_Turn]) -> None:
@@ -115,10 +128,10 @@ def _why_not(kind: str) -> str:
     return f"an item of type {kind[:100]!r} is not supported; this server reads {', '.join(_READERS)}."
 
 
-def _assistant(turns: list[_Turn], *, fresh: Callable[[_Turn], bool]) -> _Turn:
-    """Return the assistant's turn that an item belongs to. `fresh`: whether it begins one after such a turn."""
-    if not turns or turns[-1].role != "assistant" or fresh(turns[-1]):
-        turns.append(_Turn("assistant"))
+def _turn_of(role: str, turns: list[_Turn]) -> _Turn:
+    """Return the turn of the user or of the assistant that an item belongs to: one until another's item comes."""
+    if not turns or turns[-1].role != role:
+        turns.append(_Turn(role))
     return turns[-1]
 
 
@@ -127,12 +140,10 @@ def _message(item: Mapping[str, Any], at: str, turns: list[_Turn], ignored: list
     if role not in ROLES:
         raise InvalidParameter(f"{at}.role must be one of {', '.join(ROLES)}, not {role[:100]!r}.", param=f"{at}.role")
     text = _texts(item, "content", at, ignored)
-    if role == "assistant":
-        _assistant(turns, fresh=lambda turn: turn.content is not None).content = text
-    elif role == "user" and turns and turns[-1].role == "user":
-        turns[-1].content = f"{turns[-1].content}{_BETWEEN}{text}"
+    if role in _INSTRUCTING:
+        turns.append(_Turn(role, [text]))
     else:
-        turns.append(_Turn(role, text))
+        _turn_of(role, turns).say(text)
 
 
 def _reasoning(item: Mapping[str, Any], at: str, turns: list[_Turn], ignored: list[str]) -> None:
@@ -149,21 +160,22 @@ def _reasoning(item: Mapping[str, Any], at: str, turns: list[_Turn], ignored: li
         texts = [text]
     if optional(item, "summary", LIST, f"{at}."):
         ignored.append(f"{at}.summary")
-    turn = _assistant(turns, fresh=lambda turn: turn.content is not None or bool(turn.calls))
-    turn.thoughts += "".join(texts)
+    turn = _turn_of("assistant", turns)
+    turn.thoughts += texts
+    turn.parted = turn.parted and bool(turn.calls)  # a reply of this server ends with calls: then it is another text
 
 
 def _call(item: Mapping[str, Any], at: str, turns: list[_Turn], ignored: list[str]) -> None:
     arguments = required(item, "arguments", STRING, f"{at}.")
     call = ToolCall(_call_id(item, at), called_name(item, f"{at}."), arguments or "{}")
-    turn = _assistant(turns, fresh=lambda turn: False)
+    turn = _turn_of("assistant", turns)
     turn.calls.append(call)
     turn.arguments.append(f"{at}.arguments")
 
 
 def _output(item: Mapping[str, Any], at: str, turns: list[_Turn], ignored: list[str]) -> None:
     call_id = _call_id(item, at)
-    turns.append(_Turn("tool", _texts(item, "output", at, ignored), call_id=call_id, answers=f"{at}.call_id"))
+    turns.append(_Turn("tool", [_texts(item, "output", at, ignored)], call_id=call_id, answers=f"{at}.call_id"))
 
 
 def _call_id(item: Mapping[str, Any], at: str) -> str:

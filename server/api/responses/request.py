@@ -77,12 +77,12 @@ def parse(raw: bytes, request_id: str) -> ParsedRequest:
     messages = read_input(data, nested)
     offered = read_tools(data, nested)
     include = read_include(data)
-    for name in _RECORDS:
-        RESPONSES.given(data, name)
+    sampling = _sampling(data, include)
+    read = {name: RESPONSES.given(data, name) for name in _RECORDS}
     generation = GenerationRequest(
         request_id=request_id,
         messages=messages,
-        sampling=_sampling(data, include),
+        sampling=sampling,
         chat_template_kwargs=RESPONSES.given(data, "chat_template_kwargs") or {},
         constraint=read_form(data, nested),
         reasoning_effort=read_effort(data, nested),
@@ -99,7 +99,7 @@ def parse(raw: bytes, request_id: str) -> ParsedRequest:
         (*common.ignored, *nested),
         receipt=common.receipt,
         repeated={
-            "fields": _repeated(data),
+            "fields": _repeated({**data, **read, "max_output_tokens": sampling.get("max_tokens")}),
             "names": offered.names,
             "packed": ENCRYPTED in include,
         },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine import GenerationRequest, InvalidFormat, InvalidParameter, Unsupported
@@ -20,12 +20,13 @@ __all__ = ["TextOf", "TokensOf", "parse_detokenize", "parse_tokenize"]
 
 @dataclass(frozen=True, slots=True)
 class TokensOf:
-    """A checked body of `/tokenize`. `model`: None where it was left out."""
+    """A checked body of `/tokenize`. `model`: None where it was left out; `places`: as in `ParsedRequest`."""
 
     model: str | None
     request: GenerationRequest
     strings: bool
     ignored: tuple[str, ...]
+    places: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from engine import (
     GenerationRequest,
     InvalidParameter,
     ModelInfo,
+    PreparedRequest,
     Tool,
     ToolCall,
     ToolChoice,
@@ -344,6 +345,35 @@ def test_what_cannot_be_honoured_is_refused_by_its_path(fields: dict[str, Any], 
         error = error_of(answer)
         assert error["param"] == param
         assert param[:100] in error["message"] or status == 404
+
+
+@pytest.mark.parametrize(
+    ("fields", "own"),
+    [
+        ({"output_config": {"effort": "low"}}, "output_config.effort"),
+        ({"thinking": {"type": "adaptive"}}, "thinking"),
+        ({"thinking": {"type": "disabled"}}, "thinking"),
+        ({"thinking": {"type": "enabled"}, "output_config": {"effort": "low"}}, "thinking"),
+        ({}, "thinking"),
+    ],
+)
+@pytest.mark.parametrize("path", [MESSAGES, COUNT])
+def test_an_effort_is_named_as_it_was_sent(fields: dict[str, Any], own: str, path: str) -> None:
+    class Refusing(FakeEngine):
+        async def prepare(self, request: GenerationRequest) -> Any:
+            raise InvalidParameter("reasoning_effort: no.", param="reasoning_effort")
+
+        tokenize = prepare
+
+    class Ignoring(FakeEngine):
+        async def prepare(self, request: GenerationRequest) -> PreparedRequest:
+            ignored = ("reasoning_effort",) if request.reasoning_effort else ()
+            return dataclasses.replace(await super().prepare(request), ignored=ignored)
+
+    error = error_of(ask(make_app(Refusing()), path, **fields))
+    assert (error["param"], error["message"]) == (own, f"{own}: no.")
+    if path == MESSAGES:
+        assert ask(make_app(Ignoring()), **fields).headers.get("x-ignored-fields") == (own if fields else None)
 
 
 @pytest.mark.parametrize(

@@ -72,11 +72,16 @@ def test_a_stream_is_the_whole_message(
         ("[1]", None),
         ("{", None),
         (DEEP, None),
+        ('{"a": "\\ud83d\\ude00"}', {"a": "😀"}),
+        ('{"a": "\\ud83d"}', None),
+        ('{"\\ude00": 1}', None),
     ],
 )
-def test_a_call_has_an_object_or_is_text(arguments: str, shown: Any) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_has_an_object_or_is_text(arguments: str, shown: Any, stream: bool) -> None:
     """`input` is an object of JSON in every client; what cannot be one is not lost, and is no call."""
-    message = message_of(ask(make_app(played([("", "", [("ping", arguments)])], ("tool_calls", None, None)))))
+    engine = played([("", "", [("ping", arguments)])], ("tool_calls", None, None))
+    message = message_of(ask(make_app(engine), stream=stream))
     [block] = message["content"]
     if shown is None:
         assert message["stop_reason"] == "end_turn"

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from asgi import Answer, call
-from fakes import FakeEngine, make_app, word_by_word
+from fakes import FakeEngine, Step, make_app, output, word_by_word
 from openai.types.responses import Response
 from response_events import collected, read
 
-from engine import ChatMessage, ContextLengthExceeded, GenerationRequest, InvalidParameter, Tool, ToolCall, ToolChoice
+from engine import (
+    ChatMessage,
+    ChoiceDelta,
+    ContextLengthExceeded,
+    GenerationRequest,
+    InvalidParameter,
+    PreparedRequest,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
 from server.api import openapi
 from server.api.fields import SAMPLING
 from server.api.responses.fields import RESPONSES
@@ -171,9 +183,13 @@ CONVERSATIONS: list[tuple[Any, list[ChatMessage]]] = [
     ),
     ([SAYS, CALLS, PROMISES, ANSWERS], [USER, ChatMessage("assistant", "I'll", None, None, (ONE,)),
                                         ChatMessage("tool", "pong", tool_call_id="c1")]),
-    ([SAYS, PROMISES, PROMISES], [USER, ChatMessage("assistant", "I'll"), ChatMessage("assistant", "I'll")]),
+    ([SAYS, PROMISES, PROMISES], [USER, ChatMessage("assistant", "I'll\n\nI'll")]),
     ([SAYS, THINKS, THINKS, PROMISES], [USER, ChatMessage("assistant", "I'll", None, "hmhm")]),
-    ([SAYS, PROMISES, THINKS], [USER, ChatMessage("assistant", "I'll"), ChatMessage("assistant", "", None, "hm")]),
+    ([SAYS, PROMISES, THINKS], [USER, ChatMessage("assistant", "I'll", None, "hm")]),
+    ([SAYS, PROMISES, THINKS, PROMISES], [USER, ChatMessage("assistant", "I'llI'll", None, "hm")]),
+    ([SAYS, CALLS, THINKS, PROMISES], [USER, ChatMessage("assistant", "I'll", None, "hm", (ONE,))]),
+    ([SAYS, PROMISES, CALLS, THINKS, CALLS_TOO, PROMISES],
+     [USER, ChatMessage("assistant", "I'll\n\nI'll", None, "hm", (ONE, TWO))]),
     ([SAYS, item("reasoning", summary=[], encrypted_content=packed_thoughts("hm"))],
      [USER, ChatMessage("assistant", "", None, "hm")]),
     ([SAYS, {**THINKS, "encrypted_content": "of another server"}], [USER, ChatMessage("assistant", "", None, "hm")]),
@@ -204,6 +220,24 @@ def test_a_response_goes_back_as_it_came() -> None:
     assert answer.status == 200
     assert "x-ignored-fields" not in answer.headers
     assert (engine.requests[-1].messages or ())[1].content == "Hello wörld!"
+
+
+@pytest.mark.parametrize("thinks_again", [False, True])
+def test_a_reply_goes_back_as_the_turn_that_it_was(thinks_again: bool) -> None:
+    """A template that sees two turns, or other words, writes another prompt, and nothing is found in the cache."""
+
+    def replies(request: PreparedRequest) -> Iterable[Step]:
+        deltas = [ChoiceDelta(0, "", (1,), reasoning="Hm."), ChoiceDelta(0, "One", (2,))]
+        if thinks_again:
+            deltas += [ChoiceDelta(0, "", (3,), reasoning="So."), ChoiceDelta(0, ", two", (4,))]
+        deltas.append(ChoiceDelta(0, "", (5,), None, "tool_calls", tool_calls=(ONE, dataclasses.replace(ONE, id="c2"))))
+        for i, delta in enumerate(deltas):
+            yield output(request, [delta], i + 1, finished=i == len(deltas) - 1)
+
+    reply = ask(FakeEngine(replies), tools=[PING]).json["output"]
+    [_, turn, _] = asked(input=[SAYS, *reply, ANSWERS]).messages or ()
+    assert (turn.content, turn.reasoning_content) == (("One, two", "Hm.So.") if thinks_again else ("One", "Hm."))
+    assert [call.id for call in turn.tool_calls] == ["c1", "c2"]
 
 
 GIVEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -411,6 +445,17 @@ def test_an_error_of_the_engine_speaks_of_the_bodys_fields(name: str, tools: Any
     engine = FakeEngine(prepare_error=InvalidParameter(f"{name} is wrong.", param=name))
     answer = ask(engine, tools=tools, tool_choice=choice)
     assert (answer.status, answer.error["param"], answer.error["message"]) == (422, own, f"{own} is wrong.")
+
+
+def test_an_error_speaks_of_other_fields_as_the_body_does() -> None:
+    """A message names a field of another endpoint, and the client looks for it in vain."""
+    for said, told in (
+        ("min_tokens is 50, more than max_tokens, 3.", "min_tokens is 50, more than max_output_tokens, 3."),
+        ("min_tokens: turn it off (reasoning_effort: none).", "min_tokens: turn it off (reasoning.effort: none)."),
+        *((same, same) for same in ("min_tokens: not 'my max_tokens'.", "min_tokens: at /properties/max_tokens/type.",
+                                    "min_tokens: max_tokens_of, xmax_tokens, max_tokens.0.", "min_tokens: messages.")),
+    ):  # fmt: skip
+        assert ask(FakeEngine(prepare_error=InvalidParameter(said, param="min_tokens"))).error["message"] == told
 
 
 def test_an_error_keeps_its_numbers() -> None:
