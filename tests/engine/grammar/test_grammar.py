@@ -342,6 +342,42 @@ def test_a_grammar_that_fails_names_the_field_that_asked_for_it(llm: LLM, fields
     llm.engine.abort(prepared.request_id)
 
 
+@pytest.mark.parametrize(
+    ("param", "advice"),
+    [
+        ("response_format.json_schema.schema", "With strict: false what can be enforced is"),
+        ("text.format.schema", "With strict: false what can be enforced is"),
+        ("guided_json", "In response_format, with strict: false, what can be enforced is"),
+        ("structured_outputs.json", "In response_format, with strict: false, what can be enforced is"),
+        ("output_config.format.schema", ""),
+    ],
+)
+def test_a_refusal_advises_only_what_can_be_sent(llm: LLM, param: str, advice: str) -> None:
+    with pytest.raises(InvalidParameter) as refused:
+        answer_grammar(llm.engine.model.grammars, Constraint("json", {"uniqueItems": True}, param=param))
+    assert refused.value.message.startswith(f"{param}: at /uniqueItems")
+    assert (advice in refused.value.message) if advice else ("strict" not in refused.value.message)
+
+
+HALVES = [
+    Constraint("choice", ["yes", "n\ud800"], param="guided"),
+    Constraint("regex", "a\ud800", param="guided"),
+    Constraint("grammar", 'start: "\udfff"', param="guided"),
+    Constraint("gbnf", 'root ::= "\ud800"', param="guided"),
+    Constraint("json", {"properties": {"\ud800": {"type": "null"}}}, param="guided"),
+    Constraint("json", {"enum": ["\ud800"]}, False, param="guided"),
+]
+
+
+@pytest.mark.parametrize("constraint", HALVES, ids=lambda form: form.kind)
+@pytest.mark.parametrize("tools", [(), (TOOL,)], ids=["alone", "beside tools"])
+def test_half_a_surrogate_pair_is_refused_by_name(llm: LLM, constraint: Constraint, tools: tuple[Tool, ...]) -> None:
+    with pytest.raises(InvalidParameter, match="guided") as refused:
+        llm.engine.prepare(llm.request([ChatMessage("user", "say")], constraint=constraint, tools=tools))
+    assert refused.value.param == "guided"
+    assert "half a surrogate pair" in refused.value.message or "combined with tools" in refused.value.message
+
+
 LONG: list[tuple[str, Constraint]] = [
     ("at the beginning", Constraint("json", {"const": " xyz" * 2000})),
     ("after a free part", Constraint("grammar", 'start: /[ab]/ "' + " xyz" * 2000 + '"')),
