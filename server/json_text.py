@@ -171,7 +171,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise _FaultError(f"holds the field {twice[:_SHOWN]!r} twice in one object", "duplicate_field")
+        raise _FaultError(f"holds the field {twice[:_SHOWN]!r} twice in one object", code="duplicate_field")
     return data
 
 

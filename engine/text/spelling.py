@@ -8,9 +8,8 @@ compose or lower letters, an added token swallows the space beside it. What a gr
 
 from __future__ import annotations
 
-import threading
+import functools
 from array import array
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -21,10 +20,11 @@ __all__ = ["Speller"]
 _MARKERS: Final = ("\ufdd0", "a")
 """What is put before a text so that it is no beginning: a noncharacter, which no token joins with anything, and a
 letter for tokenizers that drop or reject that. Their tokens are taken off again."""
-_KEPT: Final = 1 << 20
-"""Characters of texts whose spelling is remembered. All choices of a request force the same texts, and a text of
-250,000 characters takes up to half a second."""
-_OVERHEAD: Final = 64  # of each text, in characters
+_LONG: Final = 4096  # characters of a text from which it is long
+_SHORT_KEPT: Final = 256
+_LONG_KEPT: Final = 8
+"""Texts whose spelling is remembered. All choices of a request force the same texts, and a text of 250,000 characters
+takes up to half a second."""
 
 
 class Speller:
@@ -48,29 +48,17 @@ class Speller:
         self._complete = len({token for token in tokens if len(token) == 1}) == 256
         self._most = max(map(len, tokens), default=0)
         self._ids: dict[bytes, int] | None = None  # by bytes; made when it is needed, which is seldom
-        self._lock = threading.Lock()  # of `_spelled`
-        self._spelled: OrderedDict[str, array[int] | None] = OrderedDict()
-        self._size = 0
+        self._short = functools.lru_cache(_SHORT_KEPT)(self._kept)
+        self._long = functools.lru_cache(_LONG_KEPT)(self._kept)
 
     def spell(self, text: str) -> list[int] | None:
         """Return ids whose bytes are those of a text; None if there are none. The last texts are remembered."""
-        with self._lock:
-            if known := text in self._spelled:
-                self._spelled.move_to_end(text)
-                kept = self._spelled[text]
-        if not known:
-            ids = self._spell(text)
-            kept = None if ids is None else array("i", ids)
-            self._keep(text, kept)
+        kept = (self._long if len(text) >= _LONG else self._short)(text)
         return None if kept is None else kept.tolist()
 
-    def _keep(self, text: str, ids: array[int] | None) -> None:
-        with self._lock:
-            if text not in self._spelled:
-                self._size += len(text) + _OVERHEAD
-            self._spelled[text] = ids
-            while self._size > _KEPT:
-                self._size -= len(self._spelled.popitem(last=False)[0]) + _OVERHEAD
+    def _kept(self, text: str) -> array[int] | None:
+        ids = self._spell(text)
+        return None if ids is None else array("i", ids)
 
     def _spell(self, text: str) -> list[int] | None:
         data = text.encode()
