@@ -7,6 +7,7 @@ its API ask. For a bug the client gets an id that is in the log, never a traceba
 from __future__ import annotations
 
 import logging
+import math
 import re
 import secrets
 from collections.abc import Mapping
@@ -34,6 +35,8 @@ from server.ledger.records import LedgerFault, NoBalance, UnknownKey
 log = logging.getLogger("verbatim.server")
 
 MAX_MESSAGE: Final = 2000
+_INTEGER_BITS: Final = 8192
+"""Of an integer that an error shows as one. Python does not write those of more than 4,300 digits."""
 
 
 class BodyTooLarge(VerbatimError):
@@ -202,13 +205,30 @@ def classify(error: VerbatimError) -> tuple[int, str]:
 
 
 def error_body(message: str, kind: str, param: str | None, code: str, **details: Any) -> dict[str, Any]:
-    """Build the body of an error. Long messages are cut."""
+    """Build the body of an error. Long messages are cut. Whatever the error quotes, the body can be encoded."""
     if len(message) > MAX_MESSAGE:
         message = message[:MAX_MESSAGE] + "…"
-    # A message may quote text of the request that cannot be encoded.
-    message = message.encode("utf-8", "replace").decode("utf-8")
-    param = param.encode("utf-8", "replace").decode("utf-8")[:200] if param else param
-    return {"error": {"message": message, "type": kind, "param": param, "code": code, **details}}
+    param = param[:200] if param else param
+    body: dict[str, Any] = _encodable({"message": message, "type": kind, "param": param, "code": code, **details})
+    return {"error": body}
+
+
+def _encodable(value: Any) -> Any:
+    """Return a value as JSON that UTF-8 can hold: an error may quote halves of characters, and any number."""
+    match value:
+        case None | bool():
+            return value
+        case str():
+            return value.encode("utf-8", "replace").decode("utf-8")
+        case float():
+            return value if math.isfinite(value) else str(value)
+        case int():
+            return value if value.bit_length() < _INTEGER_BITS else hex(value)
+        case Mapping():
+            return {_encodable(str(key)): _encodable(inner) for key, inner in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_encodable(inner) for inner in value]
+    return _encodable(str(value))
 
 
 def describe(error: BaseException) -> tuple[int, dict[str, Any]]:

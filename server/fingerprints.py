@@ -110,9 +110,8 @@ def _read(path: Path) -> Mapping[str, _Model]:
         raise _Unreadable(f"{path} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError:
         raise _Unreadable(f"{path} is not UTF-8.") from None
-    except ValueError as error:  # Python speaks of its own settings where a number has thousands of digits
-        why = str(error) if "int" not in str(error) else "a number has thousands of digits"
-        raise _Unreadable(f"{path} is not JSON that can be read: {why}.") from None
+    except ValueError as error:
+        raise _Unreadable(f"{path} is not JSON that can be read: {error}.") from None
     listed = data.get("data") if isinstance(data, dict) else None
     found = listed if isinstance(listed, list) else [data]
     models = [_checked(item, path) for item in found]

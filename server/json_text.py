@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Final
@@ -45,8 +46,16 @@ MAX_NAMES: Final = 100_000
 _SHOWN: Final = 100  # characters of a value that an error quotes
 
 
+class _FaultError(ValueError):
+    """A text is not JSON that is read here. The message continues a sentence about it: `is …`, `holds …`."""
+
+    def __init__(self, message: str, code: str = InvalidFormat.code) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def load_body(raw: bytes) -> dict[str, Any]:
-    """Parse a body that must be a JSON object.
+    """Parse a body that must be a JSON object. Numbers beyond the range of a double become the nearest double.
 
     Raises:
         InvalidFormat: not UTF-8, not JSON, not an object, nested too deeply, a field twice in an object.
@@ -59,38 +68,51 @@ def load_body(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InvalidFormat(f"The body is not UTF-8: byte {error.start} is {raw[error.start]:#04x}.") from None
     try:
-        data = json.loads(
-            text, parse_int=_integer, parse_float=_float, parse_constant=_no_constant, object_pairs_hook=_object
-        )
+        data = _parsed(text)
     except json.JSONDecodeError as error:
         raise InvalidFormat(f"The body is not JSON: {error}.") from None
-    except RecursionError:
-        raise _too_deep() from None
-    except ValueError:  # Python limits the digits of an integer, and its message speaks of Python
-        raise InvalidFormat("The body holds an integer of thousands of digits.") from None
+    except _FaultError as fault:
+        raise InvalidFormat(f"The body {fault}.", code=fault.code) from None
     if not isinstance(data, dict):
         raise InvalidFormat(f"The body must be a JSON object, not {kind_of(data)}.")
-    if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH and _is_deep(data):
-        raise _too_deep()
-    if re.search(rb"\\u[dD][89a-fA-F]", raw):
-        _check_surrogates(data)
     return data
 
 
 def load_text(text: str) -> Any:
-    """Parse JSON that a string of a body holds.
+    """Parse JSON that a string holds, by the rules of a body.
 
     Raises:
-        ValueError: it is not JSON, or too much of it.
+        ValueError: it is not JSON, breaks one of those rules, or is too much.
     """
-    if excess := excess_in(text.encode()):
-        raise ValueError(f"more than {excess}")
     try:
-        value = json.loads(text)
+        raw = text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it holds half a surrogate pair: {text[error.start]!a}") from None
+    if excess := excess_in(raw):
+        raise ValueError(f"it holds more than {excess}")
+    try:
+        return _parsed(text)
+    except _FaultError as fault:
+        raise ValueError(f"it {fault}") from None
+
+
+def _parsed(text: str) -> Any:
+    """Parse JSON whose values have been counted.
+
+    Raises:
+        JSONDecodeError: it is not JSON.
+        _FaultError: it breaks another rule.
+    """
+    try:
+        value = json.loads(
+            text, parse_int=_integer, parse_float=_float, parse_constant=_no_constant, object_pairs_hook=_object
+        )
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise _too_deep() from None
     if text.count("{") + text.count("[") > MAX_DEPTH and _is_deep(value):
-        raise ValueError("nested too deeply")
+        raise _too_deep()
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        _check_surrogates(value)
     return value
 
 
@@ -126,16 +148,22 @@ def _over(raw: bytes) -> str:
 
 def _integer(digits: str) -> int:
     """Parse an integer. One of 4,000 digits takes 0.1 ms; between two calls of this function other threads can run."""
-    return int(digits)
+    try:
+        return int(digits)
+    except ValueError:  # Python limits the digits, and its message speaks of Python
+        raise _FaultError("holds an integer of thousands of digits") from None
 
 
 def _float(digits: str) -> float:
-    """Parse a number with a point. A function of our own for the same reason."""
-    return float(digits)
+    """Parse a number with a point, as the nearest finite double: infinity cannot be written in JSON again.
+
+    A function of our own for the same reason as `_integer`.
+    """
+    return min(max(float(digits), -sys.float_info.max), sys.float_info.max)
 
 
 def _no_constant(name: str) -> None:
-    raise InvalidFormat(f"The body is not JSON: {name} is not a JSON number.")
+    raise _FaultError(f"is not JSON: {name} is not a JSON number")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -143,7 +171,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise InvalidFormat(f"The body holds the field {twice[:_SHOWN]!r} twice in one object.", code="duplicate_field")
+        raise _FaultError(f"holds the field {twice[:_SHOWN]!r} twice in one object", code="duplicate_field")
     return data
 
 
@@ -162,16 +190,16 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
-def _too_deep() -> InvalidFormat:
-    return InvalidFormat(f"The body is nested too deeply; {MAX_DEPTH} levels are allowed.")
+def _too_deep() -> _FaultError:
+    return _FaultError(f"is nested too deeply; {MAX_DEPTH} levels are allowed")
 
 
-def _check_surrogates(data: dict[str, Any]) -> None:
+def _check_surrogates(value: Any) -> None:
     """Refuse half of a surrogate pair: JSON can spell it, but no text can hold it."""
     try:
-        json.dumps(data, ensure_ascii=False).encode("utf-8")
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InvalidFormat(f"The body holds half a surrogate pair: {error.object[error.start]!a}.") from None
+        raise _FaultError(f"holds half a surrogate pair: {error.object[error.start]!a}") from None
 
 
 def kind_of(value: Any) -> str:

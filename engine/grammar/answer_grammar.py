@@ -23,8 +23,13 @@ __all__ = ["ReplyGrammar", "answer_grammar", "answer_rules", "names_of"]
 
 MAX_CHOICES: Final = 1_900
 """Texts to choose from: as many items are in a row of the parser, which holds 2,000."""
-_PARTS: Final = re.compile(r'"(?:\\.|[^"\\])*"|#[^\r\n]*|\[(?:\\.|[^\]\\])*\]|\.', re.DOTALL)
-"""A text, a comment, a class of characters or any character in GBNF."""
+_PARTS: Final = re.compile(
+    r'"(?:\\.|[^"\\])*"|#[^\r\n]*|\[(?:\\.|[^\]\\])*\]|\.|[()]|(?P<never>\{\s*0\s*(?:,\s*0\s*)?\})|\{[^}]*\}'
+    r"|(?P<name>[\w-]+)|(?P<open>[\"\[])",
+    re.DOTALL,
+)
+"""A text, a comment, a class of characters, any character, a bracket, a count, a name or what is not closed in GBNF."""
+_HEAD: Final = re.compile(r"[ \t]*::=")
 _ESCAPE: Final = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 _SET_OPERATIONS: Final = ("&&", "~~", "--")
 """Characters in a class of GBNF; in one of an expression, operations on sets."""
@@ -121,9 +126,54 @@ def lark_of(gbnf: str, param: str) -> str:
         InvalidParameter: it is none, or holds what the translation would get wrong.
     """
     try:
-        return gbnf_to_lark(_PARTS.sub(_plain, gbnf))
+        return gbnf_to_lark(_translatable(gbnf))
     except (Exception, RecursionError) as error:  # its own type, ValueError, IndexError: it was not made for strangers
         raise InvalidParameter(f"{param} is not valid GBNF: {one_line(str(error))[:300]}", param=param) from None
+
+
+def _translatable(gbnf: str) -> str:
+    """Write a grammar in GBNF so that its translation means the same, and is one.
+
+    The translation gives names their case by what a rule is: each gets a number, or `fooBar` and `foo-bar` would be one
+    rule, and `start` the root. What is repeated no times is left out, because Lark has no such count.
+    """
+    heads = [found["name"] for found in _PARTS.finditer(gbnf) if found["name"] and _HEAD.match(gbnf, found.end())]
+    names = {
+        name: f"r{i}_{re.sub('[^a-z0-9]', '', name.lower())[:20]}" for i, name in enumerate(dict.fromkeys(heads))
+    } | ({"root": "root"} if "root" in heads else {})
+    parts: list[str] = []
+    end = 0
+    for found in _PARTS.finditer(gbnf):
+        if found.start() > end:
+            parts.append(gbnf[end : found.start()])
+        end = found.end()
+        name = found["name"]
+        if found["open"]:
+            raise ValueError(f"Unexpected end of input: {found['open']} is not closed")
+        if name is not None and name not in names:
+            raise ValueError(f"Rule {name!r} not found")
+        if found["never"] is None or not _emptied(parts):
+            parts.append(_plain(found) if name is None else names[name])
+    return "".join(parts) + gbnf[end:]
+
+
+def _emptied(parts: list[str]) -> bool:
+    """Replace the last item of a sequence in GBNF by the empty text; return False if there is none."""
+    at = len(parts) - 1
+    while at >= 0 and parts[at].isspace():
+        at -= 1
+    depth = 0
+    while at >= 0 and (depth or parts[at] == ")"):
+        depth += {")": 1, "(": -1}.get(parts[at], 0)
+        if not depth:
+            break
+        at -= 1
+    if depth:
+        raise ValueError("a bracket is closed that was not opened")
+    if at < 0 or not re.match(r'["\[(\w-]', parts[at]):
+        return False
+    parts[at:] = ['""']
+    return True
 
 
 def _plain(found: re.Match[str]) -> str:

@@ -10,8 +10,10 @@ the key under which its compiled form is kept. Knows token ids and bytes; no tor
 from __future__ import annotations
 
 import functools
+from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -44,6 +46,16 @@ class counted to 500 takes 50,000 states in 300 tokens, and 100,000 states are 1
 480, which is as many as fit a row, take fewer than 100,000."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A compiled grammar, as it is kept."""
+
+    matcher: LLMatcher
+    first: array[int]
+    """The tokens that it forces at the beginning. Spelled once, where the grammar is compiled: on the thread that
+    prepares the request, not once for each choice on the engine's."""
+
+
 class GrammarState:
     """The state of one choice in its grammar. Not safe to use from two threads at once.
 
@@ -53,8 +65,12 @@ class GrammarState:
 
     __slots__ = ("_matcher", "_param", "_pending", "_speller", "ahead", "slow")
 
-    def __init__(self, matcher: LLMatcher, speller: Speller, param: str) -> None:
-        """`param`: the request's field that asks for the grammar, for error messages.
+    def __init__(self, matcher: LLMatcher, speller: Speller, param: str, first: Sequence[int] = ()) -> None:
+        """Begin a reply.
+
+        Args:
+            param: the request's field that asks for the grammar, for error messages.
+            first: the tokens that the grammar forces at the beginning, where they are known.
 
         Raises:
             Unsupported: no tokens spell the text that the grammar begins with.
@@ -64,8 +80,9 @@ class GrammarState:
         self._param = param
         self.slow = False
         self.ahead: Any = None
-        self._pending: deque[int] = deque()
-        self._look_ahead()
+        self._pending: deque[int] = deque(first)
+        if not first:
+            self._look_ahead()
 
     @property
     def forced(self) -> int | None:
@@ -173,8 +190,8 @@ class GrammarCompiler:
         self._ends = list(ends)
         self.lark = LarkWriter(names)
         """Writes rules in which this vocabulary's special tokens stand by their ids."""
-        self._small = functools.lru_cache(_SMALL_KEPT)(self._compile)
-        self._large = functools.lru_cache(_LARGE_KEPT)(self._compile)
+        self._small = functools.lru_cache(_SMALL_KEPT)(self._compile_and_spell)
+        self._large = functools.lru_cache(_LARGE_KEPT)(self._compile_and_spell)
 
     def warm(self) -> None:
         """Build the tokenizer now, not with the first grammar: a large vocabulary takes a good part of a second."""
@@ -187,10 +204,11 @@ class GrammarCompiler:
             InvalidParameter: the grammar is not valid, or larger than the limits.
             Unsupported: no tokens spell the text that it begins with.
         """
-        matcher = self._matcher(grammar)
-        if matcher.is_error():
-            raise InvalidParameter(f"The grammar is not valid: {one_line(matcher.get_error())}", param=param)
-        return GrammarState(matcher.deep_copy(), self._speller, param)
+        compiled = self._compiled(grammar)
+        if compiled.matcher.is_error():
+            said = one_line(compiled.matcher.get_error())
+            raise InvalidParameter(f"The grammar is not valid: {said}", param=param)
+        return GrammarState(compiled.matcher.deep_copy(), self._speller, param, compiled.first)
 
     def spell(self, text: str) -> list[int] | None:
         """Return the tokens of a text that a reply must continue with, special tokens by their ids.
@@ -273,7 +291,7 @@ class GrammarCompiler:
 
     def check(self, grammar: str, param: str) -> None:
         """Raise `InvalidParameter` for a grammar that cannot be compiled. `param`: the field that asks for it."""
-        matcher = self._matcher(grammar)
+        matcher = self._compiled(grammar).matcher
         if matcher.is_error():
             raise InvalidParameter(f"{param} is not valid: {one_line(matcher.get_error())}", param=param)
 
@@ -282,9 +300,14 @@ class GrammarCompiler:
         failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokens, limits=_LIMITS)
         return messages[0] if failed else None
 
-    def _matcher(self, grammar: str) -> LLMatcher:
+    def _compiled(self, grammar: str) -> _Compiled:
         """Compile a grammar, or take it from the cache."""
         return (self._large if len(grammar) > _LARGE else self._small)(grammar)
+
+    def _compile_and_spell(self, grammar: str) -> _Compiled:
+        matcher = self._compile(grammar)
+        first = [] if matcher.is_error() else matcher.deep_copy().compute_ff_tokens()
+        return _Compiled(matcher, array("i", first))
 
     def _compile(self, grammar: str) -> LLMatcher:
         """Compile a grammar. One that a request brought was tried in a child before (`engine.grammar.trial`)."""

@@ -40,6 +40,10 @@ _SUBJECTS: Final = (
     ("Invalid type", ("type",)), ("Pointer", ("$ref",)), ("Resource", ("$ref",)), ("nothing satisfies", ("$ref",)),
     ("Unsatisfiable", ("enum", "const", "pattern", "format", "minLength", "minItems", "minProperties", "anyOf")),
 )  # fmt: skip
+_MAY_BE_STRICT: Final = ("response_format", "text.format", "tools")
+"""How the fields begin whose schemas have a flag `strict` beside them."""
+_ALWAYS_STRICT: Final = ("guided_json", "structured_outputs.json")
+"""Fields whose schemas have none, on endpoints that take `response_format`, too."""
 _BOUNDS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _ENDLESS: Final = "nothing satisfies this reference: it demands itself for ever"
 
@@ -47,10 +51,16 @@ _ENDLESS: Final = "nothing satisfies this reference: it demands itself for ever"
 def check_bounds(constraint: Constraint) -> None:
     """Raise `InvalidParameter` for a constraint that is nested too deeply, too large, or refers along too long a path.
 
-    Nothing may look further into a constraint before this.
+    The same for one with halves of characters, which no reply can hold. Nothing may look further into a constraint
+    before this.
     """
     value, param = constraint.value, constraint.param
     check_length(value, param)
+    try:
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise InvalidParameter(f"{param} holds half a surrogate pair: {half!a}.", param=param) from None
     if constraint.kind == "json":
         check_schema_path(value, param)
     elif constraint.kind == "grammar":
@@ -203,12 +213,19 @@ class _Diagnosis:
         where, keyword = self._blame(schema, complaint)
         pointer = f"{where}/{keyword}" if keyword else where
         return InvalidParameter(
-            f"{self._param}: at {pointer or 'the root'}: {one_line(complaint)}. "
-            "With strict: false what can be enforced is, and the rest is checked afterwards.",
+            f"{self._param}: at {pointer or 'the root'}: {one_line(complaint)}.{_advice(self._param)}",
             param=self._param,
             code="schema_not_enforceable",
             pointer=pointer,
         )
+
+
+def _advice(param: str) -> str:
+    """Say how a schema that cannot be enforced whole can be sent; nothing where a field's endpoint has no such way."""
+    follows = "what can be enforced is, and the rest is checked afterwards."
+    if param in _ALWAYS_STRICT:
+        return f" In response_format, with strict: false, {follows}"
+    return f" With strict: false {follows}" if param.startswith(_MAY_BE_STRICT) else ""
 
 
 def _definitions(schema: Any) -> dict[str, Any]:

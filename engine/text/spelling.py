@@ -8,6 +8,8 @@ compose or lower letters, an added token swallows the space beside it. What a gr
 
 from __future__ import annotations
 
+import functools
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -18,6 +20,11 @@ __all__ = ["Speller"]
 _MARKERS: Final = ("\ufdd0", "a")
 """What is put before a text so that it is no beginning: a noncharacter, which no token joins with anything, and a
 letter for tokenizers that drop or reject that. Their tokens are taken off again."""
+_LONG: Final = 4096  # characters of a text from which it is long
+_SHORT_KEPT: Final = 256
+_LONG_KEPT: Final = 8
+"""Texts whose spelling is remembered. All choices of a request force the same texts, and a text of 250,000 characters
+takes up to half a second."""
 
 
 class Speller:
@@ -41,9 +48,19 @@ class Speller:
         self._complete = len({token for token in tokens if len(token) == 1}) == 256
         self._most = max(map(len, tokens), default=0)
         self._ids: dict[bytes, int] | None = None  # by bytes; made when it is needed, which is seldom
+        self._short = functools.lru_cache(_SHORT_KEPT)(self._kept)
+        self._long = functools.lru_cache(_LONG_KEPT)(self._kept)
 
     def spell(self, text: str) -> list[int] | None:
-        """Return ids whose bytes are those of a text; None if there are none."""
+        """Return ids whose bytes are those of a text; None if there are none. The last texts are remembered."""
+        kept = (self._long if len(text) >= _LONG else self._short)(text)
+        return None if kept is None else kept.tolist()
+
+    def _kept(self, text: str) -> array[int] | None:
+        ids = self._spell(text)
+        return None if ids is None else array("i", ids)
+
+    def _spell(self, text: str) -> list[int] | None:
         data = text.encode()
         ids = self._encoded(text, data)
         if ids is None:

@@ -95,13 +95,10 @@ def read_line(raw: bytes) -> BatchLine | Refusal:
     """Parse one line of the input."""
     try:
         data = load_body(raw)
-        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except RequestError as error:
         error.message = error.message.replace("The body", "The line", 1)
         return Refusal(None, error, hashlib.sha256(raw.strip()).hexdigest())
-    except ValueError:
-        far = InvalidParameter("The line holds a number beyond the range of a double.")
-        return Refusal(None, far, hashlib.sha256(raw.strip()).hexdigest())
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
     custom_id = data.get("custom_id")
     try:

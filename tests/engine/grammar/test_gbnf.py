@@ -33,6 +33,12 @@ CASES = [
     (r'root ::= "[\[\]]" "\\u0041"', [r"[[]]\u0041"], ["[]A"]),
     ('root ::= snake_case-name\nsnake_case-name ::= "x" # the end', ["x"], ["y"]),
     ("root ::= \"(\" root? \")\"", ["()", "((()))"], ["(()", ")("]),
+    ('root ::= fooBar foo-bar foo_bar FOO-BAR\nfooBar ::= "1"\nfoo-bar ::= "2"\nfoo_bar ::= "3"\nFOO-BAR ::= "4"',
+     ["1234"], ["1111", "4444"]),
+    ('root ::= start end\nstart ::= "a" | "b" start\nend ::= Root\nRoot ::= "."', ["a.", "bba."], ["a", "b."]),
+    ('root ::= r0 1 naïve\nr0 ::= "a"\n1 ::= "b"\nnaïve ::= "c"', ["abc"], ["ab"]),
+    ('root ::= "x" "a"{0} [b]{0,0} . {0} (("c") "d"){ 0 } e{0} "y"\ne ::= "e"', ["xy"], ["xay", "xby", "xcdy", "xey"]),
+    ('root ::= "a ::= {0}" # b ::= {0}', ["a ::= {0}"], ["a ::= "]),
 ]  # fmt: skip
 
 
@@ -71,6 +77,10 @@ BAD = [
     ("root ::= [^a--b]", "cannot be translated"),
     ('root ::= "a', "Unexpected end"),
     ("root ::= x", "'x' not found"),
+    ('root ::= "x" y{0}', "'y' not found"),
+    ('root ::= "x"){0}', "not opened"),
+    ("root ::= {0}", "not valid GBNF"),
+    ("root ::= [ab", "Unexpected end"),
     ('rule ::= "a"', "No 'root' rule"),
     (r'root ::= "\ud800"', "not valid GBNF"),
     ("root ::= <[7]>", "not valid GBNF"),

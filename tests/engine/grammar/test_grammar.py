@@ -342,6 +342,80 @@ def test_a_grammar_that_fails_names_the_field_that_asked_for_it(llm: LLM, fields
     llm.engine.abort(prepared.request_id)
 
 
+@pytest.mark.parametrize(
+    ("param", "advice"),
+    [
+        ("response_format.json_schema.schema", "With strict: false what can be enforced is"),
+        ("text.format.schema", "With strict: false what can be enforced is"),
+        ("guided_json", "In response_format, with strict: false, what can be enforced is"),
+        ("structured_outputs.json", "In response_format, with strict: false, what can be enforced is"),
+        ("output_config.format.schema", ""),
+    ],
+)
+def test_a_refusal_advises_only_what_can_be_sent(llm: LLM, param: str, advice: str) -> None:
+    with pytest.raises(InvalidParameter) as refused:
+        answer_grammar(llm.engine.model.grammars, Constraint("json", {"uniqueItems": True}, param=param))
+    assert refused.value.message.startswith(f"{param}: at /uniqueItems")
+    assert (advice in refused.value.message) if advice else ("strict" not in refused.value.message)
+
+
+HALVES = [
+    Constraint("choice", ["yes", "n\ud800"], param="guided"),
+    Constraint("regex", "a\ud800", param="guided"),
+    Constraint("grammar", 'start: "\udfff"', param="guided"),
+    Constraint("gbnf", 'root ::= "\ud800"', param="guided"),
+    Constraint("json", {"properties": {"\ud800": {"type": "null"}}}, param="guided"),
+    Constraint("json", {"enum": ["\ud800"]}, False, param="guided"),
+]
+
+
+@pytest.mark.parametrize("constraint", HALVES, ids=lambda form: form.kind)
+@pytest.mark.parametrize("tools", [(), (TOOL,)], ids=["alone", "beside tools"])
+def test_half_a_surrogate_pair_is_refused_by_name(llm: LLM, constraint: Constraint, tools: tuple[Tool, ...]) -> None:
+    with pytest.raises(InvalidParameter, match="guided") as refused:
+        llm.engine.prepare(llm.request([ChatMessage("user", "say")], constraint=constraint, tools=tools))
+    assert refused.value.param == "guided"
+    assert "half a surrogate pair" in refused.value.message or "combined with tools" in refused.value.message
+
+
+LONG: list[tuple[str, Constraint]] = [
+    ("at the beginning", Constraint("json", {"const": " xyz" * 2000})),
+    ("after a free part", Constraint("grammar", 'start: /[ab]/ "' + " xyz" * 2000 + '"')),
+]
+
+
+@pytest.mark.parametrize("constraint", [form for _, form in LONG], ids=[name for name, _ in LONG])
+def test_a_long_text_is_spelled_once_for_all_choices(
+    llm: LLM, constraint: Constraint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a reply begins with it, that is before the engine's thread has the request: neighbours do not wait."""
+    speller, spelled = llm.engine.model.grammars._speller, []
+    encode = speller._encode
+    assert encode is not None
+
+    def counted(text: str) -> list[int]:
+        if len(text) > 1000:
+            spelled.append(text)
+        return encode(text)
+
+    monkeypatch.setattr(speller, "_encode", counted)
+    request = llm.request([ChatMessage("user", "say")], constraint=constraint, n=8, max_tokens=3)
+    prepared = llm.engine.prepare(request)
+    begun = len(spelled)
+    llm.engine.add(prepared)
+    states = [choice.grammar for choice in llm.engine._requests[prepared.request_id].choices]
+    assert begun == (constraint.kind == "json")
+    assert len(spelled) == begun
+    letter = llm.engine.model.grammars.spell("a") or []
+    for state in states:
+        assert state is not None
+        if constraint.kind == "grammar":
+            state.consume(letter[0])
+        assert len(state.all_forced) > 1000
+    assert len(spelled) == 1
+    llm.engine.abort(prepared.request_id)
+
+
 def test_finding_a_fault_is_bounded(llm: LLM) -> None:
     parts: dict[str, Any] = {f"p{i}": {"type": "string", "format": "fo-o"} for i in range(60)}
     parts |= {f"q{i}": {"enum": [f"{'v' * 25}{j}" for j in range(20)]} for i in range(200)}

@@ -153,3 +153,21 @@ def test_a_text_that_is_held_to_a_form_is_its_tokens_bytes(name: str, data: st.D
     text = [i for i in ids if vocabulary.is_text(i)]
     assert [free.push(i)[1] for i in text[:1]] == [vocabulary.contribution(i, None) for i in text[:1]]
     assert [free.push(i)[1] for i in text[1:]] == [vocabulary.token_bytes(i) for i in text[1:]]
+
+
+def test_as_much_is_remembered_as_there_is_room_for() -> None:
+    calls: list[str] = []
+
+    def encode(text: str) -> list[int]:
+        calls.append(text)
+        return list(text.encode())
+
+    speller = Speller([bytes([i]) for i in range(256)], encode, lambda text: [])
+    texts = [letter * 5000 for letter in "abcdefghi"]
+    for text in [*texts[:8], texts[0], texts[8], texts[0], texts[1]]:
+        assert speller.spell(text) == list(text.encode())
+    assert [text[0] for text in calls] == [*"abcdefghi", "b"], "the one that was used last stays"
+    spelled = speller.spell(texts[0])
+    assert spelled is not None
+    spelled.clear()
+    assert speller.spell(texts[0]) == list(texts[0].encode()), "nobody else's list"

@@ -131,7 +131,7 @@ CASES: list[tuple[str, bytes | dict[str, Any], int, str | None, str, str]] = [
     # sampling
     ("temperature 2.1", chat(temperature=2.1), 422, "temperature", PARAMETER, "between 0 and 2, not 2.1"),
     ("temperature -1", chat(temperature=-1), 422, "temperature", PARAMETER, "not -1"),
-    ("temperature 1e400", raw(', "temperature": 1e400'), 422, "temperature", PARAMETER, "not inf"),
+    ("temperature 1e400", raw(', "temperature": 1e400'), 422, "temperature", PARAMETER, "not 1.797"),
     ("temperature 10^400", raw(', "temperature": 1' + "0" * 400), 422, "temperature", PARAMETER, "between 0 and 2"),
     ("temperature text", chat(temperature="hot"), 400, "temperature", FORMAT, 'a number, not a string, "hot"'),
     ("temperature false", chat(temperature=False), 400, "temperature", FORMAT, "not a boolean, false"),
