@@ -67,7 +67,7 @@ def test_generate_says_the_same_for_the_same_seed(
         (["--top-p", "nan"], "top_p must be between 0 and 1, not nan"),
         (["--seed", str(2**63)], "seed must be between"),
         (["--stop", ""], "empty string"),
-        (["--max-tokens=-1"], "max_tokens must be at least 0, not -1"),
+        (["--max-tokens=-2"], "max_tokens must be at least 0, not -2"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )

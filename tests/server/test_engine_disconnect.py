@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,16 @@ async def be_cancelled(exchange: Exchange) -> None:
     """What the end of the process looks like from inside a request."""
     assert exchange.task
     exchange.task.cancel()
+
+
+def assert_unanswered(exchange: Exchange, leave: Leave) -> None:
+    """A client that left is sent nothing. Where the server ends, the client is still there and told so, in JSON."""
+    if leave is go_away:
+        assert exchange.messages == []
+    else:
+        start, body = exchange.messages
+        assert start["status"] == 503
+        assert json.loads(body["body"])["error"]["code"] == "unavailable"
 
 
 async def break_on_send(exchange: Exchange) -> None:
@@ -115,7 +126,7 @@ def test_in_the_middle_of_its_prompt(
         await exchange.until(lambda: engine.stats().running == 0, BOUND)
         assert steps.taken <= 3
         assert engine.stats().generated_tokens == before.generated_tokens
-        assert exchange.messages == []
+        assert_unanswered(exchange, leave)
 
     asyncio.run(main())
 
@@ -149,7 +160,7 @@ def test_while_it_waits_for_a_place(
         await waiting.until(lambda: engine.stats().waiting == 0, BOUND)
         assert steps.taken <= taken + 1
         assert engine.stats().running == 4, "the others go on"
-        assert waiting.messages == []
+        assert_unanswered(waiting, leave)
         for exchange in running:
             exchange.disconnect()
         await over(*running)
