@@ -127,7 +127,9 @@ class GrammarState:
     def _look_ahead(self) -> None:
         self._pending.extend(self._matcher.compute_ff_tokens())
         # No tokens although text is forced: its last token is open, or it has no spelling.
-        if not self._pending and not self._speller.can_spell(text := self._matcher.compute_ff_bytes()):
+        if self._pending or self._speller.complete:
+            return
+        if not self._speller.can_spell(text := self._matcher.compute_ff_bytes()):
             written = text[:60].decode("utf-8", "replace")
             raise Unsupported(
                 f"{self._param}: no tokens of this model spell {written!r}, which the reply must contain.",

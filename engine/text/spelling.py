@@ -45,7 +45,8 @@ class Speller:
         self._tokens = tokens
         self._encode = encode
         self._longest = longest
-        self._complete = len({token for token in tokens if len(token) == 1}) == 256
+        self.complete = len({token for token in tokens if len(token) == 1}) == 256
+        """Whether there is a token for each byte, so that every text can be spelled."""
         self._most = max(map(len, tokens), default=0)
         self._ids: dict[bytes, int] | None = None  # by bytes; made when it is needed, which is seldom
         self._short = functools.lru_cache(_SHORT_KEPT)(self._kept)
@@ -69,7 +70,7 @@ class Speller:
 
     def can_spell(self, data: bytes) -> bool:
         """Return whether there are ids whose bytes are these."""
-        return self._complete or self._fewest(data) is not None
+        return self.complete or self._fewest(data) is not None
 
     def _encoded(self, text: str, data: bytes) -> list[int] | None:
         """Encode a text, by itself or behind a marker. None if each time it becomes another text."""

@@ -54,7 +54,9 @@ class Authentication:
         await self._app(scope, receive, send_with_limits)
 
     async def _key(self, scope: Scope) -> Key:
-        secrets = {_secret(name, value.decode("latin-1")) for name, value in scope["headers"] if name in _HEADERS}
+        given = ((name, value.decode("latin-1").strip()) for name, value in scope["headers"] if name in _HEADERS)
+        # Clients without a key of Anthropic's kind may send that header empty.
+        secrets = {_secret(name, value) for name, value in given if value or name != b"x-api-key"}
         if not secrets:
             raise Unauthorized(
                 "this server needs a key: send the header Authorization: Bearer KEY, or X-Api-Key: KEY as clients of "
@@ -71,9 +73,7 @@ class Authentication:
 def _secret(header: bytes, value: str) -> str:
     """Return the key that a header holds."""
     if header == b"x-api-key":
-        if not value.strip():
-            raise Unauthorized("the X-Api-Key header is empty.")
-        return value.strip()
+        return value
     kind, _, secret = value.partition(" ")
     if kind.lower() != "bearer" or not secret.strip():
         raise Unauthorized("the Authorization header must be Bearer, a space and the key.")

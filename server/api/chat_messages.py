@@ -7,22 +7,19 @@ from typing import Any, Final
 
 from engine import ChatMessage, InvalidFormat, InvalidParameter, ToolCall, Unsupported
 from server.api.fields import MAX_NAME, ROLES
-from server.api.parsing import LIST, OBJECT, STRING, Kind, at_most, optional, required, typed
-from server.api.tools import function_name
-from server.json_text import excess_of, to_json
+from server.api.parsing import LIST, OBJECT, STRING, at_most, optional, required, typed
+from server.api.tools import call_arguments, call_id, function_name
+from server.json_text import excess_of
 
 MAX_MESSAGES: Final = 10_000
 MAX_PARTS: Final = 10_000
 """Content parts of all messages together."""
-MAX_CALL_ID: Final = 256
-"""Characters of a tool call's id."""
 
 MESSAGE_FIELDS: Final = frozenset({"role", "content", "name"})
 CALL_FIELDS: Final = ("tool_calls", "tool_call_id")
 PART_FIELDS: Final = frozenset({"type", "text"})
 THOUGHTS: Final = ("reasoning_content", "reasoning")
 """The names under which clients send an assistant's thoughts back."""
-_ARGUMENTS: Final[Kind] = ((str, dict), "a string or an object")
 _MAY_BE_SILENT: Final = ("assistant", "tool")
 """Roles whose turn may have no content: a model that called, or said, nothing; a function that returned nothing."""
 UNSUPPORTED_MESSAGE_FIELDS: Final = ("function_call", "audio", "refusal")
@@ -118,30 +115,20 @@ def _calls(message: Mapping[str, Any], at: str, role: str, ignored: list[str]) -
         if kind not in (None, "function"):
             raise InvalidParameter(f"{here}type must be function, not {kind!r:.100}.", param=f"{here}type")
         function = required(call, "function", OBJECT, here)
-        arguments = optional(function, "arguments", _ARGUMENTS, f"{here}function.")
         ignored += [f"{here}{key}" for key in call if key not in ("id", "type", "function", "index")]
         ignored += [f"{here}function.{key}" for key in function if key not in ("name", "arguments")]
-        text = to_json(arguments) if isinstance(arguments, dict) else arguments
-        calls.append(ToolCall(_call_id(call, "id", here), function_name(function, f"{here}function."), text or "{}"))
+        named, arguments = (read(function, f"{here}function.") for read in (function_name, call_arguments))
+        calls.append(ToolCall(call_id(call, "id", here), named, arguments))
     return tuple(calls)
 
 
 def _answered(message: Mapping[str, Any], at: str, role: str) -> str | None:
     """Read the id of the call that a tool's message answers; None for other roles."""
     if role == "tool":
-        return _call_id(message, "tool_call_id", f"{at}.")
+        return call_id(message, "tool_call_id", f"{at}.")
     if message.get("tool_call_id") is not None:
         raise InvalidParameter(f"{at}.tool_call_id: only a tool answers a call.", param=f"{at}.tool_call_id")
     return None
-
-
-def _call_id(data: Mapping[str, Any], name: str, at: str) -> str:
-    found: str = required(data, name, STRING, at)
-    if not 1 <= len(found) <= MAX_CALL_ID:
-        raise InvalidParameter(
-            f"{at}{name} must have 1 to {MAX_CALL_ID} characters, not {len(found)}.", param=f"{at}{name}"
-        )
-    return found
 
 
 def read_content(holder: Mapping[str, Any], at: str, ignored: list[str]) -> str:

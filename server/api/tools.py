@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from engine import InvalidParameter, Tool, ToolChoice, Unsupported
 from server.api.fields import MAX_TOOLS
-from server.api.parsing import FLAG, LIST, OBJECT, STRING, at_most, optional, required, typed
+from server.api.parsing import FLAG, LIST, OBJECT, STRING, Kind, at_most, optional, required, typed
+from server.json_text import to_json
 
 TOOL_FIELDS: Final = ("name", "description", "parameters", "strict")
 MOST_NAME: Final = 128
 NAME: Final = re.compile(rf"[A-Za-z0-9_./-]{{1,{MOST_NAME}}}")
 """The names of functions and of forms: those of the OpenAI API, and what frameworks make of paths and packages."""
+MAX_CALL_ID: Final = 256
+"""Characters of a tool call's id."""
+_ARGUMENTS: Final[Kind] = ((str, dict), "a string or an object")
+MEMBERS_REFUSED: Final[Mapping[str, tuple[Any, ...]]] = {
+    "defer_loading": (False,),
+    "async": (False,),
+    "allowed_callers": (["direct"],),
+}
+"""Members of a flat definition that are not honoured, each with the values that ask for what happens anyway."""
 
 
 def function_name(function: Mapping[str, Any], at: str) -> str:
@@ -31,17 +41,46 @@ def check_name(name: str, at: str) -> None:
         )
 
 
+def call_id(holder: Mapping[str, Any], name: str, at: str) -> str:
+    """Read the id of a call. `at`: the path of the object that has it, with a dot at its end."""
+    found: str = required(holder, name, STRING, at)
+    if not 1 <= len(found) <= MAX_CALL_ID:
+        raise InvalidParameter(
+            f"{at}{name} must have 1 to {MAX_CALL_ID} characters, not {len(found)}.", param=f"{at}{name}"
+        )
+    return found
+
+
+def call_arguments(holder: Mapping[str, Any], at: str) -> str:
+    """Read the `arguments` of an earlier call: a text, whatever it spells, or an object. Null is none. `at`: as above.
+
+    Models write texts that are no JSON, and a conversation with one must be able to go on.
+    """
+    found = optional(holder, "arguments", _ARGUMENTS, at)
+    return to_json(found) if isinstance(found, dict) else found or "{}"
+
+
+def check_once(names: Sequence[str], places: Sequence[str]) -> None:
+    """Refuse a function that is there twice. `places`: where each name stands in the body."""
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise InvalidParameter(f"{places[i]}: {name!r} is there twice.", param=places[i])
+
+
+def refuse_members(tool: Mapping[str, Any], at: str) -> None:
+    """Refuse members of a flat definition that this build does not honour."""
+    for name, neutral in MEMBERS_REFUSED.items():
+        if tool.get(name) is not None and tool[name] not in neutral:
+            raise Unsupported(f"{at}{name} is not supported by this build.", param=f"{at}{name}")
+
+
 def read_tools(data: Mapping[str, Any], ignored: list[str]) -> tuple[tuple[Tool, ...], ToolChoice]:
     """Read the tools that the model may call, none with `tool_choice: none`, and whether it must call one."""
     given = optional(data, "tools", LIST) or []
     at_most(MAX_TOOLS, len(given), "tools", "definitions")
     tools = [_tool(tool, f"tools.{i}.", ignored) for i, tool in enumerate(given)]
     names = [tool.name for tool in tools]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise InvalidParameter(
-                f"tools.{i}.function.name: {name!r} is there twice.", param=f"tools.{i}.function.name"
-            )
+    check_once(names, [f"tools.{i}.function.name" for i in range(len(names))])
     optional(data, "parallel_tool_calls", FLAG)
     choice = data.get("tool_choice")
     if choice is None or choice == "auto":

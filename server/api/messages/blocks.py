@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from engine import ChatMessage, InvalidParameter, ToolCall, Unsupported
-from server.api.chat_messages import MAX_CALL_ID, MAX_PARTS
+from server.api.chat_messages import MAX_PARTS
 from server.api.parsing import FLAG, LIST, OBJECT, STRING, at_most, optional, required, typed
-from server.api.tools import function_name
+from server.api.tools import call_id, function_name
 
 __all__ = ["assistant_turn", "blocks_of", "text_of", "user_turns"]
 
@@ -104,7 +104,7 @@ def _text(block: Mapping[str, Any], at: str, ignored: list[str]) -> str:
 
 
 def _result(block: Mapping[str, Any], at: str, called: set[str], ignored: list[str]) -> ChatMessage:
-    found = _call_id(block, "tool_use_id", at)
+    found = call_id(block, "tool_use_id", f"{at}.")
     if found not in called:
         raise InvalidParameter(
             f"{at}.tool_use_id: no call before it has the id {found[:100]!r}.", param=f"{at}.tool_use_id"
@@ -121,16 +121,7 @@ def _call(block: Mapping[str, Any], at: str, ignored: list[str]) -> ToolCall:
     arguments = required(block, "input", OBJECT, f"{at}.")
     _note_others(block, at, ("id", "name", "input"), ignored)
     written = json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(_call_id(block, "id", at), function_name(block, f"{at}."), written)
-
-
-def _call_id(block: Mapping[str, Any], name: str, at: str) -> str:
-    found: str = required(block, name, STRING, f"{at}.")
-    if not 1 <= len(found) <= MAX_CALL_ID:
-        raise InvalidParameter(
-            f"{at}.{name} must have 1 to {MAX_CALL_ID} characters, not {len(found)}.", param=f"{at}.{name}"
-        )
-    return found
+    return ToolCall(call_id(block, "id", f"{at}."), function_name(block, f"{at}."), written)
 
 
 def _note_others(block: Mapping[str, Any], at: str, known: tuple[str, ...], ignored: list[str]) -> None:

@@ -6,7 +6,6 @@ step adds to it, for the whole message and for its events alike.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -141,23 +140,11 @@ class MessageCollector:
 def _object_of(arguments: str) -> dict[str, Any] | None:
     """Return a call's arguments as the object that they are; None if they are none that can be sent.
 
-    One that cannot be sent is nested too deeply, or holds half a surrogate pair, which JSON can spell and UTF-8 cannot.
-
-    Numbers beyond those that clients can hold become the largest that they can.
+    They are read by the rules of a body: not half a surrogate pair, no name twice; a number beyond those that clients
+    can hold is the largest that they can.
     """
     try:
-        found = _finite(load_text(arguments))
-        to_json(found).encode()
-    except (ValueError, RecursionError):
+        found = load_text(arguments)
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    if isinstance(value, float):
-        return min(max(value, -sys.float_info.max), sys.float_info.max)
-    return value

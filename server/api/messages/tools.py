@@ -8,13 +8,11 @@ from typing import Any, Final
 from engine import InvalidParameter, Tool, ToolChoice, Unsupported
 from server.api.fields import MAX_TOOLS
 from server.api.parsing import FLAG, LIST, OBJECT, STRING, at_most, optional, required, typed
-from server.api.tools import function_name
+from server.api.tools import MEMBERS_REFUSED, check_once, function_name, refuse_members
 
 __all__ = ["read_tools"]
 
 _KNOWN: Final = ("type", "name", "description", "input_schema", "strict", "cache_control", "eager_input_streaming")
-_REFUSED: Final[Mapping[str, tuple[Any, ...]]] = {"defer_loading": (False,), "allowed_callers": (["direct"],)}
-"""Members of a tool that are not honoured, each with the values that ask for what happens anyway."""
 _CHOICES: Final = ("auto", "any", "tool", "none")
 
 
@@ -32,9 +30,7 @@ def read_tools(data: Mapping[str, Any], ignored: list[str]) -> tuple[tuple[Tool,
     at_most(MAX_TOOLS, len(given), "tools", "definitions")
     tools = [_tool(tool, f"tools.{i}.", ignored) for i, tool in enumerate(given)]
     names = [tool.name for tool in tools]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise InvalidParameter(f"tools.{i}.name: {name!r} is there twice.", param=f"tools.{i}.name")
+    check_once(names, [f"tools.{i}.name" for i in range(len(names))])
     choice = optional(data, "tool_choice", OBJECT)
     if choice is None:
         return tuple(tools), ToolChoice(), True
@@ -56,12 +52,10 @@ def _tool(tool: Any, at: str, ignored: list[str]) -> Tool:
             "input_schema of their own.",
             param=f"{at}type",
         )
-    for name, neutral in _REFUSED.items():
-        if tool.get(name) is not None and tool[name] not in neutral:
-            raise Unsupported(f"{at}{name} is not supported by this build.", param=f"{at}{name}")
+    refuse_members(tool, at)
     optional(tool, "cache_control", OBJECT, at)
     optional(tool, "eager_input_streaming", FLAG, at)
-    ignored += [f"{at}{key}" for key in tool if key not in _KNOWN and key not in _REFUSED]
+    ignored += [f"{at}{key}" for key in tool if key not in _KNOWN and key not in MEMBERS_REFUSED]
     return Tool(
         function_name(tool, at),
         optional(tool, "description", STRING, at),

@@ -17,11 +17,9 @@ from server.api.parsing import LIST, OBJECT, STRING, at_most, optional, required
 from server.api.responses.fields import RESPONSES, ROLES
 from server.api.responses.thoughts import unpacked_thoughts
 from server.api.responses.tools import called_name
+from server.api.tools import call_arguments, call_id
 
 __all__ = ["read_input"]
-
-MAX_CALL_ID: Final = 256
-"""Characters of a call's id."""
 
 _TEXTS: Final[Mapping[str, str]] = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 """The parts of a message's content that are text, each with the field that holds it."""
@@ -106,7 +104,7 @@ def _check(messages: Sequence[ChatMessage], turns: Sequence[_Turn]) -> None:
         own = {f"messages.{i}.tool_call_id": turn.answers for i, turn in enumerate(turns) if turn.answers}
         for i, turn in enumerate(turns):
             own |= {f"messages.{i}.tool_calls.{j}.function.arguments": at for j, at in enumerate(turn.arguments)}
-        name = error.param or ""
+        name = error.param or "messages"
         error.param = own.get(name, "input")
         error.message = error.message.replace(name, error.param)
         raise
@@ -166,25 +164,16 @@ def _reasoning(item: Mapping[str, Any], at: str, turns: list[_Turn], ignored: li
 
 
 def _call(item: Mapping[str, Any], at: str, turns: list[_Turn], ignored: list[str]) -> None:
-    arguments = required(item, "arguments", STRING, f"{at}.")
-    call = ToolCall(_call_id(item, at), called_name(item, f"{at}."), arguments or "{}")
+    here = f"{at}."
+    call = ToolCall(call_id(item, "call_id", here), called_name(item, here), call_arguments(item, here))
     turn = _turn_of("assistant", turns)
     turn.calls.append(call)
     turn.arguments.append(f"{at}.arguments")
 
 
 def _output(item: Mapping[str, Any], at: str, turns: list[_Turn], ignored: list[str]) -> None:
-    call_id = _call_id(item, at)
-    turns.append(_Turn("tool", [_texts(item, "output", at, ignored)], call_id=call_id, answers=f"{at}.call_id"))
-
-
-def _call_id(item: Mapping[str, Any], at: str) -> str:
-    found: str = required(item, "call_id", STRING, f"{at}.")
-    if not 1 <= len(found) <= MAX_CALL_ID:
-        raise InvalidParameter(
-            f"{at}.call_id must have 1 to {MAX_CALL_ID} characters, not {len(found)}.", param=f"{at}.call_id"
-        )
-    return found
+    answered = call_id(item, "call_id", f"{at}.")
+    turns.append(_Turn("tool", [_texts(item, "output", at, ignored)], call_id=answered, answers=f"{at}.call_id"))
 
 
 def _texts(item: Mapping[str, Any], name: str, at: str, ignored: list[str]) -> str:

@@ -10,17 +10,11 @@ from engine import InvalidParameter, Tool, ToolChoice, Unsupported
 from server.api.fields import MAX_TOOLS
 from server.api.parsing import FLAG, LIST, OBJECT, STRING, at_most, optional, required, typed
 from server.api.responses.fields import RESPONSES
-from server.api.tools import function_name
+from server.api.tools import MEMBERS_REFUSED, check_once, function_name, refuse_members
 
 __all__ = ["OfferedTools", "called_name", "read_tools", "shown_tool"]
 
 _FIELDS: Final = ("type", "name", "description", "parameters", "strict")
-_REFUSED: Final[Mapping[str, tuple[Any, ...]]] = {
-    "defer_loading": (False,),
-    "async": (False,),
-    "allowed_callers": (["direct"],),
-}
-"""Fields of a function that this build does not honour, each with the values that ask for what happens anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +22,8 @@ class OfferedTools:
     """What a request offers to the model.
 
     Attributes:
-        tools: none with `tool_choice: none`; with `allowed_tools` those.
-        choice: which of them the reply must call.
+        tools: none with `tool_choice: none`.
+        choice: which of them the reply must or may call.
         names: of the functions in namespaces: the model's name → the namespace and the name in it.
         places: the engine's path of each tool → its own.
     """
@@ -87,12 +81,8 @@ def read_tools(data: Mapping[str, Any], ignored: list[str]) -> OfferedTools:
     at_most(MAX_TOOLS, len(given), "tools", "definitions")
     found = [one for i, tool in enumerate(given) for one in _tools(tool, f"tools.{i}.", ignored)]
     at_most(MAX_TOOLS, len(found), "tools", "functions")
-    by_name: dict[str, _Found] = {}
-    for one in found:
-        if one.tool.name in by_name:
-            at = f"{one.at}name"
-            raise InvalidParameter(f"{at}: {one.tool.name!r} is there twice.", param=at)
-        by_name[one.tool.name] = one
+    check_once([one.tool.name for one in found], [f"{one.at}name" for one in found])
+    by_name = {one.tool.name: one for one in found}
     RESPONSES.given(data, "parallel_tool_calls")
     offered, choice = _chosen(RESPONSES.given(data, "tool_choice"), by_name, ignored)
     names = {one.tool.name: (one.namespace, one.name) for one in found if one.namespace is not None}
@@ -128,9 +118,7 @@ def _unsupported(kind: str, at: str) -> Unsupported:
 
 
 def _function(tool: Mapping[str, Any], at: str, namespace: str | None, ignored: list[str]) -> _Found:
-    for name, neutral in _REFUSED.items():
-        if tool.get(name) is not None and tool[name] not in neutral:
-            raise Unsupported(f"{at}{name} is not supported by this build.", param=f"{at}{name}")
+    refuse_members(tool, at)
     name = function_name(tool, at)
     found = Tool(
         name if namespace is None else f"{namespace}.{name}",
@@ -138,7 +126,7 @@ def _function(tool: Mapping[str, Any], at: str, namespace: str | None, ignored: 
         optional(tool, "parameters", OBJECT, at),
         bool(optional(tool, "strict", FLAG, at)),
     )
-    ignored += [f"{at}{key}" for key in tool if key not in (*_FIELDS, *_REFUSED)]
+    ignored += [f"{at}{key}" for key in tool if key not in (*_FIELDS, *MEMBERS_REFUSED)]
     return _Found(found, at, namespace, name)
 
 
@@ -159,31 +147,28 @@ def _chosen(choice: Any, tools: Mapping[str, _Found], ignored: list[str]) -> tup
         return offered, ToolChoice("required")
     kind = required(choice, "type", STRING, "tool_choice.")
     if kind == "allowed_tools":
-        return _allowed(choice, tools, ignored)
+        return offered, _allowed(choice, tools, ignored)
     ignored += [f"tool_choice.{key}" for key in choice if key not in ("type", "name", "namespace")]
     return offered, ToolChoice("function", _named(choice, "tool_choice.", tools).tool.name)
 
 
-def _allowed(
-    choice: Mapping[str, Any], tools: Mapping[str, _Found], ignored: list[str]
-) -> tuple[list[_Found], ToolChoice]:
-    """Read a choice of some tools: the model sees only those."""
-    mode = required(choice, "mode", STRING, "tool_choice.")
+def _allowed(choice: Mapping[str, Any], tools: Mapping[str, _Found], ignored: list[str]) -> ToolChoice:
+    """Read which of the tools may be called. As in a chat, the prompt shows all of them."""
+    mode: Any = required(choice, "mode", STRING, "tool_choice.")
     if mode not in ("auto", "required"):
         raise InvalidParameter(
             f"tool_choice.mode must be auto or required, not {mode[:100]!r}.", param="tool_choice.mode"
         )
     given = required(choice, "tools", LIST, "tool_choice.")
-    at_most(MAX_TOOLS, len(given), "tool_choice.tools", "tools")
-    wanted = set()
-    for i, one in enumerate(given):
-        at = f"tool_choice.tools.{i}."
-        wanted.add(_named(typed(one, at[:-1], OBJECT), at, tools).tool.name)
     ignored += [f"tool_choice.{key}" for key in choice if key not in ("type", "mode", "tools")]
-    if mode == "required" and not wanted:
-        raise InvalidParameter("tool_choice.tools: required needs at least one tool.", param="tool_choice.tools")
-    offered = [one for name, one in tools.items() if name in wanted]
-    return offered, ToolChoice("required") if mode == "required" else ToolChoice()
+    if not given:
+        raise InvalidParameter(
+            "tool_choice.tools must hold at least one tool; tool_choice: none allows none.", param="tool_choice.tools"
+        )
+    at_most(MAX_TOOLS, len(given), "tool_choice.tools", "tools")
+    places = [f"tool_choice.tools.{i}." for i in range(len(given))]
+    wanted = [_named(typed(one, at[:-1], OBJECT), at, tools).tool.name for at, one in zip(places, given, strict=True)]
+    return ToolChoice(mode, allowed=tuple(dict.fromkeys(wanted)))
 
 
 def _named(holder: Mapping[str, Any], at: str, tools: Mapping[str, _Found]) -> _Found:

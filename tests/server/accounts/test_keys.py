@@ -171,7 +171,7 @@ def test_what_opens_nothing(desk: Desk, headers: list[tuple[bytes, bytes]]) -> N
     "headers",
     [
         [(b"x-api-key", b"%s")], [(b"x-api-key", b"%s"), (b"authorization", b"Bearer %s")],
-        [(b"authorization", b"bearer %s")],
+        [(b"authorization", b"bearer %s")], [(b"x-api-key", b""), (b"authorization", b"Bearer %s")],
     ],
 )  # fmt: skip
 def test_what_opens_the_server(desk: Desk, headers: list[tuple[bytes, bytes]]) -> None:

@@ -274,9 +274,10 @@ CHOICES: list[tuple[Any, tuple[Tool, ...], ToolChoice]] = [
     ({"type": "function", "name": "ping"}, (ping, net_ping, trace), ToolChoice("function", "ping")),
     ({"type": "function", "name": "trace", "namespace": "net"}, (ping, net_ping, trace),
      ToolChoice("function", "net.trace")),
-    ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "ping"}]}, (ping,), ToolChoice()),
-    ({"type": "allowed_tools", "mode": "required", "tools": [{**PING, "namespace": "net"}]}, (net_ping,),
-     ToolChoice("required")),
+    ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "ping"}]},
+     (ping, net_ping, trace), ToolChoice("auto", allowed=("ping",))),
+    ({"type": "allowed_tools", "mode": "required", "tools": [{**PING, "namespace": "net"}]}, (ping, net_ping, trace),
+     ToolChoice("required", allowed=("net.ping",))),
 ]  # fmt: skip
 
 
@@ -351,7 +352,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"input": [{**CALLS, "call_id": ""}]}, 422, "input.0.call_id"),
     ({"input": [{**CALLS, "name": "a b"}]}, 422, "input.0.name"),
     ({"input": [{**CALLS, "namespace": "a b"}]}, 422, "input.0.namespace"),
-    ({"input": [{**CALLS, "arguments": {}}]}, 400, "input.0.arguments"),
+    ({"input": [{**CALLS, "arguments": 5}]}, 400, "input.0.arguments"),
     ({"input": [SAYS, ANSWERS]}, 422, "input.1.call_id"),
     ({"input": [SAYS, CALLS, {**ANSWERS, "output": {}}]}, 400, "input.2.output"),
     ({"input": [item("reasoning", encrypted_content="gAAAA")]}, 422, "input.0.encrypted_content"),
@@ -429,7 +430,7 @@ def test_what_could_be_done_instead_is_said() -> None:
 ERRORS = [
     # what the engine says, the body, what is told
     ("tools.1.function.parameters", [PING, NET], None, "tools.1.tools.0.parameters"),
-    ("tools.0.function.parameters", [PING, NET],
+    ("tools.2.function.parameters", [PING, NET],
      {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "namespace": "net", "name": "trace"}]},
      "tools.1.tools.1.parameters"),
     ("tools.0.function", [PING], None, "tools.0"),
