@@ -287,6 +287,15 @@ def test_tools(choice: Any, tools: tuple[Tool, ...], told: ToolChoice) -> None:
     assert (request.tools, request.tool_choice) == (tools, told)
 
 
+@pytest.mark.parametrize(
+    ("given", "told"), [({"a": 1}, '{"a": 1}'), (None, "{}"), ("", "{}"), ('{"a": ', '{"a": '), ("[]", "[]")]
+)
+def test_arguments_of_earlier_calls_are_those_of_a_chat(given: Any, told: str) -> None:
+    """Models write texts that are no JSON; the conversation goes on."""
+    [call] = asked(input=[{**CALLS, "arguments": given}, {"role": "user", "content": "?"}]).messages[0].tool_calls
+    assert call.arguments.replace(" ", "") == told.replace(" ", "")
+
+
 def test_forms_and_options() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     form = {"type": "json_schema", "name": "a", "schema": schema, "strict": True}
