@@ -68,20 +68,24 @@ def read_schema(schema: Any, param: str) -> ReadSchema:
         InvalidParameter: it is nested too deeply, or no schema; a JSON pointer says where.
     """
     check_depth(schema, param)
-    reader = _Reader(schema, param)
+    counts = _counts_members(schema)
+    reader = _Reader(schema, param, counts)
     found = reader.whole()
+    if counts and not _counts_members(found):  # only a part did that has been left out
+        reader = _Reader(schema, param, counts=False)
+        found = reader.whole()
     return ReadSchema(found, reader.named())
 
 
 class _Reader:
-    """Reads one schema."""
+    """Reads one schema. `counts`: whether some part of it counts the members that others describe."""
 
-    def __init__(self, root: Any, param: str) -> None:
+    def __init__(self, root: Any, param: str, counts: bool) -> None:
         self._root = root
         self._param = param
         self._left_out: dict[Place, None] = {}
         self._read: dict[Place, Any] = {}  # places in the request's schema → what they became
-        self._counts_members = _counts_members(root)
+        self._counts_members = counts
         try:
             self._references = References(root)
         except LongIdentifierError as error:

@@ -117,8 +117,9 @@ def _calls(message: Mapping[str, Any], at: str, role: str, ignored: list[str]) -
         function = required(call, "function", OBJECT, here)
         ignored += [f"{here}{key}" for key in call if key not in ("id", "type", "function", "index")]
         ignored += [f"{here}function.{key}" for key in function if key not in ("name", "arguments")]
+        made = call_id(call, "id", here)
         named, arguments = (read(function, f"{here}function.") for read in (function_name, call_arguments))
-        calls.append(ToolCall(call_id(call, "id", here), named, arguments))
+        calls.append(ToolCall(made, named, arguments))
     return tuple(calls)
 
 

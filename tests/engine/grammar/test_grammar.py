@@ -294,11 +294,45 @@ def test_the_check_afterwards_is_bounded() -> None:
         return {"$defs": {**names, f"d{levels}": {}}, "$ref": "#/$defs/d0"}
 
     assert unenforced_errors("{}", doubling(4)) is None
-    assert "more than 20,000 keywords" in (unenforced_errors("{}", doubling(60)) or "")
+    assert "more than 20,000 keywords" in (unenforced_errors("{}", doubling(40)) or "")
+    assert "more than 100 keywords" in (unenforced_errors("{}", doubling(60)) or "")
     many = json.dumps([{"a": [i]} for i in range(10_000)])
     assert unenforced_errors(many, {"uniqueItems": True}) is None
     assert "keywords" in (unenforced_errors(many, {"allOf": [{"uniqueItems": True}] * 500}) or "")
     assert "keywords" in (unenforced_errors(json.dumps([999] * 3000), {"items": {"enum": [*range(1000)]}}) or "")
+
+
+RINGS: list[dict[str, Any]] = [
+    {"not": {"$ref": "#"}},
+    {"not": {"not": {"$ref": "#"}}},
+    {"allOf": [{"$ref": "#"}]},
+    {"oneOf": [{"$ref": "#"}, True]},
+    {"if": {"$ref": "#"}, "then": True},
+    {"$defs": {"a": {"not": {"not": {"$ref": "#/$defs/a"}}}}, "$ref": "#/$defs/a"},
+    {"dependentSchemas": {"a": {"$ref": "#"}}},
+    {"propertyNames": {"not": {"$ref": "#/propertyNames"}}},
+    {"allOf": [{"$ref": "#"}], "unevaluatedProperties": {"$ref": "#"}},
+]
+
+
+@pytest.mark.parametrize("schema", RINGS, ids=lambda schema: json.dumps(schema)[:40])
+def test_a_ring_of_references_is_told_the_same_on_every_stack(schema: dict[str, Any]) -> None:
+    """Not by Python's limit, which counts the caller's frames, and which the library turns into a panic of Rust's."""
+
+    def asked_at(depth: int) -> str | None:
+        return asked_at(depth - 1) if depth else unenforced_errors('{"a": {"a": 1}}', schema)
+
+    told = {asked_at(depth) for depth in range(0, 400, 13)}
+    assert len(told) == 1
+    assert "one inside the other" in (told.pop() or "")
+
+
+def test_a_text_is_checked_to_a_hundred_levels() -> None:
+    tree: dict[str, Any] = {"properties": {"a": {"type": "array", "items": {"$ref": "#"}}}, "required": ["a"]}
+    good = '{"a": [' * 20 + '{"a": []}' + "]}" * 20
+    assert unenforced_errors(good, tree) is None
+    assert unenforced_errors(good.replace('{"a": []}', "{}"), tree)
+    assert "100 levels" in (unenforced_errors("[" * 100_000 + "]" * 100_000, tree) or "")
 
 
 @pytest.mark.parametrize(

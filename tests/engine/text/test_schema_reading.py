@@ -12,6 +12,7 @@ from jsonschema import Draft202012Validator
 from schema_rows import I, S
 
 from engine import Constraint, InvalidParameter
+from engine.errors import panicked
 from engine.grammar.answer_grammar import answer_grammar
 from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.token_table import TokenTable
@@ -74,7 +75,9 @@ def compiler() -> GrammarCompiler:
 def _valid(schema: Any, value: Any) -> bool | None:
     try:
         return bool(Draft202012Validator(schema).is_valid(value))
-    except Exception:  # a reference to nowhere, or in circles
+    except BaseException as error:  # a reference to nowhere, or in circles
+        if not isinstance(error, Exception) and not panicked(error):
+            raise
         return None
 
 
