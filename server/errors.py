@@ -285,7 +285,9 @@ def error_response(error: BaseException, scope: Scope, retry_after: int = 1) -> 
 
 
 def _answer(status: int, body: dict[str, Any], scope: Scope, headers: Mapping[str, str] | None) -> JSONResponse:
-    request_id = scope.get("state", {}).get("request_id")
+    state = scope.setdefault("state", {})
+    state["error_code"] = body["error"]["code"]  # for whoever counts refusals
+    request_id = state.get("request_id")
     return JSONResponse(_shaped(body, status, scope["path"], request_id), status_code=status, headers=headers)
 
 

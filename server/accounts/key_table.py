@@ -37,9 +37,7 @@ def as_dict(key: Key) -> dict[str, Any]:
 
 def state_of(key: Key) -> str:
     """Return `good`, `revoked` or `expired`."""
-    if key.revoked is not None:
-        return "revoked"
-    return "good" if key.usable(time.time()) else "expired"  # noqa: TID251
+    return key.state(time.time())  # noqa: TID251
 
 
 def table_of(found: Sequence[Key]) -> Table:

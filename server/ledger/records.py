@@ -92,6 +92,10 @@ class Key:
         """Return whether the key is neither revoked nor expired."""
         return self.revoked is None and (self.expires is None or now < self.expires)
 
+    def state(self, now: float) -> str:
+        """Return `good`, `revoked` or `expired`."""
+        return "revoked" if self.revoked is not None else "good" if self.usable(now) else "expired"
+
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
