@@ -36,8 +36,9 @@ SLOWER, COST = 2.5, 0.03
 
 @contextlib.contextmanager
 def busy(count: int) -> Iterator[None]:
-    """`count` processes that do nothing but compute."""
-    hogs = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(count)]
+    """`count` processes that do nothing but compute; none outlives this one."""
+    code = f"import os\nwhile os.getppid() == {os.getpid()}:\n for _ in range(10**6): pass"
+    hogs = [subprocess.Popen([sys.executable, "-S", "-c", code]) for _ in range(count)]
     try:
         time.sleep(0.5)  # they start, and the scheduler spreads them
         yield

@@ -47,7 +47,6 @@ def load(
     source: Path,
     cache: Path | None,
     flags: Sequence[str],
-    circumstances: str,
     progress: Callable[[str], None] | None,
 ) -> ctypes.CDLL:
     """Load the library from the kept file, or compile it (six seconds).
@@ -55,7 +54,6 @@ def load(
     Args:
         source: a file of C; the headers beside it belong to it.
         cache: the folder for compiled files; default `$XDG_CACHE_HOME/verbatim` or `~/.cache/verbatim`.
-        circumstances: what else the trial depends on, such as torch's version; with others the file is made anew.
         progress: told when it has to be compiled, and why again.
 
     Raises:
@@ -67,7 +65,7 @@ def load(
     # clang takes 39 seconds for -O3, six for -O2, and gains nothing by it; gcc vectorises less at -O2.
     flags = ("-O2" if "clang" in version else "-O3", *_FLAGS, *flags)
     # -march=native depends on the processor, and several machines may share a home.
-    texts = (version, " ".join(flags), processor_target(), circumstances)
+    texts = (version, " ".join(flags), processor_target())
     sources = (source, *sorted(source.parent.glob("*.h")))
     parts = (*(file.read_bytes() for file in sources), *(text.encode() for text in texts))
     name = f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
