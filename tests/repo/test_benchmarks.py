@@ -65,6 +65,7 @@ def threads() -> Iterator[None]:
         ),
         ("quality", ["benchmarks/quality.py", "--threads", "1"], "KL divergence from float32"),
         ("compare", ["benchmarks/compare.py", "--model", "NOISE", "--threads", "1"], "decode, 8 streams"),
+        ("busy", ["benchmarks/busy.py", "--model", "NOISE", "--threads", "2"], "decode, 1 stream, beside"),
     ],
 )
 def test_runners_as_scripts(tmp_path: Path, name: str, command: list[str], row: str) -> None:
