@@ -425,7 +425,9 @@ def test_a_count_of_a_conversation_that_nobody_goes_on_with() -> None:
 
 
 def test_a_last_message_of_the_assistant_is_gone_on_with() -> None:
-    begun: dict[str, Any] = {"messages": [USER, {"role": "assistant", "content": "Yes, "}, {"role": "assistant", "content": "but"}]}
+    begun: dict[str, Any] = {
+        "messages": [USER, {"role": "assistant", "content": "Yes, "}, {"role": "assistant", "content": "but"}]
+    }
     for path in (MESSAGES, COUNT):
         request = prepared(path, **begun)
         assert request.continue_final_message
