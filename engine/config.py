@@ -40,6 +40,11 @@ class AdapterEntry(BaseModel):
     merge: bool = False
     """Add the adapter to the weights at load, and serve the result under the entry's own id."""
 
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """The files that are read: the configuration, and the weights."""
+        return self.path / "adapter_config.json", self.path / "adapter_model.safetensors"
+
 
 class ModelConfig(BaseModel):
     """One entry of models.yaml."""

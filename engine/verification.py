@@ -13,6 +13,7 @@ from engine.llm import LLM
 from engine.receipts.check import ReceiptCheck
 from engine.receipts.receipt import Receipt
 from engine.receipts.verdict import TOLERANCE, CheckReport, Mode
+from engine.types.model_info import ModelInfo
 
 __all__ = ["check_receipt"]
 
@@ -25,7 +26,7 @@ def check_receipt(
     *,
     mode: Mode = "verify",
     tolerance: float = TOLERANCE,
-    adapter: str = "",
+    adapter: str | None = None,
 ) -> CheckReport:
     """Compute a receipt's reply again and compare. The engine must have no other work.
 
@@ -33,9 +34,11 @@ def check_receipt(
         mode: `verify` computes the receipt's tokens as drafts, at the speed of a prompt; `replay` generates them. Where
             a replay in another environment draws another token, the receipt's own tokens are followed in addition.
         tolerance: see `engine.receipts.verdict.TOLERANCE`.
-        adapter: the name of the entry's adapter that computes.
+        adapter: the name of the adapter that computes, or an empty name; None: whichever has the receipt's files.
     """
     engine = engine.engine if isinstance(engine, LLM) else engine
+    if adapter is None:
+        adapter = _adapter_of(receipt, engine.info)
     info = engine.info.with_adapter(adapter)
     check = ReceiptCheck(receipt, info, mode=mode, tolerance=tolerance, text_of=_text_of(engine))
     report = _run(engine, check, adapter)
@@ -43,6 +46,12 @@ def check_receipt(
         follow = ReceiptCheck(receipt, info, tolerance=tolerance, text_of=_text_of(engine))
         report = dataclasses.replace(_run(engine, follow, adapter), mode=mode)
     return report
+
+
+def _adapter_of(receipt: Receipt, info: ModelInfo) -> str:
+    """Return the name of the adapter that a receipt's reply was made with, by the files; else an empty name."""
+    names = (name for name, one in info.adapters.items() if one.manifest.files == receipt.model.files)
+    return next(names, "")
 
 
 def _text_of(engine: Engine) -> Callable[[int], str]:

@@ -18,9 +18,7 @@ from engine.adapters.patterns import first_match, is_named, matches
 from engine.checkpoints.json_files import read_json
 from engine.errors import LoadError
 
-__all__ = ["CONFIG_FILE", "AdapterSettings", "read_settings"]
-
-CONFIG_FILE: Final = "adapter_config.json"
+__all__ = ["AdapterSettings", "read_settings"]
 
 _WITHOUT_EFFECT: Final = frozenset(
     {"base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode", "lora_dropout"}
@@ -63,7 +61,7 @@ _MOST_PATTERNS: Final = 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class AdapterSettings:
-    """What an adapter's configuration says about the computation.
+    """What an adapter's configuration says about the computation. Its methods raise `BadPattern`.
 
     Attributes:
         rank, alpha: of layers that no pattern names; root: whether the product is scaled by α/√r, not by α/r.
@@ -113,13 +111,13 @@ class AdapterSettings:
         return next((int(n) for name in self.layers_under for at, n in pairs if at == name and n.isdecimal()), None)
 
 
-def read_settings(folder: Path, name: str) -> AdapterSettings:
-    """Read the configuration of the adapter in a folder.
+def read_settings(path: Path, name: str) -> AdapterSettings:
+    """Read an adapter's configuration.
 
     Raises:
         LoadError: it is missing or damaged, or says something that is not computed here; names the key.
     """
-    data = read_json(folder / CONFIG_FILE, name)
+    data = read_json(path, name)
     try:
         _refuse_others(data)
         return AdapterSettings(
@@ -135,7 +133,7 @@ def read_settings(folder: Path, name: str) -> AdapterSettings:
             base=str(data.get("base_model_name_or_path") or "")[:200],
         )
     except LoadError as error:
-        raise LoadError(f"{name}: {CONFIG_FILE}: {error.message}") from None
+        raise LoadError(f"{name}: {path.name}: {error.message}") from None
 
 
 def _refuse_others(data: Mapping[str, Any]) -> None:

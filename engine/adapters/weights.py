@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from engine.adapters.settings import CONFIG_FILE, AdapterSettings, read_settings
+from engine.adapters.patterns import BadPattern
+from engine.adapters.settings import AdapterSettings, read_settings
 from engine.checkpoints.checkpoint import check_places
 from engine.checkpoints.safetensors_file import TensorEntry, read_header
 from engine.config import AdapterEntry
@@ -25,7 +25,6 @@ from engine.host_memory import format_bytes, free_memory
 
 __all__ = ["Adapter", "AdapterFiles", "LoraPair", "is_linear", "sizes_of"]
 
-WEIGHTS_FILE: Final = "adapter_model.safetensors"
 _PICKLED: Final = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _NAME: Final = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>A|B)\.weight")
 _DTYPES: Final = frozenset({"F32", "F16", "BF16"})
@@ -79,24 +78,22 @@ class AdapterFiles:
         where, folder = f"{model_id}: adapters.{entry.name}", entry.path
         if not folder.is_dir():
             raise LoadError(f"{where}: the folder {folder} does not exist.")
-        if not (folder / CONFIG_FILE).exists():
-            raise LoadError(f"{where}: {folder} holds no {CONFIG_FILE}: it is no adapter in PEFT's format.")
+        config, weights = entry.files
+        if not config.exists():
+            raise LoadError(f"{where}: {folder} holds no {config.name}: it is no adapter in PEFT's format.")
         check_places(folder, where)
-        settings = read_settings(folder, where)
-        weights = folder / WEIGHTS_FILE
+        settings = read_settings(config, where)
         if not weights.exists():
             pickled = next((name for name in _PICKLED if (folder / name).exists()), None)
             hint = f" {pickled} can run code when it is opened and is not loaded; convert it." if pickled else ""
-            raise LoadError(f"{where}: {folder} holds no {WEIGHTS_FILE}.{hint}")
+            raise LoadError(f"{where}: {folder} holds no {weights.name}.{hint}")
         tensors = read_header(weights, where)
         if not tensors or len(tensors) > _MOST_TENSORS:
-            raise LoadError(
-                f"{where}: {WEIGHTS_FILE} holds {len(tensors)} tensors; an adapter has 2 to {_MOST_TENSORS}."
-            )
+            raise LoadError(f"{where}: {weights.name} has {len(tensors)} tensors; an adapter has 2 to {_MOST_TENSORS}.")
         for key, tensor in tensors.items():
             if not _NAME.fullmatch(key):
                 raise LoadError(
-                    f"{where}: {WEIGHTS_FILE} holds {key[:200]!r}; only lora_A and lora_B of linear layers are served."
+                    f"{where}: {weights.name} holds {key[:200]!r}; only lora_A and lora_B of linear layers are served."
                 )
             if tensor.dtype not in _DTYPES:
                 raise LoadError(f"{where}: {key[:200]} is of type {tensor.dtype[:20]!r}; F32, F16 and BF16 are read.")
@@ -109,11 +106,6 @@ class AdapterFiles:
             )
         return cls(entry, settings, tensors, where)
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files that are read: the configuration and the weights."""
-        return (self.entry.path / CONFIG_FILE, self.entry.path / WEIGHTS_FILE)
-
     def load(self, model: nn.Module) -> Adapter:
         """Read the tensors for a plain model, and check that they are all and only what its layers need.
 
@@ -123,14 +115,15 @@ class AdapterFiles:
         """
         modules = dict(model.named_modules())
         names = sorted({found["module"] for key in self.tensors if (found := _NAME.fullmatch(key))})
-        for name in names:
-            self._check_layer(name, modules.get(name))
-        self._check_covered(model, modules, set(names))
+        try:
+            for name in names:
+                self._check_layer(name, modules.get(name))
+            self._check_covered(model, modules, set(names))
+            scales = {name: self.settings.scale_of(name) for name in names}
+        except BadPattern as error:
+            raise LoadError(f"{self.where}: {self.entry.files[0].name}: {error}") from None
         values = self._read()
-        pairs = {
-            name: LoraPair(values[_key(name, "A")], values[_key(name, "B")], self.settings.scale_of(name))
-            for name in names
-        }
+        pairs = {name: LoraPair(values[_key(name, "A")], values[_key(name, "B")], scales[name]) for name in names}
         return Adapter(self.entry.name, self.settings, pairs)
 
     def _check_layer(self, name: str, layer: nn.Module | None) -> None:
@@ -145,7 +138,7 @@ class AdapterFiles:
         for part, shape in (("A", (rank, depth)), ("B", (columns, rank))):
             tensor = self.tensors.get(_key(name, part))
             if tensor is None:
-                raise LoadError(f"{self.where}: {WEIGHTS_FILE} lacks lora_{part} of {name}.")
+                raise LoadError(f"{self.where}: {self.entry.files[1].name} lacks lora_{part} of {name}.")
             if tensor.shape != shape:
                 raise LoadError(
                     f"{self.where}: lora_{part} of {name} has the shape {list(tensor.shape)}; the layer and the rank "
@@ -158,18 +151,19 @@ class AdapterFiles:
         for name, module in modules.items():
             if is_linear(module) and self.settings.covers(name, is_head=module is head) != (name in names):
                 fault = "does not name it" if name in names else "names it, and it has no tensors"
-                raise LoadError(f"{self.where}: {name}: {CONFIG_FILE} {fault}: the adapter is damaged.")
+                raise LoadError(f"{self.where}: {name}: {self.entry.files[0].name} {fault}: the adapter is damaged.")
 
     def _read(self) -> dict[str, Tensor]:
         from safetensors import safe_open
 
         values: dict[str, Tensor] = {}
+        weights = self.entry.files[1]
         try:
-            with safe_open(str(self.entry.path / WEIGHTS_FILE), framework="pt") as file:
+            with safe_open(str(weights), framework="pt") as file:
                 for key in self.tensors:
                     values[key] = file.get_tensor(key).to(torch.float32).contiguous()
         except (OSError, ValueError, RuntimeError, _safetensors_error()) as error:
-            raise LoadError(f"{self.where}: cannot read {WEIGHTS_FILE}: {error}") from None
+            raise LoadError(f"{self.where}: cannot read {weights.name}: {error}") from None
         for key, value in values.items():
             if not bool(value.isfinite().all()):
                 raise LoadError(f"{self.where}: {key} holds a number that is not finite.")

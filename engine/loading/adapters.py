@@ -146,7 +146,7 @@ class EntryAdapters:
     def ready(self) -> tuple[ReadyAdapter, ...]:
         """Return the adapters as they are served."""
         return tuple(
-            ReadyAdapter(files, adapter, hash_files(files.files), self._reports.get(adapter.name))
+            ReadyAdapter(files, adapter, hash_files(files.entry.files), self._reports.get(adapter.name))
             for files, adapter in zip(self._files, self._loaded, strict=True)
         )
 

@@ -124,13 +124,13 @@ def _beside(info: ModelInfo, ready: ReadyAdapter) -> ModelInfo:
         fingerprint_parts=parts,
         manifest=_with_adapter(info.manifest, ready),
         weight_bytes=info.weight_bytes + sum(tensor.size for tensor in ready.files.tensors.values()),
-        created=max(info.created, *(int(path.stat().st_mtime) for path in ready.files.files)),
+        created=max(info.created, *(int(path.stat().st_mtime) for path in ready.files.entry.files)),
     )
 
 
 def _adapter_parts(ready: ReadyAdapter) -> dict[str, Part]:
     """Name what an adapter adds to the parts: its numbers, what is computed with them, and how."""
-    _, weights = ready.files.files
+    _, weights = ready.files.entry.files
     pairs = ready.adapter.pairs
     return {
         "adapter": f"sha256:{ready.digests[weights]}",
