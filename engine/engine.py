@@ -100,11 +100,12 @@ class Engine:
         """Queue a request. Its id must not be in use.
 
         Raises:
-            ValueError: the id is in use, or a reply to be checked cannot be one of this model.
+            ValueError: the id is in use, there is no such adapter, or a reply to be checked is none of this model's.
             Exception: whatever its grammar raises if it does not start; then nothing is queued.
         """
         if request.request_id in self._requests:
             raise ValueError(f"the request id {request.request_id!r} is in use")
+        self._check_adapter(request)
         self._check_followed(request)
         stops = StopStrings(request.params.stop)
         places = places_of(request.prediction)
@@ -113,6 +114,12 @@ class Engine:
         logprobs = PromptLogprobs(self.model.vocabulary, request.prompt_token_ids) if scored else None
         self._requests[request.request_id] = RunningRequest(request, choices, len(choices), logprobs)
         self._scheduler.add([choice.sequence for choice in choices])
+
+    def _check_adapter(self, request: PreparedRequest) -> None:
+        if request.adapter and request.adapter not in self.info.adapters:
+            raise ValueError(f"{self.info.id} has no adapter {request.adapter!r}")
+        if request.adapter and request.adapter not in request.cache_share:
+            raise ValueError("the request's share of the prefix cache is not its adapter's")
 
     def _check_followed(self, request: PreparedRequest) -> None:
         follow, params = request.follow, request.params
@@ -136,6 +143,7 @@ class Engine:
             follow=request.follow[index] if request.follow is not None else None,
             records=request.record,
             begun=request.begun,
+            adapter=request.adapter,
             next_scored=1 if params.prompt_logprobs is not None and index == 0 else -1,
         )
         parser = model.chat_format.parser(request.reply_format)

@@ -104,8 +104,10 @@ class Preparer:
         Raises:
             InvalidFormat, TemplateRefused, ContextLengthExceeded: see their codes.
             InvalidParameter: a sampling field out of range, `n` over the cap, an id outside the vocabulary.
+            ModelNotFound: there is no such adapter.
             RuntimeError: a library in Rust panicked.
         """
+        self._info.with_adapter(request.adapter)
         with _panics_caught():
             return self._prepare(request)
 
@@ -188,8 +190,13 @@ class Preparer:
             group=request.group,
             echo=prompt.echo,
             prediction=self._prediction(request.prediction, params.max_tokens or 0),
-            cache_share=("" if self._config.share_prefix_cache else request.group, request.cache_salt),
+            cache_share=(
+                "" if self._config.share_prefix_cache else request.group,
+                request.cache_salt,
+                request.adapter,
+            ),
             record=request.record,
+            adapter=request.adapter,
         )
 
     def _reply_format(

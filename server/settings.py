@@ -98,7 +98,7 @@ class ServerSettings(BaseModel):
     """Serve without keys on an address that others can reach."""
     prices: dict[str, Price] = Field(default_factory=dict)
     """By model: the price of a token of each kind, in micro-credits. The default is one, so that balances count
-    tokens."""
+    tokens; of an adapter (`ID:NAME`) it is its model's price."""
     hosts: list[str] = Field(default_factory=list)
     """Names by which clients reach this server, beside this machine's own: `box.lan`, `host.docker.internal`, `*.lan`;
     `*` allows any. A request for another name is refused. Default: any name if keys are in use or others can reach

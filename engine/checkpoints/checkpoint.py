@@ -107,7 +107,7 @@ def inspect(folder: Path, name: str) -> Checkpoint:
     Raises:
         LoadError: a file is missing, broken or of a kind that is not loaded.
     """
-    _check_places(folder, name)
+    check_places(folder, name)
     _check_kind(folder, name)
     config = read_json(folder / "config.json", name)
     files = _weight_files(folder, config, name)
@@ -159,7 +159,7 @@ def _check_files(folder: Path, name: str) -> None:
             raise LoadError(f"{name}: {file} names a token {highest}; ids beyond {_HIGHEST_ID} are not read.")
 
 
-def _check_places(folder: Path, name: str) -> None:
+def check_places(folder: Path, name: str) -> None:
     """Refuse links that leave the folder, and what is no regular file: a pipe never ends, `/etc/passwd` is no template.
 
     Weights may lie on another disk: reading them refuses any file that is not in safetensors format.

@@ -29,13 +29,14 @@ from engine.devices.gpu import DeviceStream
 from engine.errors import LoadError, NotEnoughMemory, VerbatimError, one_line, out_of_memory, panicked
 from engine.host_memory import format_bytes, free_memory
 from engine.loading import identity, manifest, versions
+from engine.loading.adapters import EntryAdapters
 from engine.loading.gpu.rungs import Rungs, choose_rung, kernels_of, served
 from engine.loading.identity import ReadyModel
 from engine.loading.memory.cache_size import CacheSize, context_length, size_cache
 from engine.loading.memory.gpu_budget import GpuBudget
 from engine.loading.memory.largest_step import LargestStep
 from engine.loading.placement import Placement, choose_backend, place
-from engine.loading.selftest import Reference, SelfTest, self_test
+from engine.loading.selftest import Reference, SelfTest, self_test, tolerance_of
 from engine.loading.text_side import TextFiles, TextSide
 from engine.model import LoadedModel
 from engine.scheduling.block_pool import BLOCK_SIZE, BlockPool
@@ -90,6 +91,7 @@ def _load(config: ModelConfig, pull: bool, say: Progress, beside: StepBytes) -> 
     found = gguf_file.inspect(file) if file else checkpoint.inspect(folder, config.id)
     claims.check_config(found, config.id)
     placement = place(config, found)
+    adapters = EntryAdapters.inspect(config, found, placement)
     if config.threads:
         torch.set_num_threads(config.threads)
     stream = DeviceStream(placement.device)
@@ -99,7 +101,7 @@ def _load(config: ModelConfig, pull: bool, say: Progress, beside: StepBytes) -> 
             say(f"reading {format_bytes(found.stored_bytes)} of weights")
             files = TextFiles.read(config, folder, file)
             trials = files.start_trials(pool)
-            ready = _prepare(config, found, file, placement, stream, files, digests.result, say, beside)
+            ready = _prepare(config, found, file, placement, stream, files, adapters, digests.result, say, beside)
             for trial in trials:
                 trial.result()
         ready.backend.release_memory()
@@ -113,6 +115,7 @@ def _prepare(
     placement: Placement,
     stream: DeviceStream,
     files: TextFiles,
+    adapters: EntryAdapters,
     digests: Callable[[], Mapping[Path, str]],
     say: Progress,
     beside: StepBytes,
@@ -123,12 +126,14 @@ def _prepare(
     stream.wait_for_all()
     _check_device(config, model, placement)
     check_vocabulary(config, files.tokenizer, model)
+    adapters.join(model)
     vocab_size, length = _vocab_size(model), context_length(config, model)
     longrope = rotary.pin(model, length)
     if placement.on_one_gpu and config.quantization:
         packed_layers.round_layers(model, config.quantization, config.id, say)
     say("a pass of plain transformers, to compare with")
     reference = Reference.of(model, vocab_size, length)
+    adapters.compare(model, vocab_size, length, say)
     rounds = placement.has_kernels and config.quantization is not None  # inputs, too, which the reference does not
 
     def tested(backend: Backend) -> SelfTest:
@@ -143,7 +148,22 @@ def _prepare(
         backend.fuse(model, stored=placement.stored, length=length, progress=say)
         say("self-test")
         test = tested(backend)
-    return ReadyModel(model, backend, placement, stream, budget, test, vocab_size, length, longrope, digests(), report)
+    tolerance = tolerance_of(placement.dtype, rounded=rounds)
+    test = adapters.attach(model, backend, test, reference, tolerance, vocab_size, length)
+    return ReadyModel(
+        model,
+        backend,
+        placement,
+        stream,
+        budget,
+        test,
+        vocab_size,
+        length,
+        longrope,
+        digests(),
+        report,
+        adapters.ready(),
+    )
 
 
 def _rungs(

@@ -1,9 +1,9 @@
 """The record of a request: a `GenerationRequest` with every default filled in, as plain JSON, and back.
 
 What cannot change a reply is left out: the id, the group, the cache's salt, the prediction, the echo, and which field
-of an API asked for a prompt or a constraint. Exactly one of `messages`, `prompt` and `prompt_token_ids` is there, and
-every other name, but for those of a reply whose beginning was given. `engine.receipts.canonical` says what is written
-as text.
+of an API asked for a prompt or a constraint. So is the adapter, which is a part of the environment, as the model is.
+Exactly one of `messages`, `prompt` and `prompt_token_ids` is there, and every other name, but for those of a reply whose
+beginning was given. `engine.receipts.canonical` says what is written as text.
 """
 
 from __future__ import annotations

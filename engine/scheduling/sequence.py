@@ -38,6 +38,7 @@ class Sequence:
         follow: the tokens of a reply that is checked: it takes them, whatever is drawn. None: it takes what is drawn.
         records: whether the scores of each draw are wanted.
         next_scored: the first prompt token whose log-probability is still wanted; the prompt's length if none is.
+        adapter: the adapter that computes it; empty: none.
         start_tag: its place in the fair order, set by the scheduler.
     """
 
@@ -59,6 +60,7 @@ class Sequence:
     follow: tuple[int, ...] | None = None
     records: bool = False
     next_scored: int = -1
+    adapter: str = ""
     start_tag: int = 0
     begun: int = 0
     _length: int = field(init=False)

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -15,6 +15,7 @@ from engine.engine import Engine
 from engine.errors import EngineDead, ModelLoading, ModelNotFound, VerbatimError
 from engine.loading.loader import load
 from engine.model import LoadedModel
+from engine.serving.adapter_view import views
 from engine.serving.async_engine import AsyncEngine
 from engine.serving.protocol import EngineProtocol
 from engine.types.model_info import ModelInfo
@@ -24,12 +25,23 @@ log = logging.getLogger("verbatim.engine")
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """The state of one entry. `detail`: progress while it loads, the reason once it failed."""
+    """The state of one entry, or of one of its adapters. `detail`: progress while it loads, the reason once it failed.
+
+    `parent`: of an adapter that is served beside its model: the model's id.
+    """
 
     id: str
     state: Literal["loading", "ready", "failed"]
     detail: str
     info: ModelInfo | None = None
+    parent: str | None = None
+
+
+def with_adapters(status: ModelStatus, config: ModelConfig) -> list[ModelStatus]:
+    """Return an entry's state, followed by those of its adapters, which are the same."""
+    infos = {info.id: info for info in status.info.adapters.values()} if status.info else {}
+    beside = [replace(status, id=one, info=infos.get(one), parent=status.id) for one in config.adapter_ids]
+    return [status, *beside]
 
 
 class Registry:
@@ -43,6 +55,7 @@ class Registry:
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
         self._configs = {config.id: config for config in configs}
+        self._bases = {adapter: config.id for config in configs for adapter in config.adapter_ids}
         self._pull = pull
         self._on_progress = on_progress
         self._engines: dict[str, EngineProtocol] = {}
@@ -67,16 +80,20 @@ class Registry:
         engine = self._engines.get(model_id)
         if engine is not None:
             return engine
+        if model_id in self._bases:
+            return views(self.get(self._bases[model_id]))[model_id]
         if model_id not in self._configs:
-            known = ", ".join(sorted(self._configs))
+            known = ", ".join(sorted([*self._configs, *self._bases]))
             raise ModelNotFound(f"the model {model_id!r} does not exist; there is: {known}.", param="model")
         if model_id in self._failures:
             raise EngineDead(f"{model_id} could not be loaded: {self._failures[model_id]}")
         raise ModelLoading(f"{model_id} is loading ({self._details[model_id]}).")
 
     def list(self) -> list[ModelStatus]:
-        """Return the state of every entry, in the order of the configuration."""
-        return [self._status(model_id) for model_id in self._configs]
+        """Return the state of every entry, in the order of the configuration, each followed by its adapters."""
+        return [
+            status for config in self._configs.values() for status in with_adapters(self._status(config.id), config)
+        ]
 
     def wait(self) -> None:
         """Wait until every entry is loaded or has failed."""

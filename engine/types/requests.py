@@ -77,6 +77,8 @@ class GenerationRequest:
     every token that is drawn."""
     clock: dt.datetime | None = None
     """What a chat template that prints the time reads; None: the entry's clock, else the real one."""
+    adapter: str = ""
+    """The adapter that computes the reply beside the model's own weights; empty: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,8 @@ class PreparedRequest:
     echo: EchoedPrompt | None = None
     """The prompt as text, if the request asks for it."""
     cache_share: tuple[str, ...] = ()
-    """The share of the prefix cache that the request reads and fills."""
+    """The share of the prefix cache that the request reads and fills. Keys and values depend on the adapter: each has
+    shares of its own."""
     prediction: tuple[int, ...] = ()
     """Tokens that the replies may hold many of."""
     record: bool = False
@@ -137,3 +140,5 @@ class PreparedRequest:
     follow: tuple[tuple[int, ...], ...] | None = None
     """By choice: the tokens of a reply that is checked. The choice takes them, whatever it draws, and the outputs hold
     `checks`. None: choices take what they draw."""
+    adapter: str = ""
+    """The adapter that computes the reply; empty: none."""

@@ -12,7 +12,11 @@ __all__ = ["model_details", "model_object", "state_of"]
 def model_object(status: ModelStatus) -> dict[str, Any]:
     """Return a model as the OpenAI API lists it, with what the engine knows of it beside."""
     info = status.info
-    base = {"id": status.id, "object": "model", "created": info.created if info else 0, "owned_by": "local"}
+    base: dict[str, Any] = {
+        **{"id": status.id, "object": "model", "created": info.created if info else 0, "owned_by": "local"},
+        "root": status.parent or status.id,  # as vLLM tells adapters from their models
+        "parent": status.parent,
+    }
     if info is None:
         return {**base, "state": status.state, "detail": status.detail}
     return {
@@ -29,6 +33,7 @@ def model_object(status: ModelStatus) -> dict[str, Any]:
         "linear": info.linear,
         "memory": info.memory or None,
         "runner": info.runner,
+        "merged_adapter": info.merged_adapter,
         "gpu": {"rung": info.gpu.rung, "reasons": dict(info.gpu.reasons)} if info.gpu else None,
         "system_fingerprint": info.system_fingerprint,
         "defaults_fingerprint": info.defaults_fingerprint,

@@ -111,7 +111,9 @@ def _engine(service: Service, account: Account, model: str | None) -> EngineProt
         ModelNotFound, ModelLoading, EngineDead: as `Registry.get`.
     """
     if model is None:
-        usable = [status.id for status in service.registry.list() if account.may_use(status.id)]
+        found = [status for status in service.registry.list() if account.may_use(status.id)]
+        ids = {status.id for status in found}
+        usable = [status.id for status in found if status.parent not in ids]  # adapters have their model's tokenizer
         if len(usable) != 1:
             raise InvalidFormat(
                 f"model is required where there is not just one; there are: {', '.join(usable)}."[:1000],
