@@ -246,7 +246,7 @@ def test_a_full_queue_has_room_for_one_of_somebody_else(engine: AsyncEngine) -> 
 
 
 def test_a_request_waits_for_its_turn_as_long_as_it_may(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine._loop, "_queue_seconds", 0.1)
+    monkeypatch.setattr(engine._transport.loop, "_queue_seconds", 0.1)
 
     async def main() -> None:
         running = [
