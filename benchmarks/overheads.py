@@ -219,7 +219,8 @@ def server(report: Report, model: Path, streams: int, tokens: int, repeat: int) 
     with tempfile.TemporaryDirectory() as scratch:
         meter = Path(scratch, "meter")
         metered.create(meter)
-        entry = {"device": "cpu", "threads": 1, "max_sequences": streams}
+        # In one process, whose threads are told apart; `benchmarks.isolation` compares it with two.
+        entry = {"device": "cpu", "threads": 1, "max_sequences": streams, "isolation": "thread"}
         with served.serve(model, meter=meter, **entry) as running:
             for round_ in range(repeat + 1):  # the first warms up
                 bodies = [

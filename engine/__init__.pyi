@@ -35,6 +35,7 @@ from engine.errors import (
     Unavailable as Unavailable,
     Unsupported as Unsupported,
     VerbatimError as VerbatimError,
+    trace_lines as trace_lines,
 )
 from engine.host_memory import (
     address_space as address_space,
@@ -92,6 +93,7 @@ from engine.receipts.verdict import (
 )
 from engine.serving.async_engine import AsyncEngine as AsyncEngine
 from engine.serving.fair_lock import FairLock as FairLock
+from engine.serving.opening import open_engine as open_engine
 from engine.serving.protocol import EngineProtocol as EngineProtocol
 from engine.serving.registry import (
     ModelStatus as ModelStatus,
@@ -119,6 +121,7 @@ from engine.types.messages import (
 )
 from engine.types.model_info import (
     EngineStats as EngineStats,
+    LoadProgress as LoadProgress,
     ModelInfo as ModelInfo,
     ReproducibilityReport as ReproducibilityReport,
     TokenizerInfo as TokenizerInfo,

@@ -24,6 +24,8 @@ VerbatimError
 
 from __future__ import annotations
 
+import os
+import traceback
 from typing import Any
 
 __all__ = [
@@ -171,6 +173,36 @@ def one_line(message: str | BaseException, most: int = 400) -> str:
     if not text and isinstance(message, BaseException):
         return type(message).__name__
     return text if len(text) <= most else f"{text[:most]} …"
+
+
+def trace_lines(error: BaseException | None) -> list[str]:
+    """Return the lines of a traceback: where an exception and those that caused it were raised, the earliest first.
+
+    Their words are left out, for they may quote a request, unless they come from the operating system or torch.
+    """
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return [line for found in reversed(seen) for line in _trace_of(found)]
+
+
+def _trace_of(error: BaseException) -> list[str]:
+    kind = type(error)
+    lines = ["Traceback (most recent call last):"]
+    lines += "".join(traceback.format_tb(error.__traceback__)).splitlines()
+    lines.append(f"{kind.__module__}.{kind.__qualname__}: {_harmless_words(error)}".replace("builtins.", "", 1))
+    if isinstance(error, BaseExceptionGroup):
+        lines += ["    " + line for inner in error.exceptions for line in _trace_of(inner)]
+    return lines
+
+
+def _harmless_words(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"[Errno {error.errno}] {os.strerror(error.errno)}"
+    if isinstance(error, MemoryError) or type(error).__module__.partition(".")[0] == "torch":
+        return str(error)[:500]
+    return "(its words are left out: they may quote a request)"
 
 
 def panicked(error: BaseException) -> bool:

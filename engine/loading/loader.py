@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from engine.loading import identity, manifest, versions
 from engine.loading.adapters import EntryAdapters
 from engine.loading.gpu.rungs import Rungs, choose_rung, kernels_of, served
 from engine.loading.identity import ReadyModel
+from engine.loading.manifest import BytesRead
 from engine.loading.memory.cache_size import CacheSize, context_length, size_cache
 from engine.loading.memory.gpu_budget import GpuBudget
 from engine.loading.memory.largest_step import LargestStep
@@ -48,25 +49,31 @@ _LOGITS = 2**25
 """Logits of a step beside one row for each sequence: 128 MiB."""
 _LONGEST_MESSAGE = 600
 
-StepBytes = Sequence[Mapping[torch.device, int]]
+StepBytes = Sequence[Mapping[str, int]]
 """`LoadedModel.step_bytes` of each model that is served already."""
 
 
 def load(
-    config: ModelConfig, *, pull: bool = False, progress: Progress | None = None, beside: Iterable[LoadedModel] = ()
+    config: ModelConfig,
+    *,
+    pull: bool = False,
+    progress: Progress | None = None,
+    read: BytesRead | None = None,
+    beside: StepBytes = (),
 ) -> LoadedModel:
     """Load one entry.
 
     Args:
         pull: fetch what is not in the hub's cache.
-        progress: told what takes long.
-        beside: the models that this process serves already, which need their share of a GPU's memory.
+        progress: told what takes long, in words.
+        read: told how many bytes of how many were read and hashed so far, at most once for each percent, on any thread.
+        beside: `step_bytes` of the models that are served already, which need their share of a GPU's memory.
 
     Raises:
         LoadError: whatever is wrong, in one sentence; NotEnoughMemory with `needed` and `free` bytes.
     """
     try:
-        return _load(config, pull, progress or (lambda _: None), [model.step_bytes for model in beside])
+        return _load(config, pull, progress or (lambda _: None), read, beside)
     except VerbatimError as error:
         told = one_line(error.message, _LONGEST_MESSAGE)  # it may quote a stranger's file
         if isinstance(error, LoadError) and told.startswith(f"{config.id}: "):
@@ -83,7 +90,7 @@ def load(
         raise LoadError(f"{config.id}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
 
 
-def _load(config: ModelConfig, pull: bool, say: Progress, beside: StepBytes) -> LoadedModel:
+def _load(config: ModelConfig, pull: bool, say: Progress, read: BytesRead | None, beside: StepBytes) -> LoadedModel:
     versions.warn_of_untried()
     checkpoint.prepare_environment(pull=pull)
     folder = checkpoint.locate(config, pull=pull)
@@ -97,7 +104,7 @@ def _load(config: ModelConfig, pull: bool, say: Progress, beside: StepBytes) -> 
     stream = DeviceStream(placement.device)
     with stream.current():
         with ThreadPoolExecutor(max_workers=2) as pool:  # hashes files and tries templates while weights are read
-            digests = pool.submit(manifest.hash_files, manifest.files_read(config, found))
+            digests = pool.submit(manifest.hash_files, manifest.files_read(config, found), read)
             say(f"reading {format_bytes(found.stored_bytes)} of weights")
             files = TextFiles.read(config, folder, file)
             trials = files.start_trials(pool)
@@ -121,7 +128,7 @@ def _prepare(
     beside: StepBytes,
 ) -> ReadyModel:
     """Read the weights, fuse the model for its backend, and test it."""
-    budget = GpuBudget(placement.gpus, beside)
+    budget = GpuBudget(placement.gpus, [{torch.device(n): size for n, size in steps.items()} for steps in beside])
     model = load_model(config, found, placement.dtype, placement.device_map, file, packed=placement.packs)
     stream.wait_for_all()
     _check_device(config, model, placement)
@@ -206,7 +213,7 @@ def _assemble(config: ModelConfig, found: Checkpoint, ready: ReadyModel, files: 
         runner=runner,
         scheduler=_scheduler(config, ready, size),
         stream=ready.stream,
-        step_bytes=ready.budget.activations,
+        step_bytes={str(device): size for device, size in ready.budget.activations.items()},
     )
 
 

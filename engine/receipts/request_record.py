@@ -2,8 +2,8 @@
 
 What cannot change a reply is left out: the id, the group, the cache's salt, the prediction, the echo, and which field
 of an API asked for a prompt or a constraint. So is the adapter, which is a part of the environment, as the model is.
-Exactly one of `messages`, `prompt` and `prompt_token_ids` is there, and every other name, but for those of a reply whose
-beginning was given. `engine.receipts.canonical` says what is written as text.
+Exactly one of `messages`, `prompt` and `prompt_token_ids` is there, and every other name, but those of a given
+beginning where none is given. `engine.receipts.canonical` says what is written as text.
 """
 
 from __future__ import annotations

@@ -11,14 +11,11 @@ from functools import partial
 from typing import Literal
 
 from engine.config import ModelConfig
-from engine.engine import Engine
 from engine.errors import EngineDead, ModelLoading, ModelNotFound, VerbatimError
-from engine.loading.loader import load
-from engine.model import LoadedModel
 from engine.serving.adapter_view import views
-from engine.serving.async_engine import AsyncEngine
+from engine.serving.opening import open_engine
 from engine.serving.protocol import EngineProtocol
-from engine.types.model_info import ModelInfo
+from engine.types.model_info import LoadProgress, ModelInfo
 
 log = logging.getLogger("verbatim.engine")
 
@@ -116,13 +113,17 @@ class Registry:
         return ModelStatus(model_id, "loading", self._details[model_id])
 
     def _load_all(self) -> None:
-        served: list[LoadedModel] = []
+        served: list[EngineProtocol] = []
         for model_id, config in self._configs.items():
             if self._closing:
                 return
             try:
-                model = load(config, pull=self._pull, progress=partial(self._say, model_id), beside=served)
-                engine = AsyncEngine(Engine(model))
+                engine = open_engine(
+                    config,
+                    pull=self._pull,
+                    progress=partial(self._note, model_id),
+                    beside=[other.step_bytes for other in served],
+                )
             except VerbatimError as error:
                 self._failures[model_id] = error.message
                 self._say(model_id, f"failed: {error.message}")
@@ -133,14 +134,18 @@ class Registry:
                 self._say(model_id, f"failed: {self._failures[model_id]}")
                 continue
             with self._lock:
-                if not self._closing:
+                closing = self._closing
+                if not closing:
                     self._engines[model_id] = engine
-                    engine = None  # type: ignore[assignment]
-            if engine is not None:
+            if closing:
                 engine.close()
                 return
-            served.append(model)
+            served.append(engine)
             self._say(model_id, "ready")
+
+    def _note(self, model_id: str, progress: LoadProgress) -> None:
+        if progress.text != self._details[model_id]:
+            self._say(model_id, progress.text)
 
     def _say(self, model_id: str, text: str) -> None:
         self._details[model_id] = text
