@@ -51,6 +51,7 @@ _WHEN = {
     "BadHost": "the `Host` header is missing, repeated or unreadable",
     "HostNotAllowed": "the `Host` header names neither this machine nor an entry of `hosts`",
     "OriginNotAllowed": "a page sent it whose origin is neither the server's own nor in `cors_origins`",
+    "ManagementNotAllowed": "the key is no admin key or, without keys, the request is not this machine's own",
     "UnsupportedMediaType": "the `Content-Type` is not JSON",
     "UnsupportedEncoding": "the `Content-Encoding` is not gzip; `Accept-Encoding` tells what is",
     "PathNotFound": "nothing is served at this path; the message says what was meant, or what there is",

@@ -127,6 +127,12 @@ class RateLimited(VerbatimError):
         self.hopeless = hopeless
 
 
+class ManagementNotAllowed(VerbatimError):
+    """The sender may not manage the server: its key is no admin key or, without keys, it is on another machine."""
+
+    code = "management_not_allowed"
+
+
 class NoKeys(VerbatimError):
     """Usage was asked of a server that has no keys, and so records none."""
 
@@ -154,6 +160,7 @@ TABLE: Final[tuple[tuple[type[VerbatimError], int, str], ...]] = (
     (BadHost, 400, "invalid_request_error"),
     (HostNotAllowed, 403, "permission_error"),
     (OriginNotAllowed, 403, "permission_error"),
+    (ManagementNotAllowed, 403, "permission_error"),
     (UnsupportedMediaType, 415, "invalid_request_error"),
     (Unauthorized, 401, "authentication_error"),
     (UnknownKey, 401, "authentication_error"),
