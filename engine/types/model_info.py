@@ -102,3 +102,23 @@ class EngineStats:
     drafted_tokens: int = 0
     """Draft tokens computed; `accepted_tokens` of them were kept."""
     accepted_tokens: int = 0
+    process_id: int | None = None
+    """Of the process that computes the model; None: the one that asks (`isolation: thread`), or it has ended."""
+    resident_bytes: int = 0
+    """What that process has in memory, shared libraries included; 0 where it is none of its own, whose share of the
+    asker's memory nobody can tell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadProgress:
+    """How far a load is.
+
+    Attributes:
+        text: what is being done, for people.
+        bytes_read: of the checkpoint's files, how many bytes were read and hashed.
+        total_bytes: how many they have; 0 while it is not known.
+    """
+
+    text: str
+    bytes_read: int = 0
+    total_bytes: int = 0
