@@ -62,6 +62,12 @@ class ModelConfig(BaseModel):
     on first use, for tests."""
     revision: str | None = None
     """With repo: a branch, tag or commit. Default: main."""
+    load: Literal["at_start", "on_demand"] = "at_start"
+    """When the model is loaded: when the server starts, or for the first request that names it. That request waits."""
+    idle_seconds: float | None = Field(default=None, gt=0)
+    """Seconds without a request after which the model is unloaded; the next request loads it again. Default: never."""
+    max_load_seconds: float = Field(default=600.0, gt=0)
+    """A request that has waited longer for a model that is being loaded for it is refused; the loading goes on."""
     device: str = "auto"
     """`auto` takes a GPU when there is one; or `cpu`, `cuda`, `cuda:N`, or an accelerate device map (`balanced`, …)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

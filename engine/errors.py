@@ -17,6 +17,8 @@ VerbatimError
     ├── QueueFull
     ├── QueueTimeout                 the request has waited for `max_queue_seconds`
     ├── ModelLoading
+    ├── ModelInUse                   it serves requests or is being loaded, and so cannot be unloaded
+    ├── NoRoom                       no model can leave for this one; carries needed and free bytes, and who holds them
     ├── EngineDead                   carries the cause
     ├── OutOfMemory                  this request's step did not fit; the engine goes on
     └── NumericalFault               the model produced a value that is not finite
@@ -35,8 +37,10 @@ __all__ = [
     "InvalidFormat",
     "InvalidParameter",
     "LoadError",
+    "ModelInUse",
     "ModelLoading",
     "ModelNotFound",
+    "NoRoom",
     "NotEnoughMemory",
     "NumericalFault",
     "OutOfMemory",
@@ -144,6 +148,16 @@ class QueueTimeout(Unavailable):
 
 class ModelLoading(Unavailable):
     code = "model_loading"
+
+
+class ModelInUse(Unavailable):
+    code = "model_in_use"
+
+
+class NoRoom(Unavailable):
+    """There is no room for a model. `details["holders"]`: the loaded ones, as `{"id", "memory_bytes"}`."""
+
+    code = "no_room"
 
 
 class EngineDead(Unavailable):

@@ -61,6 +61,10 @@ class AdapterView(EngineProtocol):
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
+    @property
+    def step_bytes(self) -> Mapping[str, int]:
+        return self._engine.step_bytes
+
     def close(self) -> bool:
         return self._engine.close()
 
