@@ -28,6 +28,7 @@ from benchmarks import machine, real_model
 from benchmarks.common import RESULTS, ROOT, alternate, fixed_prompt, ratios, summary
 from benchmarks.report import Report
 from benchmarks.worker import Worker
+from engine.checkpoints.checkpoint import inspect
 
 OURS = "verbatim"
 SLOWER, COST = 2.5, 0.03
@@ -63,6 +64,9 @@ class Run:
         self.model, self.threads = arguments.model, arguments.threads
         self.steps, self.repeat, self.quantization = arguments.steps, arguments.repeat, arguments.quantization
         self.roots = roots
+        self.quick = bool(arguments.quick)
+        config = inspect(self.model, self.model.name).config
+        self.vocab_size = int(config.get("text_config", config)["vocab_size"])
         settings = {
             "repeat": self.repeat,
             "decode_steps": self.steps,
@@ -73,7 +77,7 @@ class Run:
         label = arguments.label or arguments.model.resolve().name
         self.report = Report(
             "busy", label, machine.utc_now(), *machine.commit(), machine.describe(self.threads), settings,
-            bool(arguments.quick),
+            self.quick,
         )  # fmt: skip
 
     @contextlib.contextmanager
@@ -87,7 +91,7 @@ class Run:
 
     def speed(self, worker: Worker, number: int) -> float:
         """Tokens per second of one greedy stream after a short prompt."""
-        prompt = fixed_prompt(16, 1000, number + 1)
+        prompt = fixed_prompt(16, self.vocab_size, number + 1)
         answer = worker.ask("decode", prompts=[prompt], steps=self.steps, sampling={})
         return self.steps / float(answer["seconds"])
 
@@ -126,9 +130,11 @@ def beside_idle_models(run: Run, name: str, root: Path, alone: Worker) -> None:
         cases = {case: lambda number, w=worker: run.speed(w, number) for case, worker in one_process.items()}
         alternate(cases, 1, first=-1)
         values = alternate(cases, run.repeat)
-    with run.loaded(root):  # beside the one at hand and those of other commits, which are idle, too
+    with (
+        run.loaded(root) if not run.quick else contextlib.nullcontext()
+    ):  # beside the one at hand and those of other commits, which are idle, too
         case = "3 in processes of their own"
-        with run.loaded(root):
+        with run.loaded(root) if not run.quick else contextlib.nullcontext():
             apart = alternate({case: lambda number: run.speed(alone, number)}, run.repeat + 1, first=-1)[case][1:]
     ratio, goal = ratios(values["3 in one process"], values["1 model"]), 1 - COST
     run.report.add(

@@ -93,7 +93,7 @@ static struct {
     _Atomic int workers, sleeping;
     _Alignas(64) Bed beds[MOST_THREADS]; /* worker i's is the i-th; there is no worker 0 */
     pthread_mutex_t growing;
-    int most; /* workers that can be had: fewer after the system has refused one */
+    _Atomic int most; /* workers that can be had: fewer after the system has refused one */
     int forks_noted;
 } team = {.growing = PTHREAD_MUTEX_INITIALIZER, .most = MOST_THREADS - 1};
 
@@ -311,7 +311,7 @@ static void in_child(void) {
     atomic_store(&team.workers, 0);
     atomic_store(&team.sleeping, 0);
     atomic_store(&team.taken, 0);
-    team.most = MOST_THREADS - 1;
+    atomic_store(&team.most, MOST_THREADS - 1);
     for (int i = 0; i < SLOTS; i++) {
         Slot *s = team.slots + i;
         atomic_store(&s->word, atomic_load(&s->word) & ~UNITS_MASK);
@@ -350,10 +350,11 @@ static void grow(int threads) {
     pthread_mutex_lock(&team.growing);
     if (!team.forks_noted) {
         team.forks_noted = 1; /* also in a child: its handlers are its parent's */
+        for (int i = 0; i < SLOTS; i++) bed_make(&team.slots[i].bed);
         pthread_atfork(before_fork, after_fork, in_child);
     }
-    for (int next; (next = atomic_load(&team.workers) + 1) < threads && next <= team.most;) {
-        if (start_worker(next)) team.most = next - 1;
+    for (int next; (next = atomic_load(&team.workers) + 1) < threads && next <= atomic_load(&team.most);) {
+        if (start_worker(next)) atomic_store(&team.most, next - 1);
         else atomic_store(&team.workers, next);
     }
     pthread_mutex_unlock(&team.growing);
@@ -387,7 +388,7 @@ static void team_run(const Phase *phases, int count, int threads) {
     unsigned mode = usual_arithmetic();
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     int workers = atomic_load_explicit(&team.workers, memory_order_relaxed);
-    if (workers + 1 < threads && workers < team.most) grow(threads);
+    if (workers + 1 < threads && workers < atomic_load_explicit(&team.most, memory_order_acquire)) grow(threads);
     Slot *s = threads > 1 ? take_slot() : NULL;
     if (!s)
         for (int i = 0; i < count; i++) {
