@@ -26,8 +26,10 @@ VerbatimError
 
 from __future__ import annotations
 
+import contextlib
 import os
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 __all__ = [
@@ -234,3 +236,14 @@ def out_of_memory(error: BaseException) -> bool:
         or "not enough memory" in said
         or "can't allocate memory" in said
     )
+
+
+@contextlib.contextmanager
+def panics_caught() -> Iterator[None]:
+    """Raise a panic of a library in Rust as a `RuntimeError`: it is no Exception, and callers expect one."""
+    try:
+        yield
+    except BaseException as error:
+        if panicked(error):
+            raise RuntimeError(f"a library panicked: {error}"[:300]) from error
+        raise

@@ -6,15 +6,14 @@ computes nothing with the model.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported, panicked
+from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported, panics_caught
 from engine.grammar.answer_grammar import ReplyGrammar
 from engine.grammar.reply_grammar import GrammarSource
 from engine.grammar.request_schemas import read_schemas
@@ -32,7 +31,7 @@ from engine.types.model_info import TokenizerInfo
 from engine.types.reply_format import ReplyFormat
 from engine.types.requests import EchoedPrompt, GenerationRequest, PreparedRequest, TokenizedPrompt
 from engine.types.sampling_params import SamplingParams
-from engine.types.tools import Tool, ToolChoice
+from engine.types.tools import check_tools
 
 _DRAWN_SEED_BITS = 53
 """Bits of a seed that the engine draws: few enough for clients whose numbers are doubles."""
@@ -108,7 +107,7 @@ class Preparer:
             RuntimeError: a library in Rust panicked.
         """
         self._info.with_adapter(request.adapter)
-        with _panics_caught():
+        with panics_caught():
             return self._prepare(request)
 
     def tokenize(self, request: GenerationRequest) -> TokenizedPrompt:
@@ -119,8 +118,8 @@ class Preparer:
             ContextLengthExceeded: a text so long that it is not even counted; see `_reading`.
             RuntimeError: a library in Rust panicked.
         """
-        with _panics_caught():
-            _check_tools(request)
+        with panics_caught():
+            check_tools(request.tools, request.tool_choice)
             tokens = self._prompt(request).whole
             return TokenizedPrompt(tokens, tuple(self._tokenizer.convert_ids_to_tokens(list(tokens))))
 
@@ -131,7 +130,7 @@ class Preparer:
             InvalidParameter: an id outside the vocabulary.
             RuntimeError: a library in Rust panicked.
         """
-        with _panics_caught():
+        with panics_caught():
             for i, token in enumerate(tokens):
                 self._check_id(token, f"tokens.{i}", f"tokens.{i}")
             return self._plain.decode(tokens)
@@ -156,7 +155,7 @@ class Preparer:
         if params.n > self._config.max_choices:
             raise InvalidParameter(f"n must be at most {self._config.max_choices} here, not {params.n}.", param="n")
         self._check_ids(params)
-        _check_tools(request)
+        check_tools(request.tools, request.tool_choice)
         schemas = read_schemas(request.constraint, request.tools)
         if params.thinking_budget is not None and self._reasoning is None:
             raise Unsupported("thinking_budget: this model does not think.", param="thinking_budget")
@@ -392,29 +391,3 @@ class Preparer:
         return dataclasses.replace(
             params, max_tokens=max_tokens, min_tokens=min(params.min_tokens, max_tokens), seed=seed
         )
-
-
-@contextlib.contextmanager
-def _panics_caught() -> Iterator[None]:
-    """Raise a panic of a library in Rust as a `RuntimeError`: it is no Exception, and callers expect one."""
-    try:
-        yield
-    except BaseException as error:
-        if panicked(error):
-            raise RuntimeError(f"a library panicked: {error}"[:300]) from error
-        raise
-
-
-def _check_tools(request: GenerationRequest) -> None:
-    """Refuse tools of another type (the dicts of an OpenAI client, say), and a choice of a tool that is not offered."""
-    for i, tool in enumerate(request.tools):
-        if not isinstance(tool, Tool):
-            raise InvalidFormat(f"tools.{i} must be a Tool, not {type(tool).__name__}.", param=f"tools.{i}")
-    if not isinstance(request.tool_choice, ToolChoice):
-        raise InvalidFormat(
-            f"tool_choice must be a ToolChoice, not {type(request.tool_choice).__name__}.", param="tool_choice"
-        )
-    choice, names = request.tool_choice, {tool.name for tool in request.tools}
-    for name in (*([] if choice.name is None else [choice.name]), *choice.allowed):
-        if name not in names:
-            raise InvalidParameter(f"tool_choice: there is no tool {name!r}.", param="tool_choice")

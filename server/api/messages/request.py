@@ -66,7 +66,7 @@ def parse_count(raw: bytes, request_id: str) -> TokensOf:
     request, thoughts = _prompt(COUNT, data, request_id, ignored)
     COUNT.refuse_unsupported(data)
     if data["messages"][-1]["role"] != "assistant":
-        prefill = {}
+        prefill: dict[str, str] = {}
     elif request.messages and request.messages[-1].tool_calls:  # nothing goes on with it, so no turn begins
         request, prefill = dataclasses.replace(request, add_generation_prompt=False), {}
     else:
