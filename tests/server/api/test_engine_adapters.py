@@ -84,7 +84,9 @@ def test_every_adapter_answers_under_its_own_name(app: Any) -> None:
         assert answer.json["system_fingerprint"] == get(app, f"/v1/models/{model}").json["system_fingerprint"]
         replies[model] = answer.json["choices"][0]["message"]["content"]
         streamed = chat(app, model, stream=True).events
-        assert "".join(e["choices"][0]["delta"].get("content") or "" for e in streamed if e != "[DONE]") == replies[model]
+        assert (
+            "".join(e["choices"][0]["delta"].get("content") or "" for e in streamed if e != "[DONE]") == replies[model]
+        )
     assert len(set(replies.values())) == 3
 
 
