@@ -186,16 +186,16 @@ def check_places(folder: Path, name: str) -> None:
 def _check_kind(folder: Path, name: str) -> None:
     """Refuse folders that hold no checkpoint of a whole model, or one and an adapter beside it."""
     adapter, whole = (folder / "adapter_config.json").exists(), (folder / "config.json").exists()
-    merge = "peft's merge_and_unload() and save_pretrained() write the merged model"
     if adapter and not whole:
         base = read_json(folder / "adapter_config.json", name).get("base_model_name_or_path")
         raise LoadError(
-            f"{name}: {folder} holds an adapter (LoRA) for {base or 'another model'}, not a model: {merge}; serve that."
+            f"{name}: {folder} holds an adapter (LoRA) for {base or 'another model'}, not a model: serve that one, and "
+            "name this folder under adapters in its entry."
         )
     if adapter:  # transformers would load it if peft is installed, and ignore it if not
         raise LoadError(
-            f"{name}: {folder} holds an adapter (adapter_config.json) beside a whole model: {merge}; to serve the "
-            "model without it, move adapter_config.json elsewhere."
+            f"{name}: {folder} holds an adapter (adapter_config.json) beside a whole model: move the adapter's files "
+            "into a folder of their own, and name that under adapters in the entry to serve it."
         )
     ggufs = sorted(p.name for p in folder.glob("*.gguf"))
     if ggufs and not whole:

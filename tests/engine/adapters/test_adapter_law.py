@@ -71,7 +71,7 @@ def _cases() -> Iterator[Any]:
                 yield pytest.param(family, adapter, prompt, marks=marks)
 
 
-@pytest.mark.parametrize(("family", "adapter", "prompt"), _cases())
+@pytest.mark.parametrize(("family", "adapter", "prompt"), list(_cases()))
 @pytest.mark.parametrize(
     "circumstance", [pytest.param(c, marks=pytest.mark.slow) if c == "2 threads" else c for c in CIRCUMSTANCES]
 )
