@@ -26,7 +26,7 @@ __all__ = ["MOST", "FrameError", "framed", "read_frame", "write_all"]
 MOST: Final = 1 << 30
 """Bytes of one frame. The largest that is expected are the log-probabilities of a long prompt, some 60 MB."""
 _HEAD: Final = 4
-_BUILTINS: Final = frozenset({"bytearray", "complex", "frozenset", "range", "set"})
+_BUILTINS: Final = frozenset({"MemoryError", "RuntimeError", "bytearray", "complex", "frozenset", "range", "set"})
 _MODULES: Final = frozenset({errors.__name__, protocol.__name__, messages.__name__})
 
 

@@ -67,6 +67,8 @@ TOLD: list[Any] = [
     Answered(1, PREPARED),
     Answered(2, Constraint("json", {"a": [1, 2.5, None, {"b": frozenset({1})}]})),
     Answered(3, GenerationRequest(request_id="r", clock=dt.datetime(2026, 1, 31, tzinfo=dt.UTC))),
+    Answered(4, error=RuntimeError("words")),
+    Answered(5, error=MemoryError("words")),
     Progressed(LoadProgress(text="reading", bytes_read=1, total_bytes=2)),
     Logged("verbatim.engine", 30, 1.5, "words", {"a": "b"}, ("Traceback", "  line")),
 ]
