@@ -7,9 +7,14 @@ import functools
 import inspect
 import io
 import os
+import pickle
+from collections import OrderedDict
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 import engine.errors
@@ -82,7 +87,7 @@ SENT: list[Any] = [
 
 
 def through(message: object, *, plain_only: bool = True) -> Any:
-    return read_frame(io.BytesIO(framed(message)), plain_only=plain_only)
+    return read_frame(io.BytesIO(framed(message, plain_only=plain_only)), plain_only=plain_only)
 
 
 @pytest.mark.parametrize("message", TOLD, ids=repr)
@@ -146,7 +151,16 @@ class _Call:
 def test_a_process_cannot_make_its_parent_call_anything(harm: Any) -> None:
     """It reads what strangers wrote. A checkpoint that takes it over gets no further by what it sends."""
     with pytest.raises(FrameError, match="is not expected from a model's process"):
-        through(Answered(0, harm))
+        read_frame(io.BytesIO(framed(Answered(0, harm))), plain_only=True)
+
+
+@pytest.mark.parametrize(
+    "odd", [*(kind(3) for kind in (numpy.int64, numpy.float32, Fraction)), OrderedDict(a=1), print, Path, Path("/a")]
+)
+def test_what_would_not_be_taken_is_not_sent(odd: Any) -> None:
+    """A script's request may hold it; its answer fails alone, where a message that cannot be read ends the model."""
+    with pytest.raises(pickle.PicklingError, match="is no data of a model's process"):
+        framed(Answered(0, replace(PREPARED, prediction=(1, odd))), plain_only=True)
 
 
 def test_frames_follow_each_other_and_end_anywhere() -> None:
