@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_parts, gpu_report, overheads, real_model, server
+from benchmarks import gpu_parts, gpu_report, isolation, overheads, real_model, server
 from benchmarks.common import ROOT, alternate, fixed_prompt, ratios, summary
 from benchmarks.load import parse
 from benchmarks.report import newest, newest_comparison, read, readme_table, with_table
@@ -179,6 +179,17 @@ def test_overheads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = sum(value for name, value in costs.items() if name.startswith(("· event loop", "· other")))
     assert alone == pytest.approx(parts, rel=1e-6)
     assert alone < whole
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("threads")
+def test_isolation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two servers are started, asked in turns and stopped."""
+    isolation.main(["--quick", "--out", str(tmp_path)])
+    report = checked("isolation", tmp_path, capsys.readouterr().out)
+    for row in report["rows"]:
+        assert set(row["values"]) == {"process", "thread"}
+        assert all(found["median"] > 0 for found in row["values"].values())
 
 
 @pytest.mark.slow

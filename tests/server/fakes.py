@@ -134,6 +134,7 @@ class FakeEngine:
         stats: EngineStats = STATS,
     ) -> None:
         self.info = info
+        self.step_bytes: dict[str, int] = {}
         self.script = script
         self.limit = limit
         self.prepare_error = prepare_error

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
@@ -70,7 +71,8 @@ class _Child:
 
     def __init__(self, inbox: BinaryIO, outbox: io.FileIO) -> None:
         self._inbox, self._outbox = inbox, outbox
-        self._writing = threading.Lock()
+        self._writing = threading.RLock()
+        self._unsent: deque[bytes] = deque()
         self._workers = ThreadPoolExecutor(max_workers=PREPARING, thread_name_prefix="prepare")
         self._engine: Engine
         self._loop: EngineLoop
@@ -127,8 +129,10 @@ class _Child:
                     self._answer(message)
                 else:
                     self._workers.submit(self._answer, message)
-        finally:
-            os._exit(0)  # the parent has ended, however it did
+        except BaseException:
+            log.exception("what the server sends cannot be read")
+            os._exit(1)
+        os._exit(0)  # the parent has ended, however it did
 
     def _answer(self, asked: Ask) -> None:
         from engine.serving.preparing import answer
@@ -153,10 +157,15 @@ class _Child:
 
         Raises: as `framed`.
         """
-        data = framed(message)
+        data = framed(message, plain_only=True)
         try:
             with self._writing:
-                write_all(self._outbox, data)
+                self._unsent.append(data)
+                if len(self._unsent) > 1:  # a finaliser logs, in the midst of this thread's write, which goes on below
+                    return
+                while self._unsent:
+                    write_all(self._outbox, self._unsent[0])
+                    self._unsent.popleft()
         except (OSError, ValueError):
             os._exit(0)  # the parent has ended
 

@@ -3,7 +3,7 @@
 Pickle is safe here: both ends are this program, and the pipes are inherited descriptors without an address, which no
 other process can open. Yet a model's process reads what strangers wrote (checkpoints, requests). So the parent takes
 no name out of a pickle but those of the data it expects (`plain_only`): what breaks a model's process cannot make its
-parent call anything.
+parent call anything. The process refuses to send what would not be taken, so that one odd answer ends nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ __all__ = ["MOST", "FrameError", "framed", "read_frame", "write_all"]
 MOST: Final = 1 << 30
 """Bytes of one frame. The largest that is expected are the log-probabilities of a long prompt, some 60 MB."""
 _HEAD: Final = 4
-_BUILTINS: Final = frozenset({"bytearray", "complex", "frozenset", "range", "set"})
+_REBUILD: Final = errors.VerbatimError("").__reduce__()[0]
+"""What an error is made again by."""
+_BUILTINS: Final = frozenset({"MemoryError", "RuntimeError", "bytearray", "complex", "frozenset", "range", "set"})
 _MODULES: Final = frozenset({errors.__name__, protocol.__name__, messages.__name__})
 
 
@@ -40,8 +42,11 @@ class Raw(Protocol):
     def write(self, data: memoryview, /) -> int | None: ...
 
 
-def framed(message: object) -> bytes:
+def framed(message: object, *, plain_only: bool = False) -> bytes:
     """Return a message as it travels.
+
+    Args:
+        plain_only: refuse what `read_frame` with `plain_only` would not take.
 
     Raises:
         FrameError: it has more than `MOST` bytes.
@@ -49,9 +54,12 @@ def framed(message: object) -> bytes:
     """
     file = io.BytesIO(bytes(_HEAD))
     file.seek(_HEAD)
-    pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)
-    pickler.dispatch_table = _REDUCERS
-    pickler.dump(message)
+    if plain_only:
+        _PlainPickler(file, pickle.HIGHEST_PROTOCOL).dump(message)
+    else:
+        pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)
+        pickler.dispatch_table = _REDUCERS
+        pickler.dump(message)
     size = file.tell() - _HEAD
     if size > MOST:
         raise FrameError(f"a message of {size} bytes is over {MOST}")
@@ -98,18 +106,34 @@ class _PlainUnpickler(pickle.Unpickler):
     """Knows the classes of data that an engine tells, and no other name."""
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed = (
-            module.startswith("engine.types.")
-            or module in _MODULES
-            or module == "datetime"
-            or (module == "builtins" and name in _BUILTINS)
-        )
-        found = super().find_class(module, name) if allowed and "." not in name else None
-        if isinstance(found, type) and found.__module__ == module:
-            return found
-        if (module, name) == (errors.__name__, "_rebuild"):
-            return found
+        if _is_expected(module, name):
+            found = super().find_class(module, name)
+            if (isinstance(found, type) and found.__module__ == module) or found is _REBUILD:
+                return found
         raise pickle.UnpicklingError(f"{module}.{name} is not expected from a model's process")
+
+
+class _PlainPickler(pickle.Pickler):
+    """Takes apart what `_PlainUnpickler` puts together, and nothing else."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """Called for whatever is neither a number, a text nor a container of Python's own."""
+        cls = type(value)
+        reducer = _REDUCERS.get(cls)
+        if reducer is not None:
+            return reducer(value)
+        named = value if cls is type or value is _REBUILD else cls
+        if not _is_expected(named.__module__, named.__qualname__):
+            raise pickle.PicklingError(f"{named.__module__}.{named.__qualname__} is no data of a model's process")
+        return NotImplemented
+
+
+def _is_expected(module: str, name: str) -> bool:
+    if "." in name:
+        return False
+    if module == "builtins":
+        return name in _BUILTINS
+    return module.startswith("engine.types.") or module in _MODULES or module == "datetime"
 
 
 def _reducer(cls: type) -> Callable[[Any], tuple[type, tuple[Any, ...]]]:

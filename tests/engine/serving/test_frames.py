@@ -7,9 +7,14 @@ import functools
 import inspect
 import io
 import os
+import pickle
+from collections import OrderedDict
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 import engine.errors
@@ -67,6 +72,8 @@ TOLD: list[Any] = [
     Answered(1, PREPARED),
     Answered(2, Constraint("json", {"a": [1, 2.5, None, {"b": frozenset({1})}]})),
     Answered(3, GenerationRequest(request_id="r", clock=dt.datetime(2026, 1, 31, tzinfo=dt.UTC))),
+    Answered(4, error=RuntimeError("words")),
+    Answered(5, error=MemoryError("words")),
     Progressed(LoadProgress(text="reading", bytes_read=1, total_bytes=2)),
     Logged("verbatim.engine", 30, 1.5, "words", {"a": "b"}, ("Traceback", "  line")),
 ]
@@ -80,7 +87,7 @@ SENT: list[Any] = [
 
 
 def through(message: object, *, plain_only: bool = True) -> Any:
-    return read_frame(io.BytesIO(framed(message)), plain_only=plain_only)
+    return read_frame(io.BytesIO(framed(message, plain_only=plain_only)), plain_only=plain_only)
 
 
 @pytest.mark.parametrize("message", TOLD, ids=repr)
@@ -144,7 +151,16 @@ class _Call:
 def test_a_process_cannot_make_its_parent_call_anything(harm: Any) -> None:
     """It reads what strangers wrote. A checkpoint that takes it over gets no further by what it sends."""
     with pytest.raises(FrameError, match="is not expected from a model's process"):
-        through(Answered(0, harm))
+        read_frame(io.BytesIO(framed(Answered(0, harm))), plain_only=True)
+
+
+@pytest.mark.parametrize(
+    "odd", [*(kind(3) for kind in (numpy.int64, numpy.float32, Fraction)), OrderedDict(a=1), print, Path, Path("/a")]
+)
+def test_what_would_not_be_taken_is_not_sent(odd: Any) -> None:
+    """A script's request may hold it; its answer fails alone, where a message that cannot be read ends the model."""
+    with pytest.raises(pickle.PicklingError, match="is no data of a model's process"):
+        framed(Answered(0, replace(PREPARED, prediction=(1, odd))), plain_only=True)
 
 
 def test_frames_follow_each_other_and_end_anywhere() -> None:

@@ -30,6 +30,7 @@ from engine import (
     RequestOutput,
     Tool,
     ToolChoice,
+    VerbatimError,
     open_engine,
 )
 from engine.serving.client import EngineClient
@@ -127,6 +128,18 @@ def test_a_process_describes_what_a_thread_describes(engines: dict[str, EngineCl
     assert run(process.tokenizer()) == run(thread.tokenizer())
     assert [process.token_text(i) for i in range(300)] == [thread.token_text(i) for i in range(300)]
     assert process.step_bytes == thread.step_bytes == {}
+
+
+def test_every_error_of_the_engine_is_one_that_crosses() -> None:
+    """Those of `engine.errors` do (test_frames.py); one that is defined elsewhere would end a model that sends it."""
+
+    def kinds(parent: type) -> Iterator[type]:
+        for kind in parent.__subclasses__():
+            yield kind
+            yield from kinds(kind)
+
+    own = [kind for kind in kinds(VerbatimError) if kind.__module__.startswith("engine.")]
+    assert {kind.__module__ for kind in own} == {"engine.errors"}
 
 
 def test_counters_say_which_process_and_how_large(engines: dict[str, EngineClient]) -> None:
