@@ -38,6 +38,7 @@ SERVER = (
     "wire accounts receipts",
     "api",
     "app",
+    "lifecycle",
     "batch bundle run",
     "cli",
 )
