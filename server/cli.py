@@ -19,7 +19,14 @@ from server.accounts import commands
 from server.accounts.location import in_use
 from server.batch.commands import batch
 from server.bundle.commands import bundle
-from server.configuration import ConfigOption, ModelOption, PullOption, before_anything_heavy, read_configuration
+from server.configuration import (
+    ConfigOption,
+    ModelOption,
+    PullOption,
+    before_anything_heavy,
+    read_configuration,
+    rereading,
+)
 from server.gpu_probe import gpu_probe
 from server.logs import printable
 from server.receipts import commands as receipts, keeping_commands
@@ -80,10 +87,14 @@ def serve(
 ) -> None:
     """Serve chat completions at http://HOST:PORT/v1 and /api/v1."""
     entries, settings = read_configuration(config, model, name)
-    hosts = [*settings.hosts, *validate(ServerSettings, {"hosts": allow_host or []}, "--allow-host").hosts]
-    flags = (("host", host), ("port", port), ("hosts", hosts), ("allow_anonymous", allow_anonymous or None))
+    hosts = validate(ServerSettings, {"hosts": allow_host or []}, "--allow-host").hosts
+    flags = (("host", host), ("port", port), ("allow_anonymous", allow_anonymous or None))
     given = {key: value for key, value in flags if value is not None}
-    settings = settings.model_copy(update=given)
+
+    def fitted(settings: ServerSettings) -> ServerSettings:
+        return settings.model_copy(update={**given, "hosts": [*settings.hosts, *hosts]})
+
+    settings = fitted(settings)
     ledger = in_use(settings, config)  # before anything heavy, so that an error is shown at once
     from server.receipts.location import open_receipts
 
@@ -91,7 +102,8 @@ def serve(
     before_anything_heavy(pull)
     from server.run import run
 
-    run(entries, settings, ledger=ledger, receipts=receipts, pull=pull, console=err)
+    reread = rereading(config, model, fitted)
+    run(entries, settings, ledger=ledger, receipts=receipts, pull=pull, console=err, reread=reread)
 
 
 @models_app.command("check")

@@ -6,6 +6,7 @@ Loads nothing. The options that several commands have are declared here, once.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -23,6 +24,7 @@ __all__ = [
     "PullOption",
     "before_anything_heavy",
     "read_configuration",
+    "rereading",
 ]
 
 err = Terminal(stderr=True)
@@ -69,7 +71,33 @@ def read_configuration(
         )
     data = read_yaml(file)
     settings = read_settings(data, str(file))
-    return parse_models(data.get("models"), base=file.resolve().parent, where=str(file)), settings
+    models = parse_models(data.get("models"), base=file.resolve().parent, where=str(file))
+    at_start = sum(entry.load == "at_start" for entry in models)
+    if settings.max_loaded is not None and at_start > settings.max_loaded:
+        raise ConfigError(
+            f"{file}: server: max_loaded: {settings.max_loaded} does not hold the {at_start} models that are loaded at "
+            "start; give some of them load: on_demand."
+        )
+    return models, settings
+
+
+def rereading(
+    config: Path | None, model: str | None, fitted: Callable[[ServerSettings], ServerSettings]
+) -> Callable[[], tuple[tuple[ModelConfig, ...], ServerSettings]] | None:
+    """Return what reads the configuration that `read_configuration` has read again; None where it has read no file.
+
+    Args:
+        fitted: settings of the file → those with the options of the command line.
+    """
+    file = (config or DEFAULT_CONFIG).absolute()
+    if model is not None or not file.exists():
+        return None
+
+    def reread() -> tuple[tuple[ModelConfig, ...], ServerSettings]:
+        entries, settings = read_configuration(file, None, None)
+        return entries, fitted(settings)
+
+    return reread
 
 
 def before_anything_heavy(pull: bool) -> None:

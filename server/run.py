@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -29,6 +30,8 @@ from server.accounts.settling import BEAT_SECONDS
 from server.app import create_app
 from server.ledger.records import Prices
 from server.ledger.store import Ledger
+from server.lifecycle.hangup import Hangup
+from server.lifecycle.reloading import Reloading, Reread
 from server.receipts.service import Receipts
 from server.settings import LOOPBACK, ServerSettings
 from server.wire.connections import Connections, room_for_connections
@@ -77,12 +80,14 @@ def run(
     receipts: Receipts,
     pull: bool,
     console: Console,
+    reread: Reread | None = None,
 ) -> None:
     """Serve until a signal arrives. The socket is opened before the models load, so a port in use is reported at once.
 
     Args:
         ledger: the ledger's URL; None where there are no keys.
         receipts: closed at the end.
+        reread: reads the configuration again on SIGHUP; None where there is no file.
 
     Raises:
         ConfigError: the address cannot be bound.
@@ -106,6 +111,7 @@ def run(
     server = Server(config, registry, settings.shutdown_seconds)
     # uvicorn shuts down on SIGTERM and then raises it again, which must not end the process with a signal.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    Hangup(Reloading(registry, settings, reread), partial(setattr, server, "should_exit", True)).install()
     _greet(console, settings, port, entries, keys=meter is not None)
     registry.start()
     threading.Thread(target=_spare_the_collector, args=(registry,), name="collector", daemon=True).start()
@@ -119,7 +125,7 @@ def run(
             meter.close()
         receipts.close()
         listener.close()
-        console.print("stopped.", highlight=False)
+        _tell(console, "stopped.")
         if not ended:  # threads that still compute while the interpreter shuts down would end it with a signal
             logging.shutdown()
             os._exit(0)
@@ -223,7 +229,9 @@ def print_plain(console: Console, text: str) -> None:
 
 
 def _tell(console: Console, text: str) -> None:
-    print_plain(console, text)
+    """Print what happens. A terminal that has gone is no reason for anything to fail."""
+    with contextlib.suppress(OSError):
+        print_plain(console, text)
 
 
 def example_request(port: int, model: str, *, keys: bool = False) -> str:

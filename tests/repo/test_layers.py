@@ -39,6 +39,7 @@ SERVER = (
     "wire accounts receipts metrics",
     "api",
     "app",
+    "lifecycle",
     "batch bundle run",
     "cli",
 )
