@@ -94,7 +94,6 @@ from engine.receipts.verdict import (
     Verdict as Verdict,
 )
 from engine.serving.async_engine import AsyncEngine as AsyncEngine
-from engine.serving.fair_lock import FairLock as FairLock
 from engine.serving.models.changes import Changes as Changes
 from engine.serving.models.outline import (
     MemoryView as MemoryView,
@@ -112,6 +111,7 @@ from engine.serving.request_stream import (
     JoinedStreams as JoinedStreams,
     RequestStream as RequestStream,
 )
+from engine.serving.waiting.fair_lock import FairLock as FairLock
 from engine.types.fingerprint_parts import (
     Parts as Parts,
     fingerprint_of as fingerprint_of,
