@@ -41,7 +41,14 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
 
     def run(
-        entries: Any, settings: ServerSettings, *, ledger: str | None, receipts: Any, pull: bool, console: Any
+        entries: Any,
+        settings: ServerSettings,
+        *,
+        ledger: str | None,
+        receipts: Any,
+        pull: bool,
+        console: Any,
+        reread: Any,
     ) -> None:
         receipts.close()
         offline = os.getenv("HF_HUB_OFFLINE")
