@@ -149,4 +149,5 @@ from engine.types.tools import (
     Tool as Tool,
     ToolChoice as ToolChoice,
 )
+from engine.types.versions import PROJECT_VERSION as PROJECT_VERSION
 from engine.verification import check_receipt as check_receipt

@@ -33,12 +33,13 @@ ENGINE = (
 
 SERVER = (
     "json_text hosts settings",
-    "logs terminal ledger fingerprints",
+    "logs terminal ledger fingerprints progress",
     "configuration errors gpu_probe",
     "wire accounts receipts",
     "api",
     "app",
     "batch bundle run",
+    "commands",
     "cli",
 )
 """The same for the server, which sees of the engine nothing but its public face."""
