@@ -35,7 +35,11 @@ from engine.errors import (
     Unsupported as Unsupported,
     VerbatimError as VerbatimError,
 )
-from engine.host_memory import address_space as address_space
+from engine.host_memory import (
+    address_space as address_space,
+    format_bytes as format_bytes,
+    free_memory as free_memory,
+)
 from engine.llm import (
     LLM as LLM,
     Completion as Completion,

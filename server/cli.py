@@ -16,7 +16,7 @@ __all__ = ["COMMANDS", "application", "main"]
 
 COMMANDS: Final = {
     "serve": "server.commands.serve:serve",
-    # chat
+    "chat": "server.commands.chat.command:chat",
     "generate": "server.commands.generate:generate",
     "models": "server.commands.models:models",
     "fingerprint": "server.commands.fingerprint:fingerprint",

@@ -126,8 +126,9 @@ def before_anything_heavy(pull: bool) -> None:
         )
     if not pull:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # The loader shows its own progress; a second bar would garble the display.
+    # The loader shows its own progress; a second bar would garble the display, or a log file.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def _named(config: Path | None, model: str, name: str | None) -> tuple[tuple[ModelConfig, ...], ServerSettings]:

