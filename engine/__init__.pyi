@@ -49,6 +49,14 @@ from engine.loading.gpu.probe import (
     keep_verdict as keep_verdict,
     probe_gpu as probe_gpu,
 )
+from engine.loading.kernel_state import (
+    cpu_kernels as cpu_kernels,
+    kernel_folder as kernel_folder,
+)
+from engine.loading.versions import (
+    tried as tried,
+    untried as untried,
+)
 from engine.receipts.check import ReceiptCheck as ReceiptCheck
 from engine.receipts.difference import (
     Difference as Difference,

@@ -20,8 +20,8 @@ COMMANDS: Final = {
     "generate": "server.commands.generate:generate",
     "models": "server.commands.models:models",
     "fingerprint": "server.commands.fingerprint:fingerprint",
-    # doctor
-    # bench
+    "doctor": "server.commands.doctor.command:doctor",
+    "bench": "server.commands.bench.command:bench",
     "batch": "server.batch.commands:batch",
     "verify": "server.receipts.commands:verify",
     "replay": "server.receipts.commands:replay",

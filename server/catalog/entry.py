@@ -105,11 +105,8 @@ def _deep_comment(line: str, indent: str) -> bool:
 
 
 def _scalar(value: Any) -> str:
-    return (
-        yaml.safe_dump(value, allow_unicode=True, width=10_000, default_flow_style=True, sort_keys=False)
-        .removesuffix("...\n")
-        .strip()
-    )
+    text: str = yaml.safe_dump(value, allow_unicode=True, width=10_000, default_flow_style=True, sort_keys=False)
+    return text.strip().removesuffix("...").strip()
 
 
 def _data(text: str) -> Any:
