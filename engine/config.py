@@ -211,7 +211,7 @@ def validate(model: type[M], data: dict[str, Any], where: str) -> M:
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
                 lines.append(f"unknown key {key!r}{hint}")
             else:
-                message = item["msg"].removeprefix("Value error, ")
+                message = item["msg"].removeprefix("Value error, ").rstrip(".")
                 lines.append(f"{key}: {message} (got {item['input']!r})" if key else message)
         raise ConfigError(f"{where}: {'; '.join(lines)}.") from None
 

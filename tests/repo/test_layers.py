@@ -38,7 +38,7 @@ SERVER = (
     "wire accounts receipts",
     "api",
     "app",
-    "batch bundle run",
+    "batch catalog bundle run",
     "commands",
     "cli",
 )
