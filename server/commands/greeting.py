@@ -33,9 +33,7 @@ def further_lines(settings: ServerSettings, address: str, entries: Sequence[Mode
     lines.append(f"Clients use {address}/v1. Try, once a model is ready:")
     lines.append("  " + example_request(address, entries[0].id, keys=keys))
     if all(entry.builtin == "demo" or entry.id == "demo" for entry in entries):
-        lines.append(
-            "The demo model knows little. A real one in one command, 89 MiB to fetch: verbatim models get smollm2"
-        )
+        lines.append("The demo model knows little. A real one in one command (89 MiB): verbatim models get smollm2")
     return lines
 
 
