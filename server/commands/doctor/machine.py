@@ -33,7 +33,7 @@ _PYTHON: Final = ((3, 11), (3, 15))
 _COMPILERS: Final = ("cc", "gcc", "clang")
 _LITTLE_MEMORY: Final = 2 << 30
 _LITTLE_DISK: Final = 1 << 30
-_LOCK: Final = "install the lock: make install, or pip install --require-hashes -r requirements/…"
+_LOCK: Final = "install the lock, with: make install"
 
 
 def look_at_machine(say: Callable[[str], None]) -> Iterator[Finding]:
