@@ -50,7 +50,8 @@ def _model(entry: ModelConfig) -> Finding:
         cure = f"mend its path in the configuration, or remove the entry: {row.source}"
         return fault(name, row.note, cure)
     if str(entry.path).endswith(".gguf") and importlib.util.find_spec("gguf") is None:
-        return fault(name, "a GGUF file, and the package gguf is not installed", "install it with pip: gguf>=0.16.3,<0.20")
+        cure = "install it with pip: gguf>=0.16.3,<0.20"
+        return fault(name, "a GGUF file, and the package gguf is not installed", cure)
     if row.size is not None and row.size > free_memory():
         told = f"{format_bytes(row.size)} of files, and {format_bytes(free_memory())} of memory are free"
         return warn(name, told, "end other programs, or set quantization: int8 for a CPU")
