@@ -108,6 +108,8 @@ class ServerSettings(BaseModel):
     server's own address."""
     receipts: ReceiptSettings = Field(default_factory=ReceiptSettings)
     """Receipts of replies: `{keep, days, sign, always, text}`."""
+    ui: bool = True
+    """Serve the page for browsers at `/`. It holds no data; with keys it asks for one."""
     access_log: bool = False
     """Log one line per request: time, path, key, status. Never its text."""
     log_format: Literal["text", "json"] = "text"

@@ -35,7 +35,7 @@ SERVER = (
     "json_text hosts settings",
     "logs terminal ledger fingerprints",
     "configuration errors gpu_probe",
-    "wire accounts receipts",
+    "wire accounts receipts page",
     "api",
     "app",
     "batch bundle run",
