@@ -92,25 +92,58 @@ export interface MachineModel {
   id: string;
   state: string;
   detail?: string;
-  running: number;
-  waiting: number;
-  tokens_per_second: number | null;
-  cache: { used: number; total: number; hit_rate: number | null } | null;
   memory_bytes: number | null;
-  fingerprint: string | null;
-  reproducible: boolean | null;
+  device?: string | null;
+  system_fingerprint: string | null;
+  reproducible: { holds: boolean; reason: string } | null;
+  running: number | null;
+  waiting: number | null;
+  preemptions: number | null;
+  cache: { usage: number; used_blocks: number; blocks: number; tokens: number | null } | null;
+  prompt_tokens_per_second: number;
+  generation_tokens_per_second: number;
+  prompt_tokens: number;
+  cached_tokens: number;
+  generation_tokens: number;
 }
 
 /** The answer of `GET /v1/machine`. */
 export interface Machine {
   version: string;
   uptime_seconds: number;
+  may_manage: boolean;
   machine: {
     processor: string;
     cores: number;
-    memory_total: number;
-    memory_free: number;
-    gpus: { name: string; memory_total?: number; memory_free?: number }[];
+    memory_bytes: number;
+    free_memory_bytes: number;
+    gpus: string[];
   };
   models: MachineModel[];
+  server?: {
+    requests_active: number;
+    requests: number;
+    connections: number | null;
+    max_connections: number | null;
+    refusals: { status: number | string; code: string; count: number }[];
+  };
+}
+
+/** One of `GET /v1/keys`. */
+export interface KeyInfo {
+  id: string;
+  name: string;
+  state: string;
+  admin: boolean;
+  models: string[];
+  balance: number | null;
+  usage: Record<string, number>;
+}
+
+/** The answer of `GET /v1/usage`. */
+export interface KeyUsage {
+  key: string;
+  balance: number | null;
+  limits: Record<string, number | null>;
+  data: Record<string, number | string>[];
 }

@@ -3,9 +3,9 @@ import { signal } from "@preact/signals";
 import { told } from "../api/client";
 import { emptyReply, generate, snapshot } from "../api/generation";
 import { nextSeed } from "../api/lossless";
-import type { JsonObject, TokenEntry } from "../api/types";
+import type { JsonObject } from "../api/types";
 import { bodyOf } from "../request/body";
-import { type Conversation, type Message, type Reply, type Sent, forApi, newId, pathTo, ROOT, withMessage } from "./conversation";
+import { type Conversation, type Given, type Message, type Reply, type Sent, forApi, newId, pathTo, ROOT, withMessage } from "./conversation";
 import { current, find, flush, keep } from "./history";
 import { chosen, models } from "./models";
 import { sameness } from "./sameness";
@@ -80,28 +80,28 @@ export function askNext(message: Message): void {
   void reply(current.value.id, message.parent, sent, before.given);
 }
 
-/** Go on from a token of a reply, or from one that takes its place: another branch, which begins as the reply does. */
-export function goOn(message: Message, given: NonNullable<Reply["given"]>): void {
+/**
+ * Go on from a token of a reply, or from one that takes its place: another branch, which begins as the reply does. By the
+ * tokens' ids where they are known, and the branch is then the reply itself if nothing else is changed; else by their text.
+ */
+export function goOn(message: Message, given: Given): void {
   const before = message.reply;
   if (!before) return;
-  const turns = Array.isArray(before.sent.body.messages) ? before.sent.body.messages : [];
-  const history = before.given ? turns.slice(0, -1) : turns;
+  const { continue_token_ids: _, continue_final_message: byText, ...rest } = before.sent.body;
+  const turns = Array.isArray(rest.messages) ? rest.messages : [];
+  const history = byText === true ? turns.slice(0, -1) : turns;
   const last: JsonObject = {
     role: "assistant",
     content: given.content,
     ...(given.reasoning ? { reasoning_content: given.reasoning } : {}),
   };
-  const body: JsonObject = {
-    ...before.sent.body,
-    messages: [...history, last],
-    continue_final_message: true,
-    add_generation_prompt: false,
-  };
-  const sent = before.seed ? { body, seed: before.seed } : { body };
-  void reply(current.value.id, message.parent, sent, given);
+  const body: JsonObject = given.ids
+    ? { ...rest, messages: history, continue_token_ids: given.ids }
+    : { ...rest, messages: [...history, last], continue_final_message: true, add_generation_prompt: false };
+  void reply(current.value.id, message.parent, before.seed ? { body, seed: before.seed } : { body }, given);
 }
 
-async function reply(place: string, parent: string, sent: Sent, given?: Reply["given"]): Promise<void> {
+async function reply(place: string, parent: string, sent: Sent, given?: Given): Promise<void> {
   const id = newId();
   const controller = new AbortController();
   const grown = emptyReply(sent, defaultsOf(String(sent.body.model)));
@@ -182,13 +182,6 @@ function note(place: string, id: string, news: Partial<Reply>): void {
   if (!conversation || !message?.reply) return;
   const { error: _, ...rest } = message.reply;
   keep(withMessage(conversation, { ...message, reply: { ...rest, ...news } }, Date.now()));
-}
-
-/** The text of tokens: their bytes as UTF-8, a character that is cut left out. */
-export function textOf(tokens: readonly TokenEntry[]): string {
-  const encoder = new TextEncoder();
-  const bytes = tokens.flatMap((entry) => entry.bytes ?? [...encoder.encode(entry.token)]);
-  return new TextDecoder().decode(new Uint8Array(bytes), { stream: true });
 }
 
 export { ROOT };

@@ -8,6 +8,14 @@ export interface Sent {
   seed?: string;
 }
 
+/** The beginning of a reply: its text, its tokens, and their ids where all are known. */
+export interface Given {
+  content: string;
+  reasoning: string;
+  tokens: TokenEntry[];
+  ids?: number[];
+}
+
 /** A reply and what is known of how it came about. */
 export interface Reply {
   id: string;
@@ -28,7 +36,7 @@ export interface Reply {
   error?: string;
   sent: Sent;
   /** Of a reply that goes on from another's token: the text and the tokens that it was given. */
-  given?: { content: string; reasoning: string; tokens: TokenEntry[] };
+  given?: Given;
   /** The rivals under the distribution that was drawn from, once they were asked for. */
   processed?: TokenEntry[];
   sameness?: Sameness;

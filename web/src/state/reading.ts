@@ -76,6 +76,7 @@ function reply(value: unknown): Reply {
             content: text(before.content),
             reasoning: text(before.reasoning),
             tokens: list(before.tokens).map(entry),
+            ...(Array.isArray(before.ids) ? { ids: before.ids.map(number) } : {}),
           },
         }
       : {}),
