@@ -61,14 +61,18 @@ export async function generate(reply: Reply, signal: AbortSignal, grown: () => v
   const response = await send(CHAT, { method: "POST", body: bodyWithSeed(body, reply.sent.seed), signal });
   reply.ignored = (response.headers.get("x-ignored-fields") ?? "").split(",").map((name) => name.trim()).filter(Boolean);
   let ended = false;
-  for await (const data of events(response)) {
-    if (data === "[DONE]") {
-      ended = true;
-      break;
+  try {
+    for await (const data of events(response)) {
+      if (data === "[DONE]") {
+        ended = true;
+        break;
+      }
+      take(reply, data);
+      reply.seconds = (performance.now() - began) / 1000;
+      grown();
     }
-    take(reply, data);
-    reply.seconds = (performance.now() - began) / 1000;
-    grown();
+  } catch (error) {
+    if (signal.aborted) throw error; // what the browser calls a broken connection differs
   }
   if (!ended && !reply.error) reply.error = "The connection ended before the reply did.";
 }

@@ -36,7 +36,7 @@ export function readPasted(text: string, id: string): Pasted | string {
   const several = Array.isArray(document) ? document : Array.isArray(data) ? data : [document];
   const found = several.map(object).filter((one) => "fingerprint_parts" in one || "environment" in one);
   const one = found.find((model) => model.id === id) ?? found[0];
-  if (!one) return "This holds no fingerprint_parts: paste what `verbatim fingerprint --json` prints.";
+  if (!one) return "This holds no fingerprint_parts: paste what the command verbatim fingerprint --json prints.";
   const environment = object(one.environment);
   const named = (value: Json | undefined): string => (typeof value === "string" ? value : "");
   return {

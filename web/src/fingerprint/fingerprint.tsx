@@ -106,7 +106,7 @@ function Other({ model: mine }: { model: Model }): JSX.Element {
   const read = text.trim() ? readPasted(text, mine.id) : undefined;
   return (
     <Panel title="Compare with another">
-      <Field label="Another fingerprint" hint="What `verbatim fingerprint --json` prints, or GET /v1/models/ID answers.">
+      <Field label="Another fingerprint" hint="What the command verbatim fingerprint --json prints, or GET /v1/models/ID answers.">
         {(id) => (
           <textarea
             id={id}

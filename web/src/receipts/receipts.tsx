@@ -38,8 +38,10 @@ export function ReceiptsTab(): JSX.Element {
         <h1>Receipts</h1>
       </div>
       <p class="lead">A receipt says all that is needed to compute a reply again. Checking one takes as long as reading it.</p>
-      <OfReply put={(one) => setLoaded((before) => [...before, one].slice(-2))} />
-      <Drop take={(files) => void take(files)} />
+      <div class="receipt-sources">
+        <OfReply put={(one) => setLoaded((before) => [...before, one].slice(-2))} />
+        <Drop take={(files) => void take(files)} />
+      </div>
       {fault && <Notice kind="error">{fault}</Notice>}
       {first && second && <Comparison a={first} b={second} />}
       <div class={second ? "two" : undefined}>
@@ -69,10 +71,8 @@ function OfReply({ put }: { put: (loaded: Loaded) => void }): JSX.Element | null
   if (!reply?.receipt || !receipt) return null;
   const { receipt: text } = reply;
   return (
-    <Panel
-      title="Of this conversation"
-      actions={<ReplyChoice has={has} />}
-    >
+    <Panel title="Of this conversation">
+      <ReplyChoice has={has} />
       <div class="actions">
         <button type="button" onClick={() => download(`${reply.id || "receipt"}.json`, text)}>
           <Icon name="download" />

@@ -46,7 +46,8 @@ export function effective(reply: Reply, model: Model | undefined): Parameter[] {
     } else put(name, value, "request");
   }
   if (reply.seed) names.set("seed", { name: "seed", value: reply.seed, from: reply.sent.seed ? "request" : "drawn" });
-  return [...names.values()].sort((a, b) => a.name.localeCompare(b.name));
+  const asked = (one: Parameter): number => (one.from === "request" || one.from === "drawn" ? 0 : 1);
+  return [...names.values()].sort((a, b) => asked(a) - asked(b) || a.name.localeCompare(b.name));
 }
 
 function recorded(reply: Reply): JsonObject {

@@ -8,7 +8,7 @@ import { key } from "../state/session";
 import { Empty, Notice, Panel } from "../ui/parts";
 import { ReplyChoice, useReply } from "../ui/reply_choice";
 import { effective } from "./effective";
-import { asCurl, asJavaScript, asPython } from "./snippets";
+import { asCurl, asJavaScript, asJson, asPython } from "./snippets";
 
 const FORMS = { curl: "curl", python: "Python", javascript: "JavaScript", json: "JSON" } as const;
 type Form = keyof typeof FORMS;
@@ -112,6 +112,5 @@ function program(reply: Reply, form: Form, replay: boolean): string {
   if (form === "curl") return asCurl(sent, location.origin, keyed);
   if (form === "python") return asPython(sent, location.origin, keyed);
   if (form === "javascript") return asJavaScript(sent, location.origin, keyed);
-  const json = JSON.stringify(sent.body, null, 2);
-  return sent.seed === undefined ? json : `${json.slice(0, -2)},\n  "seed": ${sent.seed}\n}`;
+  return asJson(sent);
 }

@@ -11,8 +11,14 @@ const OPENAI = new Set(
   ).split(" "),
 );
 
+/** The body, with a seed of any size, in lines. */
+export function asJson(sent: Sent): string {
+  const json = JSON.stringify(sent.body, null, 2);
+  return sent.seed === undefined ? json : `${json.slice(0, -2)},\n  "seed": ${sent.seed}\n}`;
+}
+
 export function asCurl(sent: Sent, origin: string, keyed: boolean): string {
-  const body = bodyWithSeed(sent.body, sent.seed).replaceAll("'", "'\\''");
+  const body = asJson(sent).replaceAll("'", "'\\''");
   const key = keyed ? ` \\\n  -H "Authorization: Bearer $VERBATIM_KEY"` : "";
   return `curl ${origin}/v1/chat/completions \\\n  -H 'Content-Type: application/json'${key} \\\n  -d '${body}'\n`;
 }
