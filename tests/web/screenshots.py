@@ -57,7 +57,7 @@ def desk(tab: Tab, folder: Path, scheme: str) -> None:
     tab.tab("Tokens")
     page.get_by_role("button", name="Add processed probabilities").click()
     page.get_by_text("Raw and processed").wait_for()
-    page.get_by_role("option").nth(6).click()
+    page.locator(".token").nth(6).click()
     page.screenshot(path=folder / f"page-tokens-{scheme}.png")
     tab.tab("Receipts")
     page.get_by_role("button", name="Inspect and check").click()

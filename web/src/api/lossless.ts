@@ -28,14 +28,16 @@ export function bodyWithSeed(body: object, seed: string | undefined): string {
   return json === "{}" ? `{"seed":${seed}}` : `${json.slice(0, -1)},"seed":${seed}}`;
 }
 
-/** A seed as somebody typed it: 64 bits, with a sign or without. Undefined: it is none. */
+const [LEAST, MOST] = [-(2n ** 63n), 2n ** 63n - 1n];
+
+/** A seed as somebody typed it: an integer of 64 bits, with a sign. Undefined: it is none. */
 export function readSeed(text: string): string | undefined {
   if (!/^-?\d{1,20}$/.test(text.trim())) return undefined;
   const value = BigInt(text.trim());
-  return value >= -(2n ** 63n) && value < 2n ** 64n ? value.toString() : undefined;
+  return value >= LEAST && value <= MOST ? value.toString() : undefined;
 }
 
 export function nextSeed(seed: string, by = 1): string {
   const next = BigInt(seed) + BigInt(by);
-  return (next < 2n ** 64n ? next : 0n).toString();
+  return (next <= MOST ? next : LEAST + next - MOST - 1n).toString();
 }

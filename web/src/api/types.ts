@@ -28,8 +28,8 @@ export interface Model {
   default_sampling?: JsonObject;
   reasoning?: { open: string; close: string } | null;
   tool_calls?: { form: string | null; source: string } | null;
-  fingerprint_parts?: Record<string, string>;
-  default_parts?: Record<string, string>;
+  fingerprint_parts?: JsonObject;
+  default_parts?: JsonObject;
 }
 
 export interface ToolCall {

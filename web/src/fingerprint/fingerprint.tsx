@@ -2,12 +2,13 @@
 import type { JSX } from "preact";
 import { useEffect, useState } from "preact/hooks";
 import { get, told } from "../api/client";
-import type { Law, Model } from "../api/types";
+import type { JsonObject, Law, Model } from "../api/types";
 import { visible } from "../markdown/visible";
 import { chosen, model } from "../state/models";
 import { Copy } from "../ui/copy";
 import { Icon } from "../ui/icon";
 import { Empty, Field, Notice, Panel } from "../ui/parts";
+import { texts } from "../receipts/document";
 import { differences, type Pasted, readPasted } from "./compare";
 
 export function FingerprintTab(): JSX.Element {
@@ -80,17 +81,17 @@ function SelfTest({ law }: { law: Law }): JSX.Element {
   );
 }
 
-function Parts(props: { title: string; digest: string | undefined; parts: Record<string, string> }): JSX.Element {
+function Parts(props: { title: string; digest: string | undefined; parts: JsonObject }): JSX.Element {
   return (
     <Panel title={props.title} actions={<code>{props.digest}</code>}>
       <div class="table" tabIndex={0} role="region" aria-label={props.title}>
         <table class="parts">
           <tbody>
-            {Object.entries(props.parts).map(([name, value]) => (
+            {Object.entries(texts(props.parts)).map(([name, value]) => (
               <tr key={name}>
                 <th scope="row">{visible(name)}</th>
                 <td>
-                  <code>{visible(String(value))}</code>
+                  <code>{visible(value)}</code>
                 </td>
               </tr>
             ))}
@@ -126,8 +127,8 @@ function Other({ model: mine }: { model: Model }): JSX.Element {
 
 function Compared({ mine, other }: { mine: Model; other: Pasted }): JSX.Element {
   const rows = [
-    ...differences(mine.fingerprint_parts ?? {}, other.parts),
-    ...(Object.keys(other.defaultParts).length ? differences(mine.default_parts ?? {}, other.defaultParts) : []),
+    ...differences(texts(mine.fingerprint_parts), other.parts),
+    ...(Object.keys(other.defaultParts).length ? differences(texts(mine.default_parts), other.defaultParts) : []),
   ];
   if (rows.length === 0) {
     return (

@@ -146,10 +146,10 @@ export async function askAgain(message: Message): Promise<void> {
   track(key, controller);
   try {
     await generate(again, controller.signal, () => undefined);
-    const found = again.error ? undefined : sameness(before, again);
-    const text = found && before.tokenIds.length === 0 && again.content !== before.content ? undefined : found;
-    note(place, message.id, text ? { sameness: text } : { error: again.error ?? "The text is another one." });
-    announced.value = found?.same ? "The same, to the bit." : "Not the same.";
+    if (again.error) throw new Error(again.error);
+    const found = sameness(before, again);
+    note(place, message.id, { sameness: found });
+    announced.value = found.same ? "The same, to the bit." : "Not the same.";
   } catch (error) {
     if (!controller.signal.aborted) note(place, message.id, { error: told(error) });
   } finally {

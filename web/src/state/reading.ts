@@ -49,9 +49,10 @@ function reply(value: unknown): Reply {
     seed: digits(given.seed),
     content: text(given.content),
     reasoning: text(given.reasoning),
-    calls: list(given.calls).map((one) => {
+    calls: list(given.calls).flatMap((one) => {
       const call = fields(one);
-      return { id: text(call.id), name: text(call.name), arguments: text(call.arguments) };
+      const read = { id: text(call.id), name: text(call.name), arguments: text(call.arguments) };
+      return read.id && read.name ? [read] : [];
     }),
     tokens: list(given.tokens).map(entry),
     tokenIds: list(given.tokenIds).map(number),

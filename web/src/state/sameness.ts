@@ -4,6 +4,8 @@ import type { TokenEntry } from "../api/types";
 export interface Compared {
   fingerprint: string;
   seed: string;
+  content: string;
+  reasoning: string;
   finish: string;
   tokens: TokenEntry[];
   tokenIds: number[];
@@ -33,7 +35,7 @@ export function sameness(before: Compared, after: Compared): Sameness {
   let numbers = 0;
   for (let at = 0; at < most; at += 1) {
     const [one, other] = [before.tokens[at], after.tokens[at]];
-    if (before.tokenIds[at] !== after.tokenIds[at]) {
+    if (before.tokenIds[at] !== after.tokenIds[at] || one?.token !== other?.token) {
       return differs(at, "token", named(before, at), named(after, at));
     }
     const pairs = numbersOf(one, before.margins[at]);
@@ -45,8 +47,19 @@ export function sameness(before: Compared, after: Compared): Sameness {
     }
     numbers += pairs.length;
   }
+  const [text, otherText] = [before, after].map((reply) => reply.reasoning + reply.content) as [string, string];
+  if (text !== otherText) {
+    let at = 0;
+    while (at < text.length && text[at] === otherText[at]) at += 1;
+    return differs(most, "text", cut(text, at), cut(otherText, at));
+  }
   if (before.finish !== after.finish) return differs(most, "end", before.finish, after.finish);
   return { same: true, tokens: most, numbers };
+}
+
+/** The text from where it differs. */
+function cut(text: string, at: number): string {
+  return at >= text.length ? "the end" : JSON.stringify(text.slice(at, at + 40));
 }
 
 function numbersOf(entry: TokenEntry | undefined, margin: number | null | undefined): (number | null)[] {
