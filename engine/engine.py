@@ -89,9 +89,12 @@ class Engine:
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Check a request, render its template, tokenise it, fill in what it left open.
 
-        Raises: as `Preparer.prepare`.
+        Raises: as `Preparer.prepare`. InvalidParameter: the beginning of the reply that it gives cannot be that of one.
         """
-        return self.preparer.prepare(request)
+        prepared = self.preparer.prepare(request)
+        if prepared.begun:  # read once here, so that nothing is left to refuse
+            self._choice(prepared, 0, StopStrings(prepared.params.stop), places_of(()))
+        return prepared
 
     def add(self, request: PreparedRequest) -> None:
         """Queue a request. Its id must not be in use.
@@ -132,6 +135,7 @@ class Engine:
             share=request.cache_share,
             follow=request.follow[index] if request.follow is not None else None,
             records=request.record,
+            begun=request.begun,
             next_scored=1 if params.prompt_logprobs is not None and index == 0 else -1,
         )
         parser = model.chat_format.parser(request.reply_format)
@@ -144,6 +148,8 @@ class Engine:
             choice.drafter = Drafter()
         if request.prediction:
             choice.prediction = Prediction(request.prediction, places)
+        if request.begun:
+            choice.begin(request.begun_param)
         return choice
 
     def abort(self, request_id: str) -> Usage | None:
@@ -163,7 +169,7 @@ class Engine:
         return [
             request_id
             for request_id, running in self._requests.items()
-            if running.choices[0].sequence.state is SequenceState.WAITING and not running.choices[0].sequence.position
+            if running.choices[0].sequence.state is SequenceState.WAITING and not running.choices[0].sequence.generated
         ]
 
     def refuse(self, request_id: str, error: VerbatimError) -> RequestOutput:
@@ -236,7 +242,7 @@ class Engine:
 
         Preempted ones wait in front of the queue, behind choices whose prompt another choice has computed.
         """
-        preempted = takewhile(lambda sequence: sequence.position or sequence.choice_index, self._scheduler.waiting)
+        preempted = takewhile(lambda sequence: sequence.generated or sequence.choice_index, self._scheduler.waiting)
         return {
             sequence: grammar
             for sequence in (*self._scheduler.running, *preempted)
@@ -356,7 +362,7 @@ class Engine:
 
         Returns what they add, and the draw that may follow now if the draft was right so far.
         """
-        sequence, start = choice.sequence, choice.sequence.position
+        sequence, start = choice.sequence, choice.sequence.generated
         draft = drawn[0][0].draft
         deltas: list[ChoiceDelta] = []
         right = 0
@@ -373,7 +379,7 @@ class Engine:
                 if deltas[-1].finish_reason or right <= draw.index:
                     break
         finally:
-            self._generated_tokens += sequence.position - start
+            self._generated_tokens += sequence.generated - start
         self._scheduler.accept(sequence, right)
         choice.accept(right)
         self._accepted_tokens += right
@@ -382,7 +388,7 @@ class Engine:
             self._requests[sequence.request_id].unfinished -= 1
             return deltas, []
         grammar = choice.grammar
-        if len(drawn) == 1 and right == sequence.position - start and not (grammar is not None and grammar.slow):
+        if len(drawn) == 1 and right == sequence.generated - start and not (grammar is not None and grammar.slow):
             return deltas, [Draw(sequence, drawn[0][0].row + right, draft[right:])]
         if grammar is not None and choice.forced is None:
             self._masks.look_ahead(grammar)
@@ -425,11 +431,11 @@ class Engine:
         for chunk in schedule.chunks:
             sequence = chunk.sequence
             running = self._requests.get(sequence.request_id)
-            if running is not None and not sequence.position:
+            if running is not None and not sequence.generated:
                 computed = min(chunk.start + chunk.count, len(sequence.prompt_token_ids))
                 running.prompt_tokens = max(running.prompt_tokens, computed)
             ends = chunk.start + chunk.count - len(chunk.draft) == len(sequence)
-            if ends and sequence.position == 0 and sequence.choice_index == 0:
+            if ends and sequence.generated == 0 and sequence.choice_index == 0:
                 self._prompt_tokens += len(sequence.prompt_token_ids)
                 self._cached_tokens += sequence.num_cached
 

@@ -24,6 +24,8 @@ VerbatimError
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 __all__ = [
@@ -188,3 +190,14 @@ def out_of_memory(error: BaseException) -> bool:
         or "not enough memory" in said
         or "can't allocate memory" in said
     )
+
+
+@contextlib.contextmanager
+def panics_caught() -> Iterator[None]:
+    """Raise a panic of a library in Rust as a `RuntimeError`: it is no Exception, and callers expect one."""
+    try:
+        yield
+    except BaseException as error:
+        if panicked(error):
+            raise RuntimeError(f"a library panicked: {error}"[:300]) from error
+        raise

@@ -103,6 +103,8 @@ class LLM:
         reasoning_effort: str | None = None,
         tools: Sequence[Tool] = (),
         tool_choice: ToolChoice = AUTO,
+        continue_final_message: bool = False,
+        continue_token_ids: Sequence[int] | None = None,
         **sampling: Any,
     ) -> GenerationRequest:
         """A request under an id of its own, for `engine.prepare`. `sampling`: fields of `SamplingParams`."""
@@ -116,6 +118,8 @@ class LLM:
             reasoning_effort=reasoning_effort,
             tools=tuple(tools),
             tool_choice=tool_choice,
+            continue_final_message=continue_final_message,
+            continue_token_ids=None if continue_token_ids is None else tuple(continue_token_ids),
         )
 
     def add(self, prompt: Prompt, **fields: Any) -> PreparedRequest:

@@ -47,6 +47,12 @@ class GenerationRequest:
     """Whether `prompt` is encoded with the tokens that the tokenizer puts around a text."""
     add_generation_prompt: bool = True
     """Whether the prompt made of `messages` ends with the beginning of the assistant's turn."""
+    continue_final_message: bool = False
+    """Whether the last of `messages`, the assistant's, is the beginning of the reply, which goes on behind its last
+    character. Then `add_generation_prompt` does not matter."""
+    continue_token_ids: tuple[int, ...] | None = None
+    """Tokens with which the reply begins, behind the prompt. The first tokens of a reply are followed by the same ones
+    as in it."""
     echo: bool = False
     """Whether the prepared request tells the prompt's text, token by token."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -106,6 +112,10 @@ class PreparedRequest:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    begun: int = 0
+    """How many of the last tokens are no prompt but the beginning of the reply."""
+    begun_param: str = "continue_final_message"
+    """The request's field that gave this beginning, for error messages."""
     grammar: str | None = None
     """The grammar that the reply must satisfy, in llguidance's dialect of Lark; None for free text."""
     grammar_param: str = "response_format"
