@@ -51,6 +51,7 @@ _WHEN = {
     "BadHost": "the `Host` header is missing, repeated or unreadable",
     "HostNotAllowed": "the `Host` header names neither this machine nor an entry of `hosts`",
     "OriginNotAllowed": "a page sent it whose origin is neither the server's own nor in `cors_origins`",
+    "ManagementNotAllowed": "the key is no admin key or, without keys, the request is not this machine's own",
     "UnsupportedMediaType": "the `Content-Type` is not JSON",
     "UnsupportedEncoding": "the `Content-Encoding` is not gzip; `Accept-Encoding` tells what is",
     "PathNotFound": "nothing is served at this path; the message says what was meant, or what there is",
@@ -191,7 +192,8 @@ def api() -> str:
             "(`since`: a date or Unix seconds; `by`: day or model) for the key's own usage; and, at the root "
             "too, `POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info` (`model`: may be left out). "
             "Beside them `GET /health`, `GET /health/live`, `GET /health/ready`, `GET /version` and the machine "
-            "readable form of this page, `GET /openapi.json`.\n",
+            "readable form of this page, `GET /openapi.json`. [For whoever runs the server](../guides/operation.md): "
+            "`GET /machine`, `GET /keys` under both prefixes, `GET /metrics` at the root.\n",
             "Every `GET` answers `HEAD`, too, and every path `OPTIONS`, with its methods in `Allow`. Slashes at the "
             "end of a path or doubled mean nothing: `/v1/models/` is `/v1/models`, without a redirection. `/health` "
             "is `/health/ready`: 200 where every model is loaded, alive and making progress, else 503, as llama.cpp "

@@ -5,6 +5,7 @@ from engine.checkpoints.contents import (
     checkpoint_files as checkpoint_files,
 )
 from engine.checkpoints.noise_checkpoint import ensure_noise_checkpoint as ensure_noise_checkpoint
+from engine.compute.processor import processor_name as processor_name
 from engine.config import (
     ModelConfig as ModelConfig,
     entry_of as entry_of,
@@ -35,7 +36,11 @@ from engine.errors import (
     Unsupported as Unsupported,
     VerbatimError as VerbatimError,
 )
-from engine.host_memory import address_space as address_space
+from engine.host_memory import (
+    address_space as address_space,
+    free_memory as free_memory,
+    total_memory as total_memory,
+)
 from engine.llm import (
     LLM as LLM,
     Completion as Completion,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["address_space", "format_bytes", "free_memory", "give_back_memory"]
+__all__ = ["address_space", "format_bytes", "free_memory", "give_back_memory", "total_memory"]
 
 
 def free_memory() -> int:
@@ -28,6 +28,19 @@ def free_memory() -> int:
     except (OSError, ValueError):
         pass
     return free
+
+
+def total_memory() -> int:
+    """Count the bytes that this process could have at most: the machine's, or less in a container or under a limit."""
+    total = int(psutil.virtual_memory().total)
+    space = address_space()
+    if space is not None:
+        total = min(total, space)
+    with contextlib.suppress(OSError, ValueError):
+        allowed = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if allowed != "max":
+            total = min(total, int(allowed))
+    return total
 
 
 def address_space() -> int | None:

@@ -11,7 +11,6 @@ import inspect
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import metadata
 from typing import Any, Final
 
 from fastapi import APIRouter, FastAPI, Request
@@ -35,6 +34,7 @@ from server.api.messages.fields import MESSAGE
 from server.api.messages.reply import MessageCollector
 from server.api.messages.routes import count_routes
 from server.api.models import model_details, model_object, state_of
+from server.api.operation.routes import METRICS, machine_routes, metrics_routes
 from server.api.receipts.routes import receipt_routes
 from server.api.responses import request as responses_request
 from server.api.responses.fields import RESPONSES
@@ -42,11 +42,14 @@ from server.api.responses.reply import ResponseCollector, ResponseEvents
 from server.api.tokenizer.routes import tokenizer_routes
 from server.errors import NoKeys, install
 from server.ledger.records import read_since
+from server.metrics.http import Counted, Endpoints
+from server.metrics.snapshot import Metrics, server_version
 from server.page.files import read_page
 from server.page.serving import Page
 from server.receipts.service import Receipts
 from server.settings import ServerSettings
 from server.wire.bodies import Bodies
+from server.wire.connections import Connections
 from server.wire.envelope import Envelope
 from server.wire.one_form import OneForm
 from server.wire.origin import JsonOnly, NoForeignPages, Preflights
@@ -55,7 +58,6 @@ from server.wire.paths import Paths, install_paths
 PREFIXES: Final = ("/api/v1", "/v1")
 _SILENT: Final = frozenset({"/health/live"})
 """Paths that tell nothing about models. Without keys `/health` and `/health/ready` name them."""
-_DISTRIBUTION: Final = "verbatim-server"
 
 
 def create_app(
@@ -63,15 +65,18 @@ def create_app(
     settings: ServerSettings | None = None,
     meter: Meter | None = None,
     receipts: Receipts | None = None,
+    connections: Connections | None = None,
 ) -> FastAPI:
     """Build the ASGI application over a registry. The caller starts the registry; the application closes it.
 
     With a `meter` every path except `authentication.OPEN` needs a key. The application closes the meter and the
-    `receipts`, too. Without those, receipts are neither signed nor kept.
+    `receipts`, too. Without those, receipts are neither signed nor kept. `connections`: those that the metrics tell.
     """
     settings = settings or ServerSettings()
     receipts = receipts or Receipts(clock=time.time)  # noqa: TID251  the wall clock's days
-    service = Service(registry, settings, meter, Bodies(settings), receipts)
+    bodies = Bodies(settings)
+    metrics = Metrics(registry, meter, bodies.memory, connections)
+    service = Service(registry, settings, meter, bodies, receipts, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -105,22 +110,26 @@ def create_app(
             include(routes, prefix)
         for routes in (tokenizer_routes(service), receipt_routes(service), count_routes(service)):
             include(routes, prefix)
+        include(machine_routes(service), prefix)
     include(tokenizer_routes(service))  # where clients of vLLM look for them
     include(_health(registry, meter, receipts))
     include(_version())
+    include(metrics_routes(service))
     install(app, settings.retry_after_seconds)
     install_paths(app, paths, settings.retry_after_seconds)
-    _add_middleware(app, settings, meter)
+    opened = OPEN | {METRICS} if settings.metrics == "open" else OPEN
+    _add_middleware(app, settings, meter, opened)
+    app.add_middleware(Counted, counts=metrics.counts, endpoints=Endpoints(paths.spelled, PREFIXES))
     if meter:
-        app.openapi = lambda: openapi.with_keys(FastAPI.openapi(app), OPEN)  # type: ignore[method-assign]
+        app.openapi = lambda: openapi.with_keys(FastAPI.openapi(app), opened)  # type: ignore[method-assign]
     return app
 
 
-def _add_middleware(app: FastAPI, settings: ServerSettings, meter: Meter | None) -> None:
+def _add_middleware(app: FastAPI, settings: ServerSettings, meter: Meter | None, opened: frozenset[str]) -> None:
     """Add the middleware. The last one added is the first one to see a request."""
     app.add_middleware(JsonOnly)
     if meter:
-        app.add_middleware(Authentication, meter=meter, retry_after=settings.retry_after_seconds)
+        app.add_middleware(Authentication, meter=meter, retry_after=settings.retry_after_seconds, open_paths=opened)
     if settings.cors_origins:
         # Chrome asks whether a public page may use a private address. Newer versions of starlette refuse by default.
         named = inspect.signature(Preflights).parameters
@@ -262,10 +271,7 @@ def _health(registry: Registry, meter: Meter | None, receipts: Receipts) -> APIR
 def _version() -> APIRouter:
     """The route for the version. With keys it needs one: which faults a server has is nobody else's business."""
     router = APIRouter()
-    try:
-        found = metadata.version(_DISTRIBUTION)
-    except metadata.PackageNotFoundError:  # run from a folder, never installed
-        found = "unknown"
+    found = server_version()
 
     @router.get("/version", summary="The version of this server.")
     async def version() -> dict[str, str]:

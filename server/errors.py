@@ -127,6 +127,12 @@ class RateLimited(VerbatimError):
         self.hopeless = hopeless
 
 
+class ManagementNotAllowed(VerbatimError):
+    """The sender may not manage the server: its key is no admin key or, without keys, it is on another machine."""
+
+    code = "management_not_allowed"
+
+
 class NoKeys(VerbatimError):
     """Usage was asked of a server that has no keys, and so records none."""
 
@@ -154,6 +160,7 @@ TABLE: Final[tuple[tuple[type[VerbatimError], int, str], ...]] = (
     (BadHost, 400, "invalid_request_error"),
     (HostNotAllowed, 403, "permission_error"),
     (OriginNotAllowed, 403, "permission_error"),
+    (ManagementNotAllowed, 403, "permission_error"),
     (UnsupportedMediaType, 415, "invalid_request_error"),
     (Unauthorized, 401, "authentication_error"),
     (UnknownKey, 401, "authentication_error"),
@@ -278,7 +285,9 @@ def error_response(error: BaseException, scope: Scope, retry_after: int = 1) -> 
 
 
 def _answer(status: int, body: dict[str, Any], scope: Scope, headers: Mapping[str, str] | None) -> JSONResponse:
-    request_id = scope.get("state", {}).get("request_id")
+    state = scope.setdefault("state", {})
+    state["error_code"] = body["error"]["code"]  # for whoever counts refusals
+    request_id = state.get("request_id")
     return JSONResponse(_shaped(body, status, scope["path"], request_id), status_code=status, headers=headers)
 
 

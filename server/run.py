@@ -100,7 +100,7 @@ def run(
             f"[yellow]This process may have {connections.limit} connections, not {settings.max_connections}: raise its "
             "limit of open files (ulimit -n).[/]"
         )
-    config = configured(create_app(registry, settings, meter, receipts), settings, connections)
+    config = configured(create_app(registry, settings, meter, receipts, connections), settings, connections)
     server = Server(config, registry, settings.shutdown_seconds)
     # uvicorn shuts down on SIGTERM and then raises it again, which must not end the process with a signal.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

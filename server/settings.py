@@ -110,10 +110,18 @@ class ServerSettings(BaseModel):
     """Receipts of replies: `{keep, days, sign, always, text}`."""
     ui: bool = True
     """Serve the page for browsers at `/`. It holds no data; with keys it asks for one."""
+    metrics: Literal["admin", "open", "off"] = "admin"
+    """Who may read `/metrics`: `admin`: whoever sends an admin key or, without keys, this machine; `open`: everybody
+    who reaches the server, without a key; `off`: nobody, there is no such path."""
     access_log: bool = False
     """Log one line per request: time, path, key, status. Never its text."""
     log_format: Literal["text", "json"] = "text"
     """`json`: each line of the log is a JSON object."""
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _off(cls, given: Any) -> Any:
+        return "off" if given is False else given  # how YAML reads the word
 
     @field_validator("hosts")
     @classmethod

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["processor_model", "processor_target"]
+__all__ = ["processor_model", "processor_name", "processor_target"]
 
 _MODEL_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "cache size")
 _ARM_FIELDS = ("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision")
@@ -28,6 +28,11 @@ def processor_model() -> str:
     Libraries choose tile sizes by the cache size, so the instruction set alone does not determine the bits.
     """
     return _joined(_MODEL_FIELDS, _ARM_FIELDS)
+
+
+def processor_name() -> str:
+    """Return the model's name alone, for people."""
+    return _joined(("model name",), ("Hardware",))
 
 
 def processor_target() -> str:

@@ -15,6 +15,7 @@ from engine.engine import Engine
 from engine.errors import EngineDead, QueueTimeout, VerbatimError, panicked
 from engine.faults import reply_fault
 from engine.serving.protocol import Abort, Aborted, Close, Command, Ended, Event, Outputs, Submit
+from engine.serving.queue_times import QueueTimes
 from engine.types.model_info import EngineStats
 from engine.types.outputs import RequestOutput, Usage
 from engine.types.requests import PreparedRequest
@@ -41,7 +42,7 @@ class EngineLoop:
         self._engine = engine
         self._emit = emit
         self._queue_seconds = engine.model.config.max_queue_seconds
-        self._arrived: dict[str, float] = {}  # monotonic seconds, of requests of which nothing is computed yet
+        self._times = QueueTimes()
 
     def run(self) -> None:
         """Step while there is work, sleep while there is none. Returns after `Close` or a death, with `Ended` sent."""
@@ -51,10 +52,11 @@ class EngineLoop:
             torch.set_num_threads(self._engine.model.config.threads)  # a setting of the calling thread
         try:
             while self._obey():
-                self.busy_since = time.monotonic()
+                self.busy_since = began = time.monotonic()
                 outputs = self._engine.step()
                 self.busy_since = None
-                outputs += self._expire()
+                self._times.begin(began, self._engine.queued)
+                outputs = self._times.told(outputs) + self._expire()
                 self.stats = self._engine.stats()
                 if outputs:
                     self._emit(Outputs(tuple(outputs)))
@@ -78,6 +80,7 @@ class EngineLoop:
                 case Submit(request):
                     self._add(request)
                 case Abort(request_id):
+                    self._times.forget(request_id)
                     self._emit(Aborted(request_id, self._engine.abort(request_id)))
             self.stats = self._engine.stats()
 
@@ -90,21 +93,15 @@ class EngineLoop:
             fault = reply_fault(request.request_id, error)
             self._emit(Outputs((RequestOutput(request.request_id, (), Usage(0, 0), True, fault),)))
             return
-        if self._queue_seconds is not None:
-            self._arrived[request.request_id] = time.monotonic()
+        self._times.arrive(request.request_id, time.monotonic())
 
     def _expire(self) -> list[RequestOutput]:
         """End the requests that have waited too long for their first step."""
-        if not self._arrived:
+        if self._queue_seconds is None:
             return []
-        now, limit = time.monotonic(), self._queue_seconds or 0.0
-        queued = self._engine.queued()
-        self._arrived = {name: self._arrived[name] for name in queued if name in self._arrived}
-        late = [name for name, since in self._arrived.items() if now - since > limit]
+        limit = self._queue_seconds
         error = QueueTimeout(f"this request has waited {limit:g} seconds for its turn, which is as long as one may.")
-        for name in late:
-            del self._arrived[name]
-        return [self._engine.refuse(name, error) for name in late]
+        return [self._engine.refuse(name, error) for name in self._times.late(time.monotonic(), limit)]
 
 
 def engine_dead(model_id: str, cause: BaseException) -> VerbatimError:

@@ -39,6 +39,8 @@ class RequestStream(AsyncIterator[RequestOutput]):
         """What ended the request early; None if nothing did."""
         self.on_news: Callable[[], None] | None = None
         """Called whenever an output has arrived or the stream has ended."""
+        self.on_output: Callable[[RequestOutput], None] | None = None
+        """Called with every output when it arrives, read or not, and also once the request was aborted."""
 
     def __aiter__(self) -> RequestStream:
         return self
@@ -66,6 +68,8 @@ class RequestStream(AsyncIterator[RequestOutput]):
         """Note usage, error and ends of an output, whether or not it is read."""
         self.usage, self.error = output.usage, output.error
         self.finish_reasons += [delta.finish_reason for delta in output.deltas if delta.finish_reason]
+        if self.on_output is not None:
+            self.on_output(output)
 
     def deliver(self, output: RequestOutput) -> None:
         self._outputs.append(output)

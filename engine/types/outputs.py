@@ -124,6 +124,8 @@ class RequestOutput:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     """On one output of a request that asks for them, the one that follows the last chunk of its prompt: one entry per
     prompt token, None for the first, before which there is nothing."""
+    queued_seconds: float | None = None
+    """On a request's first output, where an `EngineLoop` runs it: how long it waited until its first step began."""
 
 
 def clean_logprob(value: float) -> float:

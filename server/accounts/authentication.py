@@ -26,15 +26,17 @@ class Authentication:
     Args:
         meter: looks keys up.
         retry_after: seconds for `Retry-After` where keys cannot be looked up.
+        open_paths: those that need no key.
     """
 
-    def __init__(self, app: ASGIApp, meter: Meter, retry_after: int) -> None:
+    def __init__(self, app: ASGIApp, meter: Meter, retry_after: int, open_paths: frozenset[str] = OPEN) -> None:
         self._app = app
+        self._open = open_paths
         self._meter = meter
         self._retry_after = retry_after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN:
+        if scope["type"] != "http" or scope["path"] in self._open:
             await self._app(scope, receive, send)
             return
         try:

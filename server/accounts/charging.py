@@ -29,7 +29,7 @@ from server.errors import ClientGone, RateLimited
 from server.ledger.records import Key, LedgerFault, NoBalance, Prices, Settled, cost_of
 from server.ledger.store import Ledger
 
-__all__ = ["Charge", "Meter"]
+__all__ = ["Charge", "LedgerState", "Meter"]
 
 log = logging.getLogger("verbatim.server")
 
@@ -72,6 +72,23 @@ class Charge:
         return self.requests[0].request_id
 
 
+@dataclass(frozen=True, slots=True)
+class LedgerState:
+    """How the ledger does, as far as is known without asking it.
+
+    Attributes:
+        usable: whether it could be used when it was last asked.
+        faults: calls of it that failed because it could not be used.
+        waiting: requests that have ended and are not written yet.
+        aside: settlements that it refused and nobody has seen.
+    """
+
+    usable: bool
+    faults: int
+    waiting: int
+    aside: int
+
+
 class Meter:
     """Charges the keys of one server: admits requests, holds their worst case, settles what they used.
 
@@ -105,6 +122,7 @@ class Meter:
         self._settler = Settler(ledger)
         self._ends: set[asyncio.Task[None]] = set()  # requests that have ended and are not settled yet
         self._hangs = False  # whether the ledger did not answer in time when it was last asked
+        self._timeouts = 0  # calls of the ledger that it did not answer in time
         self._closed = threading.Event()
         if beat_seconds is not None:
             self._settler.beat()
@@ -128,16 +146,21 @@ class Meter:
         self._reporter.shutdown()
         self._ledger.close()
 
+    def state(self) -> LedgerState:
+        """Return how the ledger does, without asking it."""
+        settler = self._settler
+        usable = settler.fault is None and not self._hangs
+        return LedgerState(usable, settler.faults + self._timeouts, settler.waiting, settler.aside)
+
     def health(self) -> tuple[bool, dict[str, Any]]:
         """Return whether the ledger could be used when it was last asked, and the public part of its state."""
-        settler = self._settler
-        good = settler.fault is None and not self._hangs
-        told: dict[str, Any] = {"ledger": "ready" if good else "cannot be used; see the log"}
-        if settler.waiting:
-            told["settlements_waiting"] = settler.waiting
-        if settler.aside:
-            told["settlements_set_aside"] = settler.aside
-        return good, told
+        state = self.state()
+        told: dict[str, Any] = {"ledger": "ready" if state.usable else "cannot be used; see the log"}
+        if state.waiting:
+            told["settlements_waiting"] = state.waiting
+        if state.aside:
+            told["settlements_set_aside"] = state.aside
+        return state.usable, told
 
     async def authenticate(self, secret: str) -> Key | None:
         """Return the key that has this secret, or None.
@@ -152,7 +175,14 @@ class Meter:
 
     async def usage(self, key: Key, since: float | None, by: str | None) -> list[dict[str, Any]]:
         """Return the sums of what a key has used; see `Reports.usage`."""
-        work = functools.partial(self._ledger.usage, key_id=key.id, since=since, by=by)
+        return await self._report(key, functools.partial(self._ledger.usage, key_id=key.id, since=since, by=by))
+
+    async def keys(self, key: Key) -> list[tuple[Key, dict[str, int]]]:
+        """Return all keys, revoked ones included, each with the sums of what it has used. `key`: who asks."""
+        return await self._report(key, self._ledger.keys_and_sums)
+
+    async def _report(self, key: Key, work: Callable[[], _T]) -> _T:
+        """Ask the ledger for what may take long, on a thread of its own; keys that ask take turns."""
         await self._reports.take(key.id)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._reporter, work)
@@ -254,6 +284,7 @@ class Meter:
         if not self._hangs:
             log.critical("the ledger has not answered for %g seconds; requests are refused until it does", _PATIENCE)
         self._hangs = True
+        self._timeouts += 1
         return LedgerFault("the ledger does not answer.")
 
     async def _take_back(self, hold: asyncio.Future[int], key_id: str, request_id: str) -> None:

@@ -79,6 +79,9 @@ def create(
     tokens_per_minute: TpmOption = None,
     concurrent: ConcurrentOption = None,
     context: ContextOption = None,
+    admin: Annotated[
+        bool, typer.Option("--admin", help="It may manage the server: load and unload models, see all keys and usage.")
+    ] = False,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -89,7 +92,9 @@ def create(
     with closing(_ledger(config, make=True)) as ledger:
         first = not ledger.all_keys()
         limits = _limits(requests_per_minute, tokens_per_minute, concurrent, context)
-        new = ledger.create_key(name, balance=balance, expires=until, models=_models(models), limits=limits)
+        new = ledger.create_key(
+            name, balance=balance, expires=until, models=_models(models), limits=limits, admin=admin
+        )
         if as_json:
             print(json.dumps({**as_dict(new.key), "key": new.secret}))
             return

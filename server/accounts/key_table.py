@@ -28,6 +28,7 @@ def as_dict(key: Key) -> dict[str, Any]:
         "expires": key.expires,
         "revoked": key.revoked,
         "models": list(key.models),
+        "admin": key.admin,
         "balance": key.balance,
         "held": key.held,
         **asdict(key.limits),
@@ -36,15 +37,13 @@ def as_dict(key: Key) -> dict[str, Any]:
 
 def state_of(key: Key) -> str:
     """Return `good`, `revoked` or `expired`."""
-    if key.revoked is not None:
-        return "revoked"
-    return "good" if key.usable(time.time()) else "expired"  # noqa: TID251
+    return key.state(time.time())  # noqa: TID251
 
 
 def table_of(found: Sequence[Key]) -> Table:
     """Return keys as a table for the terminal."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("name", "key", "state", "balance", "limits", "models"):
+    for column in ("name", "key", "state", "rights", "balance", "limits", "models"):
         table.add_column(column, overflow="fold", no_wrap=column in ("key", "state"))
     for key in found:
         limits = key.limits
@@ -59,6 +58,7 @@ def table_of(found: Sequence[Key]) -> Table:
             escape(key.name),
             key.shown,
             state_of(key),
+            "admin" if key.admin else "use",
             balance or "not metered",
             ", ".join(f"{number} {what}" for number, what in said if number) or "none",
             escape(", ".join(key.models) or "all"),

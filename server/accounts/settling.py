@@ -52,6 +52,8 @@ class Settler:
         self._silent: dict[str, tuple[int | None, int]] = {}  # owner → its count, beats without a rise
         self.fault: str | None = None
         """Why the ledger could not be used at the last call; None if it could."""
+        self.faults = 0
+        """Calls of the ledger that failed because it could not be used."""
         self.aside = 0
         """Settlements set aside that nobody has seen."""
 
@@ -67,6 +69,7 @@ class Settler:
         except (Unwritable, Locked):
             raise
         except LedgerFault as error:
+            self.faults += 1
             if self.fault is None:
                 log.critical("requests are refused until the ledger can be used again: %s", error.message)
             self.fault = error.message

@@ -35,6 +35,7 @@ from server.api.generation import CompletionResponse, Endpoint, Job, Reply, unle
 from server.api.parsing import ParsedRequest
 from server.api.receipts.recording import RecordedBody, begin_recording, to_be_recorded
 from server.errors import ClientGone
+from server.metrics.snapshot import Metrics
 from server.receipts.service import Receipts
 from server.settings import ServerSettings
 from server.wire.bodies import Bodies
@@ -63,6 +64,7 @@ class Service:
     meter: Meter | None
     bodies: Bodies
     receipts: Receipts
+    metrics: Metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
 
     async with service.bodies.of(request, account.group, parse) as checked:
         parsed = await checked(endpoint.id_prefix + identity.id)
+        began = service.metrics.clock()
         ignored_fields(parsed.ignored, service.settings)  # refused here, before anything is prepared
         account.admit_model(parsed.model)
         engine = service.registry.get(parsed.model)
@@ -128,7 +131,8 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
     request.scope["state"]["told"] = {"model": info.id, "completion": first.request_id}
     told = identity.created, info.id, info.system_fingerprint
     reply = Reply(first.request_id, *told, prepared, parsed.prompt_logprobs, parsed.repeated)
-    job = Job(engine, account, reply, parsed.stream, parsed.include_usage, headers, recording)
+    watch = service.metrics.reply(info.id, began)
+    job = Job(engine, account, reply, parsed.stream, parsed.include_usage, headers, watch, recording)
     return CompletionResponse(job, endpoint, service.settings)
 
 

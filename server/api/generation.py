@@ -35,6 +35,7 @@ from server.api.parsing import ParsedRequest
 from server.api.receipts.recording import NO_RECEIPT, FinishedRecording, Recording
 from server.errors import ClientGone, error_response
 from server.json_text import to_json
+from server.metrics.replies import ReplyWatch
 from server.settings import ServerSettings
 
 T = TypeVar("T")
@@ -135,28 +136,31 @@ class Job:
     stream: bool
     include_usage: bool
     headers: dict[str, str]
+    watch: ReplyWatch
     recording: Recording | None = None
     """What becomes the receipt; None if there will be none."""
 
 
 @asynccontextmanager
 async def lease(
-    engine: EngineProtocol, requests: Sequence[PreparedRequest], account: Account
+    engine: EngineProtocol, requests: Sequence[PreparedRequest], account: Account, watch: ReplyWatch
 ) -> AsyncIterator[JoinedStreams]:
-    """Hold the cost of a reply's requests and submit them all; abort them on leaving.
+    """Hold the cost of a reply's requests and submit them all; abort them on leaving. `watch`: counts the reply.
 
     Aborting a finished request does nothing.
     """
     async with account.charged(requests, engine.info):
         streams: list[RequestStream] = []
-        try:
-            for request in requests:
-                streams.append(engine.submit(request))
-                account.runs(streams[-1])
-            yield JoinedStreams(streams, requests[0].params.n)
-        finally:
-            for stream in streams:
-                engine.abort(stream.request_id)
+        with watch:  # left last, when the engine was told of those that end early
+            try:
+                for request in requests:
+                    streams.append(engine.submit(request))
+                    watch.runs(streams[-1], request.params.n)
+                    account.runs(streams[-1])
+                yield JoinedStreams(streams, requests[0].params.n)
+            finally:
+                for stream in streams:
+                    engine.abort(stream.request_id)
 
 
 class CompletionResponse(Response):
@@ -171,7 +175,7 @@ class CompletionResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         job = self._job
         try:
-            async with self._memory(), lease(job.engine, job.reply.requests, job.account) as outputs:
+            async with self._memory(), lease(job.engine, job.reply.requests, job.account, job.watch) as outputs:
                 answer = self._streamed(outputs, send) if job.stream else self._whole(outputs)
                 response = await unless_disconnected(answer, receive)
         except VerbatimError as error:  # nothing has been sent yet

@@ -122,6 +122,26 @@ USAGE: Final[dict[int | str, dict[str, Any]]] = {
     422: _failure("`since` is neither a date nor Unix seconds; `by` is neither day nor model."),
 }
 
+_ADMIN: Final = _failure(
+    "The key is no admin key or, without keys, the request is not this machine's own; or as for every path: another "
+    "host's name, a page of another origin."
+)
+METRICS: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "The text format of Prometheus, or OpenMetrics where `Accept` names it.",
+        "content": {"text/plain": {}, "application/openmetrics-text": {}},
+    },
+    401: _REFUSALS[401],
+    403: _ADMIN,
+}
+MACHINE: Final[dict[int | str, dict[str, Any]]] = {401: _REFUSALS[401], 403: _REFUSALS[403]}
+KEYS: Final[dict[int | str, dict[str, Any]]] = {
+    401: _REFUSALS[401],
+    403: _ADMIN,
+    404: _failure("The server has no keys."),
+    503: _failure("The ledger cannot be read at the moment; see the server's log."),
+}
+
 RECEIPT_BODY: Final[dict[str, Any]] = {
     "required": True,
     "content": {

@@ -38,6 +38,7 @@ class Keys(LedgerPart):
         expires: float | None = None,
         models: Sequence[str] = (),
         limits: Limits = _NO_LIMITS,
+        admin: bool = False,
     ) -> NewKey:
         """Make a key of 256 random bits. Only its hash is stored: nobody can read the secret from the database.
 
@@ -58,6 +59,7 @@ class Keys(LedgerPart):
             "models": json.dumps(list(models)),
             "balance": balance,
             "held": 0,
+            "admin": int(admin),
             **_columns(limits),
         }
         with self._database.write() as connection:
@@ -151,6 +153,7 @@ def as_key(row: Any) -> Key:
         row.balance,
         row.held,
         Limits(row.requests_per_minute, row.tokens_per_minute, row.concurrent, row.context),
+        bool(row.admin),
     )
 
 

@@ -73,6 +73,7 @@ class Key:
         balance: None means that the key is not metered.
         held: the part of the balance that is set aside for running requests.
         models: the models that it may use; empty means all.
+        admin: whether it may manage the server (`server/accounts/managing.py`).
     """
 
     id: str
@@ -85,10 +86,15 @@ class Key:
     balance: int | None
     held: int
     limits: Limits
+    admin: bool = False
 
     def usable(self, now: float) -> bool:
         """Return whether the key is neither revoked nor expired."""
         return self.revoked is None and (self.expires is None or now < self.expires)
+
+    def state(self, now: float) -> str:
+        """Return `good`, `revoked` or `expired`."""
+        return "revoked" if self.revoked is not None else "good" if self.usable(now) else "expired"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from sqlalchemy import Integer, func, select
 
 from server.ledger.database import LedgerPart
 from server.ledger.keys import as_key, key_named
+from server.ledger.records import Key
 from server.ledger.tables import CREDITS, HOLDS, KEYS, REQUESTS, SET_ASIDE
 
 __all__ = ["Reports"]
@@ -54,6 +55,15 @@ class Reports(LedgerPart):
             if by == "day":
                 row["day"] = dt.datetime.fromtimestamp(row["day"] * 86400, dt.UTC).date().isoformat()
         return rows
+
+    def keys_and_sums(self) -> list[tuple[Key, dict[str, int]]]:
+        """Return all keys, the oldest first, each with the number and the sums of its settled requests."""
+        sums = [func.count(REQUESTS.c.request_id), *(func.coalesce(func.sum(REQUESTS.c[name]), 0) for name in _SUMS)]
+        query = select(KEYS, *sums).outerjoin(REQUESTS, KEYS.c.id == REQUESTS.c.key_id)
+        with self._database.report() as connection:
+            rows = list(connection.execute(query.group_by(KEYS.c.id).order_by(KEYS.c.created, KEYS.c.id)))
+        names = ("requests", *_SUMS)
+        return [(as_key(row), dict(zip(names, map(int, row[-len(names) :]), strict=True))) for row in rows]
 
     def check(self) -> list[str]:
         """Describe every key whose sums disagree: credits − costs = balance and holds = held must be true."""

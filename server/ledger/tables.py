@@ -50,6 +50,7 @@ KEYS: Final = Table(
     Column("tokens_per_minute", BigInteger),
     Column("concurrent", BigInteger),
     Column("context", BigInteger),
+    Column("admin", BigInteger, nullable=False, server_default="0"),  # 0 or 1
     CheckConstraint("balance IS NULL OR balance >= 0", name="no_debt"),
     CheckConstraint("held >= 0", name="no_negative_hold"),
 )
@@ -151,11 +152,17 @@ def _receipts(connection: Connection) -> None:
     RECEIPTS.create(connection, checkfirst=True)
 
 
+def _admin(connection: Connection) -> None:
+    """Add whether a key may manage the server. Older keys may not."""
+    connection.execute(text("ALTER TABLE keys ADD COLUMN admin BIGINT NOT NULL DEFAULT 0"))
+
+
 _STEPS: Final[tuple[tuple[str, Callable[[Connection], None]], ...]] = (
     ("0001-first", _META.create_all),
     ("0002-widths", _widths),
     ("0003-owners", _owners),
     ("0004-receipts", _receipts),
+    ("0005-admin", _admin),
 )
 """Every migration, in order. One whose name was recorded is not applied again."""
 

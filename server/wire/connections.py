@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import chain
 from typing import Final, Literal, Protocol
 
@@ -33,6 +34,8 @@ class Connections:
         self.limit = limit
         self._all: dict[Connection, Waits] = {}
         self._waiting: dict[Waits, dict[Connection, None]] = {"idle": {}, "body": {}, "no": {}}
+        self.refusals: Counter[tuple[int, str]] = Counter()
+        """What was refused before there was a request, by status and code."""
 
     def __len__(self) -> int:
         return len(self._all)

@@ -107,6 +107,11 @@ class Paths:
         """Note the routes of a router that is included under a prefix."""
         self._all |= {prefix + path: None for path in _spelled(router.routes)}
 
+    @property
+    def spelled(self) -> tuple[str, ...]:
+        """Every path, with its prefix."""
+        return tuple(self._all)
+
     def fault(self, path: str) -> PathNotFound | NotServed:
         """Return the refusal of a path that is not served."""
         nothing = f"There is nothing at {path[:_SHOWN]}"

@@ -130,7 +130,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._give_up_in(self.head_seconds, "head")
         if not self.open_connections.admit(self):
             self._deaf = True
-            self.transport.write(_answer(_Refused(*_FULL), self.retry_after))
+            self.transport.write(self._answer(_Refused(*_FULL)))
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -318,10 +318,14 @@ class _BoundedProtocol(HttpToolsProtocol):
             return
         assert self._refusal
         self._unset_keepalive_if_required()
-        self.transport.write(_answer(self._refusal, self.retry_after))
+        self.transport.write(self._answer(self._refusal))
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._give_up_in(_LINGER, "linger")
+
+    def _answer(self, refused: _Refused) -> bytes:
+        self.open_connections.refusals[refused.status, refused.code] += 1
+        return _answer(refused, self.retry_after)
 
     def _expect_reading(self, what: str) -> None:
         """Close the connection of a client that does not read what waits for it. A slow reader has time."""

@@ -35,7 +35,7 @@ SERVER = (
     "json_text hosts settings",
     "logs terminal ledger fingerprints",
     "configuration errors gpu_probe",
-    "wire accounts receipts page",
+    "wire accounts receipts metrics page",
     "api",
     "app",
     "batch bundle run",

@@ -120,6 +120,33 @@ def test_tokens_by_keyboard(real: Real, open_tab: Open) -> None:
     expect(page.get_by_label("The token")).to_contain_text("5 · id")
 
 
+def test_going_on_from_a_token(real: Real, open_tab: Open) -> None:
+    """From the same token with the same seed the rest is the same; with a rival in its place it is another reply."""
+    tab = open_tab(real.url)
+    page = tab.open()
+    short(tab, 10)
+    page.get_by_label("Seed", exact=True).fill("11")
+    tab.say("Hello")
+    whole = page.locator(".reply .prose").inner_text()
+    page.get_by_role("button", name="Tokens").click()
+    page.locator(".token").nth(3).click()
+    page.get_by_role("button", name="Go on from here").click()
+    tab.ended()
+    expect(page.locator(".branches").last).to_contain_text("2/2")
+    assert page.locator(".reply .prose").inner_text() == whole
+    page.get_by_role("button", name="Same again").click()
+    expect(page.get_by_text("The same again, to the bit")).to_contain_text("6 tokens")
+    page.get_by_role("button", name="Tokens").click()
+    expect(page.locator(".token.given")).to_have_count(4)
+    expect(page.locator(".token:not(.given)")).to_have_count(6)
+    page.locator(".token:not(.given)").nth(1).click()
+    page.get_by_role("button", name="instead and go on").first.click()
+    tab.ended()
+    expect(page.locator(".branches").last).to_contain_text("3/3")
+    assert page.locator(".reply .notice.error").count() == 0
+    assert page.locator(".reply .prose").inner_text() != whole
+
+
 # -- receipts ----------------------------------------------------------------------------------------------------------
 
 

@@ -66,6 +66,7 @@ class _Checking:
     ) -> None:
         self._check = functools.partial(service.receipts.check, account.group)
         self._account, self._engine, self._sent, self._tolerance = account, engine, sent, tolerance
+        self._metrics = service.metrics
 
     async def run(self, mode: Mode) -> CheckReport:
         """Check the receipt. A replay that draws another token elsewhere is followed by a `verify`, which tells why."""
@@ -94,7 +95,8 @@ class _Checking:
 
     async def _compute(self, check: ReceiptCheck, prepared: PreparedRequest) -> None:
         self._account.admit_prompt(len(prepared.prompt_token_ids))
-        async with lease(self._engine, (prepared,), self._account) as outputs:
+        watch = self._metrics.reply(self._engine.info.id)
+        async with lease(self._engine, (prepared,), self._account, watch) as outputs:
             async for output in outputs:
                 if isinstance(output.error, Unavailable):
                     raise output.error

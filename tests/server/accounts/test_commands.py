@@ -53,6 +53,20 @@ def test_a_key_is_shown_once(here: Path) -> None:
     ledger.close()
 
 
+def test_an_admin_key_is_seen_as_one(here: Path) -> None:
+    """Through its whole life: no later change of a key gives or takes its rights in passing."""
+    assert told("keys", "create", "root", "--admin")["admin"] is True
+    assert told("keys", "create", "ada")["admin"] is False
+    for name in ("root", "ada"):
+        told("keys", "limit", name, "--concurrent", "3")
+        told("keys", "credit", name, "5")
+    assert {key["name"]: key["admin"] for key in told("keys", "list")} == {"root": True, "ada": False}
+    rows = {line.split()[0]: line for line in said("keys", "list").splitlines() if "vk-" in line}
+    assert " admin " in rows["root"]
+    assert " admin " not in rows["ada"]
+    assert told("keys", "revoke", "root")["admin"] is True
+
+
 def test_a_key_through_its_life(here: Path) -> None:
     key = told("keys", "create", "ada", "--expires", "30d", "-m", "demo", "-m", "other", "--concurrent", "2")
     assert (key["models"], key["concurrent"], key["balance"]) == (["demo", "other"], 2, None)

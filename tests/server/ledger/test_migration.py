@@ -74,6 +74,8 @@ def test_a_ledger_of_the_first_release(first: str) -> None:
     assert (ada.name, ada.balance, ada.held, ada.models) == ("ada", 90, 40, ("m",))
     assert ada.limits == Limits(5, None, 2, 64)
     assert bob.revoked == 1790000002
+    assert not ada.admin
+    assert not bob.admin, "who could only use the server before cannot manage it now"
     found = ledger.authenticate("secret")
     assert found is not None
     assert found.id == ada.id
@@ -91,9 +93,13 @@ def test_a_ledger_of_the_first_release(first: str) -> None:
     desk.settle(row(ada.id, "new", 20, finish_reason=",".join(["stop"] * 16), prompt_tokens=2**33))
     assert (ledger.key("ada").balance, ledger.aside(), ledger.check()) == (70, [], [])
     ledger.close()
+    again = Ledger(first, Clock())
+    assert [key.admin for key in again.all_keys()] == [False, False]
+    assert again.create_key("root", admin=True).key.admin
+    again.close()
     again = Ledger(first, Clock())  # nothing is applied twice
     names = [name for (name,) in query(again, "SELECT name FROM migrations ORDER BY name")]
-    assert names == ["0001-first", "0002-widths", "0003-owners", "0004-receipts"]
+    assert names == ["0001-first", "0002-widths", "0003-owners", "0004-receipts", "0005-admin"]
     again.close()
 
 

@@ -92,13 +92,21 @@ export function goOn(message: Message, given: Given): void {
   const history = byText === true ? turns.slice(0, -1) : turns;
   const last: JsonObject = {
     role: "assistant",
-    content: given.content,
+    ...(given.content || !given.reasoning ? { content: given.content } : {}),
     ...(given.reasoning ? { reasoning_content: given.reasoning } : {}),
   };
   const body: JsonObject = given.ids
-    ? { ...rest, messages: history, continue_token_ids: given.ids }
+    ? { ...rest, ...shorter(rest, before, given.ids), messages: history, continue_token_ids: given.ids }
     : { ...rest, messages: [...history, last], continue_final_message: true, add_generation_prompt: false };
   void reply(current.value.id, message.parent, before.seed ? { body, seed: before.seed } : { body }, given);
+}
+
+/** The limit counts what is new: without the tokens that are given now, the branch ends where the reply did. */
+function shorter(body: JsonObject, before: Reply, ids: number[]): JsonObject {
+  const most = body.max_completion_tokens;
+  if (typeof most !== "number") return {};
+  const left = most - (ids.length - (before.given?.ids?.length ?? 0));
+  return left > 0 ? { max_completion_tokens: left } : {};
 }
 
 async function reply(place: string, parent: string, sent: Sent, given?: Given): Promise<void> {

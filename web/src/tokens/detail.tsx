@@ -13,6 +13,7 @@ import { parted, type Piece } from "./pieces";
 export function Detail(props: { message: Message; reply: Reply; piece: Piece }): JSX.Element {
   const { message, reply, piece } = props;
   const { entry } = piece;
+  const ends = reply.finish === "stop" && piece.at === reply.tokens.length - 1;
   return (
     <>
       <p class="token-name">
@@ -31,10 +32,14 @@ export function Detail(props: { message: Message; reply: Reply; piece: Piece }):
             ]}
           />
           <Rivals message={message} reply={reply} piece={piece} />
-          <button type="button" class="primary wide" onClick={() => goOnFrom(message, reply, piece)}>
+          <button type="button" class="primary wide" disabled={ends} onClick={() => goOnFrom(message, reply, piece)}>
             Go on from here
           </button>
-          <p class="hint">A branch that begins as this reply does, this token included, with the same seed.</p>
+          <p class="hint">
+            {ends
+              ? "The reply ends with this token: take a rival to go on."
+              : "A branch that begins as this reply does, this token included, with the same seed."}
+          </p>
         </>
       )}
     </>

@@ -1,0 +1,1 @@
+"""The endpoints for whoever runs the server: metrics, the machine, keys."""

@@ -1,0 +1,1 @@
+"""What the server counts and measures, and how it tells it: as Prometheus reads it, and as JSON."""
