@@ -32,8 +32,12 @@ POLICY: Final = "; ".join(
 )
 """The page's Content-Security-Policy."""
 
-_TYPES: Final = {".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
-_TYPES |= {".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
+_TYPES: Final = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
 _FOREVER: Final = "public, max-age=31536000, immutable"
 _GUARDS: Final = {
     "content-security-policy": POLICY,

@@ -18,7 +18,7 @@ else:
 CHROMIUM: Final = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome") or ""
 WHY = WHY or ("" if CHROMIUM else "there is no Chromium")
 NEEDS_CHROMIUM: Final = pytest.mark.skipif(bool(WHY), reason=WHY)
-PATIENCE: Final = 8_000
+PATIENCE: Final = 20_000
 """Milliseconds that anything may take before a test fails."""
 
 __all__ = ["CHROMIUM", "NEEDS_CHROMIUM", "WHY", "Tab", "expect", "launch", "sync_playwright"]

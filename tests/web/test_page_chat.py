@@ -1,4 +1,4 @@
-"""The chat in a real browser: streaming, stop, thoughts, tools, branches, history; models and servers that come and go."""
+"""The chat in a real browser: streaming, stop, thoughts, tools, branches, history; models and servers come and go."""
 
 from __future__ import annotations
 

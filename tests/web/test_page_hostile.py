@@ -1,4 +1,4 @@
-"""What a model writes is hostile, and so are files: nothing of it runs, loads, or leaves its place. And small screens."""
+"""What a model writes is hostile, and so are files: nothing runs, loads, or leaves its place. Small screens, too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ Inline <b onmouseover="window.hit = 4">bold</b> and <a href="javascript:window.h
 <iframe src="https://evil.example/"></iframe>
 <style>body { display: none }</style>
 """
-LINKS = """[one](javascript:window.hit=6) [two](JaVaScRiPt:window.hit=7) [three](data:text/html,x) [four](&#106;avascript:x)
+LINKS = """[one](javascript:window.hit=6) [two](JaVaScRiPt:window.hit=7) [three](data:text/html,x)
+[four](&#106;avascript:x)
 [five](https://example.org/a?b=1&amp;c=2 "title") <javascript:window.hit=8> [six](/v1/models) [seven](//evil.example/x)
 [eight](java\tscript:x) ![picture](https://evil.example/p.png) ![dat](data:image/svg+xml,x) https://example.com/plain
 """

@@ -343,7 +343,9 @@ def test_keys_are_asked_for_kept_for_the_session_and_their_usage_shown(
         page.reload()
         expect(page.get_by_role("button", name="Model: fake, ready")).to_be_visible()
         if manage:
-            keys = [{"id": "k", "name": "bob", "state": "good", "admin": True, "balance": None, "usage": {"requests": 7}}]
+            keys = [
+                {"id": "k", "name": "bob", "state": "good", "admin": True, "balance": None, "usage": {"requests": 7}}
+            ]
             page.route("**/v1/machine", lambda route: route.fulfill(json=MACHINE))
             page.route("**/v1/keys", lambda route: route.fulfill(json={"data": keys}))
         tab.tab("Machine")
