@@ -71,10 +71,15 @@ class Tab:
 
     # -- what tests do often -------------------------------------------------------------------------------------------
 
-    def say(self, text: str) -> None:
-        """Write a message, send it, and wait for the end of the reply."""
+    def begin(self, text: str) -> None:
+        """Write a message and send it, once there is a model to send it to."""
         self.page.get_by_label("Message", exact=True).fill(text)
+        expect(self.page.get_by_role("button", name="Send", exact=True)).to_be_enabled()
         self.page.keyboard.press("Enter")
+
+    def say(self, text: str) -> None:
+        """Send a message, and wait for the end of the reply."""
+        self.begin(text)
         self.ended()
 
     def ended(self) -> None:
