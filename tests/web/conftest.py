@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from browsing import NEEDS_CHROMIUM, WHY, Tab, launch
-from page_server import PageServer, served
+from page_server import PageServer, Real, served
 
 from engine import ModelConfig, Registry
 from server.app import create_app
@@ -55,17 +55,6 @@ def serve() -> Iterator[Callable[[Any], PageServer]]:
 
     with contextlib.ExitStack() as stack:
         yield lambda app: stack.enter_context(served(app))
-
-
-class Real:
-    """A server with a real engine. `say(text=…)`: what it says next; see `ScriptedModel`."""
-
-    def __init__(self, server: PageServer, model: Any) -> None:
-        self.url = server.url
-        self._model = model
-
-    def say(self, **script: Any) -> None:
-        self._model.script = script
 
 
 @pytest.fixture(scope="session")

@@ -56,3 +56,14 @@ def served(app: Any) -> Iterator[PageServer]:
         yield server
     finally:
         server.stop()
+
+
+class Real:
+    """A server with a real engine. `say(text=…)`: what it says next; see `ScriptedModel`."""
+
+    def __init__(self, server: PageServer, model: Any) -> None:
+        self.url = server.url
+        self._model = model
+
+    def say(self, **script: Any) -> None:
+        self._model.script = script

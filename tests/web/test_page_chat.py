@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 from browsing import Tab, expect
-from conftest import Real
 from fakes import INFO, FakeEngine, FakeRegistry, Step, make_app, output, word_by_word
-from page_server import PageServer
+from page_server import PageServer, Real
 
 from engine import ChoiceDelta, ModelStatus, PreparedRequest
 from server.app import create_app

@@ -13,9 +13,8 @@ from typing import Any
 import httpx
 import pytest
 from browsing import Tab, expect
-from conftest import Real
 from fakes import FakeEngine, make_app, word_by_word
-from page_server import PageServer
+from page_server import PageServer, Real
 
 Open = Callable[..., Tab]
 Serve = Callable[[Any], PageServer]
