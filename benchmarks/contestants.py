@@ -7,6 +7,7 @@ sets `MKL_CBWR` for its law, which must not slow its peer down. torch and transf
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,7 +39,23 @@ class Ours:
         self._path, self._threads, self._device = model, threads, device
         self._numbers = itertools.count()
 
-    def load(self) -> Answer:
+    def load_idle(self, quantization: str | None = None) -> Answer:
+        """Load another copy in a thread of its own, as a server does; it answers one prompt, then does nothing."""
+        done = threading.Event()
+
+        def live() -> None:
+            other = Ours(self._path, self._threads, self._device)
+            other.load(quantization)
+            other.prefill([1, 2, 3])
+            done.set()
+            threading.Event().wait()
+
+        threading.Thread(target=live, daemon=True).start()
+        if not done.wait(300):
+            raise RuntimeError("the idle model was not loaded within 300 seconds")
+        return {}
+
+    def load(self, quantization: str | None = None) -> Answer:
         from engine.checkpoints.checkpoint import inspect
         from engine.config import ModelConfig
         from engine.engine import Engine
@@ -52,6 +69,7 @@ class Ours:
             device=self._device,
             threads=self._threads,
             context_length=min(trained, 4096),
+            quantization=quantization,
         )
         model = load(config)
         self._engine = Engine(model)

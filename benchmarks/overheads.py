@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # run as a script: this folder holds an engine.py
 
 from transformers import AutoTokenizer
 
-from benchmarks import loopback, machine, metered, real_model, served, step_costs
+from benchmarks import counting, loopback, machine, metered, real_model, served, step_costs
 from benchmarks.common import RESULTS, alternate, summary, thread_cpu_seconds
 from benchmarks.report import Report
 from engine import LLM, Constraint
@@ -219,7 +219,8 @@ def server(report: Report, model: Path, streams: int, tokens: int, repeat: int) 
     with tempfile.TemporaryDirectory() as scratch:
         meter = Path(scratch, "meter")
         metered.create(meter)
-        entry = {"device": "cpu", "threads": 1, "max_sequences": streams}
+        # In one process, whose threads are told apart; `benchmarks.isolation` compares it with two.
+        entry = {"device": "cpu", "threads": 1, "max_sequences": streams, "isolation": "thread"}
         with served.serve(model, meter=meter, **entry) as running:
             for round_ in range(repeat + 1):  # the first warms up
                 bodies = [
@@ -266,6 +267,8 @@ def server(report: Report, model: Path, streams: int, tokens: int, repeat: int) 
         note="300 bytes to another process, from a program that does nothing else; inside a server it costs more, for "
         "its caches are cold.",
     )
+    counted = [counting.cost(2_000 if report.quick else 100_000) for _ in range(repeat)]
+    report.add("· of it the metrics", "µs CPU/output", {name: summary(counted)}, note="one output a step and request.")
     report.add(
         "server with the forward pass",
         "µs CPU/streamed token",

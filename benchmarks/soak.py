@@ -30,9 +30,9 @@ if __package__ in (None, ""):  # run as a script: this very file would hide the 
 import httpx
 
 from benchmarks import machine
-from benchmarks.common import RESULTS, rss_bytes, summary
+from benchmarks.common import RESULTS, summary
 from benchmarks.hostile import hostile
-from benchmarks.place import HELLO, KEYS, Place, Wrong, check_ledger, place, settled_ledger
+from benchmarks.place import HELLO, KEYS, Place, Wrong, check_ledger, place, settled_ledger, tree_bytes
 from benchmarks.report import Report
 
 _CONCURRENT = 64
@@ -105,11 +105,11 @@ def load(report: Report, clients: int, seconds: float) -> None:
     """Mixed clients for a while; then: no 500, nothing held, every answer charged its usage, memory as before."""
     with place(send_seconds=5, body_seconds=5) as found, found.serve() as (process, url):
         asyncio.run(_crowd(url, found, Crowd(), clients, 5.0))  # warm: allocators and caches have their size
-        before = rss_bytes(process.pid)
+        before = tree_bytes(process.pid)
         crowd = Crowd()
         asyncio.run(_crowd(url, found, crowd, clients, seconds))
         rows = settled_ledger(found)
-        after = rss_bytes(process.pid)
+        after = tree_bytes(process.pid)
     faults = {
         name: count for name, count in crowd.statuses.items() if name.startswith("5") and not name.startswith("503")
     }

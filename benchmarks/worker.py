@@ -25,11 +25,13 @@ TIMEOUT = 900.0
 class Worker:
     """A running contestant. Use as a context manager."""
 
-    def __init__(self, name: str, model: Path, threads: int) -> None:
+    def __init__(self, name: str, model: Path, threads: int, root: Path = ROOT) -> None:
+        """root: a folder that holds the package `engine`; this checkout's by default."""
         command = [sys.executable, "-m", "benchmarks.worker", name, "--model", str(model), "--threads", str(threads)]
         self.name = name
+        environment = child_environment(PYTHONPATH=str(ROOT))
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env=child_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def __enter__(self) -> Worker:

@@ -29,6 +29,7 @@ from pydantic.fields import FieldInfo
 
 import engine.errors
 from engine import ModelConfig, ModelInfo, ModelStatus, ReproducibilityReport, VerbatimError
+from engine.config import AdapterEntry
 from engine.replies.chat_format import find_chat_format
 from engine.replies.reasoning import EFFORTS, ReasoningFormat, template_variables
 from engine.templates.chat_template import ChatTemplate
@@ -123,6 +124,7 @@ def models_yaml() -> str:
         "    cache_size: 2GiB\n    sampling: {temperature: 0.7}\nserver:\n  port: 9000\n```\n\n"
         "## models\n\n"
         f"An entry gives `id` and exactly one of `path`, `repo` and `builtin`.\n\n{_keys(ModelConfig)}\n"
+        f"### adapters\n\nSee [LoRA adapters](../guides/adapters.md).\n\n{_keys(AdapterEntry)}\n"
         f"## server\n\n{_keys(ServerSettings)}\n"
         f"### receipts\n\nSee [Keeping receipts](../guides/keeping-receipts.md).\n\n{_keys(ReceiptSettings)}"
     )
@@ -156,6 +158,8 @@ def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_type_name(part) for part in typing.get_args(hint) if part is not type(None))
     origin = typing.get_origin(hint)
+    if origin is tuple:
+        return "list, or mapping by name"
     if origin is list:
         return f"{_type_name(typing.get_args(hint)[0])}, may be repeated"
     plain: dict[Any, str] = {datetime: "date or date and time"}
@@ -174,6 +178,8 @@ def _default(field: FieldInfo) -> str:
     )
     value = field.get_default(call_default_factory=True)
     shown = {True: "true", False: "false"}[value] if isinstance(value, bool) else value
+    if value == ():
+        return "none"
     return ("" if value is None else f"`{shown}`") + (limits if value is not None else limits.removeprefix(", "))
 
 

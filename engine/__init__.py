@@ -9,8 +9,14 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import os
 from importlib import resources
 from typing import Any
+
+# torch's OpenMP threads spin for milliseconds after each of its operations, on processors that the kernels' team needs
+# (docs/decisions/0041-a-thread-team.md). OpenMP reads this when torch is imported, which is later than this line.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
 
 @functools.cache

@@ -21,8 +21,10 @@ from engine.errors import (
     InvalidFormat as InvalidFormat,
     InvalidParameter as InvalidParameter,
     LoadError as LoadError,
+    ModelInUse as ModelInUse,
     ModelLoading as ModelLoading,
     ModelNotFound as ModelNotFound,
+    NoRoom as NoRoom,
     NotEnoughMemory as NotEnoughMemory,
     NumericalFault as NumericalFault,
     OutOfMemory as OutOfMemory,
@@ -35,6 +37,7 @@ from engine.errors import (
     Unavailable as Unavailable,
     Unsupported as Unsupported,
     VerbatimError as VerbatimError,
+    trace_lines as trace_lines,
 )
 from engine.host_memory import (
     address_space as address_space,
@@ -92,11 +95,19 @@ from engine.receipts.verdict import (
 )
 from engine.serving.async_engine import AsyncEngine as AsyncEngine
 from engine.serving.fair_lock import FairLock as FairLock
-from engine.serving.protocol import EngineProtocol as EngineProtocol
-from engine.serving.registry import (
-    ModelStatus as ModelStatus,
-    Registry as Registry,
+from engine.serving.models.changes import Changes as Changes
+from engine.serving.models.outline import (
+    MemoryView as MemoryView,
+    Outline as Outline,
 )
+from engine.serving.models.room import told_to as told_to
+from engine.serving.models.status import (
+    Lease as Lease,
+    ModelStatus as ModelStatus,
+)
+from engine.serving.opening import open_engine as open_engine
+from engine.serving.protocol import EngineProtocol as EngineProtocol
+from engine.serving.registry import Registry as Registry
 from engine.serving.request_stream import (
     JoinedStreams as JoinedStreams,
     RequestStream as RequestStream,
@@ -119,6 +130,7 @@ from engine.types.messages import (
 )
 from engine.types.model_info import (
     EngineStats as EngineStats,
+    LoadProgress as LoadProgress,
     ModelInfo as ModelInfo,
     ReproducibilityReport as ReproducibilityReport,
     TokenizerInfo as TokenizerInfo,

@@ -1,5 +1,6 @@
 """One running choice: tokens in, deltas out, and what may come next. Knows no scheduler, no logits, no other choice.
 
+begin     take the tokens with which the caller has begun the reply
 append    take one token: the text it shows, and whether the choice ends with it
 draft     what may be expected to come next, if anything
 advance   take a drawn token and those that are forced after it: one delta
@@ -13,6 +14,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
+from engine.errors import InvalidParameter
 from engine.grammar.compiler import GrammarState
 from engine.replies.reply_stream import TextDelta, TextStream
 from engine.replies.tool_calls.reader import call_id
@@ -57,7 +59,7 @@ class Choice:
         grammar: the state of the grammar that its reply is held to; None if there is none.
         drafter: proposes what came earlier in the text; None where that is off.
         prediction: follows the text that the caller predicted; None if there is none.
-        num_thoughts: tokens of thought so far.
+        num_thoughts: tokens of thought so far, those of a given beginning included.
     """
 
     __slots__ = (
@@ -65,6 +67,8 @@ class Choice:
         "_follow_limit",
         "_forced",
         "_format",
+        "_given_calls",
+        "_given_thoughts",
         "_ids",
         "_learner",
         "_num_calls",
@@ -103,10 +107,16 @@ class Choice:
         self._ids = ids
         self._forced: deque[int] = deque()  # tokens that come next whatever the model says: the end of long thoughts
         self._num_calls = 0
+        self._given_calls = self._given_thoughts = 0  # those in the beginning that the caller gave
         self._follow_limit = _MOST_FOLLOWED
         self._written: list[str] = []  # the text so far, where it is to be checked against a schema in the end
         self._schema_error: str | None = None  # of calls that no grammar held to all of their schema; "": none
         self._limit_thoughts()
+
+    @property
+    def generated_thoughts(self) -> int:
+        """Tokens of thought that were generated."""
+        return self.num_thoughts - self._given_thoughts
 
     @property
     def forced(self) -> int | None:
@@ -141,15 +151,15 @@ class Choice:
             room = min(room, _MOST_ONE_BY_ONE)
         if sequence.follow is not None:
             # Nothing is drawn behind the last token, so it is not computed.
-            end = min(sequence.position + min(room, self._follow_limit), len(sequence.follow) - 1)
-            return sequence.follow[sequence.position : end]
+            end = min(sequence.generated + min(room, self._follow_limit), len(sequence.follow) - 1)
+            return sequence.follow[sequence.generated : end]
         if forced := tuple(self._forced) or (grammar.all_forced if grammar else ()):
             return forced[:room]  # where they are drawn at all
         for source in (self.prediction, self.drafter):
             found: tuple[int, ...] = ()
             if isinstance(source, Prediction):
                 found = source.propose(room)
-            elif source is not None and sequence.position:
+            elif source is not None and sequence.generated:
                 found = source.propose(sequence, room)
             if found:
                 self._learner = source
@@ -202,7 +212,7 @@ class Choice:
             delta = _joined(delta, rest)
             finish = "stop" if rest.stopped else finish  # half a character, cut, may still complete a stop string
         calls = tuple(self._call(name, arguments) for name, arguments in delta.calls)
-        if finish == "stop" and self._num_calls:
+        if finish == "stop" and self._num_calls > self._given_calls:
             finish = "tool_calls"
         self._check_schema(delta.text, finish)
         return ChoiceDelta(
@@ -223,9 +233,8 @@ class Choice:
 
     def _followed(self) -> int | None:
         """Return the next token of a reply that is checked; None behind its end, and for any other reply."""
-        sequence = self.sequence
-        position = sequence.position
-        return sequence.follow[position] if sequence.follow and position < len(sequence.follow) else None
+        follow, generated = self.sequence.follow, self.sequence.generated
+        return follow[generated] if follow and generated < len(follow) else None
 
     def _cut_off(self, check: TokenCheck) -> ChoiceDelta:
         """End a reply that is checked before a token that could not be taken."""
@@ -248,19 +257,52 @@ class Choice:
             self._forced.popleft()
         if self.prediction is not None:
             self.prediction.push(token)
-        self.num_thoughts += text.thinking
-        ends = token in self._ids.end and not params.ignore_eos
-        if token in params.stop_token_ids or (ends and (self.grammar is None or self.grammar.accepting)):
+        if self._is_end(token):
+            self.num_thoughts += text.thinking
             return TextDelta("", False, b""), "stop"  # the token adds no text
         before = text.thinking
-        delta = text.push(token, sequence.position > params.min_tokens)
+        delta = text.push(token, sequence.generated > params.min_tokens)
         stopped = delta.stopped or bool(delta.calls and not self._format.parallel_tool_calls)
-        self.num_thoughts += text.thinking and not before  # the token that opened them
+        self.num_thoughts += before or text.thinking  # the tokens that open and close them, too
         if self.grammar is not None and not stopped:
             self.grammar.consume(token)
             stopped = self.grammar.stopped  # nothing but the end could follow, so nothing is drawn for it
         self._limit_thoughts()
-        return delta, "stop" if stopped else "length" if sequence.position == params.max_tokens else None
+        return delta, "stop" if stopped else "length" if sequence.generated == params.max_tokens else None
+
+    def _is_end(self, token: int) -> bool:
+        """Whether a token, as the next one, ends the reply."""
+        params = self.sequence.params
+        ends = token in self._ids.end and not params.ignore_eos
+        return token in params.stop_token_ids or (ends and (self.grammar is None or self.grammar.accepting))
+
+    def begin(self, param: str) -> None:
+        """Take the tokens with which the caller has begun the reply, as if they had been generated.
+
+        Args:
+            param: the request's field that gave them, for error messages.
+
+        Raises:
+            InvalidParameter: the reply ends in them, or its grammar does not allow them.
+        """
+        text, grammar = self.text, self.grammar
+        for i, token in enumerate(self.sequence.beginning):
+            if self._is_end(token):
+                raise InvalidParameter(f"{param}: the reply ends with token {i} of it, {token}.", param=param)
+            if self._forced and self._forced.popleft() != token:
+                self._forced.clear()
+            before = text.thinking
+            delta = text.begin(token, not self.sequence.params.min_tokens)
+            self.num_thoughts += before or text.thinking
+            self._num_calls += len(delta.calls)
+            self._written.append(delta.text)
+            if delta.calls and not self._format.parallel_tool_calls:
+                raise InvalidParameter(f"{param}: the reply ends with the call that it holds.", param=param)
+            if grammar is not None:
+                _consume(grammar, token, i, param)
+            self._limit_thoughts()
+        self._written.append(text.end_beginning())
+        self._given_thoughts, self._given_calls = self.num_thoughts, self._num_calls
 
     def _limit_thoughts(self) -> None:
         """Force the end of thoughts that have used up their budget; a grammar takes it after whole characters only."""
@@ -276,7 +318,7 @@ class Choice:
         if name in found.unenforced_tools and not self._schema_error and (tool := found.tool(name)):
             error = unenforced_errors(arguments, tool.parameters)
             self._schema_error = f"{name}: {error}" if error else ""
-        own_id = call_id(sequence.seed, sequence.choice_index, sequence.prompt_token_ids, self._num_calls)
+        own_id = call_id(sequence.seed, sequence.choice_index, sequence.own_prompt, self._num_calls)
         return ToolCall(own_id, name, arguments)
 
     def _check_schema(self, text: str, finish: FinishReason | None) -> None:
@@ -302,3 +344,18 @@ class Choice:
 
 def _joined(a: TextDelta, b: TextDelta) -> TextDelta:
     return TextDelta(a.text + b.text, b.stopped, a.bytes + b.bytes, a.reasoning + b.reasoning, a.calls + b.calls)
+
+
+def _consume(grammar: GrammarState, token: int, place: int, param: str) -> None:
+    """Advance a grammar by a token of a beginning that the caller gave."""
+    try:
+        grammar.consume(token)
+    except InvalidParameter as error:
+        raise InvalidParameter(
+            f"{param}: token {place} of the reply's beginning, {token}, does not fit {error.param}.", param=param
+        ) from None
+    if grammar.stopped:
+        raise InvalidParameter(
+            f"{param}: the reply's beginning is a whole reply already: {grammar.param} allows nothing after it.",
+            param=param,
+        )

@@ -9,6 +9,7 @@ import datetime as dt
 import difflib
 import os
 import re
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,6 +28,24 @@ _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|balanced|balanced_low_0|sequential")
 
 
+class AdapterEntry(BaseModel):
+    """One adapter (LoRA) of an entry."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
+    """What follows the entry's id and a colon in the name that requests use."""
+    path: Path
+    """A folder with adapter_config.json and adapter_model.safetensors, as PEFT writes them."""
+    merge: bool = False
+    """Add the adapter to the weights at load, and serve the result under the entry's own id."""
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """The files that are read: the configuration, and the weights."""
+        return self.path / "adapter_config.json", self.path / "adapter_model.safetensors"
+
+
 class ModelConfig(BaseModel):
     """One entry of models.yaml."""
 
@@ -43,6 +62,12 @@ class ModelConfig(BaseModel):
     on first use, for tests."""
     revision: str | None = None
     """With repo: a branch, tag or commit. Default: main."""
+    load: Literal["at_start", "on_demand"] = "at_start"
+    """When the model is loaded: when the server starts, or for the first request that names it. That request waits."""
+    idle_seconds: float | None = Field(default=None, gt=0)
+    """Seconds without a request after which the model is unloaded; the next request loads it again. Default: never."""
+    max_load_seconds: float = Field(default=600.0, gt=0)
+    """A request that has waited longer for a model that is being loaded for it is refused; the loading goes on."""
     device: str = "auto"
     """`auto` takes a GPU when there is one; or `cpu`, `cuda`, `cuda:N`, or an accelerate device map (`balanced`, …)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -85,6 +110,10 @@ class ModelConfig(BaseModel):
     sooner where text repeats itself. Not used where the self-test finds that bits depend on the rows of a step."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads. Default: one per core. Bits do not depend on it; time does."""
+    isolation: Literal["process", "thread"] = "process"
+    """`process`: the model runs in a process of its own. A crash, a driver's fault or want of memory ends this model's
+    requests and nothing else, and unloading it gives all its memory back. `thread`: it runs inside the server, which
+    takes a few hundred MiB less. Replies are the same."""
     chat_template: Path | None = None
     """A Jinja file in place of the checkpoint's own template."""
     response_template: Path | None = None
@@ -97,6 +126,10 @@ class ModelConfig(BaseModel):
     """What `strftime_now` sees in templates that print today's date. Default: the real clock."""
     sampling: dict[str, Any] = Field(default_factory=dict)
     """Defaults for sampling fields that a request leaves out; they override the checkpoint's generation_config.json."""
+    adapters: tuple[AdapterEntry, ...] = ()
+    """LoRA adapters in PEFT's format: a list of mappings with `name`, `path` and `merge`, or a mapping from names to
+    paths. Each is a model of its own, `ID:NAME`, computed beside the base on a CPU in float32. With `merge: true`, for
+    the only adapter of an entry, it is added to the weights, and the entry's own id serves the result."""
     trust_remote_code: bool = False
     """Run Python files that come with the checkpoint. They can do anything on this machine."""
     stall_timeout: float = Field(default=120.0, gt=0)
@@ -127,6 +160,28 @@ class ModelConfig(BaseModel):
             return dt.datetime(value.year, value.month, value.day)
         return value
 
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _list_adapters(cls, value: Any) -> Any:
+        if isinstance(value, dict):  # by name: a path, or a mapping of the other keys
+            return [{"name": name, **(of if isinstance(of, dict) else {"path": of})} for name, of in value.items()]
+        return value
+
+    @field_validator("adapters")
+    @classmethod
+    def _check_adapters(cls, value: tuple[AdapterEntry, ...]) -> tuple[AdapterEntry, ...]:
+        names = [adapter.name for adapter in value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the name {name!r} is used twice")
+        merged = [adapter.name for adapter in value if adapter.merge]
+        if merged and len(value) > 1:
+            raise ValueError(
+                f"{merged[0]!r} is merged, so it must be the only adapter: the others were made for the weights "
+                "without it; give it an entry of its own"
+            )
+        return value
+
     @field_validator("sampling")
     @classmethod
     def _check_sampling(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -141,6 +196,21 @@ class ModelConfig(BaseModel):
         if sum(source is not None for source in (self.path, self.repo, self.builtin)) != 1:
             raise ValueError("give exactly one of path (a folder), repo (a hub id) and builtin")
         return self
+
+    @property
+    def adapter_ids(self) -> tuple[str, ...]:
+        """The ids under which adapters are served beside the model."""
+        return tuple(adapter_id(self.id, adapter.name) for adapter in self.adapters if not adapter.merge)
+
+    @property
+    def merged_adapter(self) -> AdapterEntry | None:
+        """The adapter that is added to the weights, if any."""
+        return next((adapter for adapter in self.adapters if adapter.merge), None)
+
+
+def adapter_id(model_id: str, name: str) -> str:
+    """Return the id of a model with one of its adapters."""
+    return f"{model_id}:{name}"
 
 
 def parse_models(entries: Any, *, base: Path, where: str) -> tuple[ModelConfig, ...]:
@@ -157,9 +227,12 @@ def parse_models(entries: Any, *, base: Path, where: str) -> tuple[ModelConfig, 
         if not isinstance(entry, dict):
             raise ConfigError(f"{name} must be a mapping of keys to values, not {entry!r}.")
         models.append(validate(ModelConfig, _absolute(entry, base), name))
-    for position, model in enumerate(models):
-        if model.id in {m.id for m in models[:position]}:
-            raise ConfigError(f"{where}: the id {model.id!r} is used twice.")
+    seen: set[str] = set()
+    for model in models:
+        for model_id in (model.id, *model.adapter_ids):
+            if model_id in seen:
+                raise ConfigError(f"{where}: the id {model_id!r} is used twice.")
+            seen.add(model_id)
     return tuple(models)
 
 
@@ -219,10 +292,14 @@ def validate(model: type[M], data: dict[str, Any], where: str) -> M:
 def _mapping_at(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
     """Return the mapping that a path of keys leads to, as far as each key's value is one."""
     for part in path:
-        field = model.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        if isinstance(part, int):  # an item of a list, whose kind is known already
+            continue
+        field = model.model_fields.get(part)
+        kinds = () if field is None else (field.annotation, *typing.get_args(field.annotation))
+        found = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if found is None:
             break
-        model = field.annotation
+        model = found
     return model
 
 
@@ -230,5 +307,21 @@ def _absolute(entry: dict[str, Any], base: Path) -> dict[str, Any]:
     entry = dict(entry)
     for key in ("path", "chat_template", "response_template"):
         if isinstance(entry.get(key), str):
-            entry[key] = Path(os.path.abspath(base / Path(entry[key]).expanduser()))
+            entry[key] = _absolute_path(entry[key], base)
+    adapters = entry.get("adapters")
+    if isinstance(adapters, list):
+        entry["adapters"] = [_absolute(one, base) if isinstance(one, dict) else one for one in adapters]
+    elif isinstance(adapters, dict):
+        entry["adapters"] = {
+            name: _absolute(of, base)
+            if isinstance(of, dict)
+            else _absolute_path(of, base)
+            if isinstance(of, str)
+            else of
+            for name, of in adapters.items()
+        }
     return entry
+
+
+def _absolute_path(path: str, base: Path) -> Path:
+    return Path(os.path.abspath(base / Path(path).expanduser()))

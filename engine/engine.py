@@ -89,19 +89,23 @@ class Engine:
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Check a request, render its template, tokenise it, fill in what it left open.
 
-        Raises: as `Preparer.prepare`.
+        Raises: as `Preparer.prepare`. InvalidParameter: the beginning of the reply that it gives cannot be that of one.
         """
-        return self.preparer.prepare(request)
+        prepared = self.preparer.prepare(request)
+        if prepared.begun:  # read once here, so that nothing is left to refuse
+            self._choice(prepared, 0, StopStrings(prepared.params.stop), places_of(()))
+        return prepared
 
     def add(self, request: PreparedRequest) -> None:
         """Queue a request. Its id must not be in use.
 
         Raises:
-            ValueError: the id is in use, or a reply to be checked cannot be one of this model.
+            ValueError: the id is in use, there is no such adapter, or a reply to be checked is none of this model's.
             Exception: whatever its grammar raises if it does not start; then nothing is queued.
         """
         if request.request_id in self._requests:
             raise ValueError(f"the request id {request.request_id!r} is in use")
+        self._check_adapter(request)
         self._check_followed(request)
         stops = StopStrings(request.params.stop)
         places = places_of(request.prediction)
@@ -110,6 +114,12 @@ class Engine:
         logprobs = PromptLogprobs(self.model.vocabulary, request.prompt_token_ids) if scored else None
         self._requests[request.request_id] = RunningRequest(request, choices, len(choices), logprobs)
         self._scheduler.add([choice.sequence for choice in choices])
+
+    def _check_adapter(self, request: PreparedRequest) -> None:
+        if request.adapter and request.adapter not in self.info.adapters:
+            raise ValueError(f"{self.info.id} has no adapter {request.adapter!r}")
+        if request.adapter and request.adapter not in request.cache_share:
+            raise ValueError("the request's share of the prefix cache is not its adapter's")
 
     def _check_followed(self, request: PreparedRequest) -> None:
         follow, params = request.follow, request.params
@@ -132,6 +142,8 @@ class Engine:
             share=request.cache_share,
             follow=request.follow[index] if request.follow is not None else None,
             records=request.record,
+            begun=request.begun,
+            adapter=request.adapter,
             next_scored=1 if params.prompt_logprobs is not None and index == 0 else -1,
         )
         parser = model.chat_format.parser(request.reply_format)
@@ -144,6 +156,8 @@ class Engine:
             choice.drafter = Drafter()
         if request.prediction:
             choice.prediction = Prediction(request.prediction, places)
+        if request.begun:
+            choice.begin(request.begun_param)
         return choice
 
     def abort(self, request_id: str) -> Usage | None:
@@ -163,7 +177,7 @@ class Engine:
         return [
             request_id
             for request_id, running in self._requests.items()
-            if running.choices[0].sequence.state is SequenceState.WAITING and not running.choices[0].sequence.position
+            if running.choices[0].sequence.state is SequenceState.WAITING and not running.choices[0].sequence.generated
         ]
 
     def refuse(self, request_id: str, error: VerbatimError) -> RequestOutput:
@@ -236,7 +250,7 @@ class Engine:
 
         Preempted ones wait in front of the queue, behind choices whose prompt another choice has computed.
         """
-        preempted = takewhile(lambda sequence: sequence.position or sequence.choice_index, self._scheduler.waiting)
+        preempted = takewhile(lambda sequence: sequence.generated or sequence.choice_index, self._scheduler.waiting)
         return {
             sequence: grammar
             for sequence in (*self._scheduler.running, *preempted)
@@ -356,7 +370,7 @@ class Engine:
 
         Returns what they add, and the draw that may follow now if the draft was right so far.
         """
-        sequence, start = choice.sequence, choice.sequence.position
+        sequence, start = choice.sequence, choice.sequence.generated
         draft = drawn[0][0].draft
         deltas: list[ChoiceDelta] = []
         right = 0
@@ -373,7 +387,7 @@ class Engine:
                 if deltas[-1].finish_reason or right <= draw.index:
                     break
         finally:
-            self._generated_tokens += sequence.position - start
+            self._generated_tokens += sequence.generated - start
         self._scheduler.accept(sequence, right)
         choice.accept(right)
         self._accepted_tokens += right
@@ -382,7 +396,7 @@ class Engine:
             self._requests[sequence.request_id].unfinished -= 1
             return deltas, []
         grammar = choice.grammar
-        if len(drawn) == 1 and right == sequence.position - start and not (grammar is not None and grammar.slow):
+        if len(drawn) == 1 and right == sequence.generated - start and not (grammar is not None and grammar.slow):
             return deltas, [Draw(sequence, drawn[0][0].row + right, draft[right:])]
         if grammar is not None and choice.forced is None:
             self._masks.look_ahead(grammar)
@@ -425,11 +439,11 @@ class Engine:
         for chunk in schedule.chunks:
             sequence = chunk.sequence
             running = self._requests.get(sequence.request_id)
-            if running is not None and not sequence.position:
+            if running is not None and not sequence.generated:
                 computed = min(chunk.start + chunk.count, len(sequence.prompt_token_ids))
                 running.prompt_tokens = max(running.prompt_tokens, computed)
             ends = chunk.start + chunk.count - len(chunk.draft) == len(sequence)
-            if ends and sequence.position == 0 and sequence.choice_index == 0:
+            if ends and sequence.generated == 0 and sequence.choice_index == 0:
                 self._prompt_tokens += len(sequence.prompt_token_ids)
                 self._cached_tokens += sequence.num_cached
 

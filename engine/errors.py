@@ -17,6 +17,8 @@ VerbatimError
     ├── QueueFull
     ├── QueueTimeout                 the request has waited for `max_queue_seconds`
     ├── ModelLoading
+    ├── ModelInUse                   it serves requests or is being loaded, and so cannot be unloaded
+    ├── NoRoom                       no model can leave for this one; carries needed and free bytes, and who holds them
     ├── EngineDead                   carries the cause
     ├── OutOfMemory                  this request's step did not fit; the engine goes on
     └── NumericalFault               the model produced a value that is not finite
@@ -24,6 +26,10 @@ VerbatimError
 
 from __future__ import annotations
 
+import contextlib
+import os
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 __all__ = [
@@ -33,8 +39,10 @@ __all__ = [
     "InvalidFormat",
     "InvalidParameter",
     "LoadError",
+    "ModelInUse",
     "ModelLoading",
     "ModelNotFound",
+    "NoRoom",
     "NotEnoughMemory",
     "NumericalFault",
     "OutOfMemory",
@@ -144,6 +152,16 @@ class ModelLoading(Unavailable):
     code = "model_loading"
 
 
+class ModelInUse(Unavailable):
+    code = "model_in_use"
+
+
+class NoRoom(Unavailable):
+    """There is no room for a model. `details["holders"]`: the loaded ones, as `{"id", "memory_bytes"}`."""
+
+    code = "no_room"
+
+
 class EngineDead(Unavailable):
     code = "engine_dead"
 
@@ -173,6 +191,36 @@ def one_line(message: str | BaseException, most: int = 400) -> str:
     return text if len(text) <= most else f"{text[:most]} …"
 
 
+def trace_lines(error: BaseException | None) -> list[str]:
+    """Return the lines of a traceback: where an exception and those that caused it were raised, the earliest first.
+
+    Their words are left out, for they may quote a request, unless they come from the operating system or torch.
+    """
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return [line for found in reversed(seen) for line in _trace_of(found)]
+
+
+def _trace_of(error: BaseException) -> list[str]:
+    kind = type(error)
+    lines = ["Traceback (most recent call last):"]
+    lines += "".join(traceback.format_tb(error.__traceback__)).splitlines()
+    lines.append(f"{kind.__module__}.{kind.__qualname__}: {_harmless_words(error)}".replace("builtins.", "", 1))
+    if isinstance(error, BaseExceptionGroup):
+        lines += ["    " + line for inner in error.exceptions for line in _trace_of(inner)]
+    return lines
+
+
+def _harmless_words(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"[Errno {error.errno}] {os.strerror(error.errno)}"
+    if isinstance(error, MemoryError) or type(error).__module__.partition(".")[0] == "torch":
+        return str(error)[:500]
+    return "(its words are left out: they may quote a request)"
+
+
 def panicked(error: BaseException) -> bool:
     """Tell whether an error is a panic of a library in Rust (tokenizers, llguidance), which is no `Exception`."""
     return type(error).__name__ == "PanicException"
@@ -188,3 +236,14 @@ def out_of_memory(error: BaseException) -> bool:
         or "not enough memory" in said
         or "can't allocate memory" in said
     )
+
+
+@contextlib.contextmanager
+def panics_caught() -> Iterator[None]:
+    """Raise a panic of a library in Rust as a `RuntimeError`: it is no Exception, and callers expect one."""
+    try:
+        yield
+    except BaseException as error:
+        if panicked(error):
+            raise RuntimeError(f"a library panicked: {error}"[:300]) from error
+        raise

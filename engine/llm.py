@@ -103,9 +103,15 @@ class LLM:
         reasoning_effort: str | None = None,
         tools: Sequence[Tool] = (),
         tool_choice: ToolChoice = AUTO,
+        continue_final_message: bool = False,
+        continue_token_ids: Sequence[int] | None = None,
+        adapter: str = "",
         **sampling: Any,
     ) -> GenerationRequest:
-        """A request under an id of its own, for `engine.prepare`. `sampling`: fields of `SamplingParams`."""
+        """A request under an id of its own, for `engine.prepare`. `sampling`: fields of `SamplingParams`.
+
+        `adapter`: the name of one of the entry's adapters, to be computed beside the model.
+        """
         return GenerationRequest(
             request_id=f"llm-{next(self._ids)}",
             prompt=prompt if isinstance(prompt, str) else None,
@@ -116,6 +122,9 @@ class LLM:
             reasoning_effort=reasoning_effort,
             tools=tuple(tools),
             tool_choice=tool_choice,
+            continue_final_message=continue_final_message,
+            continue_token_ids=None if continue_token_ids is None else tuple(continue_token_ids),
+            adapter=adapter,
         )
 
     def add(self, prompt: Prompt, **fields: Any) -> PreparedRequest:
@@ -185,11 +194,11 @@ class LLM:
     def _recorded_many(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
         now = dt.datetime.now()
         added = []
-        for request in (recorded(request, self.info, now) for request in requests):
+        for plain in requests:
+            info = self.info.with_adapter(plain.adapter)
+            request = recorded(plain, info, now)
             prepared = self.engine.prepare(request)
-            recorder = Recorder(
-                request, prepared, self.info, id=f"llm-{uuid.uuid4().hex}", created=int(now.timestamp())
-            )
+            recorder = Recorder(request, prepared, info, id=f"llm-{uuid.uuid4().hex}", created=int(now.timestamp()))
             added.append((self._queue(prepared), recorder))
         found = []
         for prepared, recorder in added:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from engine.compute.model_runner import Runner
 from engine.config import ModelConfig
 from engine.devices.gpu import DeviceStream
@@ -26,7 +24,7 @@ class LoadedModel:
     Attributes:
         closing_ids: the tokens that end the model's thoughts when they grow too long.
         stream: where its work is queued, on the device where logits arrive.
-        step_bytes: the most memory that a step takes beside weights and cache, on each GPU.
+        step_bytes: the most memory that a step takes beside weights and cache, by the name of each GPU.
     """
 
     config: ModelConfig
@@ -41,4 +39,4 @@ class LoadedModel:
     runner: Runner
     scheduler: Scheduler
     stream: DeviceStream
-    step_bytes: Mapping[torch.device, int] = field(default_factory=dict)
+    step_bytes: Mapping[str, int] = field(default_factory=dict)

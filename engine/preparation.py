@@ -6,46 +6,41 @@ computes nothing with the model.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported, panicked
+from engine.errors import ContextLengthExceeded, InvalidFormat, InvalidParameter, Unsupported, panics_caught
 from engine.grammar.answer_grammar import ReplyGrammar
 from engine.grammar.reply_grammar import GrammarSource
 from engine.grammar.request_schemas import read_schemas
 from engine.grammar.trial import GrammarTrial
-from engine.host_memory import give_back_memory
 from engine.model import LoadedModel
 from engine.prompts.chat_prompt import ChatPrompts, control_words
 from engine.prompts.content_guard import ControlWords
+from engine.prompts.going_on import message_to_continue
 from engine.prompts.plain_prompt import PlainPrompts
 from engine.prompts.prompt_encoder import CHARACTERS_PER_TOKEN, PromptEncoder
+from engine.prompts.text_limit import TextLimit
 from engine.replies.reasoning import ReasoningFormat, template_variables
+from engine.types.messages import ChatMessage
 from engine.types.model_info import TokenizerInfo
 from engine.types.reply_format import ReplyFormat
 from engine.types.requests import EchoedPrompt, GenerationRequest, PreparedRequest, TokenizedPrompt
 from engine.types.sampling_params import SamplingParams
-from engine.types.tools import Tool, ToolChoice
+from engine.types.tools import check_tools
 
 _DRAWN_SEED_BITS = 53
 """Bits of a seed that the engine draws: few enough for clients whose numbers are doubles."""
-
-_SHORT: Final = 1 << 17
-"""Prompts of up to this many characters are always counted in full: the exact number of tokens helps a client."""
 
 _MOST_SCORES: Final = 1 << 19
 """Log-probabilities of one prompt, alternatives included. Each takes some 200 bytes until it is sent."""
 
 _MOST_LOGITS: Final = 1 << 27
 """Logits of one pass where a prompt cannot be cut into chunks: 512 MiB."""
-
-_LONG: Final = 1 << 20
-"""Longer prompts, in characters, take so much memory to encode that it is given back at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +49,7 @@ class _Prompt:
 
     Attributes:
         field: the name under which errors speak of the prompt.
+        begun: the tokens with which the reply begins; `tokens` and `text` are without them.
     """
 
     tokens: tuple[int, ...]
@@ -62,6 +58,12 @@ class _Prompt:
     ignored: tuple[str, ...]
     field: str
     echo: EchoedPrompt | None = None
+    begun: tuple[int, ...] = ()
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The tokens behind which something is generated."""
+        return self.tokens + self.begun
 
 
 class Preparer:
@@ -81,6 +83,8 @@ class Preparer:
         split = model.config.content_special_tokens == "split"
         control = ControlWords(words, kept) if split else None
         self._chat = ChatPrompts(model.template, model.chat_format, self._encoder, control)
+        self._limit = TextLimit(self._encoder, model.info.context_length)
+        self._grammars = model.grammars
         self._plain = PlainPrompts(model.tokenizer, model.vocabulary, self._encoder, words)
         invalid = set(model.vocabulary.invalid_ids(model.info.vocab_size))
         self._token_ids = frozenset(range(model.info.vocab_size)) - invalid
@@ -99,9 +103,11 @@ class Preparer:
         Raises:
             InvalidFormat, TemplateRefused, ContextLengthExceeded: see their codes.
             InvalidParameter: a sampling field out of range, `n` over the cap, an id outside the vocabulary.
+            ModelNotFound: there is no such adapter.
             RuntimeError: a library in Rust panicked.
         """
-        with _panics_caught():
+        self._info.with_adapter(request.adapter)
+        with panics_caught():
             return self._prepare(request)
 
     def tokenize(self, request: GenerationRequest) -> TokenizedPrompt:
@@ -112,9 +118,9 @@ class Preparer:
             ContextLengthExceeded: a text so long that it is not even counted; see `_reading`.
             RuntimeError: a library in Rust panicked.
         """
-        with _panics_caught():
-            _check_tools(request)
-            tokens = self._prompt(request).tokens
+        with panics_caught():
+            check_tools(request.tools, request.tool_choice)
+            tokens = self._prompt(request).whole
             return TokenizedPrompt(tokens, tuple(self._tokenizer.convert_ids_to_tokens(list(tokens))))
 
     def detokenize(self, tokens: Sequence[int]) -> str:
@@ -124,7 +130,7 @@ class Preparer:
             InvalidParameter: an id outside the vocabulary.
             RuntimeError: a library in Rust panicked.
         """
-        with _panics_caught():
+        with panics_caught():
             for i, token in enumerate(tokens):
                 self._check_id(token, f"tokens.{i}", f"tokens.{i}")
             return self._plain.decode(tokens)
@@ -149,12 +155,12 @@ class Preparer:
         if params.n > self._config.max_choices:
             raise InvalidParameter(f"n must be at most {self._config.max_choices} here, not {params.n}.", param="n")
         self._check_ids(params)
-        _check_tools(request)
+        check_tools(request.tools, request.tool_choice)
         schemas = read_schemas(request.constraint, request.tools)
         if params.thinking_budget is not None and self._reasoning is None:
             raise Unsupported("thinking_budget: this model does not think.", param="thinking_budget")
         prompt = self._prompt(request)
-        tokens, text = prompt.tokens, prompt.text
+        tokens, text = prompt.whole, prompt.text
         self._check_tokens(tokens, prompt.field, request.context_limit)
         self._check_scored(params.prompt_logprobs, len(tokens))
         if request.suffix is not None:
@@ -173,6 +179,8 @@ class Preparer:
             request_id=request.request_id,
             prompt_token_ids=tokens,
             params=params,
+            begun=len(prompt.begun),
+            begun_param="continue_final_message" if request.continue_final_message else "continue_token_ids",
             grammar=grammar.text if grammar else None,
             grammar_param="tools" if request.tools or not request.constraint else request.constraint.param,
             reply_format=self._reply_format(request, prompt, grammar, thinks),
@@ -181,8 +189,13 @@ class Preparer:
             group=request.group,
             echo=prompt.echo,
             prediction=self._prediction(request.prediction, params.max_tokens or 0),
-            cache_share=("" if self._config.share_prefix_cache else request.group, request.cache_salt),
+            cache_share=(
+                "" if self._config.share_prefix_cache else request.group,
+                request.cache_salt,
+                request.adapter,
+            ),
             record=request.record,
+            adapter=request.adapter,
         )
 
     def _reply_format(
@@ -259,23 +272,59 @@ class Preparer:
         given = [n for n in ("messages", "prompt", "prompt_token_ids") if getattr(request, n) is not None]
         if len(given) != 1:
             raise InvalidFormat(f"give exactly one of messages, prompt and prompt_token_ids, not {given or 'none'}.")
+        if request.continue_final_message and request.continue_token_ids is not None:
+            raise InvalidParameter(
+                "continue_token_ids cannot be combined with continue_final_message: leave the last message out.",
+                param="continue_token_ids",
+            )
         variables, ignored = self._variables(request)
         field = request.prompt_field or given[0]
-        if request.messages is not None:
-            if not request.messages:
-                raise InvalidParameter("messages must hold at least one message.", param="messages")
-            conversation = self._chat.conversation(request, variables)
-            rendered = self._chat.render(conversation)
-            with self._reading(rendered, field):
-                encoded = self._chat.encode(conversation, rendered)
-            return _Prompt(tuple(encoded.ids), encoded.shown, encoded.mark, ignored, field)
+        if request.continue_final_message:
+            prompt = self._chat_prompt(request, variables, ignored, field, message_to_continue(request))
+        elif request.messages is not None:
+            prompt = self._chat_prompt(request, variables, ignored, field)
+        else:
+            prompt = self._plain_prompt(request, ignored, field)
+        if request.continue_token_ids is None:
+            return prompt
+        for i, token in enumerate(request.continue_token_ids):
+            self._check_id(token, f"continue_token_ids.{i}", f"continue_token_ids.{i}")
+        return dataclasses.replace(prompt, begun=request.continue_token_ids)
+
+    def _chat_prompt(
+        self,
+        request: GenerationRequest,
+        variables: Mapping[str, Any],
+        ignored: tuple[str, ...],
+        field: str,
+        last: ChatMessage | None = None,
+    ) -> _Prompt:
+        """Render and encode messages. `last`: the message that is the beginning of the reply."""
+        messages = request.messages or ()
+        if not messages:
+            raise InvalidParameter("messages must hold at least one message.", param="messages")
+        if last is not None:
+            request = dataclasses.replace(request, messages=messages[:-1], add_generation_prompt=True)
+        conversation = self._chat.conversation(request, variables)
+        rendered = self._chat.render(conversation)
+        with self._limit.reading(rendered, field):
+            encoded = self._chat.encode(conversation, rendered)
+        prompt = _Prompt(tuple(encoded.ids), encoded.shown, encoded.mark, ignored, field)
+        if last is None:
+            return prompt
+        beginning = self._chat.beginning(request.tools, last, encoded, f"messages.{len(messages) - 1}")
+        with self._limit.reading(rendered + beginning.text, field):
+            begun = self._chat.encode_beginning(conversation, rendered, encoded.ids, beginning, self._grammars)
+        return dataclasses.replace(prompt, begun=tuple(begun))
+
+    def _plain_prompt(self, request: GenerationRequest, ignored: tuple[str, ...], field: str) -> _Prompt:
         if request.suffix is not None and request.prompt is None:
             raise InvalidParameter("suffix needs a prompt that is text.", param="suffix")
         if request.prompt is not None:
             special = request.add_special_tokens
-            with self._reading(suffix := request.suffix or "", "suffix"):
+            with self._limit.reading(suffix := request.suffix or "", "suffix"):
                 suffix.encode()  # so that half a character is told of the suffix, and not of the prompt
-            with self._reading(request.prompt, field):
+            with self._limit.reading(request.prompt, field):
                 ids, echo = self._plain.encode(
                     request.prompt, request.suffix, special=special, echo=request.echo, field=field
                 )
@@ -295,37 +344,6 @@ class Preparer:
             raise InvalidFormat("prediction holds text that is not valid Unicode.", param="prediction") from None
         # A token that the model has no row for can never be drawn, and must not be computed.
         return tuple(itertools.takewhile(lambda token: token < self._info.vocab_size, ids[:max_tokens]))
-
-    @contextlib.contextmanager
-    def _reading(self, text: str, param: str) -> Iterator[None]:
-        """Refuse a text that is too long before it is encoded; give memory back after a long one."""
-        limit = self._info.context_length
-        least = self._encoder.at_least(text) if len(text) > _SHORT else 0
-        if least is not None and least >= limit:
-            raise ContextLengthExceeded(
-                f"the prompt has at least {least} tokens; this model's context holds {limit}, one of them for the "
-                "answer.",
-                param=param,
-                prompt_tokens=least,
-                context_length=limit,
-            )
-        if least is None and len(text) > (most := limit * CHARACTERS_PER_TOKEN):
-            raise ContextLengthExceeded(
-                f"the prompt has {len(text)} characters; this model's context holds {limit} tokens, and at most "
-                f"{most} characters are read for it.",
-                param=param,
-                context_length=limit,
-            )
-        try:
-            yield
-        except (UnicodeEncodeError, TypeError):
-            raise InvalidFormat(f"{param} holds text that is not valid Unicode.", param=param) from None
-        except InvalidFormat as error:
-            error.param = error.param or param
-            raise
-        finally:
-            if len(text) > _LONG:
-                give_back_memory()
 
     def _check_scored(self, alternatives: int | None, tokens: int) -> None:
         """Refuse log-probabilities of a prompt that would take too much memory."""
@@ -373,29 +391,3 @@ class Preparer:
         return dataclasses.replace(
             params, max_tokens=max_tokens, min_tokens=min(params.min_tokens, max_tokens), seed=seed
         )
-
-
-@contextlib.contextmanager
-def _panics_caught() -> Iterator[None]:
-    """Raise a panic of a library in Rust as a `RuntimeError`: it is no Exception, and callers expect one."""
-    try:
-        yield
-    except BaseException as error:
-        if panicked(error):
-            raise RuntimeError(f"a library panicked: {error}"[:300]) from error
-        raise
-
-
-def _check_tools(request: GenerationRequest) -> None:
-    """Refuse tools of another type (the dicts of an OpenAI client, say), and a choice of a tool that is not offered."""
-    for i, tool in enumerate(request.tools):
-        if not isinstance(tool, Tool):
-            raise InvalidFormat(f"tools.{i} must be a Tool, not {type(tool).__name__}.", param=f"tools.{i}")
-    if not isinstance(request.tool_choice, ToolChoice):
-        raise InvalidFormat(
-            f"tool_choice must be a ToolChoice, not {type(request.tool_choice).__name__}.", param="tool_choice"
-        )
-    choice, names = request.tool_choice, {tool.name for tool in request.tools}
-    for name in (*([] if choice.name is None else [choice.name]), *choice.allowed):
-        if name not in names:
-            raise InvalidParameter(f"tool_choice: there is no tool {name!r}.", param="tool_choice")

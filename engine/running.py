@@ -59,7 +59,7 @@ class RunningRequest:
 
     def usage(self) -> Usage:
         """Count what was computed: once a token was drawn, the whole prompt; before that, as far as it was computed."""
-        completion = sum(choice.sequence.position for choice in self.choices)
+        completion = sum(choice.sequence.generated for choice in self.choices)
         prompt = len(self.request.prompt_token_ids) if completion else self.prompt_tokens
         predictions = [choice.prediction for choice in self.choices if choice.prediction is not None]
         accepted = sum(prediction.accepted for prediction in predictions)
@@ -67,7 +67,7 @@ class RunningRequest:
             prompt_tokens=prompt,
             completion_tokens=completion,
             cached_tokens=min(self.choices[0].sequence.num_cached, prompt),
-            reasoning_tokens=sum(choice.num_thoughts for choice in self.choices),
+            reasoning_tokens=sum(choice.generated_thoughts for choice in self.choices),
             accepted_prediction_tokens=accepted,
             rejected_prediction_tokens=len(self.request.prediction) * len(predictions) - accepted,
         )

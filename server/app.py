@@ -17,8 +17,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from engine import InvalidParameter, ModelNotFound, ModelStatus, Registry
-from server.accounts.account import account_of
+from engine import InvalidParameter, Registry
 from server.accounts.authentication import OPEN, Authentication, key_of
 from server.accounts.charging import Meter
 from server.api import chat_request, openapi
@@ -33,7 +32,9 @@ from server.api.messages.events import MessageEvents
 from server.api.messages.fields import MESSAGE
 from server.api.messages.reply import MessageCollector
 from server.api.messages.routes import count_routes
-from server.api.models import model_details, model_object, state_of
+from server.api.models.leasing import Leases
+from server.api.models.objects import is_ready, state_of
+from server.api.models.routes import model_routes
 from server.api.operation.routes import METRICS, machine_routes, metrics_routes
 from server.api.receipts.routes import receipt_routes
 from server.api.responses import request as responses_request
@@ -104,7 +105,7 @@ def create_app(
         paths.add(routes, prefix)
 
     for prefix in PREFIXES:
-        for routes in (_completions(service), _models(service), _usage(service)):
+        for routes in (_completions(service), model_routes(service), _usage(service)):
             include(routes, prefix)
         for routes in (tokenizer_routes(service), receipt_routes(service), count_routes(service)):
             include(routes, prefix)
@@ -140,6 +141,7 @@ def _add_middleware(app: FastAPI, settings: ServerSettings, meter: Meter | None,
             **private,
         )
     app.add_middleware(NoForeignPages, settings=settings, keys=meter is not None, silent=OPEN if meter else _SILENT)
+    app.add_middleware(Leases)
     app.add_middleware(OneForm)
     app.add_middleware(Envelope)
 
@@ -201,27 +203,6 @@ def _completions(service: Service) -> APIRouter:
     return router
 
 
-def _models(service: Service) -> APIRouter:
-    router = APIRouter()
-
-    def usable(request: Request) -> list[ModelStatus]:
-        account = account_of(service.meter, key_of(request.scope))
-        return [status for status in service.registry.list() if account.may_use(status.id)]
-
-    @router.get("/models", summary="The models of this server.")
-    async def models(request: Request) -> dict[str, Any]:
-        return {"object": "list", "data": [model_object(status) for status in usable(request)]}
-
-    @router.get("/models/{model_id:path}", summary="One model: its limits, defaults and fingerprint, part by part.")
-    async def model(model_id: str, request: Request) -> dict[str, Any]:
-        for status in usable(request):
-            if status.id == model_id:
-                return model_details(status)
-        raise ModelNotFound(f"the model {model_id[:200]!r} does not exist.", param="model")
-
-    return router
-
-
 def _usage(service: Service) -> APIRouter:
     router = APIRouter()
 
@@ -253,11 +234,12 @@ def _health(registry: Registry, meter: Meter | None, receipts: Receipts) -> APIR
         return {"status": "live"}
 
     @router.get("/health", summary="The same as `/health/ready`, where clients of other servers look for it.")
-    @router.get("/health/ready", summary="Every model is loaded, alive and making progress.")
+    @router.get("/health/ready", summary="Every model that is loaded at start is loaded, alive and making progress.")
     async def ready() -> JSONResponse:
-        states = {status.id: state_of(registry, status) for status in registry.list()}
+        models = registry.list()
+        states = {status.id: state_of(registry, status) for status in models}
         good, told = meter.health() if meter else (True, {"models": states})
-        good = good and all(state == "ready" for state in states.values())
+        good = good and all(is_ready(status, states[status.id]) for status in models)
         body = {"status": "ready" if good else "not ready", **told, **receipts.health()}
         return JSONResponse(body, status_code=200 if good else 503)
 

@@ -130,6 +130,11 @@ def _findings(info: ModelInfo) -> Table:
         ("  reproducible", ("yes: " if info.law.holds else "no: ") + info.law.reason),
         ("  fingerprint", info.system_fingerprint),
         ("  defaults", info.defaults_fingerprint),
+        *([("  merged adapter", info.merged_adapter)] if info.merged_adapter else []),
+        *(
+            (f"  {one.id}", f"{one.system_fingerprint}; reproducible: {one.law.reason}")
+            for one in info.adapters.values()
+        ),
     ):
         table.add_row(escape(key), escape(value))
     return table

@@ -22,6 +22,7 @@ from engine import (
     EngineDead,
     InvalidFormat,
     InvalidParameter,
+    ModelInUse,
     ModelNotFound,
     NumericalFault,
     OutOfMemory,
@@ -179,6 +180,7 @@ TABLE: Final[tuple[tuple[type[VerbatimError], int, str], ...]] = (
     (InvalidParameter, 422, "invalid_request_error"),
     (InvalidFormat, 400, "invalid_request_error"),
     (RequestError, 400, "invalid_request_error"),
+    (ModelInUse, 409, "conflict_error"),
     (Unavailable, 503, "server_overloaded"),
     (VerbatimError, 500, "server_error"),
 )

@@ -42,7 +42,10 @@ class _Unreadable(Exception):
 
 
 def as_json(models: Sequence[ModelInfo]) -> str:
-    """Write models' fingerprints and parts as one JSON object: the model's, or a list of several as the API has it."""
+    """Write models' fingerprints and parts as one JSON object: the model's, or a list of several as the API has it.
+
+    The adapters that are served beside a model follow it.
+    """
     found = [
         {
             "id": info.id,
@@ -52,13 +55,14 @@ def as_json(models: Sequence[ModelInfo]) -> str:
             "defaults_fingerprint": info.defaults_fingerprint,
             "default_parts": dict(info.default_parts),
         }
-        for info in models
+        for model in models
+        for info in (model, *model.adapters.values())
     ]
     return to_json(found[0] if len(found) == 1 else {"object": "list", "data": found})
 
 
 def lines_of(info: ModelInfo) -> list[str]:
-    """Return a model's id, its two fingerprints, and under each its parts, one a line."""
+    """Return a model's id, its two fingerprints, and under each its parts, one a line; then those of its adapters."""
     digests = (
         ("fingerprint", info.system_fingerprint, info.fingerprint_parts),
         ("defaults", info.defaults_fingerprint, info.default_parts),
@@ -68,7 +72,7 @@ def lines_of(info: ModelInfo) -> list[str]:
         width = max(map(len, parts), default=0)
         lines.append(f"  {kind} {digest}")
         lines += [f"    {name:<{width}}  {_plain(_shown(parts[name]))}" for name in sorted(parts)]
-    return lines
+    return lines + [line for adapter in info.adapters.values() for line in lines_of(adapter)]
 
 
 def compare(first: Path, second: Path) -> tuple[int, list[str]]:

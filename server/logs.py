@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import sys
 import threading
 import time
-import traceback
 from typing import Any, Final, Literal
+
+from engine import trace_lines
 
 __all__ = ["access", "configure", "printable"]
 
@@ -123,28 +123,4 @@ def _message(record: logging.LogRecord) -> str:
 def _trace(record: logging.LogRecord) -> list[str]:
     """Return the traceback lines of a record's exception and of those that caused it, the earliest first."""
     error = record.exc_info[1] if record.exc_info else None
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    lines = [line for found in reversed(seen) for line in _lines(found)]
-    return lines + (record.stack_info or "").splitlines()
-
-
-def _lines(error: BaseException) -> list[str]:
-    kind = type(error)
-    lines = ["Traceback (most recent call last):"]
-    lines += "".join(traceback.format_tb(error.__traceback__)).splitlines()
-    lines.append(f"{kind.__module__}.{kind.__qualname__}: {_words(error)}".replace("builtins.", "", 1))
-    if isinstance(error, BaseExceptionGroup):
-        lines += [_OUTER + line for inner in error.exceptions for line in _lines(inner)]
-    return lines
-
-
-def _words(error: BaseException) -> str:
-    """Return an exception's message if it comes from the operating system or torch: those never quote a request."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"[Errno {error.errno}] {os.strerror(error.errno)}"
-    if isinstance(error, MemoryError) or type(error).__module__.partition(".")[0] == "torch":
-        return str(error)[:500]
-    return "(its words are left out: they may quote a request)"
+    return [*trace_lines(error), *(record.stack_info or "").splitlines()]

@@ -93,7 +93,9 @@ def run(
     listener = bind(settings)
     port = listener.getsockname()[1]
     logs.configure(settings.log_format, access_log=settings.access_log)
-    registry = Registry(entries, pull=pull, on_progress=lambda text: _tell(console, text))
+    registry = Registry(
+        entries, pull=pull, on_progress=lambda text: _tell(console, text), max_loaded=settings.max_loaded
+    )
     connections = Connections(room_for_connections(settings.max_connections))
     if connections.limit < settings.max_connections:
         console.print(

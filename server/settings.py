@@ -76,6 +76,9 @@ class ServerSettings(BaseModel):
     max_connections: int = Field(default=1024, ge=8)
     """Connections that may be open at once; fewer where the system allows the process fewer files. For one more, the
     connection that has waited longest for its client is closed."""
+    max_loaded: int | None = Field(default=None, ge=1)
+    """Models that may be loaded at once: for one more, the least recently used leaves. Default: as many as memory
+    holds."""
     strict_params: bool = False
     """Refuse unknown fields of a request instead of naming them in a response header."""
     keepalive_seconds: float = Field(default=15.0, gt=0)
@@ -98,7 +101,7 @@ class ServerSettings(BaseModel):
     """Serve without keys on an address that others can reach."""
     prices: dict[str, Price] = Field(default_factory=dict)
     """By model: the price of a token of each kind, in micro-credits. The default is one, so that balances count
-    tokens."""
+    tokens; of an adapter (`ID:NAME`) it is its model's price."""
     hosts: list[str] = Field(default_factory=list)
     """Names by which clients reach this server, beside this machine's own: `box.lan`, `host.docker.internal`, `*.lan`;
     `*` allows any. A request for another name is refused. Default: any name if keys are in use or others can reach

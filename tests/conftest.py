@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 from engine.checkpoints.checkpoint import prepare_environment
+from engine.serving import opening
 
 if TYPE_CHECKING:
     from engine.compute.cpu.kernels import Kernels
@@ -42,6 +44,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-d
         return folders[family]
 
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads_by_default() -> Iterator[None]:
+    """Engines of entries that do not name their `isolation` run on threads: a process takes seconds to start, and tests
+    reach into an engine. What differs is tested in tests/engine/serving, and by servers that tests start.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            opening,
+            "_has_its_own_process",
+            lambda config: config.isolation == "process" and "isolation" in config.model_fields_set,
+        )
+        yield
 
 
 @pytest.fixture(scope="session")

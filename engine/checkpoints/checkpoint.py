@@ -107,7 +107,7 @@ def inspect(folder: Path, name: str) -> Checkpoint:
     Raises:
         LoadError: a file is missing, broken or of a kind that is not loaded.
     """
-    _check_places(folder, name)
+    check_places(folder, name)
     _check_kind(folder, name)
     config = read_json(folder / "config.json", name)
     files = _weight_files(folder, config, name)
@@ -159,7 +159,7 @@ def _check_files(folder: Path, name: str) -> None:
             raise LoadError(f"{name}: {file} names a token {highest}; ids beyond {_HIGHEST_ID} are not read.")
 
 
-def _check_places(folder: Path, name: str) -> None:
+def check_places(folder: Path, name: str) -> None:
     """Refuse links that leave the folder, and what is no regular file: a pipe never ends, `/etc/passwd` is no template.
 
     Weights may lie on another disk: reading them refuses any file that is not in safetensors format.
@@ -186,16 +186,16 @@ def _check_places(folder: Path, name: str) -> None:
 def _check_kind(folder: Path, name: str) -> None:
     """Refuse folders that hold no checkpoint of a whole model, or one and an adapter beside it."""
     adapter, whole = (folder / "adapter_config.json").exists(), (folder / "config.json").exists()
-    merge = "peft's merge_and_unload() and save_pretrained() write the merged model"
     if adapter and not whole:
         base = read_json(folder / "adapter_config.json", name).get("base_model_name_or_path")
         raise LoadError(
-            f"{name}: {folder} holds an adapter (LoRA) for {base or 'another model'}, not a model: {merge}; serve that."
+            f"{name}: {folder} holds an adapter (LoRA) for {base or 'another model'}, not a model: serve that one, and "
+            "name this folder under adapters in its entry."
         )
     if adapter:  # transformers would load it if peft is installed, and ignore it if not
         raise LoadError(
-            f"{name}: {folder} holds an adapter (adapter_config.json) beside a whole model: {merge}; to serve the "
-            "model without it, move adapter_config.json elsewhere."
+            f"{name}: {folder} holds an adapter (adapter_config.json) beside a whole model: move the adapter's files "
+            "into a folder of their own, and name that under adapters in the entry to serve it."
         )
     ggufs = sorted(p.name for p in folder.glob("*.gguf"))
     if ggufs and not whole:

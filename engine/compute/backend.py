@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.compute.kv_cache import KVCache, LayerShape
+from engine.compute.linear import Make
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 if TYPE_CHECKING:
@@ -35,11 +36,22 @@ class PackedChunk:
     start: int
     table: tuple[int, ...]
     """Blocks of tokens `0 … start + count - 1`."""
+    adapter: str = ""
+    """The adapter that computes the rows; empty: none, the model alone."""
 
     def slots(self) -> list[int]:
         """List where each row's key and value are stored."""
         table, end = self.table, self.start + self.count
         return [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(self.start, end)]
+
+
+def rows_by_adapter(chunks: Sequence[PackedChunk]) -> dict[str, Tensor]:
+    """Return the numbers of each adapter's rows, `[n] int64`; rows without an adapter are in none."""
+    rows: dict[str, list[int]] = {}
+    for chunk in chunks:
+        if chunk.adapter:
+            rows.setdefault(chunk.adapter, []).extend(range(chunk.row, chunk.row + chunk.count))
+    return {adapter: torch.tensor(numbers, dtype=torch.int64) for adapter, numbers in rows.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +87,11 @@ class StepSize:
 
 
 class StepPlan(Protocol):
-    """One step's attention: made once per step and used by every layer."""
+    """One step's attention and adapters: made once per step and used by every layer."""
+
+    @property
+    def adapter_rows(self) -> Mapping[str, Tensor]:
+        """Which rows an adapter computes, by its name: see `rows_by_adapter`. Empty in a step without."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """Store the step's keys and values in a layer's cache, then attend: each sequence over its own keys alone.
@@ -110,6 +126,10 @@ class Backend(Protocol):
 
         Trials can only find faults. The law is promised where every operation is known to treat each row by itself.
         """
+
+    @property
+    def exact_linear(self) -> Make | None:
+        """What makes linear layers that round no weight and whose rows are independent, for adapters; None: nothing."""
 
     def allocate(self, layers: Sequence[LayerShape], num_blocks: int) -> KVCache:
         """Allocate a cache of `num_blocks` blocks, all zeros."""

@@ -135,12 +135,14 @@ class PackedStep:
         step = cls([], [], [], [], [])
         for chunk in schedule.chunks:
             table = chunk.sequence.block_table[: -(-(chunk.start + chunk.count) // BLOCK_SIZE)]
-            step.add(chunk.tokens, chunk.start, tuple(table), chunk.num_rows, len(chunk.draft))
+            step.add(chunk.tokens, chunk.start, tuple(table), chunk.num_rows, len(chunk.draft), chunk.sequence.adapter)
         return step
 
-    def add(self, tokens: Seq[int], start: int, table: tuple[int, ...], kept: int, drafted: int = 0) -> None:
+    def add(
+        self, tokens: Seq[int], start: int, table: tuple[int, ...], kept: int, drafted: int = 0, adapter: str = ""
+    ) -> None:
         """Append a chunk whose last `kept` rows are wanted, and whose last `drafted` ones are a draft."""
-        self.chunks.append(PackedChunk(len(self.tokens), len(tokens), start, table))
+        self.chunks.append(PackedChunk(len(self.tokens), len(tokens), start, table, adapter))
         self.tokens.extend(tokens)
         self.positions.extend(range(start, start + len(tokens)))
         self.kept.extend(range(len(self.tokens) - kept, len(self.tokens)))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.compute.attention_mask import KeyRange
-from engine.compute.backend import AttentionSettings, PackedChunk
+from engine.compute.backend import AttentionSettings, PackedChunk, rows_by_adapter
 from engine.compute.kv_cache import KEY_BLOCK, KVCache, Run, gather, runs_of
 
 ROWS = 4
@@ -36,6 +36,7 @@ class TorchPlan:
     def __init__(self, cache: KVCache, chunks: Sequence[PackedChunk]) -> None:
         self.cache = cache
         self.chunks = tuple(chunks)
+        self.adapter_rows = rows_by_adapter(chunks)
         self.slots = torch.tensor([slot for chunk in chunks for slot in chunk.slots()], dtype=torch.int64)
         """`[rows] int64`: where each row's key and value are stored."""
         self._finite: dict[torch.device, Tensor] = {}  # asking a GPU in each layer would wait for it as often

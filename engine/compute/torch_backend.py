@@ -38,6 +38,11 @@ class TorchBackend:
         """
         return None if self.device.type == "cpu" else "products on a GPU depend on the number of rows"
 
+    @property
+    def exact_linear(self) -> Make | None:
+        """Make layers of the kind that was chosen."""
+        return self._make
+
     def allocate(self, layers: Sequence[LayerShape], num_blocks: int) -> KVCache:
         """Allocate a cache of plain layout."""
         return KVCache(layers, num_blocks)

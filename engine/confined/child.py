@@ -26,7 +26,7 @@ try:
 except ImportError:  # no POSIX system: importing works, and nothing starts a child
     resource = None  # type: ignore[assignment]
 
-__all__ = ["AVAILABLE", "HEAD", "NUMBER", "WALL", "as_json", "framed", "serve"]
+__all__ = ["AVAILABLE", "HEAD", "NUMBER", "WALL", "as_json", "end_with", "framed", "serve"]
 
 AVAILABLE: Final = hasattr(os, "fork") and resource is not None
 """Whether this system can fork and limit processes; Windows cannot."""
@@ -60,6 +60,14 @@ class _Trial:
     """Why the warm child killed it; empty if it did not."""
     late: bool = False
     """Whether it was killed for taking too long."""
+
+
+def end_with(parent: int) -> None:
+    """Have this process killed when the thread that started it ends (Linux); end it now if `parent` is gone already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def serve() -> None:
@@ -197,10 +205,7 @@ def _try(job: tuple[str, tuple[Any, ...]], limits: dict[str, Any], out: int, err
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(errors, 2)
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != warm:
-            os._exit(status)
+        end_with(warm)
         signal.setitimer(signal.ITIMER_PROF, limits["seconds"])  # its signal ends the process
         allowed = _addresses() + limits["memory"] + limits["stack"]
         with contextlib.suppress(ValueError, OSError):  # macOS knows no such limit

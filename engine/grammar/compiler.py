@@ -59,11 +59,14 @@ class _Compiled:
 class GrammarState:
     """The state of one choice in its grammar. Not safe to use from two threads at once.
 
+    Attributes:
+        param: the request's field that asks for the grammar.
+
     `slow` and `ahead` belong to `engine.grammar.mask_worker`: whether its masks take long, and its next mask, which is
     being computed.
     """
 
-    __slots__ = ("_matcher", "_param", "_pending", "_speller", "ahead", "slow")
+    __slots__ = ("_matcher", "_pending", "_speller", "ahead", "param", "slow")
 
     def __init__(self, matcher: LLMatcher, speller: Speller, param: str, first: Sequence[int] = ()) -> None:
         """Begin a reply.
@@ -77,7 +80,7 @@ class GrammarState:
         """
         self._matcher = matcher
         self._speller = speller
-        self._param = param
+        self.param = param
         self.slow = False
         self.ahead: Any = None
         self._pending: deque[int] = deque(first)
@@ -132,14 +135,14 @@ class GrammarState:
         if not self._speller.can_spell(text := self._matcher.compute_ff_bytes()):
             written = text[:60].decode("utf-8", "replace")
             raise Unsupported(
-                f"{self._param}: no tokens of this model spell {written!r}, which the reply must contain.",
-                param=self._param,
+                f"{self.param}: no tokens of this model spell {written!r}, which the reply must contain.",
+                param=self.param,
             )
 
     def _fail(self) -> None:
         raise InvalidParameter(
             f"The grammar cannot be followed any further: {one_line(self._matcher.get_error())}",
-            param=self._param,
+            param=self.param,
             code="grammar_failed",
         )
 
@@ -224,6 +227,10 @@ class GrammarCompiler:
                 return None
             ids += spelled
         return ids
+
+    def spell_text(self, text: str) -> list[int] | None:
+        """Return the tokens of a text, none of them special whatever it spells; None if its bytes have no spelling."""
+        return self._speller.spell(text)
 
     def can_spell(self, text: str) -> bool:
         """Return whether some tokens have the bytes of a text, with special tokens by their ids."""

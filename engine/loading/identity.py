@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,19 +15,22 @@ from torch import nn
 from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.json_files import read_json
 from engine.compute.backend import Backend
-from engine.config import ModelConfig
+from engine.config import ModelConfig, adapter_id
 from engine.devices.gpu import DeviceStream
 from engine.errors import VerbatimError
 from engine.loading import fingerprint
+from engine.loading.adapters import ReadyAdapter
 from engine.loading.manifest import manifest_of, remote_code_files
 from engine.loading.memory.cache_size import CacheSize
 from engine.loading.memory.gpu_budget import GpuBudget
 from engine.loading.placement import Placement
 from engine.loading.selftest import SelfTest
 from engine.loading.text_side import TextSide
+from engine.types import versions
 from engine.types.fingerprint_parts import Part, digest_of, fingerprint_of, flat
 from engine.types.gpu import GpuReport
 from engine.types.model_info import ModelInfo
+from engine.types.model_manifest import ModelManifest
 from engine.types.sampling_params import SAMPLING_FIELDS, SamplingParams
 
 _GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -42,6 +46,7 @@ class ReadyModel:
         longrope: which rotary frequencies were pinned, if it has two sets.
         digests: SHA-256 of the checkpoint's files.
         gpu: on which rung of the ladder a GPU computes it.
+        adapters: those that are merged into its weights or computed beside them.
     """
 
     model: nn.Module
@@ -55,6 +60,7 @@ class ReadyModel:
     longrope: str | None
     digests: Mapping[Path, str]
     gpu: GpuReport | None = None
+    adapters: tuple[ReadyAdapter, ...] = ()
 
     @property
     def runner(self) -> Literal["packed", "fallback"]:
@@ -69,7 +75,11 @@ def describe(
     defaults = _default_sampling(config, found.folder)
     parts = _computed_parts(config, found, ready, text)
     default_parts = _default_parts(config, defaults, size.context_length)
-    return ModelInfo(
+    manifest = manifest_of(config, found, ready.digests)
+    merged = next((one for one in ready.adapters if one.law is None), None)
+    if merged is not None:
+        parts, manifest = {**parts, **_adapter_parts(merged)}, _with_adapter(manifest, merged)
+    info = ModelInfo(
         id=config.id,
         created=found.created,
         architecture=type(ready.model).__name__,
@@ -94,8 +104,47 @@ def describe(
         fingerprint_parts=parts,
         defaults_fingerprint=fingerprint_of(default_parts, "vd-"),
         default_parts=default_parts,
-        manifest=manifest_of(config, found, ready.digests),
+        manifest=manifest,
+        merged_adapter=merged.name if merged else None,
     )
+    beside = {one.name: _beside(info, one) for one in ready.adapters if one.law is not None}
+    return dataclasses.replace(info, adapters=beside)
+
+
+def _beside(info: ModelInfo, ready: ReadyAdapter) -> ModelInfo:
+    """Describe a model with an adapter beside it, as a model of its own."""
+    assert ready.law is not None
+    parts = {**info.fingerprint_parts, **_adapter_parts(ready)}
+    return dataclasses.replace(
+        info,
+        id=adapter_id(info.id, ready.name),
+        parent=info.id,
+        law=ready.law,
+        system_fingerprint=fingerprint_of(parts, "vb-"),
+        fingerprint_parts=parts,
+        manifest=_with_adapter(info.manifest, ready),
+        weight_bytes=info.weight_bytes + sum(tensor.size for tensor in ready.files.tensors.values()),
+        created=max(info.created, *(int(path.stat().st_mtime) for path in ready.files.entry.files)),
+    )
+
+
+def _adapter_parts(ready: ReadyAdapter) -> dict[str, Part]:
+    """Name what an adapter adds to the parts: its numbers, what is computed with them, and how."""
+    _, weights = ready.files.entry.files
+    pairs = ready.adapter.pairs
+    return {
+        "adapter": f"sha256:{ready.digests[weights]}",
+        "adapter_layers": digest_of([[name, pair.rank, pair.scale] for name, pair in sorted(pairs.items())]),
+        "adapter_ranks": " ".join(map(str, ready.adapter.ranks)),
+        "adapter_mode": "merged" if ready.law is None else "beside",
+        "adapter_rules": versions.ADAPTERS_VERSION,
+    }
+
+
+def _with_adapter(manifest: ModelManifest, ready: ReadyAdapter) -> ModelManifest:
+    """Add an adapter's files to those of its base, in a folder of their own."""
+    files = {f"adapter/{path.name}": digest for path, digest in ready.digests.items()}
+    return ModelManifest.of(f"{manifest.name}:{ready.name}", {**dict(manifest.files), **files})
 
 
 def _computed_parts(config: ModelConfig, found: Checkpoint, ready: ReadyModel, text: TextSide) -> dict[str, Part]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,13 +29,15 @@ from engine.devices.gpu import DeviceStream
 from engine.errors import LoadError, NotEnoughMemory, VerbatimError, one_line, out_of_memory, panicked
 from engine.host_memory import format_bytes, free_memory
 from engine.loading import identity, manifest, versions
+from engine.loading.adapters import EntryAdapters
 from engine.loading.gpu.rungs import Rungs, choose_rung, kernels_of, served
 from engine.loading.identity import ReadyModel
+from engine.loading.manifest import BytesRead
 from engine.loading.memory.cache_size import CacheSize, context_length, size_cache
 from engine.loading.memory.gpu_budget import GpuBudget
 from engine.loading.memory.largest_step import LargestStep
 from engine.loading.placement import Placement, choose_backend, place
-from engine.loading.selftest import Reference, SelfTest, self_test
+from engine.loading.selftest import Reference, SelfTest, self_test, tolerance_of
 from engine.loading.text_side import TextFiles, TextSide
 from engine.model import LoadedModel
 from engine.scheduling.block_pool import BLOCK_SIZE, BlockPool
@@ -47,25 +49,31 @@ _LOGITS = 2**25
 """Logits of a step beside one row for each sequence: 128 MiB."""
 _LONGEST_MESSAGE = 600
 
-StepBytes = Sequence[Mapping[torch.device, int]]
+StepBytes = Sequence[Mapping[str, int]]
 """`LoadedModel.step_bytes` of each model that is served already."""
 
 
 def load(
-    config: ModelConfig, *, pull: bool = False, progress: Progress | None = None, beside: Iterable[LoadedModel] = ()
+    config: ModelConfig,
+    *,
+    pull: bool = False,
+    progress: Progress | None = None,
+    read: BytesRead | None = None,
+    beside: StepBytes = (),
 ) -> LoadedModel:
     """Load one entry.
 
     Args:
         pull: fetch what is not in the hub's cache.
-        progress: told what takes long.
-        beside: the models that this process serves already, which need their share of a GPU's memory.
+        progress: told what takes long, in words.
+        read: told how many bytes of how many were read and hashed so far, at most once for each percent, on any thread.
+        beside: `step_bytes` of the models that are served already, which need their share of a GPU's memory.
 
     Raises:
         LoadError: whatever is wrong, in one sentence; NotEnoughMemory with `needed` and `free` bytes.
     """
     try:
-        return _load(config, pull, progress or (lambda _: None), [model.step_bytes for model in beside])
+        return _load(config, pull, progress or (lambda _: None), read, beside)
     except VerbatimError as error:
         told = one_line(error.message, _LONGEST_MESSAGE)  # it may quote a stranger's file
         if isinstance(error, LoadError) and told.startswith(f"{config.id}: "):
@@ -82,7 +90,7 @@ def load(
         raise LoadError(f"{config.id}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
 
 
-def _load(config: ModelConfig, pull: bool, say: Progress, beside: StepBytes) -> LoadedModel:
+def _load(config: ModelConfig, pull: bool, say: Progress, read: BytesRead | None, beside: StepBytes) -> LoadedModel:
     versions.warn_of_untried()
     checkpoint.prepare_environment(pull=pull)
     folder = checkpoint.locate(config, pull=pull)
@@ -90,16 +98,17 @@ def _load(config: ModelConfig, pull: bool, say: Progress, beside: StepBytes) -> 
     found = gguf_file.inspect(file) if file else checkpoint.inspect(folder, config.id)
     claims.check_config(found, config.id)
     placement = place(config, found)
+    adapters = EntryAdapters.inspect(config, found, placement)
     if config.threads:
         torch.set_num_threads(config.threads)
     stream = DeviceStream(placement.device)
     with stream.current():
         with ThreadPoolExecutor(max_workers=2) as pool:  # hashes files and tries templates while weights are read
-            digests = pool.submit(manifest.hash_files, manifest.files_read(config, found))
+            digests = pool.submit(manifest.hash_files, manifest.files_read(config, found), read)
             say(f"reading {format_bytes(found.stored_bytes)} of weights")
             files = TextFiles.read(config, folder, file)
             trials = files.start_trials(pool)
-            ready = _prepare(config, found, file, placement, stream, files, digests.result, say, beside)
+            ready = _prepare(config, found, file, placement, stream, files, adapters, digests.result, say, beside)
             for trial in trials:
                 trial.result()
         ready.backend.release_memory()
@@ -113,22 +122,25 @@ def _prepare(
     placement: Placement,
     stream: DeviceStream,
     files: TextFiles,
+    adapters: EntryAdapters,
     digests: Callable[[], Mapping[Path, str]],
     say: Progress,
     beside: StepBytes,
 ) -> ReadyModel:
     """Read the weights, fuse the model for its backend, and test it."""
-    budget = GpuBudget(placement.gpus, beside)
+    budget = GpuBudget(placement.gpus, [{torch.device(n): size for n, size in steps.items()} for steps in beside])
     model = load_model(config, found, placement.dtype, placement.device_map, file, packed=placement.packs)
     stream.wait_for_all()
     _check_device(config, model, placement)
     check_vocabulary(config, files.tokenizer, model)
+    adapters.join(model)
     vocab_size, length = _vocab_size(model), context_length(config, model)
     longrope = rotary.pin(model, length)
     if placement.on_one_gpu and config.quantization:
         packed_layers.round_layers(model, config.quantization, config.id, say)
     say("a pass of plain transformers, to compare with")
     reference = Reference.of(model, vocab_size, length)
+    adapters.compare(model, vocab_size, length, say)
     rounds = placement.has_kernels and config.quantization is not None  # inputs, too, which the reference does not
 
     def tested(backend: Backend) -> SelfTest:
@@ -143,7 +155,22 @@ def _prepare(
         backend.fuse(model, stored=placement.stored, length=length, progress=say)
         say("self-test")
         test = tested(backend)
-    return ReadyModel(model, backend, placement, stream, budget, test, vocab_size, length, longrope, digests(), report)
+    tolerance = tolerance_of(placement.dtype, rounded=rounds)
+    test = adapters.attach(model, backend, test, reference, tolerance, vocab_size, length)
+    return ReadyModel(
+        model,
+        backend,
+        placement,
+        stream,
+        budget,
+        test,
+        vocab_size,
+        length,
+        longrope,
+        digests(),
+        report,
+        adapters.ready(),
+    )
 
 
 def _rungs(
@@ -186,7 +213,7 @@ def _assemble(config: ModelConfig, found: Checkpoint, ready: ReadyModel, files: 
         runner=runner,
         scheduler=_scheduler(config, ready, size),
         stream=ready.stream,
-        step_bytes=ready.budget.activations,
+        step_bytes={str(device): size for device, size in ready.budget.activations.items()},
     )
 
 

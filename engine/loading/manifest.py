@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -12,7 +13,10 @@ from engine.checkpoints.checkpoint import TOKENIZER_FILES, Checkpoint
 from engine.config import ModelConfig
 from engine.types.model_manifest import ModelManifest
 
-__all__ = ["files_read", "hash_files", "manifest_of", "remote_code_files"]
+__all__ = ["BytesRead", "files_read", "hash_files", "manifest_of", "remote_code_files"]
+
+BytesRead = Callable[[int, int], None]
+"""Told how many bytes of how many were read and hashed so far."""
 
 _CHUNK: Final = 1 << 22
 _CONFIGURATIONS: Final = (
@@ -46,10 +50,15 @@ def remote_code_files(config: ModelConfig, found: Checkpoint) -> tuple[Path, ...
     return tuple(sorted(path for path in found.folder.rglob("*.py") if path.is_file()))
 
 
-def hash_files(files: Sequence[Path]) -> dict[Path, str]:
-    """Hash the contents of files (SHA-256, hexadecimal), several at a time, each read once."""
+def hash_files(files: Sequence[Path], read: BytesRead | None = None) -> dict[Path, str]:
+    """Hash the contents of files (SHA-256, hexadecimal), several at a time, each read once.
+
+    Args:
+        read: told how far it is, at most once for each percent and at the end; by any thread, one at a time.
+    """
+    count = _Count(sum(file.stat().st_size for file in files), read) if read is not None else None
     with ThreadPoolExecutor(max_workers=min(4, len(files) or 1)) as pool:  # hashlib lets go of the interpreter lock
-        return dict(zip(files, pool.map(_digest, files), strict=True))
+        return dict(zip(files, pool.map(lambda file: _digest(file, count), files), strict=True))
 
 
 def manifest_of(config: ModelConfig, found: Checkpoint, digests: Mapping[Path, str]) -> ModelManifest:
@@ -64,9 +73,26 @@ def _tokenizer_files(folder: Path) -> tuple[str, ...]:
     return ("tokenizer.json",) if (folder / "tokenizer.json").exists() else (*TOKENIZER_FILES, "merges.txt")
 
 
-def _digest(path: Path) -> str:
+class _Count:
+    """Counts what several threads read, and tells of each percent."""
+
+    def __init__(self, total: int, tell: BytesRead) -> None:
+        self._total, self._tell = total, tell
+        self._read = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            before, self._read = self._read, min(self._read + count, self._total)  # a file that grows meanwhile
+            if self._read * 100 // self._total > before * 100 // self._total:
+                self._tell(self._read, self._total)
+
+
+def _digest(path: Path, count: _Count | None) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
+            if count is not None:
+                count.add(len(chunk))
     return digest.hexdigest()

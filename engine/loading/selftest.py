@@ -11,7 +11,7 @@ How long the prompts and how large the steps are depends on the device (`Extent`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence as Seq
+from collections.abc import Mapping, Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,21 +20,19 @@ from torch import Tensor, nn
 
 from engine.compute import rotary
 from engine.compute.attention import IMPLEMENTATION, Discovery, register_attention
-from engine.compute.backend import Backend, StepSize
+from engine.compute.backend import Backend
 from engine.compute.discovery import discover, input_device
-from engine.compute.kv_cache import KVCache, LayerShape, runs_of
-from engine.compute.model_runner import FallbackRunner, Runner
+from engine.compute.kv_cache import LayerShape
+from engine.compute.model_runner import FallbackRunner
 from engine.compute.row_safe import RowSafeFunctions
 from engine.devices.gpu import matmul_tf32
 from engine.errors import LoadError, first_line, out_of_memory
 from engine.loading.attention_trial import AttentionTrial
+from engine.loading.trial_runs import DECODED, Packed, Run, Text, equal, generate, on_one_thread
 from engine.scheduling.block_pool import BLOCK_SIZE, BlockPool
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.sequence import Sequence
 from engine.types.model_info import ReproducibilityReport
-from engine.types.sampling_params import SamplingParams
 
-_DECODED = 3
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Allowed difference to plain transformers in the same dtype, as a share of the largest logit.
 
@@ -93,57 +91,32 @@ class SelfTest:
 
 
 @dataclass(frozen=True, slots=True)
-class _Text:
-    """A prompt, and fixed tokens that are appended to it in place of the model's own."""
-
-    prompt: tuple[int, ...]
-    rest: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """What a runner computed for one text.
-
-    Attributes:
-        logits: `[_DECODED, vocab] float32`: of the prompt's last token and of those that follow.
-        stored: the keys and values of the text's full blocks in all layers; None in the fallback runner.
-    """
-
-    logits: Tensor
-    stored: tuple[Tensor, ...] | None = None
-
-    def equals(self, other: _Run) -> bool:
-        """Tell whether all bits are the same."""
-        if not torch.equal(self.logits, other.logits):
-            return False
-        pairs = zip(self.stored or (), other.stored or (), strict=True)
-        return all(torch.equal(a, b) for a, b in pairs)
-
-
-@dataclass(frozen=True, slots=True)
 class Reference:
-    """What plain transformers computes: for each text `[_DECODED, vocab] float32` logits."""
+    """What plain transformers computes: for each text `[DECODED, vocab] float32` logits."""
 
-    texts: tuple[_Text, ...]
+    texts: tuple[Text, ...]
     logits: tuple[Tensor, ...]
     extent: Extent = ON_CPU
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, model: nn.Module, vocab_size: int, length: int, extent: Extent | None = None) -> Reference:
+    def of(
+        cls, model: nn.Module, vocab_size: int, length: int, extent: Extent | None = None, adapter: str = ""
+    ) -> Reference:
         """Run one pass of plain transformers for each text, without a cache.
 
         Args:
             length: how many tokens a sequence may have.
             extent: how far the model is tried; None: as its device needs it.
+            adapter: the name of the one that the model has been given for this pass.
 
         Raises:
             LoadError: the model cannot be called, or its numbers are too large for float16.
         """
         extent = extent or Extent.on(input_device(model))
-        lengths = [n for n in (*extent.short, extent.long) if n + _DECODED <= length] or [1]
+        lengths = [n for n in (*extent.short, extent.long) if n + DECODED <= length] or [1]
         ids = _usable_ids(model, vocab_size)
-        texts = tuple(_Text(_pick(ids, n), _pick(ids, _DECODED, 5 * n)) for n in lengths)
+        texts = tuple(Text(_pick(ids, n), _pick(ids, DECODED, 5 * n), adapter) for n in lengths)
         logits = []
         try:
             for text in texts:
@@ -163,7 +136,7 @@ class Reference:
             )
         return cls(texts, tuple(logits), extent)
 
-    def difference(self, runs: Seq[_Run], tolerance: float) -> str | None:
+    def difference(self, runs: Seq[Run], tolerance: float) -> str | None:
         """Say how the runs differ from plain transformers; None if they agree up to rounding.
 
         Numbers that a model masks out (infinite, or as good as) must be masked out in both.
@@ -182,6 +155,11 @@ class Reference:
             f"differs from plain transformers by {worst[0] * scale:.2g} in {off} of {len(rows)} places "
             f"(largest logit {scale:.2g})"
         )
+
+
+def tolerance_of(dtype: torch.dtype, *, rounded: bool = False) -> float:
+    """Return the allowed difference to plain transformers, as a share of the largest logit. `rounded`: to bytes."""
+    return _ROUNDED_TOLERANCE if rounded else _TOLERANCE[dtype]
 
 
 def _is_unmasked(logits: Tensor) -> Tensor:
@@ -217,7 +195,7 @@ def self_test(
         LoadError: no runner agrees with plain transformers.
     """
     own = getattr(model.config, "_attn_implementation", None) or "eager"
-    tolerance = _ROUNDED_TOLERANCE if rounded else _TOLERANCE[dtype]
+    tolerance = tolerance_of(dtype, rounded=rounded)
     fallback = partial(_fallback, model, backend, reference, vocab_size, tolerance, own)
     register_attention()
     try:
@@ -226,7 +204,15 @@ def self_test(
         model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
         with RowSafeFunctions() as functions:
             found = discover(model, length)
-        packed = _Packed(model, backend, found, vocab_size, functions.used)
+        packed = Packed(
+            model,
+            backend,
+            found.shapes(),
+            vocab_size,
+            length,
+            row_safe=functions.used,
+            skips_masks=found.skips_masks,
+        )
         alone = [packed.run([text])[0] for text in reference.texts]
         crowd = packed.run(reference.texts, far=True)
     except LoadError:
@@ -256,9 +242,9 @@ def _law(
     model: nn.Module,
     backend: Backend,
     reference: Reference,
-    packed: _Packed,
-    alone: list[_Run],
-    crowd: list[_Run],
+    packed: Packed,
+    alone: list[Run],
+    crowd: list[Run],
     trials: list[AttentionTrial],
     dtype: torch.dtype,
 ) -> SelfTest:
@@ -269,20 +255,20 @@ def _law(
     few_alone, long_alone = [alone[i] for i in short], [a for i, a in enumerate(alone) if i not in short]
 
     def in_pieces() -> bool:
-        return _equal(few_alone + long_alone, packed.run([*few, *long], budget=extent.chunk, far=True))
+        return equal(few_alone + long_alone, packed.run([*few, *long], budget=extent.chunk, far=True))
 
     # The long prompt in pieces and on one thread at once: they are told apart only if bits differ.
-    pieces = _on_one_thread(in_pieces) if extent.threads else in_pieces()
-    apart = extent.threads and not pieces and _equal(long_alone, packed.run(long, budget=extent.chunk))
+    pieces = on_one_thread(in_pieces) if extent.threads else in_pieces()
+    apart = extent.threads and not pieces and equal(long_alone, packed.run(long, budget=extent.chunk))
     checks = {
-        "packed": _equal(alone, crowd),
-        "chunked": _equal(few_alone, packed.run(few, budget=5)) and (pieces or apart),
+        "packed": equal(alone, crowd),
+        "chunked": equal(few_alone, packed.run(few, budget=5)) and (pieces or apart),
         **({"threads": pieces} if extent.threads else {}),
         "key spans": all(trial.rows_agree() for trial in trials),
     }
     where = f"({type(model).__name__}, {dtype}, {packed.layers[0].device})".replace("torch.", "")
     holds, reason = verdict(checks, backend.breaks_law or _tf32(packed.layers[0].device), where)
-    single = holds and _equal(few_alone[:2], [packed.run([text], single_rows=True)[0] for text in few[:2]])
+    single = holds and equal(few_alone[:2], [packed.run([text], single_rows=True)[0] for text in few[:2]])
     report = ReproducibilityReport(holds, reason, tuple(checks.items()))
     return SelfTest(packed.layers, report, single, packed.row_safe, packed.skips_masks)
 
@@ -339,99 +325,13 @@ def _fallback(
     raise LoadError(f"{name} cannot be served: not packed ({reason}), and each sequence alone {objections[0]}.")
 
 
-def _alone(model: nn.Module, backend: Backend, texts: Seq[_Text], vocab_size: int, positions: bool) -> list[_Run]:
+def _alone(model: nn.Module, backend: Backend, texts: Seq[Text], vocab_size: int, positions: bool) -> list[Run]:
     """Generate all texts at once through the fallback runner, so that state leaking between sequences shows."""
-    blocks = sum(-(-(len(text.prompt) + _DECODED) // BLOCK_SIZE) for text in texts)
+    blocks = sum(-(-(len(text.prompt) + DECODED) // BLOCK_SIZE) for text in texts)
     scheduler = Scheduler(
         BlockPool(blocks, BLOCK_SIZE, caching=False), max_sequences=len(texts), max_batch_tokens=512, whole_prompts=True
     )
-    return _generate(FallbackRunner(model, backend, vocab_size, positions=positions), scheduler, texts)
-
-
-class _Packed:
-    """Generates texts with the packed runner, each time with an empty cache."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        backend: Backend,
-        found: Discovery,
-        vocab_size: int,
-        row_safe: bool,
-    ) -> None:
-        self.layers, self.skips_masks, self.row_safe = found.shapes(), found.skips_masks, row_safe
-        self._model, self._backend, self._vocab_size, self._length = model, backend, vocab_size, found.length
-        last = found.length - 1
-        borders = (place for border in rotary.original_lengths(model) for place in (border - 1, border))
-        self._far = (last, last // 2, 0, *(place for place in borders if 0 < place < last))
-
-    def run(self, texts: Seq[_Text], *, budget: int = 512, far: bool = False, single_rows: bool = False) -> list[_Run]:
-        """Generate through the real scheduler, `budget` tokens a step; `far`: with rows at far positions beside."""
-        if not texts:
-            return []
-        blocks = sum(-(-(len(t.prompt) + _DECODED) // BLOCK_SIZE) for t in texts)
-        cache = self._backend.allocate(self.layers, blocks)
-        runner = self._backend.runner(
-            self._model,
-            cache,
-            self._vocab_size,
-            StepSize(budget + len(texts), len(texts), self._length),
-            single_rows=single_rows,
-            row_safe=self.row_safe,
-            skips_masks=self.skips_masks,
-            bystanders=self._far if far else (),
-        )
-        pool = BlockPool(blocks, BLOCK_SIZE, caching=False)
-        scheduler = Scheduler(pool, max_sequences=len(texts), max_batch_tokens=budget)
-        return _generate(runner, scheduler, texts, cache)
-
-
-def _generate(runner: Runner, scheduler: Scheduler, texts: Seq[_Text], cache: KVCache | None = None) -> list[_Run]:
-    """Compute all texts at once with a runner. `cache`: the runner's, if its contents are to be compared."""
-    params = SamplingParams(max_tokens=_DECODED)
-    sequences = [Sequence(str(i), 0, text.prompt, params, 0) for i, text in enumerate(texts)]
-    rest = {sequence: text.rest for sequence, text in zip(sequences, texts, strict=True)}
-    seen: dict[Sequence, list[Tensor]] = {sequence: [] for sequence in sequences}
-    stored: dict[Sequence, tuple[Tensor, ...] | None] = {}
-    for sequence in sequences:
-        scheduler.add([sequence])
-    while scheduler.has_work:
-        schedule = scheduler.schedule()
-        result = runner.forward(schedule)
-        for fault in result.errors.values():
-            raise fault
-        logits = iter(result.logits.cpu())
-        scheduler.commit(schedule)
-        for sequence in [chunk.sequence for chunk in schedule.chunks if chunk.samples]:
-            seen[sequence].append(next(logits))
-            sequence.append(rest[sequence][sequence.position])
-            if sequence.position == _DECODED:
-                stored[sequence] = None if cache is None else _stored(cache, sequence.block_table)
-                scheduler.finish(sequence)
-                runner.forget(sequence)
-    return [_Run(torch.stack(seen[sequence]), stored[sequence]) for sequence in sequences]
-
-
-def _stored(cache: KVCache, table: Seq[int]) -> tuple[Tensor, ...]:
-    """Copy a sequence's full blocks in all layers: they show differences that the logits of a few rows may hide."""
-    if len(table) < 2:
-        return ()
-    runs = runs_of(table, (len(table) - 1) * BLOCK_SIZE)
-    tensors = (*cache.keys, *cache.values)
-    return tuple(torch.cat([t[:, run.start : run.start + run.length] for run in runs], 1) for t in tensors)
-
-
-def _equal(a: Seq[_Run], b: Seq[_Run]) -> bool:
-    return all(one.equals(two) for one, two in zip(a, b, strict=True))
-
-
-def _on_one_thread(test: Callable[[], bool]) -> bool:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return test()
-    finally:
-        torch.set_num_threads(threads)
+    return generate(FallbackRunner(model, backend, vocab_size, positions=positions), scheduler, texts)
 
 
 def _usable_ids(model: nn.Module, vocab_size: int) -> range:

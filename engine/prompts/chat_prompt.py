@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import InvalidFormat, TemplateRefused
+from engine.grammar.compiler import GrammarCompiler
 from engine.prompts.content_guard import ContentGuard, ControlWords, Conversation, Marked
+from engine.prompts.going_on import Beginning, find_reply_form
 from engine.prompts.prompt_encoder import CLOSE, OPEN, PromptEncoder, find_control_words
 from engine.prompts.system_turns import lost_roles, with_late_turns_as_users
 from engine.prompts.tool_messages import generic_messages, one_call_a_turn, with_written_calls
@@ -72,6 +74,9 @@ class ChatPrompts:
         self._encoder = encoder
         self._words = words
         self._guard = ContentGuard(words) if words is not None else None
+        self._forms = {
+            tools: find_reply_form(template.serving(tools=tools), chat_format.reasoning) for tools in (False, True)
+        }
         self._lost = {tools: lost_roles(template.serving(tools=tools), tools=tools) for tools in (False, True)}
 
     def conversation(self, request: GenerationRequest, variables: Mapping[str, Any]) -> Conversation:
@@ -86,11 +91,22 @@ class ChatPrompts:
             tuple(messages), request.tools, variables, request.clock, again=request.add_generation_prompt
         )
 
+    def beginning(self, tools: Sequence[Tool], message: ChatMessage, prompt: Encoded, at: str) -> Beginning:
+        """Write an assistant's message as the beginning of the reply behind a prompt.
+
+        Raises: as `ReplyForm.beginning`, in whose errors the message is called `at`.
+        """
+        return self._forms[bool(tools)].beginning(message, prompt.shown, at)
+
     def render(self, conversation: Conversation) -> str:
         """Render the prompt's text.
 
         Raises: what `ChatTemplate.render` raises.
         """
+        prompt = self._rendered(conversation)
+        return prompt if conversation.reply is None else prompt + conversation.reply.text
+
+    def _rendered(self, conversation: Conversation) -> str:
         messages: Sequence[ChatMessage] = conversation.messages
         tools, variables = list(conversation.tools), conversation.variables
         clock, again = conversation.clock, conversation.again
@@ -139,6 +155,44 @@ class ChatPrompts:
         if not self._encoder.has_just(ids, told):
             raise self._refusal("which its tokenizer cannot read as text")
         return Encoded(ids, shown, marked.mark)
+
+    def encode_beginning(
+        self,
+        conversation: Conversation,
+        text: str,
+        ids: list[int],
+        beginning: Beginning,
+        spelling: GrammarCompiler,
+    ) -> list[int]:
+        """Encode the beginning of a reply behind a rendered conversation, as the model would have written it.
+
+        Its tokens are those that the tokenizer makes of the whole text. Where it would join the prompt's end with the
+        reply's first characters, which no model can, the beginning is spelled by itself.
+
+        Args:
+            text: the rendered conversation; ids: its tokens.
+            spelling: spells texts to the byte.
+
+        Raises: as `encode`.
+        """
+        if not beginning.text:
+            return []
+        whole = self.encode(dataclasses.replace(conversation, reply=beginning), text + beginning.text).ids
+        if whole[: len(ids)] == ids:
+            return whole[len(ids) :]
+        parts = (
+            spelling.spell(beginning.opening),
+            spelling.spell_text(beginning.thoughts),
+            spelling.spell(beginning.between),
+            spelling.spell_text(beginning.content),
+        )
+        if any(part is None for part in parts):
+            raise InvalidFormat(
+                "the tokenizer of this model joins the prompt with the beginning of the reply, and has no tokens for "
+                "the latter alone.",
+                param="messages",
+            )
+        return [token for part in parts for token in part or ()]
 
     def _by_template(self, tools: Sequence[Tool]) -> bool:
         # A template of its own for tools leaves the other one to conversations that know of none.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from engine.errors import InvalidFormat
+from engine.prompts.going_on import Beginning
 from engine.types.messages import ChatMessage
 from engine.types.tools import Tool
 
@@ -53,6 +54,8 @@ class Conversation:
     clock: dt.datetime | None = None
     again: bool = True
     """Whether the assistant speaks next. If not, the conversation ends with the last message."""
+    reply: Beginning | None = None
+    """The beginning of the assistant's reply, which the prompt ends with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +184,14 @@ class _Walk(ABC):
             {name: self._deep(value, apart=False) for name, value in given.variables.items()},
             given.clock,
             given.again,
+            None if given.reply is None else self._reply(given.reply),
+        )
+
+    def _reply(self, given: Beginning) -> Beginning:
+        return dataclasses.replace(
+            given,
+            thoughts=self.text(given.thoughts, assistant=True),
+            content=self.text(given.content, assistant=True),
         )
 
     def _message(self, message: ChatMessage) -> ChatMessage:

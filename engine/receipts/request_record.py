@@ -1,8 +1,9 @@
 """The record of a request: a `GenerationRequest` with every default filled in, as plain JSON, and back.
 
 What cannot change a reply is left out: the id, the group, the cache's salt, the prediction, the echo, and which field
-of an API asked for a prompt or a constraint. Exactly one of `messages`, `prompt` and `prompt_token_ids` is there, and
-every other name. `engine.receipts.canonical` says what is written as text.
+of an API asked for a prompt or a constraint. So is the adapter, which is a part of the environment, as the model is.
+Exactly one of `messages`, `prompt` and `prompt_token_ids` is there, and every other name, but those of a given
+beginning where none is given. `engine.receipts.canonical` says what is written as text.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ _FIELDS: Final = (
     "clock",
 )
 
+_BEGINNINGS: Final = ("continue_final_message", "continue_token_ids")
+"""Names that only the record of a reply has whose beginning was given."""
+
 
 def to_record(request: GenerationRequest, params: SamplingParams) -> dict[str, Any]:
     """Return the record of a request that was prepared with `params`.
@@ -49,6 +53,7 @@ def to_record(request: GenerationRequest, params: SamplingParams) -> dict[str, A
         "suffix": request.suffix,
         "add_special_tokens": request.add_special_tokens,
         "add_generation_prompt": request.add_generation_prompt,
+        **_beginning_record(request),
         "sampling": {name: _sampling_value(name, getattr(params, name)) for name in SAMPLING_FIELDS},
         "chat_template_kwargs": text_of_json(dict(request.chat_template_kwargs), "chat_template_kwargs"),
         "constraint": _constraint_record(request.constraint),
@@ -66,7 +71,7 @@ def from_record(record: Any, request_id: str, *, group: str = "") -> GenerationR
     Raises:
         ReceiptError: the record is not what `to_record` writes.
     """
-    read = Reader(record, "request", _FIELDS, _PROMPTS)
+    read = Reader(record, "request", _FIELDS, (*_PROMPTS, *_BEGINNINGS))
     given = [name for name in _PROMPTS if read.has(name)]
     if len(given) != 1:
         raise ReceiptError(f"request must hold exactly one of {', '.join(_PROMPTS)}.")
@@ -81,6 +86,8 @@ def from_record(record: Any, request_id: str, *, group: str = "") -> GenerationR
         suffix=read.text_or_none("suffix"),
         add_special_tokens=read.flag("add_special_tokens"),
         add_generation_prompt=read.flag("add_generation_prompt"),
+        continue_final_message=_continues(read),
+        continue_token_ids=_continued_ids(read),
         sampling=_sampling(read.any("sampling")),
         chat_template_kwargs=variables,
         constraint=_constraint(read.any("constraint")),
@@ -108,6 +115,13 @@ def _prompt_record(request: GenerationRequest) -> dict[str, Any]:
     if request.prompt is not None:
         return {"prompt": request.prompt}
     return {"prompt_token_ids": list(request.prompt_token_ids or ())}
+
+
+def _beginning_record(request: GenerationRequest) -> dict[str, Any]:
+    found: dict[str, Any] = {"continue_final_message": True} if request.continue_final_message else {}
+    if request.continue_token_ids:
+        found["continue_token_ids"] = list(request.continue_token_ids)
+    return found
 
 
 def _message_record(message: ChatMessage) -> dict[str, Any]:
@@ -150,6 +164,22 @@ def _tool_record(tool: Tool) -> dict[str, Any]:
 
 
 # -- reading ----------------------------------------------------------------------------------------------------
+
+
+def _continues(read: Reader) -> bool:
+    if not read.has("continue_final_message"):
+        return False
+    if not read.flag("continue_final_message"):
+        raise ReceiptError("request.continue_final_message is false: then it is left out.")
+    return True
+
+
+def _continued_ids(read: Reader) -> tuple[int, ...] | None:
+    if not read.has("continue_token_ids"):
+        return None
+    if not (ids := read.ids("continue_token_ids")):
+        raise ReceiptError("request.continue_token_ids holds nothing: then it is left out.")
+    return ids
 
 
 def _messages(values: list[Any]) -> tuple[ChatMessage, ...]:

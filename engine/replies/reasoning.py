@@ -131,6 +131,11 @@ class Splitter:
         self.inside = opened
         """Whether the text so far ends inside the thoughts."""
 
+    @property
+    def held(self) -> tuple[str, str]:
+        """The text that is held back, of the thoughts and of the answer. White space that is dropped is not."""
+        return self._held if self._state == "thoughts" else "", self._held if self._state == "start" else ""
+
     def push(self, text: str) -> tuple[str, str]:
         """Take a piece of text; return what it adds to the thoughts and to the answer."""
         if self._state == "answer":

@@ -29,6 +29,10 @@ class ReplyParser(Protocol):
     def thinking(self) -> bool:
         """Whether the text so far ends inside the thoughts."""
 
+    @property
+    def held(self) -> Parsed:
+        """The text that is held back, as it would be shown if nothing more came of it."""
+
     def push(self, text: str) -> Parsed:
         """Take a piece of text; return what is certain of it."""
 
@@ -52,6 +56,11 @@ class DelimiterParser:
     @property
     def thinking(self) -> bool:
         return self._splitter is not None and self._splitter.inside
+
+    @property
+    def held(self) -> Parsed:
+        thoughts, text = self._splitter.held if self._splitter is not None else ("", "")
+        return Parsed(thoughts, (self._reader.held if self._reader is not None else "") + text)
 
     def push(self, text: str) -> Parsed:
         reasoning = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from engine.replies.delimiters import shared
 from engine.replies.reply_parser import ReplyParser
 from engine.text.stop_strings import StopMatcher, StopStrings
 from engine.text.vocabulary import Detokenizer, Vocabulary
@@ -27,6 +28,15 @@ class TextDelta(NamedTuple):
     """Tool calls that it completes, as (name, arguments), which are no part of `text`."""
 
 
+class _Seen(NamedTuple):
+    """What was held back at the end of a beginning that the caller gave, and so has seen."""
+
+    thoughts: str
+    text: str
+    thinking: bool
+    """Whether the beginning ended inside the thoughts."""
+
+
 class TextStream:
     """Takes the token ids of one choice and returns its text. The joined deltas are the whole answer.
 
@@ -36,7 +46,7 @@ class TextStream:
     With a `parser`, thoughts and tool calls are returned separately, and stop strings are searched in the answer only.
     """
 
-    __slots__ = ("_delimiters", "_detokenizer", "_match_stops", "_matcher", "_parser", "stopped")
+    __slots__ = ("_begun", "_delimiters", "_detokenizer", "_match_stops", "_matcher", "_parser", "_seen", "stopped")
 
     def __init__(
         self,
@@ -59,6 +69,8 @@ class TextStream:
         self._delimiters = delimiters or {}
         self._matcher = StopMatcher(stop if isinstance(stop, StopStrings) else StopStrings(stop))
         self._match_stops = True
+        self._begun = False  # whether the text so far was given
+        self._seen: _Seen | None = None
         self.stopped = False
         """Whether a stop string is complete, so that the text has ended."""
 
@@ -69,6 +81,48 @@ class TextStream:
     def push(self, token_id: int, match_stops: bool = True) -> TextDelta:
         """Take one token id. Must not be called after a stop string was found."""
         assert not self.stopped, "the text has ended"
+        delta = self._push(token_id, match_stops)
+        return delta if self._seen is None else self._unseen(delta)
+
+    def begin(self, token_id: int, match_stops: bool = True) -> TextDelta:
+        """Take one token id of the reply's beginning, which the caller gave. A stop string in it ends nothing.
+
+        One may begin in it, and end behind it. `end_beginning` follows the last one.
+        """
+        self._begun = True
+        delta = self._push(token_id, match_stops)
+        self._begun = False
+        return delta
+
+    def end_beginning(self) -> str:
+        """End the beginning that was given. Returns the text of the answer that is held back.
+
+        It is the caller's already, so it is not shown again when it is certain.
+        """
+        thoughts, text = "", self._matcher.held
+        if self._parser is not None:
+            thoughts, more, _ = self._parser.held
+            text += more
+        if thoughts or text:
+            self._seen = _Seen(thoughts, text, self.thinking)
+        return text
+
+    def _unseen(self, delta: TextDelta) -> TextDelta:
+        """Leave out of a delta what its caller has seen."""
+        seen = self._seen
+        if seen is None:
+            return delta
+        thoughts, text = (
+            new[shared(new, old) :] for new, old in ((delta.reasoning, seen.thoughts), (delta.text, seen.text))
+        )
+        ended = (
+            thoughts or text or delta.calls or self.thinking != seen.thinking
+        )  # what was held was a delimiter, or more
+        rest = _Seen(seen.thoughts[len(delta.reasoning) :], seen.text[len(delta.text) :], seen.thinking)
+        self._seen = None if ended else rest
+        return delta._replace(reasoning=thoughts, text=text)
+
+    def _push(self, token_id: int, match_stops: bool) -> TextDelta:
         self._match_stops = match_stops
         text, data = self._detokenizer.push(token_id)
         if self._parser is None:
@@ -106,10 +160,13 @@ class TextStream:
             last, rest = self._parser.push(text), self._parser.finish(cut=cut)
             reasoning, text, calls = last.reasoning + rest.reasoning, last.text + rest.text, last.calls + rest.calls
         text, stopped = self._match(text)
-        return TextDelta(text if stopped else text + self._matcher.release(), stopped, b"", reasoning, calls)
+        delta = TextDelta(text if stopped else text + self._matcher.release(), stopped, b"", reasoning, calls)
+        return self._unseen(delta)
 
     def _match(self, text: str) -> tuple[str, bool]:
         if not self._match_stops:
             return self._matcher.release() + text, False
+        if self._begun:
+            return self._matcher.pass_on(text), False
         text, self.stopped = self._matcher.push(text)
         return text, self.stopped

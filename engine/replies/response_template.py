@@ -132,6 +132,13 @@ class TemplateParser:
     def thinking(self) -> bool:
         return self._region is not None and self._region.name in _THOUGHTS
 
+    @property
+    def held(self) -> Parsed:
+        if self._region is not None and self._region.name in _CALLS:
+            return Parsed("", self._before[0] + self._buffer[self._opened :])
+        text = self._space + self._buffer[self._at :]
+        return Parsed(text, "") if self.thinking else Parsed("", text)
+
     def push(self, text: str) -> Parsed:
         self._buffer += text
         return self._read(end=False)

@@ -34,7 +34,13 @@ class SamplingRow(Protocol):
     @property
     def choice_index(self) -> int: ...
     @property
-    def position(self) -> int: ...
+    def position(self) -> int:
+        """Index of the token in the reply."""
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the reply that were generated before it: fewer than `position` where its beginning was given."""
+
     @property
     def prompt_token_ids(self) -> tuple[int, ...]: ...
     @property

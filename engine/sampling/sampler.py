@@ -154,7 +154,7 @@ class Sampler:
                 edits.repetition(i, prompt, list(row.output_counts), p.repetition_penalty)
             if p.frequency_penalty or p.presence_penalty:
                 edits.penalties(i, row.output_counts, p.frequency_penalty, p.presence_penalty)
-            if row.position < p.min_tokens:
+            if row.generated < p.min_tokens:
                 edits.ban(i, self.end_ids + p.stop_token_ids)
         return edits
 

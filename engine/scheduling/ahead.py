@@ -29,5 +29,5 @@ def foresee(draws: Seq[Draw], scheduler: Scheduler, may_draft: Callable[[Sequenc
         return []
     if any(draw.draft or draw.expected is not None or may_draft(draw.sequence) for draw in draws):
         return []
-    going = [n for n, draw in enumerate(draws) if draw.position + 1 < (draw.params.max_tokens or 0)]
+    going = [n for n, draw in enumerate(draws) if draw.generated + 1 < (draw.params.max_tokens or 0)]
     return going if going and scheduler.reserve_next([draws[n].sequence for n in going]) else []

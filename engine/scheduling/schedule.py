@@ -84,7 +84,7 @@ class Draw:
     def expected(self) -> int | None:
         """The token that the sequence takes here, whatever is drawn; None if it takes what is drawn."""
         follow = self.sequence.follow
-        return None if follow is None else follow[self.position]
+        return None if follow is None else follow[self.generated]
 
     @property
     def records(self) -> bool:
@@ -105,6 +105,10 @@ class Draw:
     @property
     def position(self) -> int:
         return self.sequence.position + self.index
+
+    @property
+    def generated(self) -> int:
+        return self.sequence.generated + self.index
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...]:

@@ -217,7 +217,7 @@ class Scheduler:
         """Ask for a draft that fits, behind `length` computed tokens. No sequence is preempted for a draft."""
         left = max(self.pool.num_free - len(self.running), 0)  # others may need one block each in this very step
         space = (len(sequence.block_table) + left) * self.pool.block_size - length
-        last = (sequence.params.max_tokens or 0) - sequence.position - 1  # behind a draft one more token is drawn
+        last = (sequence.params.max_tokens or 0) - sequence.generated - 1  # behind a draft one more token is drawn
         room = min(budget.tokens, budget.rows, space, last)
         draft = propose(sequence, room) if room > 0 else ()
         self._grow(sequence, length + len(draft))

@@ -25,8 +25,9 @@ class Sequence:
 
     Attributes:
         prompt_token_ids: shared by all choices of the request, never changed.
+        begun: how many of its last tokens are the beginning of the reply, which goes on from there.
         output_token_ids: what has been generated so far, the end token included.
-        output_counts: how often each id occurs in `output_token_ids`; updated by `append`.
+        output_counts: how often each id occurs in the reply, its given beginning included; updated by `append`.
         block_table: ids of the blocks that hold its keys and values, in order. Owned by the block pool.
         block_uids: the pool's names for the contents of its full, computed blocks, in order.
         num_computed: tokens of `prompt + output` whose keys and values are in those blocks.
@@ -37,6 +38,7 @@ class Sequence:
         follow: the tokens of a reply that is checked: it takes them, whatever is drawn. None: it takes what is drawn.
         records: whether the scores of each draw are wanted.
         next_scored: the first prompt token whose log-probability is still wanted; the prompt's length if none is.
+        adapter: the adapter that computes it; empty: none.
         start_tag: its place in the fair order, set by the scheduler.
     """
 
@@ -58,26 +60,45 @@ class Sequence:
     follow: tuple[int, ...] | None = None
     records: bool = False
     next_scored: int = -1
+    adapter: str = ""
     start_tag: int = 0
+    begun: int = 0
     _length: int = field(init=False)
 
     def __post_init__(self) -> None:
         self._length = len(self.prompt_token_ids) + len(self.output_token_ids)
         if self.next_scored < 0:
             self.next_scored = len(self.prompt_token_ids)
+        if self.begun:
+            self.output_counts.update(self.beginning)
 
     def __len__(self) -> int:
         return self._length
 
     @property
+    def beginning(self) -> tuple[int, ...]:
+        """The tokens with which the reply was begun by its caller; most often none."""
+        return self.prompt_token_ids[len(self.prompt_token_ids) - self.begun :]
+
+    @property
+    def own_prompt(self) -> tuple[int, ...]:
+        """The prompt without the beginning of the reply."""
+        return self.prompt_token_ids[: len(self.prompt_token_ids) - self.begun]
+
+    @property
     def position(self) -> int:
-        """Index of the next generated token: what the draw depends on, beside seed and choice."""
+        """Index of the next token in the reply: what the draw depends on, beside seed and choice."""
+        return self.begun + len(self.output_token_ids)
+
+    @property
+    def generated(self) -> int:
+        """Tokens that were generated so far: the reply's, without its given beginning."""
         return len(self.output_token_ids)
 
     @property
     def expected(self) -> int | None:
         """The token that it takes next, whatever is drawn; None if it takes what is drawn."""
-        return None if self.follow is None else self.follow[self.position]
+        return None if self.follow is None else self.follow[self.generated]
 
     @property
     def num_uncomputed(self) -> int:

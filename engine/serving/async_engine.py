@@ -1,267 +1,87 @@
-"""`AsyncEngine`: an `Engine` on a thread of its own, spoken to from an event loop.
-
-    event loop ──commands──▶ engine thread: step, step, step …
-         ◀──one call_soon_threadsafe per step── everything the step did
-
-If the thread dies, every waiting request gets the cause and every later one is refused with it.
-"""
+"""`AsyncEngine`: an `Engine` on a thread of its own, spoken to from an event loop."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import itertools
 import logging
 import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from engine.engine import Engine
-from engine.errors import EngineDead, QueueFull, VerbatimError
-from engine.serving.engine_loop import EngineLoop, engine_dead
-from engine.serving.fair_lock import FairLock
-from engine.serving.protocol import Abort, Aborted, Close, Ended, EngineProtocol, Event, Outputs, Submit
-from engine.serving.request_stream import RequestStream
-from engine.types.model_info import EngineStats, ModelInfo, TokenizerInfo
-from engine.types.outputs import RequestOutput, Usage
-from engine.types.requests import GenerationRequest, PreparedRequest, TokenizedPrompt
+from engine.errors import VerbatimError
+from engine.serving.client import EngineClient
+from engine.serving.engine_loop import EngineLoop
+from engine.serving.preparing import answer
+from engine.serving.protocol import Close, Command
+from engine.serving.transport import LAST_STEP, PREPARING, Listener, Transport, Verb
+from engine.types.model_info import EngineStats, ModelInfo
 
-__all__ = ["AsyncEngine"]
+__all__ = ["AsyncEngine", "ThreadTransport"]
 
 log = logging.getLogger("verbatim.engine")
 
-_Given = TypeVar("_Given")
-_Made = TypeVar("_Made")
 
-LAST_STEP = 5.0
-"""Seconds that a step may take on when the engine is told to stop."""
+class AsyncEngine(EngineClient):
+    """One loaded model in this process. Owns its engine, the engine's thread and those that prepare requests."""
 
-PREPARING = 3
-"""Requests of one model that are prepared at once: two heavy ones of a key, and one of anybody else."""
+    def __init__(self, engine: Engine, on_death: Callable[[VerbatimError], None] | None = None) -> None:
+        self.engine = engine
+        super().__init__(ThreadTransport(engine), engine.model.config, on_death)
 
 
-class AsyncEngine(EngineProtocol):
-    """One loaded model, shared by many requests. Owns its engine, the engine's thread and those that prepare requests.
+class ThreadTransport(Transport):
+    """An engine on a thread of this process. `loop`: what the thread runs, once it is started."""
 
-    Created anywhere; `submit` and the streams belong to one event loop at a time: another one may submit once the one
-    before is closed, and what was left unfinished there is aborted.
-
-    The engine knows each request by its submission, a name that is never used twice: an id may come again while the
-    step that still computes for an aborted request of that id is under way.
-    """
+    loop: EngineLoop
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        config = engine.model.config
-        self._limit = config.max_sequences + config.max_queue
-        self._stall_timeout = config.stall_timeout
-        self._submissions = itertools.count()
-        self._names: dict[str, str] = {}  # of unfinished requests: the name of the submission, by request id
-        self._streams: dict[str, RequestStream] = {}  # by submission, like all that follows
-        self._leaving: dict[str, RequestStream] = {}  # aborted, and the engine does not know it yet
-        self._groups: dict[str, str] = {}  # of unfinished requests
-        self._event_loop: asyncio.AbstractEventLoop | None = None
-        self._dead: VerbatimError | None = None
+        self._engine = engine
+        name = engine.info.id
+        self._workers = ThreadPoolExecutor(max_workers=PREPARING, thread_name_prefix=f"prepare-{name}")
+        self._thread = threading.Thread(target=self._run, name=f"engine-{name}", daemon=True)
         self._closed = False
-        self._close_lock = threading.Lock()
-        self._preparing = FairLock(PREPARING)
-        self._workers = ThreadPoolExecutor(max_workers=PREPARING, thread_name_prefix=f"prepare-{self.info.id}")
-        self._workers.submit(engine.preparer.warm)
-        self._loop = EngineLoop(engine, self._emit)
-        self._thread = threading.Thread(target=self._loop.run, name=f"engine-{self.info.id}", daemon=True)
-        self._thread.start()
 
     @property
     def info(self) -> ModelInfo:
-        return self.engine.info
+        return self._engine.info
 
     @property
-    def num_unfinished(self) -> int:
-        """Requests that run or wait, those that were aborted aside."""
-        return len(self._streams)
+    def step_bytes(self) -> Mapping[str, int]:
+        return self._engine.model.step_bytes
 
     @property
-    def num_leaving(self) -> int:
-        """Aborted requests that the engine has not let go of yet."""
-        return len(self._leaving)
+    def busy_since(self) -> float | None:
+        return self.loop.busy_since
 
-    @property
-    def is_stepping(self) -> bool:
-        """Whether a step is under way."""
-        return self._loop.busy_since is not None
+    def start(self, listen: Listener) -> None:
+        self.loop = EngineLoop(self._engine, listen)
+        self._workers.submit(self._engine.preparer.warm)
+        self._thread.start()
 
-    async def prepare(self, request: GenerationRequest) -> PreparedRequest:
-        """Check, render and tokenise a request on one of the model's own worker threads, granted fairly across groups.
+    def _run(self) -> None:
+        self.loop.run()
 
-        A caller that gives up while it waits for a thread never takes one. One that gives up later keeps its place
-        until the thread is done.
+    def send(self, command: Command) -> None:
+        self.loop.commands.put(command)
 
-        Raises: what `Preparer.prepare` raises, and EngineDead.
-        """
-        return await self._on_worker(request.group, self.engine.prepare, request)
-
-    async def tokenize(self, request: GenerationRequest) -> TokenizedPrompt:
-        """Render and tokenise a request's prompt, as `prepare` does."""
-        return await self._on_worker(request.group, self.engine.preparer.tokenize, request)
-
-    async def detokenize(self, tokens: Sequence[int], group: str = "") -> str:
-        """Return the text of some tokens, as `prepare` does."""
-        return await self._on_worker(group, self.engine.preparer.detokenize, tokens)
-
-    async def tokenizer(self) -> TokenizerInfo:
-        """Describe the model's tokenizer."""
-        self._raise_if_dead()
-        return self.engine.preparer.tokenizer_info()
-
-    def token_text(self, token_id: int) -> str:
-        return self.engine.model.vocabulary.token_text(token_id)
-
-    async def _on_worker(self, group: str, function: Callable[[_Given], _Made], given: _Given) -> _Made:
-        """Call a function of the preparer on one of the worker threads, granted fairly across groups."""
-        self._raise_if_dead()
-        await self._preparing.take(group)
-        try:
-            self._raise_if_dead()
-            work = asyncio.get_running_loop().run_in_executor(self._workers, function, given)
-        except BaseException:
-            self._preparing.give_back(group)
-            raise
-        work.add_done_callback(lambda done: self._prepared(done, group))
-        return await asyncio.shield(work)
-
-    def _prepared(self, work: asyncio.Future[Any], group: str) -> None:
-        self._preparing.give_back(group)
-        if not work.cancelled():
-            work.exception()  # looked at, whoever is left to hear of it
-
-    def submit(self, request: PreparedRequest) -> RequestStream:
-        """Queue a request. A group of which none is unfinished may still queue one where there is no room.
-
-        Raises:
-            QueueFull: as many requests as may run and wait are unfinished.
-            EngineDead: with the cause.
-            ValueError: an unfinished request has this id.
-            RuntimeError: another event loop has submitted, and is not closed.
-        """
-        self._raise_if_dead()
-        self._belong_to(loop := asyncio.get_running_loop())
-        if len(self._streams) >= self._limit and (not request.group or request.group in self._groups.values()):
-            raise QueueFull(
-                f"{len(self._streams)} requests are running or waiting; {self.info.id} takes {self._limit}.",
-                limit=self._limit,
-            )
-        if request.request_id in self._names:
-            raise ValueError(f"the request id {request.request_id!r} is in use")
-        name = f"{request.request_id}#{next(self._submissions)}"
-        self._names[request.request_id] = name
-        stream = self._streams[name] = RequestStream(request.request_id)
-        self._groups[name] = request.group
-        self._loop.commands.put(Submit(replace(request, request_id=name)))
-        if self._dead is not None:  # it has died meanwhile, and this stream was not there to be told
-            loop.call_soon(self._fail_all, self._dead)
-        return stream
-
-    def _belong_to(self, loop: asyncio.AbstractEventLoop) -> None:
-        if loop is self._event_loop:
-            return
-        if self._event_loop is not None:
-            if not self._event_loop.is_closed():
-                raise RuntimeError(f"the requests of {self.info.id} belong to another event loop, which is not closed")
-            for name in self._streams:
-                self._loop.commands.put(Abort(name))
-            for known in (self._names, self._streams, self._leaving, self._groups):
-                known.clear()  # nobody is left to hear of them
-        self._event_loop = loop
-
-    def abort(self, request_id: str) -> None:
-        """Free a request's place before the next step. Does nothing if the request is gone.
-
-        Its stream ends at once; what it has used is known when the step under way has ended (`RequestStream.let_go`).
-        """
-        name = self._names.get(request_id)
-        if name is not None:
-            stream = self._forget(name)
-            assert self._event_loop is not None
-            stream.leaving = self._event_loop.create_future()
-            self._leaving[name] = stream
-            stream.end()
-            self._loop.commands.put(Abort(name))
-
-    def _forget(self, name: str) -> RequestStream:
-        stream = self._streams.pop(name)
-        del self._groups[name], self._names[stream.request_id]
-        return stream
+    def ask(self, verb: Verb, argument: Any) -> Future[Any]:
+        if verb == "token_text":  # a lookup, which need not wait for its turn behind long prompts
+            found: Future[Any] = Future()
+            found.set_result(answer(self._engine, verb, argument))
+            return found
+        return self._workers.submit(answer, self._engine, verb, argument)
 
     def stats(self) -> EngineStats:
-        since = self._loop.busy_since
-        stalled = since is not None and time.monotonic() - since > self._stall_timeout
-        return replace(self._loop.stats, alive=self._dead is None and not self._closed, stalled=stalled)
+        return self.loop.stats
 
     def close(self) -> bool:
-        """Stop after the step under way; unfinished requests end with EngineDead. Safe to call twice.
-
-        A step that does not end (a kernel that hangs, a driver) is not waited for longer than `LAST_STEP` seconds: then
-        this is False, and the thread is left behind.
-        """
-        with self._close_lock:
-            if not self._closed:
-                self._closed = True
-                self._loop.commands.put(Close())
-                self._thread.join(LAST_STEP)
-                self.engine.close()  # first, or a grammar that is tried would be waited for
-                self._workers.shutdown(wait=not self._thread.is_alive(), cancel_futures=True)
-                if self._thread.is_alive():
-                    log.error("the engine of %s is left behind: its step does not end", self.info.id)
-                    self._emit(Ended(engine_dead(self.info.id, RuntimeError("its step does not end"))))
-            return not self._thread.is_alive()
-
-    def _emit(self, event: Event) -> None:
-        """Hand an event of the engine thread to the event loop."""
-        if isinstance(event, Ended):
-            self._dead = event.error  # also for those who come while the loop has something else to do
-        if self._event_loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is listening any more
-                self._event_loop.call_soon_threadsafe(self._receive, event)
-
-    # -- on the event loop --------------------------------------------------------------------------------------
-
-    def _receive(self, event: Event) -> None:
-        match event:
-            case Outputs(outputs):
-                for output in outputs:
-                    self._deliver(output)
-            case Aborted(name, usage):
-                self._let_go(name, usage)
-            case Ended(error):
-                self._fail_all(error)
-
-    def _deliver(self, output: RequestOutput) -> None:
-        name = output.request_id
-        if name in self._leaving:
-            self._leaving[name].note(output)
-        elif name in self._streams:
-            stream = self._forget(name) if output.finished else self._streams[name]
-            stream.deliver(replace(output, request_id=stream.request_id))
-
-    def _let_go(self, name: str, usage: Usage | None) -> None:
-        """Note that the engine has let go of an aborted request; it may have ended in the step that was under way."""
-        stream = self._leaving.pop(name, None)
-        if stream is not None and stream.leaving is not None and not stream.leaving.done():
-            stream.usage = usage or stream.usage
-            stream.leaving.set_result(None)
-
-    def _fail_all(self, error: VerbatimError) -> None:
-        for name in list(self._leaving):
-            self._let_go(name, None)
-        for name in list(self._streams):
-            stream = self._forget(name)
-            stream.deliver(RequestOutput(stream.request_id, (), stream.usage or Usage(0, 0), True, error))
-
-    def _raise_if_dead(self) -> None:
-        if self._dead is not None:
-            raise EngineDead(self._dead.message)
-        if self._closed:
-            raise engine_dead(self.info.id, RuntimeError("the server is shutting down"))
+        if not self._closed:
+            self._closed = True
+            self.send(Close())
+            self._thread.join(LAST_STEP)
+            self._engine.close()  # first, or a grammar that is tried would be waited for
+            self._workers.shutdown(wait=not self._thread.is_alive(), cancel_futures=True)
+            if self._thread.is_alive():
+                log.error("the engine of %s is left behind: its step does not end", self.info.id)
+        return not self._thread.is_alive()

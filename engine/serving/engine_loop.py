@@ -6,21 +6,21 @@ It does not know who sends the commands or how its events travel.
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import time
 from collections.abc import Callable
 
 from engine.engine import Engine
-from engine.errors import EngineDead, QueueTimeout, VerbatimError, panicked
+from engine.errors import QueueTimeout, panicked
 from engine.faults import reply_fault
+from engine.serving.deaths import engine_dead
 from engine.serving.protocol import Abort, Aborted, Close, Command, Ended, Event, Outputs, Submit
 from engine.serving.queue_times import QueueTimes
 from engine.types.model_info import EngineStats
 from engine.types.outputs import RequestOutput, Usage
 from engine.types.requests import PreparedRequest
 
-__all__ = ["EngineLoop", "engine_dead"]
+__all__ = ["EngineLoop"]
 
 log = logging.getLogger("verbatim.engine")
 
@@ -32,15 +32,20 @@ class EngineLoop:
         commands: what to do next. Put them in from any thread.
         stats: a snapshot after the last step or command.
         busy_since: monotonic seconds at which the step under way began; None between steps.
+        taken: how many commands were taken so far.
     """
 
-    def __init__(self, engine: Engine, emit: Callable[[Event], None]) -> None:
-        """`emit`: takes an event. Called on the loop's own thread."""
+    def __init__(
+        self, engine: Engine, emit: Callable[[Event], None], on_silent_step: Callable[[], None] | None = None
+    ) -> None:
+        """`emit`: takes an event. `on_silent_step`: called after a step without one. Both on the loop's own thread."""
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self.stats: EngineStats = engine.stats()
         self.busy_since: float | None = None
+        self.taken = 0
         self._engine = engine
         self._emit = emit
+        self._on_silent_step = on_silent_step
         self._queue_seconds = engine.model.config.max_queue_seconds
         self._times = QueueTimes()
 
@@ -60,6 +65,8 @@ class EngineLoop:
                 self.stats = self._engine.stats()
                 if outputs:
                     self._emit(Outputs(tuple(outputs)))
+                elif self._on_silent_step is not None:
+                    self._on_silent_step()
             cause: BaseException = RuntimeError("the server is shutting down")
         except BaseException as error:
             log.exception("the engine of %s died", self._engine.info.id)
@@ -74,6 +81,7 @@ class EngineLoop:
                 command = self.commands.get(block=not self._engine.has_work)
             except queue.Empty:
                 return True
+            self.taken += 1
             match command:
                 case Close():
                     return False
@@ -81,7 +89,9 @@ class EngineLoop:
                     self._add(request)
                 case Abort(request_id):
                     self._times.forget(request_id)
-                    self._emit(Aborted(request_id, self._engine.abort(request_id)))
+                    usage = self._engine.abort(request_id)
+                    self.stats = self._engine.stats()  # whoever hears of it finds the counters as they are now
+                    self._emit(Aborted(request_id, usage))
             self.stats = self._engine.stats()
 
     def _add(self, request: PreparedRequest) -> None:
@@ -102,19 +112,3 @@ class EngineLoop:
         limit = self._queue_seconds
         error = QueueTimeout(f"this request has waited {limit:g} seconds for its turn, which is as long as one may.")
         return [self._engine.refuse(name, error) for name in self._times.late(time.monotonic(), limit)]
-
-
-def engine_dead(model_id: str, cause: BaseException) -> VerbatimError:
-    """What every client may be told of a death: words of the system, in one line. Other words may quote a request."""
-    return EngineDead(f"the engine of {model_id} has stopped: {_words(cause)}")
-
-
-def _words(cause: BaseException) -> str:
-    name = type(cause).__name__
-    if isinstance(cause, OSError):
-        words = os.strerror(cause.errno) if cause.errno is not None else ""
-    elif type(cause) in (RuntimeError, MemoryError) or type(cause).__module__.partition(".")[0] == "torch":
-        words = (str(cause).splitlines() or [""])[0][:200]
-    else:
-        words = ""
-    return words if type(cause) is RuntimeError and words else f"{name}: {words}" if words else f"{name}; see the log"

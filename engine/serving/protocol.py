@@ -6,7 +6,7 @@ caller ──Submit, Abort, Close──▶ engine          plain, picklable data
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +25,10 @@ class EngineProtocol(Protocol):
     @property
     def info(self) -> ModelInfo:
         """What is known of the model."""
+
+    @property
+    def step_bytes(self) -> Mapping[str, int]:
+        """The most memory that a step takes beside weights and cache, by the name of each GPU; empty on a CPU."""
 
     async def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Turn a request into tokens and complete parameters, or refuse it.
@@ -62,7 +66,13 @@ class EngineProtocol(Protocol):
         """
 
     def token_text(self, token_id: int) -> str:
-        """Return a token as text, or as `bytes:…` if it is no complete text by itself."""
+        """Return a token as text, or as `bytes:…` if it is no complete text by itself.
+
+        May wait for another process: not for an event loop.
+
+        Raises:
+            EngineDead: the engine has stopped.
+        """
 
     def abort(self, request_id: str) -> None:
         """Free a request's place before the next step. Does nothing if the request is gone."""
@@ -71,7 +81,7 @@ class EngineProtocol(Protocol):
         """A snapshot of what runs."""
 
     def close(self) -> bool:
-        """Stop. False if the engine did not end and was left behind."""
+        """Stop. Safe to call twice. False if the engine did not end and was left behind."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,25 @@ class StopMatcher:
         self._state, self._held = state, text[shown:]
         return text[:shown], False
 
+    def pass_on(self, text: str) -> str:
+        """Take a piece of text in which a stop string counts for nothing; return what no later match can begin in."""
+        stops = self._stops
+        if not stops:
+            return text
+        held, state = self._held + text, self._state
+        for character in text:
+            state = stops.step(state, character)
+            if stops.longest[state]:
+                state = 0
+        shown = len(held) - stops.depth[state]
+        self._state, self._held = state, held[shown:]
+        return held[:shown]
+
+    @property
+    def held(self) -> str:
+        """The text that is held back."""
+        return self._held
+
     def release(self) -> str:
         """Return the text held back. No later match begins in it."""
         held, self._held, self._state = self._held, "", 0

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from engine.errors import ModelNotFound
 from engine.types.fingerprint_parts import Parts
 from engine.types.gpu import GpuReport
 from engine.types.model_manifest import ModelManifest
@@ -64,6 +65,25 @@ class ModelInfo:
     """The files of the checkpoint that were read, and their digests."""
     gpu: GpuReport | None = None
     """How a GPU computes the model, and why not in a faster way; None on a CPU."""
+    parent: str | None = None
+    """Of a model with an adapter that is served beside its base: the base's id."""
+    merged_adapter: str | None = None
+    """The name of the adapter that was merged into the weights."""
+    adapters: Mapping[str, ModelInfo] = field(default_factory=dict)
+    """The adapters that are served beside the model, by name: each as a model of its own, `ID:NAME`."""
+
+    def with_adapter(self, name: str) -> ModelInfo:
+        """Return the facts about the model with one of its adapters; with none, for an empty name.
+
+        Raises:
+            ModelNotFound: there is no such adapter.
+        """
+        if not name:
+            return self
+        if name not in self.adapters:
+            known = ", ".join(sorted(self.adapters)) or "none"
+            raise ModelNotFound(f"{self.id} has no adapter {name!r:.200}; there is: {known}.", param="model")
+        return self.adapters[name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,3 +122,23 @@ class EngineStats:
     drafted_tokens: int = 0
     """Draft tokens computed; `accepted_tokens` of them were kept."""
     accepted_tokens: int = 0
+    process_id: int | None = None
+    """Of the process that computes the model; None: the one that asks (`isolation: thread`), or it has ended."""
+    resident_bytes: int = 0
+    """What that process has in memory, shared libraries included; 0 where it is none of its own, whose share of the
+    asker's memory nobody can tell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadProgress:
+    """How far a load is.
+
+    Attributes:
+        text: what is being done, for people.
+        bytes_read: of the checkpoint's files, how many bytes were read and hashed.
+        total_bytes: how many they have; 0 while it is not known.
+    """
+
+    text: str
+    bytes_read: int = 0
+    total_bytes: int = 0

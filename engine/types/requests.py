@@ -47,6 +47,12 @@ class GenerationRequest:
     """Whether `prompt` is encoded with the tokens that the tokenizer puts around a text."""
     add_generation_prompt: bool = True
     """Whether the prompt made of `messages` ends with the beginning of the assistant's turn."""
+    continue_final_message: bool = False
+    """Whether the last of `messages`, the assistant's, is the beginning of the reply, which goes on behind its last
+    character. Then `add_generation_prompt` does not matter."""
+    continue_token_ids: tuple[int, ...] | None = None
+    """Tokens with which the reply begins, behind the prompt. The first tokens of a reply are followed by the same ones
+    as in it."""
     echo: bool = False
     """Whether the prepared request tells the prompt's text, token by token."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -71,6 +77,8 @@ class GenerationRequest:
     every token that is drawn."""
     clock: dt.datetime | None = None
     """What a chat template that prints the time reads; None: the entry's clock, else the real one."""
+    adapter: str = ""
+    """The adapter that computes the reply beside the model's own weights; empty: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +114,10 @@ class PreparedRequest:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    begun: int = 0
+    """How many of the last tokens are no prompt but the beginning of the reply."""
+    begun_param: str = "continue_final_message"
+    """The request's field that gave this beginning, for error messages."""
     grammar: str | None = None
     """The grammar that the reply must satisfy, in llguidance's dialect of Lark; None for free text."""
     grammar_param: str = "response_format"
@@ -119,7 +131,8 @@ class PreparedRequest:
     echo: EchoedPrompt | None = None
     """The prompt as text, if the request asks for it."""
     cache_share: tuple[str, ...] = ()
-    """The share of the prefix cache that the request reads and fills."""
+    """The share of the prefix cache that the request reads and fills. Keys and values depend on the adapter: each has
+    shares of its own."""
     prediction: tuple[int, ...] = ()
     """Tokens that the replies may hold many of."""
     record: bool = False
@@ -127,3 +140,5 @@ class PreparedRequest:
     follow: tuple[tuple[int, ...], ...] | None = None
     """By choice: the tokens of a reply that is checked. The choice takes them, whatever it draws, and the outputs hold
     `checks`. None: choices take what they draw."""
+    adapter: str = ""
+    """The adapter that computes the reply; empty: none."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from engine.errors import InvalidParameter
+from engine.errors import InvalidFormat, InvalidParameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +55,21 @@ class ToolChoice:
 
 AUTO: Final = ToolChoice()
 """The default: the model decides whether it calls a tool."""
+
+
+def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
+    """Refuse tools of another type (the dicts of an OpenAI client, say), and a choice of a tool that is not offered.
+
+    Raises:
+        InvalidFormat: a value of another type.
+        InvalidParameter: a name that no tool has.
+    """
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, Tool):
+            raise InvalidFormat(f"tools.{i} must be a Tool, not {type(tool).__name__}.", param=f"tools.{i}")
+    if not isinstance(choice, ToolChoice):
+        raise InvalidFormat(f"tool_choice must be a ToolChoice, not {type(choice).__name__}.", param="tool_choice")
+    names = {tool.name for tool in tools}
+    for name in (*([] if choice.name is None else [choice.name]), *choice.allowed):
+        if name not in names:
+            raise InvalidParameter(f"tool_choice: there is no tool {name!r}.", param="tool_choice")

@@ -25,5 +25,9 @@ calls and answer, how a grammar is made of a schema, and how forced text is spel
 CPU_KERNELS_VERSION: Final = 4
 """Raised when a forward pass on a CPU may have other bits: compiled kernels, attention and linear layers in torch."""
 
+ADAPTERS_VERSION: Final = 1
+"""Raised when the same model with the same adapter may have other bits: how adapters are merged or computed beside it.
+A part only where there is an adapter."""
+
 GPU_KERNELS_VERSION: Final = 5
 """Raised when a forward pass on a GPU may have other bits: the Triton kernels, attention and linear layers in torch."""

@@ -217,7 +217,9 @@ class Meter:
             LedgerFault: the database cannot be written.
         """
         self._admit_running(key, len(requests))
-        prices = self._prices.get(model.id, Prices())
+        # An adapter without prices of its own costs what its model does.
+        base = self._prices.get(model.parent or model.id, Prices())
+        prices = self._prices.get(model.id, base)
         if all(one.follow is not None for one in requests):  # a check: its reply is computed as a prompt is
             prices = dataclasses.replace(prices, completion=prices.prompt)
         prompt = sum(len(one.prompt_token_ids) for one in requests)

@@ -1,7 +1,8 @@
 """Takes a request from its arrival to an answer that is ready to run: everything that can refuse it comes before.
 
-    admit the account (429, 402) → read and parse the body (503, 413, 408, 400, 422) → find the model (404, 503) →
-    prepare (400, 422) → admit the prompt (429) → `CompletionResponse`, whose lease can still refuse (402, 503)
+    admit the account (429, 402) → read and parse the body (503, 413, 408, 400, 422) → find the model, or have it
+    loaded (404, 503) → prepare (400, 422) → admit the prompt (429) → `CompletionResponse`, whose lease can still
+    refuse (402, 503)
 
 The same for every endpoint. Knows no field of a body and no shape of a reply.
 """
@@ -32,6 +33,7 @@ from server.accounts.account import Account, account_of
 from server.accounts.authentication import key_of
 from server.accounts.charging import Meter
 from server.api.generation import CompletionResponse, Endpoint, Job, Reply, unless_disconnected
+from server.api.models.leasing import engine_of
 from server.api.parsing import ParsedRequest
 from server.api.receipts.recording import RecordedBody, begin_recording, to_be_recorded
 from server.errors import ClientGone
@@ -109,7 +111,7 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
         began = service.metrics.clock()
         ignored_fields(parsed.ignored, service.settings)  # refused here, before anything is prepared
         account.admit_model(parsed.model)
-        engine = service.registry.get(parsed.model)
+        engine = await engine_of(service.registry, account, request, parsed.model)
         parsed = endpoint.fitted(parsed, engine.info)
         form = service.receipts.form(parsed.receipt)
         work = _prepared(engine, parsed.generations, account, identity.clock, record=form is not None)

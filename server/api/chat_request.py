@@ -11,7 +11,7 @@ from typing import Any
 
 from engine import GenerationRequest, InvalidParameter
 from server.api.chat_messages import read_content, read_messages
-from server.api.common_fields import read_common, read_model
+from server.api.common_fields import read_common, read_ending, read_model, read_token_ids
 from server.api.fields import CHAT
 from server.api.formats import read_constraint
 from server.api.parsing import STRING, ParsedRequest, required
@@ -32,9 +32,13 @@ def parse(raw: bytes, request_id: str) -> ParsedRequest:
     messages = read_messages(data, nested)
     tools, choice = read_tools(data, nested)
     common = read_common(CHAT, data)
+    goes_on, again = read_ending(CHAT, data)
     generation = GenerationRequest(
         request_id=request_id,
         messages=messages,
+        add_generation_prompt=again,
+        continue_final_message=goes_on,
+        continue_token_ids=read_token_ids(CHAT, data, "continue_token_ids"),
         sampling=CHAT.sampling(data),
         chat_template_kwargs=CHAT.given(data, "chat_template_kwargs") or {},
         constraint=read_constraint(CHAT, data, nested),

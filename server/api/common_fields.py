@@ -8,9 +8,9 @@ from typing import Any, Final, Literal
 
 from engine import InvalidParameter, ModelNotFound, Unsupported
 from server.api.fields import MAX_SALT, BodyFields
-from server.api.parsing import FLAG, optional, required
+from server.api.parsing import FLAG, INTEGER, optional, required, typed
 
-__all__ = ["Common", "read_common", "read_model"]
+__all__ = ["Common", "read_common", "read_ending", "read_model", "read_token_ids"]
 
 MAX_MODEL: Final = 512
 """Characters of a model's name. No model here has a longer one."""
@@ -65,6 +65,34 @@ def read_optional_model(fields: BodyFields, data: Mapping[str, Any]) -> str | No
     """
     model = fields.given(data, "model")
     return None if model is None else _checked_model(model)
+
+
+def read_ending(fields: BodyFields, data: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Read how the prompt of a conversation ends: whether the reply goes on with its last message, and whether the
+    beginning of the assistant's turn follows.
+
+    Raises:
+        InvalidFormat: a field of the wrong type.
+        InvalidParameter: both are asked for.
+    """
+    goes_on, again = (fields.given(data, name) for name in ("continue_final_message", "add_generation_prompt"))
+    if goes_on and again:
+        raise InvalidParameter(
+            "add_generation_prompt must not be true with continue_final_message: the last message is gone on with, and "
+            "no other turn begins.",
+            param="add_generation_prompt",
+        )
+    return bool(goes_on), again is not False
+
+
+def read_token_ids(fields: BodyFields, data: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
+    """Read a list of token ids; None if it is absent.
+
+    Raises:
+        InvalidFormat: it is no list of integers.
+    """
+    given = fields.given(data, name)
+    return None if given is None else tuple(typed(token, f"{name}.{i}", INTEGER) for i, token in enumerate(given))
 
 
 def _checked_model(model: str) -> str:

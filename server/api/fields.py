@@ -193,6 +193,22 @@ TOOLS: Final = declare(
 )
 _TEMPLATE_KWARGS: Final = declare(OBJECT, "Variables of the model's chat template.", extension=True)
 
+GOES_ON: Final[Mapping[str, Field]] = {
+    "continue_final_message": declare(
+        FLAG,
+        "The last message, the assistant's, is the beginning of the reply, which goes on behind its last character. "
+        "`content` holds what is new.",
+        extension=True,
+        default=False,
+    ),
+    "add_generation_prompt": declare(
+        FLAG,
+        "With the beginning of the assistant's turn. Default: true, and false with continue_final_message.",
+        extension=True,
+    ),
+}
+"""How the prompt of a conversation ends, as in vLLM and transformers."""
+
 RECEIPT: Final[Kind] = ((bool, str), "true, false or digest")
 
 SHARED: Final[Mapping[str, Field]] = {
@@ -290,7 +306,17 @@ _WITHOUT_NEUTRAL: Final = (
 _OF_SOME: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(_WITHOUT_NEUTRAL, ()),
     **dict.fromkeys(
-        ("tools", "functions", "documents", "include", "stop_sequences", "mcp_servers", "fallbacks"), ([],)
+        (
+            "continue_token_ids",
+            "tools",
+            "functions",
+            "documents",
+            "include",
+            "stop_sequences",
+            "mcp_servers",
+            "fallbacks",
+        ),
+        ([],),
     ),
     **dict.fromkeys(("chat_template_kwargs", "reasoning", "output_config"), ({},)),
     **dict.fromkeys(("mm_processor_kwargs", "media_io_kwargs"), ({},)),
@@ -360,6 +386,14 @@ CHAT: Final = BodyFields.refusing_others(
             properties={"type": {"const": "content"}, "content": CONTENT},
         ),
         "chat_template_kwargs": _TEMPLATE_KWARGS,
+        **GOES_ON,
+        "continue_token_ids": declare(
+            LIST,
+            "The tokens with which the reply begins, of a reply that is to go on (`return_token_ids`): with the same "
+            "seed and parameters it goes on as it went. `content` holds what is new.",
+            extension=True,
+            items={"type": "integer", "minimum": 0},
+        ),
     },
     refused={**REFUSED, "documents": ()},
     required=("model", "messages"),

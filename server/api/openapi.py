@@ -32,6 +32,11 @@ def request_body(fields: BodyFields, example: dict[str, Any]) -> dict[str, Any]:
     return {"required": True, "content": {"application/json": {"schema": schema, "example": example}}}
 
 
+def optional_body(fields: BodyFields, example: dict[str, Any]) -> dict[str, Any]:
+    """Describe a body that may be left out."""
+    return {**request_body(fields, example), "required": False}
+
+
 CHAT_BODY: Final = request_body(CHAT, EXAMPLES["chat"])
 
 _ERROR: Final = {
@@ -167,6 +172,26 @@ VERIFY: Final[dict[int | str, dict[str, Any]]] = {
     200: {"description": "The report, whatever its verdict.", "content": {"application/json": {}}},
     **{status: refusal for status, refusal in _REFUSALS.items() if status not in (400, 404, 422)},
     422: _failure("The body is no receipt, or an altered one; `mode` or `tolerance` is out of range."),
+}
+
+
+_MANAGED: Final[dict[int | str, dict[str, Any]]] = {
+    **{status: refusal for status, refusal in _REFUSALS.items() if status not in (402, 403)},
+    403: _failure("The key is no admin key, or the request is from another machine, host or origin."),
+}
+
+LOAD: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"description": "The model, ready.", "content": {"application/json": {}}},
+    202: {"description": "The model, which is being loaded.", "content": {"application/json": {}}},
+    **_MANAGED,
+    503: _failure("There is no room for it, or it cannot be loaded; the message says why."),
+}
+
+UNLOAD: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"description": "The model, unloaded.", "content": {"application/json": {}}},
+    202: {"description": "The model, which a request has had loaded again.", "content": {"application/json": {}}},
+    **_MANAGED,
+    409: _failure("It has requests, or is being loaded."),
 }
 
 

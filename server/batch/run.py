@@ -73,7 +73,9 @@ def run_batch(job: BatchJob, console: Console) -> Counts:
     # a batch: only --receipts and the lines say what gets a receipt.
     bodies = 2 * (concurrency + 1) * limit
     room = job.settings.model_copy(update={"max_bodies_bytes": bodies, "receipts": ReceiptSettings()})
-    entries = [entry.model_copy(update={"max_queue_seconds": None}) for entry in job.entries]
+    # Every model is loaded and stays: what an answer is depends on the fingerprints, which are known then.
+    lasting = {"max_queue_seconds": None, "load": "at_start", "idle_seconds": None}
+    entries = [entry.model_copy(update=lasting) for entry in job.entries]
     logs.configure(job.settings.log_format, access_log=False)
     with InputFile(job.source, limit) as source, OutputFile(job.target) as target:
         if target.same_as(source.fileno()):

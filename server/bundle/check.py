@@ -90,11 +90,11 @@ def _models(root: Path, files: Mapping[str, str]) -> Iterator[str]:
     """Check that every path in models.yaml is a relative one, to something in the bundle."""
     try:
         data = read_yaml(root / "models.yaml")
-        parse_models(data.get("models"), base=root, where="models.yaml")
+        entries = parse_models(data.get("models"), base=root, where="models.yaml")
     except ConfigError as error:
         yield error.message
         return
-    for entry in data["models"]:
+    for entry, parsed in zip(data["models"], entries, strict=True):
         for key in ("path", "chat_template", "response_template"):
             given = entry.get(key)
             if given is None and key != "path":
@@ -103,6 +103,12 @@ def _models(root: Path, files: Mapping[str, str]) -> Iterator[str]:
                 yield f"models.yaml: the entry {entry['id']!r} does not say where its model lies in this folder."
             elif not any(name == given or name.startswith(f"{given}/") for name in files):
                 yield f"models.yaml: {key}: {given} is not in this folder."
+        for adapter in parsed.adapters:
+            yield from (
+                f"models.yaml: adapters: {file} is not in this folder."
+                for file in adapter.files
+                if os.path.relpath(file, os.path.abspath(root)) not in files
+            )
 
 
 def _text(path: Path) -> str:

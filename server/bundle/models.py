@@ -14,12 +14,12 @@ from engine import ModelConfig, checkpoint_files
 
 __all__ = ["copy_models"]
 
-_PLACES = {"path", "repo", "revision", "builtin", "chat_template", "response_template"}
+_PLACES = {"path", "repo", "revision", "builtin", "chat_template", "response_template", "adapters"}
 """Keys of an entry that say where something lies."""
 
 
 def copy_models(entries: Sequence[ModelConfig], root: Path, *, pull: bool) -> None:
-    """Copy the checkpoints of entries and the templates they name, and write models.yaml.
+    """Copy the checkpoints of entries, their adapters and the templates they name, and write models.yaml.
 
     Every file is a real one, whatever links led to it, with its time: a model's `created` stays the same.
 
@@ -36,16 +36,29 @@ def copy_models(entries: Sequence[ModelConfig], root: Path, *, pull: bool) -> No
         for file in found.files:
             _copy(found.root / file, root / place / file)
         path = place / found.files[0] if found.gguf else place
-        data = {"id": entry.id, "path": path.as_posix()}
+        data: dict[str, Any] = {"id": entry.id, "path": path.as_posix()}
         for key in ("chat_template", "response_template"):
             if (given := getattr(entry, key)) is not None:  # not into the checkpoint's folder, where it could be found
                 copy = Path("models") / f"{name}.{key}{given.suffix}"
                 _copy(given, root / copy)
                 data[key] = copy.as_posix()
+        if entry.adapters:
+            data["adapters"] = _copy_adapters(entry, root, name)
         given = entry.model_dump(mode="json", exclude_unset=True, exclude=_PLACES)
         written.append({**data, **given})
     text = yaml.safe_dump({"models": written}, sort_keys=False, allow_unicode=True)
     (root / "models.yaml").write_text(text, encoding="utf-8")
+
+
+def _copy_adapters(entry: ModelConfig, root: Path, name: str) -> list[dict[str, Any]]:
+    """Copy an entry's adapters beside its checkpoint; return what its `adapters` says of the copies."""
+    written = []
+    for adapter in entry.adapters:
+        place = Path("models") / f"{name}.adapters" / adapter.name
+        for file in adapter.files:
+            _copy(file, root / place / file.name)
+        written.append({"name": adapter.name, "path": place.as_posix(), "merge": adapter.merge})
+    return written
 
 
 def _copy(source: Path, target: Path) -> None:

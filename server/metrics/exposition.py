@@ -63,7 +63,8 @@ def exposition(metrics: Metrics, accept: str) -> tuple[bytes, str]:
     registry.register(_Collected(metrics.snapshot()))
     ProcessCollector(registry=registry)
     if any(_takes_openmetrics(kind) for kind in accept[:1000].split(",")):
-        written: bytes = openmetrics.generate_latest(registry)  # type: ignore[no-untyped-call]
+        # With its default the library writes `verbatim_` before samples, and `verbatim:` above them.
+        written: bytes = openmetrics.generate_latest(registry, escaping="allow-utf-8")  # type: ignore[no-untyped-call]
         return written, _OPENMETRICS
     return generate_latest(registry), _TEXT
 

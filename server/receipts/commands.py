@@ -185,9 +185,17 @@ def _entry_for(receipt: Receipt | None, entries: Sequence[ModelConfig]) -> Model
         return entries[0]
     name = receipt.model.name
     for entry in entries:
-        if name in (entry.id, entry.repo, entry.builtin, Path(entry.path).name if entry.path else None):
+        if name in _names_of(entry):
             return entry
     raise ReceiptError(f"the configuration has no model {name!r:.100}; name the receipt's model with --model.")
+
+
+def _names_of(entry: ModelConfig) -> set[str]:
+    """List what receipts may call the models of an entry: the model, if it is served as it is, and its adapters."""
+    own = [entry.id, entry.repo, entry.builtin, Path(entry.path).name if entry.path else None]
+    plain = {name for name in own if name is not None}
+    adapted = {f"{name}:{adapter.name}" for name in plain for adapter in entry.adapters}
+    return adapted if entry.merged_adapter else plain | adapted
 
 
 def _check_all(

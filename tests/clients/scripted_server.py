@@ -123,7 +123,12 @@ class ScriptedModel:
 def main(folder: Path) -> None:
     """Serve until a signal arrives."""
     entry = ModelConfig(
-        id=MODEL, path=checkpoint(folder / "checkpoint"), device="cpu", threads=1, max_batch_tokens=2048
+        id=MODEL,
+        path=checkpoint(folder / "checkpoint"),
+        device="cpu",
+        threads=1,
+        max_batch_tokens=2048,
+        isolation="thread",  # its preparer is replaced below
     )
     registry = Registry([entry])
     registry.start()

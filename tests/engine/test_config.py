@@ -23,6 +23,25 @@ BAD: dict[str, tuple[Any, str]] = {
     "bad dtype": ([{"id": "a", "path": "x", "dtype": "int3"}], r"dtype: .*float32.*got 'int3'"),
     "bad number": ([{"id": "a", "path": "x", "max_sequences": 0}], r"max_sequences: .*greater than or equal to 1"),
     "bad default": ([{"id": "a", "path": "x", "sampling": {"temperature": 9}}], r"temperature must be between 0 and 2"),
+    "adapters twice": (
+        [{"id": "a", "path": "x", "adapters": [{"name": "l", "path": "y"}, {"name": "l", "path": "z"}]}],
+        r"adapters: the name 'l' is used twice",
+    ),
+    "merged and beside": (
+        [{"id": "a", "path": "x", "adapters": {"l": {"path": "y", "merge": True}, "m": "z"}}],
+        r"adapters: 'l' is merged, so it must be the only adapter",
+    ),
+    "an adapter's key": (
+        [{"id": "a", "path": "x", "adapters": [{"name": "l", "path": "y", "merged": True}]}],
+        r"unknown key 'adapters\.0\.merged'; did you mean 'merge'",
+    ),
+    "an adapter's name": ([{"id": "a", "path": "x", "adapters": {"b:c": "y"}}], r"adapters\.0\.name: .*got 'b:c'"),
+    "an adapter without a path": ([{"id": "a", "path": "x", "adapters": {"l": None}}], r"adapters\.0\.path: "),
+    "adapters of text": ([{"id": "a", "path": "x", "adapters": "l"}], r"adapters: .*got 'l'"),
+    "an adapter's id": (
+        [{"id": "a", "path": "x", "adapters": {"l": "y"}}, {"id": "a:l", "path": "x"}],
+        r"the id 'a:l' is used twice",
+    ),
     "unknown default": ([{"id": "a", "path": "x", "sampling": {"heat": 1}}], r"heat is not a sampling parameter"),
 }
 
@@ -48,6 +67,16 @@ def test_relative_paths_are_taken_from_the_file_and_dates_are_clocks(tmp_path: P
     assert model.path == tmp_path / "weights"
     assert model.chat_template == tmp_path / "t.jinja"
     assert model.template_clock == dt.datetime(2026, 1, 31)
+
+
+@pytest.mark.parametrize("form", ["{l: low, m: {path: ../rank}}", "[{name: l, path: low}, {name: m, path: ../rank}]"])
+def test_adapters_are_a_list_or_a_mapping(form: str, tmp_path: Path) -> None:
+    file = tmp_path / "models.yaml"
+    file.write_text(f"models:\n  - {{id: a, path: weights, adapters: {form}}}\n")
+    [model] = parse_models(read_yaml(file)["models"], base=tmp_path, where=str(file))
+    found = [(adapter.name, adapter.path, adapter.merge) for adapter in model.adapters]
+    assert found == [("l", tmp_path / "low", False), ("m", tmp_path.parent / "rank", False)]
+    assert model.adapter_ids == ("a:l", "a:m")
 
 
 @pytest.mark.parametrize("text", ["models: [", "- a", "\x00", ""])

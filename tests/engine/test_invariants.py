@@ -112,7 +112,7 @@ def cache_warm(folder: Path, prompt: str) -> Bits:
 def cache_half(folder: Path, prompt: str) -> Bits:
     """Half of the prompt is cached, and the cut lies inside a block."""
     llm = open_model(folder)
-    llm.generate(prompt[: len(prompt) // 2] + "?", max_tokens=2, seed=1)
+    llm.generate(prompt[: len(prompt) // 2] + "?", max_tokens=2, seed=1, adapter=PARAMS.get("adapter", ""))
     [completion] = llm.generate(prompt, **PARAMS)
     assert 0 < completion.usage.cached_tokens < completion.usage.prompt_tokens - 1
     return bits(completion)

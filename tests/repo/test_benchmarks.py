@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_parts, gpu_report, overheads, real_model, server
+from benchmarks import gpu_parts, gpu_report, isolation, overheads, real_model, server
 from benchmarks.common import ROOT, alternate, fixed_prompt, ratios, summary
 from benchmarks.load import parse
 from benchmarks.report import newest, newest_comparison, read, readme_table, with_table
@@ -65,6 +65,7 @@ def threads() -> Iterator[None]:
         ),
         ("quality", ["benchmarks/quality.py", "--threads", "1"], "KL divergence from float32"),
         ("compare", ["benchmarks/compare.py", "--model", "NOISE", "--threads", "1"], "decode, 8 streams"),
+        ("busy", ["benchmarks/busy.py", "--model", "NOISE", "--threads", "2"], "decode, 1 stream, beside"),
     ],
 )
 def test_runners_as_scripts(tmp_path: Path, name: str, command: list[str], row: str) -> None:
@@ -178,6 +179,17 @@ def test_overheads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = sum(value for name, value in costs.items() if name.startswith(("· event loop", "· other")))
     assert alone == pytest.approx(parts, rel=1e-6)
     assert alone < whole
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("threads")
+def test_isolation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two servers are started, asked in turns and stopped."""
+    isolation.main(["--quick", "--out", str(tmp_path)])
+    report = checked("isolation", tmp_path, capsys.readouterr().out)
+    for row in report["rows"]:
+        assert set(row["values"]) == {"process", "thread"}
+        assert all(found["median"] > 0 for found in row["values"].values())
 
 
 @pytest.mark.slow

@@ -169,7 +169,7 @@ def test_the_wheel_holds_what_serves_and_nothing_else(wheel: Path) -> None:
     packages = {
         p.relative_to(ROOT).as_posix() for folder in ("engine", "server") for p in ROOT.glob(f"{folder}/**/*.py")
     }
-    data = {"engine/compute/cpu/kernels.c", "engine/loading/tried.json"}
+    data = {"engine/compute/cpu/kernels.c", "engine/compute/cpu/team.h", "engine/loading/tried.json"}
     data |= {"engine/__init__.pyi", "engine/py.typed", "server/py.typed"}
     assert model == {f"engine/demo_model/{path.name}" for path in (ROOT / "demo" / "model").iterdir()}
     lock = {f"server/bundle/lock/{name}.txt" for name in ("runtime", "torch-cpu", "torch-cu130")}

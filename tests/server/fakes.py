@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from engine import (
     EngineStats,
     GenerationRequest,
     InvalidParameter,
+    Lease,
     ModelInfo,
     ModelLoading,
     ModelNotFound,
@@ -132,6 +134,7 @@ class FakeEngine:
         stats: EngineStats = STATS,
     ) -> None:
         self.info = info
+        self.step_bytes: dict[str, int] = {}
         self.script = script
         self.limit = limit
         self.prepare_error = prepare_error
@@ -264,6 +267,7 @@ class FakeRegistry:
     def __init__(self, *entries: FakeEngine | ModelStatus) -> None:
         self.entries = {(e.info.id if isinstance(e, FakeEngine) else e.id): e for e in entries}
         self.closed = False
+        self.leased: Counter[str] = Counter()
 
     def get(self, model_id: str) -> FakeEngine:
         entry = self.entries.get(model_id)
@@ -274,6 +278,11 @@ class FakeRegistry:
         if entry.state == "failed":
             raise EngineDead(f"{model_id} could not be loaded: {entry.detail}")
         raise ModelLoading(f"{model_id} is loading ({entry.detail}).")
+
+    async def acquire(self, model_id: str) -> Lease:
+        engine: Any = self.get(model_id)
+        self.leased[model_id] += 1
+        return Lease(engine, lambda: self.leased.subtract([model_id]))
 
     def list(self) -> list[ModelStatus]:
         return [

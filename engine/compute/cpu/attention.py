@@ -44,6 +44,7 @@ class CpuPlan:
         self.cache = cache
         self._kernels = kernels
         self._torch = TorchPlan(cache, chunks)
+        self.adapter_rows = self._torch.adapter_rows
         parts = [(chunk.row, chunk.count, chunk.start, chunk.table) for chunk in chunks]
         self.kernel_plan = AttentionPlan(parts, self._torch.slots)
 

@@ -16,7 +16,7 @@ from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.linear import NativeLinear, merge_shared_projections
 from engine.compute.cpu.pointwise import replace_pointwise
 from engine.compute.kv_cache import KVCache, LayerShape
-from engine.compute.linear import is_sound, is_sound_for, pack_model
+from engine.compute.linear import Make, is_sound, is_sound_for, pack_model
 from engine.compute.model_runner import PackedRunner
 from engine.compute.torch_attention import TorchPlan
 from engine.compute.torch_backend import hardware
@@ -38,6 +38,11 @@ class CpuBackend:
     @property
     def breaks_law(self) -> None:
         """None: each number of a result has a chain of operations of its own (kernels.c)."""
+
+    @property
+    def exact_linear(self) -> Make:
+        """Make layers by the kernels, without rounding."""
+        return partial(NativeLinear, self._kernels, "exact")
 
     def is_sound(self, model: nn.Module) -> bool:
         """Test the linear layers on all shapes of the model; quantised ones on one shape, within their rounding."""

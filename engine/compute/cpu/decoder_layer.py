@@ -37,7 +37,10 @@ _ROWS = 5  # of the watched pass
 
 
 class NativeLayer(nn.Module):
-    """A decoder layer that runs as one kernel in a step over a block cache, and as its own modules elsewhere."""
+    """A decoder layer that runs as one kernel in a step over a block cache, and as its own modules elsewhere.
+
+    So do steps with rows of adapters: only its modules know those. Rows without have the same bits in both.
+    """
 
     def __init__(self, inner: nn.Module, kernel: LayerKernel, index: int) -> None:
         """inner: the layer as it came; index: its number in the cache."""
@@ -46,7 +49,7 @@ class NativeLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan = current_plan()
-        if not isinstance(plan, CpuPlan) or not plan.cache.native[self.index]:
+        if not isinstance(plan, CpuPlan) or plan.adapter_rows or not plan.cache.native[self.index]:
             out: Tensor = self.inner(hidden_states, *args, **kwargs)
             return out
         cos, sin = kwargs["position_embeddings"]

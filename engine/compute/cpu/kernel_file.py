@@ -27,7 +27,7 @@ from engine.compute.processor import processor_target
 __all__ = ["NoKernels", "load"]
 
 # Contraction off: where a product is fused with a sum is written down, not left to the compiler.
-_FLAGS: Final = ("-march=native", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC")
+_FLAGS: Final = ("-march=native", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC", "-pthread")
 _TIMEOUT: Final = 120.0  # seconds for the compiler
 _TRIAL_SECONDS: Final = 60.0  # it takes a quarter of one
 _LARGEST: Final = 64 << 20  # bytes; the file has a tenth of one MiB
@@ -47,14 +47,13 @@ def load(
     source: Path,
     cache: Path | None,
     flags: Sequence[str],
-    circumstances: str,
     progress: Callable[[str], None] | None,
 ) -> ctypes.CDLL:
     """Load the library from the kept file, or compile it (six seconds).
 
     Args:
+        source: a file of C; the headers beside it belong to it.
         cache: the folder for compiled files; default `$XDG_CACHE_HOME/verbatim` or `~/.cache/verbatim`.
-        circumstances: what else the trial depends on, such as torch's version; with others the file is made anew.
         progress: told when it has to be compiled, and why again.
 
     Raises:
@@ -66,8 +65,9 @@ def load(
     # clang takes 39 seconds for -O3, six for -O2, and gains nothing by it; gcc vectorises less at -O2.
     flags = ("-O2" if "clang" in version else "-O3", *_FLAGS, *flags)
     # -march=native depends on the processor, and several machines may share a home.
-    texts = (version, " ".join(flags), processor_target(), circumstances)
-    parts = (source.read_bytes(), *(text.encode() for text in texts))
+    texts = (version, " ".join(flags), processor_target())
+    sources = (source, *sorted(source.parent.glob("*.h")))
+    parts = (*(file.read_bytes() for file in sources), *(text.encode() for text in texts))
     name = f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
     folder, why = _folder(cache or cache_folder())
     if folder is not None and os.path.lexists(folder / name):
@@ -125,7 +125,7 @@ def _fault(library: Path) -> str | None:
     root = Path(__file__).resolve().parents[3]
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", code, str(root), str(library), _openmp()],
+            [sys.executable, "-I", "-S", "-c", code, str(root), str(library)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -139,25 +139,6 @@ def _fault(library: Path) -> str | None:
     if done.returncode < 0:
         return f"ended by {signal.Signals(-done.returncode).name}"
     return (done.stderr.strip().splitlines() or ["?"])[-1] if done.returncode else None
-
-
-def _openmp() -> str:
-    """Return the file of the OpenMP runtime that this process has loaded and the kernels use; empty if none."""
-
-    class Info(ctypes.Structure):
-        _fields_ = (
-            ("file", ctypes.c_char_p),
-            ("base", ctypes.c_void_p),
-            ("symbol", ctypes.c_char_p),
-            ("address", ctypes.c_void_p),
-        )
-
-    process, info = ctypes.CDLL(None), Info()
-    try:
-        found = process.dladdr(ctypes.cast(process.GOMP_parallel, ctypes.c_void_p), ctypes.byref(info))
-    except AttributeError:
-        return ""
-    return os.fsdecode(info.file) if found and info.file else ""
 
 
 def _keep(made: Path, target: Path) -> Path:
@@ -195,7 +176,7 @@ def _open(path: Path) -> ctypes.CDLL:
     _check(path)
     try:
         return ctypes.CDLL(str(path))
-    except OSError as error:  # also: torch's threads are not OpenMP's
+    except OSError as error:
         raise _Distrusted(f"does not load: {error}") from error
 
 

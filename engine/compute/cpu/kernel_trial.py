@@ -20,14 +20,12 @@ _DEPTH, _COLUMNS, _ROWS, _THREADS = 130, 40, 7, 2
 _HEAD = 16
 
 
-def main(library: str, runtime: str) -> None:
-    """Load a compiled file beside its OpenMP runtime and try it. Exits with 1 if a result is wrong."""
+def main(library: str) -> None:
+    """Load a compiled file and try it. Exits with 1 if a result is wrong."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it may crash, and a core dump would be of no use
-    if runtime:
-        ctypes.CDLL(runtime, ctypes.RTLD_GLOBAL)
     try:
         calls = Calls(ctypes.CDLL(library))
     except (OSError, AttributeError) as error:

@@ -17,17 +17,13 @@
  * Weights are stored in panels of neighbouring columns, k by k, so that a thread reads them as one stream. A weight that
  * bfloat16 holds without loss is stored as such and widened in a register: the same bits at half the memory traffic.
  */
+#define _GNU_SOURCE /* pthread_setname_np */
 #include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-/* OpenMP by its entry points, which come from the runtime that torch has loaded: both then share one pool of threads,
- * whichever compiler this is. */
-extern void GOMP_parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags);
-extern void GOMP_barrier(void);
-extern int omp_get_thread_num(void);
-extern int omp_get_num_threads(void); /* may be fewer than were asked for: the work is divided by this */
+#include "team.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -74,7 +70,9 @@ enum {
     BLOCK = 1024,      /* k's in a chain */
     GROUP = 128,       /* k's that share a scale (int8) */
     TALLEST = 6,       /* rows of a tile: 6 by 2 vectors of sums leave 4 of 16 registers */
-    CACHED = 256 << 10 /* bytes of weights that stay in a core's second-level cache while all rows pass by */
+    CACHED = 256 << 10, /* bytes of weights that stay in a core's second-level cache while all rows pass by */
+    WORTH = 32 << 10,  /* bytes of weights that are worth taking by themselves, for one row */
+    DEEP = 8 * GROUP   /* k's of a tile that are laid out at once */
 };
 
 /* One matrix of a call. Layout shared with engine/compute/cpu/kernel_calls.py. */
@@ -91,11 +89,23 @@ typedef struct {
     const Matrix *matrices;
     long rows, depth, count, panels;
     int kind;
+    const float *residual; /* [rows, columns] or NULL: then sum = residual + out, for a single matrix */
+    float *sum;
 } Call;
+
+INLINE long larger(long a, long b) { return a > b ? a : b; }
 
 /* 7 rows are 4 and 3, not 6 and 1. */
 INLINE int height(long rows) {
     return rows <= TALLEST ? (int)rows : rows < 2 * TALLEST ? (int)((rows + 1) / 2) : TALLEST;
+}
+
+/* How many tiles that makes of all rows, and where the one with number `tile` begins. */
+INLINE long whole_tiles(long rows) { return rows < 2 * TALLEST ? 0 : rows / TALLEST - 1; }
+INLINE long tiles_of(long rows) { return whole_tiles(rows) + 1 + (rows - whole_tiles(rows) * TALLEST > TALLEST); }
+INLINE long tile_start(long rows, long tile) {
+    long whole = whole_tiles(rows), row = (tile < whole ? tile : whole) * TALLEST;
+    return tile > whole ? row + height(rows - row) : row;
 }
 
 /* A tile's sums are named variables, which every compiler keeps in registers: V2, V4, V8 name the vectors of a row,
@@ -243,17 +253,12 @@ INLINE void float_panels(int kind, const Call *call, const Matrix *m, float *out
     }
 }
 
-/* Rows → tiles, so that what a tile needs at one k lies together. */
-static void interleave(const Call *call, long thread, long threads) {
-    long begin = call->depth * thread / threads, end = call->depth * (thread + 1) / threads;
-    for (long row = 0; row < call->rows;) {
-        int rows = height(call->rows - row);
-        const float *from = call->input + row * call->depth;
-        float *to = (float *)call->tiles + row * call->depth;
-        for (long k = begin; k < end; k++)
-            for (int r = 0; r < rows; r++) to[k * rows + r] = from[r * call->depth + k];
-        row += rows;
-    }
+/* Rows `row` … of one tile, k = from … to - 1, side by side: so that what a tile needs at one k lies together. */
+static void interleave(const Call *call, long row, int rows, long from, long to) {
+    const float *x = call->input + row * call->depth;
+    float *tile = (float *)call->tiles + row * call->depth;
+    for (long k = from; k < to; k++)
+        for (int r = 0; r < rows; r++) tile[k * rows + r] = x[r * call->depth + k];
 }
 
 /* ---- int8 -------------------------------------------------------------------------------------------------------------
@@ -464,31 +469,27 @@ static float quantise(const float *x, long live, int32_t *bytes) {
     return inverse > 0 ? largest / 127.0f + wrong : wrong;
 }
 
-static void quantise_rows(const Call *call, long thread, long threads) {
-    long depth = call->depth, quads = quads_of(depth), groups = groups_of(depth);
-    long begin = groups * thread / threads, end = groups * (thread + 1) / threads;
-    for (long row = 0; row < call->rows;) {
-        int rows = height(call->rows - row);
-        char *tile = call->tiles + row * int8_row(depth);
-        float *scales = (float *)(tile + (size_t)quads * QUAD_BYTES * rows);
-        for (int r = 0; r < rows; r++)
-            for (long g = begin; g < end; g++) {
-                int32_t bytes[GROUP];
-                long live = depth - g * GROUP < GROUP ? depth - g * GROUP : GROUP;
-                scales[g * rows + r] = quantise(call->input + (row + r) * depth + g * GROUP, live, bytes);
-                for (long q = 0; q < (live + 3) / 4; q++) {
-                    char *to = tile + ((g * GROUP_QUADS + q) * rows + r) * QUAD_BYTES;
-                    __m128i quad = _mm_loadu_si128((const __m128i *)(bytes + 4 * q));
+/* The same as `interleave`, rounded; `from` is where a group begins. */
+static void quantise_tile(const Call *call, long row, int rows, long from, long to) {
+    long depth = call->depth, quads = quads_of(depth);
+    char *tile = call->tiles + row * int8_row(depth);
+    float *scales = (float *)(tile + (size_t)quads * QUAD_BYTES * rows);
+    for (int r = 0; r < rows; r++)
+        for (long g = from / GROUP; g * GROUP < to; g++) {
+            int32_t bytes[GROUP];
+            long live = depth - g * GROUP < GROUP ? depth - g * GROUP : GROUP;
+            scales[g * rows + r] = quantise(call->input + (row + r) * depth + g * GROUP, live, bytes);
+            for (long q = 0; q < (live + 3) / 4; q++) {
+                char *to_quad = tile + ((g * GROUP_QUADS + q) * rows + r) * QUAD_BYTES;
+                __m128i quad = _mm_loadu_si128((const __m128i *)(bytes + 4 * q));
 #if VNNI
-                    quad = _mm_add_epi32(quad, _mm_set1_epi32(128));
-                    _mm_storeu_si32(to, _mm_packus_epi16(_mm_packus_epi32(quad, quad), quad));
+                quad = _mm_add_epi32(quad, _mm_set1_epi32(128));
+                _mm_storeu_si32(to_quad, _mm_packus_epi16(_mm_packus_epi32(quad, quad), quad));
 #else
-                    _mm_storel_epi64((__m128i *)to, _mm_packs_epi32(quad, quad));
+                _mm_storel_epi64((__m128i *)to_quad, _mm_packs_epi32(quad, quad));
 #endif
-                }
             }
-        row += rows;
-    }
+        }
 }
 
 /* ---- attention --------------------------------------------------------------------------------------------------------
@@ -522,7 +523,7 @@ _Static_assert(KEYS == 16, "attention is written for blocks of 16 keys: one vect
 typedef struct {
     long row, count, start; /* rows row … row + count - 1 are its tokens start … start + count - 1 */
     const int32_t *table;   /* its blocks */
-    long first_item;        /* of work, see attention_thread */
+    long first_item;        /* of work, see attend_items */
 } Part;
 
 /* Strides are in floats; the last dimension is dense. */
@@ -538,7 +539,6 @@ typedef struct {
     long rows, heads, kv_heads, key_dim, value_dim, cache_slots, count, items;
     long window, chunk;    /* tokens that are seen; the length of a chunk, whose tokens see no other chunk; 0: no such bound */
     float scale, softcap;
-    long next;
 } Attention;
 
 /* exp(x) for x <= 0, to about one unit in the last place; exactly 1 at 0 and exactly 0 below -87.3; NaN stays. Cephes' polynomial. */
@@ -746,8 +746,8 @@ INLINE vf strange(const float *x, long count) {
     return odd;
 }
 
-/* Store the keys and values of one row and one head; if any head's are not finite, zeros for all. */
-static void store(const Attention *a, long row, long head) {
+/* Store the keys and values of one row; if any head's are not finite, zeros for all. */
+static void store(const Attention *a, long row) {
     long block = a->slots[row] / KEYS, offset = a->slots[row] % KEYS;
     vf odd = ZERO();
     for (long h = 0; h < a->kv_heads; h++) {
@@ -758,17 +758,18 @@ static void store(const Attention *a, long row, long head) {
     STORE(lanes, odd);
     int good = 1;
     for (int i = 0; i < LANES; i++) good &= lanes[i] == 0;
-    if (!good) __atomic_store_n(a->finite + row, 0, __ATOMIC_RELAXED);
-    const float *k = a->key + head * a->key_head + row * a->key_row, *v = a->value + head * a->value_head + row * a->value_row;
-    float *keys = a->keys + (head * a->cache_slots + block * KEYS) * a->key_dim + offset;
-    float *values = a->values + (head * a->cache_slots + a->slots[row]) * a->value_dim;
-    for (long d = 0; d < a->key_dim; d++) keys[d * KEYS] = good ? k[d] : 0;
-    for (long d = 0; d < a->value_dim; d++) values[d] = good ? v[d] : 0;
+    if (!good) a->finite[row] = 0;
+    for (long h = 0; h < a->kv_heads; h++) {
+        const float *k = a->key + h * a->key_head + row * a->key_row, *v = a->value + h * a->value_head + row * a->value_row;
+        float *keys = a->keys + (h * a->cache_slots + block * KEYS) * a->key_dim + offset;
+        float *values = a->values + (h * a->cache_slots + a->slots[row]) * a->value_dim;
+        for (long d = 0; d < a->key_dim; d++) keys[d * KEYS] = good ? k[d] : 0;
+        for (long d = 0; d < a->value_dim; d++) values[d] = good ? v[d] : 0;
+    }
 }
 
-static void store_share(const Attention *a, long thread, long threads) {
-    long all = a->rows * a->kv_heads;
-    for (long i = all * thread / threads; i < all * (thread + 1) / threads; i++) store(a, i / a->kv_heads, i % a->kv_heads);
+static void store_rows(void *attention, long begin, long end) {
+    for (long row = begin; row < end; row++) store(attention, row);
 }
 
 /* Cuts the work in items. Sets each part's first_item. */
@@ -781,22 +782,15 @@ static void cut_attention(Attention *a) {
     }
 }
 
-/* Items cost different amounts (later rows see more keys): whoever is free takes the next, the last rows first. */
-static void attend_items(Attention *a) {
-    for (long next; (next = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < a->items;) {
-        long item = a->items - 1 - next, part = 0;
+/* Items cost different amounts (later rows see more keys): the last rows first. */
+static void attend_items(void *attention, long begin, long end) {
+    const Attention *a = attention;
+    for (long i = begin; i < end; i++) {
+        long item = a->items - 1 - i, part = 0;
         while (part + 1 < a->count && a->parts[part + 1].first_item <= item) part++;
         item -= a->parts[part].first_item;
         attend(a, a->parts + part, item % a->kv_heads, item / a->kv_heads);
     }
-}
-
-static void attention_thread(void *data) {
-    Attention *a = data;
-    long thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    store_share(a, thread, threads);
-    GOMP_barrier();
-    attend_items(a);
 }
 
 /* ---- norms, activations, rotary embedding ----------------------------------------------------------------------------- */
@@ -856,12 +850,52 @@ INLINE long panel_width(int kind) { return kind == INT8 ? PANEL8 : PANEL; }
 INLINE long panels_of(long columns, int kind) { return (columns + panel_width(kind) - 1) / panel_width(kind); }
 INLINE size_t stride_of(int kind, long depth) { return kind == INT8 ? int8_stride(depth) : float_stride(kind, depth); }
 
-/* One thread's part of a product. Ends without a barrier. */
-static void multiply(const Call *call, long thread, long threads) {
-    if (call->kind == INT8) quantise_rows(call, thread, threads), GOMP_barrier();
-    else if (call->rows > 1) interleave(call, thread, threads), GOMP_barrier();
-    /* All matrices' panels, one after the other, in equal shares. */
-    long begin = call->panels * thread / threads, end = call->panels * (thread + 1) / threads, first = 0;
+/* Lay out a tile's rows for a product, k = from … to - 1. `from` is a multiple of DEEP. */
+INLINE void lay_out(const Call *call, long row, int rows, long from, long to) {
+    if (call->kind == INT8) quantise_tile(call, row, rows, from, to);
+    else if (call->rows > 1) interleave(call, row, rows, from, to); /* one float row is a tile as it stands */
+}
+
+/* Units of laying out: DEEP k's of one tile. */
+INLINE long pieces_of(const Call *call) { return (call->depth + DEEP - 1) / DEEP; }
+INLINE void piece_of(const Call *call, long unit, long *row, int *rows, long *from, long *to) {
+    long tile = unit / pieces_of(call);
+    *row = tile_start(call->rows, tile), *rows = height(call->rows - *row);
+    *from = unit % pieces_of(call) * DEEP, *to = *from + DEEP < call->depth ? *from + DEEP : call->depth;
+}
+
+static void lay_out_pieces(void *of, long begin, long end) {
+    const Call *call = of;
+    for (long unit = begin; unit < end; unit++) {
+        long row, from, to;
+        int rows;
+        piece_of(call, unit, &row, &rows, &from, &to);
+        lay_out(call, row, rows, from, to);
+    }
+}
+
+/* A unit of some 1,000 numbers is not worth taking by itself. */
+static Phase laying_out(Call *call) {
+    int needed = call->kind == INT8 || call->rows > 1;
+    long least = call->rows < TALLEST ? TALLEST / larger(call->rows, 1) : 1;
+    return (Phase){lay_out_pieces, call, needed ? tiles_of(call->rows) * pieces_of(call) : 0, least};
+}
+
+/* sum = residual + out, for the columns of some panels. */
+static void add_residual(const Call *call, long from, long to) {
+    long columns = call->matrices->columns, width = panel_width(call->kind);
+    long first = from * width, last = to * width < columns ? to * width : columns;
+    for (long row = 0; row < call->rows; row++) {
+        const float *x = call->residual + row * columns, *y = call->out + row * columns;
+        float *sum = call->sum + row * columns;
+        for (long i = first; i < last; i++) sum[i] = x[i] + y[i];
+    }
+}
+
+/* Panels begin … end - 1 of all matrices, one after the other. */
+static void multiply(void *of, long begin, long end) {
+    const Call *call = of;
+    long first = 0;
     float *out = call->out;
     for (long i = 0; i < call->count; i++) {
         const Matrix *m = call->matrices + i;
@@ -875,16 +909,20 @@ static void multiply(const Call *call, long thread, long threads) {
         first += panels;
         out += call->rows * m->columns;
     }
+    if (call->sum) add_residual(call, begin, end);
 }
 
-static void linear_thread(void *data) { multiply(data, omp_get_thread_num(), omp_get_num_threads()); }
+static Phase multiplying(Call *call) {
+    long least = WORTH / (long)(stride_of(call->kind, call->depth) + 1) / larger(tiles_of(call->rows), 1);
+    return (Phase){multiply, call, call->panels, larger(least, 1)};
+}
 
 static Call call_of(const float *input, void *scratch, float *out, const Matrix *matrices, long rows, long depth, long count,
                     int kind) {
     long panels = 0;
     for (long i = 0; i < count; i++) panels += panels_of(matrices[i].columns, kind);
-    int moved = kind == INT8 || rows > 1; /* one float row is a tile as it stands */
-    return (Call){input, moved ? scratch : (char *)input, out, matrices, rows, depth, count, panels, kind};
+    int moved = kind == INT8 || rows > 1;
+    return (Call){input, moved ? scratch : (char *)input, out, matrices, rows, depth, count, panels, kind, NULL, NULL};
 }
 
 /* Bytes of `linear`'s scratch space for a row. */
@@ -895,7 +933,7 @@ long verbatim_scratch(long depth, int kind) { return kind == INT8 ? (long)int8_r
 void verbatim_linear(const float *input, void *scratch, float *out, const Matrix *matrices, long rows, long depth, long count,
                      int kind, int threads) {
     Call call = call_of(input, scratch, out, matrices, rows, depth, count, kind);
-    GOMP_parallel(linear_thread, &call, (unsigned)threads, 0);
+    team_run((Phase[]){laying_out(&call), multiplying(&call)}, 2, threads);
 }
 
 /* Bytes of a packed matrix. */
@@ -907,7 +945,8 @@ typedef struct {
     const float *weight; /* [columns, depth] */
     char *out;
     long columns, depth;
-    int kind, lossy;
+    int kind;
+    _Atomic int lossy;
 } Packing;
 
 /* A number's upper half, and whether the lower half held anything. */
@@ -961,20 +1000,19 @@ static void pack_int8(const Packing *p, long panel) {
     }
 }
 
-static void pack_thread(void *data) {
+static void pack_panels(void *data, long begin, long end) {
     Packing *p = data;
-    long thread = omp_get_thread_num(), threads = omp_get_num_threads(), panels = panels_of(p->columns, p->kind);
     uint32_t lost = 0;
-    for (long panel = panels * thread / threads; panel < panels * (thread + 1) / threads && !lost; panel++)
+    for (long panel = begin; panel < end && !lost; panel++)
         if (p->kind == INT8) pack_int8(p, panel);
         else pack_float(p, panel, &lost);
-    if (lost) __atomic_store_n(&p->lossy, 1, __ATOMIC_RELAXED);
+    if (lost) atomic_store_explicit(&p->lossy, 1, memory_order_relaxed);
 }
 
 /* weight [columns, depth] → packed. Returns 1 if bfloat16 was asked for and would lose something (`out` is then useless). */
 int verbatim_pack(const float *weight, void *out, long columns, long depth, int kind, int threads) {
     Packing p = {weight, out, columns, depth, kind, 0};
-    GOMP_parallel(pack_thread, &p, (unsigned)threads, 0);
+    team_run(&(Phase){pack_panels, &p, panels_of(columns, kind), 1}, 1, threads);
     return p.lossy;
 }
 
@@ -995,9 +1033,9 @@ void verbatim_attention(const float *query, const float *key, const float *value
                         float scale, float softcap, int threads) {
     Attention a = {query, key, value, query_head, query_row, key_head, key_row, value_head, value_row, out, keys, values,
                    slots, finite, sinks, parts, rows, heads, kv_heads, key_dim, value_dim, cache_slots, count, 0, window,
-                   chunk, scale, softcap, 0};
+                   chunk, scale, softcap};
     cut_attention(&a);
-    GOMP_parallel(attention_thread, &a, (unsigned)threads, 0);
+    team_run((Phase[]){{store_rows, &a, rows, 4}, {attend_items, &a, a.items, 1}}, 2, threads);
 }
 
 typedef struct {
@@ -1007,18 +1045,16 @@ typedef struct {
     float epsilon;
 } Norm;
 
-INLINE void norm_rows(const Norm *n, long thread, long threads) {
-    for (long row = n->rows * thread / threads; row < n->rows * (thread + 1) / threads; row++)
+static void norm_rows(void *norm, long begin, long end) {
+    const Norm *n = norm;
+    for (long row = begin; row < end; row++)
         norm_row(n->x + row * n->dim, n->weight, n->out + row * n->dim, n->dim, n->epsilon);
 }
-
-static void norm_thread(void *data) { norm_rows(data, omp_get_thread_num(), omp_get_num_threads()); }
 
 /* norm_row for every row. x and out [rows, dim], weight [dim]. */
 void verbatim_rms_norm(const float *x, const float *weight, float *out, long rows, long dim, float epsilon, int threads) {
     Norm n = {x, weight, out, rows, dim, epsilon};
-    if (rows > 1 && rows * dim > 1 << 15) GOMP_parallel(norm_thread, &n, (unsigned)threads, 0);
-    else norm_rows(&n, 0, 1);
+    team_run(&(Phase){norm_rows, &n, rows, (1 << 14) / dim + 1}, 1, threads);
 }
 
 typedef struct {
@@ -1027,17 +1063,17 @@ typedef struct {
     long size;
 } Silu;
 
-static void silu_thread(void *data) {
+enum { SILU = 4096 }; /* numbers of a unit */
+
+static void silu_pieces(void *data, long begin, long end) {
     const Silu *a = data;
-    long thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    silu_range(a->x, NULL, a->out, a->size * thread / threads, a->size * (thread + 1) / threads);
+    silu_range(a->x, NULL, a->out, begin * SILU, end * SILU < a->size ? end * SILU : a->size);
 }
 
 /* out = silu(x), both [size]. */
 void verbatim_silu(const float *x, float *out, long size, int threads) {
     Silu a = {x, out, size};
-    if (size > 1 << 13) GOMP_parallel(silu_thread, &a, (unsigned)threads, 0);
-    else silu_range(x, NULL, out, 0, size);
+    team_run(&(Phase){silu_pieces, &a, (size + SILU - 1) / SILU, 1}, 1, threads);
 }
 
 /* Value dimensions have to be a multiple of this. */
@@ -1045,7 +1081,7 @@ int verbatim_lanes(void) { return LANES; }
 
 /* ---- a decoder layer -------------------------------------------------------------------------------------------------- *
  * x + o(attention(rotary(norm(q(n))), rotary(norm(k(n))), v(n))), n = norm(x); then that + down(silu(gate(m)) * up(m)),
- * m = norm of it. All in one parallel region: threads wait for each other at barriers and need not be woken. */
+ * m = norm of it. All in one call of the team. With one row, only the products and attention are divided. */
 
 /* Layout shared with engine/compute/cpu/kernel_calls.py. */
 typedef struct {
@@ -1076,55 +1112,75 @@ INLINE void rotate_head(float *x, long row, long heads, long h, long dim, const 
     rotate(x, cos + row * rotary, sin + row * rotary, rotary);
 }
 
-static void layer_thread(void *data) {
-    LayerCall *c = data;
-    const Layer *l = c->layer;
-    long thread = omp_get_thread_num(), threads = omp_get_num_threads(), dim = l->dim;
-    long begin = c->rows * thread / threads, end = c->rows * (thread + 1) / threads;
-    for (long row = begin; row < end; row++)
-        norm_row(c->x + row * dim, l->first_norm, c->normed + row * dim, dim, l->first_epsilon);
-    GOMP_barrier();
-    multiply(&c->qkv, thread, threads);
-    GOMP_barrier();
-    long heads = l->heads + l->kv_heads, all = c->rows * heads;
-    for (long i = all * thread / threads; i < all * (thread + 1) / threads; i++) {
-        long row = i / heads, h = i % heads;
-        if (h < l->heads)
-            rotate_head(c->query, row, l->heads, h, l->key_dim, l->query_norm, l->query_epsilon, c->cos, c->sin, l->rotary);
-        else
-            rotate_head(c->key, row, l->kv_heads, h - l->heads, l->key_dim, l->key_norm, l->key_epsilon, c->cos, c->sin,
-                        l->rotary);
+/* Norm a tile's rows, and lay them out for the product after it. */
+static void norm_tiles(const Call *call, const float *x, const float *weight, float *out, float epsilon, long begin, long end) {
+    for (long tile = begin; tile < end; tile++) {
+        long first = tile_start(call->rows, tile), dim = call->depth;
+        int rows = height(call->rows - first);
+        for (long row = first; row < first + rows; row++) norm_row(x + row * dim, weight, out + row * dim, dim, epsilon);
+        lay_out(call, first, rows, 0, dim);
     }
-    if (thread == 0) {
-        long of_row = l->heads * l->value_dim, padding = c->rows - c->attention.rows;
-        memset(c->attended + c->attention.rows * of_row, 0, sizeof(float) * (size_t)(padding * of_row));
-    }
-    GOMP_barrier();
-    store_share(&c->attention, thread, threads);
-    GOMP_barrier();
-    attend_items(&c->attention);
-    GOMP_barrier();
-    multiply(&c->o, thread, threads); /* to `normed` */
-    GOMP_barrier();
-    for (long row = begin; row < end; row++) {
-        const float *x = c->x + row * dim;
-        float *sum = c->out + row * dim, *normed = c->normed + row * dim;
-        for (long i = 0; i < dim; i++) sum[i] = x[i] + normed[i];
-        norm_row(sum, l->second_norm, normed, dim, l->second_epsilon);
-    }
-    GOMP_barrier();
-    multiply(&c->gate_up, thread, threads);
-    GOMP_barrier();
-    long size = c->rows * l->inner;
-    silu_range(c->gate, c->up, c->gate, size * thread / threads, size * (thread + 1) / threads);
-    GOMP_barrier();
-    multiply(&c->down, thread, threads); /* to `normed` */
-    GOMP_barrier();
-    size = c->rows * dim;
-    for (long i = size * thread / threads; i < size * (thread + 1) / threads; i++) c->out[i] += c->normed[i];
 }
 
-INLINE long larger(long a, long b) { return a > b ? a : b; }
+static void first_norm(void *data, long begin, long end) {
+    const LayerCall *c = data;
+    norm_tiles(&c->qkv, c->x, c->layer->first_norm, c->normed, c->layer->first_epsilon, begin, end);
+}
+
+static void second_norm(void *data, long begin, long end) {
+    const LayerCall *c = data;
+    norm_tiles(&c->gate_up, c->out, c->layer->second_norm, c->normed, c->layer->second_epsilon, begin, end);
+}
+
+/* Rows' queries and keys, normed and rotated; keys and values to the cache. Padding attends to nothing. */
+static void rotate_rows(void *data, long begin, long end) {
+    const LayerCall *c = data;
+    const Layer *l = c->layer;
+    long of_row = l->heads * l->value_dim;
+    for (long row = begin; row < end; row++) {
+        if (row >= c->attention.rows) {
+            memset(c->attended + row * of_row, 0, sizeof(float) * (size_t)of_row);
+            continue;
+        }
+        for (long h = 0; h < l->heads; h++)
+            rotate_head(c->query, row, l->heads, h, l->key_dim, l->query_norm, l->query_epsilon, c->cos, c->sin, l->rotary);
+        for (long h = 0; h < l->kv_heads; h++)
+            rotate_head(c->key, row, l->kv_heads, h, l->key_dim, l->key_norm, l->key_epsilon, c->cos, c->sin, l->rotary);
+        store(&c->attention, row);
+    }
+}
+
+/* silu(gate) * up, laid out for the product after it. */
+static void activate_pieces(void *data, long begin, long end) {
+    const LayerCall *c = data;
+    long inner = c->layer->inner;
+    for (long unit = begin; unit < end; unit++) {
+        long first, from, to;
+        int rows;
+        piece_of(&c->down, unit, &first, &rows, &from, &to);
+        for (long row = first; row < first + rows; row++)
+            silu_range(c->gate, c->up, c->gate, row * inner + from, row * inner + to);
+        lay_out(&c->down, first, rows, from, to);
+    }
+}
+
+static void run_layer(LayerCall *c, int threads) {
+    long tiles = tiles_of(c->rows), pieces = tiles * pieces_of(&c->down);
+    long few = c->rows < TALLEST / 2 ? TALLEST / 2 : 1; /* pieces that are not worth sharing */
+    const Phase phases[] = {
+        {first_norm, c, tiles, 1},
+        multiplying(&c->qkv),
+        {rotate_rows, c, c->rows, 1},
+        {attend_items, &c->attention, c->attention.items, 1},
+        laying_out(&c->o),
+        multiplying(&c->o), /* to `normed`; with x, to `out` */
+        {second_norm, c, tiles, 1},
+        multiplying(&c->gate_up),
+        {activate_pieces, c, pieces, few},
+        multiplying(&c->down), /* to `normed`; added to `out` */
+    };
+    team_run(phases, sizeof phases / sizeof *phases, threads);
+}
 
 /* Floats for a row between a layer's two norms, at most. */
 INLINE long between(const Layer *l) {
@@ -1150,13 +1206,14 @@ void verbatim_layer(const Layer *l, const float *x, const float *cos, const floa
         l, x, cos, sin, out, normed, query, key, value, mixed, gate, up, rows,
         {query, key, value, l->key_dim, l->heads * l->key_dim, l->key_dim, l->kv_heads * l->key_dim, l->value_dim,
          l->kv_heads * l->value_dim, mixed, keys, values, slots, finite, l->sinks, parts, attended, l->heads, l->kv_heads,
-         l->key_dim, l->value_dim, cache_slots, count, 0, l->window, l->chunk, l->scale, l->softcap,
-         0},
+         l->key_dim, l->value_dim, cache_slots, count, 0, l->window, l->chunk, l->scale, l->softcap},
         call_of(normed, rest, query, l->qkv, rows, l->dim, 3, l->qkv_kind),
         call_of(mixed, rest, normed, l->o, rows, l->heads * l->value_dim, 1, l->o_kind),
         call_of(normed, rest, gate, l->gate_up, rows, l->dim, 2, l->gate_up_kind),
         call_of(gate, rest, normed, l->down, rows, l->inner, 1, l->down_kind),
     };
+    c.o.residual = x, c.o.sum = out;
+    c.down.residual = out, c.down.sum = out;
     cut_attention(&c.attention);
-    GOMP_parallel(layer_thread, &c, (unsigned)threads, 0);
+    run_layer(&c, threads);
 }

@@ -66,11 +66,8 @@ class Kernels:
             raise NoKernels("this processor lacks AVX2, or ATEN_CPU_CAPABILITY forbids it")
         # No wider vectors than torch's own, so that ATEN_CPU_CAPABILITY=avx2 holds for everything.
         narrow = () if capability == "AVX512" else ("-mno-avx512f",)
-        return cls(
-            kernel_file.load(
-                _SOURCE, cache, (f"-DBLOCK_SIZE={BLOCK_SIZE}", *narrow, *extra_flags), torch.__version__, progress
-            )
-        )
+        flags = (f"-DBLOCK_SIZE={BLOCK_SIZE}", *narrow, *extra_flags)
+        return cls(kernel_file.load(_SOURCE, cache, flags, progress))
 
     def pack(self, weight: Tensor, bias: Tensor | None, kind: str = "exact") -> PackedWeight:
         """Bring `weight [columns, depth]` and `bias [columns]` into the kernels' layout: see `pack_weight`."""

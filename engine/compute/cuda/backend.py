@@ -74,6 +74,10 @@ class CudaBackend:
         """
         return self._doubt
 
+    @property
+    def exact_linear(self) -> None:
+        """None: no adapter is computed beside a model on a GPU."""
+
     def allocate(self, layers: Sequence[LayerShape], num_blocks: int) -> KVCache:
         """Allocate a cache of plain layout."""
         return KVCache(layers, num_blocks)

@@ -9,6 +9,7 @@ choose their shape by it), and is named.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -83,6 +84,9 @@ def _tokens(tensor: Any) -> int:
 
 class _NoAttention:
     """Attends to nothing: attention has operations of its own, and these are known."""
+
+    def __init__(self) -> None:
+        self.adapter_rows: Mapping[str, Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         return query.new_zeros(query.shape[1], query.shape[0], value.shape[-1])

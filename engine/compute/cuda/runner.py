@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence as Seq
 from typing import Any, Final
 
 import torch
@@ -41,6 +41,7 @@ class CudaPlan:
 
     def __init__(self, operations: Operations, cache: KVCache, buffers: StepBuffers, views: StepViews) -> None:
         self._operations, self._cache, self._buffers, self.views = operations, cache, buffers, views
+        self.adapter_rows: Mapping[str, Tensor] = {}  # none: adapters are refused here at load
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """Store the step's keys and values, then attend."""

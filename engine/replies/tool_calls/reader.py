@@ -64,6 +64,11 @@ class CallReader:
         self.count = 0
         """Calls so far."""
 
+    @property
+    def held(self) -> str:
+        """The text that is held back, because a call may have begun in it."""
+        return self._gap + self._held if self._calling else self._held
+
     def push(self, text: str) -> tuple[str, list[tuple[str, str]]]:
         """Take a piece of text; return the text that is certain, and the calls (name, arguments) that it completes."""
         self._held += text

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from engine import ChatMessage, InvalidFormat, InvalidParameter, Unsupported
+from engine import ChatMessage, InvalidFormat, InvalidParameter
 from server.api.chat_messages import MAX_MESSAGES, MAX_PARTS
 from server.api.messages.blocks import assistant_turn, blocks_of, text_of, user_turns
 from server.api.parsing import LIST, OBJECT, STRING, at_most, required, typed
 
-__all__ = ["read_conversation", "refuse_prefill"]
+__all__ = ["read_conversation", "read_prefill"]
 
 _ROLES: Final = ("user", "assistant", "system")
 
@@ -43,19 +43,35 @@ def read_conversation(data: Mapping[str, Any], ignored: list[str]) -> tuple[Chat
     return tuple(_combined(turns))
 
 
-def refuse_prefill(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a last message of the assistant: the reply would have to go on with it.
+def read_prefill(data: Mapping[str, Any], turns: Sequence[ChatMessage], *, spaces: bool = False) -> dict[str, str]:
+    """Check a last message of the assistant, with which the reply goes on. Empty where the last one is not that.
+
+    Returns what the engine calls the parts of this message, and where the body has them.
+
+    Args:
+        spaces: whether it may end with white space: it is only counted.
 
     Raises:
-        Unsupported: there is one.
+        InvalidParameter: it holds a call, or ends with white space, after which models write something else than after
+            the words before it. Anthropic's API refuses both.
     """
-    if messages[-1]["role"] == "assistant":
-        at = f"messages.{len(messages) - 1}.role"
-        raise Unsupported(
-            f"{at}: the last message is the assistant's, which the reply would go on with; that is not supported by "
-            "this build.",
-            param=at,
+    last = len(data["messages"]) - 1
+    if turns[-1].role != "assistant" or data["messages"][last]["role"] != "assistant":
+        return {}
+    at, turn = f"messages.{last}", turns[-1]
+    if turn.tool_calls:
+        raise InvalidParameter(
+            f"{at}.content: the last message is the assistant's, which the reply goes on with, and must hold no call.",
+            param=f"{at}.content",
         )
+    if turn.content and turn.content[-1].isspace() and not spaces:
+        raise InvalidParameter(
+            f"{at}.content: the last message is the assistant's, which the reply goes on with, and must not end with "
+            "white space.",
+            param=f"{at}.content",
+        )
+    own = f"messages.{len(turns) - 1}"
+    return {f"{own}.reasoning_content": f"{at}.content", own: at, "continue_final_message": at}
 
 
 def _turns(message: Any, at: str, called: set[str], ignored: list[str]) -> list[ChatMessage]:

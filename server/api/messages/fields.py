@@ -81,7 +81,8 @@ _PROMPT: Final[Mapping[str, Field]] = {
     "model": MODEL,
     "messages": declare(
         LIST,
-        "The conversation. Turns of one role that follow each other are combined. The last one is not the assistant's.",
+        "The conversation. Turns of one role that follow each other are combined. With a last one that is the "
+        "assistant's the reply goes on: it holds what comes behind it.",
         minItems=1,
         items=_MESSAGE,
     ),

@@ -10,7 +10,7 @@ from typing import Any, Final
 from engine import SAMPLING_FIELDS, GenerationRequest, ModelInfo
 from server.api.common_fields import read_common, read_model
 from server.api.fields import BodyFields
-from server.api.messages.conversation import read_conversation, refuse_prefill
+from server.api.messages.conversation import read_conversation, read_prefill
 from server.api.messages.fields import COUNT, MESSAGE
 from server.api.messages.settings import Thoughts, check_context_management, read_format, read_thoughts
 from server.api.messages.tools import read_tools
@@ -40,16 +40,18 @@ def parse(raw: bytes, request_id: str) -> ParsedRequest:
     model = read_model(MESSAGE, data)
     nested: list[str] = []
     request, thoughts = _prompt(MESSAGE, data, request_id, nested)
-    refuse_prefill(data["messages"])
+    prefill = read_prefill(data, request.messages or ())
     common = read_common(MESSAGE, data)
     sampling = MESSAGE.sampling(data)
     if (stops := MESSAGE.given(data, "stop_sequences")) is not None:
         sampling["stop"] = SAMPLING_FIELDS["stop"].checked("stop_sequences", stops)
     if thoughts.budget is not None:
         sampling["thinking_budget"] = thoughts.budget
-    request = dataclasses.replace(request, sampling=sampling, cache_salt=common.cache_salt)
+    request = dataclasses.replace(
+        request, sampling=sampling, cache_salt=common.cache_salt, continue_final_message=bool(prefill)
+    )
     ignored = (*common.ignored, *nested)
-    places = {"reasoning_effort": thoughts.place}
+    places = {"reasoning_effort": thoughts.place, **prefill}
     return ParsedRequest(model, (request,), common.stream, True, ignored, receipt=common.receipt, places=places)
 
 
@@ -63,9 +65,14 @@ def parse_count(raw: bytes, request_id: str) -> TokensOf:
     ignored = [name for name in data if name not in COUNT.known]
     request, thoughts = _prompt(COUNT, data, request_id, ignored)
     COUNT.refuse_unsupported(data)
-    if data["messages"][-1]["role"] == "assistant":  # it is not answered, so nobody else's turn begins
-        request = dataclasses.replace(request, add_generation_prompt=False)
-    return TokensOf(model, request, False, tuple(ignored), {"reasoning_effort": thoughts.place})
+    if data["messages"][-1]["role"] != "assistant":
+        prefill: dict[str, str] = {}
+    elif request.messages and request.messages[-1].tool_calls:  # nothing goes on with it, so no turn begins
+        request, prefill = dataclasses.replace(request, add_generation_prompt=False), {}
+    else:
+        prefill = read_prefill(data, request.messages or (), spaces=True)
+    request = dataclasses.replace(request, continue_final_message=bool(prefill))
+    return TokensOf(model, request, False, tuple(ignored), {"reasoning_effort": thoughts.place, **prefill})
 
 
 def _prompt(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import secrets
+from typing import Final
 
 from fastapi import Request
 
@@ -28,10 +29,14 @@ from server.accounts.account import Account, account_of
 from server.accounts.authentication import key_of
 from server.api.admission import Service
 from server.api.generation import lease, unless_disconnected
+from server.api.models.leasing import engine_of
 from server.api.receipts.document import SentReceipt, parse_receipt
 from server.errors import ClientGone
 
 __all__ = ["check_sent_receipt"]
+
+_STARTING: Final = ("waiting", "loading")
+"""States of a model that may turn out to be the one that is wanted."""
 
 
 async def check_sent_receipt(service: Service, request: Request, mode: Mode, tolerance: float) -> CheckReport:
@@ -47,7 +52,7 @@ async def check_sent_receipt(service: Service, request: Request, mode: Mode, tol
     async with service.bodies.of(request, account.group, parse_receipt) as checked:
         sent = await checked("check-" + secrets.token_hex(16))
         signed_by = await service.receipts.check(account.group, lambda: _signed_by(service, sent))
-        engine = _engine_for(service, account, sent.receipt)
+        engine = await _engine_for(service, account, request, sent.receipt)
         if engine is None:
             return dataclasses.replace(_no_model(sent.receipt, mode, tolerance), signed_by=signed_by)
         request.scope["state"]["told"] = {"model": engine.info.id, "completion": sent.request_id}
@@ -117,15 +122,20 @@ def _signed_by(service: Service, sent: SentReceipt) -> str | None:
     return verify_envelope(envelope, [key])[1] if key.keyid in named else None
 
 
-def _engine_for(service: Service, account: Account, receipt: Receipt) -> EngineProtocol | None:
+async def _engine_for(service: Service, account: Account, request: Request, receipt: Receipt) -> EngineProtocol | None:
     """Return the engine that can say most about a receipt; None if no model here has its files or its name.
 
+    A model that was never loaded is known by the name of its checkpoint, and loaded to see whether it has the files.
+
     Raises:
-        ModelLoading: none that is ready has, and one is still loading.
+        ModelLoading: none that was loaded has, and one is still loading since the server has started.
+        ClientGone, VerbatimError: as `engine_of`.
     """
 
     def nearness(status: ModelStatus) -> tuple[bool, bool, bool]:
-        assert status.info is not None
+        if status.info is None:
+            named = status.outline is not None and status.outline.name == receipt.model.name
+            return False, False, named and status.state != "failed"
         manifest = status.info.manifest
         return (
             manifest.files == receipt.model.files,
@@ -134,11 +144,10 @@ def _engine_for(service: Service, account: Account, receipt: Receipt) -> EngineP
         )
 
     usable = [status for status in service.registry.list() if account.may_use(status.id)]
-    best = max((status for status in usable if status.info is not None), key=nearness, default=None)
-    if best is not None and any(nearness(best)):
-        return service.registry.get(best.id)
-    loading = next((status for status in usable if status.state == "loading"), None)
-    return None if loading is None else service.registry.get(loading.id)
+    best = max(usable, key=nearness, default=None)
+    if best is None or not any(nearness(best)):
+        best = next((status for status in usable if status.info is None and status.state in _STARTING), None)
+    return None if best is None else await engine_of(service.registry, account, request, best.id)
 
 
 def _no_model(receipt: Receipt, mode: Mode, tolerance: float) -> CheckReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from server.api.fields import MESSAGES, TOOLS, BodyFields, declare
+from server.api.fields import GOES_ON, MESSAGES, TOOLS, BodyFields, declare
 from server.api.parsing import FLAG, LIST, OBJECT, STRING
 
 _OPTIONAL_MODEL: Final = declare(STRING, "An id from `GET /models`; may be left out where there is only one.")
@@ -17,15 +17,12 @@ TOKENIZE: Final = BodyFields(
         "add_special_tokens": declare(
             FLAG, "Of a prompt: with the tokens that the tokenizer puts around a text. Default: true."
         ),
-        "add_generation_prompt": declare(
-            FLAG, "Of messages: with the beginning of the assistant's turn.", default=True
-        ),
+        **GOES_ON,
         "return_token_strs": declare(FLAG, "Add each token as the vocabulary spells it.", default=False),
         "tools": TOOLS,
         "chat_template_kwargs": declare(OBJECT, "Variables of the model's chat template."),
     },
     refused={
-        "continue_final_message": (False,),
         "chat_template": (),
         "mm_processor_kwargs": (),
         "media_io_kwargs": (),

@@ -8,9 +8,8 @@ from typing import Any
 
 from engine import GenerationRequest, InvalidFormat, InvalidParameter, Unsupported
 from server.api.chat_messages import read_messages
-from server.api.common_fields import read_optional_model
+from server.api.common_fields import read_ending, read_optional_model, read_token_ids
 from server.api.fields import BodyFields
-from server.api.parsing import INTEGER, typed
 from server.api.tokenizer.fields import DETOKENIZE, TOKENIZE
 from server.api.tools import read_tools
 from server.json_text import load_body
@@ -48,14 +47,14 @@ def parse_tokenize(raw: bytes, request_id: str) -> TokensOf:
     data, model, ignored = _read(TOKENIZE, raw)
     strings = bool(TOKENIZE.given(data, "return_token_strs"))
     prompt, special = TOKENIZE.given(data, "prompt"), TOKENIZE.given(data, "add_special_tokens")
-    turn, messages = TOKENIZE.given(data, "add_generation_prompt"), TOKENIZE.given(data, "messages")
-    variables = TOKENIZE.given(data, "chat_template_kwargs")
+    messages, variables = TOKENIZE.given(data, "messages"), TOKENIZE.given(data, "chat_template_kwargs")
+    goes_on, again = read_ending(TOKENIZE, data)
     if prompt is None and messages is None:
         raise InvalidFormat("prompt or messages is required.", param="prompt", code="missing_field")
     if prompt is not None and messages is not None:
         raise InvalidParameter("prompt and messages cannot be combined.", param="messages")
     if messages is None:
-        for name in ("tools", "chat_template_kwargs"):
+        for name in ("tools", "chat_template_kwargs", "continue_final_message"):
             if TOKENIZE.given(data, name):
                 raise InvalidParameter(f"{name} needs messages.", param=name)
         request = GenerationRequest(request_id=request_id, prompt=prompt, add_special_tokens=special is not False)
@@ -71,7 +70,8 @@ def parse_tokenize(raw: bytes, request_id: str) -> TokensOf:
         messages=read,
         tools=tools,
         chat_template_kwargs=variables or {},
-        add_generation_prompt=turn is not False,
+        add_generation_prompt=again,
+        continue_final_message=goes_on,
     )
     return TokensOf(model, request, strings, tuple(ignored))
 
@@ -83,10 +83,10 @@ def parse_detokenize(raw: bytes, request_id: str) -> TextOf:
         InvalidFormat: not JSON, not an object, a field missing or of the wrong type.
     """
     data, model, ignored = _read(DETOKENIZE, raw)
-    tokens = DETOKENIZE.given(data, "tokens")
+    tokens = read_token_ids(DETOKENIZE, data, "tokens")
     if tokens is None:
         raise InvalidFormat("tokens is required.", param="tokens", code="missing_field")
-    return TextOf(model, tuple(typed(t, f"tokens.{i}", INTEGER) for i, t in enumerate(tokens)), tuple(ignored))
+    return TextOf(model, tokens, tuple(ignored))
 
 
 def _read(fields: BodyFields, raw: bytes) -> tuple[Mapping[str, Any], str | None, list[str]]:

@@ -16,6 +16,7 @@ from server.accounts.authentication import key_of
 from server.api import openapi
 from server.api.admission import Service, ignored_fields
 from server.api.generation import unless_disconnected
+from server.api.models.leasing import engine_of
 from server.api.tokenizer.fields import DETOKENIZE, TOKENIZE
 from server.api.tokenizer.requests import TextOf, TokensOf, parse_detokenize, parse_tokenize
 from server.errors import ClientGone
@@ -54,7 +55,7 @@ def tokenizer_routes(service: Service) -> APIRouter:
     async def tokenizer_info(request: Request, model: str | None = None) -> dict[str, Any]:
         account = account_of(service.meter, key_of(request.scope))
         account.count()
-        engine = _engine(service, account, model)
+        engine = await _engine(service, account, request, model)
         found = dataclasses.asdict(await engine.tokenizer())
         return {**found, "model": engine.info.id, "model_max_length": engine.info.context_length}
 
@@ -78,7 +79,7 @@ async def answer_from_tokenizer(
     async with service.bodies.of(request, account.group, parse) as checked:
         asked = await checked("tokens-" + secrets.token_hex(16))
         headers = ignored_fields(asked.ignored, service.settings)
-        engine = _engine(service, account, asked.model)
+        engine = await _engine(service, account, request, asked.model)
         body = await unless_disconnected(_made(ask(engine, asked, account.group)), request.receive)
     if body is None:
         raise ClientGone
@@ -103,15 +104,17 @@ async def _text(engine: EngineProtocol, asked: TextOf, group: str) -> dict[str, 
     return {"prompt": await engine.detokenize(asked.tokens, group)}
 
 
-def _engine(service: Service, account: Account, model: str | None) -> EngineProtocol:
+async def _engine(service: Service, account: Account, request: Request, model: str | None) -> EngineProtocol:
     """Return the engine of a model, or of the only one that the account may use.
 
     Raises:
         InvalidFormat: no model was named, and there are several.
-        ModelNotFound, ModelLoading, EngineDead: as `Registry.get`.
+        ClientGone, VerbatimError: as `engine_of`.
     """
     if model is None:
-        usable = [status.id for status in service.registry.list() if account.may_use(status.id)]
+        found = [status for status in service.registry.list() if account.may_use(status.id)]
+        ids = {status.id for status in found}
+        usable = [status.id for status in found if status.parent not in ids]  # adapters have their model's tokenizer
         if len(usable) != 1:
             raise InvalidFormat(
                 f"model is required where there is not just one; there are: {', '.join(usable)}."[:1000],
@@ -120,4 +123,4 @@ def _engine(service: Service, account: Account, model: str | None) -> EngineProt
             )
         model = usable[0]
     account.admit_model(model)
-    return service.registry.get(model)
+    return await engine_of(service.registry, account, request, model)

@@ -178,10 +178,19 @@ def test_a_folder_in_its_place_leaves_this_process_its_kernels(
     assert list(cache.iterdir()) == [file]
 
 
-def test_another_torch_tries_them_anew(compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its threads are another library's; what ran with the old ones is not known to run with these."""
-    Kernels.load(tmp_path / "cache")
-    monkeypatch.setattr("torch.__version__", "9.9.9")
+@pytest.mark.parametrize("changed", ["kernels.c", "team.h"])
+def test_another_source_is_compiled_anew(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    """Also where only a header has changed."""
+    for name in ("kernels.c", "team.h"):
+        shutil.copy(Path(kernel_file.__file__).with_name(name), tmp_path / name)
+    monkeypatch.setattr("engine.compute.cpu.kernels._SOURCE", tmp_path / "kernels.c")
+    for calls in (1, 1):
+        Kernels.load(tmp_path / "cache")
+        assert compiler.calls == calls
+    with (tmp_path / changed).open("a") as file:
+        file.write("/* another */\n")
     Kernels.load(tmp_path / "cache")
     assert compiler.calls == 2
 

@@ -96,7 +96,7 @@ def test_nothing_is_opened_that_is_not_named(folder: Path) -> None:
 def test_every_file_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Path] = []
     honest = manifest._digest
-    monkeypatch.setattr(manifest, "_digest", lambda path: hashed.append(path) or honest(path))
+    monkeypatch.setattr(manifest, "_digest", lambda path, count: hashed.append(path) or honest(path, count))
     found = _manifest(path=folder)
     assert sorted(path.relative_to(folder).as_posix() for path in hashed) == sorted(name for name, _ in found.files)
 

@@ -81,6 +81,8 @@ def requests(draw: st.DrawFn) -> GenerationRequest:
         suffix=draw(st.none() | TEXT),
         add_special_tokens=draw(st.booleans()),
         add_generation_prompt=draw(st.booleans()),
+        continue_final_message=draw(st.booleans()),
+        continue_token_ids=draw(st.none() | st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=4).map(tuple)),
         chat_template_kwargs=draw(OBJECTS),
         constraint=draw(st.none() | CONSTRAINTS),
         reasoning_effort=draw(st.none() | st.sampled_from(["low", "high"])),
@@ -102,6 +104,8 @@ def facts(request: GenerationRequest) -> str:
             request.suffix,
             request.add_special_tokens,
             request.add_generation_prompt,
+            request.continue_final_message,
+            request.continue_token_ids,
             dict(request.chat_template_kwargs),
             constraint and (constraint.kind, constraint.value, constraint.strict),
             request.reasoning_effort,
@@ -137,7 +141,7 @@ def test_version_1_holds_these_fields() -> None:
 def test_every_field_of_a_request_is_in_the_record_or_changes_no_reply() -> None:
     """A new field belongs into the record, if a prompt or a reply depends on it; then the format has a new version."""
     left_out = {"request_id", "prompt_field", "echo", "group", "context_limit", "cache_salt", "prediction", "record"}
-    recorded = set(RECORD) | {"prompt", "prompt_token_ids"}
+    recorded = set(RECORD) | {"prompt", "prompt_token_ids", "continue_final_message", "continue_token_ids"}
     assert {field.name for field in dataclasses.fields(GenerationRequest)} == recorded | left_out
 
 
@@ -156,6 +160,9 @@ RECORD = to_record(
     ("path", "value", "message"),
     [
         ("extra", 1, "request.extra is not known"),
+        ("continue_final_message", False, "request.continue_final_message is false: then it is left out"),
+        ("continue_token_ids", [], "request.continue_token_ids holds nothing: then it is left out"),
+        ("continue_token_ids", [-1], "request.continue_token_ids must be a list of token ids"),
         ("tools", None, "request.tools must be a list"),
         ("tools.0.parameters", "[1]", "request.tools.0.parameters must be the text of an object"),
         ("tools.0.parameters", "{", "request.tools.0.parameters is not the text of JSON"),

@@ -257,7 +257,9 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": [{"role": "user"}]}, 400, "messages.0.content"),
     ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content"),
     ({"messages": [{"role": "tool", "content": "x"}]}, 422, "messages.0.role"),
-    ({"messages": [USER, {"role": "assistant", "content": "The best"}]}, 422, "messages.1.role"),
+    ({"messages": [USER, {"role": "assistant", "content": "The best "}]}, 422, "messages.1.content"),
+    ({"messages": [USER, {"role": "assistant", "content": [text("The best\n")]}]}, 422, "messages.1.content"),
+    ({"system": "Be brief.", "messages": [USER, CALLED]}, 422, "messages.1.content"),
     (at(["x"]), 400, "messages.1.content.0"),
     (at([{"text": "x"}]), 400, "messages.1.content.0.type"),
     (at([{"type": "text"}]), 400, "messages.1.content.0.text"),
@@ -416,9 +418,21 @@ def test_a_count_is_of_the_same_prompt() -> None:
 
 
 def test_a_count_of_a_conversation_that_nobody_goes_on_with() -> None:
-    fields: dict[str, Any] = {"messages": [USER, {"role": "assistant", "content": "Yes"}]}
+    fields: dict[str, Any] = {"messages": [USER, CALLED]}
     assert not prepared(COUNT, **fields).add_generation_prompt
+    assert not prepared(COUNT, **fields).continue_final_message
     assert count_of(ask(make_app(), COUNT, **fields)) == 5
+
+
+def test_a_last_message_of_the_assistant_is_gone_on_with() -> None:
+    begun: dict[str, Any] = {
+        "messages": [USER, {"role": "assistant", "content": "Yes, "}, {"role": "assistant", "content": "but"}]
+    }
+    for path in (MESSAGES, COUNT):
+        request = prepared(path, **begun)
+        assert request.continue_final_message
+        assert (request.messages or ())[-1].content == "Yes, \nbut"
+    assert not prepared().continue_final_message
 
 
 def test_fields_of_a_message_without_meaning_for_a_count_are_named() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import adapters_for_tests as adapters
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -203,6 +204,21 @@ def test_models_of_every_kind(tiny: Callable[[str], Path], tmp_path: Path, monke
     )
     assert (gguf.path, hub.path) == (made / "models/a_b-2/own.gguf", made / "models/c")
     assert hub.id == "../c"
+
+
+def test_adapters_are_copied_and_named(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = adapters.write(tmp_path / "low", tiny("llama"), targets=("q_proj",))
+    (folder / "optimizer.pt").write_bytes(b"pickled")
+    entry = ModelConfig(id="x", path=tiny("llama"), adapters=[{"name": "low", "path": folder}])  # type: ignore[list-item]
+    made = make(tmp_path / "made", entry)
+    place = made / "models" / "x.adapters" / "low"
+    assert {path.name for path in place.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    [copied] = parse_models(read_yaml(made / "models.yaml")["models"], base=made, where="models.yaml")
+    assert [(one.name, one.path, one.merge) for one in copied.adapters] == [("low", place, False)]
+    assert not list(check_bundle(made))
+    (place / "adapter_config.json").unlink()
+    write_checksums(made)
+    assert any("adapter_config.json is not in this folder" in fault for fault in check_bundle(made))
 
 
 def test_code_of_a_checkpoint_is_copied_where_it_runs(tiny: Callable[[str], Path], tmp_path: Path) -> None:

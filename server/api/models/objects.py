@@ -6,29 +6,42 @@ from typing import Any
 
 from engine import ModelStatus, Registry, VerbatimError
 
-__all__ = ["model_details", "model_object", "state_of"]
+__all__ = ["is_ready", "model_details", "model_object", "state_of"]
 
 
 def model_object(status: ModelStatus) -> dict[str, Any]:
-    """Return a model as the OpenAI API lists it, with what the engine knows of it beside."""
-    info = status.info
-    base = {"id": status.id, "object": "model", "created": info.created if info else 0, "owned_by": "local"}
+    """Return a model as the OpenAI API lists it, with what the engine knows of it beside.
+
+    Before it is loaded for the first time, that is what the headers of its checkpoint say.
+    """
+    info, outline = status.info, status.outline
+    known = info or outline
+    base = {"id": status.id, "object": "model", "created": known.created if known else 0, "owned_by": "local"}
+    base |= {"root": status.parent or status.id, "parent": status.parent}  # as vLLM tells adapters from their models
+    base |= {"state": status.state, "load": status.load, "memory_bytes": status.memory_bytes}
+    if status.state != "ready":
+        base["detail"] = status.detail
+    if status.state == "loading":
+        read = status.progress
+        base["progress"] = {"bytes": read.bytes_read, "total_bytes": read.total_bytes} if read else None
     if info is None:
-        return {**base, "state": status.state, "detail": status.detail}
+        found = {"architecture": outline.architecture, "weight_bytes": outline.weight_bytes} if outline else {}
+        return {**base, **found}
     return {
         **base,
-        "state": status.state,
         "architecture": info.architecture,
         "context_length": info.context_length,
         "max_model_len": info.context_length,  # the same, under the name that evaluation harnesses ask for
         "cache_tokens": info.cache_tokens,
         "max_sequences": info.max_sequences,
         "vocab_size": info.vocab_size,
+        "weight_bytes": info.weight_bytes,
         "device": info.device,
         "dtype": info.dtype,
         "linear": info.linear,
         "memory": info.memory or None,
         "runner": info.runner,
+        "merged_adapter": info.merged_adapter,
         "gpu": {"rung": info.gpu.rung, "reasons": dict(info.gpu.reasons)} if info.gpu else None,
         "system_fingerprint": info.system_fingerprint,
         "defaults_fingerprint": info.defaults_fingerprint,
@@ -61,3 +74,12 @@ def state_of(registry: Registry, status: ModelStatus) -> str:
     if stats.stalled:
         return "stalled: a step has been running for longer than the stall limit"
     return "ready"
+
+
+def is_ready(status: ModelStatus, state: str) -> bool:
+    """Whether a server is ready as far as this model goes: those on demand may be unloaded, and not have failed it.
+
+    Args:
+        state: as `state_of` says.
+    """
+    return state == "ready" or (not status.required and status.state != "ready")

@@ -1,0 +1,1 @@
+"""The models of the server: as the API shows them, and how they are loaded and unloaded."""
