@@ -98,7 +98,7 @@ def _ready(process: subprocess.Popen[bytes], log: Path, begin: int) -> str:
     while time.monotonic() < deadline and process.poll() is None:
         said = log.read_bytes()[begin:].decode()
         if "http://127.0.0.1:" in said:
-            url = "http://127.0.0.1:" + said.split("http://127.0.0.1:")[1].split("/")[0]
+            url = "http://127.0.0.1:" + said.split("http://127.0.0.1:")[1].split()[0]
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"{url}/health/ready", timeout=2).status_code == 200:
                     return url

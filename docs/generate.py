@@ -38,7 +38,7 @@ from server.api.chat_messages import UNSUPPORTED_MESSAGE_FIELDS
 from server.api.completions.fields import COMPLETION
 from server.api.fields import CHAT, BodyFields
 from server.api.messages.fields import COUNT, MESSAGE
-from server.api.models import model_details
+from server.api.models.objects import model_details
 from server.api.responses.fields import RESPONSES
 from server.api.tokenizer.fields import DETOKENIZE, TOKENIZE
 from server.cli import app
@@ -194,7 +194,8 @@ def api() -> str:
             NOTE + "# The API\n",
             "`POST /v1/chat/completions` and `POST /api/v1/chat/completions` are the same. Under both prefixes: "
             "`POST /completions`, `POST /responses`, `POST /messages`, `POST /messages/count_tokens`, `GET /models`, "
-            "`GET /models/{id}` and, where keys are in use, `GET /usage` "
+            "`GET /models/{id}`, `POST /models/{id}/load`, `POST /models/{id}/unload` "
+            "([guide](../guides/models.md)) and, where keys are in use, `GET /usage` "
             "(`since`: a date or Unix seconds; `by`: day or model) for the key's own usage; and, at the root "
             "too, `POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info` (`model`: may be left out). "
             "Beside them `GET /health`, `GET /health/live`, `GET /health/ready`, `GET /version` and the machine "
@@ -252,7 +253,8 @@ def api() -> str:
             "`data: [DONE]`; of a plain completion `text_completion`, streamed or not; of `/responses` a `response` "
             "or its events. `system_fingerprint` names what the bits depend on, `seed` (an extension) is the one that "
             "was used, given or drawn. Every response has a header `x-request-id`: the client's own, or a fresh one.\n",
-            f"`GET /models/{{id}}` of a loaded model has: {_listed(_model_keys())}. `GET /models` lists the same "
+            f"`GET /models/{{id}}` of a model that was loaded has: {_listed(_model_keys())}. `GET /models` lists "
+            "the same "
             "without `fingerprint_parts` and `default_parts`, the named parts of which `system_fingerprint` and "
             "`defaults_fingerprint` are digests. `max_model_len` is `context_length` under the name that evaluation "
             "harnesses ask for.\n",

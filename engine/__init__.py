@@ -10,7 +10,7 @@ import ast
 import functools
 import importlib
 import os
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 # torch's OpenMP threads spin for milliseconds after each of its operations, on processors that the kernels' team needs
@@ -22,7 +22,8 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
 @functools.cache
 def _module_of() -> dict[str, str]:
     """The public names, and the module that defines each."""
-    stub = ast.parse(resources.files(__name__).joinpath("__init__.pyi").read_text(encoding="utf-8"))
+    # importlib.resources would import what takes longer than all else here.
+    stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
     imports = (node for node in stub.body if isinstance(node, ast.ImportFrom))
     return {alias.name: node.module or "" for node in imports for alias in node.names}
 

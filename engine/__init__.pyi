@@ -41,6 +41,7 @@ from engine.errors import (
 )
 from engine.host_memory import (
     address_space as address_space,
+    format_bytes as format_bytes,
     free_memory as free_memory,
     total_memory as total_memory,
 )
@@ -52,6 +53,14 @@ from engine.loading.gpu.probe import (
     Probed as Probed,
     keep_verdict as keep_verdict,
     probe_gpu as probe_gpu,
+)
+from engine.loading.kernel_state import (
+    cpu_kernels as cpu_kernels,
+    kernel_folder as kernel_folder,
+)
+from engine.loading.versions import (
+    tried as tried,
+    untried as untried,
 )
 from engine.receipts.check import ReceiptCheck as ReceiptCheck
 from engine.receipts.difference import (
@@ -94,7 +103,6 @@ from engine.receipts.verdict import (
     Verdict as Verdict,
 )
 from engine.serving.async_engine import AsyncEngine as AsyncEngine
-from engine.serving.fair_lock import FairLock as FairLock
 from engine.serving.models.changes import Changes as Changes
 from engine.serving.models.outline import (
     MemoryView as MemoryView,
@@ -112,6 +120,7 @@ from engine.serving.request_stream import (
     JoinedStreams as JoinedStreams,
     RequestStream as RequestStream,
 )
+from engine.serving.waiting.fair_lock import FairLock as FairLock
 from engine.types.fingerprint_parts import (
     Parts as Parts,
     fingerprint_of as fingerprint_of,
@@ -166,4 +175,5 @@ from engine.types.tools import (
     Tool as Tool,
     ToolChoice as ToolChoice,
 )
+from engine.types.versions import PROJECT_VERSION as PROJECT_VERSION
 from engine.verification import check_receipt as check_receipt

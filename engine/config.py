@@ -247,7 +247,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must be a mapping with a key 'models'.")
     return data
@@ -284,7 +284,7 @@ def validate(model: type[M], data: dict[str, Any], where: str) -> M:
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
                 lines.append(f"unknown key {key!r}{hint}")
             else:
-                message = item["msg"].removeprefix("Value error, ")
+                message = item["msg"].removeprefix("Value error, ").rstrip(".")
                 lines.append(f"{key}: {message} (got {item['input']!r})" if key else message)
         raise ConfigError(f"{where}: {'; '.join(lines)}.") from None
 

@@ -8,7 +8,23 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["Authority", "covers", "is_loopback", "parse_authority", "parse_entry", "same_authority"]
+__all__ = [
+    "HOST",
+    "LOOPBACK",
+    "PORT",
+    "Authority",
+    "covers",
+    "is_loopback",
+    "parse_authority",
+    "parse_entry",
+    "same_authority",
+]
+
+HOST: Final = "127.0.0.1"
+"""Where the server listens by default."""
+PORT: Final = 8000
+LOOPBACK: Final = (HOST, "::1", "localhost")
+"""Addresses that only this machine reaches."""
 
 # No userinfo, no spaces, no percent signs: what no address bar puts into a Host header is not guessed at.
 _AUTHORITY: Final = re.compile(r"(?:\[([0-9a-fA-F:.]+)(?:%[\w.~-]+)?\]|([A-Za-z0-9._-]+))(?::(\d{0,5}))?", re.ASCII)

@@ -14,7 +14,7 @@ import re
 import sys
 import threading
 import time
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TextIO
 
 from engine import trace_lines
 
@@ -32,12 +32,12 @@ _SECRET: Final = re.compile(r"vk-[A-Za-z0-9_-]{8,}")
 _OUTER: Final = "    "
 
 
-def configure(form: Literal["text", "json"], *, access_log: bool) -> None:
-    """Set up the process's log on standard error.
+def configure(form: Literal["text", "json"], *, access_log: bool, stream: TextIO | None = None) -> None:
+    """Set up the process's log on standard error, or on another stream that leads there.
 
     Uncaught exceptions are logged, too, and so are the messages of libraries, which may quote a checkpoint's files.
     """
-    handler = logging.StreamHandler()
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(_JsonFormatter() if form == "json" else _TextFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     _ACCESS.setLevel(logging.INFO if access_log else logging.WARNING)

@@ -1,11 +1,10 @@
-"""Runs the server: opens the socket, loads the models, serves with uvicorn, shuts down in order."""
+"""Runs the server on an open socket: loads the models, serves with uvicorn, shuts down in order."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import gc
-import json
 import logging
 import os
 import signal
@@ -14,14 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 from rich.console import Console
-from rich.markup import escape
 from starlette.types import ASGIApp
 
-from engine import ConfigError, ModelConfig, Registry
+from engine import ModelConfig, Registry
 from server import logs
 from server.accounts.charging import Meter
 from server.accounts.owners import name_of_this_process
@@ -29,12 +28,15 @@ from server.accounts.settling import BEAT_SECONDS
 from server.app import create_app
 from server.ledger.records import Prices
 from server.ledger.store import Ledger
+from server.lifecycle.hangup import Hangup
+from server.lifecycle.reloading import Reloading, Reread
+from server.progress.display import Display
 from server.receipts.service import Receipts
-from server.settings import LOOPBACK, ServerSettings
+from server.settings import ServerSettings
 from server.wire.connections import Connections, room_for_connections
+from server.wire.listener import BACKLOG
 from server.wire.protocol import bounded_protocol
 
-_BACKLOG = 2048  # connections that the system queues until they are accepted
 _AT_A_TIME = 32  # connections accepted at once, before their number is checked
 _LAST = 8.0  # seconds for the last step to end and for the last events to reach their clients
 
@@ -55,7 +57,7 @@ class Server(uvicorn.Server):
         """
         await super().startup(sockets)
         for listener in sockets or ():
-            listener.listen(_BACKLOG)
+            listener.listen(BACKLOG)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         async def end_the_rest() -> None:
@@ -73,28 +75,29 @@ def run(
     entries: Sequence[ModelConfig],
     settings: ServerSettings,
     *,
+    listener: socket.socket,
     ledger: str | None,
     receipts: Receipts,
     pull: bool,
     console: Console,
+    reread: Reread | None = None,
 ) -> None:
-    """Serve until a signal arrives. The socket is opened before the models load, so a port in use is reported at once.
+    """Serve until a signal arrives.
 
     Args:
+        listener: the open socket; closed at the end, as `receipts` are.
         ledger: the ledger's URL; None where there are no keys.
-        receipts: closed at the end.
+        reread: reads the configuration again on SIGHUP; None where there is no file.
 
     Raises:
-        ConfigError: the address cannot be bound.
         LedgerFault: the ledger cannot be used.
     """
     no_core_dumps()
     meter = open_meter(ledger, settings) if ledger else None
-    listener = bind(settings)
-    port = listener.getsockname()[1]
-    logs.configure(settings.log_format, access_log=settings.access_log)
+    display = Display(console)
+    logs.configure(settings.log_format, access_log=settings.access_log, stream=display.stream)
     registry = Registry(
-        entries, pull=pull, on_progress=lambda text: _tell(console, text), max_loaded=settings.max_loaded
+        entries, pull=pull, on_progress=lambda *_: display.look(registry.list()), max_loaded=settings.max_loaded
     )
     connections = Connections(room_for_connections(settings.max_connections))
     if connections.limit < settings.max_connections:
@@ -106,7 +109,7 @@ def run(
     server = Server(config, registry, settings.shutdown_seconds)
     # uvicorn shuts down on SIGTERM and then raises it again, which must not end the process with a signal.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    _greet(console, settings, port, entries, keys=meter is not None)
+    Hangup(Reloading(registry, settings, reread), partial(setattr, server, "should_exit", True)).install()
     registry.start()
     threading.Thread(target=_spare_the_collector, args=(registry,), name="collector", daemon=True).start()
     try:
@@ -119,7 +122,9 @@ def run(
             meter.close()
         receipts.close()
         listener.close()
-        console.print("stopped.", highlight=False)
+        display.close()
+        with contextlib.suppress(OSError):  # the terminal may have gone
+            console.print("stopped.", highlight=False)
         if not ended:  # threads that still compute while the interpreter shuts down would end it with a signal
             logging.shutdown()
             os._exit(0)
@@ -177,57 +182,3 @@ def open_meter(url: str, settings: ServerSettings) -> Meter:
         model: Prices(price.prompt, price.cached_prompt, price.completion) for model, price in settings.prices.items()
     }
     return Meter(ledger, prices, time.time, BEAT_SECONDS)  # noqa: TID251
-
-
-def bind(settings: ServerSettings) -> socket.socket:
-    """Open the listening socket."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise ConfigError(f"host {settings.host!r} is no address of this machine: {error.strerror}.") from None
-    listener = socket.socket(family, kind)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. Choose another with --port."
-        ) from None
-    listener.set_inheritable(False)
-    return listener
-
-
-def _greet(
-    console: Console, settings: ServerSettings, port: int, entries: Sequence[ModelConfig], *, keys: bool
-) -> None:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    console.print(f"verbatim listens on [bold]http://{host}:{port}/v1[/] (and /api/v1)", highlight=False)
-    if keys:
-        console.print("Every request needs a key: [bold]Authorization: Bearer KEY[/].", highlight=False)
-    elif settings.host not in LOOPBACK:
-        console.print("[yellow]Anybody who reaches this address can use it: there are no keys.[/]")
-    for entry in entries:
-        if entry.builtin == "noise":
-            console.print(
-                f"{escape(entry.id)} is a tiny random model: [bold]its text is noise.[/] Put your own into models.yaml."
-            )
-    console.print("Try, once a model is ready:", highlight=False)
-    print_plain(console, "  " + example_request(port, entries[0].id, keys=keys))
-
-
-def print_plain(console: Console, text: str) -> None:
-    """Print text without markup and wrapping, so that it can be copied."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _tell(console: Console, text: str) -> None:
-    print_plain(console, text)
-
-
-def example_request(port: int, model: str, *, keys: bool = False) -> str:
-    """Return a request as a line to paste into a shell."""
-    key = "-H 'Authorization: Bearer KEY' " if keys else ""
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}], "seed": 7})
-    return f"curl http://127.0.0.1:{port}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'"

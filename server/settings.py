@@ -9,10 +9,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from engine import ConfigError, validate
-from server.hosts import parse_entry
-
-LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
-
+from server.hosts import HOST, PORT, parse_entry
 
 DEAREST: Final = 10**9
 """The highest price of a token, in micro-credits. A request of 2³³ tokens at this price still fits into 64 bits."""
@@ -64,9 +61,9 @@ class ServerSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    host: str = "127.0.0.1"
+    host: str = HOST
     """The address to listen on. Any but loopback can be reached by others, and is refused without keys."""
-    port: int = Field(default=8000, ge=0, le=65535)
+    port: int = Field(default=PORT, ge=0, le=65535)
     """0 takes a free port; the first line of output names it."""
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
     """A larger request body is refused while it is read."""
@@ -115,7 +112,8 @@ class ServerSettings(BaseModel):
     """Who may read `/metrics`: `admin`: whoever sends an admin key or, without keys, this machine; `open`: everybody
     who reaches the server, without a key; `off`: nobody, there is no such path."""
     access_log: bool = False
-    """Log one line per request: time, path, key, status. Never its text."""
+    """Log one line per request: time, path, key, status; of a reply its model, seed, fingerprint and tokens, never its
+    text."""
     log_format: Literal["text", "json"] = "text"
     """`json`: each line of the log is a JSON object."""
 

@@ -20,10 +20,10 @@ from typing import Any
 from engine.config import ModelConfig
 from engine.errors import EngineDead, QueueFull, VerbatimError
 from engine.serving.deaths import engine_dead
-from engine.serving.fair_lock import FairLock
 from engine.serving.protocol import Abort, Aborted, Ended, EngineProtocol, Event, Outputs, Submit
 from engine.serving.request_stream import RequestStream
 from engine.serving.transport import PREPARING, Transport, Verb
+from engine.serving.waiting.fair_lock import FairLock
 from engine.types.model_info import EngineStats, ModelInfo, TokenizerInfo
 from engine.types.outputs import RequestOutput, Usage
 from engine.types.requests import GenerationRequest, PreparedRequest, TokenizedPrompt

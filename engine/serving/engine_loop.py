@@ -15,7 +15,7 @@ from engine.errors import QueueTimeout, panicked
 from engine.faults import reply_fault
 from engine.serving.deaths import engine_dead
 from engine.serving.protocol import Abort, Aborted, Close, Command, Ended, Event, Outputs, Submit
-from engine.serving.queue_times import QueueTimes
+from engine.serving.waiting.queue_times import QueueTimes
 from engine.types.model_info import EngineStats
 from engine.types.outputs import RequestOutput, Usage
 from engine.types.requests import PreparedRequest

@@ -259,6 +259,8 @@ class Registry:
                 if self._closing:
                     return
                 self._dirty = False
+                for slot, engine in self._engines.items():
+                    slot.held = held_bytes(engine)  # caches grow
                 self._table.plan(free, time.monotonic())
                 for action in self._table.actions:
                     self._begin(action)
@@ -397,7 +399,7 @@ class Registry:
             slot.required,
             slot.users,
             slot.progress if slot.state == "loading" else None,
-            None if engine is None else held_bytes(engine),
+            None if engine is None else held_bytes(engine) or engine.info.weight_bytes,
             self._outlines.get(slot),
         )
 

@@ -21,9 +21,10 @@ from rich.table import Table
 from engine import ConfigError, read_yaml
 from server.accounts.key_table import as_dict, table_of
 from server.accounts.location import existing, location
+from server.configuration import ConfigOption, configured, demo_entry
 from server.ledger.records import LARGEST
 from server.settings import ServerSettings, read_settings
-from server.terminal import Terminal
+from server.terminal import Terminal, one_line
 
 if TYPE_CHECKING:
     from server.ledger.records import Key, Limits
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 keys = typer.Typer(help="Manage keys, their balances and their limits.", no_args_is_help=True)
 out = Terminal()
+err = Terminal(stderr=True)
 
 _DURATION: Final = re.compile(r"(\d{1,5})([hdw])")
 _SECONDS: Final = {"h": 3600, "d": 86400, "w": 7 * 86400}
@@ -51,7 +53,6 @@ def _amount(value: int | None) -> int | None:
     return _in_range(value, -LARGEST)
 
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A models.yaml. Default: ./models.yaml.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
 NameArgument = Annotated[str, typer.Argument(help="The key's name or id.")]
 RpmOption = Annotated[int | None, typer.Option("--requests-per-minute", callback=_natural, help="0 removes the limit.")]
@@ -89,12 +90,11 @@ def create(
     if not name.strip() or len(name) > 200 or not name.isprintable():
         raise ConfigError(f"a name has 1 to 200 printable characters, unlike {name[:200]!r}.")
     until = _until(expires)
+    allowed = _models(models, config)
     with closing(_ledger(config, make=True)) as ledger:
         first = not ledger.all_keys()
         limits = _limits(requests_per_minute, tokens_per_minute, concurrent, context)
-        new = ledger.create_key(
-            name, balance=balance, expires=until, models=_models(models), limits=limits, admin=admin
-        )
+        new = ledger.create_key(name, balance=balance, expires=until, models=allowed, limits=limits, admin=admin)
         if as_json:
             print(json.dumps({**as_dict(new.key), "key": new.secret}))
             return
@@ -154,9 +154,10 @@ def limit(
     as_json: JsonOption = False,
 ) -> None:
     """Change a key's limits. Limits that are not given stay as they are."""
+    allowed = None if models is None else _models(models, config)
     with closing(_ledger(config)) as ledger:
         limits = _limits(requests_per_minute, tokens_per_minute, concurrent, context, ledger.key(name).limits)
-        _show([ledger.limit(name, limits, None if models is None else _models(models))], as_json)
+        _show([ledger.limit(name, limits, allowed)], as_json)
 
 
 @keys.command("check")
@@ -246,10 +247,18 @@ def _limits(
     )
 
 
-def _models(given: list[str] | None) -> list[str]:
+def _models(given: list[str] | None, config: Path | None) -> list[str]:
+    """Check ids of models. One that is not configured is allowed, for it may come later, and named in a warning."""
     for model in given or []:
         if not 1 <= len(model) <= 1000 or not model.isprintable():
             raise ConfigError(f"a model's id has 1 to 1000 printable characters, unlike {model[:200]!r}.")
+    wanted = [model for model in given or [] if model != "*"]
+    known = [entry.id for entry in configured(config)[0] or (demo_entry(),)] if wanted else []
+    for model in wanted:
+        # An adapter's id is `base:adapter`.
+        if model not in known and model.partition(":")[0] not in known:
+            told = f"warning: no model {model!r:.200} is configured; there is: {', '.join(known)}."
+            err.print(one_line(told), style="yellow", highlight=False, soft_wrap=True)
     return [model for model in given or [] if model != "*"]
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from engine import ConfigError
-from server.settings import LOOPBACK, ServerSettings
+from server.hosts import LOOPBACK
 
-__all__ = ["existing", "in_use", "location"]
+if TYPE_CHECKING:
+    from server.settings import ServerSettings
+
+__all__ = ["existing", "in_use", "location", "refuse_strangers"]
 
 DEFAULT_FILE: Final = "verbatim.db"
 
@@ -45,9 +48,18 @@ def in_use(settings: ServerSettings, config: Path | None) -> str | None:
         with closing(Ledger(url, time.time)) as ledger:  # noqa: TID251
             if ledger.all_keys():
                 return url
+    refuse_strangers(settings)
+    return None
+
+
+def refuse_strangers(settings: ServerSettings) -> None:
+    """Refuse to serve without keys where others can reach the server, unless `allow_anonymous` is set.
+
+    Raises:
+        ConfigError: they can.
+    """
     if settings.host not in LOOPBACK and not settings.allow_anonymous:
         raise ConfigError(
             f"host {settings.host} lets others in, and there are no keys. Make one with `verbatim keys create NAME`, "
             "or serve everybody with --allow-anonymous."
         )
-    return None

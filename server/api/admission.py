@@ -130,7 +130,14 @@ async def answer(service: Service, endpoint: Endpoint, request: Request) -> Comp
     if parsed.receipt is True and form == "digest":
         headers["x-receipt-form"] = "digest"
     account.admit_prompt(sum(len(one.prompt_token_ids) for one in prepared))
-    request.scope["state"]["told"] = {"model": info.id, "completion": first.request_id}
+    request.scope["state"]["told"] = {
+        "model": info.id,
+        "completion": first.request_id,
+        "seed": first.params.seed,
+        "fingerprint": info.system_fingerprint,
+        "prompt_tokens": sum(len(one.prompt_token_ids) for one in prepared),
+        "completion_tokens": 0,
+    }
     told = identity.created, info.id, info.system_fingerprint
     reply = Reply(first.request_id, *told, prepared, parsed.prompt_logprobs, parsed.repeated)
     watch = service.metrics.reply(info.id, began)

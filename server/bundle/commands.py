@@ -11,11 +11,11 @@ from rich.markup import escape
 from engine import ConfigError, ModelConfig, entry_of, public_pem, validate
 from server.configuration import (
     DEFAULT_CONFIG,
-    DEMO,
     ConfigOption,
     PullOption,
     before_anything_heavy,
-    read_configuration,
+    configured,
+    demo_entry,
 )
 from server.logs import printable
 from server.settings import ServerSettings
@@ -64,7 +64,7 @@ def create(
     if no_models and models:
         raise ConfigError(f"--no-models packs no model, and --model names {models[0]}: leave one of them out.")
     before_anything_heavy(pull)
-    entries, settings = _configured(config)
+    entries, settings = configured(config)
     public = _signing_key(settings, config) if key is None else read_public_key(key)
     chosen = () if no_models else _chosen(models or [], entries)
     job = BundleJob(target, chosen, torch or installed_build(), public, pull)  # type: ignore[arg-type]
@@ -89,13 +89,6 @@ def check(target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder
     print(printable(f"{target} is complete and unchanged. Its checksums have the SHA-256 {digest_of(target / FILE)}."))
 
 
-def _configured(config: Path | None) -> tuple[tuple[ModelConfig, ...], ServerSettings]:
-    """Return entries and settings of the configuration, if there is one."""
-    if config is not None or DEFAULT_CONFIG.exists():
-        return read_configuration(config, None, None)
-    return (), ServerSettings()
-
-
 def _signing_key(settings: ServerSettings, config: Path | None) -> bytes | None:
     """Return the public half of the key that the settings name; None if they name none.
 
@@ -116,7 +109,7 @@ def _chosen(models: list[str], entries: tuple[ModelConfig, ...]) -> tuple[ModelC
                 f"name a model with --model, or a configuration with --config: there is no {DEFAULT_CONFIG}."
             )
         return entries
-    by_id = {DEMO.id: DEMO, **{entry.id: entry for entry in entries}}
+    by_id = {"demo": demo_entry(), **{entry.id: entry for entry in entries}}
     chosen = [
         by_id[name] if name in by_id else validate(ModelConfig, entry_of(name, "--model"), "--model") for name in models
     ]

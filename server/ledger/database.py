@@ -11,14 +11,14 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, text
 
 from server.ledger.records import LedgerFault
-from server.ledger.tables import KEYS, faults, migrate
+from server.ledger.tables import KEYS, faults, migrate, name_of
 
 __all__ = ["BUSY_SECONDS", "Database", "LedgerPart"]
 
@@ -39,7 +39,10 @@ class Database:
     def __init__(self, url: str, clock: Callable[[], float]) -> None:
         self._url, self._clock = url, clock
         self._lock = threading.Lock()
-        with faults():
+        self._name = ""
+        with faults(""):
+            self._name = name_of(make_url(url))
+        with self._faults():
             self._file = _file_of(url)
             if self._file:
                 # SQLite gives its other files the same mode. An existing file is not opened here, because closing it
@@ -54,6 +57,9 @@ class Database:
                 self._engine.dispose()
                 raise
 
+    def _faults(self) -> AbstractContextManager[None]:
+        return faults(self._name)
+
     @property
     def kind(self) -> str:
         """`sqlite` or `postgresql`."""
@@ -67,7 +73,7 @@ class Database:
     def read(self) -> Iterator[Connection]:
         """Run one transaction that reads."""
         self._stay()
-        with faults(), self._engine.connect() as connection:
+        with self._faults(), self._engine.connect() as connection:
             yield connection
 
     @contextmanager
@@ -77,7 +83,10 @@ class Database:
             with self.read() as connection:
                 yield connection
             return
-        with faults(), self._engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+        with (
+            faults(self._name),
+            self._engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection,
+        ):
             connection.execute(text("SET LOCAL statement_timeout = 0"))
             yield connection
 
@@ -85,10 +94,14 @@ class Database:
     def write(self) -> Iterator[Connection]:
         """Run one transaction that writes. It locks at its start: two that read before they write could deadlock."""
         self._stay()
-        with faults(), self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+        with (
+            faults(self._name),
+            self._engine.connect().execution_options(writes=True) as connection,
+            connection.begin(),
+        ):
             yield connection
         if self._look() != self._place:
-            raise LedgerFault("the ledger's file was deleted or replaced while it was written.")
+            raise LedgerFault(f"the ledger's file {self._name} was deleted or replaced while it was written.")
 
     # -- the file ----------------------------------------------------------------------------------------------------
 
@@ -119,12 +132,13 @@ class Database:
                 return
             assert self._file is not None
             if not os.path.exists(self._file):
-                raise LedgerFault("the ledger's file is gone: put it back, or start the server again.")
+                raise LedgerFault(f"the ledger's file {self._name} is gone: put it back, or start the server again.")
             self._engine.dispose()  # this also writes a deleted write-ahead log into its file
             if not self._has_keys(self._file):
                 self._engine.dispose()
                 raise LedgerFault(
-                    "the ledger's file was replaced by one without keys: put the old one back, or start again."
+                    f"the ledger's file {self._name} was replaced by one without keys: put the old one back, or start "
+                    "again."
                 )
             self._migrate()
 
@@ -132,13 +146,17 @@ class Database:
         try:
             if not os.path.getsize(file):
                 return False  # opening it would create a database
-            with faults(), self._engine.connect() as connection:
+            with self._faults(), self._engine.connect() as connection:
                 return connection.execute(select(KEYS.c.id)).first() is not None
         except (LedgerFault, OSError):
             return False
 
     def _migrate(self) -> None:
-        with faults(), self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+        with (
+            faults(self._name),
+            self._engine.connect().execution_options(writes=True) as connection,
+            connection.begin(),
+        ):
             migrate(connection, self._clock)
         self._place = self._look()
 

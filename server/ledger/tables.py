@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from sqlalchemy import (
+    URL,
     BigInteger,
     CheckConstraint,
     Column,
@@ -27,7 +28,7 @@ from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from server.ledger.records import LedgerFault, Locked, Unwritable
 
-__all__ = ["CREDITS", "HOLDS", "KEYS", "OWNERS", "RECEIPTS", "REQUESTS", "SET_ASIDE", "faults", "migrate"]
+__all__ = ["CREDITS", "HOLDS", "KEYS", "OWNERS", "RECEIPTS", "REQUESTS", "SET_ASIDE", "faults", "migrate", "name_of"]
 
 _LOCK_NOT_AVAILABLE: Final = "55P03"  # PostgreSQL's code for a lock that took too long
 
@@ -182,7 +183,10 @@ def migrate(connection: Connection, clock: Callable[[], float]) -> None:
     unknown = applied - {name for name, _ in _STEPS}
     if unknown:
         names = ", ".join(sorted(unknown))
-        raise LedgerFault(f"the ledger is of a newer version: it has changes that this one does not know ({names}).")
+        raise LedgerFault(
+            f"the ledger {name_of(connection.engine.url)} is of a newer version: it has changes that this one does not "
+            f"know ({names})."
+        )
     fresh = not applied
     for name, step in _STEPS:
         if name not in applied:
@@ -192,27 +196,37 @@ def migrate(connection: Connection, clock: Callable[[], float]) -> None:
     connection.execute(update(_MIGRATIONS).values(at=_MIGRATIONS.c.at))  # fails now if the ledger is read-only
 
 
+def name_of(url: URL) -> str:
+    """Return how errors name a ledger: by its file, or by its URL without the password."""
+    if url.get_backend_name() == "sqlite" and url.database:
+        return url.database
+    return url.render_as_string(hide_password=True)
+
+
 @contextmanager
-def faults() -> Iterator[None]:
+def faults(name: str) -> Iterator[None]:
     """Turn a database's errors into one sentence, without their SQL statements, which hold hashes of keys.
+
+    `name`: of the ledger, as `name_of` writes it; empty if its URL cannot be read.
 
     Raises:
         Unwritable: the values are too large, are text that it cannot store, or break a rule of the tables.
         Locked: another process holds a lock on one row. (SQLite locks the whole file: that is a `LedgerFault`.)
         LedgerFault: anything else.
     """
+    ledger = f"the ledger {name}" if name else "the ledger"
     try:
         yield
     except (OverflowError, UnicodeError) as error:  # raised by the driver before it calls the database
-        raise Unwritable(f"the ledger cannot hold a value: {_one_line(error)}") from error
+        raise Unwritable(f"{ledger} cannot hold a value: {_one_line(error)}.") from error
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
         if isinstance(error, DataError | IntegrityError) or isinstance(cause, OverflowError | UnicodeError):
-            raise Unwritable(f"the ledger cannot hold a value: {_one_line(cause)}") from error
+            raise Unwritable(f"{ledger} cannot hold a value: {_one_line(cause)}.") from error
         if getattr(cause, "sqlstate", None) == _LOCK_NOT_AVAILABLE:
-            raise Locked(f"the ledger cannot be written yet: {_one_line(cause)}") from error
-        raise LedgerFault(f"the ledger cannot be used: {_one_line(cause)}") from error
+            raise Locked(f"{ledger} cannot be written yet: {_one_line(cause)}.") from error
+        raise LedgerFault(f"{ledger} cannot be used: {_one_line(cause)}.") from error
 
 
 def _one_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")

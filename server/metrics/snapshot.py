@@ -119,6 +119,7 @@ class Metrics:
 
     def _model(self, status: ModelStatus) -> ModelState:
         state, detail, stats = str(status.state), status.detail, None
+        beside = status.parent is not None  # an adapter: its engine is its model's, and counted there
         if state == "ready":
             try:
                 stats = self._registry.get(status.id).stats()
@@ -132,8 +133,8 @@ class Metrics:
             detail=detail,
             served=True,
             info=status.info,
-            stats=stats,
-            memory_bytes=getattr(status, "memory_bytes", None) or getattr(stats, "resident_bytes", None) or None,
+            stats=None if beside else stats,
+            memory_bytes=None if beside else status.memory_bytes or (stats.resident_bytes if stats else None) or None,
             counts=self.counts.of_model(status.id),
         )
 

@@ -17,7 +17,7 @@ from engine import TOLERANCE, Mode, ReceiptError
 from server.receipts.files import Entry
 from server.receipts.report import report_of
 
-__all__ = ["RemoteServer"]
+__all__ = ["NoRedirect", "RemoteServer", "message_of"]
 
 _PATH: Final = "/v1/receipts/verify"
 _SECONDS: Final = 600.0
@@ -25,7 +25,7 @@ _SECONDS: Final = 600.0
 _MOST_BYTES: Final = 16 << 20  # of an answer
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
+class NoRedirect(urllib.request.HTTPRedirectHandler):
     """Follows no redirect: it would take the key to another server."""
 
     def redirect_request(
@@ -62,11 +62,11 @@ class RemoteServer:
 
     def _answer(self, request: urllib.request.Request) -> bytes:
         try:
-            with urllib.request.build_opener(_NoRedirect).open(request, timeout=_SECONDS) as answer:
+            with urllib.request.build_opener(NoRedirect).open(request, timeout=_SECONDS) as answer:
                 content: bytes = answer.read(_MOST_BYTES)
                 return content
         except urllib.error.HTTPError as error:
-            raise ReceiptError(f"{self.url} answers {error.code}: {_message(error)}") from None
+            raise ReceiptError(f"{self.url} answers {error.code}: {message_of(error)}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise ReceiptError(f"{self.url} cannot be asked: {str(reason) or type(error).__name__:.200}.") from None
@@ -104,7 +104,7 @@ def _within(seconds: float, url: str, work: Callable[[], bytes]) -> bytes:
     return result
 
 
-def _message(error: urllib.error.HTTPError) -> str:
+def message_of(error: urllib.error.HTTPError) -> str:
     """Return the message of an error of the API, else the reason of its status."""
     try:
         said = json.loads(error.read(_MOST_BYTES))["error"]["message"]

@@ -13,8 +13,7 @@ from typing import Final
 
 from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Match
-from starlette.types import Scope
+from starlette.routing import BaseRoute, compile_path
 
 from server.errors import MethodNotAllowed, NotServed, PathNotFound, error_response
 
@@ -102,10 +101,26 @@ class Paths:
         self._prefixes = sorted(prefixes, key=len, reverse=True)
         self._prefix = prefixes[-1]
         self._all: dict[str, None] = {}
+        self._routes: list[tuple[re.Pattern[str], int, frozenset[str]]] = []  # pattern, segments, methods
 
     def add(self, router: APIRouter, prefix: str = "") -> None:
         """Note the routes of a router that is included under a prefix."""
         self._all |= {prefix + path: None for path in _spelled(router.routes)}
+        for route in router.routes:
+            if path := getattr(route, "path", None):
+                methods = frozenset(getattr(route, "methods", None) or ())
+                self._routes.append((compile_path(prefix + path)[0], path.count("/"), methods))
+
+    def methods(self, path: str) -> list[str]:
+        """Return the methods that a path takes.
+
+        Of the routes that match it those with most segments count: `/models/{id}/load` and not `/models/{id}`, whose id
+        may hold slashes.
+        """
+        found = [(segments, methods) for pattern, segments, methods in self._routes if pattern.match(path)]
+        most = max((segments for segments, _ in found), default=0)
+        taken = {method for segments, methods in found if segments == most for method in methods}
+        return _with_ours(method for method in _METHODS if method in taken)
 
     @property
     def spelled(self) -> tuple[str, ...]:
@@ -170,7 +185,7 @@ def install_paths(app: FastAPI, paths: Paths, retry_after: int) -> None:
 
     async def not_allowed(request: Request, error: Exception) -> Response:
         path = request.scope["path"]
-        methods = _with_ours(_taken(app.routes, path))
+        methods = paths.methods(path)
         if request.method == "OPTIONS":
             return Response(status_code=204, headers={"allow": ", ".join(methods)})
         refused = f"{path[:_SHOWN]} takes {', '.join(methods)}, not {request.method[:20]}."
@@ -182,15 +197,6 @@ def install_paths(app: FastAPI, paths: Paths, retry_after: int) -> None:
 
 def _spelled(routes: Iterable[BaseRoute]) -> list[str]:
     return [str(route.path).replace(":path}", "}") for route in routes if hasattr(route, "path")]
-
-
-def _taken(routes: Iterable[BaseRoute], path: str) -> list[str]:
-    """Return the methods that any of the routes takes at a path."""
-    scopes: dict[str, Scope] = {
-        method: {"type": "http", "path": path, "method": method, "headers": []} for method in _METHODS
-    }
-    every = list(routes)
-    return [method for method, scope in scopes.items() if any(one.matches(scope)[0] is Match.FULL for one in every)]
 
 
 def _with_ours(methods: Iterable[str]) -> list[str]:

@@ -36,9 +36,10 @@ from engine import Constraint, GenerationRequest, ModelConfig, PreparedRequest, 
 from engine.grammar.answer_grammar import answer_grammar
 from engine.grammar.compiler import GrammarState
 from server.app import create_app
-from server.run import bind, configured
+from server.run import configured
 from server.settings import ServerSettings
 from server.wire.connections import Connections
+from server.wire.listener import bind
 
 MODEL = "test"
 CONTEXT = 131_072
@@ -141,7 +142,7 @@ def main(folder: Path) -> None:
     GrammarState.forced = property(lambda state: None)  # type: ignore[assignment, method-assign]
     GrammarState.all_forced = property(lambda state: ())  # type: ignore[assignment, method-assign]
     settings = ServerSettings(port=0)
-    listener = bind(settings)
+    listener = bind(settings.host, settings.port)
     with (folder / "requests.jsonl").open("a") as log:
         app = RequestLog(create_app(registry, settings), log, lambda script: setattr(model, "script", script))
         server = uvicorn.Server(configured(app, settings, Connections(1024)))

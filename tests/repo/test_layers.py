@@ -34,12 +34,14 @@ ENGINE = (
 
 SERVER = (
     "json_text hosts settings",
-    "logs terminal ledger fingerprints",
+    "logs terminal ledger fingerprints progress",
     "configuration errors gpu_probe",
     "wire accounts receipts metrics",
     "api",
     "app",
-    "batch bundle run",
+    "lifecycle",
+    "batch catalog bundle run",
+    "commands",
     "cli",
 )
 """The same for the server, which sees of the engine nothing but its public face."""

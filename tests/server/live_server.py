@@ -50,9 +50,9 @@ def start(arguments: list[str], folder: Path) -> Iterator[Server]:
         )
         server = Server(process, 0, log)
         try:
-            server.port = int(_wait_for(server, "http://127.0.0.1:").split("http://127.0.0.1:")[1].split("/")[0])
+            server.port = int(_wait_for(server, "http://127.0.0.1:").split("http://127.0.0.1:")[1].split()[0])
             deadline = time.monotonic() + 120
-            while httpx.get(f"{server.url}/health/ready").status_code != 200:
+            while httpx.get(f"{server.url}/health/ready", timeout=60).status_code != 200:  # the first waits for imports
                 assert time.monotonic() < deadline, log.read_text()
                 assert process.poll() is None, log.read_text()
                 time.sleep(0.1)

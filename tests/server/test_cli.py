@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,11 @@ from typer.testing import CliRunner
 import server.run
 from engine import ChoiceDelta, GpuReport, LoadError, ReproducibilityReport, RequestOutput, Usage
 from server import cli
-from server.run import bind, example_request
+from server.commands import early, opening
+from server.commands.greeting import example_request
+from server.hosts import PORT
 from server.settings import ServerSettings
+from server.wire.listener import bind
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +33,11 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every command runs in an empty folder, and leaves the environment as it was."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
-    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
+    # The default port may be taken on the machine that runs the tests.
+    monkeypatch.setattr(early, "bind", lambda host, port: bind(host, 0 if port == PORT else port))
     return tmp_path
 
 
@@ -40,9 +46,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What `serve` would have run."""
     calls: list[dict[str, Any]] = []
 
-    def run(
-        entries: Any, settings: ServerSettings, *, ledger: str | None, receipts: Any, pull: bool, console: Any
-    ) -> None:
+    def run(entries: Any, settings: ServerSettings, *, ledger: Any, receipts: Any, pull: bool, **rest: Any) -> None:
         receipts.close()
         offline = os.getenv("HF_HUB_OFFLINE")
         calls.append({"entries": entries, "settings": settings, "ledger": ledger, "pull": pull, "offline": offline})
@@ -70,8 +74,11 @@ class FakeLLM:
     def __init__(self) -> None:
         self.asked = []
 
-    def stream(self, prompt: Any, **sampling: Any) -> Iterable[RequestOutput]:
+    def add(self, prompt: Any, **sampling: Any) -> Any:
         self.asked.append((prompt, sampling))
+        return SimpleNamespace(request_id="r", params=SimpleNamespace(seed=sampling.get("seed", 5)))
+
+    def outputs(self, request_id: str) -> Iterable[RequestOutput]:
         for i, word in enumerate(("Hello", " [bold]wörld")):
             yield RequestOutput("r", (ChoiceDelta(0, word, (i,)),), Usage(1, i + 1), i == 1)
 
@@ -171,7 +178,7 @@ def test_downloads_are_off_unless_asked_for(served: list[dict[str, Any]]) -> Non
         (["serve", "--config", "no.yaml"], None, ["no.yaml does not exist", "--model DIR"]),
         (["serve", "--model", "./nowhere"], None, ["no folder ./nowhere", "Qwen/Qwen3-0.6B"]),
         (["serve", "--model", "models/nowhere.gguf"], None, ["no folder models/nowhere.gguf, no such GGUF file"]),
-        (["serve", "--model", "a", "--config", "b"], None, ["either --config or --model"]),
+        (["serve", "--model", "a", "--config", "b"], None, ["b does not exist"]),
         (["serve", "--name", "x"], None, ["--name goes with --model"]),
         (["serve"], "models: []", ["models.yaml", "at least one entry"]),
         (["serve"], "models:\n  - {id: a, pth: b}", ["models[0]", "unknown key 'pth'", "did you mean 'path'"]),
@@ -195,7 +202,7 @@ def test_errors_are_one_line_and_exit_code_one(
         (elsewhere / "models.yaml").write_text(file)
     code, out, err = main(capsys, monkeypatch, *arguments)
     assert (code, out) == (1, "")
-    assert err.strip().startswith("error: ")
+    assert re.sub(r"^verbatim .* · open it in a browser ", "", err.strip()).startswith("error: ")
     for word in words:
         assert word in err
 
@@ -232,7 +239,7 @@ def test_an_address_that_is_not_ours_is_told(
 
 
 def test_the_listener_is_on_loopback() -> None:
-    listener = bind(ServerSettings(port=0))
+    listener = bind("127.0.0.1", 0)
     with listener:
         assert listener.getsockname()[0] == "127.0.0.1"
 
@@ -240,7 +247,7 @@ def test_the_listener_is_on_loopback() -> None:
 def test_the_example_request_survives_a_shell() -> None:
     import json
 
-    words = shlex.split(example_request(8000, "my model"))
+    words = shlex.split(example_request("http://127.0.0.1:8000", "my model"))
     assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]
     assert json.loads(words[-1])["model"] == "my model"
 
@@ -266,10 +273,10 @@ def test_check_prints_what_it_found_and_fails_if_one_does(elsewhere: Path, monke
             raise LoadError("gone: no config.json [checked]")
         return Broken()
 
-    monkeypatch.setattr(cli, "_open", opened)
+    monkeypatch.setattr(opening, "load", opened)
     result = CliRunner(env={"COLUMNS": "300"}).invoke(cli.app, ["models", "check"])
     assert result.exit_code == 1
-    assert "bad: gone: no config.json [checked]" in result.stderr
+    assert "error: bad: gone: no config.json [checked]" in result.stderr
     for word in ("FakeForCausalLM", "packed", "fp_fake", "no: experts [differ].", "24.0 GiB: weights"):
         assert word in result.stdout
     (elsewhere / "models.yaml").write_text("models:\n  - {id: good, builtin: noise}\n")
@@ -283,20 +290,21 @@ def test_check_says_how_a_gpu_computes_a_model(elsewhere: Path, monkeypatch: pyt
     class OnGpu(FakeLLM):
         info = dataclasses.replace(INFO, gpu=report)
 
-    monkeypatch.setattr(cli, "_open", lambda entry, pull, progress: OnGpu())
+    monkeypatch.setattr(opening, "load", lambda entry, pull, progress: OnGpu())
     result = CliRunner(env={"COLUMNS": "300"}).invoke(cli.app, ["models", "check"])
     assert "torch (not graphs, kernels: linear: [wrong])" in result.stdout
-    monkeypatch.setattr(cli, "_open", lambda entry, pull, progress: FakeLLM())
+    monkeypatch.setattr(opening, "load", lambda entry, pull, progress: FakeLLM())
     assert "gpu" not in CliRunner(env={"COLUMNS": "300"}).invoke(cli.app, ["models", "check"]).stdout
 
 
 def test_generate_streams_to_stdout_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = FakeLLM()
-    monkeypatch.setattr(cli, "_open", lambda entry, pull, progress: llm)
+    monkeypatch.setattr(opening, "load", lambda entry, pull, progress: llm)
     arguments = ["generate", "hi", "--seed", "7", "--temperature", "0", "--stop", "x", "--system", "be brief"]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0
     assert result.stdout == "Hello [bold]wörld\n"
+    assert "seed 7 · fp_fake" in result.stderr, "what the same text can be had with"
     [(messages, sampling)] = llm.asked
     assert [(m.role, m.content) for m in messages] == [("system", "be brief"), ("user", "hi")]
     assert sampling == {"seed": 7, "temperature": 0, "stop": ["x"], "max_tokens": 256}
@@ -304,6 +312,6 @@ def test_generate_streams_to_stdout_and_nothing_else(monkeypatch: pytest.MonkeyP
 
 def test_generate_raw_continues_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = FakeLLM()
-    monkeypatch.setattr(cli, "_open", lambda entry, pull, progress: llm)
+    monkeypatch.setattr(opening, "load", lambda entry, pull, progress: llm)
     assert CliRunner().invoke(cli.app, ["generate", "Once upon", "--raw"]).exit_code == 0
     assert llm.asked[0] == ("Once upon", {"max_tokens": 256})

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from server import cli
+from server.commands import opening
 
 Printed = tuple[int, str, str]
 
@@ -74,7 +75,7 @@ def test_generate_says_the_same_for_the_same_seed(
 def test_generate_refuses_what_the_endpoint_refuses_and_loads_nothing_first(
     verbatim: Callable[..., Printed], monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:
-    monkeypatch.setattr(cli, "_open", None)
+    monkeypatch.setattr(opening, "load", None)
     code, out, err = verbatim("generate", *arguments, "Hi")
     assert (code, out) == (1, "")
     assert words in err

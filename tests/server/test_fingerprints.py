@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from engine import ModelInfo, fingerprint_of
 from server import cli, fingerprints
+from server.commands import opening
 
 PARTS: dict[str, Any] = {"torch": "2.13.0", "transformers": "5.24.0", "threads": None, "weights": "sha256:" + "ab" * 32}
 DEFAULTS: dict[str, Any] = {"temperature": 1.0, "stop": "[]"}
@@ -176,8 +177,8 @@ def test_parts_are_printed_one_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path:
             self.info = info({**PARTS, "cpu": "a\x1bb"}, id=entry.id)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_open", lambda entry, *_: Loaded(entry))
-    monkeypatch.setattr(cli, "before_anything_heavy", lambda pull: None)
+    monkeypatch.setattr(opening, "load", lambda entry, *_: Loaded(entry))
+    monkeypatch.setattr(opening, "before_anything_heavy", lambda pull: None)
     (tmp_path / "models.yaml").write_text("models:\n  - {id: a, builtin: demo}\n  - {id: b, builtin: noise}\n")
     done = invoke()
     assert done.exit_code == 0

@@ -154,17 +154,19 @@ def test_a_page_in_a_browser_is_no_client(open_server: Server, attack: Attack) -
     assert set(attack.send(Target(open_server.port))) <= attack.right
 
 
-def test_an_engine_thread_that_is_stopped_is_said(
-    tmp_path: Path, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("isolation", ["process", "thread"])
+def test_an_engine_that_is_stopped_is_said(
+    tmp_path: Path, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, isolation: str
 ) -> None:
     """A step that never ends: readiness says so, life goes on, and who waits is told at the end."""
     write(tmp_path, tiny("qwen3"), shutdown_seconds=1)
     entry = json.loads((tmp_path / "models.yaml").read_text())
-    entry["models"][0]["stall_timeout"] = 0.5
+    entry["models"][0] |= {"stall_timeout": 0.5, "isolation": isolation}
     (tmp_path / "models.yaml").write_text(json.dumps(entry))
+    where = "'serve' in sys.orig_argv" if isolation == "thread" else "'process.child' in ' '.join(sys.orig_argv)"
     stuck = (
         "import sys, threading\n"
-        "if 'serve' in sys.orig_argv:\n"
+        f"if {where}:\n"
         "    import engine.engine as e\n"
         "    step = e.Engine.step\n"
         "    def stop(self):\n"

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import pytest
 from asgi import call
-from fakes import FakeEngine, chat, make_app
+from fakes import INFO, PROMPT_TOKENS, FakeEngine, chat, make_app
 from hypothesis import given, strategies as st
 
 from server import logs
@@ -107,6 +107,38 @@ def test_plain_values_stay_as_they_are_read(written: Callable[[Form], io.StringI
     logs.access(request_id="req-1", path="/v1/chat/completions", status=200, key=None, model="org/Model-0.6B:q4", ms=7)
     line = out.getvalue().rstrip().partition(": ")[2]
     assert line == "request request_id=req-1 path=/v1/chat/completions status=200 model=org/Model-0.6B:q4 ms=7"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_is_logged_with_what_it_can_be_had_again_with(
+    written: Callable[[Form], io.StringIO], form: Form, stream: bool
+) -> None:
+    out = written(form)
+    assert call(make_app(), chat(seed=7, stream=stream, n=2)).status == 200
+    [line] = out.getvalue().splitlines()
+    found = {name: str(value) for name, value in parsed(line, form).items()}
+    told = {name: found[name] for name in ("model", "seed", "fingerprint", "prompt_tokens", "completion_tokens")}
+    assert told == {
+        "model": "fake",
+        "seed": "7",
+        "fingerprint": INFO.system_fingerprint,
+        "prompt_tokens": str(PROMPT_TOKENS),
+        "completion_tokens": str(_tokens_of_hello(2)),
+    }
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_refused_request_is_logged_without_a_reply(written: Callable[[Form], io.StringIO], form: Form) -> None:
+    out = written(form)
+    assert call(make_app(FakeEngine(limit=0)), chat()).status == 503
+    [line] = out.getvalue().splitlines()
+    assert str(parsed(line, form)["completion_tokens"]) == "0", "it was admitted, and found the queue full"
+
+
+def _tokens_of_hello(choices: int) -> int:
+    body = call(make_app(), chat(n=choices)).json
+    return int(body["usage"]["completion_tokens"])
 
 
 # -- what must not be in it --------------------------------------------------------------------------------------------

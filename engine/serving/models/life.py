@@ -40,5 +40,5 @@ class Life:
 
 
 def held_bytes(engine: EngineProtocol) -> int:
-    """Bytes that a loaded model takes; at least those of its weights."""
-    return getattr(engine.stats(), "resident_bytes", 0) or engine.info.weight_bytes
+    """Bytes that a loaded model takes; 0 where that is not known, because it shares a process."""
+    return int(engine.stats().resident_bytes)

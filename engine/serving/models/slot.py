@@ -42,7 +42,7 @@ class Slot:
         retired: its entry was removed or replaced; it leaves once nobody uses it.
         short: memory ran out when it was loaded; nothing has changed since.
         needed: bytes that loading takes, as far as they are known beforehand.
-        held: bytes that the loaded model takes.
+        held: bytes that the loaded model takes; 0 where that is not known.
         last_used: when the last request came or went, in seconds of the caller's clock; `since`: when it became ready.
         deaths: how often it has died without a long life between; `due`: when a dead one is loaded again.
         error: why it failed, or why it was refused to those who wait.

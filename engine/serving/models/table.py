@@ -357,9 +357,7 @@ class ModelTable:
         if any(other.retired for other in self.slots):
             return False  # they leave once their requests have ended
         idle = sorted((other for other in self.slots if other.idle), key=lambda other: other.last_used)
-        gained = sum(other.held for other in idle)
-        hopeless = lacks_memory and slot.needed is not None and free is not None and slot.needed > free + gained
-        if not slot.demanded or not idle or (hopeless and not slot.short):
+        if not slot.demanded or not idle or (lacks_memory and not slot.short and _hopeless(slot, free, idle)):
             self._refuse(slot, free, lacks_memory=lacks_memory)
             return True
         self._unload(idle[0], f"unloaded to make room for {slot.id}")
@@ -412,3 +410,10 @@ class ModelTable:
             assert slot.state != "failed" or slot.error is not None
             assert not slot.starting or slot.state in ("waiting", "loading")
         assert {slot.id for slot in self.slots if not slot.retired} == set(self._order)
+
+
+def _hopeless(slot: Slot, free: int | None, idle: Sequence[Slot]) -> bool:
+    """Whether not even the memory of all idle models would be enough, as far as it is known."""
+    if slot.needed is None or free is None or not all(other.held for other in idle):
+        return False
+    return slot.needed > free + sum(other.held for other in idle)

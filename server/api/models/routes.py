@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
@@ -41,6 +41,8 @@ def model_routes(service: Service) -> APIRouter:
         for status in service.registry.list():
             if status.id == model_id and account.may_use(status.id):
                 return model_details(status)
+        if model_id.endswith(("/load", "/unload")):  # no model has this id: what was meant is a path for `POST`
+            raise HTTPException(405)
         raise ModelNotFound(f"the model {model_id[:200]!r} does not exist.", param="model")
 
     @router.post(

@@ -85,8 +85,8 @@ def _only_gguf(folder: Path) -> None:
 
 
 KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "an adapter": (_only_lora, r"an adapter \(LoRA\) for Qwen/Qwen3-0\.6B, not a model: peft's merge_and_unload\(\)"),
-    "an adapter beside a model": (_lora, r"adapter_config\.json\) beside a whole model.*move adapter_config\.json"),
+    "an adapter": (_only_lora, r"an adapter \(LoRA\) for Qwen/Qwen3-0\.6B, not a model: serve that one"),
+    "an adapter beside a model": (_lora, r"adapter_config\.json\) beside a whole model: move the adapter's files"),
     "another format": (_only_consolidated, r"holds consolidated\.safetensors, but neither model\.safetensors nor"),
     "GGUF files": (_only_gguf, r"holds GGUF files: give one of them, such as .*tiny-Q4_0\.gguf"),
 }

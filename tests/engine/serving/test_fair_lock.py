@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from engine.serving.fair_lock import FairLock
+from engine.serving.waiting.fair_lock import FairLock
 
 
 @asynccontextmanager

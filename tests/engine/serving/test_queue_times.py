@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 
 from engine import AsyncEngine, Engine, GenerationRequest, ModelConfig, RequestOutput, Usage
 from engine.loading.loader import load
-from engine.serving.queue_times import QueueTimes
+from engine.serving.waiting.queue_times import QueueTimes
 from engine.types.messages import ChatMessage
 
 

@@ -264,11 +264,13 @@ def test_a_request_is_charged_what_it_used(desk: Desk, stream: bool) -> None:
     )  # fmt: skip
 
 
-def test_prices_are_by_model_and_by_kind_of_token(desk: Desk) -> None:
-    info = dataclasses.replace(desk.engine.info, id="priced")
+@pytest.mark.parametrize("changes", [{"id": "priced"}, {"id": "priced:sql", "parent": "priced"}])
+def test_prices_are_by_model_and_by_kind_of_token(desk: Desk, changes: dict[str, str]) -> None:
+    """An adapter without prices of its own costs what its model does."""
+    info = dataclasses.replace(desk.engine.info, **changes)
     app = make_app(FakeEngine(info=info), meter=desk.meter)
     desk.app = app
-    desk.ask(desk.key(balance=1000), chat(model="priced"))
+    desk.ask(desk.key(balance=1000), chat(model=changes["id"]))
     assert desk.balance()[0] == 1000 - (3 * 3 + 2 * 1 + 4 * 10)
 
 
@@ -535,16 +537,18 @@ def test_requests_at_once(desk: Desk) -> None:
     assert (second.status, second.headers["retry-after"]) == (429, "1")
 
 
-def test_models_of_a_key(desk: Desk) -> None:
-    other = FakeEngine(info=dataclasses.replace(desk.engine.info, id="other"))
-    desk.app = make_app(desk.engine, other, meter=desk.meter)
-    key = desk.key(models=["fake"])
-    assert desk.ask(key, chat()).status == 200
-    answer = desk.ask(key, chat(model="other"))
+@pytest.mark.parametrize(("mine", "others"), [("fake", "other"), ("fake", "fake:sql"), ("fake:sql", "fake")])
+def test_models_of_a_key(desk: Desk, mine: str, others: str) -> None:
+    """A model does not give its adapters, nor an adapter its model."""
+    engines = [FakeEngine(info=dataclasses.replace(desk.engine.info, id=name)) for name in (mine, others)]
+    desk.app = make_app(*engines, meter=desk.meter)
+    key = desk.key(models=[mine])
+    assert desk.ask(key, chat(model=mine)).status == 200
+    answer = desk.ask(key, chat(model=others))
     assert (answer.status, answer.error["code"], answer.error["param"]) == (404, "model_not_found", "model")
-    assert [model["id"] for model in desk.ask(key, path="/v1/models").json["data"]] == ["fake"]
-    assert desk.ask(key, path="/v1/models/other").status == 404
-    assert desk.ask(desk.key("bob"), path="/v1/models/other").status == 200
+    assert [model["id"] for model in desk.ask(key, path="/v1/models").json["data"]] == [mine]
+    assert desk.ask(key, path=f"/v1/models/{others}").status == 404
+    assert desk.ask(desk.key("bob"), path=f"/v1/models/{others}").status == 200
 
 
 def test_the_context_of_a_key(desk: Desk) -> None:

@@ -49,7 +49,7 @@ try:
     while ": ready" not in (said := open(log).read()):
         assert time.monotonic() < deadline and server.poll() is None, said
         time.sleep(0.2)
-    url = "http://127.0.0.1:" + said.split("http://127.0.0.1:")[1].split("/")[0]
+    url = "http://127.0.0.1:" + said.split("http://127.0.0.1:")[1].split()[0]
     messages = [{"role": "user", "content": "Sort these words: pear, apple."}]
     body = json.dumps({"model": "demo", "messages": messages, "temperature": 0}).encode()
     request = urllib.request.Request(url + "/v1/chat/completions", body, {"content-type": "application/json"})

@@ -277,7 +277,7 @@ def test_a_read_only_ledger_is_one_sentence(folder_too: bool, monkeypatch: pytes
         ledger.close()
         os.chmod(f"{folder}/verbatim.db", 0o444)
         os.chmod(folder, 0o555 if folder_too else 0o777)
-        with as_nobody(), pytest.raises(LedgerFault, match=r"ledger cannot be used: .*(readonly|unable to open)"):
+        with as_nobody(), pytest.raises(LedgerFault, match=r"verbatim\.db cannot be used: .*(readonly|unable to open)"):
             in_use(ServerSettings(), None)
         os.chmod(folder, 0o755)
 

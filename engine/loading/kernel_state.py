@@ -1,0 +1,29 @@
+"""Say whether the compiled kernels for CPUs can be had on this machine, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.cache_folder import cache_folder
+from engine.compute.cpu.kernels import Kernels, NoKernels
+from engine.errors import LoadError
+
+__all__ = ["cpu_kernels", "kernel_folder"]
+
+
+def cpu_kernels(progress: Callable[[str], None] | None = None) -> str:
+    """Load the kernels, compiled first if need be (six seconds), and return the instruction set that they use.
+
+    Raises:
+        LoadError: there are none here; the message says why and what would help.
+    """
+    try:
+        return Kernels.load(progress=progress).target
+    except NoKernels as error:
+        raise LoadError(f"{str(error).rstrip('.')}.") from None
+
+
+def kernel_folder() -> Path | None:
+    """Return the folder in which compiled kernels are kept; None where this user has no home."""
+    return cache_folder()

@@ -1,0 +1,1 @@
+"""The commands that are no other package's: one file each. Their modules import at once only what `--help` needs."""

@@ -1,0 +1,1 @@
+"""`verbatim doctor`: what of this machine and this configuration is well, what is not, and the cure."""

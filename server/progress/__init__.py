@@ -1,0 +1,1 @@
+"""How models load, shown on a terminal or in a log file."""
