@@ -26,7 +26,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 LOCKED := install --quiet --require-hashes --no-deps --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test quick newest check lint types format docs bench gpu zoo mutants evaluations clients web demo-model lock clean
+.PHONY: help install serve wheelhouse test quick newest check lint types format docs bench gpu zoo mutants evaluations clients web demo-model lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ $(VENV)/.installed-triton: $(STAMP) requirements/triton.txt
 
 serve: $(STAMP)  ## serve models.yaml on http://127.0.0.1:8000 (ARGS="--port 9000")
 	$(BIN)/verbatim serve $(ARGS)
+
+wheelhouse: $(STAMP)  ## pack what serving needs into wheelhouse/, to install it where there is no network
+	$(BIN)/verbatim bundle create wheelhouse --no-models --torch $(TORCH) $(ARGS)
 
 test: $(STAMP) $(INTERPRETER)  ## run the whole suite, in two processes (JOBS=1: in one)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)

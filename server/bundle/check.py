@@ -17,7 +17,7 @@ from server.bundle.checksums import FILE, digest_of, read_checksums, tree
 
 __all__ = ["PARTS", "check_bundle", "normal"]
 
-PARTS: Final = ("README.txt", "install.sh", "models.yaml", "requirements.txt")
+PARTS: Final = ("README.txt", "install.sh", "requirements.txt")
 """Files that every bundle has, the checksums aside."""
 
 _PIN: Final = re.compile(r"([A-Za-z0-9._-]+)==([^\s;]+) --hash=sha256:([0-9a-f]{64})")
@@ -55,6 +55,8 @@ def check_bundle(root: Path) -> Iterator[str]:
         yield from _wheels(root, regular_files)
     if "models.yaml" in regular_files:
         yield from _models(root, regular_files)
+    elif "models.yaml" not in expected and any(name.startswith("models/") for name in found):
+        yield "models.yaml is missing: there are models, and nothing says which are served."
 
 
 def _wheels(root: Path, files: Mapping[str, str]) -> Iterator[str]:

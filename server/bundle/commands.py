@@ -49,6 +49,10 @@ def create(
             help="A PEM file: the public key that checks receipts. Default: that of `receipts: sign:` in models.yaml."
         ),
     ] = None,
+    no_models: Annotated[
+        bool,
+        typer.Option("--no-models", help="Pack only the software: models are brought to the other side by themselves."),
+    ] = False,
     pull: PullOption = False,
 ) -> None:
     """Make a bundle for this platform and this version of Python. Needs pip, and the network or a folder of wheels."""
@@ -57,10 +61,13 @@ def create(
 
     if torch not in (None, "cpu", "cu130"):
         raise ConfigError(f"--torch must be cpu or cu130, not {torch!r}.")
+    if no_models and models:
+        raise ConfigError(f"--no-models packs no model, and --model names {models[0]}: leave one of them out.")
     before_anything_heavy(pull)
     entries, settings = configured(config)
     public = _signing_key(settings, config) if key is None else read_public_key(key)
-    job = BundleJob(target, _chosen(models or [], entries), torch or installed_build(), public, pull)  # type: ignore[arg-type]
+    chosen = () if no_models else _chosen(models or [], entries)
+    job = BundleJob(target, chosen, torch or installed_build(), public, pull)  # type: ignore[arg-type]
     with err.status("bundle") as status:
         digest = create_bundle(job, lambda text: status.update(escape(text)))
     err.print(escape(f"{target} is complete. Its checksums have the SHA-256:"), highlight=False, soft_wrap=True)

@@ -26,7 +26,7 @@ _LARGEST_KEY = 64 * 2**10  # bytes
 
 @dataclass(frozen=True, slots=True)
 class BundleJob:
-    """What goes into a bundle. `key`: the public key of receipts (PEM)."""
+    """What goes into a bundle. `entries`: none for the software alone. `key`: the public key of receipts (PEM)."""
 
     target: Path
     entries: Sequence[ModelConfig]
@@ -67,8 +67,9 @@ def create_bundle(job: BundleJob, say: Callable[[str], None]) -> str:
 
 
 def _fill(root: Path, job: BundleJob, say: Callable[[str], None]) -> None:
-    say("copying the models")
-    copy_models(job.entries, root, pull=job.pull)
+    if job.entries:
+        say("copying the models")
+        copy_models(job.entries, root, pull=job.pull)
     say("fetching the packages of the lock")
     wheels = root / "wheels"
     wheels.mkdir()
@@ -79,7 +80,7 @@ def _fill(root: Path, job: BundleJob, say: Callable[[str], None]) -> None:
     models = [entry.id for entry in job.entries]
     key = KEY_FILE if job.key is not None else None
     (root / "README.txt").write_text(readme(own_version(), models, key), encoding="utf-8")
-    (root / "install.sh").write_text(install_script(), encoding="utf-8")
+    (root / "install.sh").write_text(install_script(with_models=bool(models)), encoding="utf-8")
     (root / "install.sh").chmod(0o755)
     say("computing the checksums")
     try:

@@ -8,7 +8,7 @@ import sys
 __all__ = ["install_script", "readme"]
 
 _README = """\
-verbatim {version}: a local inference server, with the models {models}.
+verbatim {version}: a local inference server, {what}.
 
 This folder is complete: nothing is downloaded when you check it, install it or serve from it.
 
@@ -27,17 +27,26 @@ Install it
     its hash in requirements.txt. PYTHON=/path/to/python before the command names the Python to use.
 
 Serve
-    VENV/bin/verbatim serve --config THIS_FOLDER/models.yaml
+    {serve}
 
 What is here
     wheels/             verbatim and every package it needs, for Python {python} on {platform}
     requirements.txt    the releases and the hashes of these packages
-    models/             the models' files, as their publishers wrote them
-    models.yaml         which models are served, and how
+{models}\
     checksums.sha256    the SHA-256 of every file
 {key}\
     install.sh          the installation
 """
+
+_MODELS = """\
+    models/             the models' files, as their publishers wrote them
+    models.yaml         which models are served, and how
+"""
+
+_SERVE_OWN = """\
+VENV/bin/verbatim serve                                 (the demo model, which is part of the software)
+    VENV/bin/verbatim serve --model FOLDER_OR_GGUF_FILE
+    VENV/bin/verbatim serve --config models.yaml            (a file that names your models)"""
 
 _KEY = "    {name}    the public key with which receipts of these models are checked\n"
 
@@ -66,24 +75,28 @@ export PIP_CONFIG_FILE
 "$venv/bin/python" -m pip --isolated --disable-pip-version-check install --quiet --no-cache-dir \\
   --no-index --find-links "$here/wheels" --require-hashes --no-deps --only-binary :all: -r "$here/requirements.txt"
 "$venv/bin/python" -m pip --isolated check
-echo "installed. Serve with: $venv/bin/verbatim serve --config $here/models.yaml"
+echo "installed. Serve with: $venv/bin/verbatim serve {serve}"
 """
 
 
 def readme(version: str, models: list[str], key: str | None) -> str:
-    """Write README.txt. `key`: the name of the file with the public key, if there is one."""
+    """Write README.txt. `models`: their ids; none for the software alone. `key`: the name of the file with the public
+    key, if there is one."""
     return _README.format(
         version=version,
-        models=", ".join(models),
+        what=f"with the models {', '.join(models)}" if models else "without models but the demo",
+        serve="VENV/bin/verbatim serve --config THIS_FOLDER/models.yaml" if models else _SERVE_OWN,
+        models=_MODELS if models else "",
         python=_python(),
         platform=_platform(),
         key=_KEY.format(name=key) if key else "",
     )
 
 
-def install_script() -> str:
+def install_script(*, with_models: bool) -> str:
     """Write install.sh for this Python on this platform."""
-    return _INSTALL.format(python=_python(), platform=_platform())
+    serve = "--config $here/models.yaml" if with_models else "--model FOLDER"
+    return _INSTALL.format(python=_python(), platform=_platform(), serve=serve)
 
 
 def _python() -> str:

@@ -101,6 +101,11 @@ CHANGES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("another path", lambda b: _again(b, "models.yaml", "path: .*", "path: /etc"), "path: /etc is not in this folder"),
     ("a path out", lambda b: _again(b, "models.yaml", "path: .*", "path: ../x"), "path: ../x is not in this folder"),
     ("a hub id", lambda b: _again(b, "models.yaml", "path: .*", "repo: a/b"), "does not say where its model lies"),
+    (
+        "no list of models",
+        lambda b: ((b / "models.yaml").unlink(), write_again(b)),
+        "models.yaml is missing: there are",
+    ),
     ("no models", lambda b: _again(b, "models.yaml", "(?s).*", "x: 1"), "models.yaml: 'models' must be a list"),
 ]
 
@@ -115,12 +120,16 @@ def _line(bundle: Path, line: str) -> None:
         file.write(line + "\n")
 
 
+def write_again(bundle: Path) -> None:
+    (bundle / FILE).unlink()
+    write_checksums(bundle)
+
+
 def _again(bundle: Path, name: str, pattern: str, text: str) -> None:
     """Change a file and write all checksums again, as somebody would who means it."""
     path = bundle / name
     path.write_text(re.sub(pattern, text, path.read_text(), count=1))
-    (bundle / FILE).unlink()
-    write_checksums(bundle)
+    write_again(bundle)
 
 
 @pytest.mark.parametrize(("change", "words"), [c[1:] for c in CHANGES], ids=[c[0] for c in CHANGES])
@@ -339,3 +348,26 @@ def test_which_models_are_packed(tiny: Callable[[str], Path], tmp_path: Path, mo
     assert "the id 'two' is there twice" in packed("-m", "two", "-m", "two")
     assert "there is no folder three" in packed("-m", "three")
     assert "must be cpu or cu130" in packed("--torch", "rocm")
+
+
+def test_the_software_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No configuration is needed, and what one names is not packed; nothing speaks of models that are not there."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Exception | None:
+        return CliRunner().invoke(cli.app, ["bundle", "create", "out", "--no-models", *arguments]).exception  # type: ignore[return-value]
+
+    assert "--model names demo" in str(run("--model", "demo"))
+    assert not Path("out").exists()
+    Path("models.yaml").write_text(yaml.safe_dump({"models": [{"id": "two", "builtin": "noise"}]}))
+    assert run() is None
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "README.txt", FILE, "install.sh", "requirements.txt", "wheels",
+    ]  # fmt: skip
+    assert not list(check_bundle(Path("out")))
+    texts = Path("out/README.txt").read_text() + Path("out/install.sh").read_text()
+    assert "THIS_FOLDER/models.yaml" not in texts
+    assert "$here/models.yaml" not in texts
+    assert subprocess.run(["sh", "-n", "out/install.sh"], check=False).returncode == 0
+    Path("out/install.sh").unlink()
+    assert "install.sh is missing." in list(check_bundle(Path("out")))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,5 +119,29 @@ def test_a_bundle_is_installed_and_serves_without_a_network(
     where = "import server.bundle.wheels as w; print(w.checkout(), w.lock_folder())"
     assert isolated(f"{venv}/bin/python", "-c", where, timeout=60).startswith("None ")
     assert not list(check_bundle(bundle)), "serving leaves nothing in the bundle"
-    again = subprocess.run(["sh", str(bundle / "install.sh"), str(venv)], env=environment, timeout=60, **options)
+    _the_software_alone(tmp_path, bundle, venv, environment, isolated)
+    again = subprocess.run(
+        ["sh", str(bundle / "install.sh"), str(tmp_path / "second")], env=environment, timeout=60, **options
+    )
     assert (again.returncode, "exists already; nothing was installed" in again.stderr) == (1, True)
+
+
+def _the_software_alone(
+    tmp_path: Path, bundle: Path, venv: Path, environment: dict[str, str], isolated: Callable[..., str]
+) -> None:
+    """The installed copy makes a bundle without models from the first one's wheels, and that is installed, too."""
+    environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": (bundle / "wheels").as_uri()}
+    alone, second = tmp_path / "alone", tmp_path / "second"
+    made = ("bundle", "create", str(alone), "--no-models", "--torch", "cpu")
+    isolated(f"{venv}/bin/verbatim", *made, timeout=300)
+    del environment["PIP_NO_INDEX"], environment["PIP_FIND_LINKS"]
+    assert not list(check_bundle(alone))
+    assert {path.name for path in (alone / "wheels").iterdir()} == {path.name for path in (bundle / "wheels").iterdir()}
+    shutil.rmtree(venv)
+    said = isolated("sh", str(alone / "install.sh"), str(second), timeout=600)
+    assert f"{second}/bin/verbatim serve --model FOLDER" in said
+    (tmp_path / "models.yaml").write_text("models:\n  - {id: demo, builtin: demo}\n")
+    config, log = str(tmp_path / "models.yaml"), str(tmp_path / "log")
+    assert "apple, pear" in isolated(
+        f"{second}/bin/python", "serve.py", f"{second}/bin/verbatim", config, log, timeout=300
+    )

@@ -2,79 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import socket
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from live_server import Server, start
+from prometheus_process import BOUND, MISSING, PROMETHEUS, prometheus, until
 
 from server.ledger.store import Ledger
 
-PROMETHEUS = shutil.which("prometheus")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(PROMETHEUS is None, reason="there is no prometheus here (Debian: apt-get install prometheus)"),
-]
-BOUND = 120.0
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
-
-
-@contextlib.contextmanager
-def prometheus(target: str, secret: str, folder: Path) -> Iterator[str]:
-    """Run it until the block ends; yields its address."""
-    folder.mkdir()
-    config, port = folder / "prometheus.yml", free_port()
-    config.write_text(
-        "global: {scrape_interval: 1s}\n"
-        "scrape_configs:\n"
-        "  - job_name: verbatim\n"
-        f"    authorization: {{credentials: {secret}}}\n"
-        f"    static_configs: [{{targets: ['{target}']}}]\n"
-    )
-    assert PROMETHEUS is not None
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [
-                PROMETHEUS, f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}",
-                f"--web.listen-address=127.0.0.1:{port}",
-            ],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def ask(address: str, query: str) -> float | None:
-    """The one value that a query has; None while there is none."""
-    with contextlib.suppress(httpx.TransportError):
-        found = httpx.get(f"{address}/api/v1/query", params={"query": query})
-        if found.status_code == 200 and (result := found.json()["data"]["result"]):
-            [one] = result
-            return float(one["value"][1])
-    return None
-
-
-def until(address: str, query: str, value: float) -> None:
-    deadline, found = time.monotonic() + BOUND, None
-    while (found := ask(address, query)) != value:
-        assert time.monotonic() < deadline, (query, found, value)
-        time.sleep(0.3)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(PROMETHEUS is None, reason=MISSING)]
 
 
 def use(server: Server, secret: str) -> list[dict[str, int]]:
