@@ -71,6 +71,31 @@ def kernels() -> Kernels:
         pytest.skip(f"no compiled kernels on this machine: {error}")
 
 
+_INSTRUCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    # name: (what the processor must have, how to compile for it)
+    "AVX2": ("avx2", ("-march=x86-64-v3",)),
+    "AVX2, VNNI written out": ("avx2", ("-march=x86-64-v3", "-DVERBATIM_EMULATE_VNNI")),
+    "AVX2, VNNI": ("avx_vnni", ("-march=x86-64-v3", "-mavxvnni")),
+    "AVX-512": ("avx512vl", ("-march=x86-64-v4",)),
+    "AVX-512, VNNI": ("avx512_vnni", ("-march=x86-64-v4", "-mavx512vnni")),
+}
+
+
+@pytest.fixture(scope="session", params=_INSTRUCTIONS)
+def other_kernels(
+    request: pytest.FixtureRequest, kernels: Kernels, tmp_path_factory: pytest.TempPathFactory
+) -> Kernels:
+    """The kernels for one instruction set, where this processor has it."""
+    from engine.compute.cpu.kernels import Kernels
+
+    needed, flags = _INSTRUCTIONS[request.param]
+    if needed not in Path("/proc/cpuinfo").read_text().split():
+        pytest.skip(f"this processor lacks {needed}")
+    found = Kernels.load(tmp_path_factory.mktemp("others"), (*flags, "-O1"))  # quick to compile, and the same bits
+    assert found.target == request.param.removesuffix(" written out")
+    return found
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real tokenizers and templates; tests that need it are skipped where it is absent."""

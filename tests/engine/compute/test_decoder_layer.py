@@ -153,6 +153,57 @@ def test_how_a_sequence_is_cut_does_not_matter(kernels: Kernels, kind: str, cuts
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "float32", "int8"])
+@pytest.mark.parametrize("rows", [1, 2, 13, 64])
+def test_who_computes_which_piece_does_not_matter(kernels: Kernels, kind: str, rows: int) -> None:
+    """A layer of a small model's size: the ones above are too small for most phases to be divided."""
+    dim, inner, heads = 320, 1100, 5
+
+    def weight(columns: int, depth: int) -> PackedWeight:
+        numbers = _random(columns, depth) * depth**-0.5
+        return kernels.pack(
+            numbers.bfloat16().float() if kind == "bfloat16" else numbers, None, "int8" if kind == "int8" else "exact"
+        )
+
+    parts = LayerParts(
+        first_norm=NormParts(_random(dim), 1e-6), second_norm=NormParts(_random(dim, seed=1), 1e-6),
+        query_norm=None, key_norm=None,
+        q=weight(heads * 64, dim), k=weight(64, dim), v=weight(64, dim), o=weight(dim, heads * 64),
+        gate=weight(inner, dim), up=weight(inner, dim), down=weight(dim, inner),
+        heads=heads, kv_heads=1, rotary=64, scale=0.125,
+    )  # fmt: skip
+    layer = kernels.layer(parts)
+    x, cos, sin = _random(rows, dim), _random(rows, 64), _random(rows, 64, seed=1)
+    before, found = torch.get_num_threads(), set()
+    try:
+        for threads in (1, 2, 3, 4, 5, 6, 7, 8, 9) * 2:
+            torch.set_num_threads(threads)
+            cache = _cache(parts)
+            plan = AttentionPlan([(0, rows, 0, [3, 0, 5, 1])], torch.tensor(_slots_of([3, 0, 5, 1], rows)))
+            out = layer(plan, x, cos, sin, *cache)
+            found.add(b"".join(bytes(t.numpy().data) for t in (out, *cache)))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+
+
+def _slots_of(table: list[int], count: int) -> list[int]:
+    return [table[i // 16] * 16 + i % 16 for i in range(count)]
+
+
+@pytest.mark.slow
+def test_a_layer_has_the_same_bits_with_every_instruction_set(kernels: Kernels, other_kernels: Kernels) -> None:
+    x, cos, sin = _random(23, 40), _random(23, 20), _random(23, 20, seed=1)
+    for kind in ("bfloat16", "float32", "int8"):
+        found = []
+        for k in (kernels, other_kernels):
+            parts = _parts(k, kind)
+            cache = _cache(parts)
+            plan = AttentionPlan([(0, 21, 6, [2, 4])], torch.tensor(_slots_of([2, 4], 27)[6:]))
+            found.append((k.layer(parts)(plan, x, cos, sin, *cache), *cache))
+        assert all(map(torch.equal, *found)), kind
+
+
 def test_a_row_that_is_not_finite_is_noted_and_hurts_nobody(kernels: Kernels) -> None:
     parts = _parts(kernels, "bfloat16")
     layer = kernels.layer(parts)

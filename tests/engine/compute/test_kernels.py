@@ -22,26 +22,6 @@ from engine.compute.cpu.attention_plan import AttentionPlan
 from engine.compute.cpu.kernels import Kernels
 from engine.scheduling.block_pool import BLOCK_SIZE
 
-_INSTRUCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    # name: (what the processor must have, how to compile for it)
-    "AVX2": ("avx2", ("-march=x86-64-v3",)),
-    "AVX2, VNNI written out": ("avx2", ("-march=x86-64-v3", "-DVERBATIM_EMULATE_VNNI")),
-    "AVX2, VNNI": ("avx_vnni", ("-march=x86-64-v3", "-mavxvnni")),
-    "AVX-512": ("avx512vl", ("-march=x86-64-v4",)),
-    "AVX-512, VNNI": ("avx512_vnni", ("-march=x86-64-v4", "-mavx512vnni")),
-}
-
-
-@pytest.fixture(scope="module", params=_INSTRUCTIONS)
-def others(request: pytest.FixtureRequest, kernels: Kernels, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    """The kernels for one instruction set, where this processor has it."""
-    needed, flags = _INSTRUCTIONS[request.param]
-    if needed not in Path("/proc/cpuinfo").read_text().split():
-        pytest.skip(f"this processor lacks {needed}")
-    found = Kernels.load(tmp_path_factory.mktemp("others"), (*flags, "-O1"))  # quick to compile, and the same bits
-    assert found.target == request.param.removesuffix(" written out")
-    return found
-
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
@@ -371,7 +351,9 @@ def test_a_query_that_is_not_finite_stays_so(kernels: Kernels) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-def test_products_have_the_same_bits_with_every_instruction_set(kernels: Kernels, others: Kernels, kind: str) -> None:
+def test_products_have_the_same_bits_with_every_instruction_set(
+    kernels: Kernels, other_kernels: Kernels, kind: str
+) -> None:
     """Tiles, panels and the rest behind the last whole vector differ from one to the other; the numbers must not."""
     draw = random.Random(kind)
     for depth in (1, 3, 64, 127, 130, 1024, 1027, 2100):
@@ -381,30 +363,32 @@ def test_products_have_the_same_bits_with_every_instruction_set(kernels: Kernels
             weight = weight.bfloat16().float() if kind == "bfloat16" else weight
             x = _random(rows, depth) * torch.tensor([1.0, 1e-3, 100.0, 0.0])[torch.arange(rows) % 4, None]
             stored = "int8" if kind == "int8" else "exact"
-            mine, theirs = (_product(k, x, weight, bias, stored) for k in (kernels, others))
+            mine, theirs = (_product(k, x, weight, bias, stored) for k in (kernels, other_kernels))
             assert torch.equal(mine, theirs), (depth, rows, columns)
 
 
 @pytest.mark.slow
-def test_norms_and_activations_have_the_same_bits_with_every_instruction_set(kernels: Kernels, others: Kernels) -> None:
+def test_norms_and_activations_have_the_same_bits_with_every_instruction_set(
+    kernels: Kernels, other_kernels: Kernels
+) -> None:
     for dim in (1, 7, 8, 15, 16, 17, 31, 64, 100, 1000, 2048):
         x, weight = _random(5, dim) * 4, _random(dim)
-        assert torch.equal(kernels.rms_norm(x, weight, 1e-6), others.rms_norm(x, weight, 1e-6)), dim
-        assert torch.equal(kernels.silu(x), others.silu(x)), dim
+        assert torch.equal(kernels.rms_norm(x, weight, 1e-6), other_kernels.rms_norm(x, weight, 1e-6)), dim
+        assert torch.equal(kernels.silu(x), other_kernels.silu(x)), dim
     wide = torch.cat(
         [_random(4000) * 30, torch.tensor([0.0, 1e-45, -87.3, -88.8, -104.0, 88.0, 3e38, -3e38, math.inf])]
     )
-    assert torch.equal(kernels.silu(wide), others.silu(wide))
+    assert torch.equal(kernels.silu(wide), other_kernels.silu(wide))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", _OPTIONS, ids=lambda o: "+".join(o) or "plain")
 def test_attention_has_the_same_bits_with_every_instruction_set(
-    kernels: Kernels, others: Kernels, options: dict[str, object]
+    kernels: Kernels, other_kernels: Kernels, options: dict[str, object]
 ) -> None:
     for dims in ((64, 64), (7, 16), (80, 48), (128, 128), (256, 256)):
         lengths = [1, 16, 300]
-        mine, theirs = (_Sequences(k, lengths, heads=6, kv_heads=2, dims=dims) for k in (kernels, others))
+        mine, theirs = (_Sequences(k, lengths, heads=6, kv_heads=2, dims=dims) for k in (kernels, other_kernels))
         for steps in ([(0, 0, 1), (1, 0, 16), (2, 0, 131)], [(2, 131, 168)], [(2, 299, 1)]):
             for one, other in zip(mine.step(steps, **options)[0], theirs.step(steps, **options)[0], strict=True):
                 assert torch.equal(one, other), dims
