@@ -1,4 +1,4 @@
-"""One browser for a file of tests, one server over fakes for each, and one with a real engine whose replies are scripted."""
+"""One browser for a file of tests, one server over fakes for each, and one with a real engine that follows a script."""
 
 from __future__ import annotations
 
