@@ -1,4 +1,4 @@
-"""One browser for all tests, one server over fakes for each, and one with a real engine whose replies are scripted."""
+"""One browser for a file of tests, one server over fakes for each, and one with a real engine that follows a script."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(NEEDS_CHROMIUM)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Open for a module only: while it is, an event loop runs in this thread, and `asyncio.run` fails."""
     if WHY:
         pytest.skip(WHY)
     from browsing import sync_playwright

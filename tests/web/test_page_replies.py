@@ -199,6 +199,7 @@ def forge(receipt: dict[str, Any], at: int) -> bytes:
 
 def test_a_file_can_be_dropped(real: Real, open_tab: Open) -> None:
     page = open_tab(real.url).open("/#/receipts")
+    expect(page.locator(".drop")).to_be_visible()
     page.evaluate(
         """() => {
           const data = new DataTransfer();
