@@ -26,7 +26,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 LOCKED := install --quiet --require-hashes --no-deps --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve wheelhouse test quick newest check lint types format docs bench gpu zoo mutants evaluations clients demo-model lock clean
+.PHONY: help install serve wheelhouse test quick newest check lint types format docs bench gpu zoo mutants evaluations clients web demo-model lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -125,6 +125,10 @@ evaluations: $(STAMP) .venv-evals/.installed  ## check that lm-eval's and inspec
 clients: $(STAMP)  ## run the clients of the registries; write docs/reference/clients.md (ARGS="codex llm", ARGS="--newest")
 	PYTHONPATH=tests OMP_NUM_THREADS=1 nice $(BIN)/python -m clients.run $(ARGS)
 
+web:  ## build the page into server/page/built (needs Node; ARGS=--screenshots: and make its pictures)
+	cd web && npm ci --ignore-scripts --no-audit --no-fund && npm run build
+	$(if $(filter --screenshots,$(ARGS)),OMP_NUM_THREADS=1 $(BIN)/python tests/web/screenshots.py)
+
 demo-model: $(STAMP)  ## train the demo model again into demo/model (about two hours on two cores)
 	$(BIN)/python -m demo.train $(ARGS)
 
@@ -133,4 +137,4 @@ lock:  ## lock again after a change in pyproject.toml (ARGS="--upgrade" for the 
 	$(PYTHON) requirements/lock.py .venv-lock/bin/uv $(ARGS)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .venv-newest .venv-lock .venv-mutants .venv-evals .venv-clients .node-clients build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-lock .venv-mutants .venv-evals .venv-clients .node-clients build dist web/node_modules *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,7 +1,7 @@
 """Composes the application: routes, middleware, and the order in which a request is checked. Knows no torch.
 
-request id → one form of path and method → host and origin (400, 403) → key (401) → type of the body (415) →
-server/api/admission.py → only now 200
+request id → one form of path and method → host and origin (400, 403) → the page for browsers → key (401) → type of the
+body (415) → server/api/admission.py → only now 200
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ from server.errors import NoKeys, install
 from server.ledger.records import read_since
 from server.metrics.http import Counted, Endpoints
 from server.metrics.snapshot import Metrics, server_version
+from server.page.files import read_page
+from server.page.serving import Page
 from server.receipts.service import Receipts
 from server.settings import ServerSettings
 from server.wire.bodies import Bodies
@@ -140,6 +142,8 @@ def _add_middleware(app: FastAPI, settings: ServerSettings, meter: Meter | None,
             allow_headers=["*"],
             **private,
         )
+    if settings.ui and (files := read_page()):
+        app.add_middleware(Page, files=files)
     app.add_middleware(NoForeignPages, settings=settings, keys=meter is not None, silent=OPEN if meter else _SILENT)
     app.add_middleware(Leases)
     app.add_middleware(OneForm)

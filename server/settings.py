@@ -108,6 +108,8 @@ class ServerSettings(BaseModel):
     server's own address."""
     receipts: ReceiptSettings = Field(default_factory=ReceiptSettings)
     """Receipts of replies: `{keep, days, sign, always, text}`."""
+    ui: bool = True
+    """Serve the page for browsers at `/`. It holds no data; with keys it asks for one."""
     metrics: Literal["admin", "open", "off"] = "admin"
     """Who may read `/metrics`: `admin`: whoever sends an admin key or, without keys, this machine; `open`: everybody
     who reaches the server, without a key; `off`: nobody, there is no such path."""

@@ -47,7 +47,7 @@ class Registry:
 
     Args:
         pull: fetch what is not in the hub's cache.
-        on_progress: told `ID: what happens`, on any thread.
+        on_progress: told `ID: what happens`, on any thread; the same again where only the bytes that are read differ.
         open: loads a model.
         max_loaded: models that may be loaded at once; None: as many as memory holds.
         memory: what is known of memory and checkpoints before a model is loaded.
@@ -337,9 +337,8 @@ class Registry:
         if self._closing or (slot.retired and not slot.users):
             raise Stopped("it is not wanted any more")
         slot.progress = news if news.total_bytes else None
-        if news.text != slot.detail:
-            slot.detail = news.text
-            self._say(slot, news.text)
+        slot.detail = news.text
+        self._say(slot, news.text)
 
     def _end_load(self, slot: Slot, life: Life, engine: EngineProtocol | None, error: VerbatimError | None) -> None:
         with self._news:

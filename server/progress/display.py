@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Final, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -22,6 +22,8 @@ from server.terminal import one_line
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from engine import ModelStatus
 
 __all__ = ["Display"]
 
@@ -60,10 +62,11 @@ class Display:
         """Show what is done for a model that loads. `done`, `total`: bytes, where they are known."""
         self.show(ModelLine(model_id, "loading", text, done, total))
 
-    def look(self, statuses: Iterable[Any]) -> None:
-        """Show the `ModelStatus` of every model."""
+    def look(self, statuses: Iterable[ModelStatus]) -> None:
+        """Show the state of every model. Its adapters, which are listed behind it, come and go with it."""
         for status in statuses:
-            self.show(line_of(status))
+            if status.parent is None:
+                self.show(line_of(status))
 
     def show(self, line: ModelLine) -> None:
         """Show the new line of one model."""

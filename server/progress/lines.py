@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from engine import ModelInfo
+    from engine import ModelInfo, ModelStatus
 
 __all__ = ["LOADING", "ModelLine", "ready_text", "without_name"]
 
@@ -73,13 +73,14 @@ def without_name(model_id: str, text: str) -> str:
     return text.removeprefix(f"{model_id}: ")
 
 
-def line_of(status: Any) -> ModelLine:
+def line_of(status: ModelStatus) -> ModelLine:
     """Return the line of a `ModelStatus`."""
     if status.state == "ready" and status.info is not None:
         return ModelLine(status.id, "ready", ready_text(status.info))
     text = without_name(status.id, status.detail or status.state)
-    progress = getattr(status, "progress", None) or {}
-    return ModelLine(status.id, status.state, text, progress.get("bytes"), progress.get("total_bytes"))
+    read = status.progress
+    known = (read.bytes_read, read.total_bytes) if read is not None else (None, None)
+    return ModelLine(status.id, status.state, text, *known)
 
 
 def _scaled(count: float) -> tuple[str, str]:

@@ -36,7 +36,7 @@ SERVER = (
     "json_text hosts settings",
     "logs terminal ledger fingerprints progress",
     "configuration errors gpu_probe",
-    "wire accounts receipts metrics",
+    "wire accounts receipts metrics page",
     "api",
     "app",
     "lifecycle",

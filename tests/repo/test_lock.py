@@ -107,7 +107,11 @@ def _platforms(machine: str) -> list[str]:
         return [f"macosx_{n}_0_{kind}" for n in range(14, 10, -1) for kind in ("arm64", "universal2")] + [
             f"macosx_10_{n}_universal2" for n in range(16, 3, -1)
         ]
-    return [*(f"manylinux_2_{n}_{machine}" for n in range(31, 4, -1)), f"manylinux2014_{machine}"]
+    return [
+        *(f"manylinux_2_{n}_{machine}" for n in range(31, 4, -1)),
+        f"manylinux2014_{machine}",
+        f"manylinux1_{machine}",
+    ]
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64", "macos"])

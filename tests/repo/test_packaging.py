@@ -171,6 +171,8 @@ def test_the_wheel_holds_what_serves_and_nothing_else(wheel: Path) -> None:
     }
     data = {"engine/compute/cpu/kernels.c", "engine/compute/cpu/team.h", "engine/loading/tried.json"}
     data |= {"engine/__init__.pyi", "engine/py.typed", "server/py.typed"}
+    page = ROOT / "server" / "page" / "built"
+    data |= {p.relative_to(ROOT).as_posix() for p in (page / "index.html", *(page / "assets").iterdir())}
     assert model == {f"engine/demo_model/{path.name}" for path in (ROOT / "demo" / "model").iterdir()}
     lock = {f"server/bundle/lock/{name}.txt" for name in ("runtime", "torch-cpu", "torch-cu130")}
     assert {name for name in names if not name.startswith(info)} == packages | data | model | lock
@@ -198,7 +200,9 @@ def test_the_wheel_serves_the_demo_model_from_anywhere(
     with start([], folder) as server:
         body = {"model": "demo", "messages": [{"role": "user", "content": "Sort these words: pear, apple."}]}
         reply = httpx.post(f"{server.url}/v1/chat/completions", json={**body, "temperature": 0}, timeout=60).json()
+        page = httpx.get(server.url, headers={"accept": "text/html"}).text
     assert re.search(r"apple.*pear", reply["choices"][0]["message"]["content"])
+    assert '<div id="page">' in page
     assert not list(folder.glob("verbatim.db*"))
 
 

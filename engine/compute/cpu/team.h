@@ -6,8 +6,8 @@
  * delays nothing. The calling thread works, too, and can do everything alone. Small phases are done at once by the thread
  * that finished the one before.
  *
- * Workers are for all callers alike: with two engines computing at once, each has its own thread, and the workers go where
- * there are units. A worker helps a call only if its number is less than the threads that were asked for.
+ * Workers are for all callers alike: with two engines computing at once, each has its own thread, and a worker takes a piece
+ * of one call, then of the next (`help`). It helps a call only if its number is less than the threads that were asked for.
  *
  * Who waits spins for as long as spinning has lately paid (`Patience`), then sleeps until it is woken. It does not yield:
  * beside a process that computes, a thread that yields stands behind that one's whole time slice (three milliseconds), while
@@ -234,8 +234,8 @@ static long piece(long rest, long least, int threads) {
     return n < rest ? n : rest;
 }
 
-/* Take a piece and do it. 0 if there was none. */
-static int take(Slot *s) {
+/* Take a piece and do it. 0 if there was none for this thread. self: a worker's number, 0 for the caller. */
+static int take(Slot *s, int self) {
     uint64_t word = atomic_load_explicit(&s->word, memory_order_acquire);
     for (;;) {
         long rest = (long)(word & UNITS_MASK);
@@ -244,7 +244,10 @@ static int take(Slot *s) {
         void *data = atomic_load_explicit(&s->data, memory_order_relaxed);
         long units = atomic_load_explicit(&s->units, memory_order_relaxed);
         long least = atomic_load_explicit(&s->least, memory_order_relaxed);
-        long n = piece(rest, least, atomic_load_explicit(&s->threads, memory_order_relaxed));
+        int threads = atomic_load_explicit(&s->threads, memory_order_relaxed);
+        /* Here, not before: the slot may have had another owner since. */
+        if (self >= threads) return 0;
+        long n = piece(rest, least, threads);
         atomic_thread_fence(memory_order_acquire);
         if (!atomic_compare_exchange_weak_explicit(&s->word, &word, word - (uint64_t)n, memory_order_acq_rel,
                                                    memory_order_acquire))
@@ -286,20 +289,31 @@ static int wanted(const void *arg) {
     return 0;
 }
 
+/* Take a piece of one of the calls, another one each `turn`: a call that always has units must not have all workers. If it
+ * is their `first` after a pause, others may still sleep. 0 if there was nothing to take. */
+static int help(int self, unsigned turn, int first) {
+    uint32_t taken = atomic_load_explicit(&team.taken, memory_order_acquire), rest = taken;
+    int calls = __builtin_popcount(taken);
+    for (unsigned skip = calls ? turn % (unsigned)calls : 0; skip; skip--) rest &= rest - 1;
+    for (; calls; calls--, rest &= rest - 1) {
+        if (!rest) rest = taken;
+        Slot *s = team.slots + __builtin_ctz(rest);
+        if (!open_to(self, s)) continue;
+        int threads = atomic_load_explicit(&s->threads, memory_order_relaxed);
+        if (first && atomic_load_explicit(&team.sleeping, memory_order_relaxed)) rouse(threads - 2, threads);
+        if (take(s, self)) return 1;
+    }
+    return 0;
+}
+
 static void *work_for_ever(void *arg) {
     int self = (int)(intptr_t)arg;
+    unsigned turn = (unsigned)self; /* two workers begin with different calls */
     Patience patience = {SPIN_MOST};
     usual_arithmetic();
     for (;;) {
         await(wanted, arg, team.beds + self, &patience, &team.sleeping);
-        uint32_t taken = atomic_load_explicit(&team.taken, memory_order_acquire);
-        for (; taken; taken &= taken - 1) {
-            Slot *s = team.slots + __builtin_ctz(taken);
-            int threads = atomic_load_explicit(&s->threads, memory_order_relaxed);
-            if (!open_to(self, s)) continue;
-            if (atomic_load_explicit(&team.sleeping, memory_order_relaxed)) rouse(threads - 2, threads);
-            while (open_to(self, s) && take(s)) {}
-        }
+        for (int first = 1; help(self, turn++, first); first = 0) {}
     }
     return NULL;
 }
@@ -331,15 +345,16 @@ static int start_worker(int number) {
     pthread_attr_init(&settings);
     pthread_attr_setdetachstate(&settings, PTHREAD_CREATE_DETACHED);
     pthread_attr_setstacksize(&settings, STACK);
-    /* Signals are for the threads that expect them. */
+    /* Signals are for the threads that expect them; all but those of a fault of this thread's own, for a crash reporter. */
     sigfillset(&all);
+    sigdelset(&all, SIGSEGV), sigdelset(&all, SIGBUS), sigdelset(&all, SIGFPE), sigdelset(&all, SIGILL);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int fault = pthread_create(&thread, &settings, work_for_ever, (void *)(intptr_t)number);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&settings);
 #if defined(__linux__)
     char name[16];
-    snprintf(name, sizeof name, "kernels-%d", number);
+    snprintf(name, sizeof name, "kernels-%d", number % MOST_THREADS);
     if (!fault) pthread_setname_np(thread, name);
 #endif
     return fault;
@@ -401,7 +416,7 @@ static void team_run(const Phase *phases, int count, int threads) {
         atomic_store_explicit(&s->finished, 0, memory_order_relaxed);
         advance(s);
         while (!atomic_load_explicit(&s->finished, memory_order_acquire))
-            if (!take(s)) await(finished_or_open, s, &s->bed, &s->patience, NULL);
+            if (!take(s, 0)) await(finished_or_open, s, &s->bed, &s->patience, NULL);
         give_slot(s);
     }
     restore_arithmetic(mode);

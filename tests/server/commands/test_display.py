@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fakes import INFO
 
-from engine import ReproducibilityReport
+from engine import LoadProgress, ModelStatus, ReproducibilityReport
 from server import logs
 from server.progress.display import Display
 from server.progress.lines import ModelLine, line_of, ready_text
@@ -32,8 +31,8 @@ def shown(on_terminal: bool, width: int = 100) -> tuple[Display, io.StringIO, Cl
     return Display(console, clock=clock), out, clock
 
 
-def status(state: str, detail: str = "", info: Any = None, **more: Any) -> Any:
-    return SimpleNamespace(id="m", state=state, detail=detail, info=info, **more)
+def status(state: Any, detail: str = "", info: Any = None, **more: Any) -> Any:
+    return ModelStatus("m", state, detail, info, **more)
 
 
 def test_a_log_file_gets_plain_lines() -> None:
@@ -41,7 +40,15 @@ def test_a_log_file_gets_plain_lines() -> None:
     display, out, clock = shown(on_terminal=False)
     display.look([status("waiting", "waiting for its turn")])
     for done in range(0, 101):
-        display.look([status("loading", "reading", progress={"bytes": done << 20, "total_bytes": 100 << 20})])
+        display.look(
+            [
+                status(
+                    "loading",
+                    "reading",
+                    progress=LoadProgress(text="reading", bytes_read=done << 20, total_bytes=100 << 20),
+                )
+            ]
+        )
     clock.now = 3.25
     display.look([status("ready", "ready", INFO)])
     display.look([status("ready", "ready", INFO)])
