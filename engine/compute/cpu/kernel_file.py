@@ -31,6 +31,7 @@ _FLAGS: Final = ("-march=native", "-ffp-contract=off", "-std=gnu11", "-shared", 
 _TIMEOUT: Final = 120.0  # seconds for the compiler
 _TRIAL_SECONDS: Final = 60.0  # it takes a quarter of one
 _LARGEST: Final = 64 << 20  # bytes; the file has a tenth of one MiB
+_NOEXEC: Final = getattr(os, "ST_NOEXEC", 0)  # 0 where the system does not tell
 _MARK: Final = b"\nverbatim "
 _SEAL: Final = len(_MARK) + 64  # bytes: the mark, then the SHA-256 of all before it
 
@@ -211,7 +212,9 @@ def _writable_by_others(status: os.stat_result) -> str | None:
 
 
 def _folder(folder: Path | None) -> tuple[Path | None, str]:
-    """Make the folder if it is missing, and return it; None, and why, if others could write there or nobody can."""
+    """Make the folder if it is missing, and return it; None, and why, if others could write there, nobody can, or it
+    is of no use.
+    """
     if folder is None:
         return None, "there is no home to keep them in"
     try:
@@ -221,6 +224,8 @@ def _folder(folder: Path | None) -> tuple[Path | None, str]:
         fault = _writable_by_others(status) if stat.S_ISDIR(status.st_mode) else "is no folder"
         if not fault and stat.S_ISLNK(link.st_mode) and link.st_uid not in (os.geteuid(), 0):
             fault = "is another user's link"
+        if os.statvfs(real).f_flag & _NOEXEC:
+            fault = fault or "is mounted with noexec, so nothing in it can be loaded"
         for above in (*folder.absolute().parents, *real.parents):
             mode = above.stat().st_mode
             if mode & 0o002 and not mode & stat.S_ISVTX:  # anybody could put another folder in this one's place

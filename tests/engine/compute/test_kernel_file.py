@@ -16,6 +16,7 @@ import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -271,6 +272,25 @@ def test_a_folder_that_others_can_write_is_not_used(
     assert line.startswith("compiling kernels for this processor: ")
     assert why in line
     assert not cache.is_dir() or not list(cache.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "ST_NOEXEC"), reason="this system does not tell how a file system is mounted")
+def test_a_folder_that_runs_nothing_leaves_this_process_its_kernels(
+    compiler: Compiler, kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a container's `--tmpfs` is mounted: a file that is kept there could not be loaded."""
+    cache, told = tmp_path / "cache", list[str]()
+    mounted = os.statvfs(tmp_path)
+
+    def statvfs(path: Path) -> object:
+        noexec = os.ST_NOEXEC if path == cache else 0
+        return SimpleNamespace(f_flag=mounted.f_flag & ~os.ST_NOEXEC | noexec)
+
+    monkeypatch.setattr(kernel_file.os, "statvfs", statvfs)
+    assert Kernels.load(cache, progress=told.append).target == kernels.target
+    [line] = told
+    assert f"{cache} is mounted with noexec" in line
+    assert not list(cache.iterdir())
 
 
 def test_a_link_of_mine_to_a_folder_of_mine_is_followed(compiler: Compiler, tmp_path: Path) -> None:
