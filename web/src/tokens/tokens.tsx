@@ -1,6 +1,6 @@
 /** A reply token by token: shaded by probability, each with its rivals, and a place to go on from. */
 import type { JSX } from "preact";
-import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { visibleToken } from "../markdown/visible";
 import { askProcessed } from "../state/asking";
 import type { Message, Reply } from "../state/conversation";
@@ -62,7 +62,8 @@ function Flow(props: { pieces: Piece[]; at: number; choose: (at: number) => void
   const { pieces, at, choose } = props;
   const place = useRef<HTMLDivElement>(null);
   const moved = useRef(false);
-  useEffect(() => {
+  // before the next key: a focus that comes late would choose its token again
+  useLayoutEffect(() => {
     if (moved.current) place.current?.querySelector<HTMLElement>(`[data-at="${at}"]`)?.focus();
     moved.current = false;
   }, [at]);
