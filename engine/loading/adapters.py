@@ -25,7 +25,7 @@ from engine.errors import LoadError
 from engine.loading.manifest import hash_files
 from engine.loading.placement import Placement
 from engine.loading.selftest import Reference, SelfTest
-from engine.loading.trial_runs import Packed, Run, Text, equal, on_one_thread
+from engine.loading.trials.trial_runs import Packed, Run, Text, equal, on_one_thread
 from engine.types.model_info import ReproducibilityReport
 
 __all__ = ["EntryAdapters", "ReadyAdapter"]

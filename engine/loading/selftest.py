@@ -27,8 +27,8 @@ from engine.compute.model_runner import FallbackRunner
 from engine.compute.row_safe import RowSafeFunctions
 from engine.devices.gpu import matmul_tf32
 from engine.errors import LoadError, first_line, out_of_memory
-from engine.loading.attention_trial import AttentionTrial
-from engine.loading.trial_runs import DECODED, Packed, Run, Text, equal, generate, on_one_thread
+from engine.loading.trials.attention_trial import AttentionTrial
+from engine.loading.trials.trial_runs import DECODED, Packed, Run, Text, equal, generate, on_one_thread
 from engine.scheduling.block_pool import BLOCK_SIZE, BlockPool
 from engine.scheduling.scheduler import Scheduler
 from engine.types.model_info import ReproducibilityReport

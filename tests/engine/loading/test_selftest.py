@@ -28,8 +28,8 @@ from engine.compute.torch_attention import padded_length
 from engine.compute.torch_backend import TorchBackend
 from engine.errors import LoadError
 from engine.loading import selftest
-from engine.loading.attention_trial import AttentionTrial
 from engine.loading.selftest import ON_CPU, ON_GPU, Extent, Reference, SelfTest, self_test, verdict
+from engine.loading.trials.attention_trial import AttentionTrial
 from engine.scheduling.schedule import Chunk, Schedule
 from engine.scheduling.sequence import Sequence
 from engine.types.sampling_params import SamplingParams

@@ -33,7 +33,7 @@ def check(source: str | None, tool_use: str | None, special_tokens: Mapping[str,
     confined = Confined("templates", seconds=SECONDS, memory_bytes=MEMORY, at_once=1)
     given = {"source": source, "tool_use": tool_use, "special_tokens": dict(special_tokens)}
     try:
-        confined.call("engine.loading.template_trial:render", given)
+        confined.call("engine.loading.trials.template_trial:render", given)
     except ConfinedFault as fault:
         raise LoadError(f"The chat template was tried in a process of its own, which {fault}.") from None
     except ConfinedError as error:
