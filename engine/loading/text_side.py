@@ -18,7 +18,7 @@ from engine.checkpoints.reading import load_tokenizer
 from engine.config import ModelConfig
 from engine.errors import LoadError
 from engine.grammar.compiler import GrammarCompiler
-from engine.loading import template_trial
+from engine.loading.trials import template_trial
 from engine.replies import expression_trial
 from engine.replies.chat_format import ChatFormat, find_chat_format
 from engine.templates.chat_template import ChatTemplate

@@ -415,7 +415,7 @@ import os, sys
 sys.modules["resource"] = None
 del os.fork
 from engine.replies import expression_trial
-from engine.loading import template_trial
+from engine.loading.trials import template_trial
 from engine.confined.process import Confined
 template_trial.check("{{ messages[0].content }}", None, {})
 expression_trial.check({"open_pattern": "(?:a|b|ab)*c"})

@@ -10,7 +10,7 @@ import pytest
 from test_chat_template import ALL_TEMPLATES, SPECIAL, clock, source_of
 
 from engine.errors import LoadError, TemplateRefused
-from engine.loading import template_trial
+from engine.loading.trials import template_trial
 from engine.templates import chat_template
 from engine.templates.chat_template import ChatTemplate
 from engine.types.messages import ChatMessage, ToolCall
