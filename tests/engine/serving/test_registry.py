@@ -91,7 +91,7 @@ class Memory:
 
 
 def entry(name: str, load: Any = "on_demand", **fields: Any) -> ModelConfig:
-    return ModelConfig(id=name, path=Path("/models", name), load=load, **fields)
+    return ModelConfig(id=name, path=Path("/models", name), load=load, isolation="thread", **fields)
 
 
 @pytest.fixture
@@ -252,8 +252,7 @@ def test_memory_that_runs_out_makes_an_idle_one_leave(made: Callable[..., Regist
 def test_at_start_side_by_side_with_what_is_served(made: Callable[..., Registry], opener: Opener) -> None:
     opener.gate.clear()
     said: list[str] = []
-    one, other = (entry(name, "at_start", isolation="thread") for name in "ac")
-    registry = made(one, entry("b"), other, on_progress=said.append)
+    registry = made(entry("a", "at_start"), entry("b"), entry("c", "at_start"), on_progress=said.append)
     with pytest.raises(ModelLoading):
         run(registry.acquire("a"))
     opener.gate.set()
