@@ -12,6 +12,7 @@ from hypothesis import settings
 
 from engine.checkpoints.checkpoint import prepare_environment
 from engine.serving import opening
+from engine.serving.models import slot as slots
 
 if TYPE_CHECKING:
     from engine.compute.cpu.kernels import Kernels
@@ -57,6 +58,7 @@ def threads_by_default() -> Iterator[None]:
             "_has_its_own_process",
             lambda config: config.isolation == "process" and "isolation" in config.model_fields_set,
         )
+        patch.setattr(slots.Slot, "has_own_process", property(lambda slot: opening._has_its_own_process(slot.config)))
         yield
 
 

@@ -144,7 +144,7 @@ def _adapter_parts(ready: ReadyAdapter) -> dict[str, Part]:
 def _with_adapter(manifest: ModelManifest, ready: ReadyAdapter) -> ModelManifest:
     """Add an adapter's files to those of its base, in a folder of their own."""
     files = {f"adapter/{path.name}": digest for path, digest in ready.digests.items()}
-    return ModelManifest.of(f"{manifest.name}:{ready.name}", {**dict(manifest.files), **files})
+    return ModelManifest.of(adapter_id(manifest.name, ready.name), {**dict(manifest.files), **files})
 
 
 def _computed_parts(config: ModelConfig, found: Checkpoint, ready: ReadyModel, text: TextSide) -> dict[str, Part]:

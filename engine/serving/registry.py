@@ -181,6 +181,7 @@ class Registry:
         Raises:
             ModelNotFound: no entry has this id.
             ModelInUse: it has requests, or is being loaded.
+            EngineDead: the server stops.
         """
         deadline = time.monotonic() + wait_seconds
         while True:
@@ -262,10 +263,12 @@ class Registry:
                 for slot, engine in self._engines.items():
                     slot.held = held_bytes(engine)  # caches grow
                 self._table.plan(free, time.monotonic())
-                for action in self._table.actions:
-                    self._begin(action)
+                left = [one for action in self._table.actions for one in self._begin(action)]
                 self._table.actions.clear()
                 self._waiters.wake()
+            for work in left:  # without the lock: a terminal that is held takes nothing
+                work()
+            with self._news:
                 unknown = [slot for slot in self._table.slots if slot not in self._outlines]
                 if not self._dirty and not unknown:
                     self._sleep()
@@ -291,17 +294,23 @@ class Registry:
                 self._infos.pop(gone, None)
                 self._lives.pop(gone, None)
 
-    def _begin(self, action: Load | Unload | Refused) -> None:
+    def _begin(self, action: Load | Unload | Refused) -> Sequence[Callable[[], None]]:
+        """Carry out an action on a thread of its own. Returns what is left to be done without the lock."""
+        slot = action.slot
         if isinstance(action, Refused):
-            self._say(action.slot, f"not loaded: {action.slot.detail}")
-            return
-        slot, work = action.slot, self._load if isinstance(action, Load) else self._unload
-        thread = threading.Thread(target=work, args=(slot,), name=f"{type(action).__name__}-{slot.id}", daemon=True)
-        if isinstance(action, Load):
+            return [partial(self._say, slot, f"not loaded: {slot.detail}")]
+        loads = isinstance(action, Load)
+        left = () if loads else (partial(self._say, slot, slot.detail),)
+        work, name = self._load if loads else self._unload, f"{type(action).__name__}-{slot.id}"
+        thread = threading.Thread(target=work, args=(slot,), name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as fault:  # the system has no thread to give
+            ended = partial(self._end_load, slot, Life(), None, LoadError(f"{slot.id}: {fault}."))
+            return [*left, ended if loads else partial(self._unload, slot)]
+        if loads:
             self._loaders.add(thread)
-        else:
-            self._say(slot, slot.detail)
-        thread.start()
+        return left
 
     def _tell_keeper(self) -> None:
         """Have the keeper look at the table again. With the lock held."""

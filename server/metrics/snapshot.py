@@ -21,7 +21,7 @@ from server.wire.connections import Connections
 
 __all__ = ["STATES", "Metrics", "ModelState", "Snapshot", "server_version"]
 
-STATES: Final = ("ready", "loading", "waiting", "unloaded", "failed", "dead", "stalled")
+STATES: Final = ("ready", "loading", "waiting", "unloading", "unloaded", "failed", "dead", "stalled")
 """What a model may be: those of `GET /v1/models`, and `stalled`: a step takes longer than the stall limit."""
 _DISTRIBUTION: Final = "verbatim-server"
 

@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 from engine.checkpoints import checkpoint
 from engine.checkpoints.checkpoint import Checkpoint
-from engine.config import ModelConfig
+from engine.config import ModelConfig, adapter_id
 from engine.errors import VerbatimError
 from engine.host_memory import free_memory
 
@@ -77,8 +77,9 @@ def outline_of(config: ModelConfig) -> Outline:
         found = checkpoint.inspect(folder, config.id)
     names = found.config.get("architectures")
     named = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    name, merged = config.repo or config.builtin or found.folder.name, config.merged_adapter
     return Outline(
-        name=config.repo or config.builtin or found.folder.name,
+        name=adapter_id(name, merged.name) if merged else name,
         created=found.created,
         architecture=named[:200] if named else None,
         weight_bytes=found.stored_bytes,

@@ -84,7 +84,7 @@ class Slot:
     @property
     def has_own_process(self) -> bool:
         """Whether it is loaded in a process of its own. Libraries have global state that loads would share."""
-        return getattr(self.config, "isolation", "thread") == "process"
+        return self.config.isolation == "process"
 
     @property
     def may_succeed_later(self) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal, Self
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, adapter_id
 from engine.serving.models.outline import Outline
 from engine.serving.models.slot import State
 from engine.serving.protocol import EngineProtocol
@@ -48,8 +48,14 @@ class ModelStatus:
 def with_adapters(status: ModelStatus, config: ModelConfig) -> list[ModelStatus]:
     """Return an entry's state, followed by those of its adapters, which are the same."""
     infos = {info.id: info for info in status.info.adapters.values()} if status.info else {}
-    beside = [replace(status, id=one, info=infos.get(one), parent=status.id) for one in config.adapter_ids]
-    return [status, *beside]
+    beside = [adapter for adapter in config.adapters if not adapter.merge]
+    return [status, *(_with_adapter(status, infos, config, adapter.name) for adapter in beside)]
+
+
+def _with_adapter(status: ModelStatus, infos: Mapping[str, ModelInfo], config: ModelConfig, name: str) -> ModelStatus:
+    found, one = status.outline, adapter_id(config.id, name)
+    outline = replace(found, name=adapter_id(found.name, name)) if found is not None else None
+    return replace(status, id=one, info=infos.get(one), outline=outline, parent=status.id)
 
 
 class Lease:

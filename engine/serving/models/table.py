@@ -2,7 +2,8 @@
 
 The registry tells it what happens and what time it is, and does what it puts into `actions`. Rules:
 
-- At start, models are loaded in the order of the file, several side by side where memory allows.
+- At start, models are loaded in the order of the file, several side by side where memory allows. Where it is not known
+  what one needs, as on a GPU, it is loaded alone: it takes what the others have left.
 - A model that somebody uses or waits for never leaves. For one that is wanted, idle ones leave: the least recently used
   first, and none at all if they would not suffice.
 - Nothing is decided by memory while a model is being loaded or unloaded: what is free is known once it has ended.
@@ -107,14 +108,17 @@ class ModelTable:
             EngineDead: it could not be loaded, or the server stops.
         """
         slot = self.find(model_id)
-        if self._stopped:
-            raise EngineDead("the server is shutting down")
+        self._check_running()
         if not insist:
             self._check_claim(slot)
         slot.users += 1
         slot.last_used = now
         self._want(slot, insist=insist)
         return slot
+
+    def _check_running(self) -> None:
+        if self._stopped:
+            raise EngineDead("the server is shutting down")
 
     def _check_claim(self, slot: Slot) -> None:
         if slot.state == "failed" and not slot.may_succeed_later:
@@ -133,8 +137,9 @@ class ModelTable:
         slot.last_used = now
 
     def ask(self, model_id: str) -> Slot:
-        """Have a model loaded that nobody waits for. Raises: `ModelNotFound`."""
+        """Have a model loaded that nobody waits for. Raises: `ModelNotFound`; EngineDead: the server stops."""
         slot = self.find(model_id)
+        self._check_running()
         if slot.state not in ("loading", "ready"):
             slot.asked = True
             self._want(slot, insist=True)
@@ -146,8 +151,10 @@ class ModelTable:
         Raises:
             ModelNotFound: as `find`.
             ModelInUse: it serves requests, or is being loaded.
+            EngineDead: the server stops.
         """
         slot = self.find(model_id)
+        self._check_running()
         if slot.users:
             raise ModelInUse(f"{slot.id} has {slot.users} requests, and is not unloaded under them.", users=slot.users)
         if slot.state in ("waiting", "loading"):
@@ -331,7 +338,8 @@ class ModelTable:
         """Load the first slot of the queue, refuse it, or make room for it. False: those behind it wait with it."""
         loading = [other for other in self.slots if other.state == "loading"]
         shared = not slot.has_own_process and any(not other.has_own_process for other in loading)
-        if shared or len(loading) >= SIDE_BY_SIDE:
+        blind = slot.needed is None or any(other.needed is None for other in loading)
+        if shared or (loading and blind) or len(loading) >= SIDE_BY_SIDE:
             return False
         lacks_memory = slot.short or self._lacks_memory(slot, free, loading)
         occupied = sum(other.state in OCCUPYING for other in self.slots)

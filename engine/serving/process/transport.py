@@ -298,6 +298,8 @@ class ProcessTransport(Transport):
             case Submit(request):
                 with self._lock:
                     self._sent -= 1
+                    if self._sent <= self._taken and not is_busy(self._counters):
+                        self._since = None  # no step is awaited
                 fault = ReplyFault(f"this request cannot be sent to its model: {first_line(error)}.")
                 self._hear(Outputs((RequestOutput(request.request_id, (), Usage(0, 0), True, fault),)))
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,11 @@ def test_what_cannot_be_sent_ends_its_own_request(open_process: Open, monkeypatc
         with pytest.raises(Exception, match=r"(?i)pickle"):
             await engine.prepare(request("odd", logit_bias=threading.Lock()))
         assert (await collect(engine, request("after", max_tokens=2)))[-1].error is None
+        await until(lambda: not engine.is_stepping)
+        odd: Any = {"prompt_token_ids": threading.Lock()}
+        sent = engine.submit(replace(await engine.prepare(request("late")), **odd))
+        assert isinstance((await everything(sent))[-1].error, ReplyFault)
+        assert not engine.is_stepping, "nothing was sent, so that nothing can stall"
 
     run(main())
 

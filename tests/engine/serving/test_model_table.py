@@ -21,8 +21,8 @@ SIZES = dict(zip(IDS, (1, 2, 3, 5, 8), strict=True))
 MEMORY = 9
 
 
-def entry(name: str, **fields: Any) -> ModelConfig:
-    return ModelConfig(id=name, path=Path("/models", name), **fields)
+def entry(name: str, isolation: Any = "thread", **fields: Any) -> ModelConfig:
+    return ModelConfig(id=name, path=Path("/models", name), isolation=isolation, **fields)
 
 
 class World:
@@ -227,15 +227,28 @@ def test_at_start_in_the_order_of_the_file_and_the_rest_on_demand() -> None:
     assert world.states() == {"c": "ready", "a": "unloaded", "b": "ready"}
 
 
-def test_several_processes_load_side_by_side_as_far_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Slot, "has_own_process", property(lambda slot: True))
-    world = World(*map(entry, "abcd"), memory=7)
+def test_several_processes_load_side_by_side_as_far_as_memory_allows() -> None:
+    world = World(*(entry(name, "process") for name in "abcd"), memory=7)
     world.plan()
     assert world.done == ["+a", "+b", "+c"], "d would need what is not there once these are loaded"
     assert len(world.loading) == SIDE_BY_SIDE
     world.settle()
     assert world.states()["d"] == "failed"
     assert "needs 5.0 GiB of memory, 1.0 GiB are free" in world.table.find("d").detail
+
+
+def test_what_needs_an_unknown_part_of_a_gpu_is_loaded_alone() -> None:
+    """Both would divide up the same free memory, and neither would know of the other's steps."""
+    table = ModelTable([entry(name, "process") for name in "abcd"])
+    slots = dict(zip("abcd", table.slots, strict=True))
+    slots["a"].needed = slots["d"].needed = GIB
+    order = []
+    while table.slots and not all(slot.state == "ready" for slot in table.slots):
+        table.plan(9 * GIB, 0.0)
+        order.append([action.slot.id for action in table.actions])
+        table.actions.clear()
+        table.opened(next(slot for slot in table.slots if slot.state == "loading"), GIB, 0.0)
+    assert order == [["a"], ["b"], ["c"], ["d"]]
 
 
 def test_requests_are_refused_while_the_server_starts_and_wait_on_demand() -> None:

@@ -35,7 +35,7 @@ GIB = 2**30
 
 class FakeEngine:
     def __init__(self, name: str, on_death: Callable[[VerbatimError], None]) -> None:
-        self.info = SimpleNamespace(id=name, weight_bytes=GIB, max_requests=9)
+        self.info = SimpleNamespace(id=name, weight_bytes=GIB, max_requests=9, adapters={})
         self.step_bytes = {"cuda:0": 7}
         self.closed = False
         self.die = on_death
@@ -91,7 +91,7 @@ class Memory:
 
 
 def entry(name: str, load: Any = "on_demand", **fields: Any) -> ModelConfig:
-    return ModelConfig(id=name, path=Path("/models", name), load=load, **fields)
+    return ModelConfig(id=name, path=Path("/models", name), load=load, isolation="thread", **fields)
 
 
 @pytest.fixture
@@ -365,6 +365,74 @@ def test_close_ends_loads_and_tells_who_waits(made: Callable[..., Registry], ope
 
     run(main())
     assert opener.living == []
+
+
+def test_an_unload_that_waits_ends_when_the_server_stops(made: Callable[..., Registry]) -> None:
+    registry = made(entry("a"))
+
+    async def main() -> None:
+        lease = await registry.acquire("a")
+        asked = asyncio.ensure_future(registry.unload("a", 60.0))
+        await asyncio.sleep(0)
+        assert await asyncio.to_thread(registry.close)
+        lease.release()
+        with pytest.raises(EngineDead, match="shutting down"):
+            await asked
+
+    run(main())
+
+
+def test_nobody_waits_for_a_terminal_that_is_held(made: Callable[..., Registry], opener: Opener) -> None:
+    """Control-S, or a pager that is not read on."""
+    held, reached = threading.Event(), threading.Event()
+
+    def say(text: str) -> None:
+        if "by request" in text:
+            reached.set()
+            held.wait(10)
+
+    registry = made(entry("a"), entry("b", "at_start"), on_progress=say)
+    registry.wait()
+
+    async def main() -> None:
+        (await registry.acquire("a")).release()
+        asked = asyncio.ensure_future(registry.unload("a"))
+        await asyncio.to_thread(reached.wait, 10)
+        looks = [lambda: registry.list(), lambda: registry.get("b"), lambda: run(registry.acquire("b")).release()]
+        await asyncio.wait_for(asyncio.gather(*map(asyncio.to_thread, looks)), 5)
+        held.set()
+        await asked
+
+    try:
+        run(main())
+    finally:
+        held.set()
+
+
+def test_models_come_and_go_after_the_system_had_no_thread(
+    made: Callable[..., Registry], opener: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = made(entry("a"))
+    start = threading.Thread.start
+
+    def none_left(thread: threading.Thread) -> None:
+        if thread.name.startswith(("Load-", "Unload-")):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def main() -> None:
+        with monkeypatch.context() as changed:
+            changed.setattr(threading.Thread, "start", none_left)
+            with pytest.raises(EngineDead, match="can't start new thread"):
+                await registry.acquire("a")
+        assert (await registry.load("a")).state == "ready"
+        with monkeypatch.context() as changed:
+            changed.setattr(threading.Thread, "start", none_left)
+            assert (await registry.unload("a")).state == "unloaded"
+        (await registry.acquire("a")).release()
+
+    run(main())
+    assert opener.begun == ["a", "a"]
 
 
 def test_many_come_and_go_and_nothing_stays(made: Callable[..., Registry], opener: Opener) -> None:

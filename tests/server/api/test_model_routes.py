@@ -102,6 +102,8 @@ def test_from_unloaded_to_unloaded(made: Callable[..., Registry], opened: Opened
             "object": "model",
             "created": 1_700_000_001,
             "owned_by": "local",
+            "root": "org/fake",
+            "parent": None,
             "state": "unloaded",
             "load": "on_demand",
             "memory_bytes": None,
