@@ -21,6 +21,7 @@ from engine.errors import (
     InvalidFormat as InvalidFormat,
     InvalidParameter as InvalidParameter,
     LoadError as LoadError,
+    LoadInterrupted as LoadInterrupted,
     ModelInUse as ModelInUse,
     ModelLoading as ModelLoading,
     ModelNotFound as ModelNotFound,

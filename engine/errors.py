@@ -10,6 +10,7 @@ VerbatimError
 │   └── ModelNotFound
 ├── ConfigError               models.yaml or the command line
 ├── LoadError                 the checkpoint cannot be loaded
+│   ├── LoadInterrupted              the process that loaded it has ended; another may not
 │   └── NotEnoughMemory              carries needed and free bytes
 ├── ReceiptError              a receipt cannot be read, or its signature does not hold
 ├── ReplyFault                a fault of this program, in reading or checking one reply; the engine goes on
@@ -39,6 +40,7 @@ __all__ = [
     "InvalidFormat",
     "InvalidParameter",
     "LoadError",
+    "LoadInterrupted",
     "ModelInUse",
     "ModelLoading",
     "ModelNotFound",
@@ -122,6 +124,10 @@ class ConfigError(VerbatimError):
 
 class LoadError(VerbatimError):
     code = "load_error"
+
+
+class LoadInterrupted(LoadError):
+    code = "load_interrupted"
 
 
 class NotEnoughMemory(LoadError):

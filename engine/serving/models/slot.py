@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from engine.config import ModelConfig
-from engine.errors import NoRoom, NotEnoughMemory, VerbatimError
+from engine.errors import LoadInterrupted, NoRoom, NotEnoughMemory, VerbatimError
 from engine.types.model_info import LoadProgress
 
 __all__ = ["IN_PLACE", "OCCUPYING", "Slot", "State", "differs_only_in_place"]
@@ -88,8 +88,8 @@ class Slot:
 
     @property
     def may_succeed_later(self) -> bool:
-        """Whether it failed for want of room, which another time there may be."""
-        return isinstance(self.error, NotEnoughMemory | NoRoom)
+        """Whether it failed for want of room, or was ended while it loaded: both may be otherwise another time."""
+        return isinstance(self.error, LoadInterrupted | NotEnoughMemory | NoRoom)
 
     @property
     def answers_waiters(self) -> bool:

@@ -29,7 +29,7 @@ from typing import IO, Any, BinaryIO, Final, cast
 import psutil
 
 from engine.config import ModelConfig
-from engine.errors import LoadError, ReplyFault, first_line
+from engine.errors import LoadInterrupted, ReplyFault, first_line
 from engine.serving.deaths import ended_words, engine_dead
 from engine.serving.process.frames import framed, read_frame, write_all
 from engine.serving.process.log_records import log_again, log_level
@@ -100,7 +100,7 @@ class ProcessTransport(Transport):
         """Start a process and wait until it has loaded the model.
 
         Raises:
-            LoadError: what the process says, or how it ended. It has ended by then.
+            LoadError: what the process says, or `LoadInterrupted`: how it ended. It has ended by then.
         """
         transport = cls(config.id)
         try:
@@ -264,7 +264,8 @@ class ProcessTransport(Transport):
     def _finish(self, words: str) -> None:
         """Tell everybody of the end, and let the writer end."""
         self._outbox.put(None)
-        self._loading.put(NotLoaded(LoadError(f"{self._id}: while it was loaded, {words}.")))  # if anybody still waits
+        interrupted = LoadInterrupted(f"{self._id}: while it was loaded, {words}.")
+        self._loading.put(NotLoaded(interrupted))  # if anybody still waits
         cause = "the server is shutting down" if self._closing else words
         if self._loaded is not None and self._ended is None and not self._closing:
             log.error("the engine of %s has stopped: %s", self._id, words)

@@ -22,7 +22,7 @@ import pytest
 from async_requests import collect, in_group, request, run, until
 from broken_engines import break_processes
 
-from engine import EngineDead, LoadError, ModelConfig, ReplyFault, VerbatimError, open_engine
+from engine import EngineDead, LoadError, LoadInterrupted, ModelConfig, ReplyFault, VerbatimError, open_engine
 from engine.serving.client import EngineClient
 from engine.serving.deaths import ended_words
 from engine.serving.process import transport as process_transport
@@ -269,6 +269,7 @@ def test_a_process_that_ends_while_it_loads_is_a_load_error(
     with pytest.raises(LoadError) as caught:
         open_process()
     assert caught.value.message.startswith(told)
+    assert isinstance(caught.value, LoadInterrupted) == (fault == "load_is_killed")
 
 
 def test_who_gives_up_while_it_loads_leaves_no_process(open_process: Open) -> None:

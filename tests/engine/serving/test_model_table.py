@@ -11,7 +11,17 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine import EngineDead, LoadError, ModelConfig, ModelInUse, ModelLoading, ModelNotFound, NoRoom, NotEnoughMemory
+from engine import (
+    EngineDead,
+    LoadError,
+    LoadInterrupted,
+    ModelConfig,
+    ModelInUse,
+    ModelLoading,
+    ModelNotFound,
+    NoRoom,
+    NotEnoughMemory,
+)
 from engine.serving.models.slot import OCCUPYING, Slot
 from engine.serving.models.table import LONG_LIFE, PAUSES, SIDE_BY_SIDE, Load, ModelTable, Unload
 
@@ -340,6 +350,26 @@ def test_and_with_nobody_to_leave_the_request_is_refused_by_what_was_found() -> 
     assert b.answers_waiters
     assert isinstance(b.error, NoRoom)
     assert "needs 7.0 GiB of memory, 1.0 GiB are free" in b.error.message
+
+
+@pytest.mark.parametrize(("error", "again"), [(LoadError("b: no"), False), (LoadInterrupted("b: killed"), True)])
+def test_what_was_ended_while_it_loaded_is_tried_again_by_the_next_request(error: LoadError, again: bool) -> None:
+    world = World(*on_demand("b"))
+    b = world.table.claim("b", 0)
+    world.plan()
+    world.loading.clear()
+    world.table.failed(b, error)
+    world.settle()
+    assert b.answers_waiters
+    assert b.error is error
+    world.table.release(b, 1)
+    if not again:
+        with pytest.raises(EngineDead, match="b: no"):
+            world.table.claim("b", 2)
+        return
+    world.table.claim("b", 2)
+    world.settle()
+    assert b.state == "ready"
 
 
 @pytest.mark.parametrize("idle", [0.5, 60.0])
