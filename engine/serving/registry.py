@@ -97,7 +97,7 @@ class Registry:
                 return self._view(slot, model_id)
             if slot.state in ("failed", "dead"):
                 what = "could not be loaded" if slot.state == "failed" else "has died"
-                raise EngineDead(f"{model_id} {what}: {slot.detail}")
+                raise EngineDead(f"{model_id} {what}: {slot.detail.removeprefix(f'{slot.id}: ')}")
             raise ModelLoading(f"{model_id} is {slot.state} ({slot.detail}).")
 
     def list(self) -> list[ModelStatus]:
@@ -419,7 +419,7 @@ class Registry:
 def _told(slot: Slot, error: VerbatimError) -> VerbatimError:
     """What a request is told that has waited in vain."""
     if isinstance(error, LoadError):
-        return EngineDead(f"{slot.id} could not be loaded: {error.message}")
+        return EngineDead(f"{slot.id} could not be loaded: {error.message.removeprefix(f'{slot.id}: ')}")
     return error
 
 

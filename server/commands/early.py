@@ -52,17 +52,17 @@ def greet_early(arguments: Sequence[str]) -> Early | None:
         ConfigError: the port is in use.
     """
     place = place_of(arguments)
-    return None if place is None else Early(listen(*place), *place)
+    return None if place is None else Early(listen(*place, page=_has_page(arguments)), *place)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, *, page: bool = True) -> socket.socket:
     """Open the socket and print the first line.
 
     Raises:
         ConfigError: the host is no address of this machine, or the port is in use.
     """
     listener = bind(host, port)
-    print(first_line(address_of(listener, host)), file=sys.stderr, flush=True)
+    print(first_line(address_of(listener, host), page=page), file=sys.stderr, flush=True)
     return listener
 
 
@@ -80,6 +80,12 @@ def place_of(arguments: Sequence[str]) -> tuple[str, int] | None:
     host = options.get("host", given.get("host", HOST))
     port = int(options["port"]) if "port" in options else given.get("port", PORT)
     return (host, port) if host in LOOPBACK and type(port) is int and 0 <= port <= 65535 else None
+
+
+def _has_page(arguments: Sequence[str]) -> bool:
+    """Whether the configuration leaves the page on. For arguments that have a place."""
+    options = _options(arguments) or {}
+    return (_server_keys(options.get("config"), options.get("model")) or {}).get("ui", True) is not False
 
 
 def _options(arguments: Sequence[str]) -> dict[str, str] | None:

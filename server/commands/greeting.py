@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["example_request", "first_line", "further_lines"]
 
 
-def first_line(address: str) -> str:
-    """Return the first line: it is printed as soon as the socket is open."""
-    return f"verbatim {PROJECT_VERSION} · {address} · open it in a browser"
+def first_line(address: str, *, page: bool = True) -> str:
+    """Return the first line: it is printed as soon as the socket is open. `page`: whether one is served there."""
+    return f"verbatim {PROJECT_VERSION} · {address}" + " · open it in a browser" * page
 
 
 def further_lines(settings: ServerSettings, address: str, entries: Sequence[ModelConfig], *, keys: bool) -> list[str]:

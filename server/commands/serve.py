@@ -62,7 +62,7 @@ def serve(
             if existing(settings, config) is None:
                 refuse_strangers(settings)
             if early is None:
-                listener = stack.enter_context(listen(settings.host, settings.port))
+                listener = stack.enter_context(listen(settings.host, settings.port, page=settings.ui))
             else:
                 listener = early.listener
                 assert (early.host, early.port) == (settings.host, settings.port), "announced elsewhere"

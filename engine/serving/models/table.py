@@ -123,7 +123,7 @@ class ModelTable:
     def _check_claim(self, slot: Slot) -> None:
         if slot.state == "failed" and not slot.may_succeed_later:
             assert slot.error is not None
-            raise EngineDead(f"{slot.id} could not be loaded: {slot.error.message}")
+            raise EngineDead(f"{slot.id} could not be loaded: {slot.error.message.removeprefix(f'{slot.id}: ')}")
         if slot.starting:
             raise ModelLoading(f"{slot.id} is loading ({slot.detail}).")
         limit = slot.config.max_sequences + slot.config.max_queue

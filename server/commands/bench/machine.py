@@ -18,9 +18,9 @@ _SIDE: Final = 1024  # of the square matrices
 SIZES: Final = (0.135, 0.6, 1.7, 4.0, 8.0)
 """Billions of parameters."""
 _READ: Final = 0.75
-"""Share of the bandwidth that decoding one stream reaches. Measured with qwen3-0.6b's shape: benchmarks/README.md."""
+"""Share of the bandwidth that decoding one stream reaches: about what benchmarks/README.md tells of a 0.6B model."""
 _COMPUTED: Final = 0.7
-"""Share of a matrix product's speed that a long prompt reaches. The same."""
+"""Share of a matrix product's speed that a long prompt reaches: an estimate."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -364,7 +364,7 @@ def test_what_was_ended_while_it_loaded_is_tried_again_by_the_next_request(error
     assert b.error is error
     world.table.release(b, 1)
     if not again:
-        with pytest.raises(EngineDead, match="b: no"):
+        with pytest.raises(EngineDead, match="b could not be loaded: no"):
             world.table.claim("b", 2)
         return
     world.table.claim("b", 2)

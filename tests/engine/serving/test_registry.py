@@ -209,7 +209,7 @@ def test_all_who_wait_are_told_why_it_failed(made: Callable[..., Registry], open
 
     async def main() -> None:
         told = await asyncio.gather(*(registry.acquire("a") for _ in range(3)), return_exceptions=True)
-        assert [str(one) for one in told] == ["a could not be loaded: a: is damaged"] * 3
+        assert [str(one) for one in told] == ["a could not be loaded: is damaged"] * 3
         with pytest.raises(EngineDead, match="damaged"):
             await registry.acquire("a")
         assert opener.begun == ["a"], "a request does not try again"

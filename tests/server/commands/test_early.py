@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from server import cli
 from server.commands import early, serve
-from server.commands.early import place_of
+from server.commands.early import greet_early, place_of
 from server.hosts import LOOPBACK
 
 ROOT = Path(cli.__file__).parents[1]
@@ -131,3 +131,15 @@ def test_it_says_nothing_where_the_file_looks_wrong(
 def test_an_address_for_others_is_not_announced_before_it_is_allowed() -> None:
     assert place_of(["--host", "0.0.0.0"]) is None
     assert place_of(["--host", "::1", "--port", "9"]) == ("::1", 9)
+
+
+@pytest.mark.parametrize(("ui", "told"), [("", True), ("ui: true", True), ("ui: false", False)])
+def test_a_page_is_spoken_of_where_there_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ui: str, told: bool
+) -> None:
+    file = tmp_path / "models.yaml"
+    file.write_text(f"models:\n  - {{id: demo, builtin: demo}}\nserver: {{port: 0, {ui}}}\n")
+    early = greet_early(["--config", str(file)])
+    assert early is not None
+    early.listener.close()
+    assert ("browser" in capsys.readouterr().err) == told
