@@ -259,6 +259,7 @@ def test_draws_follow_the_distribution(p: SamplingParams, axis: str) -> None:
             self.params, self.choice_index, self.prompt_token_ids = p, 0, (1,)
             self.records, self.expected = False, None
             self.seed, self.position = (12, i) if axis == "position" else (i - count // 2, 12)
+            self.generated = self.position
             self.output_counts = Counter({5: 2})
 
     for start in range(0, count, 1_000):
