@@ -34,7 +34,7 @@ Open = Callable[..., EngineClient]
 @pytest.fixture
 def open_process(tiny: Callable[[str], Path]) -> Iterator[Open]:
     """Opens engines in processes, and holds at the end that nothing of them is left."""
-    before = _descriptors()
+    before, threads = _descriptors(), set(threading.enumerate())  # other tests' engines may have the same names
     opened: list[EngineClient] = []
     pids: list[int] = []
 
@@ -51,7 +51,8 @@ def open_process(tiny: Callable[[str], Path]) -> Iterator[Open]:
     for engine in opened:
         assert engine.close(), "nothing is ever left behind"
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
-    assert not [t.name for t in threading.enumerate() if t.name in ("engine-tiny", "to-tiny")]
+    left = set(threading.enumerate()) - threads
+    assert not [t.name for t in left if t.name in ("engine-tiny", "to-tiny")]
     assert _descriptors() <= before
 
 
