@@ -114,6 +114,6 @@ def test_a_view_takes_only_its_own_requests(registry: Registry) -> None:
 
 def test_before_it_is_loaded_an_adapter_has_its_models_state(tmp_path: Path) -> None:
     registry = Registry([ModelConfig(id="m", path=tmp_path, adapters={"a": tmp_path / "a"})])
-    assert [(s.id, s.state, s.parent) for s in registry.list()] == [("m", "loading", None), ("m:a", "loading", "m")]
+    assert [(s.id, s.state, s.parent) for s in registry.list()] == [("m", "waiting", None), ("m:a", "waiting", "m")]
     with pytest.raises(ModelNotFound, match="there is: m, m:a"):
         registry.get("m:b")
