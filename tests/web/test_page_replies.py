@@ -172,13 +172,13 @@ def test_a_receipt_is_saved_verified_replayed_and_refuted(real: Real, open_tab: 
     forged = tmp_path / "forged.json"
     forged.write_bytes(forge(json.loads(file.read_text()), 3))
     page.get_by_label("A receipt's file").set_input_files(forged)
+    compared = page.locator(".panel", has=page.get_by_role("heading", name="Compared"))
+    expect(compared).to_contain_text("token choice 0, token 4")  # before it is there, the panels below it move
     panel = page.locator(".panel", has=page.get_by_role("heading", name="forged.json"))
     panel.get_by_role("button", name="Verify").click()
     expect(panel.locator(".report")).to_contain_text("refuted")
     expect(panel.locator(".report")).to_contain_text("First difference at token 4")
     expect(panel.locator("mark")).not_to_be_empty()
-    compared = page.locator(".panel", has=page.get_by_role("heading", name="Compared"))
-    expect(compared).to_contain_text("token choice 0, token 4")
     expect(compared.locator("mark")).to_have_count(2)
 
 
