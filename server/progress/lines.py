@@ -49,7 +49,8 @@ class ModelLine:
         """The model's state without its id, as one line."""
         if self.state == "failed":
             return f"failed: {self.text}"
-        return " · ".join(filter(None, (self.text, self.amount)))
+        reading = not self.total or (self.done or 0) < self.total  # once all is read, nothing is left to say of it
+        return " · ".join(filter(None, (self.text, self.amount if reading else "")))
 
     def differs(self, before: ModelLine | None) -> bool:
         """Whether a log file gets a line: for another state or text, and now and then as bytes come in."""
