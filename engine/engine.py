@@ -259,7 +259,7 @@ class Engine:
 
     def _forward(self, schedule: Schedule) -> ForwardResult:
         if not schedule.chunks:
-            return ForwardResult(torch.empty(0, self._runner.vocab_size), tuple)
+            return ForwardResult(torch.empty(0, self._runner.vocab_size, dtype=torch.float32), tuple)
         return self._runner.forward(schedule)
 
     def _sample(self, draws: list[Draw], result: ForwardResult, *, ahead: bool = False) -> list[Drawn]:

@@ -268,7 +268,7 @@ def _texts(model: nn.Module) -> list[list[int]]:
 def _logits(model: nn.Module, tokens: list[int]) -> torch.Tensor | None:
     """Run a forward pass as the runners do; None if the model cannot."""
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    ids = torch.tensor([tokens], device=device)
+    ids = torch.tensor([tokens], dtype=torch.int64, device=device)
     try:
         logits: torch.Tensor = model(ids, position_ids=torch.arange(len(tokens), device=device)[None], use_cache=False)[
             0

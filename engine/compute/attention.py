@@ -140,7 +140,9 @@ def make_mask(*, mask_function: Any, q_length: int, device: torch.device | str =
     receiver = _receiver.get()
     if not isinstance(receiver, Discovery):
         return None
-    return torch.full((1, 1, q_length, q_length), receiver.note_mask(mask_function, device), device=device)
+    return torch.full(
+        (1, 1, q_length, q_length), receiver.note_mask(mask_function, device), dtype=torch.float32, device=device
+    )
 
 
 def blank_mask(device: torch.device) -> Tensor:
@@ -149,7 +151,7 @@ def blank_mask(device: torch.device) -> Tensor:
     Making one, transformers asks the GPU in every pass whether the positions are those of one sequence, and waits. The
     keys that a layer sees are known by then, and `attention_forward` looks at no mask in a step.
     """
-    return torch.zeros(1, 1, 1, 1, device=device)
+    return torch.zeros(1, 1, 1, 1, dtype=torch.float32, device=device)
 
 
 def attention_forward(

@@ -78,7 +78,7 @@ def read_mask(function: MaskFunction, length: int, device: torch.device | str = 
             size = int(hidden.to(torch.uint8).argmax())
             candidates = [KeyRange(window=size), KeyRange(chunk=size)] if size else []
         for candidate in candidates:
-            queries = [torch.tensor(q, device=device) for q in _probes(candidate, length)]
+            queries = [torch.tensor(q, dtype=torch.int64, device=device) for q in _probes(candidate, length)]
             if all(_agrees(candidate, sees, query, length) for query in queries):
                 return candidate
     except Exception as error:  # a mask function may be anything

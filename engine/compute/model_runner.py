@@ -214,9 +214,9 @@ class PackedRunner:
         kept = rows + [0] * (self._fewest - len(rows))
         with attention_through(plan), self._functions():
             output = self._model(
-                torch.tensor([tokens + [0] * len(padding)], device=device),
-                torch.tensor(kept, device=device),
-                position_ids=torch.tensor([positions + padding], device=device),
+                torch.tensor([tokens + [0] * len(padding)], dtype=torch.int64, device=device),
+                torch.tensor(kept, dtype=torch.int64, device=device),
+                position_ids=torch.tensor([positions + padding], dtype=torch.int64, device=device),
                 use_cache=False,
                 **self._masks,
             )
@@ -270,7 +270,7 @@ class FallbackRunner:
                     raise
                 log.exception("a fault in computing a reply")
                 errors[number] = ReplyFault(f"the model failed on this request: {error}")
-                rows.append(torch.zeros(chunk.num_rows, self.vocab_size))
+                rows.append(torch.zeros(chunk.num_rows, self.vocab_size, dtype=torch.float32))
         device = self._model.device
         # A fault shows in the sequence's own logits: there are no keys that another could read.
         finite = (True,) * len(rows)
@@ -285,7 +285,7 @@ class FallbackRunner:
         arguments: dict[str, Any] = {self._cache_name: self._caches.get(sequence)}
         if self._takes_positions:
             arguments["position_ids"] = torch.arange(start, end, device=device)[None]
-        tokens = torch.tensor([sequence.tokens(start, end)], device=device)
+        tokens = torch.tensor([sequence.tokens(start, end)], dtype=torch.int64, device=device)
         last = torch.arange(end - start - max(rows, 1), end - start, device=device)
         output = self._model(tokens, last, use_cache=True, **arguments)
         names = (self._cache_name, *CACHE_NAMES)

@@ -47,8 +47,11 @@ def _pin(module: Any, layer_type: str | None, context_length: int) -> str | None
     # transformers chooses the set when it is called with the last position of the context; then the set is pinned.
     prefix = "" if layer_type is None else f"{layer_type}_"
     device = getattr(module, f"{prefix}inv_freq").device
-    last = torch.tensor([[context_length - 1]], device=device)
-    x, given = torch.zeros(1, 1, 1, device=device), {} if layer_type is None else {"layer_type": layer_type}
+    last = torch.tensor([[context_length - 1]], dtype=torch.int64, device=device)
+    x, given = (
+        torch.zeros(1, 1, 1, dtype=torch.float32, device=device),
+        {} if layer_type is None else {"layer_type": layer_type},
+    )
     module(x, last, **given)
     module.rope_type = _PINNED if layer_type is None else {**module.rope_type, layer_type: _PINNED}
     near = module(x, torch.zeros_like(last) + 1, **given)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import nn
@@ -48,6 +50,9 @@ log = logging.getLogger("verbatim.engine")
 _LOGITS = 2**25
 """Logits of a step beside one row for each sequence: 128 MiB."""
 _LONGEST_MESSAGE = 600
+_ONE_AT_A_TIME: Final = threading.Lock()
+"""transformers loads with switches of the whole process: torch's default dtype, whether weights are made up and tied. Two
+loads at once give models that lack weights."""
 
 StepBytes = Sequence[Mapping[str, int]]
 """`LoadedModel.step_bytes` of each model that is served already."""
@@ -61,7 +66,7 @@ def load(
     read: BytesRead | None = None,
     beside: StepBytes = (),
 ) -> LoadedModel:
-    """Load one entry.
+    """Load one entry. In one process, one load waits for another.
 
     Args:
         pull: fetch what is not in the hub's cache.
@@ -73,7 +78,8 @@ def load(
         LoadError: whatever is wrong, in one sentence; NotEnoughMemory with `needed` and `free` bytes.
     """
     try:
-        return _load(config, pull, progress or (lambda _: None), read, beside)
+        with _ONE_AT_A_TIME:
+            return _load(config, pull, progress or (lambda _: None), read, beside)
     except VerbatimError as error:
         told = one_line(error.message, _LONGEST_MESSAGE)  # it may quote a stranger's file
         if isinstance(error, LoadError) and told.startswith(f"{config.id}: "):

@@ -121,7 +121,7 @@ class Reference:
         try:
             for text in texts:
                 rotary.reset(model)
-                tokens = torch.tensor([[*text.prompt, *text.rest[:-1]]], device=input_device(model))
+                tokens = torch.tensor([[*text.prompt, *text.rest[:-1]]], dtype=torch.int64, device=input_device(model))
                 rows = model(tokens, use_cache=False).logits[0, len(text.prompt) - 1 :]
                 logits.append(rows.to(torch.float32).cpu())
                 narrow = rows.dtype == torch.float16

@@ -222,6 +222,17 @@ def guessed(wrong: int) -> Callable[[Path, str], Bits]:
     return circumstance
 
 
+def while_another_loads(folder: Path, prompt: str) -> Bits:
+    """transformers changes torch's default dtype, which is the whole process's, for as long as it loads a model."""
+    llm = open_model(folder)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return run(llm, prompt)
+    finally:
+        torch.set_default_dtype(before)
+
+
 CIRCUMSTANCES: dict[str, Callable[[Path, str], Bits]] = {
     "in a crowd of 16": in_a_crowd,
     "chunks of 1": chunked(1),
@@ -240,6 +251,7 @@ CIRCUMSTANCES: dict[str, Callable[[Path, str], Bits]] = {
     "all guesses wrong": guessed(1),
     "1 thread": with_threads(1),
     "2 threads": with_threads(2),
+    "while another model is loaded": while_another_loads,
     "a new process": in_a_new_process,
 }
 

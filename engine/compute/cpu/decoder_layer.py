@@ -147,7 +147,7 @@ def _watch(model: nn.Module, layers: nn.ModuleList, plan: CpuPlan, length: int) 
         parts = [m for m in layer.modules() if isinstance(m, NativeLinear | NativeNorm | NativeSiLU)]
         hooks += [part.register_forward_pre_hook(seen.note) for part in parts]
     last = length - 1
-    positions = torch.tensor([[0, 1, last // 5, last // 2, last]])
+    positions = torch.tensor([[0, 1, last // 5, last // 2, last]], dtype=torch.int64)
     try:
         with attention_through(plan):
             model(torch.arange(_ROWS)[None], position_ids=positions, use_cache=False)

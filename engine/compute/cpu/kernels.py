@@ -127,7 +127,7 @@ class Kernels:
         if {t.dtype for t in (query, key, value)} != {torch.float32}:
             raise TypeError(f"the kernels take float32, not {query.dtype}, {key.dtype} and {value.dtype}")
         query, key, value = (t if t.stride(2) == 1 else t.contiguous() for t in (query, key, value))
-        out = torch.empty(total, heads, value_dim)
+        out = torch.empty(total, heads, value_dim, dtype=torch.float32)
         out[rows:] = 0
         self._calls.attention(
             query.data_ptr(),

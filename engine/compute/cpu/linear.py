@@ -47,7 +47,7 @@ class NativeLinear(nn.Module):
     def weight(self) -> Tensor:
         """A fresh float32 copy `[out, in]`, for the rare architecture that reads weights itself (Mamba)."""
         # The product with the identity: all terms but one are zeros.
-        rows = self._product(torch.eye(self.in_features))[0]
+        rows = self._product(torch.eye(self.in_features, dtype=torch.float32))[0]
         return (rows - self.bias if self.bias is not None else rows).T.contiguous()
 
     @property

@@ -69,7 +69,7 @@ def _as_norm(module: nn.Module, kernels: Kernels) -> NativeNorm | None:
     ):
         return None
     # Small numbers, too: there the epsilon decides.
-    x = quasi_random(3, weight.shape[0]) * torch.tensor([[1.0], [1e-3], [1e3]])
+    x = quasi_random(3, weight.shape[0]) * torch.tensor([[1.0], [1e-3], [1e3]], dtype=torch.float32)
     for candidate in (weight, 1 + weight):  # Gemma keeps the difference to one
         norm = NativeNorm(kernels, candidate, epsilon)
         try:
@@ -86,7 +86,7 @@ def _as_silu(module: nn.Module, kernels: Kernels) -> NativeSiLU | None:
         return None
     if not _takes_one(module):
         return None
-    x = quasi_random(4, 64) * torch.tensor([[1.0], [1e-3], [30.0], [1e4]])
+    x = quasi_random(4, 64) * torch.tensor([[1.0], [1e-3], [30.0], [1e4]], dtype=torch.float32)
     silu = NativeSiLU(kernels)
     try:
         y = module(x)

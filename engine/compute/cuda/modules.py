@@ -268,7 +268,7 @@ def _as_norm(module: nn.Module, operations: Operations) -> RowNorm | None:
     if not isinstance(epsilon, float) or not _takes_one(module) or weight.dtype not in _CLOSE:
         return None
     # Small numbers, too: there the epsilon decides.
-    x = quasi_random(3, weight.shape[0]) * torch.tensor([[1.0], [1e-3], [1e3]])
+    x = quasi_random(3, weight.shape[0]) * torch.tensor([[1.0], [1e-3], [1e3]], dtype=torch.float32)
     x = x.to(weight.device, weight.dtype)
     kinds: tuple[NormKind, ...] = ("weight", "one plus weight")
     norms = (RowNorm(operations, weight, epsilon, kind) for kind in kinds)

@@ -192,7 +192,7 @@ class _Sums:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], value_dim: int, device: torch.device) -> _Sums:
-        peak = torch.full(shape, -math.inf, device=device)
+        peak = torch.full(shape, -math.inf, dtype=torch.float32, device=device)
         return cls(peak, torch.zeros_like(peak), peak.new_zeros(*shape, value_dim))
 
     def merged(self, other: _Sums) -> _Sums:

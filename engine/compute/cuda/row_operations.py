@@ -106,7 +106,7 @@ def doubtful_operations(model: nn.Module) -> list[str]:
         torch.zeros(1, _ROWS, dtype=torch.int64, device=device),
         torch.arange(_ROWS, device=device)[None],
     )
-    mask = torch.zeros(1, 1, 1, 1, device=device)
+    mask = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device=device)
     with attention_through(_NoAttention()), _Watch() as watch:
         model(tokens, attention_mask=mask, position_ids=positions, use_cache=False)
     return list(watch.doubtful)

@@ -110,7 +110,7 @@ class StepTrial:
     def _exact(self) -> Tensor:
         """Compute the first sequence in float64, straight from the formula."""
         settings, device, count = self.settings, self.shape.device, self.sizes.keys
-        slots = torch.tensor(PackedChunk(0, count, 0, self.tables[0]).slots(), device=device)
+        slots = torch.tensor(PackedChunk(0, count, 0, self.tables[0]).slots(), dtype=torch.int64, device=device)
         repeat = settings.heads // self.shape.heads
         key, value = (pool[:, slots].double().repeat_interleave(repeat, 0) for pool in (self.keys, self.values))
         scores = self.query.double() @ key.transpose(1, 2) * settings.scale
@@ -157,6 +157,6 @@ class Step:
             table(mine.narrow, ITEM), table(mine.wide, ITEM), table(mine.merges, MERGE), counts, blocks
         )
         slots, heads = max(mine.partials, 1), settings.heads
-        peaks = torch.full((2, slots, heads), float("nan"), device=shape.device)
-        sums = torch.full((slots, heads, shape.value_dim), float("nan"), device=shape.device)
+        peaks = torch.full((2, slots, heads), float("nan"), dtype=torch.float32, device=shape.device)
+        sums = torch.full((slots, heads, shape.value_dim), float("nan"), dtype=torch.float32, device=shape.device)
         return cls(work, Partials(sums, peaks[0], peaks[1]))

@@ -70,7 +70,7 @@ class TinyLayer:
         self.x[:count] = self._inputs[start : start + count]
         self.rows.fill_(count)
         self.slots.zero_()
-        self.slots[:count] = torch.tensor(chunk.slots(), device=self._shape.device)
+        self.slots[:count] = torch.tensor(chunk.slots(), dtype=torch.int64, device=self._shape.device)
         given, held = self._planned(chunk).work, self._step.work
         for name in ("narrow", "wide", "merges", "counts", "blocks"):
             held_table, new = getattr(held, name), getattr(given, name)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,6 +122,18 @@ def test_too_little_memory_says_how_much_is_needed_and_free(folder: Path, monkey
         load(ModelConfig(id="m", path=folder))
     assert caught.value.details["free"] == 100_000
     assert caught.value.details["needed"] > 100_000
+
+
+def test_models_that_are_loaded_at_once_are_whole(tiny: Callable[[str], Path]) -> None:
+    """transformers' loading has switches for the whole process; one load waits for another."""
+    families = ("qwen3", "llama", "gemma3_text", "phi3")
+    entries = [ModelConfig(id=f, path=tiny(f), cache_size="4MiB", context_length=128, threads=1) for f in families]
+    alone = {entry.id: load(entry).info for entry in entries}
+    with ThreadPoolExecutor(len(entries)) as pool:
+        for _ in range(2):
+            for model in pool.map(load, entries):
+                assert model.info == alone[model.info.id]
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_the_estimate_is_what_the_model_takes(folder: Path) -> None:
