@@ -51,8 +51,8 @@ _LOGITS = 2**25
 """Logits of a step beside one row for each sequence: 128 MiB."""
 _LONGEST_MESSAGE = 600
 _ONE_AT_A_TIME: Final = threading.Lock()
-"""transformers loads with switches of the whole process: torch's default dtype, whether weights are made up and tied. Two
-loads at once give models that lack weights."""
+"""transformers loads with switches of the whole process: torch's default dtype, whether weights are made up and tied.
+Two loads at once give models that lack weights."""
 
 StepBytes = Sequence[Mapping[str, int]]
 """`LoadedModel.step_bytes` of each model that is served already."""
