@@ -43,7 +43,7 @@ def test_models_load_and_leave_at_a_press(open_tab: Open, tmp_path: Path) -> Non
         tab = open_tab(server.url)
         page = tab.open()
         choose(page, "noise", "ready")
-        page.get_by_role("button", name="Load demo").click()
+        page.get_by_role("button", name="Load demo", exact=True).click()
         expect(page.get_by_role("button", name="Unload demo")).to_be_visible(timeout=LOADING)
         page.locator(".model-choice", has_text="demo").click()
         tab.say("Tell me a story about a fox.")
@@ -55,7 +55,7 @@ def test_models_load_and_leave_at_a_press(open_tab: Open, tmp_path: Path) -> Non
         expect(shown.first).to_contain_text("iB")
         choose(page, "demo", "ready")
         page.get_by_role("button", name="Unload demo").click()
-        expect(page.get_by_role("button", name="Load demo")).to_be_visible()
+        expect(page.get_by_role("button", name="Load demo", exact=True)).to_be_visible(timeout=LOADING)
         assert httpx.get(f"{server.url}/v1/models/demo").json()["state"] == "unloaded"
 
 

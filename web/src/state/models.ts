@@ -72,7 +72,7 @@ export function watchModels(): void {
   const again = async (): Promise<void> => {
     clearTimeout(timer);
     if (!document.hidden && (keyRefused.value === null || key.value)) await refresh();
-    const busy = !reachable.value || models.value.some((one) => one.state === "loading" || one.state === "waiting");
+    const busy = !reachable.value || models.value.some((one) => ["loading", "waiting", "unloading"].includes(one.state));
     timer = window.setTimeout(() => void again(), busy ? BUSY : QUIET);
   };
   document.addEventListener("visibilitychange", () => void again());
