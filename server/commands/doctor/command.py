@@ -44,6 +44,10 @@ def doctor(
     out = Terminal()
     out.print(table)
     warnings = sum(one.state == "warn" for one in found)
-    told = "All is well." if not faults and not warnings else f"{len(faults)} faults, {warnings} warnings."
+    told = "All is well." if not faults and not warnings else f"{_many(len(faults), 'fault')}, {_many(warnings, 'warning')}."
     out.print(told, highlight=False)
     raise typer.Exit(1 if faults else 0)
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
