@@ -44,7 +44,11 @@ def doctor(
     out = Terminal()
     out.print(table)
     warnings = sum(one.state == "warn" for one in found)
-    told = "All is well." if not faults and not warnings else f"{_many(len(faults), 'fault')}, {_many(warnings, 'warning')}."
+    told = (
+        "All is well."
+        if not faults and not warnings
+        else f"{_many(len(faults), 'fault')}, {_many(warnings, 'warning')}."
+    )
     out.print(told, highlight=False)
     raise typer.Exit(1 if faults else 0)
 
