@@ -23,11 +23,12 @@ from engine.compute.cpu.kernel_calls import Calls
 from engine.compute.cpu.kernel_file import NoKernels
 from engine.compute.cpu.layer_kernel import LayerKernel, LayerParts
 from engine.compute.cpu.packed_weight import PackedWeight, Product, checked, pack_weight
+from engine.compute.groups import Groups
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 __all__ = ["WIDEST_HEAD", "Kernels", "NoKernels"]
 
-_SOURCE: Final = Path(__file__).with_name("kernels.c")
+_SOURCE: Final = Path(__file__).parent / "native" / "kernels.c"
 
 WIDEST_HEAD: Final = 256
 """The most dimensions of a head that the attention kernel takes."""
@@ -72,6 +73,21 @@ class Kernels:
     def pack(self, weight: Tensor, bias: Tensor | None, kind: str = "exact") -> PackedWeight:
         """Bring `weight [columns, depth]` and `bias [columns]` into the kernels' layout: see `pack_weight`."""
         return pack_weight(self._calls, weight, bias, kind)
+
+    def pack_groups(self, groups: Groups, bias: Tensor | None) -> PackedWeight:
+        """Bring whole numbers in groups and `bias [columns]` into the kernels' layout; no number changes."""
+        return pack_weight(self._calls, groups.widened(), bias, "exact")
+
+    def widen(self, packed: PackedWeight, columns: Tensor | None = None) -> Tensor:
+        """Return the numbers that a packed weight stands for: `[columns, depth] float32`, or those of some columns.
+
+        Args:
+            columns: `[n] int64`, in any order.
+        """
+        product = self.group([packed])
+        rows = product(torch.eye(packed.depth, dtype=torch.float32))[0]
+        whole = (rows - packed.bias if packed.bias is not None else rows).T.contiguous()
+        return whole if columns is None else whole[columns]
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Compute `weight · x / √(mean(x²) + epsilon)` over the last dimension. `x`, `weight [dim]`: float32, dense."""

@@ -177,7 +177,7 @@ def trial(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         pytest.skip("no C compiler")
     target = tmp_path_factory.mktemp("team") / "trial"
     flags = ["-O2", "-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-pthread", *filter(None, [request.param])]
-    beside, here = Path(source.__file__).parent, Path(__file__).with_name("team_trial.c")
+    beside, here = Path(source.__file__).parent / "native", Path(__file__).with_name("team_trial.c")
     subprocess.run([compiler, *flags, f"-I{beside}", str(here), "-o", str(target)], check=True, timeout=60)
     return target
 

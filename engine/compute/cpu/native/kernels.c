@@ -1,0 +1,139 @@
+/* Compute a model's layers on a CPU: products, attention, norms, activations, and a whole decoder layer of these. Compiled
+ * for the machine that runs it by engine/compute/cpu/kernels.py. Knows arrays; nothing of tensors or models.
+ *
+ * The promise, for every function here: a row of the result depends on that row of the input alone, not on how many rows
+ * are computed with it, nor on the number of threads, nor on the width of the processor's vectors. It is kept by giving
+ * every single number of the result its own chain of operations, in a fixed order, each rounded as IEEE 754 says:
+ *
+ *   linear, float32    y = (chain over k = 0 … 1023) + (chain over the next 1024) + … + bias
+ *                      chain: s = fma(x[k], w[k], s), beginning at 0
+ *   linear, int8       y = chain over groups g of 128: s = fma(float(sum of products of bytes), x_scale[g] * w_scale[g], s)
+ *   attention, norm    see there
+ *   layer              the functions here, one after the other: the bits of each called by itself
+ *
+ * Vectors run over the columns of the result, never along k: there is nothing to reduce at the end, and wider vectors give
+ * the same bits. (oneDNN's packed float32 product has the same chain on AVX2, and so the same bits: a test compares them.)
+ *
+ * Weights are stored in panels of neighbouring columns, k by k, so that a thread reads them as one stream. A weight that
+ * bfloat16 holds without loss is stored as such and widened in a register: the same bits at half the memory traffic.
+ */
+#define _GNU_SOURCE /* pthread_setname_np */
+#include "layers.h"
+#include "packing.h"
+
+/* Bytes of `linear`'s scratch space for a row. */
+long verbatim_scratch(long depth, int kind) { return kind == INT8 ? (long)int8_row(depth) : depth * 4; }
+
+/* Products of one input with several matrices, all of the same kind and depth.
+ * input [rows, depth]; scratch: rows · verbatim_scratch bytes; out: one [rows, columns] after the other. */
+void verbatim_linear(const float *input, void *scratch, float *out, const Matrix *matrices, long rows, long depth, long count,
+                     int kind, int threads) {
+    Call call = call_of(input, scratch, out, matrices, rows, depth, count, kind);
+    team_run((Phase[]){laying_out(&call), multiplying(&call)}, 2, threads);
+}
+
+/* Bytes of a packed matrix. */
+long verbatim_packed_bytes(long columns, long depth, int kind) {
+    return panels_of(columns, kind) * (long)stride_of(kind, depth);
+}
+
+/* weight [columns, depth] → packed. Returns 1 if bfloat16 was asked for and would lose something (`out` is then useless). */
+int verbatim_pack(const float *weight, void *out, long columns, long depth, int kind, int threads) {
+    Packing p = {weight, out, columns, depth, kind, 0};
+    team_run(&(Phase){pack_panels, &p, panels_of(columns, kind), 1}, 1, threads);
+    return p.lossy;
+}
+
+/* What the kernels were compiled for. */
+const char *verbatim_target(void) {
+#if defined(__AVX512F__)
+    return VNNI ? "AVX-512, VNNI" : "AVX-512";
+#else
+    return VNNI ? "AVX2, VNNI" : "AVX2";
+#endif
+}
+
+/* Store a step's keys and values, then attend. Sets each part's first_item. */
+void verbatim_attention(const float *query, const float *key, const float *value, long query_head, long query_row,
+                        long key_head, long key_row, long value_head, long value_row, float *out, float *keys, float *values,
+                        const int64_t *slots, uint8_t *finite, const float *sinks, Part *parts, long rows, long heads,
+                        long kv_heads, long key_dim, long value_dim, long cache_slots, long count, long window, long chunk,
+                        float scale, float softcap, int threads) {
+    Attention a = {query, key, value, query_head, query_row, key_head, key_row, value_head, value_row, out, keys, values,
+                   slots, finite, sinks, parts, rows, heads, kv_heads, key_dim, value_dim, cache_slots, count, 0, window,
+                   chunk, scale, softcap};
+    cut_attention(&a);
+    team_run((Phase[]){{store_rows, &a, rows, 4}, {attend_items, &a, a.items, 1}}, 2, threads);
+}
+
+typedef struct {
+    const float *x, *weight;
+    float *out;
+    long rows, dim;
+    float epsilon;
+} Norm;
+
+static void norm_rows(void *norm, long begin, long end) {
+    const Norm *n = norm;
+    for (long row = begin; row < end; row++)
+        norm_row(n->x + row * n->dim, n->weight, n->out + row * n->dim, n->dim, n->epsilon);
+}
+
+/* norm_row for every row. x and out [rows, dim], weight [dim]. */
+void verbatim_rms_norm(const float *x, const float *weight, float *out, long rows, long dim, float epsilon, int threads) {
+    Norm n = {x, weight, out, rows, dim, epsilon};
+    team_run(&(Phase){norm_rows, &n, rows, (1 << 14) / dim + 1}, 1, threads);
+}
+
+typedef struct {
+    const float *x;
+    float *out;
+    long size;
+} Silu;
+
+enum { SILU = 4096 }; /* numbers of a unit */
+
+static void silu_pieces(void *data, long begin, long end) {
+    const Silu *a = data;
+    silu_range(a->x, NULL, a->out, begin * SILU, end * SILU < a->size ? end * SILU : a->size);
+}
+
+/* out = silu(x), both [size]. */
+void verbatim_silu(const float *x, float *out, long size, int threads) {
+    Silu a = {x, out, size};
+    team_run(&(Phase){silu_pieces, &a, (size + SILU - 1) / SILU, 1}, 1, threads);
+}
+
+/* Value dimensions have to be a multiple of this. */
+int verbatim_lanes(void) { return LANES; }
+
+/* Bytes of a layer's scratch space for a row. */
+long verbatim_layer_scratch(const Layer *l) {
+    long a = larger(verbatim_scratch(l->dim, l->qkv_kind), verbatim_scratch(l->dim, l->gate_up_kind));
+    long b = larger(verbatim_scratch(l->heads * l->value_dim, l->o_kind), verbatim_scratch(l->inner, l->down_kind));
+    return 4 * (l->dim + between(l)) + larger(a, b);
+}
+
+/* A decoder layer over a step's rows: x, out [rows, dim]; cos, sin [rows, rotary]; scratch: rows * verbatim_layer_scratch
+ * bytes. The first `attended` rows have a place in the cache; the others are padding. The rest as in verbatim_attention. */
+void verbatim_layer(const Layer *l, const float *x, const float *cos, const float *sin, float *out, float *scratch,
+                    float *keys, float *values, const int64_t *slots, uint8_t *finite, Part *parts, long rows, long attended,
+                    long cache_slots, long count, int threads) {
+    float *normed = scratch, *query = normed + rows * l->dim, *gate = query, *up = gate + rows * l->inner;
+    float *key = query + rows * l->heads * l->key_dim, *value = key + rows * l->kv_heads * l->key_dim;
+    float *mixed = value + rows * l->kv_heads * l->value_dim, *rest = query + rows * between(l);
+    LayerCall c = {
+        l, x, cos, sin, out, normed, query, key, value, mixed, gate, up, rows,
+        {query, key, value, l->key_dim, l->heads * l->key_dim, l->key_dim, l->kv_heads * l->key_dim, l->value_dim,
+         l->kv_heads * l->value_dim, mixed, keys, values, slots, finite, l->sinks, parts, attended, l->heads, l->kv_heads,
+         l->key_dim, l->value_dim, cache_slots, count, 0, l->window, l->chunk, l->scale, l->softcap},
+        call_of(normed, rest, query, l->qkv, rows, l->dim, 3, l->qkv_kind),
+        call_of(mixed, rest, normed, l->o, rows, l->heads * l->value_dim, 1, l->o_kind),
+        call_of(normed, rest, gate, l->gate_up, rows, l->dim, 2, l->gate_up_kind),
+        call_of(gate, rest, normed, l->down, rows, l->inner, 1, l->down_kind),
+    };
+    c.o.residual = x, c.o.sum = out;
+    c.down.residual = out, c.down.sum = out;
+    cut_attention(&c.attention);
+    run_layer(&c, threads);
+}

@@ -1,0 +1,74 @@
+"""Layers that are loaded as packed weights, until the backend fuses the model. Knows no checkpoint and no model by name.
+
+A loader puts these in place of the model's own, so that a weight is never held in float32 as a whole. Plain transformers
+computes with them, to compare with: each call widens the weight, a piece at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.packed_weight import PackedWeight
+
+__all__ = ["StoredEmbedding", "StoredLinear"]
+
+_PIECE = 4096  # columns that are widened at once
+
+
+class StoredLinear(nn.Module):
+    """`x @ weight.T + bias` with a packed weight, widened at each call.
+
+    Attributes:
+        in_features, out_features: as in `nn.Linear`.
+        packed: what the backend takes over.
+    """
+
+    def __init__(self, kernels: Kernels, packed: PackedWeight) -> None:
+        super().__init__()
+        self.kernels, self.packed = kernels, packed
+        self.out_features, self.in_features = packed.columns, packed.depth
+
+    @property
+    def weight(self) -> Tensor:
+        """A fresh float32 copy `[out, in]`."""
+        return self.kernels.widen(self.packed)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`[out]` float32."""
+        return self.packed.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias, parts = self.bias, []
+        for start in range(0, self.out_features, _PIECE):
+            columns = torch.arange(start, min(start + _PIECE, self.out_features), dtype=torch.int64)
+            own = None if bias is None else bias[start : start + _PIECE]
+            parts.append(F.linear(x, self.kernels.widen(self.packed, columns), own))
+        return torch.cat(parts, dim=-1)
+
+
+class StoredEmbedding(nn.Module):
+    """An embedding whose table is a packed weight, of which only the looked-up rows are widened.
+
+    Attributes:
+        scale: what a row is multiplied with (Gemma), in float32; None: nothing.
+    """
+
+    def __init__(self, kernels: Kernels, packed: PackedWeight, scale: Tensor | None = None) -> None:
+        super().__init__()
+        self.kernels, self.packed, self.scale = kernels, packed, scale
+        self.num_embeddings, self.embedding_dim = packed.columns, packed.depth
+
+    @property
+    def weight(self) -> Tensor:
+        """A fresh float32 copy `[rows, dim]`."""
+        return self.kernels.widen(self.packed)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        rows = self.kernels.widen(self.packed, input_ids.flatten())
+        if self.scale is not None:
+            rows = rows * self.scale
+        return rows.view(*input_ids.shape, -1)
