@@ -230,7 +230,7 @@ def test_a_child_that_is_ended_while_a_call_runs_is_replaced() -> None:
             waiting = pool.submit(child.call, f"{HERE}:wait", 0.3)
             time.sleep(0.1)
             _children("ended")[0].kill()
-            assert waiting.result(30) == "awake"
+            assert waiting.result(60) == "awake"
     finally:
         child.close()
 
@@ -244,7 +244,7 @@ def test_closing_ends_what_runs() -> None:
         everybody = _children("closed")
         child.close()
         with pytest.raises(RuntimeError, match="closed"):
-            waiting.result(10)
+            waiting.result(60)
     with pytest.raises(RuntimeError, match="closed"):
         child.call(f"{HERE}:echo", 0)
     _until(lambda: not any(map(_runs, everybody)))
@@ -280,7 +280,7 @@ def test_nothing_outlives_the_process_that_started_it(number: signal.Signals, tm
         _until(lambda: len(watched.children(recursive=True)) == 3)
         everybody = watched.children(recursive=True)
         parent.send_signal(number)
-        parent.wait(20)
+        parent.wait(60)
         _until(lambda: not any(map(_runs, everybody)))
     finally:
         parent.kill()
@@ -325,7 +325,7 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def _until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -336,7 +336,7 @@ def test_many_threads_start_one_child() -> None:
     barrier = threading.Barrier(8)
 
     def call(i: int) -> Any:
-        barrier.wait(10)
+        barrier.wait(60)
         return child.call(f"{HERE}:echo", i)
 
     try:
