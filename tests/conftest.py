@@ -125,7 +125,7 @@ LONG = (
     "server/batch/test_batch_output.py",
     "repo/test_packaging.py",
 )
-"""Files of few tests that take long. They come first: the last file of a run must not keep one process alone at work."""
+"""Files of few tests that take long. They come first, or one process would be alone with the last."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -48,19 +48,14 @@ def open_model(folder: Path, **config: Any) -> LLM:
 class Kept:
     """Opens a model once for all circumstances that want the same of it: it is idle and its cache empty each time.
 
-    What came before is a circumstance more that must not matter. A model is opened anew where the circumstance leaves
-    requests behind, counts what its drafts were worth, or sets the threads.
+    What came before is a circumstance more that must not matter. A model that was left at work is opened anew.
     """
-
-    ALONE = frozenset({"threads", "speculation"})
 
     def __init__(self, make: Callable[..., LLM]) -> None:
         self._make = make
         self._opened: dict[tuple[Any, ...], LLM] = {}
 
     def __call__(self, folder: Path, **config: Any) -> LLM:
-        if config.keys() & self.ALONE:
-            return self._make(folder, **config)
         key = (folder, *sorted(config.items()))
         llm = self._opened.get(key)
         if llm is None or llm.engine.has_work:
@@ -191,7 +186,9 @@ def with_threads(count: int) -> Callable[[Path, str], Bits]:
     def circumstance(folder: Path, prompt: str) -> Bits:
         before = torch.get_num_threads()
         try:
-            return run(open_model(folder, threads=count), prompt)
+            llm = open_model(folder, threads=count)
+            torch.set_num_threads(count)
+            return run(llm, prompt)
         finally:
             torch.set_num_threads(before)
 
@@ -238,12 +235,13 @@ def guessed(wrong: int) -> Callable[[Path, str], Bits]:
 
         reply = alone(folder, prompt)[0]
         llm = open_model(folder, speculation="ngram")
+        before = llm.engine.stats()
         request_id = llm.add(prompt, **PARAMS).request_id
         llm.engine._requests[request_id].choices[0].drafter = Oracle(reply, wrong)  # type: ignore[assignment]
         outputs = list(llm.outputs(request_id))
         stats = llm.engine.stats()
-        assert stats.drafted_tokens > 0
-        assert (stats.accepted_tokens == 0) == (wrong == 1)
+        assert stats.drafted_tokens > before.drafted_tokens
+        assert (stats.accepted_tokens == before.accepted_tokens) == (wrong == 1)
         return bits(join_outputs(outputs, 0)[0])
 
     return circumstance

@@ -121,7 +121,7 @@ def made(opener: Opener, memory: Memory) -> Iterator[Callable[..., Registry]]:
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
     async def bounded() -> Any:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             return await work
 
     return asyncio.run(bounded())
