@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from engine.compute.cpu.kernels import Kernels
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# A hundred processes are started that import the engine: each would compile all its modules again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Tiny models: a second thread only waits for the first. The law's tests ask for one and two themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 prepare_environment(pull=False)
@@ -106,9 +110,36 @@ def shared() -> Path:
     return SHARED
 
 
+LONG = (
+    "server/bundle/test_bundle_install.py",
+    "zoo/test_architectures.py",
+    "repo/test_benchmarks.py",
+    "engine/compute/cuda/test_interpreted_model.py",
+    "engine/compute/cuda/test_attention_compiles.py",
+    "engine/compute/cuda/test_linear_compiled.py",
+    "engine/serving/test_model_process.py",
+    "server/test_live.py",
+    "server/test_live_models.py",
+    "server/test_live_receipts.py",
+    "server/test_faults.py",
+    "server/batch/test_batch_output.py",
+    "repo/test_packaging.py",
+)
+"""Files of few tests that take long. They come first, or one process would be alone with the last."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would begin with the files that have most tests
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    here = Path(__file__).parent
+    places = {here / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
