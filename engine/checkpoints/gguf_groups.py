@@ -17,7 +17,7 @@ from engine.compute.groups import Groups
 
 __all__ = ["KINDS", "Kind", "NotFinite", "read_groups"]
 
-_PIECE: Final = 1 << 22
+_PIECE: Final = 1 << 20
 """Numbers that are unpacked at once: the memory for what is in between stays small."""
 
 
@@ -56,23 +56,22 @@ class Kind:
         return depth // self.values * self.size
 
 
-def read_groups(kind: Kind, depth: int, rows: Tensor) -> Groups:
-    """Unpack rows of blocks.
+def read_groups(kind: Kind, columns: int, depth: int, rows: Callable[[slice], Tensor]) -> Groups:
+    """Unpack a tensor of `columns` rows, each of `depth` numbers.
 
     Args:
-        depth: numbers in a row; rows: `[columns, bytes] uint8`.
+        rows: returns the bytes of some rows, `[n, bytes] uint8`. It is asked for a few at a time, in order.
 
     Raises:
         NotFinite: a scale or a minimum is no finite number.
     """
-    columns, blocks = rows.shape[0], depth // kind.values
-    if rows.shape[1] != blocks * kind.size or depth % kind.values:
-        raise ValueError(f"{rows.shape[1]} bytes are no row of {depth} numbers in blocks of {kind.values}")
+    if depth % kind.values:
+        raise ValueError(f"a row of {depth} numbers is no row of blocks of {kind.values}")
     numbers = torch.empty(columns, depth, dtype=torch.uint8)
     parts: list[_Block] = []
     step = max(_PIECE // depth, 1)
     for start in range(0, columns, step):
-        piece = kind.unpack(rows[start : start + step].reshape(-1, kind.size))
+        piece = kind.unpack(rows(slice(start, start + step)).reshape(-1, kind.size))
         numbers[start : start + step] = piece.numbers.view(-1, depth)
         parts.append(piece._replace(numbers=piece.numbers.new_empty(0)))
     found = {

@@ -10,6 +10,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from hypothesis import given, settings, strategies as st
 
 from engine.checkpoints.gguf_groups import KINDS, NotFinite, read_groups
+from engine.compute.groups import Groups
 
 _FLOATS = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q4_1": (0, 2)}
 """Where a block has its float16 scales; at its beginning if it is not here."""
@@ -21,8 +22,12 @@ def _scales_at(kind: str) -> tuple[int, ...]:
     return _FLOATS.get(kind, (0, 2) if kind == "Q5_1" else (0,))
 
 
+def _read(kind: str, depth: int, rows: np.ndarray) -> Groups:
+    return read_groups(KINDS[kind], rows.shape[0], depth, torch.from_numpy(rows).__getitem__)
+
+
 def _same(kind: str, depth: int, rows: np.ndarray) -> bool:
-    found = read_groups(KINDS[kind], depth, torch.from_numpy(rows))
+    found = _read(kind, depth, rows)
     assert found.numbers.shape == (rows.shape[0], depth)
     assert int(found.numbers.max()) < 1 << found.bits
     right = quants.dequantize(rows, GGMLQuantizationType[kind])
@@ -52,7 +57,7 @@ def test_what_gguf_has_quantised_stands_for_nearly_the_same_weights(kind: str) -
     weights = np.random.default_rng(1).normal(0, 0.1, (37, 96)).astype(np.float32)
     rows = quants.quantize(weights, GGMLQuantizationType[kind])
     assert _same(kind, 96, rows)
-    widened = read_groups(KINDS[kind], 96, torch.from_numpy(rows)).widened().numpy()
+    widened = _read(kind, 96, rows).widened().numpy()
     assert np.abs(widened - weights).max() < 0.06
 
 
@@ -70,7 +75,7 @@ def test_scales_that_are_no_numbers_are_refused(kind: str, value: float) -> None
         rows = np.zeros((2, KINDS[kind].size), dtype=np.uint8)
         rows[1, at : at + 2] = np.array([value], dtype=np.float16).view(np.uint8)
         with pytest.raises(NotFinite):
-            read_groups(KINDS[kind], KINDS[kind].values, torch.from_numpy(rows))
+            _read(kind, KINDS[kind].values, rows)
 
 
 def test_kinds_that_are_tables_are_not_taken_for_groups() -> None:
