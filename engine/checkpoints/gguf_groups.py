@@ -1,7 +1,7 @@
 """Read the blocks of GGUF's quantised tensors as whole numbers in groups. Knows bytes; no file, no kernel, no model.
 
-Nothing is rounded: the groups stand for the very numbers that ggml's own dequantisation gives. Kinds of 2 and 3 bits are
-held as 4. The layouts are those of ggml's `ggml-common.h`, and of `gguf.quants`, which the tests compare with.
+Nothing is rounded: the groups stand for the very numbers that ggml's own dequantisation gives. Kinds of 2 and 3 bits
+are held as 4. The layouts are those of ggml's `ggml-common.h`, and of `gguf.quants`, which the tests compare with.
 """
 
 from __future__ import annotations
@@ -152,9 +152,7 @@ def _six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 def _q2_k(blocks: Tensor) -> _Block:
     scales = blocks[:, :16]
-    return _Block(
-        _spread(blocks[:, 16:80], 32, 2), scales & 15, scales >> 4, _halves(blocks, 80), _halves(blocks, 82)
-    )
+    return _Block(_spread(blocks[:, 16:80], 32, 2), scales & 15, scales >> 4, _halves(blocks, 80), _halves(blocks, 82))
 
 
 def _q3_k(blocks: Tensor) -> _Block:

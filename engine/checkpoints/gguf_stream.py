@@ -5,8 +5,8 @@ the function by which it reads the tensors is replaced meanwhile. In place of a 
 number of its shape, which takes no memory, and at the end the layer is replaced by one that holds the packed weight. No
 such weight is ever held in float32, and the file is not mapped: what was read does not stay in memory.
 
-What transformers does to an architecture's tensors is done to all others. A weight stays packed only where that is known
-to leave it alone or to reorder its rows (Llama's queries and keys).
+What transformers does to an architecture's tensors is done to all others. A weight stays packed only where that is
+known to leave it alone or to reorder its rows (Llama's queries and keys).
 """
 
 from __future__ import annotations
@@ -152,9 +152,7 @@ class GGUFStream:
                     tensors[names[name]] = self._pack(handle, name, order)
                     continue
                 widened = self._widen(handle, name)
-                done = processor.process(
-                    weights=widened, name=name, tensor_key_mapping=names, parsed_parameters=loaded
-                )
+                done = processor.process(weights=widened, name=name, tensor_key_mapping=names, parsed_parameters=loaded)
                 if done.name in names:
                     tensors[names[done.name]] = torch.from_numpy(np.ascontiguousarray(done.weights))
         return tensors
@@ -220,7 +218,7 @@ def _reordered(groups: Groups, order: Tensor) -> Groups:
     """Bring the columns of a weight into an order."""
     if torch.equal(order, torch.arange(len(order), dtype=order.dtype)):
         return groups
-    tensors = {
+    tensors: dict[str, Any] = {
         field.name: value[order]
         for field in dataclasses.fields(groups)
         if isinstance(value := getattr(groups, field.name), Tensor)

@@ -101,10 +101,7 @@ def _load(config: ModelConfig, pull: bool, say: Progress, read: BytesRead | None
     checkpoint.prepare_environment(pull=pull)
     folder = checkpoint.locate(config, pull=pull)
     file = gguf_file.open_file(folder, config.id) if folder.is_file() else None
-    if file:
-        found = gguf_file.inspect(file, gguf_stream.packed_bytes(file))
-    else:
-        found = checkpoint.inspect(folder, config.id)
+    found = gguf_file.inspect(file, gguf_stream.packed_bytes(file)) if file else checkpoint.inspect(folder, config.id)
     claims.check_config(found, config.id)
     placement = place(config, found, say)
     adapters = EntryAdapters.inspect(config, found, placement)
@@ -138,7 +135,9 @@ def _prepare(
 ) -> ReadyModel:
     """Read the weights, fuse the model for its backend, and test it."""
     budget = GpuBudget(placement.gpus, [{torch.device(n): size for n, size in steps.items()} for steps in beside])
-    model = load_model(config, found, placement.dtype, placement.device_map, file, packed=placement.packs, kernels=placement.kernels)
+    model = load_model(
+        config, found, placement.dtype, placement.device_map, file, packed=placement.packs, kernels=placement.kernels
+    )
     stream.wait_for_all()
     _check_device(config, model, placement)
     check_vocabulary(config, files.tokenizer, model)

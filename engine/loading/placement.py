@@ -41,7 +41,7 @@ class Placement:
         device: where logits arrive; device_map: accelerate's, for all modules.
         stored: the checkpoint's dtype; float32 if no model can be computed in that one.
         packs: the checkpoint is quantised, and its layers stay as packed as they are.
-        kernels: on a CPU, those for which a GGUF file's quantised weights stay as packed as they are; None: they do not.
+        kernels: on a CPU, those for which a GGUF file's quantised weights stay packed; None: they do not.
     """
 
     device: torch.device

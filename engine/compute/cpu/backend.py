@@ -22,8 +22,8 @@ from engine.compute.linear import Make, computes, is_sound, is_sound_for, pack_m
 from engine.compute.model_runner import PackedRunner
 from engine.compute.torch_attention import TorchPlan
 from engine.compute.torch_backend import hardware
-from engine.types.fingerprint_parts import digest_of
 from engine.host_memory import give_back_memory
+from engine.types.fingerprint_parts import digest_of
 
 _ROUNDED: Final = 0.1
 """Allowed difference to torch's product where weights or inputs are rounded, as a fraction of its largest number."""
@@ -36,7 +36,7 @@ class CpuBackend:
     """What an entry's `quantization` may say."""
 
     def __init__(self, kernels: Kernels, quantization: str | None = None, *, as_stored: bool = False) -> None:
-        """quantization: `int8`, or None to round no weight; as_stored: the checkpoint's own groups are computed with."""
+        """quantization: `int8`, or None to round no weight; as_stored: it computes with the checkpoint's groups."""
         self.linear = f"native {quantization}" if quantization else "native, as stored" if as_stored else "native"
         self._kernels, self._quantization = kernels, quantization
         self._make = partial(NativeLinear, kernels, quantization or "exact")

@@ -1,4 +1,4 @@
-"""Tiny GGUF files with quantised weights of any kind and of several families, and plain transformers' reading of them."""
+"""Tiny GGUF files with quantised weights of any kind and of several families, read in three ways."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf import GGUFWriter, GGMLQuantizationType, quants
+from gguf import GGMLQuantizationType, GGUFWriter, quants
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
@@ -28,7 +28,7 @@ Kinds = Callable[[str], str]
 
 _ARCHITECTURES = {"gemma3_text": "gemma3"}
 _SMALL = {
-    # Where a block has its scale and its factor of minima, and what makes random numbers of a spread of one around zero.
+    # Where a block has its scale and its factor of minima, and what makes random numbers spread by one around zero.
     "Q2_K": ((80, 1 / 9.6), (82, 1.5 / 9.6)),
     "Q3_K": ((108, 1 / 41),),
     "Q4_K": ((0, 1 / 165), (2, 7.5 / 165)),
@@ -38,7 +38,7 @@ _SMALL = {
 
 
 def blocks(shape: tuple[int, int], kind: str, seed: int, spread: float = 0.1) -> np.ndarray:
-    """Make `[columns, bytes]` of a kind whose numbers spread around zero; K kinds are random bytes with fitting scales."""
+    """Make `[columns, bytes]` whose numbers spread around zero; of K kinds, random bytes with fitting scales."""
     random, (columns, depth) = np.random.default_rng(seed), shape
     if kind not in _SMALL:
         weights = random.normal(0, spread, shape).astype(np.float32)
