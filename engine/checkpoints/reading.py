@@ -17,8 +17,8 @@ from torch import nn
 
 from engine.checkpoints import claims, gguf_file, gguf_model, gguf_tokenizer, packed_layers
 from engine.checkpoints.checkpoint import Checkpoint
+from engine.checkpoints.gguf.stream import GGUFStream
 from engine.checkpoints.gguf_file import GGUFFile
-from engine.checkpoints.gguf_stream import GGUFStream
 from engine.checkpoints.json_files import read_json
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.stored_linear import StoredEmbedding

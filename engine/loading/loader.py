@@ -18,8 +18,9 @@ from typing import Final
 import torch
 from torch import nn
 
-from engine.checkpoints import checkpoint, claims, gguf_file, gguf_stream, packed_layers
+from engine.checkpoints import checkpoint, claims, gguf_file, packed_layers
 from engine.checkpoints.checkpoint import Checkpoint
+from engine.checkpoints.gguf.stream import packed_bytes
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.reading import check_vocabulary, load_model
 from engine.compute import rotary
@@ -101,7 +102,7 @@ def _load(config: ModelConfig, pull: bool, say: Progress, read: BytesRead | None
     checkpoint.prepare_environment(pull=pull)
     folder = checkpoint.locate(config, pull=pull)
     file = gguf_file.open_file(folder, config.id) if folder.is_file() else None
-    found = gguf_file.inspect(file, gguf_stream.packed_bytes(file)) if file else checkpoint.inspect(folder, config.id)
+    found = gguf_file.inspect(file, packed_bytes(file)) if file else checkpoint.inspect(folder, config.id)
     claims.check_config(found, config.id)
     placement = place(config, found, say)
     adapters = EntryAdapters.inspect(config, found, placement)

@@ -16,8 +16,9 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from engine import ModelConfig
-from engine.checkpoints import gguf_file, gguf_stream
-from engine.checkpoints.gguf_groups import KINDS
+from engine.checkpoints import gguf_file
+from engine.checkpoints.gguf.groups import KINDS
+from engine.checkpoints.gguf.stream import packed_bytes
 from engine.checkpoints.reading import load_model
 from engine.compute.cpu.kernels import Kernels
 from tests import tiny_models
@@ -109,6 +110,6 @@ def widened(file: Path) -> nn.Module:
 def packed(file: Path) -> nn.Module:
     """Load a file with its quantised weights packed, before any backend has fused it."""
     header = gguf_file.open_file(file, "m")
-    found = gguf_file.inspect(header, gguf_stream.packed_bytes(header))
+    found = gguf_file.inspect(header, packed_bytes(header))
     config = ModelConfig(id="m", path=file)
     return load_model(config, found, torch.float32, {"": "cpu"}, header, kernels=Kernels.load())

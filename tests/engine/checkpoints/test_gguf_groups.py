@@ -9,7 +9,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from hypothesis import given, settings, strategies as st
 
-from engine.checkpoints.gguf_groups import KINDS, NotFinite, read_groups
+from engine.checkpoints.gguf.groups import KINDS, NotFinite, read_groups
 from engine.compute.groups import Groups
 
 _FLOATS = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q4_1": (0, 2)}
@@ -62,7 +62,7 @@ def test_what_gguf_has_quantised_stands_for_nearly_the_same_weights(kind: str) -
 
 
 def test_a_weight_of_many_pieces_is_put_together_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.checkpoints.gguf_groups._PIECE", 600)
+    monkeypatch.setattr("engine.checkpoints.gguf.groups._PIECE", 600)
     rows = np.random.default_rng(2).integers(0, 128, (7, 2 * KINDS["Q4_K"].size), dtype=np.uint8)
     rows[:, 1::144], rows[:, 3::144] = 40, 41  # the high bytes of the scales
     assert _same("Q4_K", 512, rows)

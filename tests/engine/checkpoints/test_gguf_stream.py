@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from engine import LLM, LoadError, ModelConfig
-from engine.checkpoints import gguf_file, gguf_stream
+from engine.checkpoints import gguf_file
+from engine.checkpoints.gguf.stream import packed_bytes
 from engine.compute.cpu.kernels import Kernels, NoKernels
 from engine.compute.cpu.linear import NativeLinear
 from engine.compute.cpu.stored_linear import StoredEmbedding, StoredLinear
@@ -151,10 +152,10 @@ def test_a_file_that_lacks_a_packed_weight_is_refused(file: Path, tmp_path: Path
 def test_architectures_whose_weights_are_changed_in_another_way_are_widened(file: Path) -> None:
     """Bloom's rows are split and joined anew, GPT-2's are turned: nothing about packed weights is guessed."""
     header = gguf_file.open_file(file, "m")
-    assert gguf_stream.packed_bytes(header) < 2 * header.stored_bytes
+    assert packed_bytes(header) < 2 * header.stored_bytes
     for architecture in ("bloom", "gpt2", "mamba", "lfm2", "minimax-m2"):
         other = dataclasses.replace(header, metadata={**header.metadata, "general.architecture": architecture})
-        assert gguf_stream.packed_bytes(other) == 0
+        assert packed_bytes(other) == 0
 
 
 def test_adapters_are_computed_beside_packed_weights_and_merged_into_widened_ones(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.checkpoints.gguf.groups import KINDS, NotFinite, read_groups
 from engine.checkpoints.gguf_file import GGUFFile
-from engine.checkpoints.gguf_groups import KINDS, NotFinite, read_groups
 from engine.checkpoints.gguf_model import by_function
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.packed_weight import PackedWeight
