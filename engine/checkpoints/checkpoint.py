@@ -44,6 +44,7 @@ class Checkpoint:
         created: Unix seconds of the newest file.
         end_ids: tokens that end an answer, if a GGUF file names them.
         tensors, values, longest: the number of tensors, of values in all of them, and the longest axis.
+        packed_bytes: memory of a GGUF file's weights if its quantised ones stay packed; 0 if they cannot.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Checkpoint:
     tensors: int = 0
     values: int = 0
     longest: int = 0
+    packed_bytes: int = 0
 
     def float32_bytes(self) -> int:
         """Estimate the model's memory in packed float32: a tied embedding is held in its own dtype and packed once."""

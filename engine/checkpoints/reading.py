@@ -17,8 +17,11 @@ from torch import nn
 
 from engine.checkpoints import claims, gguf_file, gguf_model, gguf_tokenizer, packed_layers
 from engine.checkpoints.checkpoint import Checkpoint
+from engine.checkpoints.gguf.stream import GGUFStream
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.json_files import read_json
+from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.stored_linear import StoredEmbedding
 from engine.config import ModelConfig
 from engine.errors import LoadError, NotEnoughMemory, one_line, out_of_memory
 
@@ -40,12 +43,14 @@ def load_model(
     file: GGUFFile | None,
     *,
     packed: bool = False,
+    kernels: Kernels | None = None,
 ) -> nn.Module:
     """Load the model with all its weights, ready to compute.
 
     Args:
         file: the header, if the checkpoint is a GGUF file.
         packed: leave quantised layers packed, as `PackedLayer`; see `packed_layers.can_stay_packed`.
+        kernels: those for which a GGUF file's quantised weights stay packed; None: they are widened.
 
     Raises:
         LoadError: transformers cannot load it, or weights are missing; NotEnoughMemory.
@@ -55,9 +60,12 @@ def load_model(
     else:
         from transformers import AutoModelForCausalLM
 
-        with gguf_file.fast_reading():
+        stream = None if kernels is None else GGUFStream(file, kernels, config.id)
+        with gguf_file.fast_reading(), stream.reading() if stream else nullcontext():
             model = _from_pretrained(AutoModelForCausalLM, config, found, dtype, device_map)
             gguf_model.complete_model(file, model, config.id)
+        if stream:
+            stream.install(model)
     model.eval().requires_grad_(False)
     _drop_other_modalities(model)
     return model
@@ -143,6 +151,8 @@ def _from_pretrained(
                 ignore_mismatched_sizes=True,  # reported below, by name; transformers does not name them
             )
     except Exception as error:  # any of a hundred architectures may object in its own way; the words are what helps
+        if isinstance(error, LoadError) and error.message.startswith(f"{config.id}: "):
+            raise
         if out_of_memory(error):
             raise NotEnoughMemory(
                 f"{config.id}: memory ran out while the weights were read: {one_line(error)}"
@@ -338,7 +348,9 @@ def check_vocabulary(config: ModelConfig, tokenizer: Any, model: nn.Module) -> N
 
     Added tokens may lie beyond it (Gemma 3's for images do); a request whose text holds one is refused.
     """
-    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    packed = isinstance(embedding, StoredEmbedding)
+    rows = embedding.num_embeddings if packed else int(embedding.weight.shape[0])
     vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     highest = max(vocabulary.values(), default=-1)
     if highest >= rows:

@@ -121,5 +121,6 @@ def cache_name(model: nn.Module) -> str | None:
 
 def input_device(model: nn.Module) -> torch.device:
     """Return the device on which a model's token ids must be."""
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    return device
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    table = next(embedding.parameters(), None)
+    return torch.device("cpu") if table is None else table.device  # a table that is packed has no parameter

@@ -20,6 +20,7 @@ from torch import nn
 
 from engine.checkpoints import checkpoint, claims, gguf_file, packed_layers
 from engine.checkpoints.checkpoint import Checkpoint
+from engine.checkpoints.gguf.stream import packed_bytes
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.reading import check_vocabulary, load_model
 from engine.compute import rotary
@@ -101,9 +102,9 @@ def _load(config: ModelConfig, pull: bool, say: Progress, read: BytesRead | None
     checkpoint.prepare_environment(pull=pull)
     folder = checkpoint.locate(config, pull=pull)
     file = gguf_file.open_file(folder, config.id) if folder.is_file() else None
-    found = gguf_file.inspect(file) if file else checkpoint.inspect(folder, config.id)
+    found = gguf_file.inspect(file, packed_bytes(file)) if file else checkpoint.inspect(folder, config.id)
     claims.check_config(found, config.id)
-    placement = place(config, found)
+    placement = place(config, found, say)
     adapters = EntryAdapters.inspect(config, found, placement)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -135,19 +136,22 @@ def _prepare(
 ) -> ReadyModel:
     """Read the weights, fuse the model for its backend, and test it."""
     budget = GpuBudget(placement.gpus, [{torch.device(n): size for n, size in steps.items()} for steps in beside])
-    model = load_model(config, found, placement.dtype, placement.device_map, file, packed=placement.packs)
+    model = load_model(
+        config, found, placement.dtype, placement.device_map, file, packed=placement.packs, kernels=placement.kernels
+    )
     stream.wait_for_all()
     _check_device(config, model, placement)
     check_vocabulary(config, files.tokenizer, model)
     adapters.join(model)
     vocab_size, length = _vocab_size(model), context_length(config, model)
     longrope = rotary.pin(model, length)
-    if placement.on_one_gpu and config.quantization:
-        packed_layers.round_layers(model, config.quantization, config.id, say)
+    if placement.on_one_gpu and config.rounding:
+        packed_layers.round_layers(model, config.rounding, config.id, say)
     say("a pass of plain transformers, to compare with")
     reference = Reference.of(model, vocab_size, length)
     adapters.compare(model, vocab_size, length, say)
-    rounds = placement.has_kernels and config.quantization is not None  # inputs, too, which the reference does not
+    # Inputs, too, which the reference does not.
+    rounds = placement.has_kernels and (config.rounding is not None or placement.kernels is not None)
 
     def tested(backend: Backend) -> SelfTest:
         return self_test(model, backend, reference, vocab_size, placement.dtype, length, rounded=rounds)
@@ -192,7 +196,7 @@ def _rungs(
         vocab_size=_vocab_size(model),
         stored=placement.stored,
         length=length,
-        weights="int4" if placement.packs else config.quantization or "exact",
+        weights="int4" if placement.packs else config.rounding or "exact",
         say=say,
     )
 

@@ -41,6 +41,7 @@ class Placement:
         device: where logits arrive; device_map: accelerate's, for all modules.
         stored: the checkpoint's dtype; float32 if no model can be computed in that one.
         packs: the checkpoint is quantised, and its layers stay as packed as they are.
+        kernels: on a CPU, those for which a GGUF file's quantised weights stay packed; None: they do not.
     """
 
     device: torch.device
@@ -48,6 +49,7 @@ class Placement:
     dtype: torch.dtype
     stored: torch.dtype
     packs: bool = False
+    kernels: Kernels | None = None
 
     @property
     def on_cpu(self) -> bool:
@@ -71,8 +73,11 @@ class Placement:
         return self.on_cpu and self.dtype == torch.float32
 
 
-def place(config: ModelConfig, found: Checkpoint) -> Placement:
+def place(config: ModelConfig, found: Checkpoint, progress: Progress | None = None) -> Placement:
     """Choose device and dtype, and compare needed with free memory before a weight is read.
+
+    Args:
+        progress: told when kernels have to be compiled, which decides whether weights stay packed.
 
     Raises:
         LoadError: the device does not exist, or no backend has the entry's quantisation there; NotEnoughMemory.
@@ -82,9 +87,19 @@ def place(config: ModelConfig, found: Checkpoint) -> Placement:
     placement = Placement(device, device_map, _dtype(config, found, device, stored), stored)
     if placement.on_one_gpu and config.gpu != "no-kernels" and packed_layers.can_stay_packed(found):
         placement = dataclasses.replace(placement, packs=True)
+    if placement.has_kernels and found.packed_bytes and config.quantization is None and not config.merged_adapter:
+        placement = dataclasses.replace(placement, kernels=_kernels(progress))
     _check_quantization(config, placement)
     _check_memory(config, found, placement)
     return placement
+
+
+def _kernels(progress: Progress | None) -> Kernels | None:
+    """Return the compiled kernels; None where there are none, of which `choose_backend` warns."""
+    try:
+        return Kernels.load(progress=progress)
+    except NoKernels:
+        return None
 
 
 def _dtype(config: ModelConfig, found: Checkpoint, device: torch.device, stored: torch.dtype) -> torch.dtype:
@@ -117,7 +132,7 @@ def _dtype(config: ModelConfig, found: Checkpoint, device: torch.device, stored:
 
 def _check_quantization(config: ModelConfig, placement: Placement) -> None:
     """Refuse a quantisation that the backend of this placement does not have, before a weight is read."""
-    asked = config.quantization
+    asked = config.rounding
     if asked is None or asked in _quantizations(placement):
         return
     where = f"not {placement.dtype} on {placement.device}"
@@ -142,20 +157,23 @@ def choose_backend(config: ModelConfig, placement: Placement, model: nn.Module, 
     """
     if not placement.has_kernels:
         return TorchBackend(placement.device)
-    kernels, why = None, ""
+    kernels, why = placement.kernels, ""
     try:
-        kernels = Kernels.load(progress=progress)
+        kernels = kernels or Kernels.load(progress=progress)
     except NoKernels as error:
         why = str(error)
-    if kernels is None and config.quantization:
-        raise LoadError(f"{config.id}: quantization: {config.quantization} needs compiled kernels: {why}.")
+    if kernels is None and config.rounding:
+        raise LoadError(f"{config.id}: quantization: {config.rounding} needs compiled kernels: {why}.")
     if kernels is not None:
-        backend = CpuBackend(kernels, config.quantization)
+        backend = CpuBackend(kernels, config.rounding, as_stored=placement.kernels is not None)
         if backend.is_sound(model):
             return backend
-        if config.quantization:
+        if config.rounding:
+            raise LoadError(f"{config.id}: quantization: {config.rounding} does not compute rightly on this machine.")
+        if placement.kernels:
             raise LoadError(
-                f"{config.id}: quantization: {config.quantization} does not compute rightly on this machine."
+                f"{config.id}: the file's quantised weights are not computed rightly on this machine as they are: "
+                "give the entry quantization: none."
             )
         log.warning("%s: the compiled kernels do not compute rightly here: linear layers run in torch", config.id)
     else:
@@ -188,7 +206,10 @@ def _resolve_device(config: ModelConfig) -> tuple[torch.device, Any]:
 
 def _check_memory(config: ModelConfig, found: Checkpoint, placement: Placement) -> None:
     dtype = placement.dtype
-    needed = found.stored_bytes if placement.packs else quantized.check(config, found, placement.device_map, dtype)
+    if placement.packs or placement.kernels:
+        needed: int | None = found.packed_bytes if placement.kernels else found.stored_bytes
+    else:
+        needed = quantized.check(config, found, placement.device_map, dtype)
     if needed is None:
         needed = found.float32_bytes() if placement.has_kernels else found.parameters * dtype.itemsize
     free = free_memory() if placement.on_cpu else sum(memory.free() for memory in placement.gpus)

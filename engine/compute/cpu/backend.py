@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import nn
@@ -13,14 +14,19 @@ from engine.compute.backend import PackedChunk, Progress, StepPlan, StepSize
 from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.decoder_layer import fuse_layers
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.linear import NativeLinear, merge_shared_projections
+from engine.compute.cpu.linear import NativeLinear, merge_shared_projections, take_over
 from engine.compute.cpu.pointwise import replace_pointwise
+from engine.compute.cpu.stored_linear import INPUTS, StoredLinear
 from engine.compute.kv_cache import KVCache, LayerShape
-from engine.compute.linear import Make, is_sound, is_sound_for, pack_model
+from engine.compute.linear import Make, computes, is_sound, is_sound_for, pack_model
 from engine.compute.model_runner import PackedRunner
 from engine.compute.torch_attention import TorchPlan
 from engine.compute.torch_backend import hardware
 from engine.host_memory import give_back_memory
+from engine.types.fingerprint_parts import digest_of
+
+_ROUNDED: Final = 0.1
+"""Allowed difference to torch's product where weights or inputs are rounded, as a fraction of its largest number."""
 
 
 class CpuBackend:
@@ -29,11 +35,13 @@ class CpuBackend:
     QUANTIZATIONS: ClassVar[frozenset[str]] = frozenset({"int8"})
     """What an entry's `quantization` may say."""
 
-    def __init__(self, kernels: Kernels, quantization: str | None = None) -> None:
-        """quantization: `int8`, or None to round no weight."""
-        self.linear = f"native {quantization}" if quantization else "native"
+    def __init__(self, kernels: Kernels, quantization: str | None = None, *, as_stored: bool = False) -> None:
+        """quantization: `int8`, or None to round no weight; as_stored: it computes with the checkpoint's groups."""
+        self.linear = f"native {quantization}" if quantization else "native, as stored" if as_stored else "native"
         self._kernels, self._quantization = kernels, quantization
         self._make = partial(NativeLinear, kernels, quantization or "exact")
+        self._as_stored = as_stored
+        self._stored: Mapping[str, str] = {}
 
     @property
     def breaks_law(self) -> None:
@@ -45,10 +53,22 @@ class CpuBackend:
         return partial(NativeLinear, self._kernels, "exact")
 
     def is_sound(self, model: nn.Module) -> bool:
-        """Test the linear layers on all shapes of the model; quantised ones on one shape, within their rounding."""
+        """Test the linear layers on all shapes of the model; quantised ones on one shape, within their rounding.
+
+        Of layers that were loaded packed, the smallest of each kind is tested.
+        """
         if self._quantization:
-            return is_sound(self._make, 192, 80, tolerance=0.1)
-        return is_sound_for(model, self._make)
+            return is_sound(self._make, 192, 80, tolerance=_ROUNDED)
+        smallest: dict[str, StoredLinear] = {}
+        for layer in (module for module in model.modules() if isinstance(module, StoredLinear)):
+            known = smallest.setdefault(layer.packed.kind, layer)
+            if layer.in_features * layer.out_features < known.in_features * known.out_features:
+                smallest[layer.packed.kind] = layer
+        return all(map(self._is_sound_stored, smallest.values())) and is_sound_for(model, self._make)
+
+    def _is_sound_stored(self, layer: StoredLinear) -> bool:
+        native = NativeLinear.of(self._kernels, dataclasses.replace(layer.packed, bias=None))
+        return computes(native, layer.weight, _ROUNDED)
 
     def allocate(self, layers: Sequence[LayerShape], num_blocks: int) -> KVCache:
         """Allocate a cache in the attention kernel's layout."""
@@ -67,6 +87,7 @@ class CpuBackend:
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
         """Replace linear layers, norms, activations, and decoder layers made of the usual parts."""
+        self._stored = take_over(model)
         pack_model(model, stored, self._make, progress)
         replace_pointwise(model, self._kernels)
         merge_shared_projections(model)
@@ -78,5 +99,6 @@ class CpuBackend:
         give_back_memory()
 
     def describe(self) -> Mapping[str, str]:
-        """Return the kind of linear layers and the processor."""
-        return {"linear": self.linear, **hardware(torch.device("cpu"))}
+        """Return the kind of linear layers, which of them are computed as they were stored, and the processor."""
+        stored = {"stored_layers": str(digest_of(self._stored)), "inputs": INPUTS} if self._as_stored else {}
+        return {"linear": self.linear, **stored, **hardware(torch.device("cpu"))}

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.packed_weight import PackedWeight
 
-__all__ = ["StoredEmbedding", "StoredLinear"]
+__all__ = ["INPUTS", "StoredEmbedding", "StoredLinear"]
+
+INPUTS = "int8 in groups of 32"
+"""How the kernels round what they multiply a weight in groups with: a part of the fingerprint."""
 
 _PIECE = 4096  # columns that are widened at once
 
