@@ -11,7 +11,7 @@ import math
 import sys
 from typing import Any
 
-from engine.compute.cpu.kernel_calls import Calls, Layer, Matrix, Part
+from engine.compute.cpu.kernel_calls import ACTIVATIONS, Calls, Layer, Matrix, Norm, Part
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 __all__ = ["main"]
@@ -34,8 +34,10 @@ def main(library: str) -> None:
     for kind in (0, 1, 2):
         _expect(f"a product of kind {kind}", _product(calls, kind), _DEPTH * 0.5, tolerance=1.0)
     _expect("attention", _attention(calls), 1.0)
-    _expect("a norm", _norm(calls), 1.0)
-    _expect("an activation", _silu(calls), 1 / (1 + math.exp(-1)))
+    _expect("a norm", _norm(calls, centred=False), 1.0)
+    _expect("a centred norm", _norm(calls, centred=True), 0.0)
+    for kind, right in (("silu", 1 / (1 + math.exp(-1))), ("gelu_tanh", 0.841192)):
+        _expect(kind, _activation(calls, kind), right)
     _layer(calls)
 
 
@@ -88,15 +90,15 @@ def _attention(calls: Calls) -> Any:
     return out
 
 
-def _norm(calls: Calls) -> Any:
-    out = _ones(512 * _DEPTH, 0.0)
-    calls.rms_norm(_ones(512 * _DEPTH), _ones(_DEPTH), out, 512, _DEPTH, 1e-6, _THREADS)
+def _norm(calls: Calls, centred: bool) -> Any:
+    out = _ones(512 * _DEPTH, 2.0)
+    calls.norm(_ones(512 * _DEPTH), _ones(_DEPTH), out, 512, _DEPTH, 1e-6, centred, _THREADS)
     return out
 
 
-def _silu(calls: Calls) -> Any:
+def _activation(calls: Calls, kind: str) -> Any:
     out = _ones(10_000, 0.0)
-    calls.silu(_ones(10_000), out, 10_000, _THREADS)
+    calls.activate(_ones(10_000), out, 10_000, ACTIVATIONS[kind], _THREADS)
     return out
 
 
@@ -116,8 +118,10 @@ def _layer(calls: Calls) -> None:
     norm = _ones(dim)
     record = Layer(
         **{name: ctypes.addressof(table) for name, table in tables.items()},
-        first_norm=ctypes.addressof(norm),
-        second_norm=ctypes.addressof(norm),
+        input_norm=Norm(ctypes.addressof(norm), 1e-6, 0),
+        mlp_norm=Norm(ctypes.addressof(norm), 1e-6, 0),
+        qkv_count=3,
+        gate_up_count=2,
         dim=dim,
         inner=inner,
         heads=heads,
@@ -125,9 +129,8 @@ def _layer(calls: Calls) -> None:
         key_dim=_HEAD,
         value_dim=_HEAD,
         rotary=_HEAD,
-        first_epsilon=1e-6,
-        second_epsilon=1e-6,
         scale=0.25,
+        factor=1.0,
     )
     slots, finite, _table, parts = _step(rows)
     scratch = ctypes.create_string_buffer(rows * int(calls.layer_scratch(ctypes.byref(record))))

@@ -18,6 +18,7 @@
  * fields (`advance`), until it publishes the next phase. What a thread wrote in a unit is seen by whoever works on later
  * phases and by the caller: `left` is a chain of acquire-release operations, `word` and `finished` are stored with release
  * and read with acquire. */
+#pragma once
 #include <errno.h>
 #include <limits.h>
 #include <pthread.h>
