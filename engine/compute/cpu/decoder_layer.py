@@ -4,9 +4,10 @@ A token's way through a layer is a dozen small operations around four products. 
 of a decode step, most of it between the operations: calls, allocations, threads that wake and sleep. A layer made of
 the usual parts is computed by one kernel instead (`engine.compute.cpu.layer_kernel.LayerKernel`).
 
-A watched pass shows which layers are (`engine.compute.cpu.layer_reading`). The kernel gives the same bits as the parts one
-by one. So a layer is replaced only if it then returns the same numbers and stores the same keys and values, at positions
-near and far. All others stay as they are.
+A watched pass shows which layers are (`engine.compute.cpu.layer_reading`). The kernel gives the same bits as the parts
+one by one. So a layer is replaced only if it then returns the same numbers and stores the same keys and values, at
+positions near and far. All others stay as they are. Of a layer whose MLP is of another kind (a mixture of experts), the
+kernel computes what comes before, and its modules the rest.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from engine.compute.backend import PackedChunk
 from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.layer_kernel import LayerKernel
-from engine.compute.cpu.layer_reading import Watched, parts_of, readings
+from engine.compute.cpu.layer_reading import Rest, Watched, blocks_of, parts_of, readings
 from engine.compute.discovery import discover
 from engine.errors import out_of_memory
 
@@ -38,10 +39,10 @@ class NativeLayer(nn.Module):
     So do steps with rows of adapters: only its modules know those. Rows without have the same bits in both.
     """
 
-    def __init__(self, inner: nn.Module, kernel: LayerKernel, index: int) -> None:
-        """inner: the layer as it came; index: its number in the cache."""
+    def __init__(self, inner: nn.Module, kernel: LayerKernel, index: int, rest: Rest | None = None) -> None:
+        """inner: the layer as it came; index: its number in the cache; rest: what the kernel leaves to modules."""
         super().__init__()
-        self.inner, self.kernel, self.index = inner, kernel, index
+        self.inner, self.kernel, self.index, self.rest = inner, kernel, index, rest
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan = current_plan()
@@ -50,7 +51,8 @@ class NativeLayer(nn.Module):
             return out
         cos, sin = kwargs["position_embeddings"]
         keys, values = plan.cache.keys[self.index], plan.cache.values[self.index]
-        return self.kernel(plan.kernel_plan, hidden_states[0], cos[0], sin[0], keys, values).unsqueeze(0)
+        y = self.kernel(plan.kernel_plan, hidden_states[0], cos[0], sin[0], keys, values).unsqueeze(0)
+        return y if self.rest is None else self.rest(y)
 
     def __getattr__(self, name: str) -> Any:
         """Read missing attributes from the replaced layer: models ask their layers for the kind of attention, say."""
@@ -93,8 +95,10 @@ def _fuse(model: nn.Module, kernels: Kernels, length: int) -> int:
         watched = _watch(model, layers, _plan(kernels, cache), length)
         plan = _plan(kernels, again)
         for index, seen in enumerate(watched):
-            for parts in filter(kernels.can_compute, readings(seen, found.settings[index], shapes[index])):
-                layer = NativeLayer(layers[index], kernels.layer(parts), index)
+            for parts, rest in readings(seen, found.settings[index], shapes[index]):
+                if not kernels.can_compute(parts):
+                    continue
+                layer = NativeLayer(layers[index], kernels.layer(parts), index, rest)
                 if _same(layer, seen, plan, cache):
                     layers[index] = layer
                     fused += 1
@@ -114,6 +118,7 @@ def _watch(model: nn.Module, layers: nn.ModuleList, plan: CpuPlan, length: int) 
         hooks.append(layer.register_forward_pre_hook(seen.enter, with_kwargs=True))
         hooks.append(layer.register_forward_hook(seen.leave))
         hooks += [part.register_forward_hook(seen.note) for part in parts_of(layer)]
+        hooks += [block.register_forward_hook(seen.note_block) for block in blocks_of(layer)]
     last = length - 1
     positions = torch.tensor([[0, 1, last // 5, last // 2, last]], dtype=torch.int64)
     try:

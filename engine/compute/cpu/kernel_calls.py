@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 from typing import Any, Final
 
-__all__ = ["ACTIVATIONS", "PAIRINGS", "Calls", "Layer", "Matrix", "Norm", "Part"]
+__all__ = ["ACTIVATIONS", "PAIRINGS", "Calls", "Experts", "Layer", "Matrix", "Norm", "Part"]
 
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 
 ACTIVATIONS: Final = {"silu": 0, "gelu_tanh": 1}
 """Activations that there are kernels for; the numbers of rows.h."""
 
-PAIRINGS: Final = {"halves": 0, "neighbours": 1, "neighbours_half": 2}
+PAIRINGS: Final = {"halves": 0, "neighbours": 1, "neighbours_half": 2, "halves_half": 3}
 """Which numbers of a head are rotated together; the numbers of rows.h, which says how."""
 
 
@@ -44,6 +44,16 @@ class Layer(ctypes.Structure):
     )
 
 
+class Experts(ctypes.Structure):
+    """The experts of a layer."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("gate_up", "down", "gate_up_kind", "down_kind")),
+        *((name, LONG) for name in ("dim", "inner", "experts", "row_bytes")),
+        ("activation", INT),
+    )
+
+
 class Part(ctypes.Structure):
     """One sequence's rows in a step of attention (a `PackedChunk`)."""
 
@@ -67,6 +77,8 @@ class Calls:
         self.activate = _typed(library.verbatim_activate, [POINTER, POINTER, LONG, INT, INT])
         self.layer_scratch = _typed(library.verbatim_layer_scratch, [POINTER], LONG)
         self.layer = _typed(library.verbatim_layer, [POINTER] * 11 + [LONG] * 4 + [INT])
+        self.experts_scratch = _typed(library.verbatim_experts_scratch, [POINTER, LONG, LONG], LONG)
+        self.experts = _typed(library.verbatim_experts, [POINTER] * 6 + [LONG] * 2 + [INT])
         self.lanes = _typed(library.verbatim_lanes, [], INT)
         self.target = _typed(library.verbatim_target, [], ctypes.c_char_p)
 

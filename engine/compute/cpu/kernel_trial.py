@@ -11,7 +11,7 @@ import math
 import sys
 from typing import Any
 
-from engine.compute.cpu.kernel_calls import ACTIVATIONS, Calls, Layer, Matrix, Norm, Part
+from engine.compute.cpu.kernel_calls import ACTIVATIONS, Calls, Experts, Layer, Matrix, Norm, Part
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 __all__ = ["main"]
@@ -38,6 +38,7 @@ def main(library: str) -> None:
     _expect("a centred norm", _norm(calls, centred=True), 0.0)
     for kind, right in (("silu", 1 / (1 + math.exp(-1))), ("gelu_tanh", 0.841192)):
         _expect(kind, _activation(calls, kind), right)
+    _expect("a mixture of experts", _experts(calls), 0.3, tolerance=0.1)
     _layer(calls)
 
 
@@ -142,6 +143,23 @@ def _layer(calls: Calls) -> None:
     )  # fmt: skip
     if not all(math.isfinite(number) for number in out):
         sys.exit("a layer's numbers are not finite")
+
+
+def _experts(calls: Calls) -> Any:
+    rows, choices, dim, inner = 3, 2, 32, 16
+    groups = [
+        [_packed(calls, columns, depth, 0, 0.03) for _ in range(2)] for columns, depth in ((32, dim), (dim, inner))
+    ]
+    tables = [_matrices(*((data, 32) for data in group)) for group in groups]
+    kinds = (ctypes.c_int32 * 2)(0, 0)
+    record = Experts(
+        *map(ctypes.addressof, (*tables, kinds, kinds)), dim=dim, inner=inner, experts=2, row_bytes=256, activation=0
+    )
+    scratch = ctypes.create_string_buffer(int(calls.experts_scratch(ctypes.byref(record), rows, choices)))
+    out, chosen = _ones(rows * dim, 0.0), (ctypes.c_int64 * (rows * choices))(0, 1, 1, 0, 0, 1)
+    weights = _ones(rows * choices, 0.5)
+    calls.experts(ctypes.byref(record), _ones(rows * dim), chosen, weights, out, scratch, rows, choices, _THREADS)
+    return out
 
 
 if __name__ == "__main__":

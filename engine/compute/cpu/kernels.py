@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.compute.cpu import kernel_file
 from engine.compute.cpu.attention_plan import AttentionPlan
+from engine.compute.cpu.experts_kernel import ExpertsKernel
 from engine.compute.cpu.kernel_calls import ACTIVATIONS, Calls
 from engine.compute.cpu.kernel_file import NoKernels
 from engine.compute.cpu.layer_kernel import LayerKernel, LayerParts
@@ -193,3 +194,7 @@ class Kernels:
         if not self.can_compute(parts):
             raise ValueError("these parts are no layer that there is a kernel for")
         return LayerKernel(self._calls, parts)
+
+    def experts(self, gate_up: Sequence[PackedWeight], down: Sequence[PackedWeight], activation: str) -> ExpertsKernel:
+        """Build a kernel that computes a mixture of experts: see `ExpertsKernel`."""
+        return ExpertsKernel(self._calls, gate_up, down, activation)

@@ -33,7 +33,8 @@ class LayerParts:
 
     Attributes:
         qkv: three weights, or one whose columns are those of q, k and v in this order; of one kind.
-        gate_up: two weights, or one whose columns are those of gate and up in this order; of one kind.
+        gate_up: two weights, or one whose columns are those of gate and up in this order; of one kind. Without any, and
+            without `down`, the result is what comes before the MLP.
         heads, kv_heads, key_dim, value_dim: of attention.
         rotary: how many of a head's dimensions are rotated; pairing: which of them together, one of `PAIRINGS`.
         scale, window, chunk, softcap, sinks: as in `Kernels.attend`.
@@ -47,7 +48,7 @@ class LayerParts:
     qkv: tuple[PackedWeight, ...]
     o: PackedWeight
     gate_up: tuple[PackedWeight, ...]
-    down: PackedWeight
+    down: PackedWeight | None
     heads: int
     kv_heads: int
     key_dim: int
@@ -70,6 +71,11 @@ class LayerParts:
     factor: float = 1.0
 
     @property
+    def angles(self) -> int:
+        """How many cos there are for a token."""
+        return self.rotary // 2 if self.pairing == "halves_half" else self.rotary
+
+    @property
     def whole(self) -> bool:
         """Whether queries and keys are normed over all heads together."""
         norm = self.query_norm
@@ -77,13 +83,12 @@ class LayerParts:
 
     def fit(self) -> bool:
         """Tell whether the parts fit together."""
-        p, dim, inner = self, self.qkv[0].depth, self.down.depth
+        p, dim, inner = self, self.qkv[0].depth, self.down.depth if self.down else 0
         queries, keys, values = p.heads * p.key_dim, p.kv_heads * p.key_dim, p.kv_heads * p.value_dim
         products = (
             (p.qkv, (queries, keys, values), dim),
             ((p.o,), (dim,), p.heads * p.value_dim),
-            (p.gate_up, (inner, inner), dim),
-            ((p.down,), (dim,), inner),
+            *(((p.gate_up, (inner, inner), dim), ((p.down,), (dim,), inner)) if p.down else ()),
         )
         norms = [(norm, dim) for norm in (p.input_norm, p.attention_norm, p.mlp_norm, p.output_norm)]
         norms.append((p.query_norm, queries if p.whole else p.key_dim))
@@ -91,6 +96,7 @@ class LayerParts:
         return (
             all(_fit(weights, columns, depth) for weights, columns, depth in products)
             and all(norm is None or tuple(norm.weight.shape) == (size,) for norm, size in norms)
+            and (p.down is not None or not (p.gate_up or p.mlp_norm or p.output_norm or p.parallel))
             and (not p.parallel or (p.input_norm is not None and p.mlp_norm is None))
             and p.heads % p.kv_heads == 0
             and p.rotary % 2 == 0
@@ -119,12 +125,11 @@ class LayerKernel:
     def __init__(self, calls: Calls, parts: LayerParts) -> None:
         """parts: must fit together (`LayerParts.fit`)."""
         p = parts
-        self._rotary, self._dim = p.rotary, p.o.columns
+        self._angles, self._dim = p.angles, p.o.columns
         products = {
             "qkv": Product(calls, p.qkv),
             "o": Product(calls, [p.o]),
-            "gate_up": Product(calls, p.gate_up),
-            "down": Product(calls, [p.down]),
+            **({"gate_up": Product(calls, p.gate_up), "down": Product(calls, [p.down])} if p.down else {}),
         }
         self._kept = (parts, products)  # the memory that the record points to
         self._record = Layer(
@@ -134,7 +139,7 @@ class LayerKernel:
             **{name: getattr(p, name) for name in _NUMBERS},
             sinks=None if p.sinks is None else p.sinks.data_ptr(),
             dim=self._dim,
-            inner=p.down.depth,
+            inner=p.down.depth if p.down else 0,
             window=p.window or 0,
             chunk=p.chunk or 0,
             softcap=p.softcap or 0.0,
@@ -154,14 +159,14 @@ class LayerKernel:
 
         Args:
             x: `[T, dim] float32`; rows beyond the plan's are padding.
-            cos, sin: `[T, rotary] float32`.
+            cos, sin: `[T, angles] float32`.
             keys, values: the layer's cache, as in `Kernels.attend`.
 
         Returns:
             `[T, dim]`.
         """
-        rows, attended, rotary = x.shape[0], len(plan.slots), self._rotary
-        x, cos, sin = checked(x, self._dim), checked(cos[:, :rotary], rotary), checked(sin[:, :rotary], rotary)
+        rows, attended, angles = x.shape[0], len(plan.slots), self._angles
+        x, cos, sin = checked(x, self._dim), checked(cos[:, :angles], angles), checked(sin[:, :angles], angles)
         if not cos.shape[0] == sin.shape[0] == rows >= attended:
             raise ValueError(f"{rows} rows with {cos.shape[0]} positions, {attended} of which have a place")
         out = torch.empty_like(x)

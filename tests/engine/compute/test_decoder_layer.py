@@ -18,6 +18,7 @@ from engine.compute.backend import PackedChunk
 from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.attention_plan import AttentionPlan
 from engine.compute.cpu.decoder_layer import NativeLayer, fuse_layers
+from engine.compute.cpu.experts import replace_experts
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.layer_kernel import LayerParts, NormParts
 from engine.compute.cpu.linear import NativeLinear, merge_shared_projections
@@ -73,7 +74,9 @@ def _one_by_one(
     def rotated(x: Tensor) -> Tensor:
         part, rest = x[..., : p.rotary], x[..., p.rotary :]
         c, s = cos[:, None], sin[:, None]
-        if p.pairing == "halves":
+        if p.pairing == "halves_half":
+            c, s = (torch.cat([t, t], -1) for t in (c, s))
+        if p.pairing.startswith("halves"):
             low, high = part.chunk(2, dim=-1)
             return torch.cat([part * c + torch.cat([-high, low], -1) * s, rest], -1)
         if p.pairing == "neighbours_half":
@@ -101,6 +104,8 @@ def _one_by_one(
         plan, query, key, value, *cache, scale=p.scale, window=p.window, softcap=p.softcap, sinks=p.sinks
     )
     y = x + normed(p.attention_norm, product(mixed.reshape(rows, -1), p.o)) * p.factor
+    if p.down is None:
+        return y
     m = n if p.parallel else normed(p.mlp_norm, y)
     gate, up = product(m, *p.gate_up).chunk(2, -1)
     return y + normed(p.output_norm, product(kernels.activate(gate, p.activation) * up, p.down)) * p.factor
@@ -122,6 +127,8 @@ _VARIANTS: tuple[dict[str, Any], ...] = (
     {"merged": True},  # Phi-3
     {"activation": "gelu_tanh", "attention_norm": _NORM, "output_norm": NormParts(_random(40, seed=3), 1e-3)},  # Gemma
     {"factor": 0.22},  # Granite
+    {"pairing": "halves_half", "gate_up": (), "down": None, "mlp_norm": None},  # gpt-oss, up to attention
+    {"gate_up": (), "down": None, "mlp_norm": None, "attention_norm": _NORM, "factor": 0.5},
     {  # OLMo 2
         "input_norm": None,
         "mlp_norm": None,
@@ -141,7 +148,7 @@ _VARIANTS: tuple[dict[str, Any], ...] = (
 def test_the_bits_are_those_of_its_parts(kernels: Kernels, kind: str, variant: dict[str, Any]) -> None:
     parts = _parts(kernels, kind, **variant)
     layer = kernels.layer(parts)
-    x, cos, sin = _random(23, 40), _random(23, parts.rotary), _random(23, parts.rotary, seed=1)
+    x, cos, sin = _random(23, 40), _random(23, parts.angles), _random(23, parts.angles, seed=1)
     one, other = _cache(parts), _cache(parts)
 
     def plan() -> AttentionPlan:  # two sequences of 14 and 7 tokens, and two rows of padding
@@ -334,6 +341,67 @@ def test_a_norm_takes_the_mean_off_if_it_is_centred(kernels: Kernels) -> None:
         assert torch.equal(kernels.norm(x[2:3], weight, 1e-5, centred=True), out[2:3])
 
 
+def _experts(kernels: Kernels, kind: str, count: int, dim: int, inner: int) -> tuple[list[PackedWeight], ...]:
+    def weight(columns: int, depth: int, seed: int) -> PackedWeight:
+        numbers = _random(columns, depth, seed=seed) * depth**-0.5
+        numbers = numbers.bfloat16().float() if kind == "bfloat16" and seed % 3 else numbers  # of both kinds in one
+        return kernels.pack(
+            numbers, _random(columns, seed=seed) if seed % 2 else None, "int8" if kind == "int8" else "exact"
+        )
+
+    return [weight(2 * inner, dim, i) for i in range(count)], [weight(dim, inner, i + 5) for i in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32", "int8"])
+@pytest.mark.parametrize("rows", [1, 2, 19, 80])
+def test_a_mixture_is_the_sum_of_its_experts_in_the_order_of_the_choices(
+    kernels: Kernels, kind: str, rows: int
+) -> None:
+    gate_up, down = _experts(kernels, kind, 7, 72, 40)
+    mixture = kernels.experts(gate_up, down, "silu")
+    x = _random(rows, 72)
+    chosen = torch.stack([torch.randperm(7, generator=torch.Generator().manual_seed(i))[:3] for i in range(rows)])
+    weights = torch.rand(rows, 3, generator=torch.Generator().manual_seed(1))
+    expected = torch.zeros(rows, 72)
+    for row in range(rows):
+        for choice, weight in zip(chosen[row].tolist(), weights[row], strict=True):
+            both = kernels.group([gate_up[choice]])(x[row : row + 1])[0]
+            active = kernels.activate(both[:, :40], "silu") * both[:, 40:]
+            y = kernels.group([down[choice]])(active)[0][0]
+            expected[row] = (y.double() * weight.double() + expected[row].double()).float()  # as one fma, but for ties
+    before, found = torch.get_num_threads(), set()
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.add(bytes(mixture(x, chosen, weights).numpy().data))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1, "who computes which piece does not matter"
+    out = mixture(x, chosen, weights)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+    assert (out == expected).float().mean() > 0.99
+    for start, stop in ((0, 1), (rows // 2, rows)):
+        part = slice(start, stop)
+        assert torch.equal(mixture(x[part], chosen[part], weights[part]), out[part]), "nor do other rows"
+
+
+def test_a_choice_that_is_no_expert_adds_nothing(kernels: Kernels) -> None:
+    mixture = kernels.experts(*_experts(kernels, "float32", 4, 32, 16), "gelu_tanh")
+    x, weights = _random(3, 32), torch.rand(3, 2)
+    out = mixture(x, torch.tensor([[1, 4], [-1, 2], [9, 99]]), weights)
+    assert torch.equal(out[0], mixture(x[:1], torch.tensor([[1]]), weights[:1, :1])[0])
+    assert torch.equal(out[1], mixture(x[1:2], torch.tensor([[2]]), weights[1:2, 1:])[0])
+    assert torch.equal(out[2], torch.zeros(32))
+
+
+def test_experts_that_do_not_fit_are_refused(kernels: Kernels) -> None:
+    gate_up, down = _experts(kernels, "float32", 4, 32, 16)
+    with pytest.raises(ValueError, match="no experts that there is a kernel for"):
+        kernels.experts(gate_up[1:], [*down[:-1], gate_up[0]], "silu")
+    with pytest.raises(ValueError, match="3 rows with choices for 2"):
+        kernels.experts(gate_up, down, "silu")(_random(3, 32), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
+
+
 # -- whole models ----------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +416,7 @@ def _model(kernels: Kernels, family: str, kind: str = "exact", **config: Any) ->
         if parameter.dim() > 1:
             parameter.copy_((torch.randn(parameter.shape) * 0.2).bfloat16())
     pack_model(model, make=partial(NativeLinear, kernels, kind))
+    replace_experts(model, kernels, partial(NativeLinear, kernels, kind), rounds=kind == "int8")
     replace_pointwise(model, kernels)
     merge_shared_projections(model)
     return model
@@ -375,6 +444,18 @@ def _logits(model: nn.Module, kernels: Kernels, positions: Tensor) -> list[Tenso
     return out
 
 
+_MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 16}
+_HALF: dict[str, dict[str, Any]] = {
+    "qwen3_moe": _MOE,
+    "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 32},
+    "mixtral": {"num_local_experts": 8},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 3},
+    "granitemoe": {"num_local_experts": 4, "residual_multiplier": 0.22},
+    "gpt_oss": {},
+}
+"""Families whose layers' first halves run as one, up to attention: the MLP is another."""
+
+
 @pytest.mark.parametrize("kind", ["exact", "int8"])
 @pytest.mark.parametrize(
     ("family", "config"),
@@ -399,6 +480,8 @@ def _logits(model: nn.Module, kernels: Kernels, positions: Tensor) -> list[Tenso
         ("cohere", {}),  # attention and MLP side by side, after one LayerNorm
         ("cohere2", {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}),
         ("ernie4_5", {}),
+        ("llama", {"hidden_act": "gelu"}),  # erf's, of which there is no kernel
+        *((family, config) for family, config in _HALF.items()),
     ],
     ids=lambda v: v if isinstance(v, str) else ", ".join(v),
 )
@@ -410,7 +493,8 @@ def test_layers_of_the_usual_kind_run_as_one_and_keep_their_bits(
     before = _logits(model, kernels, positions)
     plain = model(torch.arange(5)[None], use_cache=False).logits
     assert fuse_layers(model, kernels, _length(model)) == 2
-    assert sum(isinstance(module, NativeLayer) for module in model.modules()) == 2
+    layers = [module for module in model.modules() if isinstance(module, NativeLayer)]
+    assert [layer.rest is not None for layer in layers] == [family in _HALF or config.get("hidden_act") == "gelu"] * 2
     for one, other in zip(_logits(model, kernels, positions), before, strict=True):
         assert torch.equal(one, other)
     assert torch.equal(model(torch.arange(5)[None], use_cache=False).logits, plain), (
@@ -434,10 +518,7 @@ def test_a_head_of_whole_vectors_becomes_part_of_one(kernels: Kernels, head_dim:
     [
         ("cohere", {"use_qk_norm": True}),  # queries and keys normed with weights of each head
         ("ministral3", {"max_position_embeddings": 65536}),  # queries grow with the position, beyond 16,384
-        ("llama", {"hidden_act": "gelu"}),
         ("gpt2", {}),
-        ("gpt_oss", {}),
-        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}),
     ],
     ids=lambda v: v if isinstance(v, str) else ", ".join(v),
 )

@@ -9,7 +9,7 @@
  *                      chain: s = fma(x[k], w[k], s), beginning at 0
  *   linear, int8       y = chain over groups g of 128: s = fma(float(sum of products of bytes), x_scale[g] * w_scale[g], s)
  *   attention, norm    see there
- *   layer              the functions here, one after the other: the bits of each called by itself
+ *   layer, experts     the functions here, one after the other: the bits of each called by itself; experts' sums: see there
  *
  * Vectors run over the columns of the result, never along k: there is nothing to reduce at the end, and wider vectors give
  * the same bits. (oneDNN's packed float32 product has the same chain on AVX2, and so the same bits: a test compares them.)
@@ -18,6 +18,7 @@
  * bfloat16 holds without loss is stored as such and widened in a register: the same bits at half the memory traffic.
  */
 #define _GNU_SOURCE /* pthread_setname_np */
+#include "experts.h"
 #include "layers.h"
 #include "packing.h"
 
@@ -116,7 +117,7 @@ long verbatim_layer_scratch(const Layer *l) {
     return 4 * (beside(l) + between(l)) + larger(a, b);
 }
 
-/* A decoder layer over a step's rows: x, out [rows, dim]; cos, sin [rows, rotary]; scratch: rows * verbatim_layer_scratch
+/* A decoder layer over a step's rows: x, out [rows, dim]; cos, sin [rows, angles]; scratch: rows * verbatim_layer_scratch
  * bytes. The first `attended` rows have a place in the cache; the others are padding. The rest as in verbatim_attention. */
 void verbatim_layer(const Layer *l, const float *x, const float *cos, const float *sin, float *out, float *scratch,
                     float *keys, float *values, const int64_t *slots, uint8_t *finite, Part *parts, long rows, long attended,
@@ -129,4 +130,14 @@ void verbatim_layer(const Layer *l, const float *x, const float *cos, const floa
         cache_slots, count, 0, l->window, l->chunk, l->scale, l->softcap};
     cut_attention(&c.attention);
     run_layer(&c, threads);
+}
+
+/* Bytes of a mixture's scratch space. */
+long verbatim_experts_scratch(const Experts *e, long rows, long choices) { return experts_scratch(e, rows, choices); }
+
+/* A mixture of experts: x, out [rows, dim]; chosen, weights [rows, choices]; scratch: verbatim_experts_scratch bytes. */
+void verbatim_experts(const Experts *e, const float *x, const int64_t *chosen, const float *weights, float *out, void *scratch,
+                      long rows, long choices, int threads) {
+    ExpertsCall c = {.experts = e, .x = x, .weights = weights, .out = out, .rows = rows, .choices = choices};
+    run_experts(&c, chosen, scratch, threads);
 }

@@ -9,13 +9,14 @@
  *   m = mlp_norm(y), or n itself if the layer is parallel
  *   y + factor · output_norm(down(activation(gate(m)) * up(m)))
  *
- * Any norm may be missing. All in one call of the team. With one row, only the products and attention are divided. */
+ * Any norm may be missing, and all that comes after y. All in one call of the team. With one row, only the products and
+ * attention are divided. */
 
 /* Layout shared with engine/compute/cpu/kernel_calls.py. */
 typedef struct {
     Norm input_norm, attention_norm, mlp_norm, output_norm; /* [dim] */
     Norm query_norm, key_norm;                              /* of each head, [key_dim]; or of all, if `whole` */
-    const Matrix *qkv, *o, *gate_up, *down;                 /* 3 or 1, 1, 2 or 1, and 1 */
+    const Matrix *qkv, *o, *gate_up, *down;                 /* 3 or 1, 1, 2 or 1, and 1; without `gate_up` y is the result */
     const float *sinks;                                     /* [heads] or NULL */
     long dim, inner, heads, kv_heads, key_dim, value_dim, rotary, window, chunk;
     int qkv_count, gate_up_count;
@@ -26,7 +27,7 @@ typedef struct {
 
 typedef struct {
     const Layer *layer;
-    const float *x, *cos, *sin; /* [rows, dim], [rows, rotary] */
+    const float *x, *cos, *sin; /* [rows, dim], [rows, angles] */
     float *out;                 /* [rows, dim] */
     float *normed;              /* [rows, dim]: input of qkv, or of gate and up */
     float *product;             /* [rows, dim]: of o and of down; may be `normed` */
@@ -74,7 +75,7 @@ static void after_attention(void *data, long begin, long end) {
             if (waits(l, &l->attention_norm)) join_row(c, c->x, &l->attention_norm, row);
             if (l->mlp_norm.weight) norm_row(c->out + row * l->dim, &l->mlp_norm, c->normed + row * l->dim, l->dim);
         }
-        lay_out(&c->gate_up, first, rows, 0, l->dim);
+        if (l->gate_up) lay_out(&c->gate_up, first, rows, 0, l->dim);
     }
 }
 
@@ -86,10 +87,11 @@ static void after_mlp(void *data, long begin, long end) {
 /* Norm and rotary embedding of a row's heads. */
 static void rotate_heads(const LayerCall *c, float *x, long heads, const Norm *norm, long row) {
     const Layer *l = c->layer;
+    long at = row * angles(l->rotary, l->pairing);
     if (norm->weight && l->whole) norm_row(x, norm, x, heads * l->key_dim);
     for (long h = 0; h < heads; h++, x += l->key_dim) {
         if (norm->weight && !l->whole) norm_row(x, norm, x, l->key_dim);
-        rotate(x, c->cos + row * l->rotary, c->sin + row * l->rotary, l->rotary, l->pairing);
+        rotate(x, c->cos + at, c->sin + at, l->rotary, l->pairing);
     }
 }
 
@@ -136,11 +138,11 @@ static void run_layer(LayerCall *c, int threads) {
         {attend_items, &c->attention, c->attention.items, 1},
         laying_out(&c->o),
         multiplying(&c->o), /* to `product`; with x, to `out` */
-        {after_attention, c, tiles, 1},
+        {after_attention, c, l->gate_up || waits(l, &l->attention_norm) ? tiles : 0, 1},
         multiplying(&c->gate_up),
         {activate_pieces, c, pieces, few},
         multiplying(&c->down), /* to `product`; added to `out` */
-        {after_mlp, c, waits(l, &l->output_norm) ? c->rows : 0, 1},
+        {after_mlp, c, l->gate_up && waits(l, &l->output_norm) ? c->rows : 0, 1},
     };
     team_run(phases, sizeof phases / sizeof *phases, threads);
 }
@@ -174,8 +176,9 @@ static void start_layer(LayerCall *c, float *scratch) {
     const float *gate_up = l->mlp_norm.weight ? c->normed : l->parallel ? qkv : c->out;
     c->qkv = call_of(qkv, rest, c->query, l->qkv, c->rows, l->dim, l->qkv_count, l->qkv_kind);
     c->o = call_of(c->attended, rest, c->product, l->o, c->rows, l->heads * l->value_dim, 1, l->o_kind);
+    if (!waits(l, &l->attention_norm)) c->o.residual = c->x, c->o.sum = c->out;
+    if (!l->gate_up) return;
     c->gate_up = call_of(gate_up, rest, c->gate, l->gate_up, c->rows, l->dim, l->gate_up_count, l->gate_up_kind);
     c->down = call_of(c->active, rest, c->product, l->down, c->rows, l->inner, 1, l->down_kind);
-    if (!waits(l, &l->attention_norm)) c->o.residual = c->x, c->o.sum = c->out;
     if (!waits(l, &l->output_norm)) c->down.residual = c->out, c->down.sum = c->out;
 }

@@ -76,20 +76,25 @@ static void activate(int kind, const float *x, const float *by, float *out, long
 enum {
     HALVES = 0,         /* i and i + dim / 2, by those with the same numbers (GPT-NeoX, Llama) */
     NEIGHBOURS = 1,     /* 2i and 2i + 1, by those with the same numbers (GPT-J, Cohere) */
-    NEIGHBOURS_HALF = 2 /* 2i and 2i + 1, both by the one with number i (GLM) */
+    NEIGHBOURS_HALF = 2, /* 2i and 2i + 1, both by the one with number i (GLM) */
+    HALVES_HALF = 3     /* i and i + dim / 2, both by the one with number i; there are no others (gpt-oss) */
 };
 
-/* Rotary position embedding of one head, in place: its first `dim` numbers (Su et al., 2021). cos and sin [dim]. Products are
- * rounded before they are added. */
+/* How many cos there are for `dim` numbers. */
+INLINE long angles(long dim, int pairing) { return pairing == HALVES_HALF ? dim / 2 : dim; }
+
+/* Rotary position embedding of one head, in place: its first `dim` numbers (Su et al., 2021). cos and sin [angles]. Products
+ * are rounded before they are added. */
 static void rotate(float *restrict x, const float *restrict cos, const float *restrict sin, long dim, int pairing) {
     long half = dim / 2;
-    if (pairing == HALVES)
+    if (pairing == HALVES || pairing == HALVES_HALF) {
+        long other = pairing == HALVES ? half : 0;
         for (long i = 0; i < half; i++) {
             float a = x[i], b = x[i + half];
             x[i] = a * cos[i] - b * sin[i];
-            x[i + half] = b * cos[i + half] + a * sin[i + half];
+            x[i + half] = b * cos[i + other] + a * sin[i + other];
         }
-    else {
+    } else {
         /* In two loops: as one, gcc makes alternating sums and differences of it, and fuses those (vfmaddsub) although
          * -ffp-contract=off forbids it. */
         float turned[WIDEST];
