@@ -13,7 +13,6 @@ from engine.compute.cpu.attention_plan import AttentionPlan
 from engine.compute.cpu.kernel_calls import ACTIVATIONS, PAIRINGS, Calls, Layer, Norm
 from engine.compute.cpu.packed_weight import PackedWeight, Product, checked
 
-
 _NORMS: Final = ("input_norm", "attention_norm", "mlp_norm", "output_norm", "query_norm", "key_norm")
 _NUMBERS: Final = ("heads", "kv_heads", "key_dim", "value_dim", "rotary", "whole", "parallel", "scale", "factor")
 

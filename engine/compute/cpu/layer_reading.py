@@ -1,7 +1,8 @@
 """Read what a decoder layer is made of from the calls of its parts in a watched pass. Knows no model by name.
 
-What the parts are, and which input each got, tells almost all. What happens between them (how heads are rotated, whether
-something is multiplied before it is added) is tried: `readings` yields what a layer may be, and whoever asked compares bits.
+What the parts are, and which input each got, tells almost all. What happens between them (how heads are rotated,
+whether something is multiplied before it is added) is tried: `readings` yields what a layer may be, and its caller
+compares bits.
 """
 
 from __future__ import annotations
