@@ -7,6 +7,7 @@ multiplies and sums in torch, in float32. Which experts a row gets, and with whi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from engine.compute.cpu.experts_kernel import ExpertsKernel
 from engine.compute.cpu.kernel_calls import ACTIVATIONS
 from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.packed_weight import PackedWeight
 from engine.compute.linear import Make, quasi_random
 from engine.host_memory import give_back_memory
 
@@ -81,12 +83,17 @@ def _native(module: nn.Module, kernels: Kernels, make: Make, tolerance: float) -
         return None
     if not isinstance(right, Tensor) or right.shape != x.shape:
         return None
-    gate_up, down = ([make(expert, None).packed for expert in group] for group in weights)
+    gate_up, down = (_packed(group, make) for group in weights)
     for activation in ACTIVATIONS:
         experts = NativeExperts(kernels.experts(gate_up, down, activation))
         if (experts(x, chosen, shares) - right).abs().max() <= tolerance * right.abs().max():
             return experts
     return None
+
+
+def _packed(weights: Tensor, make: Make) -> list[PackedWeight]:
+    layers: list[Any] = [make(weight, None) for weight in weights]
+    return [layer.packed for layer in layers]
 
 
 def _trial(gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:

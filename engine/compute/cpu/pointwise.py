@@ -6,7 +6,9 @@ transformers computes them in four to six tensor operations, each of which costs
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,10 @@ from engine.compute.cpu.kernels import Kernels
 from engine.compute.linear import quasi_random
 
 
-_ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+_ACTIVATIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class NativeNorm(nn.Module):
