@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.linear import quasi_random
 
-
 _ACTIVATIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
     "silu": F.silu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
