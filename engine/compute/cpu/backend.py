@@ -13,6 +13,7 @@ from torch import nn
 from engine.compute.backend import PackedChunk, Progress, StepPlan, StepSize
 from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.decoder_layer import fuse_layers
+from engine.compute.cpu.experts import replace_experts
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.linear import NativeLinear, merge_shared_projections, take_over
 from engine.compute.cpu.pointwise import replace_pointwise
@@ -86,9 +87,10 @@ class CpuBackend:
         return PackedRunner(model, self, cache, vocab_size, **trial)
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
-        """Replace linear layers, norms, activations, and decoder layers made of the usual parts."""
+        """Replace linear layers, experts, norms, activations, and decoder layers made of the usual parts."""
         self._stored = take_over(model)
         pack_model(model, stored, self._make, progress)
+        replace_experts(model, self._kernels, self._make, rounds=self._quantization is not None, progress=progress)
         replace_pointwise(model, self._kernels)
         merge_shared_projections(model)
         fused = fuse_layers(model, self._kernels, length)

@@ -11,7 +11,17 @@ import math
 import sys
 from typing import Any
 
-from engine.compute.cpu.kernel_calls import Calls, Format, GroupParts, Layer, Matrix, Part
+from engine.compute.cpu.kernel_calls import (
+    ACTIVATIONS,
+    Calls,
+    Experts,
+    Format,
+    GroupParts,
+    Layer,
+    Matrix,
+    Norm,
+    Part,
+)
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 __all__ = ["main"]
@@ -38,8 +48,11 @@ def main(library: str) -> None:
         _expect(f"a product with groups of {group} numbers of {bits} bits", product, _DEPTH * 0.5, tolerance=1.0)
         _expect(f"a widened number of {bits} bits", wide, 0.5)
     _expect("attention", _attention(calls), 1.0)
-    _expect("a norm", _norm(calls), 1.0)
-    _expect("an activation", _silu(calls), 1 / (1 + math.exp(-1)))
+    _expect("a norm", _norm(calls, centred=False), 1.0)
+    _expect("a centred norm", _norm(calls, centred=True), 0.0)
+    for name, right in (("silu", 1 / (1 + math.exp(-1))), ("gelu_tanh", 0.841192)):
+        _expect(name, _activation(calls, name), right)
+    _expect("a mixture of experts", _experts(calls), 0.3, tolerance=0.1)
     _layer(calls)
 
 
@@ -116,15 +129,15 @@ def _attention(calls: Calls) -> Any:
     return out
 
 
-def _norm(calls: Calls) -> Any:
-    out = _ones(512 * _DEPTH, 0.0)
-    calls.rms_norm(_ones(512 * _DEPTH), _ones(_DEPTH), out, 512, _DEPTH, 1e-6, _THREADS)
+def _norm(calls: Calls, centred: bool) -> Any:
+    out = _ones(512 * _DEPTH, 2.0)
+    calls.norm(_ones(512 * _DEPTH), _ones(_DEPTH), out, 512, _DEPTH, 1e-6, centred, _THREADS)
     return out
 
 
-def _silu(calls: Calls) -> Any:
+def _activation(calls: Calls, kind: str) -> Any:
     out = _ones(10_000, 0.0)
-    calls.silu(_ones(10_000), out, 10_000, _THREADS)
+    calls.activate(_ones(10_000), out, 10_000, ACTIVATIONS[kind], _THREADS)
     return out
 
 
@@ -144,8 +157,10 @@ def _layer(calls: Calls) -> None:
     norm = _ones(dim)
     record = Layer(
         **{name: ctypes.addressof(table) for name, table in tables.items()},
-        first_norm=ctypes.addressof(norm),
-        second_norm=ctypes.addressof(norm),
+        input_norm=Norm(ctypes.addressof(norm), 1e-6, 0),
+        mlp_norm=Norm(ctypes.addressof(norm), 1e-6, 0),
+        qkv_count=3,
+        gate_up_count=2,
         dim=dim,
         inner=inner,
         heads=heads,
@@ -153,9 +168,8 @@ def _layer(calls: Calls) -> None:
         key_dim=_HEAD,
         value_dim=_HEAD,
         rotary=_HEAD,
-        first_epsilon=1e-6,
-        second_epsilon=1e-6,
         scale=0.25,
+        factor=1.0,
     )
     slots, finite, _table, parts = _step(rows)
     scratch = ctypes.create_string_buffer(rows * int(calls.layer_scratch(ctypes.byref(record))))
@@ -167,6 +181,20 @@ def _layer(calls: Calls) -> None:
     )  # fmt: skip
     if not all(math.isfinite(number) for number in out):
         sys.exit("a layer's numbers are not finite")
+
+
+def _experts(calls: Calls) -> Any:
+    rows, choices, dim, inner = 3, 2, 32, 16
+    groups = [
+        [_packed(calls, columns, depth, 0, 0.03) for _ in range(2)] for columns, depth in ((32, dim), (dim, inner))
+    ]
+    tables = [_matrices(*((data, 32) for data in group)) for group in groups]
+    record = Experts(*map(ctypes.addressof, tables), dim=dim, inner=inner, experts=2, row_bytes=256, activation=0)
+    scratch = ctypes.create_string_buffer(int(calls.experts_scratch(ctypes.byref(record), rows, choices)))
+    out, chosen = _ones(rows * dim, 0.0), (ctypes.c_int64 * (rows * choices))(0, 1, 1, 0, 0, 1)
+    weights = _ones(rows * choices, 0.5)
+    calls.experts(ctypes.byref(record), _ones(rows * dim), chosen, weights, out, scratch, rows, choices, _THREADS)
+    return out
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from engine.compute.cpu import kernel_file
 from engine.compute.cpu.attention_plan import AttentionPlan
-from engine.compute.cpu.kernel_calls import Calls
+from engine.compute.cpu.experts_kernel import ExpertsKernel
+from engine.compute.cpu.kernel_calls import ACTIVATIONS, Calls
 from engine.compute.cpu.kernel_file import NoKernels
 from engine.compute.cpu.layer_kernel import LayerKernel, LayerParts
 from engine.compute.cpu.packed_weight import PackedWeight, Product, checked, pack_groups, pack_weight, widen
@@ -86,21 +87,27 @@ class Kernels:
         """
         return widen(self._calls, packed, columns)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """Compute `weight · x / √(mean(x²) + epsilon)` over the last dimension. `x`, `weight [dim]`: float32, dense."""
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float, *, centred: bool = False) -> Tensor:
+        """Compute `weight · x / √(mean(x²) + epsilon)` over the last dimension. `x`, `weight [dim]`: float32, dense.
+
+        Args:
+            centred: take the mean off `x` first.
+        """
         dim = weight.shape[0]
         x = checked(x, dim)
         out = torch.empty_like(x)
-        self._calls.rms_norm(
-            x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // dim, dim, epsilon, torch.get_num_threads()
-        )
+        rows, threads = x.numel() // dim, torch.get_num_threads()
+        self._calls.norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, dim, epsilon, centred, threads)
         return out
 
-    def silu(self, x: Tensor) -> Tensor:
-        """Compute `x / (1 + exp(-x))`, float32, any shape."""
+    def activate(self, x: Tensor, kind: str) -> Tensor:
+        """Compute an activation, one of `ACTIVATIONS`. `x`: float32, any shape.
+
+        `silu`: `x / (1 + exp(-x))`; `gelu_tanh`: `x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))) / 2`.
+        """
         x = checked(x, x.shape[-1])
         out = torch.empty_like(x)
-        self._calls.silu(x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads())
+        self._calls.activate(x.data_ptr(), out.data_ptr(), x.numel(), ACTIVATIONS[kind], torch.get_num_threads())
         return out
 
     def can_attend(self, key_dim: int, value_dim: int) -> bool:
@@ -184,3 +191,7 @@ class Kernels:
         if not self.can_compute(parts):
             raise ValueError("these parts are no layer that there is a kernel for")
         return LayerKernel(self._calls, parts)
+
+    def experts(self, gate_up: Sequence[PackedWeight], down: Sequence[PackedWeight], activation: str) -> ExpertsKernel:
+        """Build a kernel that computes a mixture of experts: see `ExpertsKernel`."""
+        return ExpertsKernel(self._calls, gate_up, down, activation)

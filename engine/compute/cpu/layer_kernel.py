@@ -4,88 +4,118 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from engine.compute.cpu.attention_plan import AttentionPlan
-from engine.compute.cpu.kernel_calls import Calls, Layer
+from engine.compute.cpu.kernel_calls import ACTIVATIONS, PAIRINGS, Calls, Layer, Norm
 from engine.compute.cpu.packed_weight import PackedWeight, Product, checked
+
+_NORMS: Final = ("input_norm", "attention_norm", "mlp_norm", "output_norm", "query_norm", "key_norm")
+_NUMBERS: Final = ("heads", "kv_heads", "key_dim", "value_dim", "rotary", "whole", "parallel", "scale", "factor")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NormParts:
-    """An RMS norm's `weight [dim] float32`, dense, and epsilon."""
+    """A norm's `weight [dim] float32`, dense, and epsilon; `centred`: the mean is taken off first."""
 
     weight: Tensor
     epsilon: float
+    centred: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerParts:
-    """The parts of a decoder layer.
-
-    `x + o(attention(rotary(query_norm(q(n))), rotary(key_norm(k(n))), v(n)))` with `n = first_norm(x)`; then that,
-    `y`, plus `down(silu(gate(m)) · up(m))` with `m = second_norm(y)`.
+    """The parts of a decoder layer: see layers.h for what is computed of them.
 
     Attributes:
-        q, k, v, o, gate, up, down: weights; q, k and v must take one kind of input, gate and up too.
-        query_norm, key_norm: of each head, or None.
-        rotary: how many of a head's dimensions are rotated, in pairs `i, i + rotary / 2`.
+        qkv: three weights, or one whose columns are those of q, k and v in this order; they take one kind of input.
+        gate_up: two weights, or one whose columns are those of gate and up in this order; likewise. Without any, and
+            without `down`, the result is what comes before the MLP.
+        heads, kv_heads, key_dim, value_dim: of attention.
+        rotary: how many of a head's dimensions are rotated; pairing: which of them together, one of `PAIRINGS`.
         scale, window, chunk, softcap, sinks: as in `Kernels.attend`.
+        input_norm, attention_norm, mlp_norm, output_norm: of attention's input and output, of the MLP's; or None.
+        query_norm, key_norm: of each head, or of all heads' numbers together if they are as long; or None.
+        activation: one of `ACTIVATIONS`.
+        parallel: the MLP's input is attention's, not what attention gave.
+        factor: what is added to the residual is first multiplied by this, rounded to float32.
     """
 
-    first_norm: NormParts
-    second_norm: NormParts
-    query_norm: NormParts | None
-    key_norm: NormParts | None
-    q: PackedWeight
-    k: PackedWeight
-    v: PackedWeight
+    qkv: tuple[PackedWeight, ...]
     o: PackedWeight
-    gate: PackedWeight
-    up: PackedWeight
-    down: PackedWeight
+    gate_up: tuple[PackedWeight, ...]
+    down: PackedWeight | None
     heads: int
     kv_heads: int
-    rotary: int
+    key_dim: int
+    value_dim: int
     scale: float
+    rotary: int
+    pairing: str = "halves"
     window: int | None = None
     chunk: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    input_norm: NormParts | None = None
+    attention_norm: NormParts | None = None
+    mlp_norm: NormParts | None = None
+    output_norm: NormParts | None = None
+    query_norm: NormParts | None = None
+    key_norm: NormParts | None = None
+    activation: str = "silu"
+    parallel: bool = False
+    factor: float = 1.0
 
     @property
-    def key_dim(self) -> int:
-        return self.q.columns // self.heads
+    def angles(self) -> int:
+        """How many cos there are for a token."""
+        return self.rotary // 2 if self.pairing == "halves_half" else self.rotary
 
     @property
-    def value_dim(self) -> int:
-        return self.v.columns // self.kv_heads
+    def whole(self) -> bool:
+        """Whether queries and keys are normed over all heads together."""
+        norm = self.query_norm
+        return norm is not None and norm.weight.shape[0] != self.key_dim
 
     def fit(self) -> bool:
         """Tell whether the parts fit together."""
-        p, dim, inner = self, self.q.depth, self.down.depth
-        shapes = (
-            (p.q, p.heads * p.key_dim, dim),
-            (p.k, p.kv_heads * p.key_dim, dim),
-            (p.v, p.kv_heads * p.value_dim, dim),
-            (p.o, dim, p.heads * p.value_dim),
-            (p.gate, inner, dim),
-            (p.up, inner, dim),
-            (p.down, dim, inner),
+        p, dim, inner = self, self.qkv[0].depth, self.down.depth if self.down else 0
+        queries, keys, values = p.heads * p.key_dim, p.kv_heads * p.key_dim, p.kv_heads * p.value_dim
+        products = (
+            (p.qkv, (queries, keys, values), dim),
+            ((p.o,), (dim,), p.heads * p.value_dim),
+            *(((p.gate_up, (inner, inner), dim), ((p.down,), (dim,), inner)) if p.down else ()),
         )
-        norms = ((p.first_norm, dim), (p.second_norm, dim), (p.query_norm, p.key_dim), (p.key_norm, p.key_dim))
+        norms = [(norm, dim) for norm in (p.input_norm, p.attention_norm, p.mlp_norm, p.output_norm)]
+        norms.append((p.query_norm, queries if p.whole else p.key_dim))
+        norms.append((p.key_norm, keys if p.whole else p.key_dim))
         return (
-            all((weight.columns, weight.depth) == (columns, depth) for weight, columns, depth in shapes)
+            all(_fit(weights, columns, depth) for weights, columns, depth in products)
             and all(norm is None or tuple(norm.weight.shape) == (size,) for norm, size in norms)
-            and p.q.input_kind == p.k.input_kind == p.v.input_kind
-            and p.gate.input_kind == p.up.input_kind
+            and (p.down is not None or not (p.gate_up or p.mlp_norm or p.output_norm or p.parallel))
+            and (not p.parallel or (p.input_norm is not None and p.mlp_norm is None))
             and p.heads % p.kv_heads == 0
             and p.rotary % 2 == 0
             and 0 <= p.rotary <= p.key_dim
             and (p.sinks is None or tuple(p.sinks.shape) == (p.heads,))
         )
+
+
+def _fit(weights: tuple[PackedWeight, ...], columns: tuple[int, ...], depth: int) -> bool:
+    """Tell whether weights that take one kind of input have these columns: one for each, or one for all."""
+    found = tuple(weight.columns for weight in weights)
+    return (
+        (found == columns or found == (sum(columns),))
+        and all(weight.depth == depth for weight in weights)
+        and len({weight.input_kind for weight in weights}) == 1
+    )
+
+
+def _norm(parts: NormParts | None) -> Norm:
+    return Norm() if parts is None else Norm(parts.weight.data_ptr(), parts.epsilon, parts.centred)
 
 
 class LayerKernel:
@@ -94,41 +124,27 @@ class LayerKernel:
     def __init__(self, calls: Calls, parts: LayerParts) -> None:
         """parts: must fit together (`LayerParts.fit`)."""
         p = parts
-        self._rotary, self._dim = p.rotary, p.q.depth
+        self._angles, self._dim = p.angles, p.o.columns
         products = {
-            "qkv": Product(calls, [p.q, p.k, p.v]),
+            "qkv": Product(calls, p.qkv),
             "o": Product(calls, [p.o]),
-            "gate_up": Product(calls, [p.gate, p.up]),
-            "down": Product(calls, [p.down]),
+            **({"gate_up": Product(calls, p.gate_up), "down": Product(calls, [p.down])} if p.down else {}),
         }
         self._kept = (parts, products)  # the memory that the record points to
         self._record = Layer(
-            **{
-                name: None if norm is None else norm.weight.data_ptr()
-                for name, norm in (
-                    ("first_norm", p.first_norm),
-                    ("second_norm", p.second_norm),
-                    ("query_norm", p.query_norm),
-                    ("key_norm", p.key_norm),
-                )
-            },
+            **{name: _norm(getattr(p, name)) for name in _NORMS},
             **{name: product.address for name, product in products.items()},
+            **{name: getattr(p, name) for name in _NUMBERS},
             sinks=None if p.sinks is None else p.sinks.data_ptr(),
-            dim=p.q.depth,
-            inner=p.down.depth,
-            heads=p.heads,
-            kv_heads=p.kv_heads,
-            key_dim=p.key_dim,
-            value_dim=p.value_dim,
-            rotary=p.rotary,
+            dim=self._dim,
+            inner=p.down.depth if p.down else 0,
             window=p.window or 0,
             chunk=p.chunk or 0,
-            first_epsilon=p.first_norm.epsilon,
-            second_epsilon=p.second_norm.epsilon,
-            query_epsilon=p.query_norm.epsilon if p.query_norm else 0.0,
-            key_epsilon=p.key_norm.epsilon if p.key_norm else 0.0,
-            scale=p.scale,
             softcap=p.softcap or 0.0,
+            qkv_count=len(p.qkv),
+            gate_up_count=len(p.gate_up),
+            pairing=PAIRINGS[p.pairing],
+            activation=ACTIVATIONS[p.activation],
         )
         self._address = ctypes.addressof(self._record)
         self._call = calls.layer
@@ -141,14 +157,14 @@ class LayerKernel:
 
         Args:
             x: `[T, dim] float32`; rows beyond the plan's are padding.
-            cos, sin: `[T, rotary] float32`.
+            cos, sin: `[T, angles] float32`.
             keys, values: the layer's cache, as in `Kernels.attend`.
 
         Returns:
             `[T, dim]`.
         """
-        rows, attended, rotary = x.shape[0], len(plan.slots), self._rotary
-        x, cos, sin = checked(x, self._dim), checked(cos[:, :rotary], rotary), checked(sin[:, :rotary], rotary)
+        rows, attended, angles = x.shape[0], len(plan.slots), self._angles
+        x, cos, sin = checked(x, self._dim), checked(cos[:, :angles], angles), checked(sin[:, :angles], angles)
         if not cos.shape[0] == sin.shape[0] == rows >= attended:
             raise ValueError(f"{rows} rows with {cos.shape[0]} positions, {attended} of which have a place")
         out = torch.empty_like(x)

@@ -99,7 +99,7 @@ def _format(groups: Groups) -> Format:
             " in groups of 16, 32, 64 and 128"
         )
     span = g.group * g.per
-    if g.per < 1 or (g.supers is not None or g.minimum_supers is not None) and _CHUNK % span and span % _CHUNK:
+    if g.per < 1 or ((g.supers is not None or g.minimum_supers is not None) and _CHUNK % span and span % _CHUNK):
         raise ValueError(
             f"super-groups of {g.per} groups of {g.group} numbers neither divide {_CHUNK} nor are multiples"
         )

@@ -9,7 +9,7 @@
  *                      chain: s = fma(x[k], w[k], s), beginning at 0
  *   linear, int8       y = chain over groups g of 128: s = fma(float(sum of products of bytes), x_scale[g] * w_scale[g], s)
  *   attention, norm    see there
- *   layer              the functions here, one after the other: the bits of each called by itself
+ *   layer, experts     the functions here, one after the other: the bits of each called by itself; experts' sums: see there
  *
  * Vectors run over the columns of the result, never along k: there is nothing to reduce at the end, and wider vectors give
  * the same bits. (oneDNN's packed float32 product has the same chain on AVX2, and so the same bits: a test compares them.)
@@ -18,6 +18,7 @@
  * bfloat16 holds without loss is stored as such and widened in a register: the same bits at half the memory traffic.
  */
 #define _GNU_SOURCE /* pthread_setname_np */
+#include "experts.h"
 #include "layers.h"
 #include "packing.h"
 #include "widening.h"
@@ -81,21 +82,21 @@ void verbatim_attention(const float *query, const float *key, const float *value
 }
 
 typedef struct {
-    const float *x, *weight;
+    const float *x;
+    Norm norm;
     float *out;
     long rows, dim;
-    float epsilon;
-} Norm;
+} NormCall;
 
 static void norm_rows(void *norm, long begin, long end) {
-    const Norm *n = norm;
-    for (long row = begin; row < end; row++)
-        norm_row(n->x + row * n->dim, n->weight, n->out + row * n->dim, n->dim, n->epsilon);
+    const NormCall *n = norm;
+    for (long row = begin; row < end; row++) norm_row(n->x + row * n->dim, &n->norm, n->out + row * n->dim, n->dim);
 }
 
 /* norm_row for every row. x and out [rows, dim], weight [dim]. */
-void verbatim_rms_norm(const float *x, const float *weight, float *out, long rows, long dim, float epsilon, int threads) {
-    Norm n = {x, weight, out, rows, dim, epsilon};
+void verbatim_norm(const float *x, const float *weight, float *out, long rows, long dim, float epsilon, int centred,
+                   int threads) {
+    NormCall n = {x, {weight, epsilon, centred}, out, rows, dim};
     team_run(&(Phase){norm_rows, &n, rows, (1 << 14) / dim + 1}, 1, threads);
 }
 
@@ -103,19 +104,21 @@ typedef struct {
     const float *x;
     float *out;
     long size;
-} Silu;
+    int kind;
+} Activation;
 
-enum { SILU = 4096 }; /* numbers of a unit */
+enum { ACTIVATED = 4096 }; /* numbers of a unit */
 
-static void silu_pieces(void *data, long begin, long end) {
-    const Silu *a = data;
-    silu_range(a->x, NULL, a->out, begin * SILU, end * SILU < a->size ? end * SILU : a->size);
+static void activate_units(void *data, long begin, long end) {
+    const Activation *a = data;
+    long from = begin * ACTIVATED, to = end * ACTIVATED < a->size ? end * ACTIVATED : a->size;
+    activate(a->kind, a->x + from, NULL, a->out + from, to - from);
 }
 
-/* out = silu(x), both [size]. */
-void verbatim_silu(const float *x, float *out, long size, int threads) {
-    Silu a = {x, out, size};
-    team_run(&(Phase){silu_pieces, &a, (size + SILU - 1) / SILU, 1}, 1, threads);
+/* out = the activation `kind` of x, both [size]. */
+void verbatim_activate(const float *x, float *out, long size, int kind, int threads) {
+    Activation a = {x, out, size, kind};
+    team_run(&(Phase){activate_units, &a, (size + ACTIVATED - 1) / ACTIVATED, 1}, 1, threads);
 }
 
 /* Value dimensions have to be a multiple of this. */
@@ -123,31 +126,33 @@ int verbatim_lanes(void) { return LANES; }
 
 /* Bytes of a layer's scratch space for a row. */
 long verbatim_layer_scratch(const Layer *l) {
-    long a = larger(row_bytes(l->qkv->kind, l->dim), row_bytes(l->gate_up->kind, l->dim));
-    long b = larger(row_bytes(l->o->kind, l->heads * l->value_dim), row_bytes(l->down->kind, l->inner));
-    return 4 * (l->dim + between(l)) + larger(a, b);
+    const Matrix *up = l->gate_up, *down = l->down;
+    long a = larger(row_bytes(l->qkv->kind, l->dim), row_bytes(l->o->kind, l->heads * l->value_dim));
+    long b = up ? larger(row_bytes(up->kind, l->dim), row_bytes(down->kind, l->inner)) : 0;
+    return 4 * (beside(l) + between(l)) + larger(a, b);
 }
 
-/* A decoder layer over a step's rows: x, out [rows, dim]; cos, sin [rows, rotary]; scratch: rows * verbatim_layer_scratch
+/* A decoder layer over a step's rows: x, out [rows, dim]; cos, sin [rows, angles]; scratch: rows * verbatim_layer_scratch
  * bytes. The first `attended` rows have a place in the cache; the others are padding. The rest as in verbatim_attention. */
 void verbatim_layer(const Layer *l, const float *x, const float *cos, const float *sin, float *out, float *scratch,
                     float *keys, float *values, const int64_t *slots, uint8_t *finite, Part *parts, long rows, long attended,
                     long cache_slots, long count, int threads) {
-    float *normed = scratch, *query = normed + rows * l->dim, *gate = query, *up = gate + rows * l->inner;
-    float *key = query + rows * l->heads * l->key_dim, *value = key + rows * l->kv_heads * l->key_dim;
-    float *mixed = value + rows * l->kv_heads * l->value_dim, *rest = query + rows * between(l);
-    LayerCall c = {
-        l, x, cos, sin, out, normed, query, key, value, mixed, gate, up, rows,
-        {query, key, value, l->key_dim, l->heads * l->key_dim, l->key_dim, l->kv_heads * l->key_dim, l->value_dim,
-         l->kv_heads * l->value_dim, mixed, keys, values, slots, finite, l->sinks, parts, attended, l->heads, l->kv_heads,
-         l->key_dim, l->value_dim, cache_slots, count, 0, l->window, l->chunk, l->scale, l->softcap},
-        call_of(normed, rest, query, l->qkv, rows, l->dim, 3),
-        call_of(mixed, rest, normed, l->o, rows, l->heads * l->value_dim, 1),
-        call_of(normed, rest, gate, l->gate_up, rows, l->dim, 2),
-        call_of(gate, rest, normed, l->down, rows, l->inner, 1),
-    };
-    c.o.residual = x, c.o.sum = out;
-    c.down.residual = out, c.down.sum = out;
+    LayerCall c = {.layer = l, .x = x, .cos = cos, .sin = sin, .out = out, .rows = rows};
+    start_layer(&c, scratch);
+    c.attention = (Attention){
+        c.query, c.key, c.value, l->key_dim, c.query_row, l->key_dim, c.key_row, l->value_dim, c.value_row, c.attended,
+        keys, values, slots, finite, l->sinks, parts, attended, l->heads, l->kv_heads, l->key_dim, l->value_dim,
+        cache_slots, count, 0, l->window, l->chunk, l->scale, l->softcap};
     cut_attention(&c.attention);
     run_layer(&c, threads);
+}
+
+/* Bytes of a mixture's scratch space. */
+long verbatim_experts_scratch(const Experts *e, long rows, long choices) { return experts_scratch(e, rows, choices); }
+
+/* A mixture of experts: x, out [rows, dim]; chosen, weights [rows, choices]; scratch: verbatim_experts_scratch bytes. */
+void verbatim_experts(const Experts *e, const float *x, const int64_t *chosen, const float *weights, float *out, void *scratch,
+                      long rows, long choices, int threads) {
+    ExpertsCall c = {.experts = e, .x = x, .weights = weights, .out = out, .rows = rows, .choices = choices};
+    run_experts(&c, chosen, scratch, threads);
 }

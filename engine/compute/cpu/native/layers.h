@@ -4,55 +4,94 @@
 #include "products.h"
 #include "rows.h"
 
-/* x + o(attention(rotary(norm(q(n))), rotary(norm(k(n))), v(n))), n = norm(x); then that + down(silu(gate(m)) * up(m)),
- * m = norm of it. All in one call of the team. With one row, only the products and attention are divided. */
+/*   n = input_norm(x)
+ *   y = x + factor · attention_norm(o(attention(rotary(query_norm(q(n))), rotary(key_norm(k(n))), v(n))))
+ *   m = mlp_norm(y), or n itself if the layer is parallel
+ *   y + factor · output_norm(down(activation(gate(m)) * up(m)))
+ *
+ * Any norm may be missing, and all that comes after y. All in one call of the team. With one row, only the products and
+ * attention are divided. */
 
 /* Layout shared with engine/compute/cpu/kernel_calls.py. */
 typedef struct {
-    const float *first_norm, *second_norm;     /* [dim] */
-    const float *query_norm, *key_norm;        /* [key_dim], or NULL */
-    const Matrix *qkv, *o, *gate_up, *down;    /* 3, 1, 2 and 1 */
-    const float *sinks;                        /* [heads] or NULL */
+    Norm input_norm, attention_norm, mlp_norm, output_norm; /* [dim] */
+    Norm query_norm, key_norm;                              /* of each head, [key_dim]; or of all, if `whole` */
+    const Matrix *qkv, *o, *gate_up, *down;                 /* 3 or 1, 1, 2 or 1, and 1; without `gate_up` y is the result */
+    const float *sinks;                                     /* [heads] or NULL */
     long dim, inner, heads, kv_heads, key_dim, value_dim, rotary, window, chunk;
-    float first_epsilon, second_epsilon, query_epsilon, key_epsilon, scale, softcap;
+    int qkv_count, gate_up_count;
+    int pairing, activation, whole, parallel;
+    float scale, softcap, factor;
 } Layer;
 
 typedef struct {
     const Layer *layer;
-    const float *x, *cos, *sin; /* [rows, dim], [rows, rotary] */
+    const float *x, *cos, *sin; /* [rows, dim], [rows, angles] */
     float *out;                 /* [rows, dim] */
-    float *normed, *query, *key, *value, *attended, *gate, *up;
+    float *normed;              /* [rows, dim]: input of qkv, or of gate and up */
+    float *product;             /* [rows, dim]: of o and of down; may be `normed` */
+    float *query, *key, *value, *gate, *up; /* their rows lie as far apart as these say: */
+    long query_row, key_row, value_row, gate_row;
+    float *attended; /* [rows, heads, value_dim] */
+    float *active;   /* [rows, inner]; may be `gate` */
     long rows;
     Attention attention; /* of the first rows; the others are padding, and attend to nothing */
     Call qkv, o, gate_up, down;
 } LayerCall;
 
-/* Norm and rotary embedding of head `h` of a row of `heads`. */
-INLINE void rotate_head(float *x, long row, long heads, long h, long dim, const float *norm, float epsilon, const float *cos,
-                        const float *sin, long rotary) {
-    x += (row * heads + h) * dim;
-    if (norm) norm_row(x, norm, x, dim, epsilon);
-    rotate(x, cos + row * rotary, sin + row * rotary, rotary);
+/* Whether what follows a product has to wait for whole rows of it: else the product adds x itself. */
+INLINE int waits(const Layer *l, const Norm *norm) { return norm->weight || l->factor != 1.0f; }
+
+/* out = x + factor · norm(product), for one row. */
+static void join_row(const LayerCall *c, const float *x, const Norm *norm, long row) {
+    long dim = c->layer->dim;
+    float *y = c->product + row * dim, *out = c->out + row * dim, factor = c->layer->factor;
+    if (norm->weight) norm_row(y, norm, y, dim);
+    for (long i = 0; i < dim; i++) out[i] = x[row * dim + i] + y[i] * factor;
 }
 
-/* Norm a tile's rows, and lay them out for the product after it. */
-static void norm_tiles(const Call *call, const float *x, const float *weight, float *out, float epsilon, long begin, long end) {
+/* A tile's rows, normed and laid out for q, k and v. */
+static void before_attention(void *data, long begin, long end) {
+    const LayerCall *c = data;
+    const Layer *l = c->layer;
     for (long tile = begin; tile < end; tile++) {
-        long first = tile_start(call->rows, tile), dim = call->depth;
-        int rows = height(call->rows - first);
-        for (long row = first; row < first + rows; row++) norm_row(x + row * dim, weight, out + row * dim, dim, epsilon);
-        lay_out(call, first, rows, 0, dim);
+        long first = tile_start(c->rows, tile);
+        int rows = height(c->rows - first);
+        for (long row = first; l->input_norm.weight && row < first + rows; row++)
+            norm_row(c->x + row * l->dim, &l->input_norm, c->normed + row * l->dim, l->dim);
+        lay_out(&c->qkv, first, rows, 0, l->dim);
     }
 }
 
-static void first_norm(void *data, long begin, long end) {
+/* A tile's rows, added to x, normed and laid out for gate and up. */
+static void after_attention(void *data, long begin, long end) {
     const LayerCall *c = data;
-    norm_tiles(&c->qkv, c->x, c->layer->first_norm, c->normed, c->layer->first_epsilon, begin, end);
+    const Layer *l = c->layer;
+    for (long tile = begin; tile < end; tile++) {
+        long first = tile_start(c->rows, tile);
+        int rows = height(c->rows - first);
+        for (long row = first; row < first + rows; row++) {
+            if (waits(l, &l->attention_norm)) join_row(c, c->x, &l->attention_norm, row);
+            if (l->mlp_norm.weight) norm_row(c->out + row * l->dim, &l->mlp_norm, c->normed + row * l->dim, l->dim);
+        }
+        if (l->gate_up) lay_out(&c->gate_up, first, rows, 0, l->dim);
+    }
 }
 
-static void second_norm(void *data, long begin, long end) {
+static void after_mlp(void *data, long begin, long end) {
     const LayerCall *c = data;
-    norm_tiles(&c->gate_up, c->out, c->layer->second_norm, c->normed, c->layer->second_epsilon, begin, end);
+    for (long row = begin; row < end; row++) join_row(c, c->out, &c->layer->output_norm, row);
+}
+
+/* Norm and rotary embedding of a row's heads. */
+static void rotate_heads(const LayerCall *c, float *x, long heads, const Norm *norm, long row) {
+    const Layer *l = c->layer;
+    long at = row * angles(l->rotary, l->pairing);
+    if (norm->weight && l->whole) norm_row(x, norm, x, heads * l->key_dim);
+    for (long h = 0; h < heads; h++, x += l->key_dim) {
+        if (norm->weight && !l->whole) norm_row(x, norm, x, l->key_dim);
+        rotate(x, c->cos + at, c->sin + at, l->rotary, l->pairing);
+    }
 }
 
 /* Rows' queries and keys, normed and rotated; keys and values to the cache. Padding attends to nothing. */
@@ -65,15 +104,13 @@ static void rotate_rows(void *data, long begin, long end) {
             memset(c->attended + row * of_row, 0, sizeof(float) * (size_t)of_row);
             continue;
         }
-        for (long h = 0; h < l->heads; h++)
-            rotate_head(c->query, row, l->heads, h, l->key_dim, l->query_norm, l->query_epsilon, c->cos, c->sin, l->rotary);
-        for (long h = 0; h < l->kv_heads; h++)
-            rotate_head(c->key, row, l->kv_heads, h, l->key_dim, l->key_norm, l->key_epsilon, c->cos, c->sin, l->rotary);
+        rotate_heads(c, c->query + row * c->query_row, l->heads, &l->query_norm, row);
+        rotate_heads(c, c->key + row * c->key_row, l->kv_heads, &l->key_norm, row);
         store(&c->attention, row);
     }
 }
 
-/* silu(gate) * up, laid out for the product after it. */
+/* activation(gate) * up, laid out for the product after it. */
 static void activate_pieces(void *data, long begin, long end) {
     const LayerCall *c = data;
     long inner = c->layer->inner;
@@ -81,31 +118,66 @@ static void activate_pieces(void *data, long begin, long end) {
         long first, from, to;
         int rows;
         piece_of(&c->down, unit, &first, &rows, &from, &to);
-        for (long row = first; row < first + rows; row++)
-            silu_range(c->gate, c->up, c->gate, row * inner + from, row * inner + to);
+        for (long row = first; row < first + rows; row++) {
+            long at = row * c->gate_row + from;
+            activate(c->layer->activation, c->gate + at, c->up + at, c->active + row * inner + from, to - from);
+        }
         lay_out(&c->down, first, rows, from, to);
     }
 }
 
 static void run_layer(LayerCall *c, int threads) {
+    const Layer *l = c->layer;
     long tiles = tiles_of(c->rows), pieces = tiles * pieces_of(&c->down);
     long few = c->rows < TALLEST / 2 ? TALLEST / 2 : 1; /* pieces that are not worth sharing */
     const Phase phases[] = {
-        {first_norm, c, tiles, 1},
+        {before_attention, c, tiles, 1},
         multiplying(&c->qkv),
         {rotate_rows, c, c->rows, 1},
         {attend_items, &c->attention, c->attention.items, 1},
         laying_out(&c->o),
-        multiplying(&c->o), /* to `normed`; with x, to `out` */
-        {second_norm, c, tiles, 1},
+        multiplying(&c->o), /* to `product`; with x, to `out` */
+        {after_attention, c, l->gate_up || waits(l, &l->attention_norm) ? tiles : 0, 1},
         multiplying(&c->gate_up),
         {activate_pieces, c, pieces, few},
-        multiplying(&c->down), /* to `normed`; added to `out` */
+        multiplying(&c->down), /* to `product`; added to `out` */
+        {after_mlp, c, l->gate_up && waits(l, &l->output_norm) ? c->rows : 0, 1},
     };
     team_run(phases, sizeof phases / sizeof *phases, threads);
 }
 
-/* Floats for a row between a layer's two norms, at most. */
+/* Floats of a row for q, k, v and attention, or for gate, up and what is made of them. */
 INLINE long between(const Layer *l) {
-    return larger(l->heads * (l->key_dim + l->value_dim) + l->kv_heads * (l->key_dim + l->value_dim), 2 * l->inner);
+    long heads = l->heads * (l->key_dim + l->value_dim) + l->kv_heads * (l->key_dim + l->value_dim);
+    return larger(heads, (l->gate_up_count == 1 ? 3 : 2) * l->inner);
+}
+
+/* Floats of a row for what is normed, and for a product if that is still needed then. */
+INLINE long beside(const Layer *l) { return l->parallel ? 2 * l->dim : l->dim; }
+
+/* scratch: rows * (beside + between) floats, then what the largest product lays out. */
+static void start_layer(LayerCall *c, float *scratch) {
+    const Layer *l = c->layer;
+    long queries = l->heads * l->key_dim, keys = l->kv_heads * l->key_dim, values = l->kv_heads * l->value_dim;
+    int one = l->qkv_count == 1, both = l->gate_up_count == 1;
+    c->normed = scratch, c->product = l->parallel ? scratch + c->rows * l->dim : scratch;
+    float *middle = scratch + c->rows * beside(l), *rest = middle + c->rows * between(l);
+    c->query = middle;
+    c->query_row = one ? queries + keys + values : queries;
+    c->key_row = one ? c->query_row : keys, c->value_row = one ? c->query_row : values;
+    c->key = c->query + (one ? queries : c->rows * queries);
+    c->value = c->key + (one ? keys : c->rows * keys);
+    c->attended = middle + c->rows * (queries + keys + values);
+    c->gate = middle, c->gate_row = both ? 2 * l->inner : l->inner;
+    c->up = c->gate + (both ? l->inner : c->rows * l->inner);
+    c->active = both ? c->gate + c->rows * 2 * l->inner : c->gate;
+    const float *qkv = l->input_norm.weight ? c->normed : c->x;
+    const float *gate_up = l->mlp_norm.weight ? c->normed : l->parallel ? qkv : c->out;
+    c->qkv = call_of(qkv, rest, c->query, l->qkv, c->rows, l->dim, l->qkv_count);
+    c->o = call_of(c->attended, rest, c->product, l->o, c->rows, l->heads * l->value_dim, 1);
+    if (!waits(l, &l->attention_norm)) c->o.residual = c->x, c->o.sum = c->out;
+    if (!l->gate_up) return;
+    c->gate_up = call_of(gate_up, rest, c->gate, l->gate_up, c->rows, l->dim, l->gate_up_count);
+    c->down = call_of(c->active, rest, c->product, l->down, c->rows, l->inner, 1);
+    if (!waits(l, &l->output_norm)) c->down.residual = c->out, c->down.sum = c->out;
 }
