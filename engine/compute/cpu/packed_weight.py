@@ -99,7 +99,8 @@ def _format(groups: Groups) -> Format:
             " in groups of 16, 32, 64 and 128"
         )
     span = g.group * g.per
-    if g.per < 1 or ((g.supers is not None or g.minimum_supers is not None) and _CHUNK % span and span % _CHUNK):
+    two_levels = g.supers is not None or g.minimum_supers is not None
+    if g.per < 1 or (two_levels and _CHUNK % span and span % _CHUNK):
         raise ValueError(
             f"super-groups of {g.per} groups of {g.group} numbers neither divide {_CHUNK} nor are multiples"
         )

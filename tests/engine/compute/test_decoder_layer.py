@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from grouped_weights import KINDS, groups_of
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -36,9 +37,12 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _parts(kernels: Kernels, kind: str, **given: Any) -> LayerParts:
-    """A layer of 40 dimensions: 4 query heads of 20, 2 key heads, values of 16."""
+    """A layer of 40 dimensions: 4 query heads of 20, 2 key heads, values of 16. `grouped`: all are stored otherwise."""
 
     def weight(columns: int, depth: int, seed: int, biased: bool = False) -> PackedWeight:
+        if kind == "grouped":  # bits, groups, scales, zeros and minima of each weight are others
+            bits, group, of = (4, 5, 6, 8)[seed % 4], (32, 16, 64, 128)[seed % 4], KINDS[seed]
+            return kernels.pack_groups(groups_of(bits, group, of, columns, depth), None)
         numbers = _random(columns, depth, seed=seed) * depth**-0.5
         numbers = numbers.bfloat16().float() if kind == "bfloat16" else numbers
         bias = _random(columns, seed=seed) if biased else None
@@ -143,7 +147,7 @@ _VARIANTS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "float32", "int8"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float32", "int8", "grouped"])
 @pytest.mark.parametrize("variant", _VARIANTS, ids=lambda v: ", ".join(v) or "plain")
 def test_the_bits_are_those_of_its_parts(kernels: Kernels, kind: str, variant: dict[str, Any]) -> None:
     parts = _parts(kernels, kind, **variant)
@@ -170,7 +174,7 @@ def test_the_bits_are_those_of_its_parts(kernels: Kernels, kind: str, variant: d
 
 @settings(max_examples=40, deadline=None)
 @given(
-    kind=st.sampled_from(["bfloat16", "float32", "int8"]),
+    kind=st.sampled_from(["bfloat16", "float32", "int8", "grouped"]),
     cuts=st.lists(st.integers(1, 39), max_size=5, unique=True),
     threads=st.sampled_from([1, 2, 3, 5, 9]),
 )
@@ -240,7 +244,7 @@ def _slots_of(table: list[int], count: int) -> list[int]:
 @pytest.mark.slow
 def test_a_layer_has_the_same_bits_with_every_instruction_set(kernels: Kernels, other_kernels: Kernels) -> None:
     x, cos, sin = _random(23, 40), _random(23, 20), _random(23, 20, seed=1)
-    for kind in ("bfloat16", "float32", "int8"):
+    for kind in ("bfloat16", "float32", "int8", "grouped"):
         found = []
         for k in (kernels, other_kernels):
             parts = _parts(k, kind)

@@ -9,7 +9,7 @@
 #define QUAD_G(j)                                                                                                        \
     { wi w0 = quad_at(bits, w, j), w1 = quad_at(bits, w + vector, j); R(STEP_G, V2) }                                    \
     x += ROWS * 4;                                                                                                       \
-    __asm__ volatile("" ::: "memory");
+    if (ROWS > 2) __asm__ volatile("" ::: "memory");
 
 /* Both vectors of a panel at once: with VNNI, or for 4 and 5 bits. */
 INLINE void GLUE(two_vectors_, ROWS)(int bits, const Piece *p) {

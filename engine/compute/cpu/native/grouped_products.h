@@ -178,35 +178,29 @@ INLINE Engine engine_of(int bits, int rows) {
 
 /* ---- products ---- */
 
-enum { TOGETHER = 4 }; /* panels that are read at the same time, for one row */
-
-/* `count` panels from `panel` on, for one tile. */
-static void grouped_columns(const Call *call, const Matrix *m, const char *x, int rows, long panel, int count, float *out) {
+/* One panel for one tile. A panel is one stream of bytes, followed by the next: several at once were slower, for what is
+ * fetched ahead of one is the beginning of another. */
+static void grouped_panel(const Call *call, const Matrix *m, const char *x, int rows, long panel, int ahead, float *out) {
     const Format *f = m->format;
     const Engine engine = engine_of(f->bits, rows);
-    const char *w = m->weight + (size_t)panel * grouped_stride(f, call->depth);
-    const char *facts = x + (size_t)steps_of(call->depth) * STEP_K * rows;
-    size_t stride = grouped_stride(f, call->depth);
-    float totals[TOGETHER][TALLEST * PANEL_G];
+    const long depth = call->depth;
+    float totals[TALLEST * PANEL_G];
     Decoded decoded;
-    Piece p = {x, facts, w, &decoded, totals[0], 0, f->group >= 128 ? 2 : f->group >= 64, f->group == 16,
-               f->zeros || f->zero, f->minima != NONE, x == call->tiles};
-    for (int i = 0; i < count; i++) memset(totals[i], 0, sizeof(float) * (size_t)rows * PANEL_G);
+    Piece p = {x, x + (size_t)steps_of(depth) * STEP_K * rows, m->weight + (size_t)panel * grouped_stride(f, depth), &decoded,
+               totals, 0, f->group >= 128 ? 2 : f->group >= 64, f->group == 16, f->zeros || f->zero, f->minima != NONE, ahead};
+    memset(totals, 0, sizeof(float) * (size_t)rows * PANEL_G);
     if (!f->zeros && f->zero)
         for (int g = 0; g < MOST_GROUPS; g++)
             for (int i = 0; i < PANEL_G; i++) decoded.zeros[g][i] = f->zero;
-    Chunk c = chunk_of(f, call->depth < CHUNK_K ? call->depth : CHUNK_K);
-    for (long k = 0; k < call->depth; k += CHUNK_K) {
-        if (k && call->depth - k < CHUNK_K) c = chunk_of(f, call->depth - k);
-        p.steps = steps_of(call->depth - k < CHUNK_K ? call->depth - k : CHUNK_K);
-        for (int i = 0; i < count; i++) {
-            p.w = w + i * stride, p.totals = totals[i];
-            decode_chunk(f, &c, p.w, p.ahead, &decoded);
-            engine(&p);
-        }
-        p.x += p.steps * STEP_K * rows, p.facts += p.steps * FACTS * 4 * rows, w += c.bytes;
+    Chunk c = chunk_of(f, depth < CHUNK_K ? depth : CHUNK_K);
+    for (long k = 0; k < depth; k += CHUNK_K) {
+        if (k && depth - k < CHUNK_K) c = chunk_of(f, depth - k);
+        p.steps = steps_of(depth - k < CHUNK_K ? depth - k : CHUNK_K);
+        decode_chunk(f, &c, p.w, ahead, &decoded);
+        engine(&p);
+        p.x += p.steps * STEP_K * rows, p.facts += p.steps * FACTS * 4 * rows, p.w += c.bytes;
     }
-    for (int i = 0; i < count; i++) finish8(rows, PANEL_G, totals[i], m, out, (panel + i) * PANEL_G);
+    finish8(rows, PANEL_G, totals, m, out, panel * PANEL_G);
 }
 
 static void grouped_panels(const Call *call, const Matrix *m, float *all, long begin, long end) {
@@ -216,11 +210,7 @@ static void grouped_panels(const Call *call, const Matrix *m, float *all, long b
         for (long row = 0; row < call->rows;) {
             int rows = height(call->rows - row);
             const char *x = call->tiles + row * grouped_row(call->depth);
-            for (long p = g; p < stop;) {
-                int count = rows == 1 && stop - p >= TOGETHER ? TOGETHER : 1;
-                grouped_columns(call, m, x, rows, p, count, all + row * m->columns);
-                p += count;
-            }
+            for (long p = g; p < stop; p++) grouped_panel(call, m, x, rows, p, row == 0, all + row * m->columns);
             row += rows;
         }
     }

@@ -8,6 +8,7 @@
  *   linear, float32    y = (chain over k = 0 … 1023) + (chain over the next 1024) + … + bias
  *                      chain: s = fma(x[k], w[k], s), beginning at 0
  *   linear, int8       y = chain over groups g of 128: s = fma(float(sum of products of bytes), x_scale[g] * w_scale[g], s)
+ *   linear, grouped    y = chain over each 32 k's: as int8, with zeros and minima: see grouped_products.h
  *   attention, norm    see there
  *   layer, experts     the functions here, one after the other: the bits of each called by itself; experts' sums: see there
  *

@@ -36,7 +36,7 @@ def _computed(kernels: Kernels, groups: Groups, x: Tensor, bias: Tensor | None =
 
 @pytest.mark.parametrize("kind", KINDS, ids=_IDS)
 def test_a_number_is_the_chain_that_the_file_states(kernels: Kernels, kind: Any) -> None:
-    """Exact sums of 32 products, or 16 where groups have 16; scaled and added in order, then minima, then the bias."""
+    """Exact sums of 32 products (16 where groups have 16), scaled and added in order, and the minima; then the bias."""
     draw = random.Random(str(kind))
     for bits, group, depth in itertools.product(BITS, GROUPS, (5, 96, 257, 530, 1024)):
         columns, rows = draw.randrange(1, 80), draw.randrange(1, 10)
