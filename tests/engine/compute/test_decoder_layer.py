@@ -243,15 +243,24 @@ def _slots_of(table: list[int], count: int) -> list[int]:
 
 @pytest.mark.slow
 def test_a_layer_has_the_same_bits_with_every_instruction_set(kernels: Kernels, other_kernels: Kernels) -> None:
-    x, cos, sin = _random(23, 40), _random(23, 20), _random(23, 20, seed=1)
-    for kind in ("bfloat16", "float32", "int8", "grouped"):
+    cases = [(kind, {}) for kind in ("bfloat16", "float32", "int8", "grouped")] + [("float32", variant) for variant in _VARIANTS]
+    for kind, variant in cases:
         found = []
         for k in (kernels, other_kernels):
-            parts = _parts(k, kind)
+            parts = _parts(k, kind, **variant)
+            x, cos, sin = _random(23, 40), _random(23, parts.angles), _random(23, parts.angles, seed=1)
             cache = _cache(parts)
             plan = AttentionPlan([(0, 21, 6, [2, 4])], torch.tensor(_slots_of([2, 4], 27)[6:]))
             found.append((k.layer(parts)(plan, x, cos, sin, *cache), *cache))
-        assert all(map(torch.equal, *found)), kind
+        assert all(map(torch.equal, *found)), (kind, variant)
+
+
+@pytest.mark.slow
+def test_a_mixture_has_the_same_bits_with_every_instruction_set(kernels: Kernels, other_kernels: Kernels) -> None:
+    x, chosen, weights = _random(23, 72), torch.arange(46).view(23, 2) % 7, _random(23, 2)
+    for kind in ("bfloat16", "float32", "int8"):
+        one, other = (k.experts(*_experts(k, kind, 7, 72, 40), "gelu_tanh") for k in (kernels, other_kernels))
+        assert torch.equal(one(x, chosen, weights), other(x, chosen, weights)), kind
 
 
 def test_a_row_that_is_not_finite_is_noted_and_hurts_nobody(kernels: Kernels) -> None:

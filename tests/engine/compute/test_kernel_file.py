@@ -424,6 +424,8 @@ _SYMBOLS = (
     "activate",
     "layer_scratch",
     "layer",
+    "experts_scratch",
+    "experts",
     "lanes",
     "target",
 )
