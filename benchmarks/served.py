@@ -148,13 +148,17 @@ def _free_port() -> int:
 
 
 def _becomes_ready(process: subprocess.Popen[bytes], url: str) -> bool:
+    """Whether it answers 200 before it ends, or says that a model failed, or the time is over."""
     deadline = time.monotonic() + _READY_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(url, timeout=5) as response:
                 if response.status == 200:
                     return True
-        except (urllib.error.URLError, OSError):
+        except urllib.error.HTTPError as error:
+            if f'"{MODEL}":"failed: '.encode() in error.read().replace(b'": "', b'":"'):
+                return False
+        except OSError:
             pass
         time.sleep(0.1)
     return False
