@@ -208,7 +208,10 @@ def exact_quantization(path: Path) -> str | None:
 def run(arguments: argparse.Namespace, scratch: Path) -> tuple[Exact, dict[str, Found]]:
     """Compare all variants, one model in memory at a time."""
     model = loaded(arguments.model, exact_quantization(arguments.model), arguments)
-    exact = Exact(model, windows_of(arguments, model), scratch / "logits")
+    windows = windows_of(arguments, model)
+    if arguments.llama_perplexity and sum(window.count for window in windows) < llama_quality.FEWEST:
+        raise SystemExit(f"--llama-perplexity compares no fewer than {llama_quality.FEWEST} positions: give more text.")
+    exact = Exact(model, windows, scratch / "logits")
     del model
     gc.collect()
     found: dict[str, Found] = {}
@@ -282,7 +285,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if arguments.llama_perplexity and not arguments.text and arguments.model.resolve() == DEMO:
         parser.error("--llama-perplexity reads texts of one length: give --text")
     if arguments.quick:
-        arguments.count, arguments.length, arguments.windows = 3, 100, 2
+        arguments.count, arguments.length, arguments.windows = 3, 100, 3
     return arguments
 
 
