@@ -65,6 +65,7 @@ def threads() -> Iterator[None]:
         ),
         ("quality", ["benchmarks/quality.py", "--threads", "1"], "KL divergence from float32"),
         ("compare", ["benchmarks/compare.py", "--model", "NOISE", "--threads", "1"], "decode, 8 streams"),
+        ("loading", ["benchmarks/loading.py", "--model", "NOISE", "--threads", "1"], "memory while loading: as it is"),
         ("busy", ["benchmarks/busy.py", "--model", "NOISE", "--threads", "2"], "decode, 1 stream, beside"),
     ],
 )
