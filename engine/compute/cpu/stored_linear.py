@@ -55,7 +55,10 @@ class StoredEmbedding(nn.Module):
 
     Attributes:
         scale: what a row is multiplied with (Gemma), in float32; None: nothing.
+        num_embeddings, device: as of an `nn.Embedding` and its weight, which is not widened to ask for them.
     """
+
+    device = torch.device("cpu")
 
     def __init__(self, kernels: Kernels, packed: PackedWeight, scale: Tensor | None = None) -> None:
         super().__init__()
