@@ -78,10 +78,10 @@ class ModelConfig(BaseModel):
     """For finding faults of a GPU, on which `auto` takes whatever passes the self-test. `no-graphs`: each step is
     launched anew, slower and with the same bits. `no-kernels`: torch's own operations compute, and the law is not
     promised."""
-    quantization: Literal["int8", "int4"] | None = None
-    """`int8`: weights and inputs of linear layers are rounded to bytes at load, on a CPU. Takes less memory and
-    is faster; replies differ from those without it and are just as reproducible. Needs a C compiler. `int4` is for a
-    GPU, and none computes with it yet."""
+    quantization: Literal["none", "int8", "int4"] | None = None
+    """`int8`, `int4`: weights of linear layers are rounded at load, and on a CPU their inputs at every step. Takes less
+    memory and is faster; replies differ from those without it and are just as reproducible. Needs a C compiler on a
+    CPU. Default: as the checkpoint is stored; one that comes quantised stays so, `none` widens it to float32."""
     context_length: int | None = Field(default=None, ge=2)
     """Tokens of prompt and answer together. Default: the checkpoint's, as far as the cache holds it. A model with
     LongRoPE uses its long factors if this is beyond its original context (docs/decisions/0017)."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.compute.groups import Groups
 from engine.errors import LoadError
 
-__all__ = ["METHODS", "Quantised", "groups_of", "read"]
+__all__ = ["METHODS", "Quantised", "check", "groups_of", "read"]
 
 METHODS: Final = ("gptq", "awq", "compressed-tensors")
 _AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -68,10 +68,25 @@ def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Quantise
         LoadError: the method or its form is not known, or tensors do not fit. Says what; the caller knows the layer.
     """
     readers = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}
+    check(settings)
+    return readers[str(settings["quant_method"])](tensors, settings)
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Refuse a `quantization_config` of which no layer can be read, whatever its tensors are.
+
+    Raises:
+        LoadError: says what is not understood.
+    """
     method = str(settings.get("quant_method"))
-    if method not in readers:
-        raise LoadError(f"weights quantised by {method} have no kernel; those by {', '.join(readers)} have.")
-    return readers[method](tensors, settings)
+    if method == "gptq":
+        _gptq_version(settings)
+    elif method == "awq":
+        _awq_version(settings)
+    elif method == "compressed-tensors":
+        _bits(method, {"bits": _scheme(settings)[1].get("num_bits")})
+    else:
+        raise LoadError(f"weights quantised by {method} have no kernel; those by {', '.join(METHODS)} have.")
 
 
 def groups_of(layer: Quantised) -> Groups:
@@ -102,12 +117,7 @@ def _gptq(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Quantis
 
     The first version of the format stores zeros less one in each place of the word, borrows included.
     """
-    bits = _bits("GPTQ", settings)
-    version = str(settings.get("checkpoint_format") or settings.get("format") or "gptq").lower()
-    if version not in ("gptq", "gptq_v2"):
-        raise LoadError(f"GPTQ in the format {version} cannot be read; gptq and gptq_v2 can.")
-    if settings.get("dynamic"):
-        raise LoadError("GPTQ with other settings for some layers (dynamic) cannot be read.")
+    bits, version = _gptq_version(settings)
     packed, scale = _tensor(tensors, "qweight"), _tensor(tensors, "scales")
     numbers = _unpacked(packed, bits, dim=0)
     size = _group_size("GPTQ", settings, len(numbers), len(scale))
@@ -124,9 +134,7 @@ def _gptq(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Quantis
 
 def _awq(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Quantised:
     """Read `qweight [in, out / 8] int32`, neighbours along `out` in a word, in AutoAWQ's order; so are the zeros."""
-    version = str(settings.get("version") or settings.get("format") or "gemm").lower()
-    if version != "gemm" or _bits("AWQ", settings) != 4:
-        raise LoadError(f"AWQ in the format {version} with {settings['bits']} bits cannot be read; gemm with 4 can.")
+    _awq_version(settings)
     numbers = _unpacked(_tensor(tensors, "qweight"), 4, dim=1, order=_AWQ_ORDER)
     zeros = _unpacked(_tensor(tensors, "qzeros"), 4, dim=1, order=_AWQ_ORDER)
     scale = _tensor(tensors, "scales")
@@ -163,6 +171,23 @@ def _compressed_tensors(tensors: Mapping[str, Tensor], settings: Mapping[str, An
     elif zeros is not None:  # whole numbers around zero, one in a byte
         zeros = _unsigned(zeros, middle).reshape(-1, zeros.shape[-1] if zeros.ndim else 1).expand(scale.shape)
     return _layer("compressed-tensors", bits, size, numbers, scale, zeros, order, tensors.get("bias"))
+
+
+def _gptq_version(settings: Mapping[str, Any]) -> tuple[int, str]:
+    """Return the bits, and the version of the format."""
+    bits = _bits("GPTQ", settings)
+    version = str(settings.get("checkpoint_format") or settings.get("format") or "gptq").lower()
+    if version not in ("gptq", "gptq_v2"):
+        raise LoadError(f"GPTQ in the format {version} cannot be read; gptq and gptq_v2 can.")
+    if settings.get("dynamic"):
+        raise LoadError("GPTQ with other settings for some layers (dynamic) cannot be read.")
+    return bits, version
+
+
+def _awq_version(settings: Mapping[str, Any]) -> None:
+    version = str(settings.get("version") or settings.get("format") or "gemm").lower()
+    if version != "gemm" or _bits("AWQ", settings) != 4:
+        raise LoadError(f"AWQ in the format {version} with {settings['bits']} bits cannot be read; gemm with 4 can.")
 
 
 def _scheme(settings: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.packed_weight import PackedWeight, Product
+from engine.compute.cpu.stored_linear import StoredLinear
 
 
 class NativeLinear(nn.Module):
@@ -55,9 +56,7 @@ class NativeLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A fresh float32 copy `[out, in]`, for the rare architecture that reads weights itself (Mamba)."""
-        # The product with the identity: all terms but one are zeros.
-        rows = self._product(torch.eye(self.in_features, dtype=torch.float32))[0]
-        return (rows - self.bias if self.bias is not None else rows).T.contiguous()
+        return self.kernels.widen(self.packed)
 
     @property
     def bias(self) -> Tensor | None:
@@ -66,6 +65,16 @@ class NativeLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, native {self.kind}"
+
+
+def take_over(model: nn.Module) -> list[str]:
+    """Make native layers of those that were loaded packed, in place, without a copy. Returns their names."""
+    taken = []
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, StoredLinear):
+            model.set_submodule(name, NativeLinear.of(layer.kernels, layer.packed))
+            taken.append(name)
+    return taken
 
 
 class SharedInput:

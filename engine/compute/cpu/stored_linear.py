@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.packed_weight import PackedWeight
 
-__all__ = ["StoredEmbedding", "StoredLinear"]
+__all__ = ["StoredEmbedding", "StoredLinear", "widen_layers"]
 
 _PIECE = 4096  # columns that are widened at once
 
@@ -75,3 +75,14 @@ class StoredEmbedding(nn.Module):
         if self.scale is not None:
             rows = rows * self.scale
         return rows.view(*input_ids.shape, -1)
+
+
+def widen_layers(model: nn.Module) -> None:
+    """Put plain linear layers in float32 in the places of stored ones: for a machine whose kernels compute wrongly."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, StoredLinear):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            plain.weight = nn.Parameter(layer.weight, requires_grad=False)
+            if layer.bias is not None:
+                plain.bias = nn.Parameter(layer.bias, requires_grad=False)
+            model.set_submodule(name, plain)
