@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.checkpoints import claims, gguf_file, gguf_model, gguf_tokenizer, packed_layers, streamed_layers, tensor_reader
+from engine.checkpoints import (
+    claims,
+    gguf_file,
+    gguf_model,
+    gguf_tokenizer,
+    packed_layers,
+    streamed_layers,
+    tensor_reader,
+)
 from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.json_files import read_json

@@ -2,8 +2,8 @@
 
 transformers loads as always, and knows where each tensor belongs. We are its quantizer: tensors of plain linear layers,
 of the embedding, and of layers that come quantised are handed to us one by one, and are packed at once
-(`engine.compute.cpu.storing`). When all are there, `StoredLinear` and `StoredEmbedding` take the layers' places. What is
-not known to be safe stays with transformers, and the backend packs it later.
+(`engine.compute.cpu.storing`). When all are there, `StoredLinear` and `StoredEmbedding` take the layers' places. What
+is not known to be safe stays with transformers, and the backend packs it later.
 """
 
 from __future__ import annotations
@@ -22,16 +22,20 @@ from engine.compute import quantised
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.packed_weight import PackedWeight
 from engine.compute.cpu.reordered import ReorderedLinear
-from engine.compute.cpu.storing import Columns, packed_kind, store
 from engine.compute.cpu.stored_linear import StoredEmbedding, StoredLinear
+from engine.compute.cpu.storing import Columns, packed_kind, store
+from engine.compute.linear import WideningEmbedding
 from engine.errors import LoadError
+from engine.host_memory import give_back_memory
 
-__all__ = ["Streaming", "StreamedModel", "as_quantizer"]
+__all__ = ["StreamedModel", "Streaming", "as_quantizer"]
 
 _NAME: Final = "verbatim_streamed"
 """What transformers knows our way to load by: a value of `quant_method`."""
 _FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _TRIED_ROWS: Final = 8
+_TRIM_EVERY: Final = 1 << 24
+"""Numbers read after which freed memory is given back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ class StreamedModel:
         self._kept: dict[str, _Kept] = {}
         self._sources: dict[str, StoredTensor] = {}
         self._layers: dict[str, nn.Module] = {}
+        self._read = 0
         self.mismatched: list[tuple[str, torch.Size, torch.Size]] = []
         self.error: Exception | None = None
 
@@ -131,6 +136,10 @@ class StreamedModel:
 
     def take(self, model: Any, name: str, value: Tensor | StoredTensor) -> Tensor | None:
         """Keep a tensor of the model, packed. Returns what transformers shall load in its place, if anything."""
+        self._read += value.shape.numel()
+        if self._read > _TRIM_EVERY:  # what was freed would stay in the process, in pieces that fit nothing
+            self._read = 0
+            give_back_memory()
         place, _, own = name.rpartition(".")
         module = model.get_submodule(place)
         if isinstance(module, _Waiting):
@@ -224,8 +233,6 @@ class StreamedModel:
         self._layers.clear()
 
     def _finish_embedding(self, model: Any, embedding: nn.Embedding, kept: _Kept) -> None:
-        from engine.compute.linear import WideningEmbedding
-
         kernels = self._how.kernels
         assert kernels is not None
         if kept.table is not None:

@@ -1,4 +1,4 @@
-"""Read the linear layers of checkpoints that others have quantised: whole numbers, scales and zeros. Knows tensors only.
+"""Read the linear layers of checkpoints that others have quantised: numbers, scales and zeros. Knows only tensors.
 
 Every format is read into the same three, and no number changes; what is not understood is refused by name. Two layouts
 are made of them: `engine.compute.groups` for a CPU, `engine.compute.cuda.weights` for a GPU. Sources of the formats:
@@ -151,7 +151,9 @@ def _compressed_tensors(tensors: Mapping[str, Tensor], settings: Mapping[str, An
     if form == "int-quantized":
         stored = _tensor(tensors, "weight")
         if stored.dtype != torch.int8 or stored.ndim != 2:
-            raise LoadError(f"compressed-tensors: a weight of {stored.dtype} {list(stored.shape)} is no matrix of int8.")
+            raise LoadError(
+                f"compressed-tensors: a weight of {stored.dtype} {list(stored.shape)} is no matrix of int8."
+            )
         numbers = _unsigned(stored, middle)
     else:
         shape = _tensor(tensors, "weight_shape").tolist()

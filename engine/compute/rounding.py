@@ -33,8 +33,8 @@ _PIECE: Final = 1 << 18  # numbers rounded at once: they stay in the processor's
 def four_bits(weight: Tensor) -> Groups:
     """Round `weight [columns, depth]`, floats, to 0 … 15 in groups of 32: `scale · number - minimum`.
 
-    Scales and minima are bytes times a bfloat16 for each eight groups: 4.6 bits a number. Of several ranges the one with
-    the least squared error is taken.
+    Scales and minima are bytes times a bfloat16 for each eight groups: 4.6 bits a number. Of several ranges the one
+    with the least squared error is taken.
 
     Raises:
         LoadError: a number is not finite.

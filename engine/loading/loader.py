@@ -117,7 +117,9 @@ def _load(config: ModelConfig, pull: bool, say: Progress, read: BytesRead | None
             say(f"reading {format_bytes(found.stored_bytes)} of weights")
             files = TextFiles.read(config, folder, file)
             trials = files.start_trials(pool)
-            ready = _prepare(config, found, file, placement, kernels, stream, files, adapters, digests.result, say, beside)
+            ready = _prepare(
+                config, found, file, placement, kernels, stream, files, adapters, digests.result, say, beside
+            )
             for trial in trials:
                 trial.result()
         ready.backend.release_memory()

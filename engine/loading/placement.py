@@ -235,7 +235,8 @@ def _check_free(config: ModelConfig, needed: int, placement: Placement) -> None:
         rounds = placement.rounds in ("int8", "int4", "stored") and placement.on_cpu
         kind = placement.rounds if rounds else str(placement.dtype).removeprefix("torch.")
         raise NotEnoughMemory(
-            f"{config.id}: the weights need {format_bytes(needed)} of {place} as {kind}, {format_bytes(free)} are free.",
+            f"{config.id}: the weights need {format_bytes(needed)} of {place} as {kind}, "
+            f"{format_bytes(free)} are free.",
             needed=needed,
             free=free,
         )

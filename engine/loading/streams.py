@@ -12,6 +12,7 @@ from engine.errors import LoadError
 
 __all__ = ["reads_quantised", "streaming"]
 
+
 def streaming(config: ModelConfig, found: Checkpoint, kernels: Kernels | None) -> Streaming | None:
     """Choose for float32 on a CPU how weights are stored while they are read; None: only once the model is whole.
 

@@ -32,6 +32,6 @@ def reference_backend(**options: Any) -> Iterator[None]:
     def choose(*_: Any) -> ReferenceBackend:
         return ReferenceBackend(**options)
 
-    without_kernels = mock.patch.object(loader, "choose_kernels", lambda *_: None)
+    without_kernels = mock.patch.object(loader, "choose_kernels", return_value=None)
     with without_kernels, mock.patch.object(loader, "choose_backend", choose):
         yield

@@ -1,7 +1,7 @@
-"""Layers that are loaded as packed weights, until the backend fuses the model. Knows no checkpoint and no model by name.
+"""Layers that are loaded as packed weights, until the backend fuses the model. Knows no checkpoint, no model by name.
 
-A loader puts these in place of the model's own, so that a weight is never held in float32 as a whole. Plain transformers
-computes with them, to compare with: each call widens the weight, a piece at a time.
+A loader puts these in place of the model's own, so that a weight is never held in float32 as a whole. Plain
+transformers computes with them, to compare with: each call widens the weight, a piece at a time.
 """
 
 from __future__ import annotations

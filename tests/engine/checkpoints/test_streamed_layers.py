@@ -1,0 +1,110 @@
+"""Weights packed while they are read: the files' numbers, tied ones once, and what is strange refused as before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from engine import LLM, LoadError, ModelConfig, SamplingParams
+from engine.checkpoints import checkpoint
+from engine.checkpoints.reading import load_model
+from engine.checkpoints.streamed_layers import Streaming
+from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.stored_linear import StoredEmbedding, StoredLinear
+from tests import tiny_models
+
+CPU = {"": "cpu"}
+IDS = torch.arange(3, 20)[None]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return Kernels.load()
+
+
+def load(folder: Path, how: Streaming | None) -> Any:
+    config = ModelConfig(id="tiny", path=folder)
+    return load_model(config, checkpoint.inspect(folder, "tiny"), torch.float32, CPU, None, streaming=how)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        out: torch.Tensor = model(IDS).logits
+    return out
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "phi3", "gemma3_text", "gpt2", "gpt_oss", "mamba"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_model_that_is_not_rounded_has_the_bits_of_plain_transformers(
+    family: str, dtype: torch.dtype, tmp_path: Path, kernels: Kernels
+) -> None:
+    """Whatever it ties, transposes, scales or reads by itself; nothing is left without memory or as a plain layer."""
+    tiny_models.write(tmp_path, family, dtype=dtype)
+    streamed = load(tmp_path, Streaming(kernels, None))
+    assert torch.equal(logits(streamed), logits(load(tmp_path, None)))
+    assert any(isinstance(module, StoredLinear) for module in streamed.modules())
+    assert not [m for m in streamed.modules() if type(m) is nn.Linear or type(m).__name__ == "Conv1D"]
+    assert not any(parameter.is_meta for parameter in streamed.parameters())
+    assert not hasattr(streamed.config, "quantization_config")
+
+
+@pytest.mark.parametrize("rounds", [None, "int4"])
+def test_a_tied_weight_is_packed_once(rounds: str | None, tmp_path: Path, kernels: Kernels) -> None:
+    """Also if the file holds it twice."""
+    tiny_models.write(tmp_path, "qwen3")
+    file = tmp_path / "model.safetensors"
+    for twice in (False, True):
+        if twice:
+            tensors = load_file(file)
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+            save_file(tensors, file, {"format": "pt"})
+        model = load(tmp_path, Streaming(kernels, rounds))
+        head, table = model.get_output_embeddings(), model.get_input_embeddings()
+        assert isinstance(table, StoredEmbedding)
+        assert head.packed.data is table.packed.data
+
+
+def test_int8_keeps_the_embedding_exact(tmp_path: Path, kernels: Kernels) -> None:
+    tiny_models.write(tmp_path, "qwen3")
+    model, plain = load(tmp_path, Streaming(kernels, "int8")), load(tmp_path, None)
+    assert torch.equal(model.get_input_embeddings()(IDS), plain.get_input_embeddings()(IDS))
+    assert {module.packed.kind for module in model.modules() if isinstance(module, StoredLinear)} == {"int8"}
+
+
+def test_strange_files_are_refused_as_before(tmp_path: Path, kernels: Kernels) -> None:
+    """A weight of another shape, one that is missing, a bias for a layer without one: by name."""
+    tiny_models.write(tmp_path, "llama")
+    file, place = tmp_path / "model.safetensors", "model.layers.1.mlp.down_proj"
+    good = load_file(file)
+    for change, words in (
+        ({f"{place}.weight": torch.zeros(64, 95)}, rf"{place}.weight has the shape \[64, 95\]"),
+        ({f"{place}.weight": None}, f"lacks 1 tensors .*{place}.weight"),
+        ({f"{place}.bias": torch.zeros(64)}, f"holds {place}.bias, for which"),
+    ):
+        tensors = {name: tensor for name, tensor in {**good, **change}.items() if tensor is not None}
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(LoadError, match=words):
+            load(tmp_path, Streaming(kernels, None))
+    save_file({**good, f"{place}.weight": torch.full((64, 96), float("nan"))}, file, {"format": "pt"})
+    with pytest.raises(LoadError, match=f"{place}: a weight is not a finite number"):
+        load(tmp_path, Streaming(kernels, "int4"))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "gemma3_text"])
+def test_int4_keeps_the_law(family: str, tmp_path: Path) -> None:
+    """End to end: the self-test's trials, and the same reply alone and among others."""
+    tiny_models.write(tmp_path, family)
+    engine = LLM(tmp_path, quantization="int4")
+    info = engine.engine.model.info
+    assert info.law.holds, info.law.reason
+    assert info.linear == "native int4"
+    assert info.fingerprint_parts["linear"] == "native int4"
+    wanted = SamplingParams(temperature=1.0, seed=7, max_tokens=12)
+    alone = engine.generate(["Once upon a time"], wanted)[0]
+    crowd = engine.generate(["Once upon a time", "Some other text that is longer", "x"], wanted)[0]
+    assert alone.choices[0].token_ids == crowd.choices[0].token_ids
