@@ -81,7 +81,7 @@ class ModelConfig(BaseModel):
     quantization: Literal["none", "int8", "int4"] | None = None
     """`int8`, `int4`: weights of linear layers are rounded at load, and on a CPU their inputs at every step. Takes less
     memory and is faster; replies differ from those without it and are just as reproducible. Needs a C compiler on a
-    CPU. Default: as the checkpoint is stored; one that comes quantised stays so, `none` widens it to float32."""
+    CPU. Default: as the checkpoint is stored: one that comes quantised stays so, and `none` widens it to float32."""
     context_length: int | None = Field(default=None, ge=2)
     """Tokens of prompt and answer together. Default: the checkpoint's, as far as the cache holds it. A model with
     LongRoPE uses its long factors if this is beyond its original context (docs/decisions/0017)."""

@@ -12,7 +12,7 @@ __all__ = ["Groups"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Groups:
-    """A weight `[columns, depth]`: numbers that stand for `scale · (number - zero) - minimum`, rounded to float32 twice.
+    """A weight `[columns, depth]`: numbers standing for `scale · (number - zero) - minimum`, rounded to float32 twice.
 
     Groups are neighbours along `depth`; the last may be shorter. A scale, and a minimum, is a float, or a whole number
     times the float of its super-group, which are `per` groups.

@@ -57,7 +57,7 @@ def eight_bits(weight: Tensor) -> Groups:
 
 
 def _pieces(weight: Tensor) -> tuple[Tensor, ...]:
-    return weight.split(max(_PIECE // max(weight.shape[1], 1), 1))
+    return torch.split(weight, max(_PIECE // max(weight.shape[1], 1), 1))
 
 
 def _four_bits(weight: Tensor) -> tuple[Tensor, ...]:

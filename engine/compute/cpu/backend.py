@@ -33,7 +33,7 @@ class CpuBackend:
     """What an entry's `quantization` may say."""
 
     def __init__(self, kernels: Kernels, quantization: str | None = None) -> None:
-        """quantization: `int8` or `int4`; `stored`: layers come in groups (`StoredLinear`), and no weight is rounded."""
+        """quantization: `int8` or `int4`; `stored`: layers come in groups (`StoredLinear`), none is rounded."""
         self.linear = f"native {quantization}" if quantization else "native"
         self._kernels, self._quantization = kernels, quantization
         self._make = partial(self._pack, packed_kind(quantization, table=False))

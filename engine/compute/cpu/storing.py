@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def store(kernels: Kernels, kind: str, read: Columns, columns: int, depth: int) 
     if kind in ("exact", "int8"):
         return kernels.pack_pieces(read, pieces, columns, depth, kind)
     round_ = rounding.four_bits if kind == "4 bits" else rounding.eight_bits
-    whole: dict[str, Tensor] = {}
+    whole: dict[str, Any] = {}
     for start, end in pieces:
         groups = round_(read(start, end))
         for name in ("numbers", "scales", "supers", "minima", "minimum_supers"):

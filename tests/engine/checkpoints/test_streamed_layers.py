@@ -10,13 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engine import LLM, LoadError, ModelConfig, SamplingParams
+from engine import LLM, LoadError, ModelConfig
 from engine.checkpoints import checkpoint
 from engine.checkpoints.reading import load_model
 from engine.checkpoints.streamed_layers import Streaming
 from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.reordered import ReorderedLinear
 from engine.compute.cpu.stored_linear import StoredEmbedding, StoredLinear
+from engine.loading.streams import streaming
 from tests import tiny_models
+from tests.engine.checkpoints.test_packed_layers import quantise
 
 CPU = {"": "cpu"}
 IDS = torch.arange(3, 20)[None]
@@ -95,16 +98,64 @@ def test_strange_files_are_refused_as_before(tmp_path: Path, kernels: Kernels) -
         load(tmp_path, Streaming(kernels, "int4"))
 
 
+def _keeps_the_law(folder: Path, linear: str, **entry: Any) -> None:
+    """The self-test's trials, and a reply alone and beside others."""
+    llm = LLM(folder, **entry)
+    info = llm.engine.model.info
+    assert info.law.holds, info.law.reason
+    assert info.linear == info.fingerprint_parts["linear"] == linear
+    fields = {"temperature": 1.0, "seed": 7, "max_tokens": 12}
+    alone = llm.generate("Once upon a time", **fields)
+    crowd = llm.generate_many(["Once upon a time", "Some other text that is longer", "x"], **fields)[0]
+    assert [one.text for one in alone] == [one.text for one in crowd]
+
+
 @pytest.mark.parametrize("family", ["qwen3", "phi3", "gemma3_text"])
 def test_int4_keeps_the_law(family: str, tmp_path: Path) -> None:
-    """End to end: the self-test's trials, and the same reply alone and among others."""
     tiny_models.write(tmp_path, family)
-    engine = LLM(tmp_path, quantization="int4")
-    info = engine.engine.model.info
-    assert info.law.holds, info.law.reason
-    assert info.linear == "native int4"
-    assert info.fingerprint_parts["linear"] == "native int4"
-    wanted = SamplingParams(temperature=1.0, seed=7, max_tokens=12)
-    alone = engine.generate(["Once upon a time"], wanted)[0]
-    crowd = engine.generate(["Once upon a time", "Some other text that is longer", "x"], wanted)[0]
-    assert alone.choices[0].token_ids == crowd.choices[0].token_ids
+    _keeps_the_law(tmp_path, "native int4", quantization="int4")
+
+
+def _scatter(folder: Path) -> None:
+    """Give every layer of a GPTQ checkpoint groups of scattered columns: another model, in act order."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith("g_idx")]:
+        shuffled = torch.randperm(len(tensors[name]), generator=torch.Generator().manual_seed(5))
+        tensors[name] = tensors[name][shuffled].contiguous()
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3"])
+@pytest.mark.parametrize("form", ["gptq", "act order", "awq", "compressed-tensors"])
+def test_a_quantised_checkpoint_is_served_as_it_is(form: str, family: str, tmp_path: Path) -> None:
+    """The same numbers as the widened ones; inputs are rounded, so the two have other names and other bits."""
+    quantise(tmp_path, form.replace("act order", "gptq"), family)
+    if form == "act order":
+        _scatter(tmp_path)
+    kernels = Kernels.load()
+    config = ModelConfig(id="tiny", path=tmp_path)
+    found = checkpoint.inspect(tmp_path, "tiny")
+    stored, wide, plain = (
+        load(tmp_path, streaming(config.model_copy(update={"quantization": rounds}), found, has))
+        for rounds, has in ((None, kernels), ("none", kernels), (None, None))
+    )
+    assert any(isinstance(m, ReorderedLinear) for m in stored.modules()) == (form == "act order")
+    assert not any(isinstance(m, StoredLinear) for m in plain.modules())
+    assert torch.equal(logits(wide), logits(plain))
+    assert torch.allclose(logits(stored), logits(plain), atol=1e-5)  # act order sums in another order
+    _keeps_the_law(tmp_path, "native stored")
+    _keeps_the_law(tmp_path, "native", quantization="none")
+
+
+def test_a_quantised_layer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    quantise(tmp_path, "gptq")
+    file, place = tmp_path / "model.safetensors", "model.layers.1.mlp.down_proj"
+    tensors = load_file(file)
+    tensors[f"{place}.g_idx"][0] = 2
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(LoadError, match=rf"{place}: .*no groups of 32"):
+        LLM(tmp_path)
+    save_file({n: t for n, t in tensors.items() if n != f"{place}.scales"}, file, {"format": "pt"})
+    with pytest.raises(LoadError, match="scales"):
+        LLM(tmp_path)
