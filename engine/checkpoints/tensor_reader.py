@@ -66,7 +66,7 @@ class StoredTensor:
 
     def _bytes(self, start: int, size: int) -> Tensor:
         out = torch.empty(size, dtype=torch.uint8)
-        view, done = memoryview(out.numpy()), 0
+        view, done = memoryview(out.numpy()), 0  # type: ignore[arg-type]
         while done < size:
             got = os.preadv(self._handle, [view[done:]], self._entry.start + start + done)
             if not got:
