@@ -15,19 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.checkpoints import (
-    claims,
-    gguf_file,
-    gguf_model,
-    gguf_tokenizer,
-    packed_layers,
-    streamed_layers,
-    tensor_reader,
-)
+from engine.checkpoints import claims, gguf_file, gguf_model, gguf_tokenizer, packed_layers
 from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.json_files import read_json
-from engine.checkpoints.streamed_layers import StreamedModel, Streaming
+from engine.checkpoints.streamed import layers, tensor_reader
+from engine.checkpoints.streamed.layers import StreamedModel, Streaming
 from engine.compute.cpu.stored_linear import StoredLinear
 from engine.compute.discovery import embedding_rows, input_device
 from engine.config import ModelConfig
@@ -209,7 +202,7 @@ def _streamed(
     for part in (settings, settings.get_text_config(decoder=True)):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    quantization, stays = streamed_layers.as_quantizer(streamed)
+    quantization, stays = layers.as_quantizer(streamed)
     source |= {"config": settings, "quantization_config": quantization}
     with tensor_reader.reading(found, config.id, stays):
         yield

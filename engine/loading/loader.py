@@ -201,11 +201,7 @@ def _rungs(
         vocab_size=_vocab_size(model),
         stored=placement.stored,
         length=length,
-        weights="int4"
-        if placement.packs
-        else "exact"
-        if config.quantization in (None, "none")
-        else config.quantization,
+        weights="int4" if placement.packs else placement.rounded,
         say=say,
     )
 

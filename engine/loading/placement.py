@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -75,6 +75,11 @@ class Placement:
     def has_kernels(self) -> bool:
         """Whether compiled kernels exist for this placement: float32 on a CPU."""
         return self.on_cpu and self.dtype == torch.float32
+
+    @property
+    def rounded(self) -> Literal["exact", "int8", "int4"]:
+        """How the weights of a model on a GPU are rounded."""
+        return "int8" if self.rounds == "int8" else "int4" if self.rounds == "int4" else "exact"
 
     @property
     def rounds_inputs(self) -> bool:

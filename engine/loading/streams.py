@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from engine.checkpoints import packed_layers, tensor_reader
+from engine.checkpoints import packed_layers
 from engine.checkpoints.checkpoint import Checkpoint
-from engine.checkpoints.streamed_layers import Streaming
+from engine.checkpoints.streamed import tensor_reader
+from engine.checkpoints.streamed.layers import Streaming
 from engine.compute import quantised
 from engine.compute.cpu.kernels import Kernels
 from engine.config import ModelConfig

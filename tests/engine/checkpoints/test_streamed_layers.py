@@ -13,7 +13,7 @@ from torch import nn
 from engine import LLM, LoadError, ModelConfig
 from engine.checkpoints import checkpoint
 from engine.checkpoints.reading import load_model
-from engine.checkpoints.streamed_layers import Streaming
+from engine.checkpoints.streamed.layers import Streaming
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.reordered import ReorderedLinear
 from engine.compute.cpu.stored_linear import StoredEmbedding, StoredLinear

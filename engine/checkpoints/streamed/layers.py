@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoints.tensor_reader import DTYPES, StoredTensor
+from engine.checkpoints.streamed.tensor_reader import DTYPES, StoredTensor
 from engine.compute import quantised
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.packed_weight import PackedWeight
