@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.safetensors_file import TensorEntry, read_header
-from engine.compute import quantised
 from engine.compute.cuda import weights
 from engine.compute.cuda.operations import LinearWeight
+from engine.compute.whole import quantised
 from engine.errors import LoadError
 
 __all__ = ["PackedLayer", "can_stay_packed", "describe", "round_layers"]

@@ -6,8 +6,8 @@ from engine.checkpoints import packed_layers
 from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.streamed import tensor_reader
 from engine.checkpoints.streamed.layers import Streaming
-from engine.compute import quantised
 from engine.compute.cpu.kernels import Kernels
+from engine.compute.whole import quantised
 from engine.config import ModelConfig
 from engine.errors import LoadError
 

@@ -1,1 +1,1 @@
-"""Tool calls in a model's text: whole calls are recognised, everything else stays text. No tokens, no torch."""
+"""Weights of a folder, packed while they are read."""

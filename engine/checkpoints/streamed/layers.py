@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoints.streamed.tensor_reader import DTYPES, StoredTensor
-from engine.compute import quantised
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.packed_weight import PackedWeight
 from engine.compute.cpu.reordered import ReorderedLinear
 from engine.compute.cpu.stored_linear import StoredEmbedding, StoredLinear
 from engine.compute.cpu.storing import Columns, packed_kind, store
 from engine.compute.linear import WideningEmbedding
+from engine.compute.whole import quantised
 from engine.errors import LoadError
 from engine.host_memory import give_back_memory
 

@@ -5,7 +5,7 @@ How an int4 weight is stored: numbers along `in` form groups of 32, 64 or 128, w
 column `j` in its low four bits and that of column `group / 2 + j` in its high four: so the two halves of a group are
 two contiguous pieces of the input.
 
-Other formats (`engine.compute.quantised`) hold the same numbers in another order, and are brought into this one without
+Other formats (`engine.compute.whole.quantised`) hold the same numbers in another order, and are brought into this one without
 rounding anything; what cannot be is refused by name.
 """
 
@@ -17,8 +17,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from engine.compute import quantised
 from engine.compute.cuda.operations import LinearWeight
+from engine.compute.whole import quantised
 from engine.errors import LoadError
 
 __all__ = ["concatenated", "exact", "from_checkpoint", "int4", "int8", "mergeable", "part", "widened"]

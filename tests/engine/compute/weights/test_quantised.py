@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from engine.compute import quantised
-from engine.compute.quantised import Quantised, groups_of
+from engine.compute.whole import quantised
+from engine.compute.whole.quantised import Quantised, groups_of
 from engine.errors import LoadError
 from tests.engine.compute.cuda.foreign_layers import Layer, random
 
