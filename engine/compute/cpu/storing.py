@@ -19,7 +19,7 @@ Columns = Callable[[int, int], Tensor]
 """Reads the columns `start … end - 1` of a weight: `[end - start, depth]`, of any float dtype."""
 
 KINDS: Final = ("exact", "int8", "4 bits", "8 bits")
-"""How a weight may be stored: as it is; rounded as `quantization: int8` is; in groups (`engine.compute.whole.rounding`)."""
+"""How a weight may be stored: as it is; rounded as `quantization: int8` is; in groups (`whole.rounding`)."""
 _PIECE: Final = 1 << 21
 """Numbers that are read at once: 8 MiB in float32."""
 _PANEL: Final = 64

@@ -5,8 +5,8 @@ How an int4 weight is stored: numbers along `in` form groups of 32, 64 or 128, w
 column `j` in its low four bits and that of column `group / 2 + j` in its high four: so the two halves of a group are
 two contiguous pieces of the input.
 
-Other formats (`engine.compute.whole.quantised`) hold the same numbers in another order, and are brought into this one without
-rounding anything; what cannot be is refused by name.
+Other formats (`engine.compute.whole.quantised`) hold the same numbers in another order, and are brought into this one
+without rounding anything; what cannot be is refused by name.
 """
 
 from __future__ import annotations
