@@ -99,8 +99,8 @@ class GGUFFile:
         return found or None
 
 
-def inspect(file: GGUFFile, packed_bytes: int = 0) -> Checkpoint:
-    """Describe the weights of a GGUF file as a `Checkpoint`. packed_bytes: see there."""
+def inspect(file: GGUFFile, as_stored_bytes: int = 0) -> Checkpoint:
+    """Describe the weights of a GGUF file as a `Checkpoint`. as_stored_bytes: see there."""
     return Checkpoint(
         folder=file.path,
         files=(file.path,),
@@ -115,7 +115,7 @@ def inspect(file: GGUFFile, packed_bytes: int = 0) -> Checkpoint:
         tensors=len(file.sizes),
         values=sum(file.sizes.values()),
         longest=max(file.sizes.values(), default=0),
-        packed_bytes=packed_bytes,
+        as_stored_bytes=as_stored_bytes,
     )
 
 

@@ -121,6 +121,13 @@ def cache_name(model: nn.Module) -> str | None:
 
 def input_device(model: nn.Module) -> torch.device:
     """Return the device on which a model's token ids must be."""
-    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    table = next(embedding.parameters(), None)
-    return torch.device("cpu") if table is None else table.device  # a table that is packed has no parameter
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    device: torch.device = getattr(embedding, "device", None) or embedding.weight.device
+    return device
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """Return how many token ids a model embeds."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    rows = embedding.num_embeddings if hasattr(embedding, "device") else embedding.weight.shape[0]
+    return int(rows)

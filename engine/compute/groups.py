@@ -1,4 +1,4 @@
-"""A weight as whole numbers in groups that share a scale, as quantised checkpoints hold it. Knows no file or kernel."""
+"""A weight as whole numbers in groups that share a scale, as quantised checkpoints hold it. Knows only tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Groups"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Groups:
-    """A weight `[columns, depth]`; a number stands for `scale · (number - zero) - minimum`, rounded to float32 twice.
+    """A weight `[columns, depth]`: numbers standing for `scale · (number - zero) - minimum`, rounded to float32 twice.
 
     Groups are neighbours along `depth`; the last may be shorter. A scale, and a minimum, is a float, or a whole number
     times the float of its super-group, which are `per` groups.

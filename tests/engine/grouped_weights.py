@@ -108,7 +108,7 @@ def _rounded(x: Tensor, depth: int) -> tuple[NDArray[np.int64], Float32]:
 
 
 def _fma(a: Float32, b: Float32, c: Float32) -> Float32:
-    """`a · b + c`, rounded once. The product is exact in float64, the sum rounded to odd: a second rounding is right."""
+    """`a · b + c`, rounded once: the product is exact in float64, and a sum rounded to odd may be rounded again."""
     product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
     total = np.asarray(product + addend)
     back = total - product

@@ -23,7 +23,15 @@ from engine.compute.cpu.experts_kernel import ExpertsKernel
 from engine.compute.cpu.kernel_calls import ACTIVATIONS, Calls
 from engine.compute.cpu.kernel_file import NoKernels
 from engine.compute.cpu.layer_kernel import LayerKernel, LayerParts
-from engine.compute.cpu.packed_weight import PackedWeight, Product, checked, pack_groups, pack_weight, widen
+from engine.compute.cpu.packed_weight import (
+    PackedWeight,
+    Product,
+    checked,
+    pack_groups,
+    pack_pieces,
+    pack_weight,
+    widen,
+)
 from engine.compute.groups import Groups
 from engine.scheduling.block_pool import BLOCK_SIZE
 
@@ -74,6 +82,17 @@ class Kernels:
     def pack(self, weight: Tensor, bias: Tensor | None, kind: str = "exact") -> PackedWeight:
         """Bring `weight [columns, depth]` and `bias [columns]` into the kernels' layout: see `pack_weight`."""
         return pack_weight(self._calls, weight, bias, kind)
+
+    def pack_pieces(
+        self,
+        read: Callable[[int, int], Tensor],
+        pieces: Sequence[tuple[int, int]],
+        columns: int,
+        depth: int,
+        kind: str = "exact",
+    ) -> PackedWeight:
+        """Pack a weight of which only some columns are read at a time: see `packed_weight.pack_pieces`."""
+        return pack_pieces(self._calls, read, pieces, columns, depth, kind)
 
     def pack_groups(self, groups: Groups, bias: Tensor | None) -> PackedWeight:
         """Bring whole numbers in groups and `bias [columns]` into the kernels' layout; no number changes."""

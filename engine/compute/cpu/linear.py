@@ -68,11 +68,11 @@ class NativeLinear(nn.Module):
 
 
 def take_over(model: nn.Module) -> dict[str, str]:
-    """Make native layers of those that were loaded packed, in place, without a copy. Returns their kinds, by name."""
+    """Make native layers of those that were loaded packed, in place, without a copy. Returns their layouts, by name."""
     stored = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, StoredLinear)}
     for name, layer in stored.items():
         model.set_submodule(name, NativeLinear.of(layer.kernels, layer.packed))
-    return {name: layer.packed.kind for name, layer in stored.items()}
+    return {name: layer.packed.layout for name, layer in stored.items()}
 
 
 class SharedInput:

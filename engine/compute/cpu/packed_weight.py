@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -46,6 +47,13 @@ class PackedWeight:
         """What an input is rounded to: `float32`, `int8` or `grouped`. Weights of one product share it."""
         return "float32" if self.kind == "bfloat16" else self.kind
 
+    @property
+    def layout(self) -> str:
+        """How the numbers are stored, in a word or a few: weights of one layout are computed by the same code."""
+        if self.format is None:
+            return self.kind
+        return " ".join(str(getattr(self.format, name)) for name, *_ in Format._fields_)
+
     def matrix(self) -> Matrix:
         """Return the record that the kernels read; it points to this weight's memory."""
         bias = None if self.bias is None else self.bias.data_ptr()
@@ -58,15 +66,36 @@ def pack_weight(calls: Calls, weight: Tensor, bias: Tensor | None, kind: str) ->
 
     `exact` keeps every number: as bfloat16 if that loses nothing, else as float32. `int8` rounds, see kernels.c.
     """
-    weight = weight.detach().to(torch.float32).contiguous()
     bias = _dense(bias)
     columns, depth = weight.shape
+    packed = pack_pieces(calls, lambda start, end: weight[start:end], [(0, columns)], columns, depth, kind)
+    return dataclasses.replace(packed, bias=bias)
+
+
+def pack_pieces(
+    calls: Calls,
+    read: Callable[[int, int], Tensor],
+    pieces: Sequence[tuple[int, int]],
+    columns: int,
+    depth: int,
+    kind: str,
+) -> PackedWeight:
+    """Pack a weight `[columns, depth]` of which only some columns are read at a time: see `pack_weight`.
+
+    Args:
+        read: returns the columns from the first to before the second number: `[end - start, depth]`, any float dtype.
+        pieces: all columns in order; each piece begins at a multiple of 64: whole panels lie before it.
+    """
     for stored in ("bfloat16", "float32") if kind == "exact" else (kind,):
         number = KINDS[stored]
         data = _memory(calls.packed_bytes(columns, depth, number, None))
-        lost = calls.pack(weight.data_ptr(), data.data_ptr(), columns, depth, number, torch.get_num_threads())
-        if not lost:
-            return PackedWeight(data, bias, columns, depth, stored)
+        for start, end in pieces:
+            weight = read(start, end).detach().to(torch.float32).contiguous()
+            out = data.data_ptr() + calls.packed_bytes(start, depth, number, None)
+            if calls.pack(weight.data_ptr(), out, end - start, depth, number, torch.get_num_threads()):
+                break  # it would have lost something
+        else:
+            return PackedWeight(data, None, columns, depth, stored)
     raise AssertionError("float32 holds every float32")
 
 

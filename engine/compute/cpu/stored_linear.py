@@ -1,7 +1,7 @@
-"""Layers that are loaded as packed weights, until the backend fuses the model. Knows no checkpoint or model by name.
+"""Layers that are loaded as packed weights, until the backend fuses the model. Knows no checkpoint, no model by name.
 
-A loader puts these in place of the model's own, so that a weight is never held in float32 as a whole. Transformers
-computes with them, to compare with: each call widens the weight, a piece at a time.
+A loader puts these in place of the model's own, so that a weight is never held in float32 as a whole. Plain
+transformers computes with them, to compare with: each call widens the weight, a piece at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.packed_weight import PackedWeight
 
-__all__ = ["INPUTS", "StoredEmbedding", "StoredLinear"]
+__all__ = ["INPUTS", "StoredEmbedding", "StoredLinear", "widen_layers"]
 
 INPUTS = "int8 in groups of 32"
 """How the kernels round what they multiply a weight in groups with: a part of the fingerprint."""
@@ -58,7 +58,10 @@ class StoredEmbedding(nn.Module):
 
     Attributes:
         scale: what a row is multiplied with (Gemma), in float32; None: nothing.
+        num_embeddings, device: as of an `nn.Embedding` and its weight, which is not widened to ask for them.
     """
+
+    device = torch.device("cpu")
 
     def __init__(self, kernels: Kernels, packed: PackedWeight, scale: Tensor | None = None) -> None:
         super().__init__()
@@ -75,3 +78,14 @@ class StoredEmbedding(nn.Module):
         if self.scale is not None:
             rows = rows * self.scale
         return rows.view(*input_ids.shape, -1)
+
+
+def widen_layers(model: nn.Module) -> None:
+    """Put plain linear layers in float32 in the places of stored ones: for a machine whose kernels compute wrongly."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, StoredLinear):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            plain.weight = nn.Parameter(layer.weight, requires_grad=False)
+            if layer.bias is not None:
+                plain.bias = nn.Parameter(layer.bias, requires_grad=False)
+            model.set_submodule(name, plain)

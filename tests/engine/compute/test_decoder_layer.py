@@ -243,7 +243,9 @@ def _slots_of(table: list[int], count: int) -> list[int]:
 
 @pytest.mark.slow
 def test_a_layer_has_the_same_bits_with_every_instruction_set(kernels: Kernels, other_kernels: Kernels) -> None:
-    cases = [(kind, {}) for kind in ("bfloat16", "float32", "int8", "grouped")] + [("float32", variant) for variant in _VARIANTS]
+    cases = [(kind, {}) for kind in ("bfloat16", "float32", "int8", "grouped")] + [
+        ("float32", variant) for variant in _VARIANTS
+    ]
     for kind, variant in cases:
         found = []
         for k in (kernels, other_kernels):
