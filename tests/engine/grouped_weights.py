@@ -108,7 +108,7 @@ def _rounded(x: Tensor, depth: int) -> tuple[NDArray[np.int64], Float32]:
 
 
 def _fma(a: Float32, b: Float32, c: Float32) -> Float32:
-    """`a · b + c`, rounded once. Exact in float64 but for the sum; that is rounded to odd, so that rounding it again is right."""
+    """`a · b + c`, rounded once: the sum in float64 is rounded to odd, so that rounding it again is right."""
     product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
     total = np.asarray(product + addend)
     back = total - product
