@@ -417,6 +417,8 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(compiler: Compiler, t
 _SYMBOLS = (
     "linear",
     "pack",
+    "pack_groups",
+    "widen",
     "packed_bytes",
     "scratch",
     "attention",
