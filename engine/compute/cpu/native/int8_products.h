@@ -90,9 +90,13 @@ INLINE size_t int8_row(long depth) { return (size_t)quads_of(depth) * QUAD_BYTES
         (void)starts;                                                                                                    \
     }
 
-TILE8(1, R1, 4, V4) TILE8(1, R1, 2, V2)
-TILE8(2, R2, 4, V4) TILE8(2, R2, 2, V2)
-TILE8(3, R3, 2, V2) TILE8(4, R4, 2, V2) TILE8(5, R5, 2, V2) TILE8(6, R6, 2, V2)
+TILE8(1, R1, 4, V4) TILE8(1, R1, 2, V2) TILE8(2, R2, 4, V4)
+#if I8MM
+#include "int8_pairs.h"
+TILE8_PAIRS(2) TILE8_PAIRS(3) TILE8_PAIRS(4) TILE8_PAIRS(5) TILE8_PAIRS(6)
+#else
+TILE8(2, R2, 2, V2) TILE8(3, R3, 2, V2) TILE8(4, R4, 2, V2) TILE8(5, R5, 2, V2) TILE8(6, R6, 2, V2)
+#endif
 
 INLINE void finish8(int rows, int width, const float *totals, const Matrix *m, float *out, long column) {
     long live = m->columns - column < width ? m->columns - column : width;
@@ -119,7 +123,7 @@ static void int8_panels(const Call *call, const Matrix *m, float *all, long begi
             const char *x = call->tiles + row * int8_row(depth);
             float *out = all + row * m->columns;
             for (long p = g; p < stop;) {
-                int panels = rows <= 2 && stop - p >= 2 ? 2 : 1;
+                int panels = rows <= (I8MM ? 1 : 2) && stop - p >= 2 ? 2 : 1;
                 const char *w = m->weight + p * stride;
                 long column = p * PANEL8;
                 if (panels == 2) {

@@ -2,6 +2,11 @@
 #pragma once
 #include "vectors.h"
 
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define I8MM 1
+#else
+#define I8MM 0
+#endif
 #define STARTS 0
 #define WHOLE_COLUMNS 1
 #define COLUMNS 8

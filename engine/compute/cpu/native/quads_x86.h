@@ -47,6 +47,7 @@ typedef __m256i vi;
 #define DOT(x, w, s) _mm256_add_epi32(s, _mm256_madd_epi16(x, w))
 #define QUAD_BYTES 8 /* of the input: bytes widened to 16 bits */
 #endif
+#define I8MM 0
 #define STARTS VNNI
 #define WHOLE_COLUMNS VNNI
 
