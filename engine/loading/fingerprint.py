@@ -52,7 +52,7 @@ QUANTISERS: Final = (
 
 
 def code_parts(*, on_cpu: bool) -> dict[str, Part]:
-    """Return the versions of this project, the platform, and those of Python and of the C library (a draw uses its `log`)."""
+    """Return the versions of this project, of Python and of the C library (a draw uses its `log`), and the platform."""
     kernels = ("cpu_kernels", versions.CPU_KERNELS_VERSION) if on_cpu else ("gpu_kernels", versions.GPU_KERNELS_VERSION)
     return {
         "verbatim": versions.PROJECT_VERSION,

@@ -37,7 +37,7 @@ WIDEST_HEAD: Final = 256
 
 
 def _instructions() -> Sequence[str]:
-    """Return the flags for what the kernels must not use here. Raises NoKernels: this processor lacks what they need."""
+    """Return the flags for what the kernels must not use here. Raises NoKernels: the processor lacks what they need."""
     machine = platform.machine()
     if os.name == "posix" and machine in ARM:  # every such processor has what they need
         return ()

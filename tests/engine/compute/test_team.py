@@ -202,7 +202,10 @@ def test_the_team_by_itself(trial: Path, what: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["many 3 0", "turns", "modes"])
 def test_the_team_in_an_emulated_processor_of_arm(tmp_path: Path, what: str) -> None:
-    """Its instructions, not its order of memory: the emulator is as strict as the machine that it runs on. And it cannot fork among threads."""
+    """Its instructions, not its order of memory: the emulator is as strict as the machine that it runs on.
+
+    It cannot fork among threads.
+    """
     target = compile_for_arm(_TRIAL, tmp_path / "trial", *_FLAGS)
     command = emulated(target, "cortex-a76", *what.split())
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

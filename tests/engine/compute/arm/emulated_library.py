@@ -1,9 +1,9 @@
 """A library that is compiled for ARM and runs in an emulator, called like one that `ctypes` has loaded.
 
-The other processor has a memory of its own. So for every call the memory that its pointers lead to is sent along: the
-storage of the tensor, or the ctypes object, in which an address lies, whole, and what those point to in turn. Afterwards
-what came back is written over it. The tensors and objects are found among those that are alive, so a new function of the
-library needs nothing here.
+The other processor has a memory of its own. So the memory that a call's pointers lead to is sent along: the storage of the
+tensor, or the ctypes object, in which an address lies, whole, and what those point to in turn. Afterwards what came back
+is written over it. The tensors and objects are found among those that are alive, so a new function of the library needs
+nothing here.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class _Memory:
         gc.unfreeze()
 
     def sizes(self) -> tuple[dict[int, int], set[int]]:
-        """Return start and size in bytes of each, and the starts of the ctypes objects: there may be pointers in them."""
+        """Return start and size in bytes of each, and the starts of the ctypes objects: pointers may be in them."""
         sizes: dict[int, int] = {}
         records = set()
         for one in (*self._old, *_arrays()):

@@ -1,5 +1,6 @@
-"""Kernels on processors of ARM: where they are had, and how they are compiled. That they have the same bits is tested with
-all other instruction sets (the fixture `other_kernels`).
+"""Kernels on processors of ARM: where they are had, and how they are compiled.
+
+That they have the same bits is tested with all other instruction sets (the fixture `other_kernels`).
 """
 
 from __future__ import annotations
@@ -35,9 +36,7 @@ def test_each_compiler_is_asked_for_this_processor_in_its_own_words(
 
 @pytest.mark.parametrize("machine", ["aarch64", "arm64"])
 @pytest.mark.parametrize("capability", ["DEFAULT", "SVE256"])
-def test_torchs_names_for_arm_forbid_nothing(
-    monkeypatch: pytest.MonkeyPatch, machine: str, capability: str
-) -> None:
+def test_torchs_names_for_arm_forbid_nothing(monkeypatch: pytest.MonkeyPatch, machine: str, capability: str) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert kernels._instructions() == ()
