@@ -5,15 +5,30 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-__all__ = ["Calls", "Layer", "Matrix", "Part"]
+__all__ = ["Calls", "Format", "GroupParts", "Layer", "Matrix", "Part"]
 
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+
+
+class Format(ctypes.Structure):
+    """How whole numbers in groups are stored; all that is not in a packed weight's bytes."""
+
+    _fields_ = tuple(
+        (name, INT)
+        for name in ("bits", "group", "per", "zero", "scales", "supers", "minima", "minimum_supers", "zeros")
+    )
+
+
+class GroupParts(ctypes.Structure):
+    """The parts of a weight in groups, as they come."""
+
+    _fields_ = tuple((name, POINTER) for name in ("numbers", "scales", "supers", "minima", "minimum_supers", "zeros"))
 
 
 class Matrix(ctypes.Structure):
     """One matrix of a product."""
 
-    _fields_ = (("weight", POINTER), ("bias", POINTER), ("columns", LONG))
+    _fields_ = (("weight", POINTER), ("bias", POINTER), ("columns", LONG), ("format", POINTER), ("kind", INT))
 
 
 class Layer(ctypes.Structure):
@@ -24,7 +39,6 @@ class Layer(ctypes.Structure):
         *((name, POINTER) for name in ("qkv", "o", "gate_up", "down", "sinks")),
         *((name, LONG) for name in ("dim", "inner", "heads", "kv_heads", "key_dim", "value_dim")),
         *((name, LONG) for name in ("rotary", "window", "chunk")),
-        *((name, INT) for name in ("qkv_kind", "o_kind", "gate_up_kind", "down_kind")),
         *((name, FLOAT) for name in ("first_epsilon", "second_epsilon", "query_epsilon", "key_epsilon")),
         *((name, FLOAT) for name in ("scale", "softcap")),
     )
@@ -41,9 +55,11 @@ class Calls:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         """Look the functions up. Raises AttributeError: the library lacks one."""
-        self.linear = _typed(library.verbatim_linear, [POINTER] * 4 + [LONG] * 3 + [INT] * 2)
+        self.linear = _typed(library.verbatim_linear, [POINTER] * 4 + [LONG] * 3 + [INT])
         self.pack = _typed(library.verbatim_pack, [POINTER, POINTER, LONG, LONG, INT, INT], INT)
-        self.packed_bytes = _typed(library.verbatim_packed_bytes, [LONG, LONG, INT], LONG)
+        self.pack_groups = _typed(library.verbatim_pack_groups, [POINTER] * 3 + [LONG] * 2 + [INT], INT)
+        self.packed_bytes = _typed(library.verbatim_packed_bytes, [LONG, LONG, INT, POINTER], LONG)
+        self.widen = _typed(library.verbatim_widen, [POINTER] * 3 + [LONG] * 2 + [INT])
         self.scratch = _typed(library.verbatim_scratch, [LONG, INT], LONG)
         self.attention = _typed(
             library.verbatim_attention,

@@ -11,7 +11,7 @@ import math
 import sys
 from typing import Any
 
-from engine.compute.cpu.kernel_calls import Calls, Layer, Matrix, Part
+from engine.compute.cpu.kernel_calls import Calls, Format, GroupParts, Layer, Matrix, Part
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 __all__ = ["main"]
@@ -33,6 +33,10 @@ def main(library: str) -> None:
     calls.target()
     for kind in (0, 1, 2):
         _expect(f"a product of kind {kind}", _product(calls, kind), _DEPTH * 0.5, tolerance=1.0)
+    for bits, group in ((4, 32), (5, 64), (6, 16), (8, 128)):
+        product, wide = _grouped(calls, bits, group)
+        _expect(f"a product with groups of {group} numbers of {bits} bits", product, _DEPTH * 0.5, tolerance=1.0)
+        _expect(f"a widened number of {bits} bits", wide, 0.5)
     _expect("attention", _attention(calls), 1.0)
     _expect("a norm", _norm(calls), 1.0)
     _expect("an activation", _silu(calls), 1 / (1 + math.exp(-1)))
@@ -50,22 +54,46 @@ def _ones(count: int, value: float = 1.0) -> Any:
 
 
 def _packed(calls: Calls, columns: int, depth: int, kind: int, value: float = 0.5) -> Any:
-    out = ctypes.create_string_buffer(int(calls.packed_bytes(columns, depth, kind)))
+    out = ctypes.create_string_buffer(int(calls.packed_bytes(columns, depth, kind, None)))
     calls.pack(_ones(columns * depth, value), out, columns, depth, kind, _THREADS)
     return out
 
 
-def _matrices(*weights: tuple[Any, int]) -> Any:
-    return (Matrix * len(weights))(*(Matrix(ctypes.addressof(data), None, columns) for data, columns in weights))
+def _matrices(*weights: tuple[Any, int], kind: int = 0) -> Any:
+    return (Matrix * len(weights))(
+        *(Matrix(ctypes.addressof(data), None, columns, None, kind) for data, columns in weights)
+    )
 
 
 def _product(calls: Calls, kind: int) -> Any:
     weight = _packed(calls, _COLUMNS, _DEPTH, kind)
     scratch = ctypes.create_string_buffer(_ROWS * int(calls.scratch(_DEPTH, kind)))
     out = _ones(_ROWS * _COLUMNS, 0.0)
-    table = _matrices((weight, _COLUMNS))
-    calls.linear(_ones(_ROWS * _DEPTH), scratch, out, table, _ROWS, _DEPTH, 1, kind, _THREADS)
+    table = _matrices((weight, _COLUMNS), kind=kind)
+    calls.linear(_ones(_ROWS * _DEPTH), scratch, out, table, _ROWS, _DEPTH, 1, _THREADS)
     return out
+
+
+def _grouped(calls: Calls, bits: int, group: int) -> tuple[Any, Any]:
+    """Multiply with numbers of 2, of which 1 is taken off as the zero, and a half as the minimum; and widen some."""
+    groups = -(-_DEPTH // group)
+    numbers, halves = (ctypes.c_uint8 * (_COLUMNS * _DEPTH))(*[2] * (_COLUMNS * _DEPTH)), _ones(_COLUMNS * groups, 0.5)
+    scales, zeros = (
+        (ctypes.c_uint8 * (_COLUMNS * groups))(*[2] * (_COLUMNS * groups)),
+        (ctypes.c_uint8 * (_COLUMNS * groups))(*[1] * (_COLUMNS * groups)),
+    )
+    layout = Format(bits, group, 1, 0, 4, 3, 3, 0, 4)
+    parts = GroupParts(
+        *(ctypes.addressof(part) for part in (numbers, scales, halves, halves)), None, ctypes.addressof(zeros)
+    )
+    weight = ctypes.create_string_buffer(int(calls.packed_bytes(_COLUMNS, _DEPTH, 3, ctypes.byref(layout))))
+    calls.pack_groups(ctypes.byref(layout), ctypes.byref(parts), weight, _COLUMNS, _DEPTH, _THREADS)
+    table = (Matrix * 1)(Matrix(ctypes.addressof(weight), None, _COLUMNS, ctypes.addressof(layout), 3))
+    scratch = ctypes.create_string_buffer(_ROWS * int(calls.scratch(_DEPTH, 3)))
+    out, wide = _ones(_ROWS * _COLUMNS, 0.0), _ones(_ROWS * _DEPTH, 0.0)
+    calls.linear(_ones(_ROWS * _DEPTH), scratch, out, table, _ROWS, _DEPTH, 1, _THREADS)
+    calls.widen(table, (ctypes.c_int64 * _ROWS)(*range(_ROWS)), wide, _DEPTH, _ROWS, _THREADS)
+    return out, wide
 
 
 def _step(rows: int) -> tuple[Any, Any, Any, Any]:

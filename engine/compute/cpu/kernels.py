@@ -23,7 +23,7 @@ from engine.compute.cpu.attention_plan import AttentionPlan
 from engine.compute.cpu.kernel_calls import Calls
 from engine.compute.cpu.kernel_file import NoKernels
 from engine.compute.cpu.layer_kernel import LayerKernel, LayerParts
-from engine.compute.cpu.packed_weight import PackedWeight, Product, checked, pack_weight
+from engine.compute.cpu.packed_weight import PackedWeight, Product, checked, pack_groups, pack_weight, widen
 from engine.compute.groups import Groups
 from engine.compute.processor import ARM
 from engine.scheduling.block_pool import BLOCK_SIZE
@@ -85,7 +85,7 @@ class Kernels:
 
     def pack_groups(self, groups: Groups, bias: Tensor | None) -> PackedWeight:
         """Bring whole numbers in groups and `bias [columns]` into the kernels' layout; no number changes."""
-        return pack_weight(self._calls, groups.widened(), bias, "exact")
+        return pack_groups(self._calls, groups, bias)
 
     def widen(self, packed: PackedWeight, columns: Tensor | None = None) -> Tensor:
         """Return the numbers that a packed weight stands for: `[columns, depth] float32`, or those of some columns.
@@ -93,10 +93,7 @@ class Kernels:
         Args:
             columns: `[n] int64`, in any order.
         """
-        product = self.group([packed])
-        rows = product(torch.eye(packed.depth, dtype=torch.float32))[0]
-        whole = (rows - packed.bias if packed.bias is not None else rows).T.contiguous()
-        return whole if columns is None else whole[columns]
+        return widen(self._calls, packed, columns)
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Compute `weight · x / √(mean(x²) + epsilon)` over the last dimension. `x`, `weight [dim]`: float32, dense."""
@@ -184,7 +181,7 @@ class Kernels:
         return out
 
     def group(self, weights: Sequence[PackedWeight]) -> Product:
-        """Combine several weights of one kind and depth into one product of an input."""
+        """Combine several weights of one depth, and one kind of input, into one product."""
         return Product(self._calls, weights)
 
     def can_compute(self, parts: LayerParts) -> bool:

@@ -29,7 +29,7 @@ class LayerParts:
     `y`, plus `down(silu(gate(m)) · up(m))` with `m = second_norm(y)`.
 
     Attributes:
-        q, k, v, o, gate, up, down: weights; q, k and v must be of one kind, gate and up too.
+        q, k, v, o, gate, up, down: weights; q, k and v must take one kind of input, gate and up too.
         query_norm, key_norm: of each head, or None.
         rotary: how many of a head's dimensions are rotated, in pairs `i, i + rotary / 2`.
         scale, window, chunk, softcap, sinks: as in `Kernels.attend`.
@@ -79,8 +79,8 @@ class LayerParts:
         return (
             all((weight.columns, weight.depth) == (columns, depth) for weight, columns, depth in shapes)
             and all(norm is None or tuple(norm.weight.shape) == (size,) for norm, size in norms)
-            and p.q.kind == p.k.kind == p.v.kind
-            and p.gate.kind == p.up.kind
+            and p.q.input_kind == p.k.input_kind == p.v.input_kind
+            and p.gate.input_kind == p.up.input_kind
             and p.heads % p.kv_heads == 0
             and p.rotary % 2 == 0
             and 0 <= p.rotary <= p.key_dim
@@ -113,7 +113,6 @@ class LayerKernel:
                 )
             },
             **{name: product.address for name, product in products.items()},
-            **{f"{name}_kind": product.kind for name, product in products.items()},
             sinks=None if p.sinks is None else p.sinks.data_ptr(),
             dim=p.q.depth,
             inner=p.down.depth,

@@ -46,9 +46,7 @@ class NativeLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A fresh float32 copy `[out, in]`, for the rare architecture that reads weights itself (Mamba)."""
-        # The product with the identity: all terms but one are zeros.
-        rows = self._product(torch.eye(self.in_features, dtype=torch.float32))[0]
-        return (rows - self.bias if self.bias is not None else rows).T.contiguous()
+        return self.kernels.widen(self.packed)
 
     @property
     def bias(self) -> Tensor | None:
@@ -121,10 +119,10 @@ def merge_shared_projections(model: nn.Module) -> int:
 
 
 def _alike(layers: list[NativeLinear]) -> Iterator[list[NativeLinear]]:
-    """Group the layers of one kind, two or more of them, if each was called once."""
+    """Group the layers that take one kind of input, two or more of them, if each was called once."""
     if len(set(map(id, layers))) < len(layers):
         return
-    for kind in sorted({layer.kind for layer in layers}):
-        alike = [layer for layer in layers if layer.kind == kind]
+    for kind in sorted({layer.packed.input_kind for layer in layers}):
+        alike = [layer for layer in layers if layer.packed.input_kind == kind]
         if len(alike) > 1:
             yield alike

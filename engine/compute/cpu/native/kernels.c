@@ -20,21 +20,22 @@
 #define _GNU_SOURCE /* pthread_setname_np */
 #include "layers.h"
 #include "packing.h"
+#include "widening.h"
 
 /* Bytes of `linear`'s scratch space for a row. */
-long verbatim_scratch(long depth, int kind) { return kind == INT8 ? (long)int8_row(depth) : depth * 4; }
+long verbatim_scratch(long depth, int kind) { return row_bytes(kind, depth); }
 
-/* Products of one input with several matrices, all of the same kind and depth.
+/* Products of one input with several matrices, all of the same depth, whose kinds take the same input (`input_of`).
  * input [rows, depth]; scratch: rows · verbatim_scratch bytes; out: one [rows, columns] after the other. */
 void verbatim_linear(const float *input, void *scratch, float *out, const Matrix *matrices, long rows, long depth, long count,
-                     int kind, int threads) {
-    Call call = call_of(input, scratch, out, matrices, rows, depth, count, kind);
+                     int threads) {
+    Call call = call_of(input, scratch, out, matrices, rows, depth, count);
     team_run((Phase[]){laying_out(&call), multiplying(&call)}, 2, threads);
 }
 
-/* Bytes of a packed matrix. */
-long verbatim_packed_bytes(long columns, long depth, int kind) {
-    return panels_of(columns, kind) * (long)stride_of(kind, depth);
+/* Bytes of a packed matrix. `format` is NULL if the kind is not GROUPED. */
+long verbatim_packed_bytes(long columns, long depth, int kind, const Format *format) {
+    return panels_of(columns, kind) * (long)stride_of(kind, format, depth);
 }
 
 /* weight [columns, depth] → packed. Returns 1 if bfloat16 was asked for and would lose something (`out` is then useless). */
@@ -42,6 +43,19 @@ int verbatim_pack(const float *weight, void *out, long columns, long depth, int 
     Packing p = {weight, out, columns, depth, kind, 0};
     team_run(&(Phase){pack_panels, &p, panels_of(columns, kind), 1}, 1, threads);
     return p.lossy;
+}
+
+/* Whole numbers in groups → packed. Returns 1 if a number has more than `bits` bits (`out` is then useless). */
+int verbatim_pack_groups(const Format *format, const GroupParts *parts, void *out, long columns, long depth, int threads) {
+    GroupPacking p = {*format, *parts, out, columns, depth, 0};
+    team_run(&(Phase){pack_group_panels, &p, panels_of(columns, GROUPED), 1}, 1, threads);
+    return p.too_large;
+}
+
+/* What `count` columns of a packed matrix stand for → out [count, depth]; columns NULL: the first ones. */
+void verbatim_widen(const Matrix *matrix, const int64_t *columns, float *out, long depth, long count, int threads) {
+    Widening w = {matrix, columns, out, depth};
+    team_run(&(Phase){widen_columns, &w, count, 4096 / depth + 1}, 1, threads);
 }
 
 /* What the kernels were compiled for. */
@@ -115,8 +129,8 @@ int verbatim_lanes(void) { return LANES; }
 
 /* Bytes of a layer's scratch space for a row. */
 long verbatim_layer_scratch(const Layer *l) {
-    long a = larger(verbatim_scratch(l->dim, l->qkv_kind), verbatim_scratch(l->dim, l->gate_up_kind));
-    long b = larger(verbatim_scratch(l->heads * l->value_dim, l->o_kind), verbatim_scratch(l->inner, l->down_kind));
+    long a = larger(row_bytes(l->qkv->kind, l->dim), row_bytes(l->gate_up->kind, l->dim));
+    long b = larger(row_bytes(l->o->kind, l->heads * l->value_dim), row_bytes(l->down->kind, l->inner));
     return 4 * (l->dim + between(l)) + larger(a, b);
 }
 
@@ -133,10 +147,10 @@ void verbatim_layer(const Layer *l, const float *x, const float *cos, const floa
         {query, key, value, l->key_dim, l->heads * l->key_dim, l->key_dim, l->kv_heads * l->key_dim, l->value_dim,
          l->kv_heads * l->value_dim, mixed, keys, values, slots, finite, l->sinks, parts, attended, l->heads, l->kv_heads,
          l->key_dim, l->value_dim, cache_slots, count, 0, l->window, l->chunk, l->scale, l->softcap},
-        call_of(normed, rest, query, l->qkv, rows, l->dim, 3, l->qkv_kind),
-        call_of(mixed, rest, normed, l->o, rows, l->heads * l->value_dim, 1, l->o_kind),
-        call_of(normed, rest, gate, l->gate_up, rows, l->dim, 2, l->gate_up_kind),
-        call_of(gate, rest, normed, l->down, rows, l->inner, 1, l->down_kind),
+        call_of(normed, rest, query, l->qkv, rows, l->dim, 3),
+        call_of(mixed, rest, normed, l->o, rows, l->heads * l->value_dim, 1),
+        call_of(normed, rest, gate, l->gate_up, rows, l->dim, 2),
+        call_of(gate, rest, normed, l->down, rows, l->inner, 1),
     };
     c.o.residual = x, c.o.sum = out;
     c.down.residual = out, c.down.sum = out;

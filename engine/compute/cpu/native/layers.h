@@ -14,7 +14,6 @@ typedef struct {
     const Matrix *qkv, *o, *gate_up, *down;    /* 3, 1, 2 and 1 */
     const float *sinks;                        /* [heads] or NULL */
     long dim, inner, heads, kv_heads, key_dim, value_dim, rotary, window, chunk;
-    int qkv_kind, o_kind, gate_up_kind, down_kind;
     float first_epsilon, second_epsilon, query_epsilon, key_epsilon, scale, softcap;
 } Layer;
 

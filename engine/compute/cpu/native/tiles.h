@@ -6,6 +6,7 @@ enum {
     FLOAT32 = 0,
     BFLOAT16 = 1,
     INT8 = 2,
+    GROUPED = 3,
     PANEL = 2 * LANES, /* columns of the result that are stored together */
     BLOCK = 1024,      /* k's in a chain */
     GROUP = 128,       /* k's that share a scale (int8) */
@@ -15,11 +16,20 @@ enum {
     DEEP = 8 * GROUP   /* k's of a tile that are laid out at once */
 };
 
+/* How whole numbers in groups are stored (engine.compute.groups.Groups): the kind of each part is one of grouped_layout.h.
+ * Layout shared with engine/compute/cpu/kernel_calls.py. */
+typedef struct {
+    int bits, group, per, zero; /* 4, 5, 6, 8; 16, 32, 64, 128; groups of a super-group; one for all, if `zeros` is NONE */
+    int scales, supers, minima, minimum_supers, zeros;
+} Format;
+
 /* One matrix of a call. Layout shared with engine/compute/cpu/kernel_calls.py. */
 typedef struct {
     const char *weight; /* packed */
     const float *bias;  /* [columns] or NULL */
     long columns;
+    const Format *format; /* if the kind is GROUPED */
+    int kind;
 } Matrix;
 
 typedef struct {
@@ -28,7 +38,7 @@ typedef struct {
     float *out;         /* one [rows, columns] after the other */
     const Matrix *matrices;
     long rows, depth, count, panels;
-    int kind;
+    int kind; /* of the input: FLOAT32, INT8 or GROUPED */
     const float *residual; /* [rows, columns] or NULL: then sum = residual + out, for a single matrix */
     float *sum;
 } Call;
