@@ -1,9 +1,9 @@
 """A library that is compiled for ARM and runs in an emulator, called like one that `ctypes` has loaded.
 
-The other processor has a memory of its own. So the memory that a call's pointers lead to is sent along: the storage of the
-tensor, or the ctypes object, in which an address lies, whole, and what those point to in turn. Afterwards what came back
-is written over it. The tensors and objects are found among those that are alive, so a new function of the library needs
-nothing here.
+The other processor has a memory of its own. So the memory that a call's pointers lead to is sent along: the storage of
+the tensor, or the ctypes object, in which an address lies, whole, and what those point to in turn. Afterwards what came
+back is written over it. The tensors and objects are found among those that are alive, so a new function of the library
+needs nothing here.
 """
 
 from __future__ import annotations
