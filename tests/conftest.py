@@ -93,19 +93,36 @@ _INSTRUCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-@pytest.fixture(scope="session", params=_INSTRUCTIONS)
+_EMULATED: dict[str, tuple[str, tuple[str, ...]]] = {
+    # name: (the processor to emulate, which has no more than what is named; how to compile for it)
+    "NEON": ("cortex-a53", ("-march=armv8-a", "-O1")),
+    "NEON, dot products": ("cortex-a76", ("-march=armv8.2-a+dotprod", "-O1")),
+    "NEON, dot products, I8MM": ("max", ("-march=armv8.6-a", "-O3")),
+    "NEON, dot products, I8MM, SVE": ("max", ("-march=armv9-a+i8mm", "-O3")),  # which the compiler may use
+}
+
+
+@pytest.fixture(scope="session", params=[*_INSTRUCTIONS, *_EMULATED])
 def other_kernels(
     request: pytest.FixtureRequest, kernels: Kernels, tmp_path_factory: pytest.TempPathFactory
-) -> Kernels:
-    """The kernels for one instruction set, where this processor has it."""
+) -> Iterator[Kernels]:
+    """The kernels for one instruction set, where this processor has it, or in an emulated processor of ARM."""
     from engine.compute.cpu.kernels import Kernels
 
+    folder = tmp_path_factory.mktemp("others")
+    if request.param in _EMULATED:
+        from emulated_library import emulated_kernels
+
+        with emulated_kernels(folder, *_EMULATED[request.param]) as found:
+            assert found.target == request.param.removesuffix(", SVE")
+            yield found
+        return
     needed, flags = _INSTRUCTIONS[request.param]
     if needed not in Path("/proc/cpuinfo").read_text().split():
         pytest.skip(f"this processor lacks {needed}")
-    found = Kernels.load(tmp_path_factory.mktemp("others"), (*flags, "-O1"))  # quick to compile, and the same bits
+    found = Kernels.load(folder, (*flags, "-O1"))  # quick to compile, and the same bits
     assert found.target == request.param.removesuffix(" written out").removesuffix(", panels of AVX-512")
-    return found
+    yield found
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """Call the kernels that are compiled for this machine. Knows arrays and pointers; nothing of models or layers.
 
 `kernels.c` is compiled once, by the machine's C compiler, and the result is kept (`engine.compute.cpu.kernel_file`).
-Without a compiler, or on a processor without AVX2, there are no kernels: `Kernels.load` says why, and torch computes.
+There are none without a compiler, or on a processor with neither AVX2 nor ARM's 64 bits: `Kernels.load` says why, and
+torch computes.
 The top of the C file says what every kernel promises.
 """
 
@@ -33,6 +34,7 @@ from engine.compute.cpu.packed_weight import (
     widen,
 )
 from engine.compute.groups import Groups
+from engine.compute.processor import ARM
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 __all__ = ["WIDEST_HEAD", "Kernels", "NoKernels"]
@@ -41,6 +43,20 @@ _SOURCE: Final = Path(__file__).parent / "native" / "kernels.c"
 
 WIDEST_HEAD: Final = 256
 """The most dimensions of a head that the attention kernel takes."""
+
+
+def _instructions() -> Sequence[str]:
+    """Return the flags for what the kernels must not use here. Raises NoKernels: the processor lacks what they need."""
+    machine = platform.machine()
+    if os.name == "posix" and machine in ARM:  # every such processor has what they need
+        return ()
+    if os.name != "posix" or machine != "x86_64":
+        raise NoKernels(f"there are none for {platform.system()} on {machine} processors yet")
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith("AVX"):
+        raise NoKernels("this processor lacks AVX2, or ATEN_CPU_CAPABILITY forbids it")
+    # No wider vectors than torch's own, so that ATEN_CPU_CAPABILITY=avx2 holds for everything.
+    return () if capability == "AVX512" else ("-mno-avx512f",)
 
 
 class Kernels:
@@ -69,14 +85,7 @@ class Kernels:
         Raises:
             NoKernels: no compiler, one that fails, or a processor that is not supported.
         """
-        if os.name != "posix" or platform.machine() != "x86_64":
-            raise NoKernels(f"there are none for {platform.system()} on {platform.machine()} processors yet")
-        capability = torch.backends.cpu.get_cpu_capability()
-        if not capability.startswith("AVX"):
-            raise NoKernels("this processor lacks AVX2, or ATEN_CPU_CAPABILITY forbids it")
-        # No wider vectors than torch's own, so that ATEN_CPU_CAPABILITY=avx2 holds for everything.
-        narrow = () if capability == "AVX512" else ("-mno-avx512f",)
-        flags = (f"-DBLOCK_SIZE={BLOCK_SIZE}", *narrow, *extra_flags)
+        flags = (f"-DBLOCK_SIZE={BLOCK_SIZE}", *_instructions(), *extra_flags)
         return cls(kernel_file.load(_SOURCE, cache, flags, progress))
 
     def pack(self, weight: Tensor, bias: Tensor | None, kind: str = "exact") -> PackedWeight:

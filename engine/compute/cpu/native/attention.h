@@ -19,9 +19,8 @@ enum {
     TILES = 16      /* tiles of rows that pass by a block of keys while it is in the cache */
 };
 
-_Static_assert(KEYS == 16, "attention is written for blocks of 16 keys: one vector with AVX-512, two with AVX2");
+_Static_assert(KEYS == 16, "attention is written for blocks of 16 keys: one vector with AVX-512, two of eight numbers elsewhere");
 
-#define V1(Y, r) Y(r, 0)
 #if LANES == 16
 #define VKEYS V1
 #define STEP_VKEYS STEP_V1
@@ -54,13 +53,7 @@ typedef struct {
 
 /* exp(x) for x <= 0, to about one unit in the last place; exactly 1 at 0 and exactly 0 below -87.3; NaN stays. Cephes' polynomial. */
 INLINE vf exponential(vf x) {
-#if LANES == 16
-    __mmask16 live = _mm512_cmp_ps_mask(x, SET(-87.3f), _CMP_NLT_UQ);
-    vf n = _mm512_roundscale_ps(MUL(x, SET(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-    vf live = _mm256_cmp_ps(x, SET(-87.3f), _CMP_NLT_UQ);
-    vf n = _mm256_round_ps(MUL(x, SET(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#endif
+    vf n = ROUND(MUL(x, SET(1.44269504088896341f)));
     vf r = FMA(n, SET(-0.693359375f), x);
     r = FMA(n, SET(2.12194440e-4f), r);
     vf p = FMA(SET(1.9875691500e-4f), r, SET(1.3981999507e-3f));
@@ -70,13 +63,7 @@ INLINE vf exponential(vf x) {
     p = FMA(p, r, SET(5.0000001201e-1f));
     p = FMA(MUL(p, r), r, r);
     p = ADD(p, SET(1.0f));
-#if LANES == 16
-    __m512i power = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
-    return _mm512_maskz_mul_ps(live, p, _mm512_castsi512_ps(power));
-#else
-    __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-    return _mm256_and_ps(live, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
-#endif
+    return UNLESS_BELOW(x, -87.3f, MUL(p, POWER_OF_TWO(n)));
 }
 
 #define WORD_KEY(r, c) vf w##c = LOAD(k + (c) * LANES);
@@ -112,22 +99,6 @@ INLINE vf exponential(vf x) {
     }
 ATTENTION_TILE(1, R1) ATTENTION_TILE(2, R2) ATTENTION_TILE(3, R3)
 ATTENTION_TILE(4, R4) ATTENTION_TILE(5, R5) ATTENTION_TILE(6, R6)
-
-/* Sixteen numbers summed as a tree: i and i + 8, then i and i + 4, … */
-INLINE float tree(const float *p) {
-    __m256 v = _mm256_add_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8));
-    __m128 u = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    u = _mm_add_ps(u, _mm_movehl_ps(u, u));
-    return _mm_cvtss_f32(_mm_add_ss(u, _mm_shuffle_ps(u, u, 1)));
-}
-
-INLINE float largest_of(const float *p, float least) {
-    __m256 v = _mm256_max_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8));
-    __m128 u = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    u = _mm_max_ps(u, _mm_movehl_ps(u, u));
-    float found = _mm_cvtss_f32(_mm_max_ss(u, _mm_shuffle_ps(u, u, 1)));
-    return found > least ? found : least;
-}
 
 /* The state of a tile's rows while it goes through the keys. */
 typedef struct {

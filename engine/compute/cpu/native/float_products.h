@@ -6,12 +6,15 @@
 
 #define DECLARE_1(r, c) vf a##r##c = ZERO();
 #define DECLARE(r, V) V(DECLARE_1, r)
-/* a = fma(x[r], w, a) for a row's vectors. As the instructions themselves: left to itself a compiler runs out of registers
- * here, and moves sums to memory and back in the innermost loop (a third of the speed). */
+/* a = fma(x[r], w, a) for a row's vectors. */
+#define STEP(r, V) STEP_##V(r)
+#define STEP_1(r, c) a##r##c = FMA(s, w##c, a##r##c);
+#if defined(__x86_64__)
+/* As the instructions themselves: left to itself a compiler runs out of registers here, and moves sums to memory and back
+ * in the innermost loop (a third of the speed). */
 #define FUSE(c) "vfmadd231ps %[w" #c "], %[s], %[a" #c "]\n\t"
 #define SUM(r, c) [a##c] "+v"(a##r##c)
 #define WEIGHT(c) [w##c] "v"(w##c)
-#define STEP(r, V) STEP_##V(r)
 #define STEP_V1(r) { vf s; __asm__ volatile("vbroadcastss %[x], %[s]\n\t" FUSE(0)                                         \
     : SUM(r, 0), [s] "=&v"(s) : [x] "m"(x[r]), WEIGHT(0)); }
 #define STEP_V2(r) { vf s; __asm__ volatile("vbroadcastss %[x], %[s]\n\t" FUSE(0) FUSE(1)                                 \
@@ -19,14 +22,18 @@
 #define STEP_V4(r) { vf s; __asm__ volatile("vbroadcastss %[x], %[s]\n\t" FUSE(0) FUSE(1) FUSE(2) FUSE(3)                 \
     : SUM(r, 0), SUM(r, 1), SUM(r, 2), SUM(r, 3), [s] "=&v"(s)                                                           \
     : [x] "m"(x[r]), WEIGHT(0), WEIGHT(1), WEIGHT(2), WEIGHT(3)); }
-#define STEP_1(r, c) a##r##c = FMA(s, w##c, a##r##c);
+#else
+#define STEP_V1(r) { vf s = SET(x[r]); V1(STEP_1, r) }
+#define STEP_V2(r) { vf s = SET(x[r]); V2(STEP_1, r) }
+#define STEP_V4(r) { vf s = SET(x[r]); V4(STEP_1, r) }
+#endif
 #define STEP_V8(r) { vf s = SET(x[r]); V8(STEP_1, r) }
 #define KEEP_1(r, c) sums[r][c] = a##r##c;
 #define KEEP(r, V) V(KEEP_1, r)
 #define WORD_LOW(r, c) vf w##c = LOW_HALF(AT(c));
 #define WORD_HIGH(r, c) vf w##c = HIGH_HALF(AT(c));
 /* The first rows bring a panel from memory: it is fetched two pages ahead. One or two rows are faster without. */
-#define AHEAD(r, c) if (((c) & 1) == 0) _mm_prefetch(AT(c) + 8192, _MM_HINT_T0);
+#define AHEAD(r, c) if (((c) & 1) == 0) PREFETCH(AT(c) + 8192);
 #define WORD_WHOLE(r, c) vf w##c = LOAD((const float *)AT(c));
 
 /* tile_RV: R rows by V vectors over `count` k's. The empty asm keeps the compiler from holding both halves of a pair in

@@ -2,15 +2,9 @@
 #pragma once
 #include "grouped_layout.h"
 
-/* `live` numbers → 8 quads of bytes, their scale, and the sums of the first and of the last 16 bytes; what is missing counts
- * as 0. A number that is not finite makes the scale NaN, as in `quantise`. */
-INLINE float quantise_step(const float *x, long live, int32_t quads[STEP_QUADS], int32_t sums[2]) {
-    float padded[STEP_K];
-    if (live < STEP_K) {
-        memcpy(padded, x, (size_t)live * 4);
-        memset(padded + live, 0, (size_t)(STEP_K - live) * 4);
-        x = padded;
-    }
+#if !defined(__aarch64__)
+/* 32 numbers → 8 quads of bytes, the sums of the first and of the last 16 bytes, and the scale: see quantise_step. */
+INLINE float round_step(const float *x, int32_t *quads, int32_t *sums) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     __m256 v0 = _mm256_loadu_ps(x), v1 = _mm256_loadu_ps(x + 8), v2 = _mm256_loadu_ps(x + 16), v3 = _mm256_loadu_ps(x + 24);
     __m256 most = _mm256_max_ps(_mm256_max_ps(_mm256_andnot_ps(sign, v0), _mm256_andnot_ps(sign, v1)),
@@ -33,6 +27,19 @@ INLINE float quantise_step(const float *x, long live, int32_t quads[STEP_QUADS],
     __m256i eights = _mm256_hadd_epi32(fours, fours), halves = _mm256_hadd_epi32(eights, eights);
     sums[0] = _mm256_extract_epi32(halves, 0), sums[1] = _mm256_extract_epi32(halves, 4);
     return inverse > 0 ? largest / 127.0f + wrong : wrong;
+}
+#endif
+
+/* `live` numbers → 8 quads of bytes, their scale, and the sums of the first and of the last 16 bytes; what is missing counts
+ * as 0. A number that is not finite makes the scale NaN, as in `quantise`. */
+INLINE float quantise_step(const float *x, long live, int32_t quads[STEP_QUADS], int32_t sums[2]) {
+    float padded[STEP_K];
+    if (live < STEP_K) {
+        memcpy(padded, x, (size_t)live * 4);
+        memset(padded + live, 0, (size_t)(STEP_K - live) * 4);
+        x = padded;
+    }
+    return round_step(x, quads, sums);
 }
 
 /* Rows `row` … of one tile, k = from … to - 1, rounded: for each block [quad][row] 4 bytes; and behind all blocks, for each

@@ -65,18 +65,20 @@ static void decode(int kind, int super_kind, const char *at, const char *supers,
 
 INLINE void decode_chunk(const Format *f, const Chunk *c, const char *w, int ahead, Decoded *d) {
     if (ahead)
-        for (size_t i = c->scales; i < c->bytes; i += 64) _mm_prefetch(w + i + 8192, _MM_HINT_T0);
+        for (size_t i = c->scales; i < c->bytes; i += 64) PREFETCH(w + i + 8192);
     decode(f->scales, f->supers, w + c->scales, w + c->supers, c, f->per, d->scales[0]);
     if (f->minima) decode(f->minima, f->minimum_supers, w + c->minima, w + c->minimum_supers, c, f->per, d->minima[0]);
     if (f->group == 16 && c->groups & 1) /* the last block's second half: nothing of it is there */
         for (int i = 0; i < PANEL_G; i++) d->scales[c->groups][i] = d->minima[c->groups][i] = 0;
     if (f->zeros)
         for (long i = 0; i < c->groups * PANEL_G; i += WIDTH) I_STORE(d->zeros[0] + i, I_FROM_U8(w + c->zeros + i));
+    if (f->zeros && OFFSET_OF(f->bits))
+        for (long i = 0; i < c->groups * PANEL_G; i++) d->zeros[i / PANEL_G][i % PANEL_G] -= OFFSET_OF(f->bits);
 }
 
 /* Quad j of a vector of a block, a number a byte. j is a constant. */
 INLINE wi quad_at(int bits, const char *w, int j) {
-    if (bits == 8) return I_LOAD(w + j * QUAD_VECTOR);
+    if (bits == 8) return I_NUMBERS(I_LOAD(w + j * QUAD_VECTOR));
     wi pair = I_LOAD(w + j / 2 * QUAD_VECTOR);
     wi low = I_AND(j & 1 ? I_RIGHT(pair, 4) : pair, I_SET8(15));
     if (bits == 4) return low;
@@ -94,7 +96,7 @@ INLINE wi quad_at(int bits, const char *w, int j) {
         wi whole = sums;                                                                                                 \
         float *to = p->totals + (r) * PANEL_G + (c) * WIDTH;                                                             \
         if (ZEROS)                                                                                                       \
-            whole = I_SUB32(whole, I_MADD16(I_QUAD(of + (ROWS + (r)) * 4), I_LOAD(p->decoded->zeros[group] + (c) * WIDTH))); \
+            whole = I_SUB32(whole, I_TIMES(I_QUAD(of + (ROWS + (r)) * 4), I_LOAD(p->decoded->zeros[group] + (c) * WIDTH))); \
         wf scale = F_MUL(F_SET(*(const float *)(facts + (r) * 4)), F_LOAD(p->decoded->scales[group] + (c) * WIDTH));     \
         wf sum = F_FMA(F_FROM_INT(whole), scale, F_LOAD(to));                                                            \
         if (MINIMA)                                                                                                      \
@@ -150,7 +152,7 @@ typedef void (*Engine)(const Piece *p);
 enum { ENGINES = 4 }; /* for 4, 5, 6 and 8 bits */
 #define GLUE_(a, b) a##b
 #define GLUE(a, b) GLUE_(a, b)
-#define FETCH_AHEAD(bytes) if (p->ahead) for (size_t i = 0; i < (bytes); i += 64) _mm_prefetch(w + i + 8192, _MM_HINT_T0);
+#define FETCH_AHEAD(bytes) if (p->ahead) for (size_t i = 0; i < (bytes); i += 64) PREFETCH(w + i + 8192);
 
 #define ROWS 1
 #define R R1
@@ -184,14 +186,16 @@ static void grouped_panel(const Call *call, const Matrix *m, const char *x, int 
     const Format *f = m->format;
     const Engine engine = engine_of(f->bits, rows);
     const long depth = call->depth;
+    const int offset = OFFSET_OF(f->bits); /* is taken off numbers and zeros */
     float totals[TALLEST * PANEL_G];
     Decoded decoded;
     Piece p = {x, x + (size_t)steps_of(depth) * STEP_K * rows, m->weight + (size_t)panel * grouped_stride(f, depth), &decoded,
-               totals, 0, f->group >= 128 ? 2 : f->group >= 64, f->group == 16, f->zeros || f->zero, f->minima != NONE, ahead};
+               totals, 0, f->group >= 128 ? 2 : f->group >= 64, f->group == 16,
+               f->zeros || f->zero != offset, f->minima != NONE, ahead};
     memset(totals, 0, sizeof(float) * (size_t)rows * PANEL_G);
-    if (!f->zeros && f->zero)
+    if (!f->zeros && f->zero != offset)
         for (int g = 0; g < MOST_GROUPS; g++)
-            for (int i = 0; i < PANEL_G; i++) decoded.zeros[g][i] = f->zero;
+            for (int i = 0; i < PANEL_G; i++) decoded.zeros[g][i] = f->zero - offset;
     Chunk c = chunk_of(f, depth < CHUNK_K ? depth : CHUNK_K);
     for (long k = 0; k < depth; k += CHUNK_K) {
         if (k && depth - k < CHUNK_K) c = chunk_of(f, depth - k);

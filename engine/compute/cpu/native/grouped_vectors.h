@@ -3,7 +3,10 @@
 #pragma once
 #include "int8_products.h"
 
-#if defined(VERBATIM_EMULATE_WIDE) && !defined(__AVX512F__) /* AVX-512's layout for a test on a machine without it: two vectors side by side */
+#if defined(__aarch64__)
+#include "grouped_vectors_neon.h"
+
+#elif defined(VERBATIM_EMULATE_WIDE) && !defined(__AVX512F__) /* AVX-512's layout for a test on a machine without it: two vectors side by side */
 #define WIDTH 16
 typedef struct { __m256i a, b; } wi;
 typedef struct { __m256 a, b; } wf;
@@ -120,4 +123,11 @@ typedef __m256 wf;
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
 #define QUAD_SUMS (VNNI && COLUMNS == 8)
 #define I_DOT(q, x, s) DOT(q, x, s) /* the left factor is the unsigned one: there the input, here the weight */
+#endif
+
+#if !defined(__aarch64__) /* whole numbers are the unsigned factor of products, as they are */
+#define OFFSET_OF(bits) 0
+#define I_NUMBERS(x) (x)
+#define I_TIMES(x, y) I_MADD16(x, y) /* of numbers below 2^15, y not negative */
+#define from_f16(half) _cvtsh_ss(half)
 #endif

@@ -1,54 +1,11 @@
 /* Products with weights and inputs in int8, in groups of 128 with a scale each. */
 #pragma once
+#include "quads.h"
 #include "tiles.h"
 
 /* ---- int8 -------------------------------------------------------------------------------------------------------------
- * Four k's of a column stand together (a quad). With VNNI one instruction multiplies and adds a quad; its left factor is
- * unsigned, so 128 is added to the input's bytes and 128 times the weights' sum taken off at the start. Without VNNI bytes
- * are widened to 16 bits and multiplied in pairs, so nothing saturates. Sums of products are whole numbers: exact, and the
- * same on either way. */
-
-#if defined(__AVX512VNNI__) && defined(__AVX512F__)
-#define VNNI 1
-#define COLUMNS 16 /* of the result in a vector of int32 */
-typedef __m512i vi;
-#define SUM_START(p) _mm512_loadu_si512(p)
-#define QUADS(p) _mm512_loadu_si512(p)
-#define INPUT(p) _mm512_set1_epi32(*(const int32_t *)(p))
-#define DOT(x, w, s) _mm512_dpbusd_epi32(s, x, w)
-#define QUAD_BYTES 4
-#elif defined(__AVXVNNI__) || defined(VERBATIM_EMULATE_VNNI)
-#define VNNI 1
-#define COLUMNS 8
-typedef __m256i vi;
-#define SUM_START(p) _mm256_loadu_si256((const __m256i *)(p))
-#define QUADS(p) _mm256_loadu_si256((const __m256i *)(p))
-#define INPUT(p) _mm256_set1_epi32(*(const int32_t *)(p))
-#define QUAD_BYTES 4
-#if defined(__AVXVNNI__)
-#define DOT(x, w, s) _mm256_dpbusd_avx_epi32(s, x, w)
-#else /* for a test on a machine without it */
-INLINE __m256i emulated_dot(__m256i x, __m256i w, __m256i s) {
-    uint8_t a[32];
-    int8_t b[32];
-    int32_t c[8];
-    memcpy(a, &x, 32), memcpy(b, &w, 32), memcpy(c, &s, 32);
-    for (int i = 0; i < 32; i++) c[i / 4] += (int32_t)a[i] * b[i];
-    memcpy(&s, c, 32);
-    return s;
-}
-#define DOT(x, w, s) emulated_dot(x, w, s)
-#endif
-#else
-#define VNNI 0
-#define COLUMNS 4 /* two halves of a quad's sum for each, added in FOLD */
-typedef __m256i vi;
-#define SUM_START(p) _mm256_setzero_si256()
-#define QUADS(p) _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(p)))
-#define INPUT(p) _mm256_set1_epi64x(*(const int64_t *)(p))
-#define DOT(x, w, s) _mm256_add_epi32(s, _mm256_madd_epi16(x, w))
-#define QUAD_BYTES 8 /* of the input: bytes widened to 16 bits */
-#endif
+ * Four k's of a column stand together (a quad). Sums of products are whole numbers: exact, and the same with every
+ * processor's instructions (quads.h). */
 
 enum {
     PANEL8 = 2 * COLUMNS,          /* columns of a panel */
@@ -58,9 +15,9 @@ enum {
 
 INLINE long quads_of(long depth) { return (depth + 3) / 4; }
 INLINE long groups_of(long depth) { return (depth + GROUP - 1) / GROUP; }
-/* A panel: its quads; a float scale for each group and column; with VNNI an int32 to begin with, likewise. */
+/* A panel: its quads; a float scale for each group and column; with STARTS an int32 to begin with, likewise. */
 INLINE size_t int8_stride(long depth) {
-    return (size_t)quads_of(depth) * ROW_BYTES + (size_t)groups_of(depth) * PANEL8 * (VNNI ? 8 : 4);
+    return (size_t)quads_of(depth) * ROW_BYTES + (size_t)groups_of(depth) * PANEL8 * (STARTS ? 8 : 4);
 }
 /* A row of quantised input: its quads, then its scales. */
 INLINE size_t int8_row(long depth) { return (size_t)quads_of(depth) * QUAD_BYTES + (size_t)groups_of(depth) * 8; }
@@ -71,12 +28,12 @@ INLINE size_t int8_row(long depth) { return (size_t)quads_of(depth) * QUAD_BYTES
 #define DECLARE8(r, V) V(DECLARE8_1, r)
 /* The first rows bring a panel from memory, and what the processor fetches ahead by itself ends with the page. Two pages
  * ahead was the best distance (a quarter faster than none, for one row as for eight). */
-#define AHEAD8(r, c) if (((c) & 1) == 0) _mm_prefetch(AT8(c) + 8192, _MM_HINT_T0);
+#define AHEAD8(r, c) if (((c) & 1) == 0) PREFETCH(AT8(c) + 8192);
 #define WORD8(r, c) vi w##c = QUADS(AT8(c));
 #define STEP8_1(r, c) a##r##c = DOT(s, w##c, a##r##c);
 #define STEP8(r, V) STEP8_##V(r)
 #define STEP8_V4(r) { vi s = INPUT(x + (r) * QUAD_BYTES); V4(STEP8_1, r) }
-#if VNNI
+#if WHOLE_COLUMNS
 #define STEP8_V2(r) { vi s = INPUT(x + (r) * QUAD_BYTES); V2(STEP8_1, r) }
 #else /* the same as above, with registers chosen by hand as in STEP_V2 */
 #define STEP8_V2(r) { vi s, t; __asm__ volatile(                                                                         \
@@ -88,7 +45,7 @@ INLINE size_t int8_row(long depth) { return (size_t)quads_of(depth) * QUAD_BYTES
 #define FOLD8(r, V) V##_FOLD(r)
 #define V2_FOLD(r) FOLD(r, 0, a##r##0, a##r##1)
 #define V4_FOLD(r) V2_FOLD(r) FOLD(r, 1, a##r##2, a##r##3)
-#if VNNI
+#if WHOLE_COLUMNS
 /* Two vectors of columns from one panel. */
 #define PART(r, i, sum, offset)                                                                                          \
     {                                                                                                                    \
@@ -133,9 +90,13 @@ INLINE size_t int8_row(long depth) { return (size_t)quads_of(depth) * QUAD_BYTES
         (void)starts;                                                                                                    \
     }
 
-TILE8(1, R1, 4, V4) TILE8(1, R1, 2, V2)
-TILE8(2, R2, 4, V4) TILE8(2, R2, 2, V2)
-TILE8(3, R3, 2, V2) TILE8(4, R4, 2, V2) TILE8(5, R5, 2, V2) TILE8(6, R6, 2, V2)
+TILE8(1, R1, 4, V4) TILE8(1, R1, 2, V2) TILE8(2, R2, 4, V4)
+#if I8MM
+#include "int8_pairs.h"
+TILE8_PAIRS(2) TILE8_PAIRS(3) TILE8_PAIRS(4) TILE8_PAIRS(5) TILE8_PAIRS(6)
+#else
+TILE8(2, R2, 2, V2) TILE8(3, R3, 2, V2) TILE8(4, R4, 2, V2) TILE8(5, R5, 2, V2) TILE8(6, R6, 2, V2)
+#endif
 
 INLINE void finish8(int rows, int width, const float *totals, const Matrix *m, float *out, long column) {
     long live = m->columns - column < width ? m->columns - column : width;
@@ -162,7 +123,7 @@ static void int8_panels(const Call *call, const Matrix *m, float *all, long begi
             const char *x = call->tiles + row * int8_row(depth);
             float *out = all + row * m->columns;
             for (long p = g; p < stop;) {
-                int panels = rows <= 2 && stop - p >= 2 ? 2 : 1;
+                int panels = rows <= (I8MM ? 1 : 2) && stop - p >= 2 ? 2 : 1;
                 const char *w = m->weight + p * stride;
                 long column = p * PANEL8;
                 if (panels == 2) {
@@ -188,25 +149,22 @@ static float quantise(const float *x, long live, int32_t *bytes) {
     float padded[GROUP];
     memcpy(padded, x, (size_t)live * 4);
     memset(padded + live, 0, (size_t)(GROUP - live) * 4);
-    __m256 most = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    for (int i = 0; i < GROUP; i += 8) {
-        __m256 v = _mm256_loadu_ps(padded + i);
-        most = _mm256_max_ps(most, _mm256_andnot_ps(sign, v));
-        odd = _mm256_add_ps(odd, _mm256_sub_ps(v, v));
+    vf most = ZERO(), odd = ZERO();
+    for (int i = 0; i < GROUP; i += LANES) {
+        vf v = LOAD(padded + i);
+        most = MAX(most, ABS(v));
+        odd = ADD(odd, SUB(v, v));
     }
-    float lanes[8], strange[8], largest = 0, wrong = 0;
-    _mm256_storeu_ps(lanes, most), _mm256_storeu_ps(strange, odd);
-    for (int i = 0; i < 8; i++) {
+    float lanes[LANES], strange[LANES], largest = 0, wrong = 0;
+    STORE(lanes, most), STORE(strange, odd);
+    for (int i = 0; i < LANES; i++) {
         largest = lanes[i] > largest ? lanes[i] : largest;
         wrong += strange[i];
     }
     float inverse = largest > 0 ? 127.0f / largest : 0;
     /* The smallest numbers have no inverse: they are 0, as they are beside anything else. */
     if (!(inverse <= 3.0e38f)) inverse = 0;
-    for (int i = 0; i < GROUP; i += 8)
-        _mm256_storeu_si256((__m256i *)(bytes + i),
-                            _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(padded + i), _mm256_set1_ps(inverse))));
+    for (int i = 0; i < GROUP; i += LANES) STORE_WHOLE(bytes + i, MUL(LOAD(padded + i), SET(inverse)));
     return inverse > 0 ? largest / 127.0f + wrong : wrong;
 }
 
@@ -220,15 +178,7 @@ static void quantise_tile(const Call *call, long row, int rows, long from, long 
             int32_t bytes[GROUP];
             long live = depth - g * GROUP < GROUP ? depth - g * GROUP : GROUP;
             scales[g * rows + r] = quantise(call->input + (row + r) * depth + g * GROUP, live, bytes);
-            for (long q = 0; q < (live + 3) / 4; q++) {
-                char *to_quad = tile + ((g * GROUP_QUADS + q) * rows + r) * QUAD_BYTES;
-                __m128i quad = _mm_loadu_si128((const __m128i *)(bytes + 4 * q));
-#if VNNI
-                quad = _mm_add_epi32(quad, _mm_set1_epi32(128));
-                _mm_storeu_si32(to_quad, _mm_packus_epi16(_mm_packus_epi32(quad, quad), quad));
-#else
-                _mm_storel_epi64((__m128i *)to_quad, _mm_packs_epi32(quad, quad));
-#endif
-            }
+            for (long q = 0; q < (live + 3) / 4; q++)
+                put_quad(tile + ((g * GROUP_QUADS + q) * rows + r) * QUAD_BYTES, bytes + 4 * q);
         }
 }

@@ -62,7 +62,13 @@ void verbatim_widen(const Matrix *matrix, const int64_t *columns, float *out, lo
 
 /* What the kernels were compiled for. */
 const char *verbatim_target(void) {
-#if defined(__AVX512F__)
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    return "NEON, dot products, I8MM";
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return "NEON, dot products";
+#elif defined(__aarch64__)
+    return "NEON";
+#elif defined(__AVX512F__)
     return VNNI ? "AVX-512, VNNI" : "AVX-512";
 #else
     return VNNI ? "AVX2, VNNI" : "AVX2";

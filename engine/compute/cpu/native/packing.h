@@ -56,7 +56,7 @@ static void pack_int8(const Packing *p, long panel) {
                 out[((g * GROUP_QUADS + i / 4) * PANEL8 + c) * 4 + i % 4] = (char)bytes[i];
                 sum += bytes[i];
             }
-            if (VNNI) starts[g * PANEL8 + c] = -128 * sum;
+            if (STARTS) starts[g * PANEL8 + c] = -128 * sum;
         }
     }
 }

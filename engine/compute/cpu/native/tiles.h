@@ -58,9 +58,10 @@ INLINE long tile_start(long rows, long tile) {
     return tile > whole ? row + height(rows - row) : row;
 }
 
-/* A tile's sums are named variables, which every compiler keeps in registers: V2, V4, V8 name the vectors of a row,
+/* A tile's sums are named variables, which every compiler keeps in registers: V1 … V8 name the vectors of a row,
  * R1 … R6 the rows. */
-#define V2(Y, r) Y(r, 0) Y(r, 1)
+#define V1(Y, r) Y(r, 0)
+#define V2(Y, r) V1(Y, r) Y(r, 1)
 #define V4(Y, r) V2(Y, r) Y(r, 2) Y(r, 3)
 #define V8(Y, r) V4(Y, r) Y(r, 4) Y(r, 5) Y(r, 6) Y(r, 7)
 #define R1(X, V) X(0, V)

@@ -30,7 +30,7 @@ INLINE float value_at(int kind, const char *at, long i) {
     uint32_t bits;
     float whole;
     switch (kind) {
-        case F16: memcpy(&half, at + i * 2, 2); return _cvtsh_ss(half);
+        case F16: memcpy(&half, at + i * 2, 2); return from_f16(half);
         case BF16: memcpy(&half, at + i * 2, 2); bits = (uint32_t)half << 16; memcpy(&whole, &bits, 4); return whole;
         case F32: memcpy(&whole, at + i * 4, 4); return whole;
         case U8: return (float)(uint8_t)at[i];
