@@ -22,7 +22,7 @@ from torch import Tensor
 from engine.checkpoints.noise_checkpoint import demo_model
 from engine.compute.cpu.attention_plan import AttentionPlan
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.groups import Groups
+from engine.compute.whole.groups import Groups
 from engine.errors import TemplateRefused
 from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.lark import quoted

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.compute.groups import Groups
+from engine.compute.whole.groups import Groups
 
 Float32 = NDArray[np.float32]
 

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.compute.groups import Groups
+from engine.compute.whole.groups import Groups
 
 __all__ = ["KINDS", "Kind", "NotFinite", "read_groups"]
 

@@ -26,8 +26,8 @@ from engine.checkpoints.gguf_model import by_function
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.packed_weight import PackedWeight
 from engine.compute.cpu.stored_linear import StoredEmbedding, StoredLinear
-from engine.compute.groups import Groups
 from engine.compute.linear import quasi_random
+from engine.compute.whole.groups import Groups
 from engine.errors import LoadError
 
 __all__ = ["GGUFStream", "packed_bytes"]

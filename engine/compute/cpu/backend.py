@@ -12,11 +12,11 @@ from torch import nn
 
 from engine.compute.backend import PackedChunk, Progress, StepPlan, StepSize
 from engine.compute.cpu.attention import CpuCache, CpuPlan
-from engine.compute.cpu.decoder_layer import fuse_layers
-from engine.compute.cpu.experts import replace_experts
 from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.layers.decoder_layer import fuse_layers
+from engine.compute.cpu.layers.experts import replace_experts
+from engine.compute.cpu.layers.pointwise import replace_pointwise
 from engine.compute.cpu.linear import NativeLinear, merge_shared_projections, take_over
-from engine.compute.cpu.pointwise import replace_pointwise
 from engine.compute.cpu.stored_linear import INPUTS, StoredLinear
 from engine.compute.cpu.storing import packed_kind, store
 from engine.compute.kv_cache import KVCache, LayerShape

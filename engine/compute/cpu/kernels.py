@@ -20,10 +20,10 @@ from torch import Tensor
 
 from engine.compute.cpu import kernel_file
 from engine.compute.cpu.attention_plan import AttentionPlan
-from engine.compute.cpu.experts_kernel import ExpertsKernel
 from engine.compute.cpu.kernel_calls import ACTIVATIONS, Calls
 from engine.compute.cpu.kernel_file import NoKernels
-from engine.compute.cpu.layer_kernel import LayerKernel, LayerParts
+from engine.compute.cpu.layers.experts_kernel import ExpertsKernel
+from engine.compute.cpu.layers.layer_kernel import LayerKernel, LayerParts
 from engine.compute.cpu.packed_weight import (
     PackedWeight,
     Product,
@@ -33,8 +33,8 @@ from engine.compute.cpu.packed_weight import (
     pack_weight,
     widen,
 )
-from engine.compute.groups import Groups
 from engine.compute.processor import ARM
+from engine.compute.whole.groups import Groups
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 __all__ = ["WIDEST_HEAD", "Kernels", "NoKernels"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.compute.cpu.kernel_calls import Calls, Format, GroupParts, Matrix
-from engine.compute.groups import Groups
+from engine.compute.whole.groups import Groups
 
 KINDS: Final = {"float32": 0, "bfloat16": 1, "int8": 2, "grouped": 3}
 """How a packed weight is stored; the numbers of tiles.h."""

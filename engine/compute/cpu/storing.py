@@ -10,8 +10,8 @@ from torch import Tensor
 
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.packed_weight import PackedWeight
-from engine.compute.groups import Groups
 from engine.compute.whole import rounding
+from engine.compute.whole.groups import Groups
 
 __all__ = ["KINDS", "Columns", "packed_kind", "store"]
 

@@ -1,7 +1,7 @@
 """Read the linear layers of checkpoints that others have quantised: numbers, scales and zeros. Knows only tensors.
 
 Every format is read into the same three, and no number changes; what is not understood is refused by name. Two layouts
-are made of them: `engine.compute.groups` for a CPU, `engine.compute.cuda.weights` for a GPU. Sources of the formats:
+are made of them: `engine.compute.whole.groups` for a CPU, `engine.compute.cuda.weights` for a GPU. Sources:
 AutoGPTQ and GPTQModel (`qlinear`, `dequantize_weight`), AutoAWQ (`awq/modules/linear/gemm.py`), compressed-tensors
 (`compressors/quantized_compressors/{pack_quantized,naive_quantized}.py`, `quantization/lifecycle/forward.py`).
 """
@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from engine.compute.groups import Groups
+from engine.compute.whole.groups import Groups
 from engine.errors import LoadError
 
 __all__ = ["METHODS", "Quantised", "check", "groups_of", "read"]

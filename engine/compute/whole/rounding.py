@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from engine.compute.groups import Groups
+from engine.compute.whole.groups import Groups
 from engine.errors import LoadError
 
 __all__ = ["GROUP", "PER", "eight_bits", "four_bits"]

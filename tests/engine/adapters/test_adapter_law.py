@@ -154,8 +154,8 @@ def test_a_decoder_layer_in_one_call_is_taken_whenever_no_row_is_adapted(
     tiny: Callable[[str], Path], folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What no request asks for costs nothing: steps without adapters' rows run as if there were none."""
-    from engine.compute.cpu.decoder_layer import NativeLayer
-    from engine.compute.cpu.layer_kernel import LayerKernel
+    from engine.compute.cpu.layers.decoder_layer import NativeLayer
+    from engine.compute.cpu.layers.layer_kernel import LayerKernel
 
     llm = opened(tiny("llama"), folders("llama"))
     layers = [m for m in llm.engine.model.runner._model.model.modules() if isinstance(m, NativeLayer)]  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from hypothesis import given, settings, strategies as st
 
 from engine.checkpoints.gguf.groups import KINDS, NotFinite, read_groups
-from engine.compute.groups import Groups
+from engine.compute.whole.groups import Groups
 
 _FLOATS = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q4_1": (0, 2)}
 """Where a block has its float16 scales; at its beginning if it is not here."""

@@ -144,7 +144,7 @@ def test_a_quantised_checkpoint_is_served_as_it_is(form: str, family: str, tmp_p
     assert not any(isinstance(m, StoredLinear) for m in plain.modules())
     assert torch.equal(logits(wide), logits(plain))
     assert torch.allclose(logits(stored), logits(plain), atol=1e-5)  # act order sums in another order
-    _keeps_the_law(tmp_path, "native stored")
+    _keeps_the_law(tmp_path, "native, as stored")
     _keeps_the_law(tmp_path, "native", quantization="none")
 
 

@@ -18,13 +18,13 @@ from engine.compute.attention import IMPLEMENTATION, attention_through, register
 from engine.compute.backend import PackedChunk
 from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.attention_plan import AttentionPlan
-from engine.compute.cpu.decoder_layer import NativeLayer, fuse_layers
-from engine.compute.cpu.experts import replace_experts
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.layer_kernel import LayerParts, NormParts
+from engine.compute.cpu.layers.decoder_layer import NativeLayer, fuse_layers
+from engine.compute.cpu.layers.experts import replace_experts
+from engine.compute.cpu.layers.layer_kernel import LayerParts, NormParts
+from engine.compute.cpu.layers.pointwise import replace_pointwise
 from engine.compute.cpu.linear import NativeLinear, merge_shared_projections
 from engine.compute.cpu.packed_weight import PackedWeight
-from engine.compute.cpu.pointwise import replace_pointwise
 from engine.compute.discovery import discover
 from engine.compute.linear import pack_model
 
@@ -41,7 +41,7 @@ def _parts(kernels: Kernels, kind: str, **given: Any) -> LayerParts:
 
     def weight(columns: int, depth: int, seed: int, biased: bool = False) -> PackedWeight:
         if kind == "grouped":  # bits, groups, scales, zeros and minima of each weight are others
-            bits, group, of = (4, 5, 6, 8)[seed % 4], (32, 16, 64, 128)[seed % 4], KINDS[seed]
+            bits, group, of = (4, 5, 6, 8)[seed % 4], (32, 16, 64, 128)[seed % 4], KINDS[seed % len(KINDS)]
             return kernels.pack_groups(groups_of(bits, group, of, columns, depth), None)
         numbers = _random(columns, depth, seed=seed) * depth**-0.5
         numbers = numbers.bfloat16().float() if kind == "bfloat16" else numbers

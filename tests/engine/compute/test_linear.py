@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from engine.compute.cpu.kernels import Kernels, NoKernels
+from engine.compute.cpu.layers.pointwise import replace_pointwise
 from engine.compute.cpu.linear import NativeLinear, merge_shared_projections
-from engine.compute.cpu.pointwise import replace_pointwise
 from engine.compute.linear import (
     TORCH_LINEARS,
     Make,

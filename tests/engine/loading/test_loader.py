@@ -301,8 +301,12 @@ def test_int8_is_for_float32_on_a_cpu(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "package", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "optimum", r"quantised \(gptq\), .*pip install optimum"),
-        ({"quant_method": "awq", "bits": 4}, "gptqmodel", r"quantised \(awq\), .*pip install gptqmodel"),
+        ({"quant_method": "gptq", "bits": 3}, "optimum", r"quantised \(gptq\), .*pip install optimum"),
+        (
+            {"quant_method": "awq", "bits": 4, "version": "gemv"},
+            "gptqmodel",
+            r"quantised \(awq\), .*pip install gptqmodel",
+        ),
         (
             {"quant_method": "compressed-tensors"},
             "compressed_tensors",

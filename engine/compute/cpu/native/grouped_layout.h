@@ -1,4 +1,4 @@
-/* Where the parts of a weight in groups lie (engine.compute.groups.Groups), and of an input that is multiplied with it.
+/* Where the parts of a weight in groups lie (engine.compute.whole.groups.Groups), and of an input that is multiplied with it.
  *
  * A weight stands in panels of PANEL_G columns, each one stream of bytes: chunks of 256 k's, the last one shorter. A chunk
  * is the numbers of its blocks (32 k's of two vectors of columns), then, for its groups, scales, their super-scales, minima,

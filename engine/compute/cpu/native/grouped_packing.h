@@ -2,7 +2,7 @@
 #pragma once
 #include "products.h"
 
-/* What engine.compute.groups.Groups has, dense; what there is none of is NULL. Layout shared with kernel_calls.py. */
+/* What engine.compute.whole.groups.Groups has, dense; what there is none of is NULL. Layout shared with kernel_calls.py. */
 typedef struct {
     const uint8_t *numbers; /* [columns, depth] */
     const char *scales, *supers, *minima, *minimum_supers, *zeros;

@@ -82,6 +82,7 @@ static void multiply(void *of, long begin, long end) {
 
 static Phase multiplying(Call *call) {
     const Matrix *m = call->matrices; /* others' panels are of about that size */
+    if (!call->panels) return (Phase){multiply, call, 0, 1}; /* a layer without an MLP has none */
     long least = WORTH / (long)(stride_of(m->kind, m->format, call->depth) + 1) / larger(tiles_of(call->rows), 1);
     return (Phase){multiply, call, call->panels, larger(least, 1)};
 }

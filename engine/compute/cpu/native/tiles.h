@@ -16,7 +16,7 @@ enum {
     DEEP = 8 * GROUP   /* k's of a tile that are laid out at once */
 };
 
-/* How whole numbers in groups are stored (engine.compute.groups.Groups): the kind of each part is one of grouped_layout.h.
+/* How whole numbers in groups are stored (engine.compute.whole.groups.Groups): the kind of each part is one of grouped_layout.h.
  * Layout shared with engine/compute/cpu/kernel_calls.py. */
 typedef struct {
     int bits, group, per, zero; /* 4, 5, 6, 8; 16, 32, 64, 128; groups of a super-group; one for all, if `zeros` is NONE */

@@ -33,8 +33,9 @@ def test_a_family_with_doubtful_operations_is_served_without_the_promise(tiny: C
     with reference_backend():
         law = LLM(tiny("gpt_oss"), context_length=256, cache_size="8MiB").info.law
     assert not law.holds
-    assert "computes linear, topk" in law.reason
-    assert "may depend on the number of rows" in law.reason
+    # On some processors torch's product of few rows gives itself away before that is asked.
+    named = "computes linear, topk" in law.reason and "may depend on the number of rows" in law.reason
+    assert named or law.reason.startswith("bits differ: packed"), law.reason
 
 
 @pytest.mark.parametrize(

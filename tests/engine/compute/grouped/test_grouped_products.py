@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.groups import Groups
+from engine.compute.whole.groups import Groups
 
 BITS, GROUPS = (4, 5, 6, 8), (16, 32, 64, 128)
 _IDS = [" ".join(map(str, kind)) for kind in KINDS]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.compute.groups import Groups
 from engine.compute.linear import quasi_random
 from engine.compute.whole import rounding
+from engine.compute.whole.groups import Groups
 from engine.errors import LoadError
 
 

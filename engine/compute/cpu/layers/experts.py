@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.compute.cpu.experts_kernel import ExpertsKernel
 from engine.compute.cpu.kernel_calls import ACTIVATIONS
 from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.layers.experts_kernel import ExpertsKernel
 from engine.compute.cpu.packed_weight import PackedWeight
 from engine.compute.linear import Make, quasi_random
 from engine.host_memory import give_back_memory

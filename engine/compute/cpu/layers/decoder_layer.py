@@ -2,12 +2,12 @@
 
 A token's way through a layer is a dozen small operations around four products. As modules they cost more than a fifth
 of a decode step, most of it between the operations: calls, allocations, threads that wake and sleep. A layer made of
-the usual parts is computed by one kernel instead (`engine.compute.cpu.layer_kernel.LayerKernel`).
+the usual parts is computed by one kernel instead (`engine.compute.cpu.layers.layer_kernel.LayerKernel`).
 
-A watched pass shows which layers are (`engine.compute.cpu.layer_reading`). The kernel gives the same bits as the parts
-one by one. So a layer is replaced only if it then returns the same numbers and stores the same keys and values, at
-positions near and far. All others stay as they are. Of a layer whose MLP is of another kind (a mixture of experts), the
-kernel computes what comes before, and its modules the rest.
+A watched pass shows which layers are (`engine.compute.cpu.layers.layer_reading`). The kernel gives the same bits as
+the parts one by one. So a layer is replaced only if it then returns the same numbers and stores the same keys and
+values, at positions near and far. All others stay as they are. Of a layer whose MLP is of another kind (a mixture of
+experts), the kernel computes what comes before, and its modules the rest.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from engine.compute.attention import IMPLEMENTATION, attention_through, current_
 from engine.compute.backend import PackedChunk
 from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.layer_kernel import LayerKernel
-from engine.compute.cpu.layer_reading import Rest, Watched, blocks_of, parts_of, readings
+from engine.compute.cpu.layers.layer_kernel import LayerKernel
+from engine.compute.cpu.layers.layer_reading import Rest, Watched, blocks_of, parts_of, readings
 from engine.compute.discovery import discover
 from engine.errors import out_of_memory
 

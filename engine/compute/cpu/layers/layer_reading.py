@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from engine.compute.backend import AttentionSettings
 from engine.compute.cpu.kernel_calls import PAIRINGS
-from engine.compute.cpu.layer_kernel import LayerParts, NormParts
+from engine.compute.cpu.layers.layer_kernel import LayerParts, NormParts
+from engine.compute.cpu.layers.pointwise import NativeActivation, NativeNorm
 from engine.compute.cpu.linear import NativeLinear
-from engine.compute.cpu.pointwise import NativeActivation, NativeNorm
 from engine.compute.kv_cache import LayerShape
 
 __all__ = ["Reading", "Rest", "Watched", "blocks_of", "parts_of", "readings"]
