@@ -95,7 +95,7 @@ def test_a_changed_file_under_load_changes_no_reply_and_fails_none(server: Serve
 @pytest.mark.skipif(
     "isolation" not in ModelConfig.model_fields, reason="only a process of its own gives all memory back"
 )
-@pytest.mark.parametrize("cycles", [6, pytest.param(20, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("cycles", [10, pytest.param(20, marks=pytest.mark.sweep)])
 def test_cycles_of_load_and_unload_without_growth(server: Server, cycles: int) -> None:
     process = psutil.Process(server.process.pid)
     sizes, replies = [], []
