@@ -31,6 +31,8 @@ _ROUNDED: Final = 1e-4
 
 Make = Callable[[Tensor, Tensor | None], nn.Module]
 """`weight [out, in]` and `bias [out]` → the layer that replaces them; neither is kept."""
+NamedMake = Callable[[str, Tensor, Tensor | None], nn.Module]
+"""The same for a maker that is told the layer's name in the model."""
 
 
 class PackedLinear(nn.Module):
@@ -168,23 +170,27 @@ def pack_model(
     embedding_dtype: torch.dtype = torch.float32,
     make: Make = PackedLinear,
     progress: Callable[[str], None] | None = None,
+    named: NamedMake | None = None,
 ) -> int:
     """Replace the linear layers of a float32 model on a CPU, in place, and free the originals. Returns how many.
 
     Every `nn.Linear` and transformers `Conv1D` is replaced. If the input embedding came from a checkpoint in
     `embedding_dtype` and goes back into it without loss, it is kept so, behind a `WideningEmbedding`.
+
+    Args:
+        named: in place of `make`.
     """
     targets = [
-        (parent, name)
-        for parent in model.modules()
+        (parent, name, f"{place}.{name}" if place else name)
+        for place, parent in model.named_modules()
         for name, child in parent.named_children()
         if type(child) is nn.Linear or type(child).__name__ == "Conv1D"
     ]
-    for number, (parent, name) in enumerate(targets):
+    for number, (parent, name, place) in enumerate(targets):
         child = getattr(parent, name)
         weight = child.weight.T if type(child).__name__ == "Conv1D" else child.weight
         # The original is freed here, before the next one is packed, unless it is tied to the embedding.
-        setattr(parent, name, make(weight, child.bias))
+        setattr(parent, name, make(weight, child.bias) if named is None else named(place, weight, child.bias))
         del child, weight
         if number % _TRIM_EVERY == 0:
             give_back_memory()

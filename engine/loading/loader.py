@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +35,8 @@ from engine.loading import identity, manifest, versions
 from engine.loading.adapters import EntryAdapters
 from engine.loading.gpu.rungs import Rungs, choose_rung, kernels_of, served
 from engine.loading.identity import ReadyModel
+from engine.loading.kept.key import parts_of
+from engine.loading.kept.weights import KeptWeights
 from engine.loading.manifest import BytesRead
 from engine.loading.memory.cache_size import CacheSize, context_length, size_cache
 from engine.loading.memory.gpu_budget import GpuBudget
@@ -157,10 +160,14 @@ def _prepare(
         rungs = _rungs(config, placement, model, tested, say)
         backend, test, report = choose_rung(rungs, config.gpu)
     else:
-        backend = choose_backend(config, placement, model, say)
+        # Code that comes with a checkpoint may make weights of anything.
+        parts = partial(parts_of, config, found, placement, digests)
+        kept = KeptWeights(config.id, None if config.trust_remote_code else parts)
+        backend = choose_backend(config, placement, model, say, kept.of)
         backend.fuse(model, stored=placement.stored, length=length, progress=say)
         say("self-test")
         test = tested(backend)
+        kept.finish()
     tolerance = tolerance_of(placement.dtype, rounded=rounds)
     test = adapters.attach(model, backend, test, reference, tolerance, vocab_size, length)
     return ReadyModel(

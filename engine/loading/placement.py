@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from engine.checkpoints.checkpoint import Checkpoint
 from engine.compute.backend import Backend, Progress
 from engine.compute.cpu.backend import CpuBackend
 from engine.compute.cpu.kernels import Kernels, NoKernels
+from engine.compute.cpu.packed_weight import Keep
 from engine.compute.cuda.backend import CudaBackend
 from engine.compute.linear import choose_linear
 from engine.compute.torch_backend import TorchBackend
@@ -133,9 +135,18 @@ def _quantizations(placement: Placement) -> frozenset[str]:
     return CpuBackend.QUANTIZATIONS if placement.has_kernels else TorchBackend.QUANTIZATIONS
 
 
-def choose_backend(config: ModelConfig, placement: Placement, model: nn.Module, progress: Progress) -> Backend:
+def choose_backend(
+    config: ModelConfig,
+    placement: Placement,
+    model: nn.Module,
+    progress: Progress,
+    keep: Callable[[Kernels], Keep] | None = None,
+) -> Backend:
     """Choose the backend of a model that is not on one GPU: compiled kernels where they exist and compute rightly, else
     torch.
+
+    Args:
+        keep: what keeps the weights that some kernels have packed.
 
     Raises:
         LoadError: the entry asks for a quantisation that only compiled kernels have, and there are none that work.
@@ -150,7 +161,7 @@ def choose_backend(config: ModelConfig, placement: Placement, model: nn.Module, 
     if kernels is None and config.quantization:
         raise LoadError(f"{config.id}: quantization: {config.quantization} needs compiled kernels: {why}.")
     if kernels is not None:
-        backend = CpuBackend(kernels, config.quantization)
+        backend = CpuBackend(kernels, config.quantization, None if keep is None else keep(kernels))
         if backend.is_sound(model):
             return backend
         if config.quantization:

@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.compute.backend import PackedChunk, Progress, StepPlan, StepSize
 from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.decoder_layer import fuse_layers
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.linear import NativeLinear, merge_shared_projections
+from engine.compute.cpu.packed_weight import Keep
 from engine.compute.cpu.pointwise import replace_pointwise
 from engine.compute.kv_cache import KVCache, LayerShape
 from engine.compute.linear import Make, is_sound, is_sound_for, pack_model
@@ -29,11 +30,12 @@ class CpuBackend:
     QUANTIZATIONS: ClassVar[frozenset[str]] = frozenset({"int8"})
     """What an entry's `quantization` may say."""
 
-    def __init__(self, kernels: Kernels, quantization: str | None = None) -> None:
-        """quantization: `int8`, or None to round no weight."""
+    def __init__(self, kernels: Kernels, quantization: str | None = None, keep: Keep | None = None) -> None:
+        """quantization: `int8`, or None to round no weight. keep: keeps packed weights for the next start."""
         self.linear = f"native {quantization}" if quantization else "native"
         self._kernels, self._quantization = kernels, quantization
         self._make = partial(NativeLinear, kernels, quantization or "exact")
+        self._keep = keep
 
     @property
     def breaks_law(self) -> None:
@@ -67,11 +69,18 @@ class CpuBackend:
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
         """Replace linear layers, norms, activations, and decoder layers made of the usual parts."""
-        pack_model(model, stored, self._make, progress)
+        pack_model(model, stored, self._make, progress, named=self._kept if self._keep else None)
         replace_pointwise(model, self._kernels)
         merge_shared_projections(model)
         fused = fuse_layers(model, self._kernels, length)
         progress(f"{fused} layers run as one kernel each ({self._kernels.target})")
+
+    def _kept(self, name: str, weight: Tensor, bias: Tensor | None) -> NativeLinear:
+        """Make a layer of the weight that is kept under its name, or of this one."""
+        assert self._keep is not None
+        packed = self._keep(name, lambda: self._make(weight, bias).packed)
+        assert (packed.columns, packed.depth) == weight.shape, "a kept weight's key has all that decides its shape"
+        return NativeLinear.of(self._kernels, packed)
 
     def release_memory(self) -> None:
         """Give freed memory back to the operating system."""

@@ -43,6 +43,8 @@ class Kernels:
         """float32 numbers in a vector: 16 with AVX-512, else 8."""
         self.target = str(calls.target().decode())
         """The instruction set that the kernels use, for people."""
+        self.digest = Path(library._name).stem
+        """The name of the compiled file: source, compiler, flags and processor are in it."""
 
     @classmethod
     def load(

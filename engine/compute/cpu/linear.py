@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.packed_weight import Product
+from engine.compute.cpu.packed_weight import PackedWeight, Product
 
 
 class NativeLinear(nn.Module):
@@ -28,11 +28,20 @@ class NativeLinear(nn.Module):
     def __init__(self, kernels: Kernels, kind: str, weight: Tensor, bias: Tensor | None) -> None:
         """Pack `weight [out, in]`, of any float dtype; the original is not kept. kind: `exact` or `int8`."""
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.kernels = kernels
-        self.packed = kernels.pack(weight, bias, kind)
-        self.kind = self.packed.kind
-        self._product: Product = kernels.group([self.packed])
+        self._take(kernels, kernels.pack(weight, bias, kind))
+
+    @classmethod
+    def of(cls, kernels: Kernels, packed: PackedWeight) -> NativeLinear:
+        """Make a layer of a weight that is packed already."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._take(kernels, packed)
+        return layer
+
+    def _take(self, kernels: Kernels, packed: PackedWeight) -> None:
+        self.out_features, self.in_features = packed.columns, packed.depth
+        self.kernels, self.packed, self.kind = kernels, packed, packed.kind
+        self._product: Product = kernels.group([packed])
         self.shared: tuple[SharedInput, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,6 +31,10 @@ class PackedWeight:
     columns: int
     depth: int
     kind: str
+
+
+Keep = Callable[[str, Callable[[], PackedWeight]], PackedWeight]
+"""Returns the weight that is kept under a layer's name, else the one that the function makes, which is then kept."""
 
 
 def pack_weight(calls: Calls, weight: Tensor, bias: Tensor | None, kind: str) -> PackedWeight:
