@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -25,13 +25,14 @@ from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.reading import check_vocabulary, load_model
 from engine.compute import rotary
 from engine.compute.backend import Backend, Progress, StepSize
+from engine.compute.cpu.kernels import Kernels, NoKernels
 from engine.compute.discovery import input_device
 from engine.compute.model_runner import FallbackRunner, Runner
 from engine.config import ModelConfig
 from engine.devices.gpu import DeviceStream
 from engine.errors import LoadError, NotEnoughMemory, VerbatimError, one_line, out_of_memory, panicked
 from engine.host_memory import format_bytes, free_memory
-from engine.loading import identity, manifest, versions
+from engine.loading import identity, manifest, retrial, versions
 from engine.loading.adapters import EntryAdapters
 from engine.loading.gpu.rungs import Rungs, choose_rung, kernels_of, served
 from engine.loading.identity import ReadyModel
@@ -59,6 +60,10 @@ Two loads at once give models that lack weights."""
 
 StepBytes = Sequence[Mapping[str, int]]
 """`LoadedModel.step_bytes` of each model that is served already."""
+
+
+class _NotAsBefore(Exception):
+    """The model does not compute what it did when it passed the trials."""
 
 
 def load(
@@ -117,11 +122,23 @@ def _load(config: ModelConfig, pull: bool, say: Progress, read: BytesRead | None
             say(f"reading {format_bytes(found.stored_bytes)} of weights")
             files = TextFiles.read(config, folder, file)
             trials = files.start_trials(pool)
-            ready = _prepare(config, found, file, placement, stream, files, adapters, digests.result, say, beside)
+            given = (config, found, file, placement, stream, files, adapters, digests.result, say, beside)
+            ready = _unless_changed(lambda: _prepare(*given, fresh=False))
+            if ready is None:
+                say("once more, with all trials")
+                ready = _prepare(*given, fresh=True)
             for trial in trials:
                 trial.result()
         ready.backend.release_memory()
         return _assemble(config, found, ready, files)
+
+
+def _unless_changed(prepare: Callable[[], ReadyModel]) -> ReadyModel | None:
+    """Return a prepared model; None, and nothing of it in memory, if it does not compute what it did."""
+    try:
+        return prepare()
+    except _NotAsBefore:
+        return None
 
 
 def _prepare(
@@ -135,8 +152,13 @@ def _prepare(
     digests: Callable[[], Mapping[Path, str]],
     say: Progress,
     beside: StepBytes,
+    fresh: bool,
 ) -> ReadyModel:
-    """Read the weights, fuse the model for its backend, and test it."""
+    """Read the weights, fuse the model for its backend, and test it.
+
+    Args:
+        fresh: make all trials, whatever is known of an earlier start.
+    """
     budget = GpuBudget(placement.gpus, [{torch.device(n): size for n, size in steps.items()} for steps in beside])
     model = load_model(config, found, placement.dtype, placement.device_map, file, packed=placement.packs)
     stream.wait_for_all()
@@ -147,12 +169,26 @@ def _prepare(
     longrope = rotary.pin(model, length)
     if placement.on_one_gpu and config.quantization:
         packed_layers.round_layers(model, config.quantization, config.id, say)
-    say("a pass of plain transformers, to compare with")
-    reference = Reference.of(model, vocab_size, length)
-    adapters.compare(model, vocab_size, length, say)
+    # Code that comes with a checkpoint may make weights of anything.
+    parts = None if config.trust_remote_code else partial(parts_of, config, found, placement, digests)
+    kept = KeptWeights(config.id, parts)
+    name = retrial.name_for(vocab_size, length)
+    known = None if fresh or config.adapters else _known(kept, name, placement, say)
+    reference = None
+    if known is None:
+        say("a pass of plain transformers, to compare with")
+        reference = Reference.of(model, vocab_size, length)
+        adapters.compare(model, vocab_size, length, say)
     rounds = placement.has_kernels and config.quantization is not None  # inputs, too, which the reference does not
 
     def tested(backend: Backend) -> SelfTest:
+        if known is not None:
+            again = retrial.passed_again(known, model, backend, vocab_size, length)
+            if again is None:
+                kept.forget()
+                raise _NotAsBefore
+            return again
+        assert reference is not None, "without what is known there is a pass to compare with"
         return self_test(model, backend, reference, vocab_size, placement.dtype, length, rounded=rounds)
 
     report = None
@@ -160,16 +196,16 @@ def _prepare(
         rungs = _rungs(config, placement, model, tested, say)
         backend, test, report = choose_rung(rungs, config.gpu)
     else:
-        # Code that comes with a checkpoint may make weights of anything.
-        parts = partial(parts_of, config, found, placement, digests)
-        kept = KeptWeights(config.id, None if config.trust_remote_code else parts)
         backend = choose_backend(config, placement, model, say, kept.of)
         backend.fuse(model, stored=placement.stored, length=length, progress=say)
         say("self-test")
         test = tested(backend)
+        if record := retrial.record_of(test, model, backend):
+            kept.note(name, record)
         kept.finish()
-    tolerance = tolerance_of(placement.dtype, rounded=rounds)
-    test = adapters.attach(model, backend, test, reference, tolerance, vocab_size, length)
+    if reference is not None:
+        tolerance = tolerance_of(placement.dtype, rounded=rounds)
+        test = adapters.attach(model, backend, test, reference, tolerance, vocab_size, length)
     return ReadyModel(
         model,
         backend,
@@ -184,6 +220,17 @@ def _prepare(
         report,
         adapters.ready(),
     )
+
+
+def _known(kept: KeptWeights, name: str, placement: Placement, say: Progress) -> dict[str, Any] | None:
+    """Return what an earlier start, which passed every trial, has left for this one; None if nothing."""
+    if not placement.has_kernels:
+        return None
+    try:
+        kept.of(Kernels.load(progress=say))
+    except NoKernels:  # of which `choose_backend` warns
+        return None
+    return kept.known(name)
 
 
 def _rungs(

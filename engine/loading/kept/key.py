@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
 
 from engine.checkpoints.checkpoint import Checkpoint
 from engine.compute.cpu.kernels import Kernels
@@ -17,9 +16,6 @@ from engine.types import versions
 from engine.types.fingerprint_parts import Part, digest_of
 
 __all__ = ["parts_of"]
-
-_CODE: Final = ("adapters", "checkpoints", "compute", "loading")
-"""The packages of the engine through which weights pass, and which choose how."""
 
 
 def parts_of(
@@ -50,10 +46,9 @@ def parts_of(
 
 
 def _digest_of_code() -> str:
-    """Hash our own files: a checkout under work changes without its version."""
+    """Hash the engine's own files: a checkout under work changes without its version."""
     root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
-    for package in _CODE:
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

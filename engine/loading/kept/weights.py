@@ -107,6 +107,20 @@ class KeptWeights:
         self._records[name] = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
         return weight
 
+    def known(self, name: str) -> dict[str, Any] | None:
+        """Return the record that `note` has added in an earlier start."""
+        return self._take(name)
+
+    def note(self, name: str, record: Record) -> None:
+        """Add a record to the weights, unless it is there."""
+        self._made = self._made or self._bundle is None or name not in self._bundle.names
+        self._records[name] = record
+
+    def forget(self) -> None:
+        """Remove what was kept: it is not what it was taken for."""
+        if self._bundle is not None:
+            self._drop(Distrusted("does not give the bits of the start that kept it"))
+
     def finish(self) -> threading.Thread | None:
         """Keep what was made, on a thread beside; to be called once the model has passed its tests. Returns the thread.
 

@@ -19,6 +19,7 @@ from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.packed_weight import PackedWeight
 from engine.config import ModelConfig
 from engine.errors import LoadError
+from engine.loading import selftest
 from engine.loading.kept import bundle, key, weights
 from engine.loading.kept.weights import KeptWeights, limit
 from engine.loading.loader import load
@@ -307,3 +308,80 @@ def test_nothing_is_kept_where_it_is_switched_off(
     monkeypatch.setenv(weights.LIMIT_NAME, "off")
     load(ModelConfig(id="m", path=tiny("qwen3"), cache_size=1 << 20))
     assert _files(home) == []
+
+
+# -- the self-test of a later start ------------------------------------------------------------------------------------
+
+
+def _passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Note every pass of plain transformers, to compare with."""
+    noted, real = list[str](), selftest.Reference.of
+
+    def of(*given: Any, **named: Any) -> selftest.Reference:
+        noted.append("")
+        return real(*given, **named)
+
+    monkeypatch.setattr(selftest.Reference, "of", staticmethod(of))
+    return noted
+
+
+def _spoil(home: Path, field: str, change: Callable[[Any], Any]) -> None:
+    """Change what is kept of a self-test, with checksums that fit."""
+    [file] = _files(home)
+    opened = bundle.Bundle.open(file, file.stem)
+    records = {name: opened.take(name) for name in opened.names}
+    [test] = [record for name, record in records.items() if "self-test" in name]
+    test[field] = change(test[field])
+    bundle.write(file, file.stem, records)
+
+
+def test_a_later_start_makes_one_pass_and_reports_the_same(
+    tiny: Callable[[str], Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig(id="m", path=tiny("qwen3"), cache_size=1 << 20)
+    noted = _passes(monkeypatch)
+    first = load(config).info
+    assert (len(noted), len(_files(home))) == (1, 1)
+    second = load(config).info
+    assert len(noted) == 1
+    assert second == first
+    assert second.law.holds
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [("text 0", lambda logits: logits + 1e-6), ("circumstances", str.upper), ("row_safe", lambda safe: not safe)],
+)
+def test_a_start_that_computes_otherwise_makes_all_trials(
+    tiny: Callable[[str], Path],
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    field: str,
+    change: Callable[[Any], Any],
+) -> None:
+    """As after a fault of memory, or a change that no key names: it is told, and what was kept is made again."""
+    config = ModelConfig(id="m", path=tiny("qwen3"), cache_size=1 << 20)
+    noted = _passes(monkeypatch)
+    first = load(config).info
+    _spoil(home, field, change)
+    assert load(config).info == first
+    assert len(noted) == 2
+    assert "does not give the bits of the start that kept it" in caplog.text
+    _files(home)
+    load(config)
+    assert len(noted) == 2
+
+
+def test_other_threads_and_lengths_are_tried_anew(
+    tiny: Callable[[str], Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted, threads = _passes(monkeypatch), torch.get_num_threads()
+    config = ModelConfig(id="m", path=tiny("qwen3"), cache_size=1 << 20)
+    try:
+        for number, changed in enumerate(({}, {"threads": 3}, {"context_length": 300}), start=1):
+            load(config.model_copy(update=changed))
+            _files(home)
+            assert len(noted) == number
+    finally:
+        torch.set_num_threads(threads)
