@@ -226,7 +226,7 @@ class Registry:
                     return self._lease(slot, model_id)
                 error = slot.error if slot.state in ("failed", "unloaded") else None
                 self._table.release(slot, time.monotonic())
-            if error is not None:
+            if error is not None and not self._closing:
                 raise _told(slot, error)
             # its entry was replaced, it died before it could be used, or the server stops: ask again
 

@@ -23,6 +23,7 @@ from engine.compute.attention import IMPLEMENTATION, make_mask, register_attenti
 from engine.compute.attention_mask import KeyRange
 from engine.compute.backend import AttentionSettings, PackedChunk
 from engine.compute.kv_cache import LayerShape
+from engine.compute.linear import StrictLinear, pack_model
 from engine.compute.model_runner import PackedRunner
 from engine.compute.torch_attention import padded_length
 from engine.compute.torch_backend import TorchBackend
@@ -47,6 +48,7 @@ def _llama(family: str = "llama", **config: Any) -> nn.Module:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.1, generator=generator)
+    pack_model(model, make=StrictLinear)  # torch's own layers keep the law on some processors only
     return model  # type: ignore[no-any-return]
 
 
