@@ -374,7 +374,10 @@ def test_norms_and_activations_have_the_same_bits_with_every_instruction_set(
     for dim in (1, 7, 8, 15, 16, 17, 31, 64, 100, 1000, 2048):
         x, weight = _random(5, dim) * 4, _random(dim)
         assert torch.equal(kernels.norm(x, weight, 1e-6), other_kernels.norm(x, weight, 1e-6)), dim
-        assert torch.equal(kernels.silu(x), other_kernels.silu(x)), dim
+        centred = [k.norm(x, weight, 1e-6, centred=True) for k in (kernels, other_kernels)]
+        assert torch.equal(*centred), dim
+        for name in ACTIVATIONS:
+            assert torch.equal(kernels.activate(x, name), other_kernels.activate(x, name)), (dim, name)
     wide = torch.cat(
         [_random(4000) * 30, torch.tensor([0.0, 1e-45, -87.3, -88.8, -104.0, 88.0, 3e38, -3e38, math.inf])]
     )

@@ -124,7 +124,10 @@ def test_a_bundle_is_installed_and_serves_without_a_network(
     assert not list(check_bundle(bundle)), "serving leaves nothing in the bundle"
     _the_software_alone(tmp_path, bundle, venv, environment, isolated, install=twice)
     again = subprocess.run(
-        ["sh", str(bundle / "install.sh"), str(tmp_path / "second")], env=environment, timeout=60, **options
+        ["sh", str(bundle / "install.sh"), str(tmp_path / "second" if twice else venv)],
+        env=environment,
+        timeout=60,
+        **options,
     )
     assert (again.returncode, "exists already; nothing was installed" in again.stderr) == (1, True)
 

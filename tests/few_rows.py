@@ -1,0 +1,20 @@
+"""Whether torch's products keep a row's bits on this processor: with AVX2, MKL takes one to three rows another way."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from engine.compute.linear import quasi_random
+
+WHY = "torch's products of one to three rows have other bits on this processor, and experts are computed by them"
+
+
+@functools.cache
+def few_rows_keep_their_bits() -> bool:
+    """Tell whether a mixture of experts, which torch multiplies by each expert's rows, can keep the law here."""
+    x, weight = quasi_random(8, 64), quasi_random(96, 64)
+    whole = F.linear(x, weight)
+    return all(torch.equal(F.linear(x[:rows], weight), whole[:rows]) for rows in (1, 2, 3, 5))
