@@ -26,6 +26,7 @@ from engine.checkpoints.reading import check_vocabulary, load_model
 from engine.compute import rotary
 from engine.compute.backend import Backend, Progress, StepSize
 from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.stored_linear import WeightChanged
 from engine.compute.discovery import input_device
 from engine.compute.model_runner import FallbackRunner, Runner
 from engine.config import ModelConfig
@@ -120,9 +121,12 @@ def _load(config: ModelConfig, pull: bool, say: Progress, read: BytesRead | None
             say(f"reading {format_bytes(found.stored_bytes)} of weights")
             files = TextFiles.read(config, folder, file)
             trials = files.start_trials(pool)
-            ready = _prepare(
-                config, found, file, placement, kernels, stream, files, adapters, digests.result, say, beside
-            )
+            parts = (config, found, file, placement, kernels, stream, files, adapters, digests.result, say, beside)
+            try:
+                ready = _prepare(*parts)
+            except WeightChanged as error:
+                log.info("%s: %s: the model is loaded whole", config.id, error)
+                ready = _prepare(*parts, packs=False)
             for trial in trials:
                 trial.result()
         ready.backend.release_memory()
@@ -141,8 +145,14 @@ def _prepare(
     digests: Callable[[], Mapping[Path, str]],
     say: Progress,
     beside: StepBytes,
+    *,
+    packs: bool = True,
 ) -> ReadyModel:
-    """Read the weights, fuse the model for its backend, and test it."""
+    """Read the weights, fuse the model for its backend, and test it. packs: weights while they are read.
+
+    Raises:
+        WeightChanged: that cannot be done.
+    """
     budget = GpuBudget(placement.gpus, [{torch.device(n): size for n, size in steps.items()} for steps in beside])
     model = load_model(
         config,
@@ -151,8 +161,8 @@ def _prepare(
         placement.device_map,
         file,
         packed=placement.packs,
-        kernels=kernels if placement.rounds == "stored" else None,
-        streaming=streaming(config, found, kernels) if placement.has_kernels else None,
+        kernels=kernels if packs and placement.rounds == "stored" else None,
+        streaming=streaming(config, found, kernels) if packs and placement.has_kernels else None,
     )
     stream.wait_for_all()
     _check_device(config, model, placement)

@@ -6,6 +6,8 @@ transformers computes with them, to compare with: each call widens the weight, a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,12 +15,32 @@ from torch import Tensor, nn
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.packed_weight import PackedWeight
 
-__all__ = ["INPUTS", "StoredEmbedding", "StoredLinear", "widen_layers"]
+__all__ = ["INPUTS", "StoredEmbedding", "StoredLinear", "WeightChanged", "widen_layers"]
 
 INPUTS = "int8 in groups of 32"
 """How the kernels round what they multiply a weight in groups with: a part of the fingerprint."""
 
 _PIECE = 4096  # columns that are widened at once
+
+
+class WeightChanged(Exception):
+    """A model changes a weight of its own in place (RWKV divides some by powers of two): it has to be loaded whole."""
+
+
+_IN_PLACE = frozenset(("__set__", "__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow"))))
+
+
+class _Copy(Tensor):
+    """A widened copy of a weight. Nobody would see a change of it, so none is allowed."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_"):
+            raise WeightChanged(f"{name} of a weight that is packed")
+        with torch._C.DisableTorchFunctionSubclass():
+            found = function(*args, **(kwargs or {}))
+        return found.as_subclass(cls) if name == "__get__" and isinstance(found, Tensor) else found
 
 
 class StoredLinear(nn.Module):
@@ -36,8 +58,13 @@ class StoredLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A fresh float32 copy `[out, in]`."""
-        return self.kernels.widen(self.packed)
+        """A fresh float32 copy `[out, in]`.
+
+        Raises:
+            WeightChanged: when it is changed in place.
+        """
+        copy: Tensor = self.kernels.widen(self.packed).as_subclass(_Copy)
+        return copy
 
     @property
     def bias(self) -> Tensor | None:
