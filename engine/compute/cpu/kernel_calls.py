@@ -9,7 +9,7 @@ __all__ = ["ACTIVATIONS", "PAIRINGS", "Calls", "Experts", "Format", "GroupParts"
 
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 
-ACTIVATIONS: Final = {"silu": 0, "gelu_tanh": 1}
+ACTIVATIONS: Final = {"silu": 0, "gelu_tanh": 1, "clamped": 2}
 """Activations that there are kernels for; the numbers of rows.h."""
 
 PAIRINGS: Final = {"halves": 0, "neighbours": 1, "neighbours_half": 2, "halves_half": 3}

@@ -50,7 +50,7 @@ def main(library: str) -> None:
     _expect("attention", _attention(calls), 1.0)
     _expect("a norm", _norm(calls, centred=False), 1.0)
     _expect("a centred norm", _norm(calls, centred=True), 0.0)
-    for name, right in (("silu", 1 / (1 + math.exp(-1))), ("gelu_tanh", 0.841192)):
+    for name, right in (("silu", 1 / (1 + math.exp(-1))), ("gelu_tanh", 0.841192), ("clamped", 0.845796)):
         _expect(name, _activation(calls, name), right)
     _expect("a mixture of experts", _experts(calls), 0.3, tolerance=0.1)
     _layer(calls)

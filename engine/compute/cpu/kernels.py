@@ -131,7 +131,8 @@ class Kernels:
     def activate(self, x: Tensor, kind: str) -> Tensor:
         """Compute an activation, one of `ACTIVATIONS`. `x`: float32, any shape.
 
-        `silu`: `x / (1 + exp(-x))`; `gelu_tanh`: `x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))) / 2`.
+        `silu`: `x / (1 + exp(-x))`; `gelu_tanh`: `x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))) / 2`;
+        `clamped`: `y / (1 + exp(-1.702 · y))`, `y = min(x, 7)`.
         """
         x = checked(x, x.shape[-1])
         out = torch.empty_like(x)

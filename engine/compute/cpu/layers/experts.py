@@ -1,7 +1,8 @@
 """Mixtures of experts by a compiled kernel: packed, the rows of each multiplied together. Knows no model by name.
 
-transformers keeps the weights of a layer's experts in two tensors, `gate_up_proj` and `down_proj`, and gathers,
-multiplies and sums in torch, in float32. Which experts a row gets, and with which weights, the model's own router says.
+transformers keeps the weights of a layer's experts in two tensors, `gate_up_proj` and `down_proj` (gpt-oss transposed,
+with biases, gate and up in turns), and gathers, multiplies and sums in torch, in float32. Which experts a row gets, and
+with which weights, the model's own router says.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from engine.host_memory import give_back_memory
 
 __all__ = ["NativeExperts", "replace_experts"]
 
+_PLAIN = frozenset({"gate_up_proj", "down_proj"})
+_BIASES = frozenset({"gate_up_proj_bias", "down_proj_bias"})
 _EXACT, _ROUNDED = 1e-4, 1e-1  # allowed difference to the module replaced, as a share of its largest number
 
 
@@ -63,9 +66,12 @@ def replace_experts(
 def _weights(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Return the weights of experts, `[experts, 2 · inner, dim]` and `[experts, dim, inner]`; None if it has others."""
     found = {name: parameter for name, parameter in module.named_parameters() if "." not in name}
-    if set(found) != {"gate_up_proj", "down_proj"}:
+    if not _PLAIN <= set(found) <= _PLAIN | _BIASES or len(found) == 3:
         return None
-    gate_up, down = found["gate_up_proj"], found["down_proj"]
+    gate_up: Tensor = found["gate_up_proj"]
+    down: Tensor = found["down_proj"]
+    if len(found) == 4:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     fits = gate_up.dim() == down.dim() == 3 and gate_up.dtype == down.dtype == torch.float32
     if not fits or gate_up.device.type != "cpu" or gate_up.shape != (len(down), 2 * down.shape[2], down.shape[1]):
         return None
@@ -83,7 +89,10 @@ def _native(module: nn.Module, kernels: Kernels, make: Make, tolerance: float) -
         return None
     if not isinstance(right, Tensor) or right.shape != x.shape:
         return None
-    gate_up, down = (_packed(group, make) for group in weights)
+    biases = [getattr(module, f"{name}_bias", None) for name in ("gate_up_proj", "down_proj")]
+    inner = weights[1].shape[2]
+    turns = torch.arange(2 * inner, dtype=torch.int64).view(inner, 2).T.reshape(-1) if None not in biases else None
+    gate_up, down = _packed(weights[0], biases[0], turns, make), _packed(weights[1], biases[1], None, make)
     for activation in ACTIVATIONS:
         experts = NativeExperts(kernels.experts(gate_up, down, activation))
         if (experts(x, chosen, shares) - right).abs().max() <= tolerance * right.abs().max():
@@ -91,9 +100,16 @@ def _native(module: nn.Module, kernels: Kernels, make: Make, tolerance: float) -
     return None
 
 
-def _packed(weights: Tensor, make: Make) -> list[PackedWeight]:
-    layers: list[Any] = [make(weight, None) for weight in weights]
-    return [layer.packed for layer in layers]
+def _packed(weights: Tensor, biases: Tensor | None, order: Tensor | None, make: Make) -> list[PackedWeight]:
+    """Pack the weights of experts. order: in which their columns are taken; None: as they stand."""
+    packed = []
+    for expert, weight in enumerate(weights):
+        bias = None if biases is None else biases[expert]
+        if order is not None:
+            weight, bias = weight[order], None if bias is None else bias[order]
+        layer: Any = make(weight.contiguous(), bias)
+        packed.append(layer.packed)
+    return packed
 
 
 def _trial(gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,33 +41,43 @@ static void norm_row(const float *x, const Norm *norm, float *out, long dim) {
 }
 
 /* Numbers shared with engine/compute/cpu/kernel_calls.py. */
-enum { SILU = 0, GELU_TANH = 1 };
+enum { SILU = 0, GELU_TANH = 1, CLAMPED = 2 };
 
 /* x / (1 + exp(-z)), by exp of numbers up to 0 only. SiLU (Elfwing et al., 2017): z = x. GELU in its tanh form (Hendrycks and
- * Gimpel, 2016): x (1 + tanh(z / 2)) / 2 is the same, z = x * fma(x * x, 0.044715 * √(8 / π), √(8 / π)). */
+ * Gimpel, 2016): x (1 + tanh(z / 2)) / 2 is the same, z = x * fma(x * x, 0.044715 * √(8 / π), √(8 / π)). CLAMPED (gpt-oss's):
+ * min(x, 7) for x, z = 1.702 x; and what it is multiplied with is cut to -7 … 7, plus 1. NaN stays. */
+INLINE vf cut(vf x) { return NEGATIVE(SUB(SET(7.0f), x), SET(7.0f), x); }
+
 INLINE vf activated(int kind, vf x) {
-    vf z = kind == GELU_TANH ? MUL(x, FMA(MUL(x, x), SET(0.07135481627f), SET(1.595769122f))) : x;
+    if (kind == CLAMPED) x = cut(x);
+    vf z = kind == CLAMPED ? MUL(x, SET(1.702f)) : kind == GELU_TANH ? MUL(x, FMA(MUL(x, x), SET(0.07135481627f), SET(1.595769122f))) : x;
     vf e = exponential(MINUS_ABS(z));
     return DIV(NEGATIVE(x, MUL(x, e), x), ADD(e, SET(1.0f)));
+}
+
+INLINE vf gated(int kind, vf x, vf by) {
+    if (kind == CLAMPED) by = ADD(NEGATIVE(ADD(by, SET(7.0f)), SET(-7.0f), cut(by)), SET(1.0f));
+    return MUL(activated(kind, x), by);
 }
 
 /* out = activation of x, times `by` if there is one; `count` numbers. out may be x. */
 INLINE void activate_all(int kind, const float *x, const float *by, float *out, long count) {
     long i = 0;
     for (; i + LANES <= count; i += LANES) {
-        vf v = activated(kind, LOAD(x + i));
-        STORE(out + i, by ? MUL(v, LOAD(by + i)) : v);
+        STORE(out + i, by ? gated(kind, LOAD(x + i), LOAD(by + i)) : activated(kind, LOAD(x + i)));
     }
     if (i < count) {
-        float rest[LANES] = {0};
+        float rest[LANES] = {0}, other[LANES] = {0};
         memcpy(rest, x + i, (size_t)(count - i) * 4);
-        STORE(rest, activated(kind, LOAD(rest)));
-        for (long j = 0; i < count; i++, j++) out[i] = by ? rest[j] * by[i] : rest[j];
+        if (by) memcpy(other, by + i, (size_t)(count - i) * 4);
+        STORE(rest, by ? gated(kind, LOAD(rest), LOAD(other)) : activated(kind, LOAD(rest)));
+        memcpy(out + i, rest, (size_t)(count - i) * 4);
     }
 }
 
 static void activate(int kind, const float *x, const float *by, float *out, long count) {
     if (kind == GELU_TANH) activate_all(GELU_TANH, x, by, out, count);
+    else if (kind == CLAMPED) activate_all(CLAMPED, x, by, out, count);
     else activate_all(SILU, x, by, out, count);
 }
 
