@@ -32,7 +32,7 @@ class PageServer:
         self._server = server = uvicorn.Server(config)
         self._thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
         self._thread.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 20
         while not server.started:
             assert time.monotonic() < deadline, "the server did not start"
             time.sleep(0.01)
@@ -43,7 +43,7 @@ class PageServer:
             return
         self._server.force_exit = True
         self._server.should_exit = True
-        self._thread.join(60)
+        self._thread.join(20)
         assert not self._thread.is_alive()
         self._server = self._thread = None
 

@@ -51,7 +51,7 @@ def test_a_named_group_leaves_a_place_to_others() -> None:
         mine = [asyncio.create_task(turns.take("a")) for _ in range(4)]
         await settle()
         assert [task.done() for task in mine] == [True, True, False, False]
-        await asyncio.wait_for(turns.take("b"), 60)
+        await asyncio.wait_for(turns.take("b"), 1)
         turns.give_back("b")
         await settle()
         assert not mine[2].done()
@@ -60,7 +60,7 @@ def test_a_named_group_leaves_a_place_to_others() -> None:
         assert mine[2].done()
         nameless = FairLock(3)
         for _ in range(3):
-            await asyncio.wait_for(nameless.take(""), 60)
+            await asyncio.wait_for(nameless.take(""), 1)
 
     asyncio.run(main())
 
@@ -97,7 +97,7 @@ def test_random_walk(seed: int, places: int) -> None:
                 rng.choice(tasks).cancel()
             if rng.random() < 0.3:
                 await settle()
-        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
         for number, result in enumerate(results):
             assert (result is None) == (number in done)
             assert result is None or isinstance(result, ValueError | asyncio.CancelledError), result

@@ -91,7 +91,7 @@ def test_an_end_is_told_in_words(status: int, words: str) -> None:
 
 
 def test_a_killed_model_ends_its_own_requests_and_no_others(open_process: Open) -> None:
-    """Everybody who waits for it is told why; the other model's reply has the same bits as ever."""
+    """Within a second everybody who waits for it is told why; the other model's reply has the same bits as ever."""
     deaths: list[VerbatimError] = []
     doomed = open_process(on_death=deaths.append, max_sequences=2)
     spared = open_process(id="other")
@@ -106,9 +106,11 @@ def test_a_killed_model_ends_its_own_requests_and_no_others(open_process: Open) 
         first = await anext(other)
         asked = [asyncio.ensure_future(doomed.prepare(request(f"p{i}"))) for i in range(6)]  # some wait for their turn
         await asyncio.sleep(0)
+        since = time.monotonic()
         os.kill(pid_of(doomed), signal.SIGKILL)
         ended = [(await everything(stream))[-1].error for stream in streams]
         late = await asyncio.gather(*asked, return_exceptions=True)
+        assert time.monotonic() - since < 1.0
         told = f"the engine of tiny has stopped: its process {ended_words(-signal.SIGKILL)}"
         for error in (*ended, *(one for one in late if isinstance(one, BaseException))):
             assert isinstance(error, EngineDead)
@@ -219,7 +221,7 @@ def test_heavy_prompts_of_one_key_do_not_hold_up_anothers_and_all_are_told_of_th
         assert {(record.name, record.levelname) for record in logged} == {("verbatim.engine", "WARNING")}
         assert logged[0].fields == {"n": "1"}  # type: ignore[attr-defined]
         asked[2].cancel()
-        assert await asyncio.wait_for(asyncio.to_thread(engine.token_text, 5), 60) == "#", "a lookup waits for nobody"
+        assert await asyncio.wait_for(asyncio.to_thread(engine.token_text, 5), 5) == "#", "a lookup waits for nobody"
         os.kill(pid_of(engine), signal.SIGKILL)
         ended = await asyncio.gather(*asked, return_exceptions=True)
         assert {type(error) for error in ended} == {EngineDead, asyncio.CancelledError}
@@ -339,7 +341,7 @@ def test_no_model_outlives_its_parent(tmp_path: Path, how: str) -> None:
             parent.kill()
         elif how != "exit":
             parent.send_signal(getattr(signal, how))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 10
     while psutil.pid_exists(child.pid) and time.monotonic() < deadline:
         with contextlib.suppress(psutil.NoSuchProcess):
             if child.status() == psutil.STATUS_ZOMBIE:  # nobody reaps orphans in some containers

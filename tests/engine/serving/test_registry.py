@@ -121,14 +121,14 @@ def made(opener: Opener, memory: Memory) -> Iterator[Callable[..., Registry]]:
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
     async def bounded() -> Any:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(10):
             return await work
 
     return asyncio.run(bounded())
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 10
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -389,7 +389,7 @@ def test_nobody_waits_for_a_terminal_that_is_held(made: Callable[..., Registry],
     def say(text: str) -> None:
         if "by request" in text:
             reached.set()
-            held.wait(120)
+            held.wait(10)
 
     registry = made(entry("a"), entry("b", "at_start"), on_progress=say)
     registry.wait()
@@ -397,9 +397,9 @@ def test_nobody_waits_for_a_terminal_that_is_held(made: Callable[..., Registry],
     async def main() -> None:
         (await registry.acquire("a")).release()
         asked = asyncio.ensure_future(registry.unload("a"))
-        await asyncio.to_thread(reached.wait, 60)
+        await asyncio.to_thread(reached.wait, 10)
         looks = [lambda: registry.list(), lambda: registry.get("b"), lambda: run(registry.acquire("b")).release()]
-        await asyncio.wait_for(asyncio.gather(*map(asyncio.to_thread, looks)), 60)
+        await asyncio.wait_for(asyncio.gather(*map(asyncio.to_thread, looks)), 5)
         held.set()
         await asked
 

@@ -1,1 +1,0 @@
-"""Read a GGUF file tensor by tensor, with its quantised weights as they are."""

@@ -1,1 +1,0 @@
-"""Weights of a folder, packed while they are read."""

@@ -1,1 +1,0 @@
-"""Decoder layers and their parts by compiled kernels."""

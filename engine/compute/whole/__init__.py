@@ -1,1 +1,0 @@
-"""Weights as whole numbers: rounded here, or by others."""
