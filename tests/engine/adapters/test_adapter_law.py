@@ -99,6 +99,14 @@ def test_the_circumstance_does_not_matter(
     assert found == baseline(family, prompt, adapter)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(few_rows_keep_their_bits(), reason="torch's products keep a row's bits on this processor")
+def test_beside_experts_that_break_the_law_no_adapter_is_served(tiny: Callable[[str], Path], folders: Folders) -> None:
+    assert not law.open_model(tiny("gpt_oss")).info.law.holds
+    with pytest.raises(LoadError, match="no adapter is reproducible"):
+        opened(tiny("gpt_oss"), folders("gpt_oss"))
+
+
 @pytest.mark.parametrize("family", SOME)
 def test_what_must_matter_does(family: str, tiny: Callable[[str], Path], folders: Folders) -> None:
     llm = opened(tiny(family), folders(family))
