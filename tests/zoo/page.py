@@ -16,8 +16,9 @@ with random weights, loaded and asked as a user would. *Right*: the tokens after
 tokens are those of transformers, computed without any cache. *Law*: the bits are the same alone, in a crowd, in small
 chunks and from a warm cache; "claimed" is what the server says after its self-test, "found" what was found here.
 Architectures that are no decoders of text (encoders that can be one, models of images and sound) and variants of those
-above are counted apart. The table was made on a processor with AVX-512. With AVX2 alone, torch's products of one to three rows
-have other bits, and mixtures of experts, which torch multiplies expert by expert, neither keep nor claim the law.
+above are counted apart. The table was made on a processor with AVX-512. With AVX2 alone, torch's products of one to
+three rows have other bits, and mixtures of experts, which torch multiplies expert by expert, neither keep nor claim the
+law.
 
 """
 
