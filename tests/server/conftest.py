@@ -88,7 +88,7 @@ def steps(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Step
     steps = Steps(engine, monkeypatch)
     yield steps
     steps.release()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while engine.stats().running or engine.stats().waiting:
         assert time.monotonic() < deadline, "the engine is still busy"
         time.sleep(0.002)

@@ -325,7 +325,7 @@ def test_the_access_log_is_json_and_says_nothing_of_the_text(served: tuple[Serve
     body = {"model": "tiny", "messages": [{"role": "user", "content": "SECRET"}], "max_tokens": 1}
     httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=hostile, timeout=30)
     httpx.get(f"{server.url}/%0a{{%22level%22:1}}")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while r"{\"level\":1}" not in (said := server.log.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.05)

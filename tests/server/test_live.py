@@ -217,7 +217,7 @@ def test_it_says_what_it_does_and_ends_in_order(checkpoint: Path, tmp_path: Path
 
         reader = threading.Thread(target=read)
         reader.start()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not seen and time.monotonic() < deadline:
             time.sleep(0.01)
         assert server.stop() == 0

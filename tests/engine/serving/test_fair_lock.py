@@ -97,7 +97,7 @@ def test_random_walk(seed: int, places: int) -> None:
                 rng.choice(tasks).cancel()
             if rng.random() < 0.3:
                 await settle()
-        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
         for number, result in enumerate(results):
             assert (result is None) == (number in done)
             assert result is None or isinstance(result, ValueError | asyncio.CancelledError), result

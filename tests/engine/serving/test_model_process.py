@@ -221,7 +221,7 @@ def test_heavy_prompts_of_one_key_do_not_hold_up_anothers_and_all_are_told_of_th
         assert {(record.name, record.levelname) for record in logged} == {("verbatim.engine", "WARNING")}
         assert logged[0].fields == {"n": "1"}  # type: ignore[attr-defined]
         asked[2].cancel()
-        assert await asyncio.wait_for(asyncio.to_thread(engine.token_text, 5), 5) == "#", "a lookup waits for nobody"
+        assert await asyncio.wait_for(asyncio.to_thread(engine.token_text, 5), 60) == "#", "a lookup waits for nobody"
         os.kill(pid_of(engine), signal.SIGKILL)
         ended = await asyncio.gather(*asked, return_exceptions=True)
         assert {type(error) for error in ended} == {EngineDead, asyncio.CancelledError}
@@ -341,7 +341,7 @@ def test_no_model_outlives_its_parent(tmp_path: Path, how: str) -> None:
             parent.kill()
         elif how != "exit":
             parent.send_signal(getattr(signal, how))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while psutil.pid_exists(child.pid) and time.monotonic() < deadline:
         with contextlib.suppress(psutil.NoSuchProcess):
             if child.status() == psutil.STATUS_ZOMBIE:  # nobody reaps orphans in some containers

@@ -25,7 +25,7 @@ def test_a_model_has_the_name_that_its_receipts_have(tiny: Callable[[str], Path]
     config = ModelConfig(id="m", path=base, load="on_demand", adapters=adapters)  # type: ignore[arg-type]
     with contextlib.closing(Registry([config])) as registry:
         registry.start()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not all(one.outline for one in registry.list()):
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -24,7 +24,7 @@ def tell(word):
         file.write(word + "\\n")
 Hangup(lambda: tell("reload"), lambda: stopped.append(1)).install()
 tell("ready")
-end = time.monotonic() + 20
+end = time.monotonic() + 60
 while not stopped and not told.with_suffix(".end").exists() and time.monotonic() < end:
     time.sleep(0.01)
 print("after the end")  # to a terminal that may be gone
@@ -34,7 +34,7 @@ tell("stopped in order" if stopped else "ended")
 
 
 def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
