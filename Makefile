@@ -26,7 +26,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 LOCKED := install --quiet --require-hashes --no-deps --only-binary :all:
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve wheelhouse test quick newest check lint types format docs bench gpu zoo mutants evaluations clients web demo-model lock clean
+.PHONY: help install serve wheelhouse test quick sweeps newest check lint types format docs bench gpu zoo mutants evaluations clients web demo-model lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ test: $(STAMP) $(INTERPRETER)  ## run the whole suite, in two processes (JOBS=1:
 
 quick: $(STAMP) $(INTERPRETER)  ## run the suite without the tests marked slow
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not sweep" $(ARGS)
+
+sweeps: $(STAMP) $(INTERPRETER)  ## run what `make test` leaves out: all rows of every table, before a release
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m sweep $(ARGS)
 
 newest:  ## run the suite with the newest releases that pyproject.toml allows, in .venv-newest
 	$(PYTHON) -m venv --clear .venv-newest

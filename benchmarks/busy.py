@@ -1,6 +1,6 @@
 """Decoding beside others: busy processes on the same processors, and models that are loaded but idle.
 
-    python benchmarks/busy.py --model DIR [--threads N] [--repeat R] [--quantization int8] [--base COMMIT] [--quick]
+    python benchmarks/busy.py --model DIR [--threads N] [--repeat R] [--quantization int8|int4] [--base COMMIT]
 
 Tokens per second of one stream, alone and beside as many busy processes as there are processors; and with one model
 loaded and with three of which two do nothing, in one process and in processes of their own. `--base` names a commit
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=real_model.model, required=True, help="a folder with a checkpoint, or smollm2")
     parser.add_argument("--label")
     parser.add_argument("--threads", type=int, default=machine.usable_cores())
-    parser.add_argument("--quantization", choices=["int8"])
+    parser.add_argument("--quantization", choices=["int8", "int4"])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--base", metavar="COMMIT", help="measure this commit's engine, too")

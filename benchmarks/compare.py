@@ -1,7 +1,10 @@
 """Servers side by side over HTTP, in one run on one machine: this one, llama.cpp's, transformers' own, vLLM's.
 
-    python benchmarks/compare.py --model DIR [--int8] [--transformers] [--vllm]
-        [--llama-server PROGRAM --gguf F32=FILE --gguf Q8_0=FILE …]
+    python benchmarks/compare.py --model DIR [--int8] [--int4] [--no-float32] [--transformers] [--vllm]
+        [--llama-server PROGRAM [--same FILE …] [--llama-model FILE …] [--gguf LABEL=FILE …]]
+
+`--same` serves one GGUF file in both servers, `--llama-model` in llama.cpp's only, named by the kind that the file says
+it has; `--gguf` names it otherwise. Several of each may be given.
 
 Every server is a process of its own on loopback, with the same number of threads. They are measured one after the
 other, every other repetition in reverse order; whoever is not being measured is stopped (SIGSTOP), so that nobody's
@@ -14,24 +17,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):  # run as a script: this folder holds files that must not hide packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import psutil
-
 from benchmarks import machine, real_model, served
-from benchmarks.common import RESULTS, peak_rss_bytes, ratios, summary
+from benchmarks.common import RESULTS, summary
+from benchmarks.goals import beside_the_best, goals
 from benchmarks.report import Report
+from benchmarks.rivals import Contestant, contestants, kind_of, version_of
+from engine.errors import LoadError
 
-OURS = "verbatim"
-_LIMIT = 600.0
 _CASES = {
     # name: (unit, whether less is better)
     "decode, 1 stream": ("tokens/s", False),
@@ -41,48 +41,6 @@ _CASES = {
     "the same prompt again, time to first token": ("s", True),
     "the same prompt again, share of the first time": ("", True),
 }
-
-
-@dataclass(slots=True)
-class Contestant:
-    """A server that runs, and what was found out about it.
-
-    Attributes:
-        base_url: with its /v1; model: the id it knows the model by.
-        without: a field that it refuses.
-    """
-
-    name: str
-    base_url: str
-    pid: int
-    model: str
-    without: str = ""
-    found: dict[str, list[float]] = field(default_factory=dict)
-    counts: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
-    peaks: dict[int, int] = field(default_factory=dict)
-
-    def processes(self) -> list[psutil.Process]:
-        parent = psutil.Process(self.pid)
-        return [parent, *parent.children(recursive=True)]
-
-    @contextlib.contextmanager
-    def awake(self) -> Iterator[None]:
-        for process in self.processes():
-            process.resume()
-        try:
-            yield
-        finally:
-            for process in self.processes():
-                self.peaks[process.pid] = peak_rss_bytes(process.pid)
-                process.suspend()
-
-    def ask(self, case: str, number: int, texts: list[str], max_tokens: int) -> list[dict[str, Any]]:
-        """Send all at once; the answers, whose token counts are noted under the case."""
-        bodies = [served.chat(self.model, text, max_tokens) for text in texts]
-        bodies = [{key: value for key, value in body.items() if key != self.without} for body in bodies]
-        answers: list[dict[str, Any]] = served.ask(self.base_url, bodies, len(bodies), _LIMIT)["answers"]
-        self.counts[case, number] = sum(a["prompt_tokens"] for a in answers), sum(a["tokens"] for a in answers)
-        return answers
 
 
 class Prompts:
@@ -146,69 +104,6 @@ def _together(answers: list[dict[str, Any]]) -> float:
     return float(tokens / (end - begin))
 
 
-# -- who takes part ---------------------------------------------------------------------------------------------------
-
-
-def contestants(stack: contextlib.ExitStack, settings: argparse.Namespace) -> list[Contestant]:
-    """Start all of them; each is stopped until its turn."""
-    variants: dict[str, dict[str, Any]] = {OURS: {}}
-    if settings.int8:
-        variants[f"{OURS} int8"] = {"quantization": "int8"}
-    found = []
-    for label, entry in variants.items():
-        server = stack.enter_context(
-            served.serve(
-                settings.model, device="cpu", threads=settings.threads, max_sequences=8, context_length=2048, **entry
-            )
-        )
-        found.append(_asleep(Contestant(label, server.base_url, server.pid, served.MODEL)))
-    for label, file in settings.gguf:
-        command = [
-            str(settings.llama_server),
-            "-m",
-            str(file),
-            "-t",
-            str(settings.threads),
-            "-tb",
-            str(settings.threads),
-        ]
-        # Every slot has its own share of -c.
-        command += ["-np", "8", "-c", str(8 * 2048), "--jinja", "--no-webui", "--host", "127.0.0.1"]
-        found.append(_other(stack, f"llama.cpp {label}", command, "/health", "any"))
-    name = str(settings.model.resolve())  # what both of these call a model
-    if settings.transformers:
-        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(settings.model.resolve())]
-        command += ["--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1"]
-        found.append(_other(stack, "transformers", command, "/health", name, settings.threads, "ignore_eos"))
-    if settings.vllm:
-        if importlib.util.find_spec("vllm") is None:
-            raise SystemExit("--vllm: the package vllm is not installed here.")
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(settings.model.resolve())]
-        command += ["--dtype", "float32", "--max-num-seqs", "8", "--max-model-len", "2048", "--host", "127.0.0.1"]
-        found.append(_other(stack, "vllm", command, "/health", name, settings.threads))
-    return found
-
-
-def _other(
-    stack: contextlib.ExitStack,
-    name: str,
-    command: list[str],
-    ready: str,
-    model: str,
-    threads: int | None = None,
-    without: str = "",
-) -> Contestant:
-    limits = {} if threads is None else {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    server = stack.enter_context(served.run(command, ready, limits))
-    return _asleep(Contestant(name, server.base_url, server.pid, model, without))
-
-
-def _asleep(contestant: Contestant) -> Contestant:
-    with contestant.awake():  # whatever is made at the first request is made now
-        contestant.ask("first", 0, [served.words(16, 999_999)], 4)
-    return contestant
-
-
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
@@ -225,17 +120,23 @@ def tell(report: Report, all_of_them: list[Contestant], settings: argparse.Names
     lengths = {"prompt": f" of {long:,} tokens", "time to first token, short prompt": f" ({short} tokens)"}
     for case, (unit, less) in _CASES.items():
         values = {c.name: summary(c.found[case]) for c in all_of_them}
-        note = "; ".join(
-            f"{OURS} {'÷' if not less else 'in'} {c.name} {ratios(ours.found[case], c.found[case])['median']:.2f}"
-            for c in all_of_them[1:]
-        )
-        report.add(case + lengths.get(case, ""), unit, values, note=note)
-    report.add(
-        "peak memory",
-        "GiB resident",
-        {c.name: summary([sum(c.peaks.values()) / 2**30]) for c in all_of_them},
-        note="of the whole process tree since its start, mapped files as far as they were in memory.",
-    )
+        report.add(case + lengths.get(case, ""), unit, values, note=beside_the_best(case, less, all_of_them))
+    for name, note, size in _MEMORY:
+        report.add(name, "GiB resident", {c.name: summary([size(c) / 2**30]) for c in all_of_them}, note=note)
+    for row in goals(all_of_them):
+        report.add(**row)
+
+
+def _tree(when: str) -> str:
+    return f"of the whole process tree {when}, mapped files as far as they were in memory."
+
+
+_MEMORY: list[tuple[str, str, Callable[[Contestant], int]]] = [
+    ("peak memory while loading", _tree("until its first answer"), lambda c: c.loaded[0]),
+    ("memory when loaded", _tree("after its first answer"), lambda c: c.loaded[1]),
+    ("peak memory", _tree("since its start"), lambda c: c.peak),
+    ("memory after the run", _tree("at the end"), lambda c: c.resident),
+]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -243,10 +144,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=real_model.model, required=True, help="a folder with a checkpoint, or smollm2")
     parser.add_argument("--label", help="the model's name in the report")
     parser.add_argument("--int8", action="store_true", help="this server with quantization: int8, too")
+    parser.add_argument("--int4", action="store_true", help="likewise with quantization: int4")
+    parser.add_argument("--no-float32", action="store_true", help="leave out this server with the checkpoint as it is")
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's server program")
-    parser.add_argument(
-        "--gguf", action="append", default=[], metavar="LABEL=FILE", help="the same model for llama.cpp"
-    )
+    files: dict[str, Any] = {"action": "append", "default": []}
+    parser.add_argument("--same", **files, type=Path, metavar="FILE", help="a GGUF file for both servers")
+    parser.add_argument("--llama-model", **files, type=Path, metavar="FILE", help="a GGUF file for llama.cpp's server")
+    parser.add_argument("--gguf", **files, metavar="LABEL=FILE", help="likewise, under another name")
     parser.add_argument("--transformers", action="store_true", help="`transformers serve`, too")
     parser.add_argument("--vllm", action="store_true", help="`vllm serve`, too")
     parser.add_argument("--threads", type=int, default=machine.usable_cores())
@@ -260,9 +164,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     pairs = [text.partition("=") for text in settings.gguf]
     if any(not label or not file for label, _, file in pairs):
         parser.error("--gguf takes LABEL=FILE")
-    if pairs and settings.llama_server is None:
-        parser.error("--gguf needs --llama-server")
-    settings.gguf = [(label, Path(file)) for label, _, file in pairs]
+    try:
+        settings.same = [(kind_of(file), file) for file in settings.same]
+        only = [(kind_of(file), file) for file in settings.llama_model]
+    except LoadError as error:
+        parser.error(error.message)
+    settings.gguf = [*settings.same, *only, *((label, Path(file)) for label, _, file in pairs)]
+    if settings.gguf and settings.llama_server is None:
+        parser.error("--same, --llama-model and --gguf need --llama-server")
+    if settings.no_float32 and not (settings.int8 or settings.int4 or settings.same):
+        parser.error("--no-float32 leaves nothing of this server: add --int8, --int4 or --same")
+    labels = [label for label, _ in settings.gguf]
+    if twice := {label for label in labels if labels.count(label) > 1}:
+        parser.error(f"two files are called {min(twice)}; name one with --gguf")
     if settings.quick:
         settings.repeat, settings.short, settings.long, settings.tokens = 1, 64, 128, 24
     return settings
@@ -270,18 +184,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse(argv)
+    about = {"llama.cpp": version_of(settings.llama_server)} if settings.gguf else {}
     report = Report(
         "compare",
         settings.label or settings.model.resolve().name,
         machine.utc_now(),
         *machine.commit(),
         machine.describe(settings.threads),
-        {key: getattr(settings, key) for key in ("repeat", "short", "long", "tokens")},
+        {key: getattr(settings, key) for key in ("repeat", "short", "long", "tokens")} | about,
         settings.quick,
     )
     prompts = Prompts(settings.model)
     with contextlib.ExitStack() as stack:
         all_of_them = contestants(stack, settings)
+        if uses := {one.uses for one in all_of_them} - {""}:
+            report.settings["llama.cpp uses"] = "; ".join(sorted(uses))
         for number in range(1, settings.repeat + 1):
             for contestant in all_of_them if number % 2 else all_of_them[::-1]:
                 for case, value in measure(contestant, number, settings, prompts).items():

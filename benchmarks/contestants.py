@@ -56,13 +56,12 @@ class Ours:
         return {}
 
     def load(self, quantization: str | None = None) -> Answer:
-        from engine.checkpoints.checkpoint import inspect
         from engine.config import ModelConfig
         from engine.engine import Engine
         from engine.loading.loader import load
 
         start, rss = time.perf_counter(), rss_bytes()
-        trained = inspect(self._path, self._path.name).config.get("max_position_embeddings") or 4096
+        trained = _trained_length(self._path)
         config = ModelConfig(
             id=self._path.name,
             path=self._path,
@@ -124,6 +123,16 @@ class Ours:
         while self._engine.has_work:
             self._step(ids)
         return ids[name]
+
+
+def _trained_length(path: Path) -> int:
+    """Return the longest context that a checkpoint names; 4096 if it names none."""
+    from engine.checkpoints import checkpoint, gguf_file
+
+    if path.is_dir():
+        return int(checkpoint.inspect(path, path.name).config.get("max_position_embeddings") or 4096)
+    header = gguf_file.open_file(path, path.name)
+    return int(header.metadata.get(f"{header.architecture}.context_length") or 4096)
 
 
 class Transformers:

@@ -28,10 +28,15 @@ _READY_SECONDS = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A server that answers."""
+    """A server that answers.
+
+    Attributes:
+        log: what it prints, as long as it runs.
+    """
 
     base_url: str
     pid: int
+    log: Path
 
 
 @contextlib.contextmanager
@@ -77,7 +82,7 @@ def run(command: list[str], ready: str, environment: dict[str, str] | None = Non
         try:
             if not _becomes_ready(process, f"http://127.0.0.1:{port}{ready}"):
                 raise RuntimeError(f"{command[0]} did not start:\n{log_path.read_text()[-2000:]}")
-            yield Served(f"http://127.0.0.1:{port}/v1", process.pid)
+            yield Served(f"http://127.0.0.1:{port}/v1", process.pid, log_path)
         finally:
             with contextlib.suppress(psutil.NoSuchProcess):
                 psutil.Process(process.pid).resume()  # a stopped process does not see that it is to end
@@ -143,13 +148,17 @@ def _free_port() -> int:
 
 
 def _becomes_ready(process: subprocess.Popen[bytes], url: str) -> bool:
+    """Whether it answers 200 before it ends, or says that a model failed, or the time is over."""
     deadline = time.monotonic() + _READY_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(url, timeout=5) as response:
                 if response.status == 200:
                     return True
-        except (urllib.error.URLError, OSError):
+        except urllib.error.HTTPError as error:
+            if f'"{MODEL}":"failed: '.encode() in error.read().replace(b'": "', b'":"'):
+                return False
+        except OSError:
             pass
         time.sleep(0.1)
     return False

@@ -78,10 +78,13 @@ class ModelConfig(BaseModel):
     """For finding faults of a GPU, on which `auto` takes whatever passes the self-test. `no-graphs`: each step is
     launched anew, slower and with the same bits. `no-kernels`: torch's own operations compute, and the law is not
     promised."""
-    quantization: Literal["int8", "int4"] | None = None
-    """`int8`: weights and inputs of linear layers are rounded to bytes at load, on a CPU. Takes less memory and
-    is faster; replies differ from those without it and are just as reproducible. Needs a C compiler. `int4` is for a
-    GPU, and none computes with it yet."""
+    quantization: Literal["none", "int8", "int4"] | None = None
+    """Default: weights are computed with as the checkpoint stores them. On a CPU, those that come quantised (GGUF,
+    GPTQ, AWQ, compressed-tensors) stay so, and the inputs of their layers are rounded to bytes in groups of 32; without
+    a C compiler, or with a merged adapter, they are widened. `none` widens them: the numbers of plain transformers,
+    four bytes each. `int8`, `int4`: weights of linear layers are rounded at load, and on a CPU their inputs at every
+    step. Takes less memory and is faster; replies differ from those without it and are just as reproducible. Needs a C
+    compiler on a CPU."""
     context_length: int | None = Field(default=None, ge=2)
     """Tokens of prompt and answer together. Default: the checkpoint's, as far as the cache holds it. A model with
     LongRoPE uses its long factors if this is beyond its original context (docs/decisions/0017)."""
@@ -201,6 +204,11 @@ class ModelConfig(BaseModel):
     def adapter_ids(self) -> tuple[str, ...]:
         """The ids under which adapters are served beside the model."""
         return tuple(adapter_id(self.id, adapter.name) for adapter in self.adapters if not adapter.merge)
+
+    @property
+    def rounding(self) -> Literal["int8", "int4"] | None:
+        """To what weights are rounded at load; None if they are not."""
+        return None if self.quantization == "none" else self.quantization
 
     @property
     def merged_adapter(self) -> AdapterEntry | None:

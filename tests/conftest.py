@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from engine.compute.cpu.kernels import Kernels
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# A hundred processes are started that import the engine: each would compile all its modules again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Tiny models: a second thread only waits for the first. The law's tests ask for one and two themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 prepare_environment(pull=False)
@@ -77,25 +81,48 @@ _INSTRUCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     # name: (what the processor must have, how to compile for it)
     "AVX2": ("avx2", ("-march=x86-64-v3",)),
     "AVX2, VNNI written out": ("avx2", ("-march=x86-64-v3", "-DVERBATIM_EMULATE_VNNI")),
+    # AVX-512's layout of whole numbers in groups, each vector as two.
+    "AVX2, panels of AVX-512 written out": ("avx2", ("-march=x86-64-v3", "-DVERBATIM_EMULATE_WIDE")),
+    "AVX2, VNNI, panels of AVX-512 written out": (
+        "avx2",
+        ("-march=x86-64-v3", "-DVERBATIM_EMULATE_WIDE", "-DVERBATIM_EMULATE_VNNI"),
+    ),
     "AVX2, VNNI": ("avx_vnni", ("-march=x86-64-v3", "-mavxvnni")),
     "AVX-512": ("avx512vl", ("-march=x86-64-v4",)),
     "AVX-512, VNNI": ("avx512_vnni", ("-march=x86-64-v4", "-mavx512vnni")),
 }
 
 
-@pytest.fixture(scope="session", params=_INSTRUCTIONS)
+_EMULATED: dict[str, tuple[str, tuple[str, ...]]] = {
+    # name: (the processor to emulate, which has no more than what is named; how to compile for it)
+    "NEON": ("cortex-a53", ("-march=armv8-a", "-O1")),
+    "NEON, dot products": ("cortex-a76", ("-march=armv8.2-a+dotprod", "-O1")),
+    "NEON, dot products, I8MM": ("max", ("-march=armv8.6-a", "-O3")),
+    "NEON, dot products, I8MM, SVE": ("max", ("-march=armv9-a+i8mm", "-O3")),  # which the compiler may use
+}
+
+
+@pytest.fixture(scope="session", params=[*_INSTRUCTIONS, *_EMULATED])
 def other_kernels(
     request: pytest.FixtureRequest, kernels: Kernels, tmp_path_factory: pytest.TempPathFactory
-) -> Kernels:
-    """The kernels for one instruction set, where this processor has it."""
+) -> Iterator[Kernels]:
+    """The kernels for one instruction set, where this processor has it, or in an emulated processor of ARM."""
     from engine.compute.cpu.kernels import Kernels
 
+    folder = tmp_path_factory.mktemp("others")
+    if request.param in _EMULATED:
+        from emulated_library import emulated_kernels
+
+        with emulated_kernels(folder, *_EMULATED[request.param]) as found:
+            assert found.target == request.param.removesuffix(", SVE")
+            yield found
+        return
     needed, flags = _INSTRUCTIONS[request.param]
     if needed not in Path("/proc/cpuinfo").read_text().split():
         pytest.skip(f"this processor lacks {needed}")
-    found = Kernels.load(tmp_path_factory.mktemp("others"), (*flags, "-O1"))  # quick to compile, and the same bits
-    assert found.target == request.param.removesuffix(" written out")
-    return found
+    found = Kernels.load(folder, (*flags, "-O1"))  # quick to compile, and the same bits
+    assert found.target == request.param.removesuffix(" written out").removesuffix(", panels of AVX-512")
+    yield found
 
 
 @pytest.fixture(scope="session")
@@ -106,9 +133,36 @@ def shared() -> Path:
     return SHARED
 
 
+LONG = (
+    "server/bundle/test_bundle_install.py",
+    "zoo/test_architectures.py",
+    "repo/test_benchmarks.py",
+    "engine/compute/cuda/test_interpreted_model.py",
+    "engine/compute/cuda/test_attention_compiles.py",
+    "engine/compute/cuda/test_linear_compiled.py",
+    "engine/serving/test_model_process.py",
+    "server/test_live.py",
+    "server/test_live_models.py",
+    "server/test_live_receipts.py",
+    "server/test_faults.py",
+    "server/batch/test_batch_output.py",
+    "repo/test_packaging.py",
+)
+"""Files of few tests that take long. They come first, or one process would be alone with the last."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would begin with the files that have most tests
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    here = Path(__file__).parent
+    places = {here / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

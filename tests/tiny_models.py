@@ -54,7 +54,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def write(folder: Path, family: str, *, dtype: torch.dtype = torch.bfloat16, scale: float = 0.1, **config: Any) -> Path:
     """Write a checkpoint of a family into `folder`, the same one every time."""
-    settings = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **config})
+    settings = AutoConfig.for_model(family, **{**COMMON, **FAMILIES.get(family, {}), **config})
     model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
     generator = torch.Generator().manual_seed(20)
     with torch.no_grad():

@@ -19,6 +19,7 @@ from engine.adapters.patterns import BadPattern
 from engine.adapters.settings import AdapterSettings, read_settings
 from engine.checkpoints.checkpoint import check_places
 from engine.checkpoints.safetensors_file import TensorEntry, read_header
+from engine.compute.cpu.stored_linear import StoredLinear
 from engine.config import AdapterEntry
 from engine.errors import LoadError, NotEnoughMemory
 from engine.host_memory import format_bytes, free_memory
@@ -171,7 +172,12 @@ class AdapterFiles:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether a module is a plain linear layer of floating-point numbers (GPT-2's `Conv1D` is one, transposed)."""
+    """Tell whether a module is a plain linear layer: of floating-point numbers, or one that was loaded packed.
+
+    GPT-2's `Conv1D` is one, transposed.
+    """
+    if isinstance(module, StoredLinear):
+        return True
     if type(module) is not nn.Linear and type(module).__name__ != "Conv1D":
         return False
     weight: Any = module.weight
@@ -180,6 +186,8 @@ def is_linear(module: nn.Module) -> bool:
 
 def sizes_of(layer: nn.Module) -> tuple[int, int]:
     """Return the numbers of results and of inputs of a plain linear layer."""
+    if isinstance(layer, StoredLinear):
+        return layer.out_features, layer.in_features
     weight: Any = layer.weight
     rows, columns = weight.shape
     return (columns, rows) if type(layer).__name__ == "Conv1D" else (rows, columns)

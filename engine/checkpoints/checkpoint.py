@@ -28,6 +28,11 @@ _HIGHEST_ID = 1 << 24  # the largest vocabularies have 1.3 million
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
+_INT8, _EIGHT_BITS, _FOUR_BITS = 1 + 4 / 128, 1 + 2 / 32, 0.5 + 2 / 32 + 4 / 256
+"""Bytes of a rounded number on a CPU, its share of scales included: `quantization: int8`, and the two kinds of int4."""
+_SPREAD = 1.1
+"""Bytes of packed groups over those of a quantised checkpoint: each of our groups has a scale of its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -44,6 +49,7 @@ class Checkpoint:
         created: Unix seconds of the newest file.
         end_ids: tokens that end an answer, if a GGUF file names them.
         tensors, values, longest: the number of tensors, of values in all of them, and the longest axis.
+        as_stored_bytes: memory of a GGUF file's weights if its quantised ones stay packed; 0 if they cannot.
     """
 
     folder: Path
@@ -59,6 +65,26 @@ class Checkpoint:
     tensors: int = 0
     values: int = 0
     longest: int = 0
+    as_stored_bytes: int = 0
+
+    def packed_bytes(self, rounds: str | None) -> int:
+        """Estimate the model's memory in float32 on a CPU, packed while it was read.
+
+        Args:
+            rounds: `int8` or `int4`; `stored` for a checkpoint that comes quantised and stays so; None: not at all.
+        """
+        value = 2 if self.dtype == "bfloat16" else 4  # float16 is not a part of bfloat16
+        table, head = self.embedding_parameters, 0 if self.tied else self.embedding_parameters
+        if rounds == "stored" and self.as_stored_bytes:
+            return self.as_stored_bytes
+        if rounds == "stored":
+            return round((self.stored_bytes - self.parameters * 2) * _SPREAD) + self.parameters * value
+        if rounds == "int4":
+            return round(_FOUR_BITS * (self.parameters - table - head) + _EIGHT_BITS * (table + head))
+        if rounds == "int8":
+            rounded = self.parameters - (0 if self.tied else table)
+            return round(_INT8 * rounded) + table * (4 if self.dtype == "float32" else 2)
+        return self.parameters * value
 
     def float32_bytes(self) -> int:
         """Estimate the model's memory in packed float32: a tied embedding is held in its own dtype and packed once."""

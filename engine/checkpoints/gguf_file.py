@@ -13,7 +13,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.claims import check_gguf
 from engine.errors import LoadError, one_line
 
-__all__ = ["GGUFFile", "alone", "fast_reading", "inspect", "open_file", "reader_class"]
+__all__ = ["GGUFFile", "TensorPlace", "alone", "fast_reading", "inspect", "open_file", "reader_class"]
 
 _TEMPLATE = "tokenizer.chat_template"
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -43,6 +43,15 @@ _MOST_KEYS, _MOST_TENSORS, _MOST_ENTRIES = 10_000, 100_000, 3_000_000
 
 
 @dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """Where a tensor lies in its file: at which byte, and how many; `shape`: of its numbers, as torch has it."""
+
+    offset: int
+    size: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GGUFFile:
     """The header of a GGUF file.
 
@@ -51,6 +60,7 @@ class GGUFFile:
         sizes: number of values of each tensor, by its name in the file.
         types: of each tensor, as ggml names them (`Q4_1`).
         stored_bytes: of all tensors.
+        places: of each tensor; none if the file was written on a machine that puts the high byte first.
     """
 
     path: Path
@@ -58,6 +68,7 @@ class GGUFFile:
     sizes: dict[str, int]
     types: dict[str, str]
     stored_bytes: int
+    places: dict[str, TensorPlace] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
@@ -88,8 +99,8 @@ class GGUFFile:
         return found or None
 
 
-def inspect(file: GGUFFile) -> Checkpoint:
-    """Describe the weights of a GGUF file as a `Checkpoint`."""
+def inspect(file: GGUFFile, as_stored_bytes: int = 0) -> Checkpoint:
+    """Describe the weights of a GGUF file as a `Checkpoint`. as_stored_bytes: see there."""
     return Checkpoint(
         folder=file.path,
         files=(file.path,),
@@ -104,6 +115,7 @@ def inspect(file: GGUFFile) -> Checkpoint:
         tensors=len(file.sizes),
         values=sum(file.sizes.values()),
         longest=max(file.sizes.values(), default=0),
+        as_stored_bytes=as_stored_bytes,
     )
 
 
@@ -148,6 +160,9 @@ def open_file(path: Path, name: str) -> GGUFFile:
         sizes,
         {t.name: t.tensor_type.name for t in reader.tensors},
         sum(int(t.n_bytes) for t in reader.tensors),
+        {t.name: TensorPlace(t.data_offset, int(t.n_bytes), tuple(map(int, t.shape[::-1]))) for t in reader.tensors}
+        if reader.byte_order == "I"
+        else {},
     )
 
 

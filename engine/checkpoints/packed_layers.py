@@ -19,11 +19,11 @@ from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.safetensors_file import TensorEntry, read_header
 from engine.compute.cuda import weights
 from engine.compute.cuda.operations import LinearWeight
+from engine.compute.whole import quantised
 from engine.errors import LoadError
 
 __all__ = ["PackedLayer", "can_stay_packed", "describe", "round_layers"]
 
-METHODS: Final = ("gptq", "awq", "compressed-tensors")
 _NAME: Final = "verbatim_packed"
 """What transformers knows our way to load by: a value of `quant_method`."""
 _PACKED: Final = ("qweight", "weight_packed")
@@ -114,7 +114,7 @@ _TELL_EVERY: Final = 32
 def can_stay_packed(found: Checkpoint) -> bool:
     """Whether a checkpoint is quantised by a method whose layers the kernels may be able to read."""
     given = found.config.get("quantization_config")
-    return isinstance(given, dict) and given.get("quant_method") in METHODS
+    return isinstance(given, dict) and given.get("quant_method") in quantised.METHODS
 
 
 def describe(found: Checkpoint, name: str) -> dict[str, Any]:
@@ -131,8 +131,10 @@ def describe(found: Checkpoint, name: str) -> dict[str, Any]:
     entries: dict[str, TensorEntry] = {}
     for file in found.files:
         entries |= read_header(file, name)
-    for place in {tensor.rpartition(".")[0] for tensor in entries if tensor.rpartition(".")[2] in _PACKED}:
-        layers[place] = {}
+    for tensor, entry in entries.items():
+        place, _, own = tensor.rpartition(".")
+        if own in _PACKED or (own == "weight" and entry.dtype == "I8" and f"{place}.weight_scale" in entries):
+            layers[place] = {}
     for tensor, entry in entries.items():
         place, _, own = tensor.rpartition(".")
         if place in layers:

@@ -38,11 +38,11 @@ def check(config: ModelConfig, found: Checkpoint, device_map: Any, dtype: torch.
             f"{config.id}: the checkpoint is quantised ({method}), and cannot be loaded here: {reason}"
         ) from error
     if getattr(quantizer.quantization_config, "dequantize", False):
-        return max(found.stored_bytes, _parameters(config, found) * dtype.itemsize)
+        return max(found.stored_bytes, parameters(config, found) * dtype.itemsize)
     return found.stored_bytes
 
 
-def _parameters(config: ModelConfig, found: Checkpoint) -> int:
+def parameters(config: ModelConfig, found: Checkpoint) -> int:
     """Count the parameters that the configuration describes: packed numbers cannot be counted in the files."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

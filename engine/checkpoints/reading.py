@@ -17,8 +17,14 @@ from torch import nn
 
 from engine.checkpoints import claims, gguf_file, gguf_model, gguf_tokenizer, packed_layers
 from engine.checkpoints.checkpoint import Checkpoint
+from engine.checkpoints.gguf.stream import GGUFStream
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.json_files import read_json
+from engine.checkpoints.streamed import layers, tensor_reader
+from engine.checkpoints.streamed.layers import StreamedModel, Streaming
+from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.stored_linear import StoredLinear
+from engine.compute.discovery import embedding_rows, input_device
 from engine.config import ModelConfig
 from engine.errors import LoadError, NotEnoughMemory, one_line, out_of_memory
 
@@ -40,42 +46,54 @@ def load_model(
     file: GGUFFile | None,
     *,
     packed: bool = False,
+    kernels: Kernels | None = None,
+    streaming: Streaming | None = None,
 ) -> nn.Module:
     """Load the model with all its weights, ready to compute.
 
     Args:
         file: the header, if the checkpoint is a GGUF file.
         packed: leave quantised layers packed, as `PackedLayer`; see `packed_layers.can_stay_packed`.
+        kernels: those for which a GGUF file's quantised weights stay packed; None: they are widened.
+        streaming: pack weights while they are read, from a folder.
 
     Raises:
         LoadError: transformers cannot load it, or weights are missing; NotEnoughMemory.
     """
     if file is None:
-        model = _from_folder(config, found, dtype, device_map, packed)
+        model = _from_folder(config, found, dtype, device_map, packed, streaming)
     else:
         from transformers import AutoModelForCausalLM
 
-        with gguf_file.fast_reading():
+        stream = None if kernels is None else GGUFStream(file, kernels, config.id)
+        with gguf_file.fast_reading(), stream.reading() if stream else nullcontext():
             model = _from_pretrained(AutoModelForCausalLM, config, found, dtype, device_map)
             gguf_model.complete_model(file, model, config.id)
+        if stream:
+            stream.install(model)
     model.eval().requires_grad_(False)
     _drop_other_modalities(model)
     return model
 
 
 def _from_folder(
-    config: ModelConfig, found: Checkpoint, dtype: torch.dtype, device_map: Any, packed: bool
+    config: ModelConfig,
+    found: Checkpoint,
+    dtype: torch.dtype,
+    device_map: Any,
+    packed: bool,
+    streaming: Streaming | None,
 ) -> nn.Module:
     """Load with the causal class if it exists and finds its weights, else with the class for images and text."""
     classes = _classes(config, found)
     for auto in classes[:-1]:
         try:
-            return _from_pretrained(auto, config, found, dtype, device_map, packed)
+            return _from_pretrained(auto, config, found, dtype, device_map, packed, streaming)
         except NotEnoughMemory:
             raise
         except LoadError as error:
             log.info("%s: %s", config.id, error.message)
-    return _from_pretrained(classes[-1], config, found, dtype, device_map, packed)
+    return _from_pretrained(classes[-1], config, found, dtype, device_map, packed, streaming)
 
 
 def _classes(config: ModelConfig, found: Checkpoint) -> list[Any]:
@@ -123,13 +141,20 @@ def _settings(config: ModelConfig, folder: Path) -> Any:
 
 
 def _from_pretrained(
-    auto: Any, config: ModelConfig, found: Checkpoint, dtype: torch.dtype, device_map: Any, packed: bool = False
+    auto: Any,
+    config: ModelConfig,
+    found: Checkpoint,
+    dtype: torch.dtype,
+    device_map: Any,
+    packed: bool = False,
+    streaming: Streaming | None = None,
 ) -> nn.Module:
     folder = found.folder
     if folder.is_dir():
         _check_size(auto, config, found)
+    streamed = None if streaming is None else StreamedModel(streaming)
     try:
-        with _source(config, folder) as source:
+        with _source(config, folder) as source, _streamed(config, found, streamed, source):
             if packed:
                 source["config"] = settings = _settings(config, folder)
                 settings.quantization_config = packed_layers.describe(found, config.id)
@@ -142,7 +167,10 @@ def _from_pretrained(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below, by name; transformers does not name them
             )
-    except Exception as error:  # any of a hundred architectures may object in its own way; the words are what helps
+    except Exception as told:  # any of a hundred architectures may object in its own way; the words are what helps
+        error = (streamed and streamed.error) or told
+        if isinstance(error, LoadError) and error.message.startswith(f"{config.id}: "):
+            raise error from None
         if out_of_memory(error):
             raise NotEnoughMemory(
                 f"{config.id}: memory ran out while the weights were read: {one_line(error)}"
@@ -153,7 +181,7 @@ def _from_pretrained(
         raise LoadError(
             f"{config.id}: the checkpoint lacks {len(missing)} tensors of {type(model).__name__}: {missing[0]}, …"
         )
-    mismatched = sorted(report["mismatched_keys"], key=str)
+    mismatched = sorted([*report["mismatched_keys"], *(streamed.mismatched if streamed else ())], key=str)
     if mismatched:
         tensor, stored, wanted = mismatched[0]
         raise LoadError(
@@ -166,7 +194,27 @@ def _from_pretrained(
             f"{config.id}: the checkpoint holds {dropped[0]}, for which {type(model).__name__} with this configuration "
             f"has no place ({len(dropped)} such tensors): its replies would be wrong. Does config.json belong to it?"
         )
+    if streamed is not None:
+        streamed.finish(model)
     return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _streamed(
+    config: ModelConfig, found: Checkpoint, streamed: StreamedModel | None, source: dict[str, Any]
+) -> Iterator[None]:
+    """Add to `source` what makes transformers hand weights to `streamed` inside the `with` block; nothing for None."""
+    if streamed is None:
+        yield
+        return
+    settings = _settings(config, found.folder)
+    for part in (settings, settings.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    quantization, stays = layers.as_quantizer(streamed)
+    source |= {"config": settings, "quantization_config": quantization}
+    with tensor_reader.reading(found, config.id, stays):
+        yield
 
 
 def _check_size(auto: Any, config: ModelConfig, found: Checkpoint) -> None:
@@ -252,13 +300,13 @@ def _drop_other_modalities(model: nn.Module) -> None:
 
 
 def _has_parameters(part: nn.Module) -> bool:
-    return next(part.parameters(), None) is not None
+    return next(part.parameters(), None) is not None or any(isinstance(m, StoredLinear) for m in part.modules())
 
 
 def _texts(model: nn.Module) -> list[list[int]]:
     """Return token ids to try: ordinary ones, and those that stand for an image or a sound, which a text may spell."""
     settings: Any = model.config
-    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    rows = embedding_rows(model)
     named = [value for key, value in settings.to_dict().items() if key.endswith(("_token_id", "_token_index"))]
     placeholders = sorted({value for value in named if isinstance(value, int) and 0 <= value < rows})
     return [list(range(3, 11)), [3, *placeholders, 4]]
@@ -267,7 +315,7 @@ def _texts(model: nn.Module) -> list[list[int]]:
 @torch.inference_mode()
 def _logits(model: nn.Module, tokens: list[int]) -> torch.Tensor | None:
     """Run a forward pass as the runners do; None if the model cannot."""
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = input_device(model)
     ids = torch.tensor([tokens], dtype=torch.int64, device=device)
     try:
         logits: torch.Tensor = model(ids, position_ids=torch.arange(len(tokens), device=device)[None], use_cache=False)[
@@ -338,7 +386,7 @@ def check_vocabulary(config: ModelConfig, tokenizer: Any, model: nn.Module) -> N
 
     Added tokens may lie beyond it (Gemma 3's for images do); a request whose text holds one is refused.
     """
-    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    rows = embedding_rows(model)
     vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     highest = max(vocabulary.values(), default=-1)
     if highest >= rows:

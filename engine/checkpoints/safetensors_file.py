@@ -25,11 +25,12 @@ _MOST_AXES: Final = 64  # torch's own limit
 
 
 class TensorEntry(NamedTuple):
-    """What a header says of one tensor. `size`: in bytes."""
+    """What a header says of one tensor. `size`: in bytes; `start`: where its bytes begin in the file."""
 
     dtype: str
     shape: tuple[int, ...]
     size: int
+    start: int
 
     @property
     def numel(self) -> int:
@@ -58,7 +59,7 @@ def read_header(file: Path, name: str) -> dict[str, TensorEntry]:
         end = max(ends, default=0)
         if 8 + length + end > size:
             raise LoadError(f"{name}: {file.name} is cut short: {size} bytes of {8 + length + end}. Copy it again.")
-        return {tensor: _tensor(entry, tensor) for tensor, entry in table.items()}
+        return {tensor: _tensor(entry, tensor, 8 + length) for tensor, entry in table.items()}
     except (OSError, ValueError) as error:
         raise LoadError(f"{name}: {file.name} is not a readable safetensors file ({error}).") from None
 
@@ -84,8 +85,9 @@ def _are_counts(numbers: Any) -> bool:
     return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
 
 
-def _tensor(entry: dict[str, Any], tensor: str) -> TensorEntry:
-    found = TensorEntry(entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+def _tensor(entry: dict[str, Any], tensor: str, data: int) -> TensorEntry:
+    begin, end = entry["data_offsets"]
+    found = TensorEntry(entry["dtype"], tuple(entry["shape"]), end - begin, data + begin)
     bits = _BITS.get(found.dtype)
     if bits is not None and found.numel * bits != found.size * 8:
         raise ValueError(

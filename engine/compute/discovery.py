@@ -121,5 +121,13 @@ def cache_name(model: nn.Module) -> str | None:
 
 def input_device(model: nn.Module) -> torch.device:
     """Return the device on which a model's token ids must be."""
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    device: torch.device = getattr(embedding, "device", None) or embedding.weight.device
     return device
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """Return how many token ids a model embeds."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    rows = embedding.num_embeddings if hasattr(embedding, "device") else embedding.weight.shape[0]
+    return int(rows)

@@ -116,10 +116,15 @@ def is_sound_for(model: nn.Module, make: Make) -> bool:
 @torch.inference_mode()
 def is_sound(make: Make, in_features: int, out_features: int, tolerance: float = _ROUNDED) -> bool:
     """Check that a layer's rows do not depend on how many rows there are, and that it computes the product."""
-    # Quasi-random numbers of every size and sign: a sum of equal terms would hide another order of summation.
-    x = quasi_random(_PROBED_ROWS, in_features)
     weight = quasi_random(out_features, in_features)
-    layer = make(weight, None)
+    return computes(make(weight, None), weight, tolerance)
+
+
+@torch.inference_mode()
+def computes(layer: nn.Module, weight: Tensor, tolerance: float) -> bool:
+    """Check the same of a layer without a bias, whose weight is `[out, in] float32`."""
+    # Quasi-random numbers of every size and sign: a sum of equal terms would hide another order of summation.
+    x = quasi_random(_PROBED_ROWS, weight.shape[1])
     whole = layer(x)
     for count in (1, 2, 3, 5, 8, 17, 34, 129):
         if not torch.equal(layer(x[-count:]), whole[-count:]) or not torch.equal(layer(x[:count]), whole[:count]):

@@ -5,8 +5,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
-__all__ = ["processor_model", "processor_name", "processor_target"]
+__all__ = ["ARM", "processor_model", "processor_name", "processor_target"]
+
+ARM: Final = frozenset({"aarch64", "arm64"})
+"""What Linux and macOS call a processor of ARM with 64 bits (`platform.machine()`)."""
 
 _MODEL_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "cache size")
 _ARM_FIELDS = ("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision")

@@ -52,7 +52,7 @@ QUANTISERS: Final = (
 
 
 def code_parts(*, on_cpu: bool) -> dict[str, Part]:
-    """Return the versions of this project, and of Python and the C library, whose `log` a draw goes through."""
+    """Return the versions of this project, of Python and of the C library (a draw uses its `log`), and the platform."""
     kernels = ("cpu_kernels", versions.CPU_KERNELS_VERSION) if on_cpu else ("gpu_kernels", versions.GPU_KERNELS_VERSION)
     return {
         "verbatim": versions.PROJECT_VERSION,
@@ -60,6 +60,7 @@ def code_parts(*, on_cpu: bool) -> dict[str, Part]:
         "prompt_format": versions.PROMPT_FORMAT_VERSION,
         "reply_format": versions.REPLY_FORMAT_VERSION,
         kernels[0]: kernels[1],
+        "platform": f"{platform.system()} {platform.machine()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "libc": " ".join(platform.libc_ver()).strip() or f"{platform.system()} {platform.mac_ver()[0]}".strip(),
     }

@@ -20,10 +20,13 @@ from torch import nn
 
 from engine.checkpoints import checkpoint, claims, gguf_file, packed_layers
 from engine.checkpoints.checkpoint import Checkpoint
+from engine.checkpoints.gguf.stream import packed_bytes
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.reading import check_vocabulary, load_model
 from engine.compute import rotary
 from engine.compute.backend import Backend, Progress, StepSize
+from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.stored_linear import WeightChanged
 from engine.compute.discovery import input_device
 from engine.compute.model_runner import FallbackRunner, Runner
 from engine.config import ModelConfig
@@ -38,8 +41,9 @@ from engine.loading.manifest import BytesRead
 from engine.loading.memory.cache_size import CacheSize, context_length, size_cache
 from engine.loading.memory.gpu_budget import GpuBudget
 from engine.loading.memory.largest_step import LargestStep
-from engine.loading.placement import Placement, choose_backend, place
+from engine.loading.placement import Placement, choose_backend, choose_kernels, place
 from engine.loading.selftest import Reference, SelfTest, self_test, tolerance_of
+from engine.loading.streams import streaming
 from engine.loading.text_side import TextFiles, TextSide
 from engine.model import LoadedModel
 from engine.scheduling.block_pool import BLOCK_SIZE, BlockPool
@@ -101,9 +105,12 @@ def _load(config: ModelConfig, pull: bool, say: Progress, read: BytesRead | None
     checkpoint.prepare_environment(pull=pull)
     folder = checkpoint.locate(config, pull=pull)
     file = gguf_file.open_file(folder, config.id) if folder.is_file() else None
-    found = gguf_file.inspect(file) if file else checkpoint.inspect(folder, config.id)
+    found = gguf_file.inspect(file, packed_bytes(file)) if file else checkpoint.inspect(folder, config.id)
     claims.check_config(found, config.id)
     placement = place(config, found)
+    kernels = choose_kernels(config, found, placement, say)
+    if kernels is None and placement.rounds == "stored":
+        placement = dataclasses.replace(placement, rounds=None)
     adapters = EntryAdapters.inspect(config, found, placement)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -114,7 +121,12 @@ def _load(config: ModelConfig, pull: bool, say: Progress, read: BytesRead | None
             say(f"reading {format_bytes(found.stored_bytes)} of weights")
             files = TextFiles.read(config, folder, file)
             trials = files.start_trials(pool)
-            ready = _prepare(config, found, file, placement, stream, files, adapters, digests.result, say, beside)
+            parts = (config, found, file, placement, kernels, stream, files, adapters, digests.result, say, beside)
+            try:
+                ready = _prepare(*parts)
+            except WeightChanged as error:
+                log.info("%s: %s: the model is loaded whole", config.id, error)
+                ready = _prepare(*parts, packs=False)
             for trial in trials:
                 trial.result()
         ready.backend.release_memory()
@@ -126,28 +138,44 @@ def _prepare(
     found: Checkpoint,
     file: GGUFFile | None,
     placement: Placement,
+    kernels: Kernels | None,
     stream: DeviceStream,
     files: TextFiles,
     adapters: EntryAdapters,
     digests: Callable[[], Mapping[Path, str]],
     say: Progress,
     beside: StepBytes,
+    *,
+    packs: bool = True,
 ) -> ReadyModel:
-    """Read the weights, fuse the model for its backend, and test it."""
+    """Read the weights, fuse the model for its backend, and test it. packs: weights while they are read.
+
+    Raises:
+        WeightChanged: that cannot be done.
+    """
     budget = GpuBudget(placement.gpus, [{torch.device(n): size for n, size in steps.items()} for steps in beside])
-    model = load_model(config, found, placement.dtype, placement.device_map, file, packed=placement.packs)
+    model = load_model(
+        config,
+        found,
+        placement.dtype,
+        placement.device_map,
+        file,
+        packed=placement.packs,
+        kernels=kernels if packs and placement.rounds == "stored" else None,
+        streaming=streaming(config, found, kernels) if packs and placement.has_kernels else None,
+    )
     stream.wait_for_all()
     _check_device(config, model, placement)
     check_vocabulary(config, files.tokenizer, model)
     adapters.join(model)
     vocab_size, length = _vocab_size(model), context_length(config, model)
     longrope = rotary.pin(model, length)
-    if placement.on_one_gpu and config.quantization:
-        packed_layers.round_layers(model, config.quantization, config.id, say)
+    if placement.on_one_gpu and placement.rounds:
+        packed_layers.round_layers(model, placement.rounds, config.id, say)
     say("a pass of plain transformers, to compare with")
     reference = Reference.of(model, vocab_size, length)
     adapters.compare(model, vocab_size, length, say)
-    rounds = placement.has_kernels and config.quantization is not None  # inputs, too, which the reference does not
+    rounds = placement.rounds_inputs
 
     def tested(backend: Backend) -> SelfTest:
         return self_test(model, backend, reference, vocab_size, placement.dtype, length, rounded=rounds)
@@ -157,7 +185,7 @@ def _prepare(
         rungs = _rungs(config, placement, model, tested, say)
         backend, test, report = choose_rung(rungs, config.gpu)
     else:
-        backend = choose_backend(config, placement, model, say)
+        backend = choose_backend(config, placement, model, kernels, say)
         backend.fuse(model, stored=placement.stored, length=length, progress=say)
         say("self-test")
         test = tested(backend)
@@ -192,7 +220,7 @@ def _rungs(
         vocab_size=_vocab_size(model),
         stored=placement.stored,
         length=length,
-        weights="int4" if placement.packs else config.quantization or "exact",
+        weights="int4" if placement.packs else placement.rounded,
         say=say,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from engine.checkpoints.checkpoint import Checkpoint
 from engine.compute.backend import Backend, Progress
 from engine.compute.cpu.backend import CpuBackend
 from engine.compute.cpu.kernels import Kernels, NoKernels
+from engine.compute.cpu.stored_linear import widen_layers
 from engine.compute.cuda.backend import CudaBackend
 from engine.compute.linear import choose_linear
 from engine.compute.torch_backend import TorchBackend
@@ -23,6 +24,7 @@ from engine.devices import gpu
 from engine.devices.gpu import DeviceMemory
 from engine.errors import LoadError, NotEnoughMemory
 from engine.host_memory import format_bytes, free_memory
+from engine.loading import streams
 
 _LARGE = 2_000_000_000
 """Parameters above which a float32 checkpoint is narrowed on a GPU, unless the entry says otherwise."""
@@ -40,7 +42,9 @@ class Placement:
     Attributes:
         device: where logits arrive; device_map: accelerate's, for all modules.
         stored: the checkpoint's dtype; float32 if no model can be computed in that one.
-        packs: the checkpoint is quantised, and its layers stay as packed as they are.
+        packs: the checkpoint is quantised, and its layers stay as packed as they are, on one GPU.
+        reads: the checkpoint is quantised in a form that is read here, without transformers, on a CPU.
+        rounds: how weights are rounded, as in an entry; None: not at all.
     """
 
     device: torch.device
@@ -48,6 +52,8 @@ class Placement:
     dtype: torch.dtype
     stored: torch.dtype
     packs: bool = False
+    reads: bool = False
+    rounds: str | None = None
 
     @property
     def on_cpu(self) -> bool:
@@ -70,6 +76,16 @@ class Placement:
         """Whether compiled kernels exist for this placement: float32 on a CPU."""
         return self.on_cpu and self.dtype == torch.float32
 
+    @property
+    def rounded(self) -> Literal["exact", "int8", "int4"]:
+        """How the weights of a model on a GPU are rounded."""
+        return "int8" if self.rounds == "int8" else "int4" if self.rounds == "int4" else "exact"
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether layers round their inputs to bytes, too, which plain transformers does not."""
+        return self.has_kernels and self.rounds is not None
+
 
 def place(config: ModelConfig, found: Checkpoint) -> Placement:
     """Choose device and dtype, and compare needed with free memory before a weight is read.
@@ -79,9 +95,16 @@ def place(config: ModelConfig, found: Checkpoint) -> Placement:
     """
     device, device_map = _resolve_device(config)
     stored = DTYPES.get(found.dtype, torch.float32)
-    placement = Placement(device, device_map, _dtype(config, found, device, stored), stored)
-    if placement.on_one_gpu and config.gpu != "no-kernels" and packed_layers.can_stay_packed(found):
+    rounds = None if config.quantization == "none" else config.quantization
+    placement = Placement(device, device_map, _dtype(config, found, device, stored), stored, rounds=rounds)
+    on_kernels = placement.on_one_gpu and config.gpu != "no-kernels" and config.quantization != "none"
+    if on_kernels and packed_layers.can_stay_packed(found):
         placement = dataclasses.replace(placement, packs=True)
+    if placement.has_kernels and found.as_stored_bytes and config.quantization is None and not config.merged_adapter:
+        placement = dataclasses.replace(placement, rounds="stored")
+    if placement.has_kernels and found.folder.is_dir() and streams.reads_quantised(found):
+        stays = config.quantization is None
+        placement = dataclasses.replace(placement, reads=True, rounds="stored" if stays else rounds)
     _check_quantization(config, placement)
     _check_memory(config, found, placement)
     return placement
@@ -118,11 +141,9 @@ def _dtype(config: ModelConfig, found: Checkpoint, device: torch.device, stored:
 def _check_quantization(config: ModelConfig, placement: Placement) -> None:
     """Refuse a quantisation that the backend of this placement does not have, before a weight is read."""
     asked = config.quantization
-    if asked is None or asked in _quantizations(placement):
+    if asked in (None, "none") or asked in _quantizations(placement):
         return
     where = f"not {placement.dtype} on {placement.device}"
-    if asked == "int4" and placement.on_cpu:
-        raise LoadError(f"{config.id}: quantization: int4 is for a GPU, {where}.")
     raise LoadError(f"{config.id}: quantization: {asked} is for float32 on a CPU, or for one GPU, {where}.")
 
 
@@ -133,33 +154,46 @@ def _quantizations(placement: Placement) -> frozenset[str]:
     return CpuBackend.QUANTIZATIONS if placement.has_kernels else TorchBackend.QUANTIZATIONS
 
 
-def choose_backend(config: ModelConfig, placement: Placement, model: nn.Module, progress: Progress) -> Backend:
+def choose_kernels(config: ModelConfig, found: Checkpoint, placement: Placement, progress: Progress) -> Kernels | None:
+    """Load the compiled kernels where there are any for this placement, before a weight is read.
+
+    Raises:
+        LoadError: the entry asks for a quantisation that only compiled kernels have, and there are none;
+        NotEnoughMemory: without them the model does not fit.
+    """
+    if not placement.has_kernels:
+        return None
+    try:
+        return Kernels.load(progress=progress)
+    except NoKernels as error:
+        if placement.rounds in ("int8", "int4"):
+            raise LoadError(f"{config.id}: quantization: {placement.rounds} needs compiled kernels: {error}.") from None
+        log.warning("%s: no compiled kernels (%s): linear layers run in torch", config.id, error)
+    whole = quantized.parameters(config, found) * 4 if placement.reads else found.float32_bytes()
+    _check_free(config, whole, placement)
+    return None
+
+
+def choose_backend(
+    config: ModelConfig, placement: Placement, model: nn.Module, kernels: Kernels | None, progress: Progress
+) -> Backend:
     """Choose the backend of a model that is not on one GPU: compiled kernels where they exist and compute rightly, else
     torch.
 
     Raises:
-        LoadError: the entry asks for a quantisation that only compiled kernels have, and there are none that work.
+        LoadError: the entry asks for a quantisation that only compiled kernels have, and they do not work.
     """
     if not placement.has_kernels:
         return TorchBackend(placement.device)
-    kernels, why = None, ""
-    try:
-        kernels = Kernels.load(progress=progress)
-    except NoKernels as error:
-        why = str(error)
-    if kernels is None and config.quantization:
-        raise LoadError(f"{config.id}: quantization: {config.quantization} needs compiled kernels: {why}.")
     if kernels is not None:
-        backend = CpuBackend(kernels, config.quantization)
+        backend = CpuBackend(kernels, placement.rounds)
         if backend.is_sound(model):
             return backend
-        if config.quantization:
-            raise LoadError(
-                f"{config.id}: quantization: {config.quantization} does not compute rightly on this machine."
-            )
+        if placement.rounds in ("int8", "int4"):
+            raise LoadError(f"{config.id}: quantization: {placement.rounds} does not compute rightly on this machine.")
         log.warning("%s: the compiled kernels do not compute rightly here: linear layers run in torch", config.id)
-    else:
-        log.warning("%s: no compiled kernels (%s): linear layers run in torch", config.id, why)
+        progress("widening weights")
+        widen_layers(model)
     return TorchBackend(placement.device, *choose_linear(model))
 
 
@@ -188,14 +222,27 @@ def _resolve_device(config: ModelConfig) -> tuple[torch.device, Any]:
 
 def _check_memory(config: ModelConfig, found: Checkpoint, placement: Placement) -> None:
     dtype = placement.dtype
-    needed = found.stored_bytes if placement.packs else quantized.check(config, found, placement.device_map, dtype)
-    if needed is None:
-        needed = found.float32_bytes() if placement.has_kernels else found.parameters * dtype.itemsize
+    if placement.packs:
+        needed: int | None = found.stored_bytes
+    elif placement.reads:
+        stays = placement.rounds == "stored"
+        needed = found.packed_bytes("stored") if stays else quantized.parameters(config, found) * 4
+    else:
+        needed = quantized.check(config, found, placement.device_map, dtype)
+    if needed is None and placement.has_kernels:
+        streamed = placement.rounds == "stored" or (found.folder.is_dir() and config.merged_adapter is None)
+        needed = found.packed_bytes(placement.rounds) if streamed else found.float32_bytes()
+    _check_free(config, found.parameters * dtype.itemsize if needed is None else needed, placement)
+
+
+def _check_free(config: ModelConfig, needed: int, placement: Placement) -> None:
     free = free_memory() if placement.on_cpu else sum(memory.free() for memory in placement.gpus)
     if needed > free:
         place = "memory" if placement.on_cpu else "GPU memory"
+        rounds = placement.rounds in ("int8", "int4", "stored") and placement.on_cpu
+        kind = placement.rounds if rounds else str(placement.dtype).removeprefix("torch.")
         raise NotEnoughMemory(
-            f"{config.id}: the weights need {format_bytes(needed)} of {place} as {str(dtype).removeprefix('torch.')}, "
+            f"{config.id}: the weights need {format_bytes(needed)} of {place} as {kind}, "
             f"{format_bytes(free)} are free.",
             needed=needed,
             free=free,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from engine.compute import rotary
 from engine.compute.attention import IMPLEMENTATION, Discovery, register_attention
 from engine.compute.backend import Backend
+from engine.compute.cpu.stored_linear import WeightChanged
 from engine.compute.discovery import discover, input_device
 from engine.compute.kv_cache import LayerShape
 from engine.compute.model_runner import FallbackRunner
@@ -112,6 +113,7 @@ class Reference:
 
         Raises:
             LoadError: the model cannot be called, or its numbers are too large for float16.
+            WeightChanged: it changes a weight that was packed while it was read.
         """
         extent = extent or Extent.on(input_device(model))
         lengths = [n for n in (*extent.short, extent.long) if n + DECODED <= length] or [1]
@@ -125,6 +127,8 @@ class Reference:
                 rows = model(tokens, use_cache=False).logits[0, len(text.prompt) - 1 :]
                 logits.append(rows.to(torch.float32).cpu())
                 narrow = rows.dtype == torch.float16
+        except WeightChanged:
+            raise
         except Exception as error:  # whatever an unknown architecture does
             if out_of_memory(error):
                 raise

@@ -19,11 +19,11 @@ async def collect(engine: EngineProtocol, wanted: GenerationRequest) -> list[Req
 
 
 def run(main: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(main, 60))
+    return asyncio.run(asyncio.wait_for(main, 120))
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(2000):
+    for _ in range(12000):
         if condition():
             return
         await asyncio.sleep(0.005)

@@ -22,6 +22,7 @@ from torch import Tensor
 from engine.checkpoints.noise_checkpoint import demo_model
 from engine.compute.cpu.attention_plan import AttentionPlan
 from engine.compute.cpu.kernels import Kernels
+from engine.compute.whole.groups import Groups
 from engine.errors import TemplateRefused
 from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.lark import quoted
@@ -348,11 +349,29 @@ def cpu_kernels(kernels: Kernels) -> Iterator[Case]:
             "case": ["product", kind, depth, columns, most],
             "bits": bits(kernels.group([kernels.pack(weight, bias, kind)])(x)[0]),
         }
+    for width, group, zero in ((4, 32, 8), (4, 128, 0), (5, 64, 16), (6, 16, 32), (8, 32, 128)):
+        x = numbers(3, 300, seed=1, least=-4095, most=4095).float() / 8
+        packed = kernels.pack_groups(_groups(width, group, zero), numbers(40, seed=3, least=-9, most=9).float())
+        yield {"case": ["product", width, group, zero], "bits": bits(kernels.group([packed])(x)[0])}
     x = numbers(2, 100, seed=4, least=-60, most=60).float() / 8
     yield {"case": ["rms_norm"], "bits": bits(kernels.rms_norm(x, numbers(100, seed=5, most=15).float(), 2.0**-20))}
     yield {"case": ["silu"], "bits": bits(kernels.silu(x))}
     for options in ({}, {"window": 5}, {"chunk": 8}, {"softcap": 4.0}, {"sinks": torch.tensor([0.5, -1.0, 3.0, 0.0])}):
         yield {"case": ["attention", sorted(options)], "bits": bits(_attention(kernels, **options))}
+
+
+def _groups(width: int, group: int, zero: int) -> Groups:
+    """Whole numbers `[40, 300]` of `width` bits; scales of two levels, and minima likewise if there is no zero."""
+    count = -(-300 // group)
+    above = -(-count // (256 // group))
+
+    def part(seed: int) -> tuple[Tensor, Tensor]:
+        whole = numbers(40, count, seed=seed, most=63).to(torch.uint8)
+        return whole, (numbers(40, above, seed=seed + 1, least=1, most=999).float() / 8192).half()
+
+    minima = (None, None) if zero else part(23)
+    stored = numbers(40, 300, seed=20, most=2**width - 1).to(torch.uint8)
+    return Groups(stored, width, group, *part(21), *minima, zeros=zero, per=256 // group)
 
 
 def _attention(kernels: Kernels, **options: Any) -> Tensor:

@@ -29,8 +29,9 @@ class ReferenceBackend(CudaBackend):
 def reference_backend(**options: Any) -> Iterator[None]:
     """Let every model that is loaded in the `with` block be computed by a `ReferenceBackend`."""
 
-    def choose(config: Any, placement: Any, model: Any, progress: Any) -> ReferenceBackend:
+    def choose(*_: Any) -> ReferenceBackend:
         return ReferenceBackend(**options)
 
-    with mock.patch.object(loader, "choose_backend", choose):
+    without_kernels = mock.patch.object(loader, "choose_kernels", return_value=None)
+    with without_kernels, mock.patch.object(loader, "choose_backend", choose):
         yield

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, Any]
-BOUND = 20.0
+BOUND = 60.0
 """Seconds that anything without a real model may take."""
 CHAT = "/v1/chat/completions"
 
 
-def run(work: Coroutine[Any, Any, Any], bound: float = 60.0) -> Any:
+def run(work: Coroutine[Any, Any, Any], bound: float = 120.0) -> Any:
     """Run to the end, never longer than `bound` seconds."""
 
     async def bounded() -> Any:

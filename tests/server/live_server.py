@@ -32,7 +32,7 @@ class Server:
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        return self.process.wait(60)
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ def start(arguments: list[str], folder: Path) -> Iterator[Server]:
         server = Server(process, 0, log)
         try:
             server.port = int(_wait_for(server, "http://127.0.0.1:").split("http://127.0.0.1:")[1].split()[0])
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 240
             while httpx.get(f"{server.url}/health/ready", timeout=60).status_code != 200:  # the first waits for imports
                 assert time.monotonic() < deadline, log.read_text()
                 assert process.poll() is None, log.read_text()
@@ -62,7 +62,7 @@ def start(arguments: list[str], folder: Path) -> Iterator[Server]:
 
 
 def _wait_for(server: Server, text: str) -> str:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while text not in (said := server.log.read_text()):
         assert time.monotonic() < deadline, said
         assert server.process.poll() is None, said

@@ -21,7 +21,7 @@ class Steps:
 
         def held() -> Any:
             if not self._free:
-                self._permits.acquire(timeout=20)
+                self._permits.acquire(timeout=120)
             self.taken += 1
             return step()
 

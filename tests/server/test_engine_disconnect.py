@@ -20,7 +20,7 @@ from engine import AsyncEngine, Registry
 from server.app import create_app
 
 LONG = 100  # tokens of prompt: four chunks of the fixture's 32
-BOUND = 20.0
+BOUND = 60.0
 
 
 def chat(letter: str = "a", length: int = 1, **fields: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from stepping import Steps
 from engine import AsyncEngine, ModelConfig, Registry, fingerprint_of
 from server.app import create_app
 
-BOUND = 20.0
+BOUND = 60.0
 HELLO = [{"role": "user", "content": "Hi"}]
 
 

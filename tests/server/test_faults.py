@@ -67,7 +67,7 @@ def verbatim(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
         env={**os.environ, "COLUMNS": "200"},
     )
@@ -80,7 +80,7 @@ def new_key(folder: Path, name: str, *options: str) -> str:
 
 
 def client(server: Server, key: str, retries: int = 0) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=retries, timeout=30)
+    return OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=retries, timeout=120)
 
 
 def ask(server: Server, key: str, retries: int = 0, **fields: Any) -> Any:
@@ -118,7 +118,7 @@ def test_killed_in_the_middle_of_many_requests(folder: Path) -> None:
             while len(answered) < before + 64 and time.monotonic() < deadline:
                 time.sleep(0.02)
             server.process.send_signal(signal.SIGKILL)
-            server.process.wait(10)
+            server.process.wait(60)
             stop.set()
             for one in running:
                 one.result()
@@ -143,7 +143,7 @@ def ask_raw(server: Server, key: str, **fields: Any) -> dict[str, Any]:
     """Like `ask`, but whatever breaks is an error of the client library."""
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 20, "ignore_eos": True, **fields}
     try:
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=bearer(key), timeout=30)
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=bearer(key), timeout=120)
     except httpx.HTTPError as error:
         raise openai.OpenAIError(str(error)) from None
     assert answer.status_code == 200, answer.text
@@ -165,12 +165,14 @@ def test_statuses_as_the_client_library_sees_them(served: tuple[Server, Path]) -
         ask(server, key)
     assert limited.value.response.headers["x-ratelimit-remaining-requests"] == "0"
     assert 1 <= int(limited.value.response.headers["retry-after"]) <= 60
-    # With retries, what cannot be helped is not tried again: a 401 and a 402 come at once.
-    began = time.monotonic()
+    # With retries, what cannot be helped is not tried again: one request for a 401, and one for a 402.
     for nobody in ("vk-nobody", poor):
-        with pytest.raises(openai.APIStatusError), client(server, nobody, retries=3) as patient:
-            patient.chat.completions.create(model="tiny", messages=HELLO, max_tokens=400)
-    assert time.monotonic() - began < 5
+        sent: list[httpx.Request] = []
+        with httpx.Client(event_hooks={"request": [sent.append]}, timeout=120) as counted:
+            patient = client(server, nobody, retries=3).with_options(http_client=counted)
+            with pytest.raises(openai.APIStatusError):
+                patient.chat.completions.create(model="tiny", messages=HELLO, max_tokens=400)
+        assert len(sent) == 1
     assert verbatim(folder, "keys", "revoke", "ada").returncode == 0
     with pytest.raises(openai.AuthenticationError):
         ask(server, key)
@@ -198,10 +200,10 @@ def test_a_full_queue_and_its_retry(tmp_path: Path, tiny: Callable[[str], Path])
     with start([], folder) as server, ThreadPoolExecutor(1) as pool:
         long = pool.submit(ask, server, "none", retries=20, max_tokens=450, extra_body={"ignore_eos": True})
         body = {"model": "tiny", "messages": HELLO, "max_tokens": 1}
-        full = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
+        full = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
         while full.status_code != 503:
             assert not long.done(), "the queue never was full"
-            full = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
+            full = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
         assert (full.json()["error"]["code"], full.headers["retry-after"]) == ("queue_full", "1")
         assert ask(server, "none", retries=20, max_tokens=1).choices
         long.result()
@@ -245,7 +247,7 @@ def test_a_locked_ledger_serves_nobody_until_it_is_free(served: tuple[Server, Pa
         f"{server.url}/v1/chat/completions",
         json={"model": "tiny", "messages": HELLO, "max_tokens": 2},
         headers=bearer(key),
-        timeout=40,
+        timeout=120,
     )
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "ledger_fault")
     assert str(folder) not in answer.text
@@ -271,9 +273,9 @@ def test_a_client_that_stops_reading_or_never_sends(served: tuple[Server, Path])
     slow.sendall(f"{head}content-length: 100\r\n\r\n{{".encode())
     silent, half = (socket.create_connection(("127.0.0.1", server.port)) for _ in range(2))
     half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n")
-    slow.settimeout(20)
+    slow.settimeout(60)
     assert b" 408 " in slow.recv(4096)
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 120
     while True:
         with opened_ledger(folder) as ledger:
             if not ledger.key("dora").held and ledger.usage(key="dora"):
@@ -282,7 +284,7 @@ def test_a_client_that_stops_reading_or_never_sends(served: tuple[Server, Path])
         time.sleep(0.2)
     assert ask(server, key, max_tokens=2).choices
     for one in (silent, half):
-        one.settimeout(20)
+        one.settimeout(60)
         with contextlib.suppress(ConnectionResetError):
             assert one.recv(10) == b"", "a head that does not come is not waited for"
     for one in (*readers, slow, silent, half):
@@ -298,7 +300,7 @@ def test_an_orderly_stop_ends_streams_with_an_error_event_and_settles(folder: Pa
             f"{server.url}/v1/chat/completions",
             json={"model": "tiny", "messages": HELLO, "max_tokens": 480, "ignore_eos": True, "stream": True, "n": 16},
             headers=bearer(key),
-            timeout=30,
+            timeout=120,
         ) as stream:
             assert stream.status_code == 200
             for line in stream.iter_lines():
@@ -306,7 +308,7 @@ def test_an_orderly_stop_ends_streams_with_an_error_event_and_settles(folder: Pa
                     events.append(line)
                 if len(events) == 20:
                     server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(20) == 0
+        assert server.process.wait(60) == 0
         last = json.loads(events[-1].removeprefix("data: ")) if events[-1] != "data: [DONE]" else None
     assert last is not None, "480 tokens of 16 choices in a second is too fast for this test"
     assert last["error"]["code"] == "engine_dead"
@@ -323,7 +325,7 @@ def test_the_access_log_is_json_and_says_nothing_of_the_text(served: tuple[Serve
     key = new_key(folder, "eve, née x")
     hostile = {"x-request-id": "a b\tc", **bearer(key)}
     body = {"model": "tiny", "messages": [{"role": "user", "content": "SECRET"}], "max_tokens": 1}
-    httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=hostile, timeout=30)
+    httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=hostile, timeout=120)
     httpx.get(f"{server.url}/%0a{{%22level%22:1}}")
     deadline = time.monotonic() + 60
     while r"{\"level\":1}" not in (said := server.log.read_text()):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ def test_a_client_that_goes_away_frees_its_place(server: Server, client: OpenAI)
     """Eight places, eight streams that are dropped after the first chunk: the ninth request is served at once."""
     body = {"model": "live", "messages": MESSAGES, "max_tokens": 900, "ignore_eos": True, "stream": True}
     for _ in range(8):
-        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=30) as stream:
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as stream:
             next(stream.iter_lines())
     began = time.monotonic()
     assert ask(client, max_tokens=2).usage.completion_tokens == 2
@@ -205,14 +205,14 @@ def test_no_socket_but_the_one_it_listens_on(server: Server, client: OpenAI) -> 
         assert connection.laddr.ip == "127.0.0.1"
 
 
-def test_it_says_what_it_does_and_ends_in_order(checkpoint: Path, tmp_path: Path) -> None:
+def test_it_says_what_it_does_and_ends_in_order(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     """`--model` without any file; SIGTERM lets a running reply finish and the process ends with 0."""
-    with start(["--model", str(checkpoint), "--name", "named"], tmp_path) as server:
+    with start(["--model", str(tiny("qwen3")), "--name", "named"], tmp_path) as server:
         seen: list[str] = []
 
         def read() -> None:
             body = {"model": "named", "messages": MESSAGES, "max_tokens": 30, "stream": True, "ignore_eos": True}
-            with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=30) as stream:
+            with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as stream:
                 seen.extend(line for line in stream.iter_lines() if line)
 
         reader = threading.Thread(target=read)
@@ -221,7 +221,7 @@ def test_it_says_what_it_does_and_ends_in_order(checkpoint: Path, tmp_path: Path
         while not seen and time.monotonic() < deadline:
             time.sleep(0.01)
         assert server.stop() == 0
-        reader.join(20)
+        reader.join(60)
         assert seen[-1] == "data: [DONE]"
         log = server.log.read_text()
         assert "named: self-test" in log

@@ -18,7 +18,7 @@ from server.run import Server, configured
 from server.settings import ServerSettings
 from server.wire.connections import Connections
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds after which a client of these tests gives up; nothing is measured by it."""
 LIVE = b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n\r\n"
 

@@ -18,7 +18,7 @@ else:
 CHROMIUM: Final = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome") or ""
 WHY = WHY or ("" if CHROMIUM else "there is no Chromium")
 NEEDS_CHROMIUM: Final = pytest.mark.skipif(bool(WHY), reason=WHY)
-PATIENCE: Final = 20_000
+PATIENCE: Final = 60_000
 """Milliseconds that anything may take before a test fails."""
 
 __all__ = ["CHROMIUM", "NEEDS_CHROMIUM", "WHY", "Tab", "expect", "launch", "sync_playwright"]
@@ -83,7 +83,7 @@ class Tab:
         self.ended()
 
     def ended(self) -> None:
-        expect(self.page.get_by_role("button", name="Stop")).to_have_count(0)
+        expect(self.page.get_by_role("button", name="Stop", exact=True)).to_have_count(0)
         expect(self.page.locator(".reply.live")).to_have_count(0)
 
     def tab(self, name: str) -> None:

@@ -43,7 +43,7 @@ class PageServer:
             return
         self._server.force_exit = True
         self._server.should_exit = True
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive()
         self._server = self._thread = None
 

@@ -46,7 +46,7 @@ def talk(tab: Tab) -> None:
     page = tab.page
     page.get_by_label("Seed", exact=True).fill("7")
     tab.say(QUESTION)
-    page.get_by_role("button", name="Same again").last.click()
+    page.get_by_role("button", name="Same again", exact=True).last.click()
     page.get_by_text("The same again, to the bit").wait_for()
 
 

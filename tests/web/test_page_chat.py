@@ -51,10 +51,10 @@ def test_stop(serve: Serve, open_tab: Open) -> None:
     page = tab.open()
     tab.begin("Go on for ever")
     expect(page.locator(".reply.live")).to_contain_text("word3")
-    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Stop", exact=True).click()
     tab.ended()
     expect(page.locator(".reply-foot")).to_contain_text("stopped")
-    expect(page.get_by_role("button", name="Same again")).to_have_count(0)
+    expect(page.get_by_role("button", name="Same again", exact=True)).to_have_count(0)
     page.wait_for_function("() => true")
     assert not engine.open, "the server computes no further"
 
@@ -63,9 +63,9 @@ def test_thoughts_and_calls_stand_apart(real: Real, open_tab: Open) -> None:
     """The user defines a tool, the model calls it, the user answers, the model goes on."""
     tab = open_tab(real.url)
     page = tab.open()
-    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Settings", exact=True).click()
     page.get_by_role("button", name="Put in an example").click()
-    page.get_by_role("button", name="Close the settings").click()
+    page.get_by_role("button", name="Close the settings", exact=True).click()
     real.say(call="weather", arguments={"city": "Rome"}, thoughts="I should ask.", text="It is sunny.")
     tab.say("How is the weather in Rome?")
     reply = page.locator(".reply").last
@@ -87,9 +87,9 @@ def test_editing_makes_a_branch(serve: Serve, open_tab: Open) -> None:
     tab = open_tab(serve(make_app(engine)).url)
     page = tab.open()
     tab.say("First wording")
-    page.get_by_role("button", name="Edit").click()
+    page.get_by_role("button", name="Edit", exact=True).click()
     page.get_by_label("Another wording").fill("Second wording")
-    page.get_by_role("button", name="Send as a branch").click()
+    page.get_by_role("button", name="Send as a branch", exact=True).click()
     tab.ended()
     assert [one.content for one in engine.requests[-1].messages or ()] == ["Second wording"]
     expect(page.locator(".said")).to_have_text("Second wording")
@@ -122,7 +122,7 @@ def test_history_stays_in_the_browser(serve: Serve, open_tab: Open, tmp_path: Pa
         "name": "x.json", "mimeType": "application/json", "buffer": b'{"format": "another"}'
     })  # fmt: skip
     expect(there.get_by_role("alert")).to_contain_text("no file of conversations")
-    page.get_by_role("button", name="Delete all").click()
+    page.get_by_role("button", name="Delete all", exact=True).click()
     page.get_by_role("button", name="Delete all for good").click()
     page.reload()
     expect(page.get_by_role("button", name="Remember this", exact=True)).to_have_count(0)
@@ -132,7 +132,7 @@ def test_a_refusal_is_told_in_the_servers_words(serve: Serve, open_tab: Open) ->
     tab = open_tab(serve(make_app(FakeEngine())).url)
     tab.expected = ("422",)
     page = tab.open()
-    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Settings", exact=True).click()
     page.get_by_label("Temperature").fill("9")
     tab.say("Hi")
     expect(page.get_by_role("alert")).to_contain_text("temperature")
@@ -148,9 +148,9 @@ def test_a_model_that_loads(serve: Serve, open_tab: Open) -> None:
     registry: Any = FakeRegistry(ModelStatus("fake", "loading", "reading the weights"))
     tab = open_tab(serve(create_app(registry)).url)
     page = tab.open()
-    expect(page.get_by_role("button", name="Model: fake, loading")).to_be_visible()
+    expect(page.get_by_role("button", name="Model: fake, loading", exact=True)).to_be_visible()
     registry.entries["fake"] = FakeEngine()
-    expect(page.get_by_role("button", name="Model: fake, ready")).to_be_visible()
+    expect(page.get_by_role("button", name="Model: fake, ready", exact=True)).to_be_visible()
     tab.say("Hi")
     expect(page.locator(".reply")).to_contain_text("Hello wörld!")
 
@@ -169,9 +169,9 @@ def test_models_are_chosen_loaded_and_unloaded(serve: Serve, open_tab: Open) -> 
 
     page.route("**/load", answer)
     page.route("**/unload", answer)
-    page.get_by_role("button", name="Model: fake, ready").click()
-    page.get_by_role("button", name="Load cold").click()
-    page.get_by_role("button", name="Unload other").click()
+    page.get_by_role("button", name="Model: fake, ready", exact=True).click()
+    page.get_by_role("button", name="Load cold", exact=True).click()
+    page.get_by_role("button", name="Unload other", exact=True).click()
     page.wait_for_function("() => true")
     assert asked == [("POST", "/v1/models/cold/load"), ("POST", "/v1/models/other/unload")]
     page.locator(".model-choice", has_text="other").click()
@@ -210,7 +210,7 @@ def test_the_demo_model_offers_a_real_one(serve: Serve, open_tab: Open) -> None:
     expect(page.get_by_text("verbatim models get smollm2")).to_be_visible()
     expect(page.get_by_role("button", name="Copy the command")).to_be_visible()
     there = open_tab(serve(make_app(FakeEngine())).url).open()
-    expect(there.get_by_role("button", name="Model: fake, ready")).to_be_visible()
+    expect(there.get_by_role("button", name="Model: fake, ready", exact=True)).to_be_visible()
     expect(there.get_by_text("verbatim models get smollm2")).to_have_count(0)
 
 

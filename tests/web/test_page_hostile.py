@@ -153,7 +153,7 @@ def test_a_phone_has_everything_and_scrolls_in_one_direction(serve: Serve, open_
     expect(page.get_by_role("button", name="New conversation")).to_be_visible()
     page.get_by_role("button", name="New conversation").click()
     expect(page.get_by_role("button", name="New conversation")).to_be_hidden()
-    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Settings", exact=True).click()
     page.get_by_label("Temperature").fill("0.5")
     page.keyboard.press("Escape")
     expect(page.get_by_label("Temperature")).to_have_count(0)
@@ -163,7 +163,7 @@ def test_by_keyboard_alone(serve: Serve, open_tab: Open) -> None:
     """From the first Tab: skip to the content, write, send, and reach what stands below the reply."""
     tab = open_tab(serve(make_app()).url)
     page = tab.open()
-    expect(page.get_by_role("button", name="Model: fake, ready")).to_be_visible()
+    expect(page.get_by_role("button", name="Model: fake, ready", exact=True)).to_be_visible()
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
     page.keyboard.press("Enter")
@@ -182,11 +182,11 @@ def test_by_keyboard_alone(serve: Serve, open_tab: Open) -> None:
             break
     page.keyboard.press("Enter")
     expect(page.get_by_text("The same again, to the bit")).to_be_visible()
-    page.get_by_role("button", name="Model: fake, ready").focus()
+    page.get_by_role("button", name="Model: fake, ready", exact=True).focus()
     page.keyboard.press("Enter")
     expect(page.get_by_role("group", name="Models")).to_be_visible()
     page.keyboard.press("Escape")
-    expect(page.get_by_role("button", name="Model: fake, ready")).to_be_focused()
+    expect(page.get_by_role("button", name="Model: fake, ready", exact=True)).to_be_focused()
 
 
 def test_everything_that_can_be_pressed_has_a_name(serve: Serve, open_tab: Open) -> None:
@@ -194,7 +194,7 @@ def test_everything_that_can_be_pressed_has_a_name(serve: Serve, open_tab: Open)
     tab.expected = ("404",)
     page = tab.open()
     tab.say("Hi")
-    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Settings", exact=True).click()
     for name in NAMES:
         tab.tab(name)
         page.wait_for_timeout(100)

@@ -23,9 +23,9 @@ Serve = Callable[[Any], PageServer]
 def short(tab: Tab, tokens: int = 8) -> None:
     """Have replies end after some tokens: the test's model talks nonsense for ever."""
     page = tab.page
-    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Settings", exact=True).click()
     page.get_by_label("Most tokens").fill(str(tokens))
-    page.get_by_role("button", name="Close the settings").click()
+    page.get_by_role("button", name="Close the settings", exact=True).click()
 
 
 # -- seed --------------------------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def test_same_again_and_next_seed(real: Real, open_tab: Open) -> None:
     page.get_by_label("Seed", exact=True).fill("9223372036854775806")
     tab.say("Hello")
     expect(page.locator(".reply-foot")).to_contain_text("seed 9223372036854775806")
-    page.get_by_role("button", name="Same again").click()
+    page.get_by_role("button", name="Same again", exact=True).click()
     expect(page.get_by_text("The same again, to the bit")).to_contain_text("8 tokens")
     first = page.locator(".reply .prose").inner_text()
     page.get_by_role("button", name="Next seed").click()
@@ -56,7 +56,7 @@ def test_the_first_difference_is_shown(serve: Serve, open_tab: Open) -> None:
     tab = open_tab(serve(make_app(engine)).url)
     page = tab.open()
     tab.say("Count")
-    page.get_by_role("button", name="Same again").click()
+    page.get_by_role("button", name="Same again", exact=True).click()
     # the fake's ids are the places of its words: the text differs, and nothing else
     tab.ended()
     expect(page.locator(".reply .notice")).to_contain_text("Not the same")
@@ -87,7 +87,7 @@ def test_tokens_their_rivals_and_margins(real: Real, open_tab: Open) -> None:
     tab = open_tab(real.url)
     page = tab.open()
     short(tab)
-    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Settings", exact=True).click()
     page.get_by_label("Temperature").fill("0.5")
     page.get_by_label("Seed", exact=True).fill("3")
     tab.say("Hello")
@@ -134,7 +134,7 @@ def test_going_on_from_a_token(real: Real, open_tab: Open) -> None:
     tab.ended()
     expect(page.locator(".branches").last).to_contain_text("2/2")
     assert page.locator(".reply .prose").inner_text() == whole
-    page.get_by_role("button", name="Same again").click()
+    page.get_by_role("button", name="Same again", exact=True).click()
     expect(page.get_by_text("The same again, to the bit")).to_contain_text("6 tokens")
     page.get_by_role("button", name="Tokens").click()
     expect(page.locator(".token.given")).to_have_count(4)
@@ -242,13 +242,13 @@ def test_the_request_as_programs(real: Real, open_tab: Open) -> None:
     tab = open_tab(real.url)
     page = tab.open()
     short(tab)
-    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Settings", exact=True).click()
     page.get_by_label("Further fields").fill('{"top_k": 7, "no_such_field": 1}')
     text = 'It\'s "quoted" \\ ${x}\nand two lines'
     tab.say("x")
-    page.get_by_role("button", name="Edit").last.click()
+    page.get_by_role("button", name="Edit", exact=True).last.click()
     page.get_by_label("Another wording").fill(text)
-    page.get_by_role("button", name="Send as a branch").click()
+    page.get_by_role("button", name="Send as a branch", exact=True).click()
     tab.ended()
     expect(page.get_by_text("and ignored it: no_such_field")).to_be_visible()
     reply = page.locator(".reply .prose").inner_text()
@@ -342,7 +342,7 @@ def test_keys_are_asked_for_kept_for_the_session_and_their_usage_shown(
         tab.say("Hi")
         expect(page.locator(".reply")).to_contain_text("Hello wörld!")
         page.reload()
-        expect(page.get_by_role("button", name="Model: fake, ready")).to_be_visible()
+        expect(page.get_by_role("button", name="Model: fake, ready", exact=True)).to_be_visible()
         if manage:
             keys = [
                 {"id": "k", "name": "bob", "state": "good", "admin": True, "balance": None, "usage": {"requests": 7}}

@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import nn
 
 from engine.compute.backend import PackedChunk, Progress, StepPlan, StepSize
 from engine.compute.cpu.attention import CpuCache, CpuPlan
-from engine.compute.cpu.decoder_layer import fuse_layers
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.linear import NativeLinear, merge_shared_projections
-from engine.compute.cpu.pointwise import replace_pointwise
+from engine.compute.cpu.layers.decoder_layer import fuse_layers
+from engine.compute.cpu.layers.experts import replace_experts
+from engine.compute.cpu.layers.pointwise import replace_pointwise
+from engine.compute.cpu.linear import NativeLinear, merge_shared_projections, take_over
+from engine.compute.cpu.stored_linear import INPUTS, StoredLinear
+from engine.compute.cpu.storing import packed_kind, store
 from engine.compute.kv_cache import KVCache, LayerShape
-from engine.compute.linear import Make, is_sound, is_sound_for, pack_model
+from engine.compute.linear import Make, computes, is_sound, is_sound_for, pack_model
 from engine.compute.model_runner import PackedRunner
 from engine.compute.torch_attention import TorchPlan
 from engine.compute.torch_backend import hardware
 from engine.host_memory import give_back_memory
+from engine.types.fingerprint_parts import digest_of
+
+_ROUNDED: Final = 0.1
+"""Allowed difference to torch's product where weights or inputs are rounded, as a fraction of its largest number."""
 
 
 class CpuBackend:
     """Computes with compiled kernels (see `engine.compute.backend.Backend`)."""
 
-    QUANTIZATIONS: ClassVar[frozenset[str]] = frozenset({"int8"})
+    QUANTIZATIONS: ClassVar[frozenset[str]] = frozenset({"int8", "int4"})
     """What an entry's `quantization` may say."""
 
     def __init__(self, kernels: Kernels, quantization: str | None = None) -> None:
-        """quantization: `int8`, or None to round no weight."""
-        self.linear = f"native {quantization}" if quantization else "native"
+        """quantization: `int8` or `int4`; `stored`: layers come in groups (`StoredLinear`), and none is rounded."""
+        self.linear = "native, as stored" if quantization == "stored" else f"native {quantization or ''}".strip()
         self._kernels, self._quantization = kernels, quantization
-        self._make = partial(NativeLinear, kernels, quantization or "exact")
+        self._make = partial(self._pack, packed_kind(quantization, table=False))
+        self._stored: Mapping[str, str] = {}
+
+    def _pack(self, kind: str, weight: torch.Tensor, bias: torch.Tensor | None) -> NativeLinear:
+        """Pack `weight [out, in]` as one of `storing.KINDS`."""
+        if kind in ("exact", "int8"):
+            return NativeLinear(self._kernels, kind, weight, bias)
+        packed = store(self._kernels, kind, lambda start, end: weight[start:end], *weight.shape)
+        wide = None if bias is None else bias.detach().to(torch.float32).contiguous()
+        return NativeLinear.of(self._kernels, dataclasses.replace(packed, bias=wide))
 
     @property
     def breaks_law(self) -> None:
@@ -45,10 +62,30 @@ class CpuBackend:
         return partial(NativeLinear, self._kernels, "exact")
 
     def is_sound(self, model: nn.Module) -> bool:
-        """Test the linear layers on all shapes of the model; quantised ones on one shape, within their rounding."""
-        if self._quantization:
-            return is_sound(self._make, 192, 80, tolerance=0.1)
-        return is_sound_for(model, self._make)
+        """Test the linear layers on all shapes of the model; quantised ones on one shape, within their rounding.
+
+        Of layers that were loaded in groups, the smallest of each kind is tested.
+        """
+        if self._quantization == "int8":
+            return is_sound(self._make, 192, 80, tolerance=_ROUNDED)
+        if self._quantization == "int4":
+            kinds = {"4 bits": 2 * _ROUNDED, "8 bits": _ROUNDED}
+            return all(is_sound(partial(self._pack, kind), 192, 80, tolerance=t) for kind, t in kinds.items())
+        stored = [module for module in model.modules() if isinstance(module, StoredLinear)]
+        exact = {(m.in_features, min(m.out_features, 2048)) for m in stored if m.packed.input_kind == "float32"}
+        smallest: dict[str, StoredLinear] = {}
+        for layer in sorted(stored, key=lambda m: m.in_features * m.out_features):
+            if layer.packed.input_kind != "float32":
+                smallest.setdefault(layer.packed.layout, layer)
+        return (
+            is_sound_for(model, self._make)
+            and all(is_sound(self._make, *shape) for shape in sorted(exact))
+            and all(map(self._is_sound_stored, smallest.values()))
+        )
+
+    def _is_sound_stored(self, layer: StoredLinear) -> bool:
+        native = NativeLinear.of(self._kernels, dataclasses.replace(layer.packed, bias=None))
+        return computes(native, layer.weight, _ROUNDED)
 
     def allocate(self, layers: Sequence[LayerShape], num_blocks: int) -> KVCache:
         """Allocate a cache in the attention kernel's layout."""
@@ -66,8 +103,15 @@ class CpuBackend:
         return PackedRunner(model, self, cache, vocab_size, **trial)
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
-        """Replace linear layers, norms, activations, and decoder layers made of the usual parts."""
+        """Replace linear layers, experts, norms, activations, and decoder layers made of the usual parts."""
+        self._stored = take_over(model)
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if self._quantization == "int4" and type(head) is nn.Linear:
+            model.set_output_embeddings(self._pack("8 bits", head.weight, head.bias))  # type: ignore[operator]
         pack_model(model, stored, self._make, progress)
+        replace_experts(
+            model, self._kernels, self._make, rounds=self._quantization in ("int8", "int4"), progress=progress
+        )
         replace_pointwise(model, self._kernels)
         merge_shared_projections(model)
         fused = fuse_layers(model, self._kernels, length)
@@ -78,5 +122,8 @@ class CpuBackend:
         give_back_memory()
 
     def describe(self) -> Mapping[str, str]:
-        """Return the kind of linear layers and the processor."""
-        return {"linear": self.linear, **hardware(torch.device("cpu"))}
+        """Return the kind of linear layers, which of them are computed as they were stored, and the processor."""
+        stored = (
+            {"stored_layers": str(digest_of(self._stored)), "inputs": INPUTS} if self._quantization == "stored" else {}
+        )
+        return {"linear": self.linear, **stored, **hardware(torch.device("cpu"))}

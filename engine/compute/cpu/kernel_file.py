@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import signal
 import stat
@@ -22,12 +23,14 @@ from pathlib import Path
 from typing import Final
 
 from engine.cache_folder import cache_folder, make_private
-from engine.compute.processor import processor_target
+from engine.compute.processor import ARM, processor_target
 
-__all__ = ["NoKernels", "load"]
+__all__ = ["FLAGS", "NoKernels", "load"]
 
-# Contraction off: where a product is fused with a sum is written down, not left to the compiler.
-_FLAGS: Final = ("-march=native", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC", "-pthread")
+FLAGS: Final = ("-ffp-contract=off", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC", "-pthread")
+"""For every processor. Contraction off: where a product is fused with a sum is written down, not left to the compiler.
+No `errno` of a root: then it is an instruction, and no other library is needed."""
+
 _TIMEOUT: Final = 120.0  # seconds for the compiler
 _TRIAL_SECONDS: Final = 60.0  # it takes a quarter of one
 _LARGEST: Final = 64 << 20  # bytes; the file has a tenth of one MiB
@@ -64,8 +67,8 @@ def load(
     compiler = _find_compiler()
     version = _version(compiler)
     # clang takes 39 seconds for -O3, six for -O2, and gains nothing by it; gcc vectorises less at -O2.
-    flags = ("-O2" if "clang" in version else "-O3", *_FLAGS, *flags)
-    # -march=native depends on the processor, and several machines may share a home.
+    flags = ("-O2" if "clang" in version else "-O3", _native(version), *FLAGS, *flags)
+    # What is native depends on the processor, and several machines may share a home.
     texts = (version, " ".join(flags), processor_target())
     sources = (source, *sorted(source.parent.glob("*.h")))
     parts = (*(file.read_bytes() for file in sources), *(text.encode() for text in texts))
@@ -241,6 +244,11 @@ def _find_compiler() -> str:
         if found:
             return found
     raise NoKernels("no C compiler was found; install one (gcc or clang) for about three times the speed")
+
+
+def _native(version: str) -> str:
+    """Return the flag for all instructions of this processor; clang has another one for ARM."""
+    return "-mcpu=native" if "clang" in version and platform.machine() in ARM else "-march=native"
 
 
 def _version(compiler: str) -> str:

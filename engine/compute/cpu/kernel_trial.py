@@ -11,7 +11,17 @@ import math
 import sys
 from typing import Any
 
-from engine.compute.cpu.kernel_calls import Calls, Layer, Matrix, Part
+from engine.compute.cpu.kernel_calls import (
+    ACTIVATIONS,
+    Calls,
+    Experts,
+    Format,
+    GroupParts,
+    Layer,
+    Matrix,
+    Norm,
+    Part,
+)
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 __all__ = ["main"]
@@ -33,9 +43,16 @@ def main(library: str) -> None:
     calls.target()
     for kind in (0, 1, 2):
         _expect(f"a product of kind {kind}", _product(calls, kind), _DEPTH * 0.5, tolerance=1.0)
+    for bits, group in ((4, 32), (5, 64), (6, 16), (8, 128)):
+        product, wide = _grouped(calls, bits, group)
+        _expect(f"a product with groups of {group} numbers of {bits} bits", product, _DEPTH * 0.5, tolerance=1.0)
+        _expect(f"a widened number of {bits} bits", wide, 0.5)
     _expect("attention", _attention(calls), 1.0)
-    _expect("a norm", _norm(calls), 1.0)
-    _expect("an activation", _silu(calls), 1 / (1 + math.exp(-1)))
+    _expect("a norm", _norm(calls, centred=False), 1.0)
+    _expect("a centred norm", _norm(calls, centred=True), 0.0)
+    for name, right in (("silu", 1 / (1 + math.exp(-1))), ("gelu_tanh", 0.841192), ("clamped", 0.845796)):
+        _expect(name, _activation(calls, name), right)
+    _expect("a mixture of experts", _experts(calls), 0.3, tolerance=0.1)
     _layer(calls)
 
 
@@ -50,22 +67,46 @@ def _ones(count: int, value: float = 1.0) -> Any:
 
 
 def _packed(calls: Calls, columns: int, depth: int, kind: int, value: float = 0.5) -> Any:
-    out = ctypes.create_string_buffer(int(calls.packed_bytes(columns, depth, kind)))
+    out = ctypes.create_string_buffer(int(calls.packed_bytes(columns, depth, kind, None)))
     calls.pack(_ones(columns * depth, value), out, columns, depth, kind, _THREADS)
     return out
 
 
-def _matrices(*weights: tuple[Any, int]) -> Any:
-    return (Matrix * len(weights))(*(Matrix(ctypes.addressof(data), None, columns) for data, columns in weights))
+def _matrices(*weights: tuple[Any, int], kind: int = 0) -> Any:
+    return (Matrix * len(weights))(
+        *(Matrix(ctypes.addressof(data), None, columns, None, kind) for data, columns in weights)
+    )
 
 
 def _product(calls: Calls, kind: int) -> Any:
     weight = _packed(calls, _COLUMNS, _DEPTH, kind)
     scratch = ctypes.create_string_buffer(_ROWS * int(calls.scratch(_DEPTH, kind)))
     out = _ones(_ROWS * _COLUMNS, 0.0)
-    table = _matrices((weight, _COLUMNS))
-    calls.linear(_ones(_ROWS * _DEPTH), scratch, out, table, _ROWS, _DEPTH, 1, kind, _THREADS)
+    table = _matrices((weight, _COLUMNS), kind=kind)
+    calls.linear(_ones(_ROWS * _DEPTH), scratch, out, table, _ROWS, _DEPTH, 1, _THREADS)
     return out
+
+
+def _grouped(calls: Calls, bits: int, group: int) -> tuple[Any, Any]:
+    """Multiply with numbers of 2, of which 1 is taken off as the zero, and a half as the minimum; and widen some."""
+    groups = -(-_DEPTH // group)
+    numbers, halves = (ctypes.c_uint8 * (_COLUMNS * _DEPTH))(*[2] * (_COLUMNS * _DEPTH)), _ones(_COLUMNS * groups, 0.5)
+    scales, zeros = (
+        (ctypes.c_uint8 * (_COLUMNS * groups))(*[2] * (_COLUMNS * groups)),
+        (ctypes.c_uint8 * (_COLUMNS * groups))(*[1] * (_COLUMNS * groups)),
+    )
+    layout = Format(bits, group, 1, 0, 4, 3, 3, 0, 4)
+    parts = GroupParts(
+        *(ctypes.addressof(part) for part in (numbers, scales, halves, halves)), None, ctypes.addressof(zeros)
+    )
+    weight = ctypes.create_string_buffer(int(calls.packed_bytes(_COLUMNS, _DEPTH, 3, ctypes.byref(layout))))
+    calls.pack_groups(ctypes.byref(layout), ctypes.byref(parts), weight, _COLUMNS, _DEPTH, _THREADS)
+    table = (Matrix * 1)(Matrix(ctypes.addressof(weight), None, _COLUMNS, ctypes.addressof(layout), 3))
+    scratch = ctypes.create_string_buffer(_ROWS * int(calls.scratch(_DEPTH, 3)))
+    out, wide = _ones(_ROWS * _COLUMNS, 0.0), _ones(_ROWS * _DEPTH, 0.0)
+    calls.linear(_ones(_ROWS * _DEPTH), scratch, out, table, _ROWS, _DEPTH, 1, _THREADS)
+    calls.widen(table, (ctypes.c_int64 * _ROWS)(*range(_ROWS)), wide, _DEPTH, _ROWS, _THREADS)
+    return out, wide
 
 
 def _step(rows: int) -> tuple[Any, Any, Any, Any]:
@@ -88,15 +129,15 @@ def _attention(calls: Calls) -> Any:
     return out
 
 
-def _norm(calls: Calls) -> Any:
-    out = _ones(512 * _DEPTH, 0.0)
-    calls.rms_norm(_ones(512 * _DEPTH), _ones(_DEPTH), out, 512, _DEPTH, 1e-6, _THREADS)
+def _norm(calls: Calls, centred: bool) -> Any:
+    out = _ones(512 * _DEPTH, 2.0)
+    calls.norm(_ones(512 * _DEPTH), _ones(_DEPTH), out, 512, _DEPTH, 1e-6, centred, _THREADS)
     return out
 
 
-def _silu(calls: Calls) -> Any:
+def _activation(calls: Calls, kind: str) -> Any:
     out = _ones(10_000, 0.0)
-    calls.silu(_ones(10_000), out, 10_000, _THREADS)
+    calls.activate(_ones(10_000), out, 10_000, ACTIVATIONS[kind], _THREADS)
     return out
 
 
@@ -116,8 +157,10 @@ def _layer(calls: Calls) -> None:
     norm = _ones(dim)
     record = Layer(
         **{name: ctypes.addressof(table) for name, table in tables.items()},
-        first_norm=ctypes.addressof(norm),
-        second_norm=ctypes.addressof(norm),
+        input_norm=Norm(ctypes.addressof(norm), 1e-6, 0),
+        mlp_norm=Norm(ctypes.addressof(norm), 1e-6, 0),
+        qkv_count=3,
+        gate_up_count=2,
         dim=dim,
         inner=inner,
         heads=heads,
@@ -125,9 +168,8 @@ def _layer(calls: Calls) -> None:
         key_dim=_HEAD,
         value_dim=_HEAD,
         rotary=_HEAD,
-        first_epsilon=1e-6,
-        second_epsilon=1e-6,
         scale=0.25,
+        factor=1.0,
     )
     slots, finite, _table, parts = _step(rows)
     scratch = ctypes.create_string_buffer(rows * int(calls.layer_scratch(ctypes.byref(record))))
@@ -139,6 +181,20 @@ def _layer(calls: Calls) -> None:
     )  # fmt: skip
     if not all(math.isfinite(number) for number in out):
         sys.exit("a layer's numbers are not finite")
+
+
+def _experts(calls: Calls) -> Any:
+    rows, choices, dim, inner = 3, 2, 32, 16
+    groups = [
+        [_packed(calls, columns, depth, 0, 0.03) for _ in range(2)] for columns, depth in ((32, dim), (dim, inner))
+    ]
+    tables = [_matrices(*((data, 32) for data in group)) for group in groups]
+    record = Experts(*map(ctypes.addressof, tables), dim=dim, inner=inner, experts=2, row_bytes=256, activation=0)
+    scratch = ctypes.create_string_buffer(int(calls.experts_scratch(ctypes.byref(record), rows, choices)))
+    out, chosen = _ones(rows * dim, 0.0), (ctypes.c_int64 * (rows * choices))(0, 1, 1, 0, 0, 1)
+    weights = _ones(rows * choices, 0.5)
+    calls.experts(ctypes.byref(record), _ones(rows * dim), chosen, weights, out, scratch, rows, choices, _THREADS)
+    return out
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Call the kernels that are compiled for this machine. Knows arrays and pointers; nothing of models or layers.
 
 `kernels.c` is compiled once, by the machine's C compiler, and the result is kept (`engine.compute.cpu.kernel_file`).
-Without a compiler, or on a processor without AVX2, there are no kernels: `Kernels.load` says why, and torch computes.
+There are none without a compiler, or on a processor with neither AVX2 nor ARM's 64 bits: `Kernels.load` says why, and
+torch computes.
 The top of the C file says what every kernel promises.
 """
 
@@ -19,18 +20,43 @@ from torch import Tensor
 
 from engine.compute.cpu import kernel_file
 from engine.compute.cpu.attention_plan import AttentionPlan
-from engine.compute.cpu.kernel_calls import Calls
+from engine.compute.cpu.kernel_calls import ACTIVATIONS, Calls
 from engine.compute.cpu.kernel_file import NoKernels
-from engine.compute.cpu.layer_kernel import LayerKernel, LayerParts
-from engine.compute.cpu.packed_weight import PackedWeight, Product, checked, pack_weight
+from engine.compute.cpu.layers.experts_kernel import ExpertsKernel
+from engine.compute.cpu.layers.layer_kernel import LayerKernel, LayerParts
+from engine.compute.cpu.packed_weight import (
+    PackedWeight,
+    Product,
+    checked,
+    pack_groups,
+    pack_pieces,
+    pack_weight,
+    widen,
+)
+from engine.compute.processor import ARM
+from engine.compute.whole.groups import Groups
 from engine.scheduling.block_pool import BLOCK_SIZE
 
 __all__ = ["WIDEST_HEAD", "Kernels", "NoKernels"]
 
-_SOURCE: Final = Path(__file__).with_name("kernels.c")
+_SOURCE: Final = Path(__file__).parent / "native" / "kernels.c"
 
 WIDEST_HEAD: Final = 256
 """The most dimensions of a head that the attention kernel takes."""
+
+
+def _instructions() -> Sequence[str]:
+    """Return the flags for what the kernels must not use here. Raises NoKernels: the processor lacks what they need."""
+    machine = platform.machine()
+    if os.name == "posix" and machine in ARM:  # every such processor has what they need
+        return ()
+    if os.name != "posix" or machine != "x86_64":
+        raise NoKernels(f"there are none for {platform.system()} on {machine} processors yet")
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith("AVX"):
+        raise NoKernels("this processor lacks AVX2, or ATEN_CPU_CAPABILITY forbids it")
+    # No wider vectors than torch's own, so that ATEN_CPU_CAPABILITY=avx2 holds for everything.
+    return () if capability == "AVX512" else ("-mno-avx512f",)
 
 
 class Kernels:
@@ -59,35 +85,58 @@ class Kernels:
         Raises:
             NoKernels: no compiler, one that fails, or a processor that is not supported.
         """
-        if os.name != "posix" or platform.machine() != "x86_64":
-            raise NoKernels(f"there are none for {platform.system()} on {platform.machine()} processors yet")
-        capability = torch.backends.cpu.get_cpu_capability()
-        if not capability.startswith("AVX"):
-            raise NoKernels("this processor lacks AVX2, or ATEN_CPU_CAPABILITY forbids it")
-        # No wider vectors than torch's own, so that ATEN_CPU_CAPABILITY=avx2 holds for everything.
-        narrow = () if capability == "AVX512" else ("-mno-avx512f",)
-        flags = (f"-DBLOCK_SIZE={BLOCK_SIZE}", *narrow, *extra_flags)
+        flags = (f"-DBLOCK_SIZE={BLOCK_SIZE}", *_instructions(), *extra_flags)
         return cls(kernel_file.load(_SOURCE, cache, flags, progress))
 
     def pack(self, weight: Tensor, bias: Tensor | None, kind: str = "exact") -> PackedWeight:
         """Bring `weight [columns, depth]` and `bias [columns]` into the kernels' layout: see `pack_weight`."""
         return pack_weight(self._calls, weight, bias, kind)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """Compute `weight · x / √(mean(x²) + epsilon)` over the last dimension. `x`, `weight [dim]`: float32, dense."""
+    def pack_pieces(
+        self,
+        read: Callable[[int, int], Tensor],
+        pieces: Sequence[tuple[int, int]],
+        columns: int,
+        depth: int,
+        kind: str = "exact",
+    ) -> PackedWeight:
+        """Pack a weight of which only some columns are read at a time: see `packed_weight.pack_pieces`."""
+        return pack_pieces(self._calls, read, pieces, columns, depth, kind)
+
+    def pack_groups(self, groups: Groups, bias: Tensor | None) -> PackedWeight:
+        """Bring whole numbers in groups and `bias [columns]` into the kernels' layout; no number changes."""
+        return pack_groups(self._calls, groups, bias)
+
+    def widen(self, packed: PackedWeight, columns: Tensor | None = None) -> Tensor:
+        """Return the numbers that a packed weight stands for: `[columns, depth] float32`, or those of some columns.
+
+        Args:
+            columns: `[n] int64`, in any order.
+        """
+        return widen(self._calls, packed, columns)
+
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float, *, centred: bool = False) -> Tensor:
+        """Compute `weight · x / √(mean(x²) + epsilon)` over the last dimension. `x`, `weight [dim]`: float32, dense.
+
+        Args:
+            centred: take the mean off `x` first.
+        """
         dim = weight.shape[0]
         x = checked(x, dim)
         out = torch.empty_like(x)
-        self._calls.rms_norm(
-            x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // dim, dim, epsilon, torch.get_num_threads()
-        )
+        rows, threads = x.numel() // dim, torch.get_num_threads()
+        self._calls.norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, dim, epsilon, centred, threads)
         return out
 
-    def silu(self, x: Tensor) -> Tensor:
-        """Compute `x / (1 + exp(-x))`, float32, any shape."""
+    def activate(self, x: Tensor, kind: str) -> Tensor:
+        """Compute an activation, one of `ACTIVATIONS`. `x`: float32, any shape.
+
+        `silu`: `x / (1 + exp(-x))`; `gelu_tanh`: `x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))) / 2`;
+        `clamped`: `y / (1 + exp(-1.702 · y))`, `y = min(x, 7)`.
+        """
         x = checked(x, x.shape[-1])
         out = torch.empty_like(x)
-        self._calls.silu(x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads())
+        self._calls.activate(x.data_ptr(), out.data_ptr(), x.numel(), ACTIVATIONS[kind], torch.get_num_threads())
         return out
 
     def can_attend(self, key_dim: int, value_dim: int) -> bool:
@@ -159,7 +208,7 @@ class Kernels:
         return out
 
     def group(self, weights: Sequence[PackedWeight]) -> Product:
-        """Combine several weights of one kind and depth into one product of an input."""
+        """Combine several weights of one depth, and one kind of input, into one product."""
         return Product(self._calls, weights)
 
     def can_compute(self, parts: LayerParts) -> bool:
@@ -171,3 +220,7 @@ class Kernels:
         if not self.can_compute(parts):
             raise ValueError("these parts are no layer that there is a kernel for")
         return LayerKernel(self._calls, parts)
+
+    def experts(self, gate_up: Sequence[PackedWeight], down: Sequence[PackedWeight], activation: str) -> ExpertsKernel:
+        """Build a kernel that computes a mixture of experts: see `ExpertsKernel`."""
+        return ExpertsKernel(self._calls, gate_up, down, activation)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.packed_weight import Product
+from engine.compute.cpu.packed_weight import PackedWeight, Product
+from engine.compute.cpu.stored_linear import StoredLinear
 
 
 class NativeLinear(nn.Module):
@@ -28,11 +29,20 @@ class NativeLinear(nn.Module):
     def __init__(self, kernels: Kernels, kind: str, weight: Tensor, bias: Tensor | None) -> None:
         """Pack `weight [out, in]`, of any float dtype; the original is not kept. kind: `exact` or `int8`."""
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.kernels = kernels
-        self.packed = kernels.pack(weight, bias, kind)
-        self.kind = self.packed.kind
-        self._product: Product = kernels.group([self.packed])
+        self._take(kernels, kernels.pack(weight, bias, kind))
+
+    @classmethod
+    def of(cls, kernels: Kernels, packed: PackedWeight) -> NativeLinear:
+        """Make a layer of a weight that is packed already."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._take(kernels, packed)
+        return layer
+
+    def _take(self, kernels: Kernels, packed: PackedWeight) -> None:
+        self.out_features, self.in_features = packed.columns, packed.depth
+        self.kernels, self.packed, self.kind = kernels, packed, packed.kind
+        self._product: Product = kernels.group([packed])
         self.shared: tuple[SharedInput, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,9 +56,7 @@ class NativeLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A fresh float32 copy `[out, in]`, for the rare architecture that reads weights itself (Mamba)."""
-        # The product with the identity: all terms but one are zeros.
-        rows = self._product(torch.eye(self.in_features, dtype=torch.float32))[0]
-        return (rows - self.bias if self.bias is not None else rows).T.contiguous()
+        return self.kernels.widen(self.packed)
 
     @property
     def bias(self) -> Tensor | None:
@@ -57,6 +65,14 @@ class NativeLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, native {self.kind}"
+
+
+def take_over(model: nn.Module) -> dict[str, str]:
+    """Make native layers of those that were loaded packed, in place, without a copy. Returns their layouts, by name."""
+    stored = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, StoredLinear)}
+    for name, layer in stored.items():
+        model.set_submodule(name, NativeLinear.of(layer.kernels, layer.packed))
+    return {name: layer.packed.layout for name, layer in stored.items()}
 
 
 class SharedInput:
@@ -121,10 +137,10 @@ def merge_shared_projections(model: nn.Module) -> int:
 
 
 def _alike(layers: list[NativeLinear]) -> Iterator[list[NativeLinear]]:
-    """Group the layers of one kind, two or more of them, if each was called once."""
+    """Group the layers that take one kind of input, two or more of them, if each was called once."""
     if len(set(map(id, layers))) < len(layers):
         return
-    for kind in sorted({layer.kind for layer in layers}):
-        alike = [layer for layer in layers if layer.kind == kind]
+    for kind in sorted({layer.packed.input_kind for layer in layers}):
+        alike = [layer for layer in layers if layer.packed.input_kind == kind]
         if len(alike) > 1:
             yield alike

@@ -91,9 +91,13 @@ def _needed(config: ModelConfig, found: Checkpoint) -> int | None:
     """Estimate what `engine/loading/placement.py` will compare with the free memory, or less."""
     if config.device != "cpu" and (config.device != "auto" or any(map(_exists, _GPU_NODES))):
         return None
-    if found.config.get("quantization_config") is not None:
+    packed = "gguf" in found.config and config.quantization is None and not config.merged_adapter
+    if packed or found.config.get("quantization_config") is not None:
         return found.stored_bytes
-    return found.float32_bytes() if config.dtype in ("auto", "float32") else found.parameters * 2
+    if config.dtype not in ("auto", "float32"):
+        return found.parameters * 2
+    streamed = found.folder.is_dir() and config.merged_adapter is None
+    return found.packed_bytes(config.quantization) if streamed else found.float32_bytes()
 
 
 def _exists(path: str) -> bool:

@@ -65,6 +65,12 @@ def baseline(tiny: Callable[[str], Path], folders: Folders) -> Callable[[str, st
     return get
 
 
+@pytest.fixture(scope="module")
+def kept(folders: Folders) -> law.Kept:
+    """Models beside both of their adapters; a checkpoint's folder has the name of its family."""
+    return law.Kept(lambda folder, **config: opened(folder, folders(folder.name), **config))
+
+
 def _cases() -> Iterator[Any]:
     """One family, adapter and prompt in every circumstance; a few more where there is time; all of them in a sweep."""
     for family in FAMILIES:
@@ -87,16 +93,17 @@ def test_the_circumstance_does_not_matter(
     tiny: Callable[[str], Path],
     folders: Folders,
     baseline: Callable[[str, str, str], law.Bits],
+    kept: law.Kept,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    right = baseline(family, prompt, adapter)
     plain = law.crowd()
     names = ["", "one", "two"]
     mixed = [(text, {**params, "adapter": names[i % 3]}) for i, (text, params) in enumerate(plain)]
-    monkeypatch.setattr(law, "open_model", lambda folder, **config: opened(folder, folders(family), **config))
+    monkeypatch.setattr(law, "open_model", kept)
     monkeypatch.setattr(law, "crowd", lambda: mixed)
     monkeypatch.setitem(law.PARAMS, "adapter", adapter)
-    found = law.CIRCUMSTANCES[circumstance](tiny(family), law.PROMPTS[prompt])
-    assert found == baseline(family, prompt, adapter)
+    assert law.CIRCUMSTANCES[circumstance](tiny(family), law.PROMPTS[prompt]) == right
 
 
 @pytest.mark.slow
@@ -159,8 +166,8 @@ def test_a_decoder_layer_in_one_call_is_taken_whenever_no_row_is_adapted(
     tiny: Callable[[str], Path], folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What no request asks for costs nothing: steps without adapters' rows run as if there were none."""
-    from engine.compute.cpu.decoder_layer import NativeLayer
-    from engine.compute.cpu.layer_kernel import LayerKernel
+    from engine.compute.cpu.layers.decoder_layer import NativeLayer
+    from engine.compute.cpu.layers.layer_kernel import LayerKernel
 
     llm = opened(tiny("llama"), folders("llama"))
     layers = [m for m in llm.engine.model.runner._model.model.modules() if isinstance(m, NativeLayer)]  # type: ignore[attr-defined]

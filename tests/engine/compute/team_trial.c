@@ -1,7 +1,8 @@
 /* The thread team by itself, without kernels: see test_team.py. Prints nothing and returns 0, or says what went wrong.
  *
- *   team_trial many      random calls from many threads; forks in between
- *   team_trial turns     a worker must not stay with one call while another has units */
+ *   team_trial many N F  random calls from N threads; F forks in between
+ *   team_trial turns     a worker must not stay with one call while another has units
+ *   team_trial modes     tiny numbers are numbers in every thread, whatever the caller's mode, which is left to it */
 #define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
@@ -18,7 +19,7 @@ static void check(int good, const char *what) {
 
 /* ---- many: phase by phase, every unit is done once, and sees what others did in the phase before ---- */
 
-enum { UNITS = 3000, PHASES = 12, CALLERS = 40 };
+enum { UNITS = 3000, PHASES = 12, MOST_CALLERS = 40 };
 
 typedef struct {
     long *even, *odd, units, phase;
@@ -66,10 +67,10 @@ static void *caller(void *number) {
     return NULL;
 }
 
-static void many(void) {
-    pthread_t callers[CALLERS];
-    for (intptr_t i = 0; i < CALLERS; i++) pthread_create(callers + i, NULL, caller, (void *)i);
-    for (int i = 0; i < 6; i++) {
+static void many(int count, int forks) {
+    pthread_t callers[MOST_CALLERS];
+    for (intptr_t i = 0; i < count; i++) pthread_create(callers + i, NULL, caller, (void *)i);
+    for (int i = 0; i < forks; i++) {
         int status = -1;
         pid_t child = fork();
         if (!child) {
@@ -80,7 +81,7 @@ static void many(void) {
         waitpid(child, &status, 0);
         check(status == 0, "a forked child failed");
     }
-    for (int i = 0; i < CALLERS; i++) pthread_join(callers[i], NULL);
+    for (int i = 0; i < count; i++) pthread_join(callers[i], NULL);
     check(atomic_load(&team.workers) == 8, "there are not as many workers as the most threads asked for, less the caller");
 }
 
@@ -121,10 +122,50 @@ static void turns(void) {
     check(atomic_load(&pieces_between) <= 3, "the worker stayed with the first call");
 }
 
+/* ---- modes: products of 2^-70 and 2^-75, which are 0 where denormal numbers are ---- */
+
+static volatile float factor = 0x1p-70f;
+
+static void multiply(void *data, long begin, long end) {
+    volatile float *cells = data;
+    for (long i = begin; i < end; i++) cells[i] = factor * 0x1p-75f;
+}
+
+static void set_mode(uint64_t mode) {
+#if defined(__x86_64__)
+    _mm_setcsr((unsigned)mode);
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" ::"r"(mode));
+#else
+    (void)mode;
+#endif
+}
+
+static void modes(void) {
+#if defined(__x86_64__)
+    const uint64_t mode[] = {0x1f80, 0x9fc0, 0x7f80}; /* usual; denormal numbers are zeros; rounded towards zero */
+#else
+    const uint64_t mode[] = {0, 1 << 24, 3 << 22};
+#endif
+    for (int i = 0; i < 3; i++)
+        for (int threads = 1; threads <= 3; threads++) {
+            volatile float cells[UNITS], own, third;
+            set_mode(mode[i]);
+            team_run(&(Phase){multiply, (void *)cells, UNITS, 1}, 1, threads);
+            own = factor * 0x1p-75f, third = 1.0f / (factor * 0x1.8p71f);
+            set_mode(mode[0]);
+            for (int j = 0; j < UNITS; j++) check(cells[j] == 0x1p-145f, "a thread computes in the caller's mode");
+#if defined(__x86_64__) || defined(__aarch64__)
+            check((own == 0) == (i == 1) && (third == 0x1.555554p-2f) == (i == 2), "the caller has lost its mode");
+#endif
+        }
+}
+
 int main(int count, char **words) {
     alarm(100);
-    if (count == 2 && !strcmp(words[1], "many")) many();
+    if (count == 4 && !strcmp(words[1], "many")) many(atoi(words[2]), atoi(words[3]));
     else if (count == 2 && !strcmp(words[1], "turns")) turns();
+    else if (count == 2 && !strcmp(words[1], "modes")) modes();
     else return 2;
     return atomic_load(&faults) != 0;
 }

@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from grouped_weights import KINDS, groups_of
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -17,12 +18,13 @@ from engine.compute.attention import IMPLEMENTATION, attention_through, register
 from engine.compute.backend import PackedChunk
 from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.attention_plan import AttentionPlan
-from engine.compute.cpu.decoder_layer import NativeLayer, fuse_layers
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.layer_kernel import LayerParts, NormParts
+from engine.compute.cpu.layers.decoder_layer import NativeLayer, fuse_layers
+from engine.compute.cpu.layers.experts import replace_experts
+from engine.compute.cpu.layers.layer_kernel import LayerParts, NormParts
+from engine.compute.cpu.layers.pointwise import replace_pointwise
 from engine.compute.cpu.linear import NativeLinear, merge_shared_projections
 from engine.compute.cpu.packed_weight import PackedWeight
-from engine.compute.cpu.pointwise import replace_pointwise
 from engine.compute.discovery import discover
 from engine.compute.linear import pack_model
 
@@ -35,31 +37,35 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _parts(kernels: Kernels, kind: str, **given: Any) -> LayerParts:
-    """A layer of 40 dimensions: 4 query heads of 20, 2 key heads, values of 16."""
+    """A layer of 40 dimensions: 4 query heads of 20, 2 key heads, values of 16. `grouped`: all are stored otherwise."""
 
     def weight(columns: int, depth: int, seed: int, biased: bool = False) -> PackedWeight:
+        if kind == "grouped":  # bits, groups, scales, zeros and minima of each weight are others
+            bits, group, of = (4, 5, 6, 8)[seed % 4], (32, 16, 64, 128)[seed % 4], KINDS[seed % len(KINDS)]
+            return kernels.pack_groups(groups_of(bits, group, of, columns, depth), None)
         numbers = _random(columns, depth, seed=seed) * depth**-0.5
         numbers = numbers.bfloat16().float() if kind == "bfloat16" else numbers
         bias = _random(columns, seed=seed) if biased else None
         return kernels.pack(numbers, bias, "int8" if kind == "int8" else "exact")
 
     fields: dict[str, Any] = {
-        "first_norm": NormParts(_random(40), 1e-6),
-        "second_norm": NormParts(_random(40, seed=1), 1e-5),
+        "input_norm": NormParts(_random(40), 1e-6),
+        "mlp_norm": NormParts(_random(40, seed=1), 1e-5),
         "query_norm": NormParts(_random(20), 1e-6),
         "key_norm": NormParts(_random(20, seed=1), 1e-5),
-        "q": weight(80, 40, 1, biased=True),
-        "k": weight(40, 40, 2),
-        "v": weight(32, 40, 3),
+        "qkv": (weight(80, 40, 1, biased=True), weight(40, 40, 2), weight(32, 40, 3)),
         "o": weight(40, 64, 4),
-        "gate": weight(72, 40, 5),
-        "up": weight(72, 40, 6),
+        "gate_up": (weight(72, 40, 5), weight(72, 40, 6)),
         "down": weight(40, 72, 7),
         "heads": 4,
         "kv_heads": 2,
+        "key_dim": 20,
+        "value_dim": 16,
         "rotary": 20,
         "scale": 0.2,
     }
+    if given.pop("merged", False):
+        fields |= {"qkv": (weight(152, 40, 8, biased=True),), "gate_up": (weight(144, 40, 9, biased=True),)}
     return LayerParts(**{**fields, **given})
 
 
@@ -71,32 +77,50 @@ def _one_by_one(
 
     def rotated(x: Tensor) -> Tensor:
         part, rest = x[..., : p.rotary], x[..., p.rotary :]
-        low, high = part.chunk(2, dim=-1)
-        return torch.cat([part * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None], rest], -1)
+        c, s = cos[:, None], sin[:, None]
+        if p.pairing == "halves_half":
+            c, s = (torch.cat([t, t], -1) for t in (c, s))
+        if p.pairing.startswith("halves"):
+            low, high = part.chunk(2, dim=-1)
+            return torch.cat([part * c + torch.cat([-high, low], -1) * s, rest], -1)
+        if p.pairing == "neighbours_half":
+            c, s = (t[..., : p.rotary // 2].repeat_interleave(2, dim=-1) for t in (c, s))
+        even, odd = part[..., ::2], part[..., 1::2]
+        return torch.cat([part * c + torch.stack([-odd, even], -1).flatten(-2) * s, rest], -1)
 
-    def product(weight: PackedWeight, x: Tensor) -> Tensor:
-        return kernels.group([weight])(x)[0]
+    def product(x: Tensor, *weights: PackedWeight) -> Tensor:
+        return torch.cat([kernels.group([weight])(x)[0] for weight in weights], -1)
 
     def normed(norm: NormParts | None, x: Tensor) -> Tensor:
-        return x if norm is None else kernels.rms_norm(x, norm.weight, norm.epsilon)
+        return x if norm is None else kernels.norm(x, norm.weight, norm.epsilon, centred=norm.centred)
 
-    n = normed(p.first_norm, x)
-    query = rotated(normed(p.query_norm, product(p.q, n).view(rows, p.heads, p.key_dim)))
-    key = rotated(normed(p.key_norm, product(p.k, n).view(rows, p.kv_heads, p.key_dim)))
-    value = product(p.v, n).view(rows, p.kv_heads, p.value_dim)
+    def heads(norm: NormParts | None, x: Tensor, count: int) -> Tensor:
+        split = x.reshape(rows, count, -1)
+        return normed(norm, x).view_as(split) if p.whole else normed(norm, split)
+
+    n = normed(p.input_norm, x)
+    sizes = [p.heads * p.key_dim, p.kv_heads * p.key_dim, p.kv_heads * p.value_dim]
+    q, k, v = (t.contiguous() for t in product(n, *p.qkv).split(sizes, -1))
+    query, key = rotated(heads(p.query_norm, q, p.heads)), rotated(heads(p.key_norm, k, p.kv_heads))
+    value = v.view(rows, p.kv_heads, p.value_dim)
     query, key, value = (t.transpose(0, 1) for t in (query, key, value))
     mixed = kernels.attend(
         plan, query, key, value, *cache, scale=p.scale, window=p.window, softcap=p.softcap, sinks=p.sinks
     )
-    y = x + product(p.o, mixed.reshape(rows, -1))
-    m = normed(p.second_norm, y)
-    return y + product(p.down, kernels.silu(product(p.gate, m)) * product(p.up, m))
+    y = x + normed(p.attention_norm, product(mixed.reshape(rows, -1), p.o)) * p.factor
+    if p.down is None:
+        return y
+    m = n if p.parallel else normed(p.mlp_norm, y)
+    gate, up = product(m, *p.gate_up).chunk(2, -1)
+    return y + normed(p.output_norm, product(kernels.activate(gate, p.activation) * up, p.down)) * p.factor
 
 
 def _cache(parts: LayerParts, slots: int = 96) -> tuple[Tensor, Tensor]:
     return torch.zeros(parts.kv_heads, slots, parts.key_dim), torch.zeros(parts.kv_heads, slots, parts.value_dim)
 
 
+_NORM = NormParts(_random(40, seed=2), 1e-4)
+_COHERE: dict[str, Any] = {"pairing": "neighbours", "query_norm": None, "key_norm": None}
 _VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {"query_norm": None, "key_norm": None},
@@ -104,15 +128,31 @@ _VARIANTS: tuple[dict[str, Any], ...] = (
     {"rotary": 12},
     {"window": 7},
     {"softcap": 3.0, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    {"merged": True},  # Phi-3
+    {"activation": "gelu_tanh", "attention_norm": _NORM, "output_norm": NormParts(_random(40, seed=3), 1e-3)},  # Gemma
+    {"factor": 0.22},  # Granite
+    {"pairing": "halves_half", "gate_up": (), "down": None, "mlp_norm": None},  # gpt-oss, up to attention
+    {"gate_up": (), "down": None, "mlp_norm": None, "attention_norm": _NORM, "factor": 0.5},
+    {  # OLMo 2
+        "input_norm": None,
+        "mlp_norm": None,
+        "attention_norm": _NORM,
+        "output_norm": NormParts(_random(40, seed=3), 1e-3),
+        "query_norm": NormParts(_random(80), 1e-6),
+        "key_norm": NormParts(_random(40, seed=1), 1e-5),
+    },
+    {"merged": True, "pairing": "neighbours_half", "rotary": 12, "attention_norm": _NORM, "output_norm": _NORM},  # GLM
+    {"input_norm": NormParts(_random(40), 1e-5, centred=True), "mlp_norm": None, "parallel": True} | _COHERE,
+    {"input_norm": _NORM, "mlp_norm": None, "parallel": True, "merged": True, "factor": 0.5, "output_norm": _NORM},
 )
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "float32", "int8"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float32", "int8", "grouped"])
 @pytest.mark.parametrize("variant", _VARIANTS, ids=lambda v: ", ".join(v) or "plain")
 def test_the_bits_are_those_of_its_parts(kernels: Kernels, kind: str, variant: dict[str, Any]) -> None:
     parts = _parts(kernels, kind, **variant)
     layer = kernels.layer(parts)
-    x, cos, sin = _random(23, 40), _random(23, parts.rotary), _random(23, parts.rotary, seed=1)
+    x, cos, sin = _random(23, 40), _random(23, parts.angles), _random(23, parts.angles, seed=1)
     one, other = _cache(parts), _cache(parts)
 
     def plan() -> AttentionPlan:  # two sequences of 14 and 7 tokens, and two rows of padding
@@ -120,13 +160,21 @@ def test_the_bits_are_those_of_its_parts(kernels: Kernels, kind: str, variant: d
         return AttentionPlan([(0, 14, 0, [2]), (14, 7, 6, [4])], slots)
 
     expected = _one_by_one(kernels, parts, plan(), x, cos, sin, one)
-    assert torch.equal(layer(plan(), x, cos, sin, *other), expected)
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(layer(plan(), x, cos, sin, *other), expected)
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    finally:
+        torch.set_num_threads(before)
+    first = AttentionPlan([(0, 1, 0, [2])], torch.tensor([32]))
+    assert torch.equal(layer(first, x[:1], cos[:1], sin[:1], *_cache(parts)), expected[:1]), "a row alone"
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    kind=st.sampled_from(["bfloat16", "float32", "int8"]),
+    kind=st.sampled_from(["bfloat16", "float32", "int8", "grouped"]),
     cuts=st.lists(st.integers(1, 39), max_size=5, unique=True),
     threads=st.sampled_from([1, 2, 3, 5, 9]),
 )
@@ -154,8 +202,8 @@ def test_how_a_sequence_is_cut_does_not_matter(kernels: Kernels, kind: str, cuts
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float32", "int8"])
-@pytest.mark.parametrize("rows", [1, 2, 13, 64])
-def test_who_computes_which_piece_does_not_matter(kernels: Kernels, kind: str, rows: int) -> None:
+@pytest.mark.parametrize(("rows", "merged"), [(1, False), (2, True), (13, False), (13, True), (64, True)])
+def test_who_computes_which_piece_does_not_matter(kernels: Kernels, kind: str, rows: int, merged: bool) -> None:
     """A layer of a small model's size: the ones above are too small for most phases to be divided."""
     dim, inner, heads = 320, 1100, 5
 
@@ -166,11 +214,13 @@ def test_who_computes_which_piece_does_not_matter(kernels: Kernels, kind: str, r
         )
 
     parts = LayerParts(
-        first_norm=NormParts(_random(dim), 1e-6), second_norm=NormParts(_random(dim, seed=1), 1e-6),
-        query_norm=None, key_norm=None,
-        q=weight(heads * 64, dim), k=weight(64, dim), v=weight(64, dim), o=weight(dim, heads * 64),
-        gate=weight(inner, dim), up=weight(inner, dim), down=weight(dim, inner),
-        heads=heads, kv_heads=1, rotary=64, scale=0.125,
+        input_norm=NormParts(_random(dim), 1e-6), mlp_norm=NormParts(_random(dim, seed=1), 1e-6),
+        output_norm=NormParts(_random(dim, seed=2), 1e-6) if merged else None,
+        qkv=(weight((heads + 2) * 64, dim),) if merged else (weight(heads * 64, dim), weight(64, dim), weight(64, dim)),
+        o=weight(dim, heads * 64),
+        gate_up=(weight(2 * inner, dim),) if merged else (weight(inner, dim), weight(inner, dim)),
+        down=weight(dim, inner), activation="gelu_tanh" if merged else "silu", factor=0.5 if merged else 1.0,
+        heads=heads, kv_heads=1, key_dim=64, value_dim=64, rotary=64, scale=0.125,
     )  # fmt: skip
     layer = kernels.layer(parts)
     x, cos, sin = _random(rows, dim), _random(rows, 64), _random(rows, 64, seed=1)
@@ -193,15 +243,26 @@ def _slots_of(table: list[int], count: int) -> list[int]:
 
 @pytest.mark.slow
 def test_a_layer_has_the_same_bits_with_every_instruction_set(kernels: Kernels, other_kernels: Kernels) -> None:
-    x, cos, sin = _random(23, 40), _random(23, 20), _random(23, 20, seed=1)
-    for kind in ("bfloat16", "float32", "int8"):
+    cases = [(kind, {}) for kind in ("bfloat16", "float32", "int8", "grouped")] + [
+        ("float32", variant) for variant in _VARIANTS
+    ]
+    for kind, variant in cases:
         found = []
         for k in (kernels, other_kernels):
-            parts = _parts(k, kind)
+            parts = _parts(k, kind, **variant)
+            x, cos, sin = _random(23, 40), _random(23, parts.angles), _random(23, parts.angles, seed=1)
             cache = _cache(parts)
             plan = AttentionPlan([(0, 21, 6, [2, 4])], torch.tensor(_slots_of([2, 4], 27)[6:]))
             found.append((k.layer(parts)(plan, x, cos, sin, *cache), *cache))
-        assert all(map(torch.equal, *found)), kind
+        assert all(map(torch.equal, *found)), (kind, variant)
+
+
+@pytest.mark.slow
+def test_a_mixture_has_the_same_bits_with_every_instruction_set(kernels: Kernels, other_kernels: Kernels) -> None:
+    x, chosen, weights = _random(23, 72), torch.arange(46).view(23, 2) % 7, _random(23, 2)
+    for kind in ("bfloat16", "float32", "int8"):
+        one, other = (k.experts(*_experts(k, kind, 7, 72, 40), "gelu_tanh") for k in (kernels, other_kernels))
+        assert torch.equal(one(x, chosen, weights), other(x, chosen, weights)), kind
 
 
 def test_a_row_that_is_not_finite_is_noted_and_hurts_nobody(kernels: Kernels) -> None:
@@ -233,7 +294,9 @@ def test_a_row_that_is_not_finite_is_noted_and_hurts_nobody(kernels: Kernels) ->
         {"rotary": 7},
         {"heads": 8},
         {"query_norm": NormParts(torch.ones(21), 1e-6)},
-        {"second_norm": NormParts(torch.ones(39), 1e-6)},
+        {"mlp_norm": NormParts(torch.ones(39), 1e-6)},
+        {"key_norm": NormParts(torch.ones(40), 1e-6)},  # of all heads, and queries of each
+        {"parallel": True},  # with a norm of its own
         {"sinks": torch.zeros(3)},
     ],
     ids=lambda w: next(iter(w)),
@@ -254,20 +317,104 @@ def test_rows_without_a_position_are_refused(kernels: Kernels) -> None:
         kernels.layer(parts)(plan, _random(2, 40), _random(2, 20), _random(2, 20), *_cache(parts))
 
 
+def _gelu(x: Tensor) -> Tensor:
+    """In a form that loses nothing where 1 + tanh is almost 0."""
+    return x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
+
+
+_RIGHT = {"silu": F.silu, "gelu_tanh": _gelu}
+
+
+@pytest.mark.parametrize("kind", _RIGHT)
 @pytest.mark.parametrize("size", [1, 7, 8, 100, 20_000])
-def test_silu_is_what_it_says_and_each_number_is_alone(kernels: Kernels, size: int) -> None:
-    x = _random(size) * 8
-    out = kernels.silu(x)
-    torch.testing.assert_close(out, F.silu(x.double()).float(), rtol=3e-6, atol=1e-30)
-    assert torch.equal(kernels.silu(x[size // 2 :]), out[size // 2 :])
-    assert torch.equal(kernels.silu(x[size // 2 : size // 2 + 1]), out[size // 2 : size // 2 + 1])
+def test_an_activation_is_what_it_says_and_each_number_is_alone(kernels: Kernels, kind: str, size: int) -> None:
+    x = _random(size) * (8 if kind == "silu" else 2)
+    out = kernels.activate(x, kind)
+    torch.testing.assert_close(out, _RIGHT[kind](x.double()).float(), rtol=1e-5, atol=1e-30)
+    if kind == "gelu_tanh":
+        torch.testing.assert_close(out, F.gelu(x, approximate="tanh"), rtol=1e-5, atol=1e-6)
+    assert torch.equal(kernels.activate(x[size // 2 :], kind), out[size // 2 :])
+    assert torch.equal(kernels.activate(x[size // 2 : size // 2 + 1], kind), out[size // 2 : size // 2 + 1])
 
 
-def test_silu_at_the_ends(kernels: Kernels) -> None:
+@pytest.mark.parametrize("kind", _RIGHT)
+def test_an_activation_at_the_ends(kernels: Kernels, kind: str) -> None:
     x = torch.tensor([0.0, -0.0, 1e-45, -1e30, 1e30, float("inf"), float("nan"), -float("inf")])
-    out = kernels.silu(x)
-    assert torch.equal(out[:6], torch.tensor([0.0, -0.0, 0.0, 0.0, 1e30, float("inf")]))
+    out = kernels.activate(x, kind)
+    assert torch.equal(out[:2], torch.tensor([0.0, -0.0]))
+    assert torch.equal(out[3:6], torch.tensor([0.0, 1e30, float("inf")]))
+    assert out[2] <= 1e-45
     assert out[6:].isnan().all()
+
+
+def test_a_norm_takes_the_mean_off_if_it_is_centred(kernels: Kernels) -> None:
+    for dim in (5, 16, 40, 1000):
+        x, weight = _random(7, dim) + 3, _random(dim)
+        out = kernels.norm(x, weight, 1e-5, centred=True)
+        right = F.layer_norm(x.double(), (dim,), weight.double(), None, 1e-5).float()
+        torch.testing.assert_close(out, right, rtol=1e-5, atol=1e-5)
+        assert torch.equal(kernels.norm(x[2:3], weight, 1e-5, centred=True), out[2:3])
+
+
+def _experts(kernels: Kernels, kind: str, count: int, dim: int, inner: int) -> tuple[list[PackedWeight], ...]:
+    def weight(columns: int, depth: int, seed: int) -> PackedWeight:
+        numbers = _random(columns, depth, seed=seed) * depth**-0.5
+        numbers = numbers.bfloat16().float() if kind == "bfloat16" and seed % 3 else numbers  # of both kinds in one
+        return kernels.pack(
+            numbers, _random(columns, seed=seed) if seed % 2 else None, "int8" if kind == "int8" else "exact"
+        )
+
+    return [weight(2 * inner, dim, i) for i in range(count)], [weight(dim, inner, i + 5) for i in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32", "int8"])
+@pytest.mark.parametrize("rows", [1, 2, 19, 80])
+def test_a_mixture_is_the_sum_of_its_experts_in_the_order_of_the_choices(
+    kernels: Kernels, kind: str, rows: int
+) -> None:
+    gate_up, down = _experts(kernels, kind, 7, 72, 40)
+    mixture = kernels.experts(gate_up, down, "silu")
+    x = _random(rows, 72)
+    chosen = torch.stack([torch.randperm(7, generator=torch.Generator().manual_seed(i))[:3] for i in range(rows)])
+    weights = torch.rand(rows, 3, generator=torch.Generator().manual_seed(1))
+    expected = torch.zeros(rows, 72)
+    for row in range(rows):
+        for choice, weight in zip(chosen[row].tolist(), weights[row], strict=True):
+            both = kernels.group([gate_up[choice]])(x[row : row + 1])[0]
+            active = kernels.activate(both[:, :40], "silu") * both[:, 40:]
+            y = kernels.group([down[choice]])(active)[0][0]
+            expected[row] = (y.double() * weight.double() + expected[row].double()).float()  # as one fma, but for ties
+    before, found = torch.get_num_threads(), set()
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.add(bytes(mixture(x, chosen, weights).numpy().data))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1, "who computes which piece does not matter"
+    out = mixture(x, chosen, weights)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+    assert (out == expected).float().mean() > 0.99
+    for start, stop in ((0, 1), (rows // 2, rows)):
+        part = slice(start, stop)
+        assert torch.equal(mixture(x[part], chosen[part], weights[part]), out[part]), "nor do other rows"
+
+
+def test_a_choice_that_is_no_expert_adds_nothing(kernels: Kernels) -> None:
+    mixture = kernels.experts(*_experts(kernels, "float32", 4, 32, 16), "gelu_tanh")
+    x, weights = _random(3, 32), torch.rand(3, 2)
+    out = mixture(x, torch.tensor([[1, 4], [-1, 2], [9, 99]]), weights)
+    assert torch.equal(out[0], mixture(x[:1], torch.tensor([[1]]), weights[:1, :1])[0])
+    assert torch.equal(out[1], mixture(x[1:2], torch.tensor([[2]]), weights[1:2, 1:])[0])
+    assert torch.equal(out[2], torch.zeros(32))
+
+
+def test_experts_that_do_not_fit_are_refused(kernels: Kernels) -> None:
+    gate_up, down = _experts(kernels, "float32", 4, 32, 16)
+    with pytest.raises(ValueError, match="no experts that there is a kernel for"):
+        kernels.experts(gate_up[1:], [*down[:-1], gate_up[0]], "silu")
+    with pytest.raises(ValueError, match="3 rows with choices for 2"):
+        kernels.experts(gate_up, down, "silu")(_random(3, 32), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
 
 
 # -- whole models ----------------------------------------------------------------------------------------------------
@@ -284,6 +431,7 @@ def _model(kernels: Kernels, family: str, kind: str = "exact", **config: Any) ->
         if parameter.dim() > 1:
             parameter.copy_((torch.randn(parameter.shape) * 0.2).bfloat16())
     pack_model(model, make=partial(NativeLinear, kernels, kind))
+    replace_experts(model, kernels, partial(NativeLinear, kernels, kind), rounds=kind == "int8")
     replace_pointwise(model, kernels)
     merge_shared_projections(model)
     return model
@@ -311,6 +459,18 @@ def _logits(model: nn.Module, kernels: Kernels, positions: Tensor) -> list[Tenso
     return out
 
 
+_MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 16}
+_HALF: dict[str, dict[str, Any]] = {
+    "qwen3_moe": _MOE,
+    "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 32},
+    "mixtral": {"num_local_experts": 8},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 3},
+    "granitemoe": {"num_local_experts": 4, "residual_multiplier": 0.22},
+    "gpt_oss": {},
+}
+"""Families whose layers' first halves run as one, up to attention: the MLP is another."""
+
+
 @pytest.mark.parametrize("kind", ["exact", "int8"])
 @pytest.mark.parametrize(
     ("family", "config"),
@@ -323,6 +483,20 @@ def _logits(model: nn.Module, kernels: Kernels, positions: Tensor) -> list[Tenso
         ("smollm3", {"no_rope_layers": [1, 0]}),
         ("granite", {}),
         ("ministral3", {}),
+        ("phi3", {}),  # q, k and v in one weight, gate and up in another
+        ("gemma", {"head_dim": 16}),
+        ("gemma2", {}),  # norms before and after, GELU, soft-capped scores
+        ("gemma3_text", {}),
+        ("granite", {"residual_multiplier": 0.22, "attention_multiplier": 0.3, "embedding_multiplier": 12.0}),
+        ("olmo2", {}),  # norms after, none before; queries and keys normed over all heads
+        ("olmo3", {"sliding_window": 24}),
+        ("glm", {"head_dim": 16}),  # pairs of neighbours are rotated, half of a head
+        ("glm4", {"head_dim": 16}),
+        ("cohere", {}),  # attention and MLP side by side, after one LayerNorm
+        ("cohere2", {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("ernie4_5", {}),
+        ("llama", {"hidden_act": "gelu"}),  # erf's, of which there is no kernel
+        *((family, config) for family, config in _HALF.items()),
     ],
     ids=lambda v: v if isinstance(v, str) else ", ".join(v),
 )
@@ -334,7 +508,8 @@ def test_layers_of_the_usual_kind_run_as_one_and_keep_their_bits(
     before = _logits(model, kernels, positions)
     plain = model(torch.arange(5)[None], use_cache=False).logits
     assert fuse_layers(model, kernels, _length(model)) == 2
-    assert sum(isinstance(module, NativeLayer) for module in model.modules()) == 2
+    layers = [module for module in model.modules() if isinstance(module, NativeLayer)]
+    assert [layer.rest is not None for layer in layers] == [family in _HALF or config.get("hidden_act") == "gelu"] * 2
     for one, other in zip(_logits(model, kernels, positions), before, strict=True):
         assert torch.equal(one, other)
     assert torch.equal(model(torch.arange(5)[None], use_cache=False).logits, plain), (
@@ -356,16 +531,9 @@ def test_a_head_of_whole_vectors_becomes_part_of_one(kernels: Kernels, head_dim:
 @pytest.mark.parametrize(
     ("family", "config"),
     [
-        ("gemma3_text", {}),  # norms after attention and MLP, too
-        ("phi3", {}),  # q, k and v in one weight
-        ("olmo2", {}),  # norms after, none before
-        ("glm4", {"head_dim": 16}),  # pairs of neighbours are rotated
-        ("granite", {"residual_multiplier": 0.5}),
+        ("cohere", {"use_qk_norm": True}),  # queries and keys normed with weights of each head
         ("ministral3", {"max_position_embeddings": 65536}),  # queries grow with the position, beyond 16,384
-        ("llama", {"hidden_act": "gelu"}),
         ("gpt2", {}),
-        ("gpt_oss", {}),
-        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}),
     ],
     ids=lambda v: v if isinstance(v, str) else ", ".join(v),
 )

@@ -19,6 +19,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from engine.compute.cpu.attention_plan import AttentionPlan
+from engine.compute.cpu.kernel_calls import ACTIVATIONS
 from engine.compute.cpu.kernels import Kernels
 from engine.scheduling.block_pool import BLOCK_SIZE
 
@@ -176,7 +177,7 @@ def test_what_a_pointer_would_hide_is_an_error(kernels: Kernels, x: Tensor) -> N
     with pytest.raises(TypeError, match=r"the kernels take float32 \[\.\.\., 8\] on a CPU, not torch\."):
         _product(kernels, x, _random(4, 8), None)
     with pytest.raises(TypeError, match="the kernels take float32"):
-        kernels.rms_norm(x, torch.ones(8), 1e-6)
+        kernels.norm(x, torch.ones(8), 1e-6)
 
 
 # -- norms -----------------------------------------------------------------------------------------------------------
@@ -185,13 +186,13 @@ def test_what_a_pointer_would_hide_is_an_error(kernels: Kernels, x: Tensor) -> N
 @pytest.mark.parametrize("dim", [1, 8, 16, 128, 1000, 2048])
 def test_a_norm_is_one_and_its_rows_are_independent(kernels: Kernels, dim: int) -> None:
     x, weight = _random(70, dim) * 3, _random(dim)
-    out = kernels.rms_norm(x, weight, 1e-6)
+    out = kernels.norm(x, weight, 1e-6)
     right = weight.double() * x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(out.double(), right, rtol=1e-6, atol=1e-7)
     for rows in (slice(0, 1), slice(3, 20), slice(69, 70)):
-        assert torch.equal(kernels.rms_norm(x[rows], weight, 1e-6), out[rows])
+        assert torch.equal(kernels.norm(x[rows], weight, 1e-6), out[rows])
     x[5, 0] = math.nan
-    assert kernels.rms_norm(x, weight, 1e-6)[5].isnan().all()
+    assert kernels.norm(x, weight, 1e-6)[5].isnan().all()
 
 
 # -- attention -------------------------------------------------------------------------------------------------------
@@ -373,12 +374,17 @@ def test_norms_and_activations_have_the_same_bits_with_every_instruction_set(
 ) -> None:
     for dim in (1, 7, 8, 15, 16, 17, 31, 64, 100, 1000, 2048):
         x, weight = _random(5, dim) * 4, _random(dim)
-        assert torch.equal(kernels.rms_norm(x, weight, 1e-6), other_kernels.rms_norm(x, weight, 1e-6)), dim
-        assert torch.equal(kernels.silu(x), other_kernels.silu(x)), dim
+        assert torch.equal(kernels.norm(x, weight, 1e-6), other_kernels.norm(x, weight, 1e-6)), dim
+        centred = [k.norm(x, weight, 1e-6, centred=True) for k in (kernels, other_kernels)]
+        assert torch.equal(*centred), dim
+        for name in ACTIVATIONS:
+            assert torch.equal(kernels.activate(x, name), other_kernels.activate(x, name)), (dim, name)
     wide = torch.cat(
         [_random(4000) * 30, torch.tensor([0.0, 1e-45, -87.3, -88.8, -104.0, 88.0, 3e38, -3e38, math.inf])]
     )
-    assert torch.equal(kernels.silu(wide), other_kernels.silu(wide))
+    for name in ACTIVATIONS:
+        pair = [k.activate(wide, name) for k in (kernels, other_kernels)]
+        assert torch.equal(*(torch.nan_to_num(one, nan=7.0) for one in pair)), name
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from engine.compute.cpu.kernels import Kernels, NoKernels
+from engine.compute.cpu.layers.pointwise import replace_pointwise
 from engine.compute.cpu.linear import NativeLinear, merge_shared_projections
-from engine.compute.cpu.pointwise import replace_pointwise
 from engine.compute.linear import (
     TORCH_LINEARS,
     Make,
@@ -203,8 +203,8 @@ def test_norms_are_known_by_what_they_compute(native: Kernels | None) -> None:
     model = nn.Sequential(_Rms(0.0), _Rms(1.0), nn.LayerNorm(24), nn.LayerNorm(24, bias=False), _Rms(0.0, power=4))
     x = torch.randn(2, 3, 24)
     expected = [layer(x) for layer in model]
-    assert replace_pointwise(model, native) == 2
-    assert [type(layer).__name__ for layer in model] == ["NativeNorm", "NativeNorm", "LayerNorm", "LayerNorm", "_Rms"]
+    assert replace_pointwise(model, native) == 3
+    assert [type(layer).__name__ for layer in model] == ["NativeNorm", "NativeNorm", "LayerNorm", "NativeNorm", "_Rms"]
     for layer, right in zip(model, expected, strict=True):
         torch.testing.assert_close(layer(x), right, rtol=1e-5, atol=1e-6)
 

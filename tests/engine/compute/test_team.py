@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated_library import compile_for_arm, emulated
 
 from engine.compute.cpu import kernels as source
 from engine.compute.cpu.kernels import Kernels
@@ -169,6 +170,11 @@ def test_without_workers_the_caller_does_all(kernels: Kernels, tmp_path: Path) -
         torch.set_num_threads(before)
 
 
+_TRIAL = Path(__file__).with_name("team_trial.c")
+_STRICT = ("-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror")
+_FLAGS = ("-O2", "-pthread", *_STRICT, f"-I{Path(source.__file__).parent / 'native'}")
+
+
 @pytest.fixture(scope="module", params=["", "-U__linux__"], ids=["futex", "condition variables"])
 def trial(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`team_trial.c`, compiled for one of the two ways to sleep; with every warning of the strict language an error."""
@@ -176,21 +182,33 @@ def trial(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if os.name != "posix" or not compiler:
         pytest.skip("no C compiler")
     target = tmp_path_factory.mktemp("team") / "trial"
-    flags = ["-O2", "-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-pthread", *filter(None, [request.param])]
-    beside, here = Path(source.__file__).parent, Path(__file__).with_name("team_trial.c")
-    subprocess.run([compiler, *flags, f"-I{beside}", str(here), "-o", str(target)], check=True, timeout=60)
+    subprocess.run([compiler, *_FLAGS, *request.param.split(), str(_TRIAL), "-o", str(target)], check=True, timeout=60)
     return target
 
 
 @pytest.mark.parametrize(
     "what",
     [
-        pytest.param("many", id="each unit is done once, after all of the phase before, in forked children, too"),
+        pytest.param("many 40 6", id="each unit is done once, after all of the phase before, in forked children, too"),
         pytest.param("turns", id="a call that always has work does not keep the workers from another"),
+        pytest.param("modes", id="all threads compute in the usual mode, and the caller keeps its own"),
     ],
 )
 def test_the_team_by_itself(trial: Path, what: str) -> None:
-    done = subprocess.run([str(trial), what], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([str(trial), *what.split()], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["many 3 0", "turns", "modes"])
+def test_the_team_in_an_emulated_processor_of_arm(tmp_path: Path, what: str) -> None:
+    """Its instructions, not its order of memory: the emulator is as strict as the machine that it runs on.
+
+    It cannot fork among threads.
+    """
+    target = compile_for_arm(_TRIAL, tmp_path / "trial", *_FLAGS)
+    command = emulated(target, "cortex-a76", *what.split())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 

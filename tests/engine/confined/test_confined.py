@@ -120,7 +120,7 @@ def patient() -> Iterator[Confined]:
     ("function", "argument", "fault"),
     [
         ("spin", None, "took longer than 0.5 seconds"),
-        ("wait", 60, "took longer than 2 seconds"),
+        ("wait", 60, "took longer than 2 seconds"),  # of the clock: it takes nothing of a processor
         ("crash", signal.SIGSEGV, "ended by SIGSEGV"),
         ("crash", signal.SIGKILL, "ended by SIGKILL"),
         ("read_nowhere", None, "ended by SIGSEGV"),
@@ -131,10 +131,21 @@ def patient() -> Iterator[Confined]:
 def test_a_fault_is_told_and_the_next_call_is_answered(
     confined: Confined, function: str, argument: Any, fault: str
 ) -> None:
+    began = time.monotonic()
     with pytest.raises(ConfinedFault) as told:
         confined.call(f"{HERE}:{function}", argument)
-    assert str(told.value) == fault
+    found = str(told.value)
+    assert (found if function == "wait" else _plain(found, began)) == fault
     assert confined.call(f"{HERE}:echo", [function, None]) == [function, None]
+
+
+SPUN = "took longer than 0.5 seconds"
+
+
+def _plain(told: Any, began: float) -> Any:
+    """A busy machine may give a call no half second of a processor within two, which is the other limit of `SPUN`."""
+    late = told == "took longer than 2 seconds" and time.monotonic() - began >= 2
+    return SPUN if late else told
 
 
 @pytest.mark.parametrize(
@@ -190,9 +201,10 @@ def test_callers_do_not_wait_for_each_other_and_a_fault_is_one_callers_own(confi
             return str(fault)
 
     jobs: list[tuple[str, Any]] = [("wait", 0.3), ("crash", 11), ("spin", None), *(("echo", i) for i in range(20))]
+    began = time.monotonic()
     with ThreadPoolExecutor(len(jobs)) as pool:
         answers = list(pool.map(call, jobs))
-    assert answers == ["awake", "ended by SIGSEGV", "took longer than 0.5 seconds", *range(20)]
+    assert [_plain(one, began) for one in answers] == ["awake", "ended by SIGSEGV", SPUN, *range(20)]
 
 
 def test_what_is_kept_is_made_once_and_no_call_changes_it_for_the_next() -> None:
@@ -230,7 +242,7 @@ def test_a_child_that_is_ended_while_a_call_runs_is_replaced() -> None:
             waiting = pool.submit(child.call, f"{HERE}:wait", 0.3)
             time.sleep(0.1)
             _children("ended")[0].kill()
-            assert waiting.result(30) == "awake"
+            assert waiting.result(60) == "awake"
     finally:
         child.close()
 
@@ -244,7 +256,7 @@ def test_closing_ends_what_runs() -> None:
         everybody = _children("closed")
         child.close()
         with pytest.raises(RuntimeError, match="closed"):
-            waiting.result(10)
+            waiting.result(60)
     with pytest.raises(RuntimeError, match="closed"):
         child.call(f"{HERE}:echo", 0)
     _until(lambda: not any(map(_runs, everybody)))
@@ -280,7 +292,7 @@ def test_nothing_outlives_the_process_that_started_it(number: signal.Signals, tm
         _until(lambda: len(watched.children(recursive=True)) == 3)
         everybody = watched.children(recursive=True)
         parent.send_signal(number)
-        parent.wait(20)
+        parent.wait(60)
         _until(lambda: not any(map(_runs, everybody)))
     finally:
         parent.kill()
@@ -336,7 +348,7 @@ def test_many_threads_start_one_child() -> None:
     barrier = threading.Barrier(8)
 
     def call(i: int) -> Any:
-        barrier.wait(10)
+        barrier.wait(60)
         return child.call(f"{HERE}:echo", i)
 
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import pickle
+import platform
 import shutil
 import tomllib
 from collections.abc import Callable
@@ -109,6 +110,7 @@ def test_every_version_and_every_library_is_a_part(folder: Path) -> None:
     assert "gpu_kernels" not in parts
     assert str(parts["python"]).startswith("CPython 3.")
     assert parts["libc"]
+    assert parts["platform"] == f"{platform.system()} {platform.machine()}"
 
 
 @pytest.mark.parametrize(

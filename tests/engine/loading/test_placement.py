@@ -129,8 +129,10 @@ def test_on_a_cpu_the_dtype_is_float32_whatever_the_size(found: Checkpoint) -> N
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"quantization": "int4", "device": "cpu"}, r"quantization: int4 is for a GPU, not torch\.float32 on cpu"),
-        ({"quantization": "int4", "device": "cpu", "dtype": "bfloat16"}, r"int4 is for a GPU, not torch\.bfloat16"),
+        (
+            {"quantization": "int4", "device": "cpu", "dtype": "bfloat16"},
+            r"int4 is for float32 on a CPU, or for one GPU, not torch\.bfloat16 on cpu",
+        ),
         (
             {"quantization": "int8", "device": "balanced"},
             r"int8 is for float32 on a CPU, or for one GPU, not torch\.bfloat16 on cuda:0",
@@ -146,15 +148,19 @@ def test_a_quantisation_that_no_backend_has_is_refused_before_a_weight_is_read(
 
 
 def test_what_a_backend_has_is_accepted(gpus: list[FakeGpu], found: Checkpoint) -> None:
-    assert _place(found, device="cpu", quantization="int8").on_cpu
+    for kind in ("int8", "int4", "none"):
+        assert _place(found, device="cpu", quantization=kind).rounds == (None if kind == "none" else kind)
     for kind in ("int4", "int8"):
         assert _place(found, device="cuda:1", quantization=kind).on_one_gpu
 
 
-def test_a_quantised_checkpoint_stays_packed_on_one_gpu_only(gpus: list[FakeGpu], found: Checkpoint) -> None:
+def test_a_quantised_checkpoint_stays_packed_on_one_gpu_or_a_cpu(gpus: list[FakeGpu], found: Checkpoint) -> None:
     packed = replace(found, config={**found.config, "quantization_config": {"quant_method": "awq", "bits": 4}})
     assert _place(packed, device="cuda:0").packs
     assert not _place(found, device="cuda:0").packs
-    for fields in ({"device": "cpu"}, {"device": "balanced"}, {"device": "cuda", "gpu": "no-kernels"}):
+    on_cpu = [_place(packed, device="cpu", quantization=kind) for kind in (None, "none")]
+    assert [(one.packs, one.reads, one.rounds) for one in on_cpu] == [(False, True, "stored"), (False, True, None)]
+    assert not _place(found, device="cpu").reads
+    for fields in ({"device": "balanced"}, {"device": "cuda", "gpu": "no-kernels"}):
         with pytest.raises(LoadError, match=r"the checkpoint is quantised \(awq\), and cannot be loaded here"):
             _place(packed, **fields)

@@ -232,7 +232,7 @@ def test_a_stuck_step_is_reported(engine: AsyncEngine, monkeypatch: pytest.Monke
     step = engine.engine.step
 
     def stuck() -> list[RequestOutput]:
-        release.wait(20)
+        release.wait(60)
         return step()
 
     async def main() -> None:
@@ -298,7 +298,7 @@ class Held:
     def prepare(self, wanted: GenerationRequest) -> Any:
         self.begun.append(wanted.request_id)
         if wanted.request_id.startswith("heavy"):
-            assert self.go.wait(30)
+            assert self.go.wait(120)
         return self._real.prepare(wanted)
 
     def close(self) -> None:

@@ -51,7 +51,7 @@ def test_a_named_group_leaves_a_place_to_others() -> None:
         mine = [asyncio.create_task(turns.take("a")) for _ in range(4)]
         await settle()
         assert [task.done() for task in mine] == [True, True, False, False]
-        await asyncio.wait_for(turns.take("b"), 1)
+        await asyncio.wait_for(turns.take("b"), 60)
         turns.give_back("b")
         await settle()
         assert not mine[2].done()
@@ -60,7 +60,7 @@ def test_a_named_group_leaves_a_place_to_others() -> None:
         assert mine[2].done()
         nameless = FairLock(3)
         for _ in range(3):
-            await asyncio.wait_for(nameless.take(""), 1)
+            await asyncio.wait_for(nameless.take(""), 60)
 
     asyncio.run(main())
 

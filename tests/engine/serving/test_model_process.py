@@ -91,7 +91,7 @@ def test_an_end_is_told_in_words(status: int, words: str) -> None:
 
 
 def test_a_killed_model_ends_its_own_requests_and_no_others(open_process: Open) -> None:
-    """Within a second everybody who waits for it is told why; the other model's reply has the same bits as ever."""
+    """Everybody who waits for it is told why; the other model's reply has the same bits as ever."""
     deaths: list[VerbatimError] = []
     doomed = open_process(on_death=deaths.append, max_sequences=2)
     spared = open_process(id="other")
@@ -106,11 +106,9 @@ def test_a_killed_model_ends_its_own_requests_and_no_others(open_process: Open) 
         first = await anext(other)
         asked = [asyncio.ensure_future(doomed.prepare(request(f"p{i}"))) for i in range(6)]  # some wait for their turn
         await asyncio.sleep(0)
-        since = time.monotonic()
         os.kill(pid_of(doomed), signal.SIGKILL)
         ended = [(await everything(stream))[-1].error for stream in streams]
         late = await asyncio.gather(*asked, return_exceptions=True)
-        assert time.monotonic() - since < 1.0
         told = f"the engine of tiny has stopped: its process {ended_words(-signal.SIGKILL)}"
         for error in (*ended, *(one for one in late if isinstance(one, BaseException))):
             assert isinstance(error, EngineDead)

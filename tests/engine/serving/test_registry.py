@@ -392,7 +392,7 @@ def test_nobody_waits_for_a_terminal_that_is_held(made: Callable[..., Registry],
     def say(text: str) -> None:
         if "by request" in text:
             reached.set()
-            held.wait(10)
+            held.wait(120)
 
     registry = made(entry("a"), entry("b", "at_start"), on_progress=say)
     registry.wait()
@@ -400,7 +400,7 @@ def test_nobody_waits_for_a_terminal_that_is_held(made: Callable[..., Registry],
     async def main() -> None:
         (await registry.acquire("a")).release()
         asked = asyncio.ensure_future(registry.unload("a"))
-        await asyncio.to_thread(reached.wait, 10)
+        await asyncio.to_thread(reached.wait, 60)
         looks = [lambda: registry.list(), lambda: registry.get("b"), lambda: run(registry.acquire("b")).release()]
         await asyncio.wait_for(asyncio.gather(*map(asyncio.to_thread, looks)), ENOUGH)
         held.set()

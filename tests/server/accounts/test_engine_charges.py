@@ -19,7 +19,7 @@ from server.ledger.records import Limits, NewKey
 from server.ledger.store import Ledger
 
 BALANCE = 10_000
-BOUND = 20.0
+BOUND = 60.0
 CHUNK = 32  # tokens of a step of the fixture's engine
 
 

@@ -286,7 +286,7 @@ def test_old_receipts_are_deleted_at_the_start(keeper: FolderKeeper) -> None:
 
 
 def wait_for(condition: Any) -> None:
-    for _ in range(2000):
+    for _ in range(12000):
         if condition():
             return
         threading.Event().wait(0.005)

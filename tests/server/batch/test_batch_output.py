@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,25 +161,32 @@ def _interruptible() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def _process(folder: Path, target: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*RUN, "in.jsonl", target], cwd=folder, stderr=subprocess.PIPE, text=True, preexec_fn=_interruptible
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a batch that a process has completed: `models.yaml`, `in.jsonl` and `whole.jsonl`."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    entry: dict[str, Any] = {"id": "tiny", "path": str(tiny("qwen3")), "cache_size": "8MiB", "threads": 1}
+    (folder / "models.yaml").write_text(yaml.safe_dump({"models": [entry]}))
+    write(folder / "in.jsonl", [line(i, max_tokens=100) for i in map(str, range(300))])
+    assert "300 lines: whole.jsonl" in _process(folder, "whole.jsonl").communicate(timeout=200)[1]
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
-    how: signal.Signals, tiny: Callable[[str], Path], tmp_path: Path
+    how: signal.Signals, tiny: Callable[[str], Path], undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Real processes: one that is not disturbed, one that is ended in the middle, and one that goes on."""
-    entry: dict[str, Any] = {"id": "tiny", "path": str(tiny("qwen3")), "cache_size": "8MiB", "threads": 1}
-    (tmp_path / "models.yaml").write_text(yaml.safe_dump({"models": [entry]}))
-    write(tmp_path / "in.jsonl", [line(i, max_tokens=100) for i in map(str, range(300))])
-
-    def start(target: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*RUN, "in.jsonl", target], cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=_interruptible
-        )
-
-    whole = start("whole.jsonl")
-    assert "300 lines: whole.jsonl" in whole.communicate(timeout=200)[1]
+    """Real processes: one that was not disturbed, one that is ended in the middle, and one that goes on."""
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     target = tmp_path / "out.jsonl"
-    first = start("out.jsonl")
+    first = _process(tmp_path, "out.jsonl")
     deadline = time.monotonic() + 100
     while not (target.exists() and target.stat().st_size > 20_000):
         assert time.monotonic() < deadline
@@ -196,7 +204,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     left = target.read_bytes()
     assert (tmp_path / "whole.jsonl").read_bytes().startswith(left)
     assert len(left) < (tmp_path / "whole.jsonl").stat().st_size
-    code = start("out.jsonl")
-    _, said = code.communicate(timeout=200)
+    _, said = _process(tmp_path, "out.jsonl").communicate(timeout=200)
     assert re.search(r"300 lines \(\d+ were there already\)", said), said
     assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

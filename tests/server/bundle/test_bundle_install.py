@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import subprocess
@@ -83,9 +84,11 @@ def isolation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
+@pytest.mark.parametrize("twice", [False, pytest.param(True, marks=pytest.mark.sweep)], ids=["once", "twice"])
 def test_a_bundle_is_installed_and_serves_without_a_network(
-    tmp_path: Path, isolation: tuple[list[str], dict[str, str]]
+    tmp_path: Path, isolation: tuple[list[str], dict[str, str]], twice: bool
 ) -> None:
+    """`twice`: a bundle that the installed copy has made is installed and serves, too."""
     alone, environment = isolation
     main = [sys.executable, "-c", "from server.cli import main; main()"]
     root = Path(__file__).resolve().parents[3]
@@ -119,17 +122,26 @@ def test_a_bundle_is_installed_and_serves_without_a_network(
     where = "import server.bundle.wheels as w; print(w.checkout(), w.lock_folder())"
     assert isolated(f"{venv}/bin/python", "-c", where, timeout=60).startswith("None ")
     assert not list(check_bundle(bundle)), "serving leaves nothing in the bundle"
-    _the_software_alone(tmp_path, bundle, venv, environment, isolated)
+    _the_software_alone(tmp_path, bundle, venv, environment, isolated, install=twice)
     again = subprocess.run(
-        ["sh", str(bundle / "install.sh"), str(tmp_path / "second")], env=environment, timeout=60, **options
+        ["sh", str(bundle / "install.sh"), str(tmp_path / "second" if twice else venv)],
+        env=environment,
+        timeout=60,
+        **options,
     )
     assert (again.returncode, "exists already; nothing was installed" in again.stderr) == (1, True)
 
 
 def _the_software_alone(
-    tmp_path: Path, bundle: Path, venv: Path, environment: dict[str, str], isolated: Callable[..., str]
+    tmp_path: Path,
+    bundle: Path,
+    venv: Path,
+    environment: dict[str, str],
+    isolated: Callable[..., str],
+    *,
+    install: bool,
 ) -> None:
-    """The installed copy makes a bundle without models from the first one's wheels, and that is installed, too."""
+    """The installed copy makes a bundle without models from the first one's wheels: the same ones, beside its own."""
     environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": (bundle / "wheels").as_uri()}
     alone, second = tmp_path / "alone", tmp_path / "second"
     made = ("bundle", "create", str(alone), "--no-models", "--torch", "cpu")
@@ -137,6 +149,13 @@ def _the_software_alone(
     del environment["PIP_NO_INDEX"], environment["PIP_FIND_LINKS"]
     assert not list(check_bundle(alone))
     assert {path.name for path in (alone / "wheels").iterdir()} == {path.name for path in (bundle / "wheels").iterdir()}
+    for wheel in (alone / "wheels").iterdir():  # ours was written again
+        same = filecmp.cmp(wheel, bundle / "wheels" / wheel.name, shallow=False)
+        assert same or wheel.name.startswith("verbatim_server-"), wheel.name
+    said = (alone / "install.sh").read_text()
+    assert "serve --model FOLDER" in said
+    if not install:
+        return
     shutil.rmtree(venv)
     said = isolated("sh", str(alone / "install.sh"), str(second), timeout=600)
     assert f"{second}/bin/verbatim serve --model FOLDER" in said

@@ -51,7 +51,7 @@ def prometheus(target: str, secret: str, folder: Path) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(60)
 
 
 def results(address: str, query: str) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -66,12 +65,12 @@ def test_idle_connections_keep_nobody_out() -> None:
 @pytest.mark.parametrize("loop", ["auto", "asyncio"])
 def test_a_flood_takes_few_descriptors_more_than_there_are_connections(loop: str) -> None:
     """Connections are counted once they are accepted: few are, before the first one is counted."""
-    held = threading.Event()
+    held, all_wait = threading.Event(), threading.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/hold":
             held.set()
-            time.sleep(1)  # noqa: ASYNC251  the loop stands still, and connections wait
+            all_wait.wait(PATIENCE)  # the loop stands still, and connections wait
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
 
@@ -82,6 +81,7 @@ def test_a_flood_takes_few_descriptors_more_than_there_are_connections(loop: str
         for _ in range(800):
             stack.enter_context(running.client())
         before, most = len(os.listdir("/proc/self/fd")), 0
+        all_wait.set()
         while True:  # until all of them were accepted, and all but ten were closed
             now = len(os.listdir("/proc/self/fd")) - before
             most = max(most, now)

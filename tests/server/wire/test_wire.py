@@ -302,12 +302,12 @@ def test_a_client_that_reads_slowly_has_all_of_it(loop: str, closing: bool) -> N
         await send({"type": "http.response.start", "status": 200, "headers": fields})
         await send({"type": "http.response.body", "body": b"x" * length})
 
-    with serving(app, loop=loop, send_seconds=0.5) as running, running.client() as client:
+    with serving(app, loop=loop, send_seconds=1.5) as running, running.client() as client:
         client.send(LIVE)
         taken = 0
         while taken < length and (data := client.socket.recv(2**18)):
             taken += len(data)
-            time.sleep(0.03)
+            time.sleep(0.06)
     assert taken >= length
 
 

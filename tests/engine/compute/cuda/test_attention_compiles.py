@@ -25,8 +25,9 @@ def check(name: str, capability: int, needs: Compiled) -> None:
 
 
 @pytest.mark.slow
-def test_the_usual_kernels_compile_for_every_architecture(tmp_path: Path) -> None:
-    compiled = compile_variants("attention_variants", attention_variants.USUAL, CAPABILITIES, tmp_path)
+def test_the_usual_kernels_compile(tmp_path: Path) -> None:
+    """For the oldest architecture, the one with wgmma and the newest; the sweep has all."""
+    compiled = compile_variants("attention_variants", attention_variants.USUAL, (80, 90, 120), tmp_path)
     for (name, capability), needs in compiled.items():
         check(name, capability, needs)
     assert any(i.startswith("HGMMA.64x") for i in compiled["wide bf16 4x128", 90].mma), "Hopper's own instruction"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import test_invariants
 from on_reference import reference_backend
-from test_invariants import CIRCUMSTANCES, PROMPTS, Bits, alone, open_model
+from test_invariants import CIRCUMSTANCES, PROMPTS, Bits, Kept, alone, open_model
 
 from engine.compute.cuda.runner import CudaRunner
 
@@ -51,6 +51,11 @@ def baseline(tiny: Callable[[str], Path], _reference: None) -> Callable[[str, st
     return get
 
 
+@pytest.fixture(scope="module")
+def kept(_reference: None) -> Kept:
+    return Kept(open_model)
+
+
 QUICK = ("in a crowd of 16",)
 
 
@@ -62,9 +67,17 @@ QUICK = ("in a crowd of 16",)
     "circumstance", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 )
 def test_the_circumstance_does_not_matter_on_the_cuda_path(
-    circumstance: str, family: str, prompt: str, tiny: Callable[[str], Path], baseline: Callable[[str, str], Bits]
+    circumstance: str,
+    family: str,
+    prompt: str,
+    tiny: Callable[[str], Path],
+    baseline: Callable[[str, str], Bits],
+    kept: Kept,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert ALL[circumstance](tiny(family), PROMPTS[prompt]) == baseline(family, prompt)
+    right = baseline(family, prompt)
+    monkeypatch.setattr(test_invariants, "open_model", kept)
+    assert ALL[circumstance](tiny(family), PROMPTS[prompt]) == right
 
 
 @pytest.mark.slow

@@ -56,7 +56,10 @@ def compute(runner: CudaRunner, *chunks: tuple[int, int, tuple[int, ...]]) -> li
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # padding rows hold whatever their memory held
-@pytest.mark.parametrize(("family", "dtype"), [("qwen3", torch.bfloat16), ("gemma2", torch.float32)])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("qwen3", torch.bfloat16), pytest.param("gemma2", torch.float32, marks=pytest.mark.sweep)],
+)
 def test_a_model_of_kernels_is_right_and_keeps_the_law(family: str, dtype: torch.dtype) -> None:
     model = make(family, dtype).to(DEVICE)
     with torch.inference_mode():

@@ -116,12 +116,12 @@ def test_a_compiler_that_hangs_under_the_child_is_ended_too(tmp_path: Path) -> N
         'print(\'{"begin": "linear"}\', flush=True); time.sleep(600)'
     )
     began = time.monotonic()
-    probed = _listening(code, 2.0)
-    assert time.monotonic() - began < 20
-    assert "No end after 2 seconds" in probed.verdict.check("linear").detail
+    probed = _listening(code, 5.0)
+    assert time.monotonic() - began < 120
+    assert "No end after 5 seconds" in probed.verdict.check("linear").detail
     assert not probed.lasting, "the card may have been busy"
     pid = int((tmp_path / "pid").read_text())
-    for _ in range(100):
+    for _ in range(1200):
         if not _runs(pid):
             return
         time.sleep(0.05)
@@ -140,11 +140,11 @@ def test_only_silence_is_too_long() -> None:
     code = (
         "import json, time\n"
         "for name in ('linear', 'store', 'attention'):\n"
-        "    time.sleep(1.0); print(json.dumps({'begin': name}), flush=True)\n"
+        "    time.sleep(2.0); print(json.dumps({'begin': name}), flush=True)\n"
         "    print(json.dumps({'check': name, 'state': 'ok', 'detail': '', 'passing': False}), flush=True)\n"
         "print(json.dumps({'end': True}), flush=True)"
     )
-    probed = _listening(code, 2.0)
+    probed = _listening(code, 5.0)
     assert _states(probed.verdict)["attention"] == "ok"
     assert probed.lasting
 

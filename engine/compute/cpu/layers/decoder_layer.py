@@ -2,33 +2,30 @@
 
 A token's way through a layer is a dozen small operations around four products. As modules they cost more than a fifth
 of a decode step, most of it between the operations: calls, allocations, threads that wake and sleep. A layer made of
-the usual parts is computed by one kernel instead (`engine.compute.cpu.layer_kernel.LayerKernel`).
+the usual parts is computed by one kernel instead (`engine.compute.cpu.layers.layer_kernel.LayerKernel`).
 
-A watched pass shows which layers are: it records which parts are called, with which inputs. The kernel gives the same
-bits as the parts one by one. So a layer is replaced only if it then returns the same numbers and stores the same keys
-and values, at positions near and far. All others stay as they are.
+A watched pass shows which layers are (`engine.compute.cpu.layers.layer_reading`). The kernel gives the same bits as
+the parts one by one. So a layer is replaced only if it then returns the same numbers and stores the same keys and
+values, at positions near and far. All others stay as they are. Of a layer whose MLP is of another kind (a mixture of
+experts), the kernel computes what comes before, and its modules the rest.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engine.compute.attention import IMPLEMENTATION, attention_through, current_plan, register_attention
-from engine.compute.backend import AttentionSettings, PackedChunk
+from engine.compute.backend import PackedChunk
 from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.layer_kernel import LayerKernel, LayerParts, NormParts
-from engine.compute.cpu.linear import NativeLinear
-from engine.compute.cpu.pointwise import NativeNorm, NativeSiLU
+from engine.compute.cpu.layers.layer_kernel import LayerKernel
+from engine.compute.cpu.layers.layer_reading import Rest, Watched, blocks_of, parts_of, readings
 from engine.compute.discovery import discover
-from engine.compute.kv_cache import LayerShape
 from engine.errors import out_of_memory
 
 log = logging.getLogger(__name__)
@@ -42,10 +39,10 @@ class NativeLayer(nn.Module):
     So do steps with rows of adapters: only its modules know those. Rows without have the same bits in both.
     """
 
-    def __init__(self, inner: nn.Module, kernel: LayerKernel, index: int) -> None:
-        """inner: the layer as it came; index: its number in the cache."""
+    def __init__(self, inner: nn.Module, kernel: LayerKernel, index: int, rest: Rest | None = None) -> None:
+        """inner: the layer as it came; index: its number in the cache; rest: what the kernel leaves to modules."""
         super().__init__()
-        self.inner, self.kernel, self.index = inner, kernel, index
+        self.inner, self.kernel, self.index, self.rest = inner, kernel, index, rest
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan = current_plan()
@@ -54,7 +51,8 @@ class NativeLayer(nn.Module):
             return out
         cos, sin = kwargs["position_embeddings"]
         keys, values = plan.cache.keys[self.index], plan.cache.values[self.index]
-        return self.kernel(plan.kernel_plan, hidden_states[0], cos[0], sin[0], keys, values).unsqueeze(0)
+        y = self.kernel(plan.kernel_plan, hidden_states[0], cos[0], sin[0], keys, values).unsqueeze(0)
+        return y if self.rest is None else self.rest(y)
 
     def __getattr__(self, name: str) -> Any:
         """Read missing attributes from the replaced layer: models ask their layers for the kind of attention, say."""
@@ -62,33 +60,6 @@ class NativeLayer(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("inner"), name)
-
-
-@dataclass(slots=True)
-class _Watched:
-    """What one layer did in the watched pass: its own call, and the calls of its parts in order."""
-
-    input: Tensor | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    output: Any = None
-    linears: list[tuple[NativeLinear, Tensor]] = field(default_factory=list)
-    norms: list[NativeNorm] = field(default_factory=list)
-    activations: int = 0
-
-    def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A copy, because a layer may change its input in place.
-        self.input, self.kwargs = (args[0] if args else kwargs["hidden_states"]).clone(), dict(kwargs)
-
-    def leave(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.output = output.clone() if isinstance(output, Tensor) else output
-
-    def note(self, part: nn.Module, args: tuple[Any, ...]) -> None:
-        if isinstance(part, NativeLinear):
-            self.linears.append((part, args[0]))
-        elif isinstance(part, NativeNorm):
-            self.norms.append(part)
-        else:
-            self.activations += 1
 
 
 @torch.inference_mode()
@@ -124,8 +95,10 @@ def _fuse(model: nn.Module, kernels: Kernels, length: int) -> int:
         watched = _watch(model, layers, _plan(kernels, cache), length)
         plan = _plan(kernels, again)
         for index, seen in enumerate(watched):
-            for parts in _readings(kernels, seen, found.settings[index], shapes[index]):
-                layer = NativeLayer(layers[index], kernels.layer(parts), index)
+            for parts, rest in readings(seen, found.settings[index], shapes[index]):
+                if not kernels.can_compute(parts):
+                    continue
+                layer = NativeLayer(layers[index], kernels.layer(parts), index, rest)
                 if _same(layer, seen, plan, cache):
                     layers[index] = layer
                     fused += 1
@@ -137,15 +110,15 @@ def _plan(kernels: Kernels, cache: CpuCache) -> CpuPlan:
     return CpuPlan(kernels, cache, [PackedChunk(0, _ROWS, 0, (0,))])
 
 
-def _watch(model: nn.Module, layers: nn.ModuleList, plan: CpuPlan, length: int) -> list[_Watched]:
+def _watch(model: nn.Module, layers: nn.ModuleList, plan: CpuPlan, length: int) -> list[Watched]:
     """Run a few tokens, at positions from the first to the last there may be, and record what each layer does."""
-    watched = [_Watched() for _ in layers]
+    watched = [Watched() for _ in layers]
     hooks: list[Any] = []
     for layer, seen in zip(layers, watched, strict=True):
         hooks.append(layer.register_forward_pre_hook(seen.enter, with_kwargs=True))
         hooks.append(layer.register_forward_hook(seen.leave))
-        parts = [m for m in layer.modules() if isinstance(m, NativeLinear | NativeNorm | NativeSiLU)]
-        hooks += [part.register_forward_pre_hook(seen.note) for part in parts]
+        hooks += [part.register_forward_hook(seen.note) for part in parts_of(layer)]
+        hooks += [block.register_forward_hook(seen.note_block) for block in blocks_of(layer)]
     last = length - 1
     positions = torch.tensor([[0, 1, last // 5, last // 2, last]], dtype=torch.int64)
     try:
@@ -157,46 +130,7 @@ def _watch(model: nn.Module, layers: nn.ModuleList, plan: CpuPlan, length: int) 
     return watched
 
 
-def _readings(kernels: Kernels, seen: _Watched, settings: AttentionSettings, shape: LayerShape) -> Iterator[LayerParts]:
-    """Yield what the layer may be, to be tried in turn: its parts are known, but not whether it uses positions."""
-    embeddings = seen.kwargs.get("position_embeddings")
-    if not (isinstance(embeddings, tuple) and len(embeddings) == 2 and isinstance(seen.output, Tensor)):
-        return
-    # This refuses a layer that was not called, too.
-    if len(seen.linears) != 7 or len(seen.norms) not in (2, 4) or seen.activations != 1:
-        return
-    (q, n1), (k, n2), (v, n3), (o, _), (gate, m1), (up, m2), (down, _) = seen.linears
-    if not (n1 is n2 is n3 and m1 is m2):
-        return
-    norms = [NormParts(norm.weight, norm.variance_epsilon) for norm in seen.norms]
-    query_norm, key_norm = norms[1:3] if len(norms) == 4 else (None, None)
-    for rotary in (embeddings[0].shape[-1], 0):
-        parts = LayerParts(
-            first_norm=norms[0],
-            second_norm=norms[-1],
-            query_norm=query_norm,
-            key_norm=key_norm,
-            q=q.packed,
-            k=k.packed,
-            v=v.packed,
-            o=o.packed,
-            gate=gate.packed,
-            up=up.packed,
-            down=down.packed,
-            heads=settings.heads,
-            kv_heads=shape.heads,
-            rotary=rotary,
-            scale=settings.scale,
-            window=shape.seen.window,
-            chunk=shape.seen.chunk,
-            softcap=settings.softcap,
-            sinks=None if settings.sinks is None else settings.sinks.to(torch.float32).contiguous(),
-        )
-        if kernels.can_compute(parts):
-            yield parts
-
-
-def _same(layer: NativeLayer, seen: _Watched, plan: CpuPlan, cache: CpuCache) -> bool:
+def _same(layer: NativeLayer, seen: Watched, plan: CpuPlan, cache: CpuCache) -> bool:
     """Check that the layer gives the bits that were recorded: its result, and what it stores."""
     assert seen.input is not None
     arguments = {name: value for name, value in seen.kwargs.items() if name != "hidden_states"}

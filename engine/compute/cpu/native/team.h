@@ -18,6 +18,7 @@
  * fields (`advance`), until it publishes the next phase. What a thread wrote in a unit is seen by whoever works on later
  * phases and by the caller: `left` is a chain of acquire-release operations, `word` and `finished` are stored with release
  * and read with acquire. */
+#pragma once
 #include <errno.h>
 #include <limits.h>
 #include <pthread.h>
@@ -263,17 +264,30 @@ static int take(Slot *s, int self) {
 
 /* Numbers that a processor treats as the caller's do, whatever mode a library has left it in: all threads compute alike. */
 #if defined(__x86_64__)
-static unsigned usual_arithmetic(void) {
+typedef unsigned Arithmetic;
+static Arithmetic usual_arithmetic(void) {
     unsigned mode = _mm_getcsr();
     if ((mode & 0xffc0) != 0x1f80) _mm_setcsr(0x1f80);
     return mode;
 }
-static void restore_arithmetic(unsigned mode) {
+static void restore_arithmetic(Arithmetic mode) {
     if ((mode & 0xffc0) != 0x1f80) _mm_setcsr(mode);
 }
+#elif defined(__aarch64__)
+typedef uint64_t Arithmetic;
+static Arithmetic usual_arithmetic(void) {
+    Arithmetic mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    if (mode) __asm__ volatile("msr fpcr, xzr" ::: "memory");
+    return mode;
+}
+static void restore_arithmetic(Arithmetic mode) {
+    if (mode) __asm__ volatile("msr fpcr, %0" ::"r"(mode) : "memory");
+}
 #else
-static unsigned usual_arithmetic(void) { return 0; }
-static void restore_arithmetic(unsigned mode) { (void)mode; }
+typedef int Arithmetic;
+static Arithmetic usual_arithmetic(void) { return 0; }
+static void restore_arithmetic(Arithmetic mode) { (void)mode; }
 #endif
 
 static int open_to(int worker, const Slot *s) {
@@ -400,7 +414,7 @@ static int finished_or_open(const void *arg) {
 
 /* Do all phases, one after the other, with up to `threads` threads; returns when all is done. From any thread. */
 static void team_run(const Phase *phases, int count, int threads) {
-    unsigned mode = usual_arithmetic();
+    Arithmetic mode = usual_arithmetic();
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     int workers = atomic_load_explicit(&team.workers, memory_order_relaxed);
     if (workers + 1 < threads && workers < atomic_load_explicit(&team.most, memory_order_acquire)) grow(threads);

@@ -1,0 +1,1 @@
+"""Weights of a folder, packed while they are read."""

@@ -1,0 +1,1 @@
+"""Decoder layers and their parts by compiled kernels."""

@@ -1,0 +1,1 @@
+"""Weights as whole numbers: rounded here, or by others."""

@@ -1,0 +1,83 @@
+"""Weights rounded to whole numbers in groups: near, safe at the edges, and the same bits on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.compute.linear import quasi_random
+from engine.compute.whole import rounding
+from engine.compute.whole.groups import Groups
+from engine.errors import LoadError
+
+
+def random(rows: int, depth: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, depth, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
+def digest(groups: Groups) -> str:
+    whole = hashlib.sha256()
+    for name in ("numbers", "scales", "supers", "minima", "minimum_supers"):
+        part = getattr(groups, name)
+        if part is not None:
+            whole.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("depth", [16, 32, 40, 256, 300])
+def test_a_number_is_off_by_little(depth: int) -> None:
+    """Also where the last group, or the last eight of them, are not full."""
+    weight = random(7, depth)
+    four, eight = rounding.four_bits(weight), rounding.eight_bits(weight)
+    assert four.numbers.shape == eight.numbers.shape == weight.shape
+    assert int(four.numbers.max()) <= 15
+    groups = -(-depth // 32)
+    assert four.scales.shape == four.minima.shape == eight.scales.shape == (7, groups)  # type: ignore[union-attr]
+    assert float((four.widened() - weight).pow(2).mean() / weight.pow(2).mean()) < 0.008
+    assert float((eight.widened() - weight).abs().max()) < float(weight.abs().max()) / 200
+
+
+def test_fitting_comes_nearer_than_the_range_alone() -> None:
+    """Fifteen equal steps from the smallest to the largest number are off by more."""
+    weight = random(16, 1024, seed=3)
+    x = weight.view(16, -1, 32)
+    low, high = x.amin(dim=2, keepdim=True), x.amax(dim=2, keepdim=True)
+    step = (high - low) / 15
+    plain = (((x - low) / step).round() * step + low - x).pow(2).mean()
+    assert float((rounding.four_bits(weight).widened() - weight).pow(2).mean()) < 0.9 * float(plain)
+
+
+def test_rows_do_not_depend_on_each_other() -> None:
+    weight = random(40, 96)
+    for round_ in (rounding.four_bits, rounding.eight_bits):
+        whole = round_(weight).widened()
+        assert torch.equal(round_(weight[11:12]).widened(), whole[11:12])
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-38, 1e-20, 1e20, 3e38, -3e38])
+def test_zeros_and_extreme_numbers_are_safe(largest: float) -> None:
+    row = torch.zeros(1, 64, dtype=torch.float32)
+    row[0, 5] = largest
+    for round_ in (rounding.four_bits, rounding.eight_bits):
+        wide = round_(row).widened()
+        assert wide.isfinite().all()
+        assert torch.allclose(wide, row, rtol=0, atol=abs(largest) / 50 + 1e-28)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_what_is_no_number_is_refused(broken: float) -> None:
+    row = torch.zeros(1, 64, dtype=torch.float32)
+    row[0, 5] = broken
+    for round_ in (rounding.four_bits, rounding.eight_bits):
+        with pytest.raises(LoadError, match="finite"):
+            round_(row)
+
+
+def test_the_same_weight_is_rounded_to_the_same_bits_everywhere() -> None:
+    """Golden: other digests are another model. Raise `CPU_KERNELS_VERSION` if that is meant."""
+    weight = quasi_random(33, 300) * quasi_random(33, 1) * 3
+    assert digest(rounding.four_bits(weight)) == "34523ff1ed953a7d"
+    assert digest(rounding.eight_bits(weight)) == "faae354c0ae07cdd"
