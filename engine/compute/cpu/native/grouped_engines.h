@@ -65,26 +65,24 @@ INLINE void GLUE(six_bits_, ROWS)(const Piece *p) {
         }
 }
 
-#undef SUMS
-#define SUMS(r, c_) I_ADD32(I_MADD16(a##r##0, I_SET16(1)), I_MADD16(a##r##1, I_SET16(16)))
 #define BYTES_G(j)                                                                                                       \
-    { wi byte = quad_at(8, w, j), w0 = I_AND(byte, I_SET8(15)), w1 = I_AND(I_RIGHT(byte, 4), I_SET8(15)); R(STEP_G, V2) } \
-    x += ROWS * 4;                                                                                                       \
-    __asm__ volatile("" ::: "memory");
+    { wi number = quad_at(8, w, j), size = I_ABS(number); R(STEP_8, V1) }                                                \
+    x += ROWS * 4;
 
-/* 8 bits: one vector after the other, its low and its high halves. */
+/* 8 bits: one vector after the other. */
 INLINE void GLUE(eight_bits_, ROWS)(const Piece *p) {
     const size_t vector = vector_bytes(8);
+    const wi ones = I_SET16(1);
     const char *w = p->w, *facts = p->facts, *block = p->x;
     for (long step = 0; step < p->steps; step++, facts += FACTS * ROWS * 4, block += STEP_K * ROWS)
         for (int c = 0; c < 2; c++, w += vector) {
             const char *x = block;
             FETCH_AHEAD(vector)
-            R(DECLARE_G, V2)
+            R(DECLARE_G, V1)
             BYTES_G(0) BYTES_G(1) BYTES_G(2) BYTES_G(3)
             if (p->halves) {
                 END_STEP(R, V1, 1)
-                R(CLEAR_G, V2)
+                R(CLEAR_G, V1)
             }
             BYTES_G(4) BYTES_G(5) BYTES_G(6) BYTES_G(7)
             END_STEP(R, V1, p->halves ? 2 : 0)

@@ -7,8 +7,9 @@
  * from 0, then + bias. A scale or minimum of two levels is their product, rounded to float32. Inputs: `grouped_tile`.
  *
  * The numbers are the unsigned factor of VNNI's products of quads, or without it of `vpmaddubsw`, whose sums of two are added
- * in 16 bits as long as they cannot overflow: 8 quads of 4 bits, 4 of 5 and 2 of 6 (2 · 63 · 127 · 2 < 2^15). Numbers of 8
- * bits are two of 4. */
+ * in 16 bits as long as they cannot overflow: 8 quads of 4 bits, 4 of 5 and 2 of 6 (2 · 63 · 127 · 2 < 2^15). There 128 is
+ * taken off numbers of 8 bits and off their zeros (OFFSET_OF), which leaves number - zero as it was, and their sign is given
+ * to the input: 2 · 128 · 127 < 2^15. */
 #pragma once
 #include "grouped_input.h"
 
@@ -147,6 +148,10 @@ INLINE wi quad_at(int bits, const char *w, int j) {
 #define STEP_6(r, V)                                                                                                     \
     a##r##0 = I_ADD32(a##r##0, I_MADD16(I_ADD16(I_MADD8(w0, I_QUAD(x + (r) * 4)),                                        \
                                                 I_MADD8(w1, I_QUAD(x + (ROWS + (r)) * 4))), ones));
+
+/* A quad of 8 bits, in 32 bits: `size` without the sign of `number`, which the input takes. */
+#define STEP_8(r, V)                                                                                                     \
+    a##r##0 = I_ADD32(a##r##0, I_MADD16(I_MADD8(size, I_SIGNED(I_QUAD(x + (r) * 4), number)), ones));
 
 typedef void (*Engine)(const Piece *p);
 enum { ENGINES = 4 }; /* for 4, 5, 6 and 8 bits */

@@ -25,6 +25,10 @@ INLINE wi I_ADD32(wi x, wi y) { return BOTH2(wi, _mm256_add_epi32, x, y); }
 INLINE wi I_SUB32(wi x, wi y) { return BOTH2(wi, _mm256_sub_epi32, x, y); }
 INLINE wi I_MADD8(wi x, wi y) { return BOTH2(wi, _mm256_maddubs_epi16, x, y); }
 INLINE wi I_MADD16(wi x, wi y) { return BOTH2(wi, _mm256_madd_epi16, x, y); }
+INLINE wi I_TIMES(wi x, wi y) { return BOTH2(wi, _mm256_mullo_epi32, x, y); }
+INLINE wi I_ABS(wi x) { return BOTH(wi, _mm256_abs_epi8, x); }
+INLINE wi I_SIGNED(wi x, wi y) { return BOTH2(wi, _mm256_sign_epi8, x, y); }
+INLINE wi I_TOP(wi x) { return (wi){_mm256_xor_si256(x.a, _mm256_set1_epi8(-128)), _mm256_xor_si256(x.b, _mm256_set1_epi8(-128))}; }
 INLINE wi I_LEFT(wi x, int n) { return (wi){_mm256_slli_epi16(x.a, n), _mm256_slli_epi16(x.b, n)}; }
 INLINE wi I_RIGHT(wi x, int n) { return (wi){_mm256_srli_epi16(x.a, n), _mm256_srli_epi16(x.b, n)}; }
 #define U8_AT(p) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p)))
@@ -69,6 +73,10 @@ typedef __m512 wf;
 #define I_SUB32(x, y) _mm512_sub_epi32(x, y)
 #define I_MADD8(q, x) _mm512_maddubs_epi16(q, x)
 #define I_MADD16(x, y) _mm512_madd_epi16(x, y)
+#define I_TIMES(x, y) _mm512_mullo_epi32(x, y)
+#define I_ABS(x) _mm512_abs_epi8(x)
+#define I_SIGNED(x, y) _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(y), _mm512_setzero_si512(), x) /* where y is 0 it is of no account */
+#define I_TOP(x) _mm512_xor_si512(x, _mm512_set1_epi8(-128))
 #define I_LEFT(x, n) _mm512_slli_epi16(x, n)
 #define I_RIGHT(x, n) _mm512_srli_epi16(x, n)
 #define I_FROM_U8(p) _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p)))
@@ -107,6 +115,10 @@ typedef __m256 wf;
 #define I_SUB32(x, y) _mm256_sub_epi32(x, y)
 #define I_MADD8(q, x) _mm256_maddubs_epi16(q, x)
 #define I_MADD16(x, y) _mm256_madd_epi16(x, y)
+#define I_TIMES(x, y) _mm256_mullo_epi32(x, y)
+#define I_ABS(x) _mm256_abs_epi8(x)
+#define I_SIGNED(x, y) _mm256_sign_epi8(x, y)
+#define I_TOP(x) _mm256_xor_si256(x, _mm256_set1_epi8(-128))
 #define I_LEFT(x, n) _mm256_slli_epi16(x, n)
 #define I_RIGHT(x, n) _mm256_srli_epi16(x, n)
 #define I_FROM_U8(p) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p)))
@@ -125,9 +137,13 @@ typedef __m256 wf;
 #define I_DOT(q, x, s) DOT(q, x, s) /* the left factor is the unsigned one: there the input, here the weight */
 #endif
 
-#if !defined(__aarch64__) /* whole numbers are the unsigned factor of products, as they are */
+#if !defined(__aarch64__)
+#if QUAD_SUMS /* whole numbers are the unsigned factor of products, as they are */
 #define OFFSET_OF(bits) 0
 #define I_NUMBERS(x) (x)
-#define I_TIMES(x, y) I_MADD16(x, y) /* of numbers below 2^15, y not negative */
+#else
+#define OFFSET_OF(bits) ((bits) == 8 ? 128 : 0)
+#define I_NUMBERS(x) I_TOP(x)
+#endif
 #define from_f16(half) _cvtsh_ss(half)
 #endif
