@@ -268,9 +268,10 @@ def _scale_of(embedding: nn.Embedding) -> Tensor | None:
 
 def _is_linear(module: nn.Module) -> bool:
     """Tell whether a module is a plain linear layer in float32; GPT-2's `Conv1D` is one, transposed."""
-    known = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+    if type(module) is not nn.Linear and type(module).__name__ != "Conv1D":
+        return False  # a packed weight would be widened to be looked at
     weight = getattr(module, "weight", None)
-    return known and isinstance(weight, Tensor) and weight.dim() == 2
+    return isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def _columns(module: nn.Module, value: Tensor | StoredTensor) -> tuple[Columns, int, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from engine.compute.cpu.stored_linear import copied
+
 __all__ = ["ReorderedLinear"]
 
 
@@ -27,11 +29,13 @@ class ReorderedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A fresh float32 copy `[out, in]`, its columns in the order of the inputs."""
+        """A fresh float32 copy `[out, in]`, its columns in the order of the inputs.
+
+        Raises:
+            WeightChanged: when it is changed in place.
+        """
         sorted_: Tensor = self.inner.weight  # type: ignore[assignment]
-        out = torch.empty_like(sorted_)
-        out[:, self.order] = sorted_
-        return out
+        return copied(sorted_.index_select(1, self.order.argsort()))
 
     @property
     def bias(self) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.packed_weight import PackedWeight
 
-__all__ = ["INPUTS", "StoredEmbedding", "StoredLinear", "WeightChanged", "widen_layers"]
+__all__ = ["INPUTS", "StoredEmbedding", "StoredLinear", "WeightChanged", "copied", "widen_layers"]
 
 INPUTS = "int8 in groups of 32"
 """How the kernels round what they multiply a weight in groups with: a part of the fingerprint."""
@@ -43,6 +43,12 @@ class _Copy(Tensor):
         return found.as_subclass(cls) if name == "__get__" and isinstance(found, Tensor) else found
 
 
+def copied(weight: Tensor) -> Tensor:
+    """Return a weight, of which a change in place raises `WeightChanged`."""
+    copy: Tensor = weight.as_subclass(_Copy)
+    return copy
+
+
 class StoredLinear(nn.Module):
     """`x @ weight.T + bias` with a packed weight, widened at each call.
 
@@ -63,8 +69,7 @@ class StoredLinear(nn.Module):
         Raises:
             WeightChanged: when it is changed in place.
         """
-        copy: Tensor = self.kernels.widen(self.packed).as_subclass(_Copy)
-        return copy
+        return copied(self.kernels.widen(self.packed))
 
     @property
     def bias(self) -> Tensor | None:
