@@ -354,8 +354,11 @@ def cpu_kernels(kernels: Kernels) -> Iterator[Case]:
         packed = kernels.pack_groups(_groups(width, group, zero), numbers(40, seed=3, least=-9, most=9).float())
         yield {"case": ["product", width, group, zero], "bits": bits(kernels.group([packed])(x)[0])}
     x = numbers(2, 100, seed=4, least=-60, most=60).float() / 8
-    yield {"case": ["rms_norm"], "bits": bits(kernels.rms_norm(x, numbers(100, seed=5, most=15).float(), 2.0**-20))}
-    yield {"case": ["silu"], "bits": bits(kernels.silu(x))}
+    yield {"case": ["rms_norm"], "bits": bits(kernels.norm(x, numbers(100, seed=5, most=15).float(), 2.0**-20))}
+    weight = numbers(100, seed=5, most=15).float()
+    yield {"case": ["norm, centred"], "bits": bits(kernels.norm(x, weight, 2.0**-20, centred=True))}
+    for kind in ("silu", "gelu_tanh", "clamped"):
+        yield {"case": [kind], "bits": bits(kernels.activate(x, kind))}
     for options in ({}, {"window": 5}, {"chunk": 8}, {"softcap": 4.0}, {"sinks": torch.tensor([0.5, -1.0, 3.0, 0.0])}):
         yield {"case": ["attention", sorted(options)], "bits": bits(_attention(kernels, **options))}
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import LLM
+from engine.compute.cpu.stored_linear import StoredEmbedding
 
 PROMPT = "the same seed with the same request gives the same words again, alone or in a crowd, " * 2
 LONG = PROMPT * 14  # more than one key span
@@ -67,12 +68,16 @@ def test_processed_logprobs_are_the_distribution_that_was_drawn_from(tiny: Calla
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_checkpoint_widens_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
-    """A tied embedding stays in the checkpoint's dtype and still gives what float32 gives."""
+    """A tied embedding is the output layer's weight or stays in the checkpoint's dtype, and gives what float32 gives."""
     folder = tiny_models.write(tmp_path / "m", "qwen3", dtype=dtype)
     tokens, logprobs = _plain(folder, PROMPT, 3)
     llm = LLM(folder)
-    embedding = llm.engine.model.runner._model.model.get_input_embeddings()  # type: ignore[attr-defined]
-    assert embedding.weight.dtype == dtype
+    model = llm.engine.model.runner._model.model  # type: ignore[attr-defined]
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, StoredEmbedding):
+        assert embedding.packed.data.data_ptr() == model.get_output_embeddings().packed.data.data_ptr()
+    else:
+        assert embedding.weight.dtype == dtype
     [answer] = llm.generate(PROMPT, temperature=0, max_tokens=3, logprobs=True, ignore_eos=True)
     assert list(answer.token_ids) == tokens
     assert [e.logprob for e in answer.logprobs or ()] == pytest.approx(logprobs, abs=1e-4)

@@ -117,7 +117,7 @@ def widen_layers(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, StoredLinear):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-            plain.weight = nn.Parameter(layer.weight, requires_grad=False)
+            plain.weight = nn.Parameter(layer.weight.as_subclass(Tensor), requires_grad=False)
             if layer.bias is not None:
                 plain.bias = nn.Parameter(layer.bias, requires_grad=False)
             model.set_submodule(name, plain)

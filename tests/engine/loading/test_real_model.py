@@ -80,8 +80,9 @@ def test_greedy_answers_are_those_of_transformers_and_make_sense(file: Path) -> 
 
 
 def test_answers_of_the_file_as_it_is_make_sense(llm: LLM) -> None:
-    [answer] = llm.generate(_asked(QUESTIONS[0]), temperature=0, max_tokens=24)
-    assert "Paris" in answer.text
+    """Asked what leaves the model no doubt: the likeliest tokens are half a nat and more ahead of the next."""
+    [answer] = llm.generate(_asked("What is the capital city of Germany?"), temperature=0, max_tokens=24)
+    assert answer.text == "The capital city of Germany is Berlin."
 
 
 def test_a_seeded_reply_is_the_same_alone_and_in_a_crowd(llm: LLM) -> None:
