@@ -68,7 +68,7 @@ def test_processed_logprobs_are_the_distribution_that_was_drawn_from(tiny: Calla
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_checkpoint_widens_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
-    """A tied embedding is the output layer's weight or stays in the checkpoint's dtype, and gives what float32 gives."""
+    """A tied embedding is the output layer's weight or in the checkpoint's dtype, and gives what float32 gives."""
     folder = tiny_models.write(tmp_path / "m", "qwen3", dtype=dtype)
     tokens, logprobs = _plain(folder, PROMPT, 3)
     llm = LLM(folder)
