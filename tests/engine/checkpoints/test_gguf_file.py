@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,28 @@ def test_a_header_that_would_take_all_memory_is_refused(
     file.write_bytes(head[:16] + (1 << 40).to_bytes(8, "little") + head[24:])
     with pytest.raises(LoadError, match=r"has 1099511627776 keys"):
         gguf_file.open_file(file, "m")
+
+
+def _key(order: str, kind: int, value: bytes) -> bytes:
+    return struct.pack(f"{order}4sIQQQ", b"GGUF", 3, 0, 1, 1) + b"x" + struct.pack(f"{order}I", kind) + value
+
+
+HEADERS = {
+    "for another kind of machine": (_key(">", 9, struct.pack(">IQ", 0, 1 << 40)), "high byte first"),
+    "an array of arrays": (_key("<", 9, struct.pack("<IQ", 9, 9) + bytes(200)), "arrays within arrays"),
+    "a long array of arrays": (_key("<", 9, struct.pack("<IQ", 9, 1 << 40)), "1099511627776 entries"),
+    "a long array of texts": (_key("<", 9, struct.pack("<IQ", 8, 1 << 20)), "array is longer than the file"),
+    "a long text in an array": (_key("<", 9, struct.pack("<IQQ", 8, 1, 1 << 63)), "string is longer than the file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_that_lies_is_refused_at_once(case: str, tmp_path: Path) -> None:
+    """For machines that put the high byte first, too: gguf would read such an array without end, numbers as others."""
+    data, words = HEADERS[case]
+    (tmp_path / "model.gguf").write_bytes(data)
+    with pytest.raises(LoadError, match=rf"model\.gguf is not a readable GGUF file .*{words}"):
+        gguf_file.open_file(tmp_path / "model.gguf", "m")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.1, 0.3, 0.6, 0.9, 0.999])
