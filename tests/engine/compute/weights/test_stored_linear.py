@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.stored_linear import StoredLinear, WeightChanged
+from engine.compute.cpu.stored_linear import StoredLinear, WeightChanged, widen_layers
 
 
 def _set(weight: Tensor) -> None:
@@ -26,6 +26,10 @@ CHANGES: dict[str, Callable[[Tensor], object]] = {
     "transposed": lambda weight: weight.T.clamp_(0),
     "a row": _set,
     "added": _add,
+    "a view in place": lambda weight: weight.view(-1).mul_(2),
+    "a row in place": lambda weight: weight[0].mul_(2),
+    "detached": lambda weight: weight.detach().mul_(2),
+    "as a result": lambda weight: torch.add(weight, 1, out=weight),
 }
 
 
@@ -34,6 +38,17 @@ def test_a_change_in_place_is_refused(kernels: Kernels, name: str) -> None:
     layer = StoredLinear(kernels, kernels.pack(torch.randn(20, 9, dtype=torch.float32), None))
     with pytest.raises(WeightChanged), torch.inference_mode():
         CHANGES[name](layer.weight)
+
+
+def test_layers_can_be_widened(kernels: Kernels) -> None:
+    """Where kernels compute wrongly, plain layers take their places."""
+    weight, bias = torch.randn(20, 9, dtype=torch.float32), torch.randn(20, dtype=torch.float32)
+    model = nn.Sequential(StoredLinear(kernels, kernels.pack(weight, bias)))
+    widen_layers(model)
+    assert type(model[0]) is nn.Linear
+    assert type(model[0].weight) is nn.Parameter
+    assert torch.equal(model[0].weight, weight)
+    model[0].weight.mul_(2)
 
 
 def test_a_copy_may_be_read(kernels: Kernels) -> None:
