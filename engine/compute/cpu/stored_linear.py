@@ -35,8 +35,9 @@ class _Copy(Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(function, "__name__", "")
-        if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_"):
+        name, changed = getattr(function, "__name__", ""), next(iter((*args, *(kwargs or {}).values())), None)
+        in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+        if in_place and isinstance(changed, cls):  # not what only reads a copy, to change another tensor
             raise WeightChanged(f"{name} of a weight that is packed")
         if isinstance((kwargs or {}).get("out"), cls):
             raise WeightChanged(f"{name} into a weight that is packed")

@@ -219,6 +219,13 @@ def test_llamas_scaled_frequencies_are_applied(tmp_path: Path) -> None:
     assert _bits(scaled)[1] == pytest.approx(logprobs, abs=1e-4)
 
 
+def test_a_llama_without_the_number_of_its_key_heads_is_refused(tiny: Callable[[str], Path]) -> None:
+    """llama.cpp takes that of all heads; transformers then leaves queries and keys as llama.cpp rotates them."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    with pytest.raises(LoadError, match=r"lacks llama\.attention\.head_count_kv"):
+        gguf_model.complete_model(header_only("llama", llama__attention__head_count=4), model, "m")
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(flips=st.lists(st.tuples(st.floats(0, 0.999), st.integers(1, 255)), min_size=1, max_size=4))
 def test_any_damage_of_a_header_is_a_load_error(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.reordered import ReorderedLinear
 from engine.compute.cpu.stored_linear import StoredLinear, WeightChanged, widen_layers
 
 
@@ -29,6 +30,7 @@ CHANGES: dict[str, Callable[[Tensor], object]] = {
     "a view in place": lambda weight: weight.view(-1).mul_(2),
     "a row in place": lambda weight: weight[0].mul_(2),
     "detached": lambda weight: weight.detach().mul_(2),
+    "by torch's functions": nn.init.zeros_,
     "as a result": lambda weight: torch.add(weight, 1, out=weight),
 }
 
@@ -58,3 +60,11 @@ def test_a_copy_may_be_read(kernels: Kernels) -> None:
     product = torch.ones(1, 9, dtype=torch.float32) @ layer.weight.T
     assert type(product) is Tensor
     product.mul_(2)
+    other = torch.zeros(20, 9, dtype=torch.float32)
+    other.copy_(layer.weight).add_(layer.weight)
+    other[:] += layer.weight
+    assert torch.equal(other, weight + weight + weight)
+    order = torch.randperm(9)
+    meant = torch.empty_like(weight)
+    meant[:, order] = weight
+    assert torch.equal(ReorderedLinear(layer, order, 9, 20).weight, meant)
