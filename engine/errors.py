@@ -28,6 +28,7 @@ VerbatimError
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import traceback
 from collections.abc import Iterator
@@ -238,6 +239,7 @@ def out_of_memory(error: BaseException) -> bool:
     kinds = {kind.__name__ for kind in type(error).__mro__}  # torch is not imported here
     return (
         isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)  # of a mapping
         or "OutOfMemoryError" in kinds
         or "not enough memory" in said
         or "can't allocate memory" in said

@@ -60,7 +60,7 @@ class GGUFFile:
         sizes: number of values of each tensor, by its name in the file.
         types: of each tensor, as ggml names them (`Q4_1`).
         stored_bytes: of all tensors.
-        places: of each tensor; none if the file was written on a machine that puts the high byte first.
+        places: of each tensor.
     """
 
     path: Path
@@ -160,9 +160,7 @@ def open_file(path: Path, name: str) -> GGUFFile:
         sizes,
         {t.name: t.tensor_type.name for t in reader.tensors},
         sum(int(t.n_bytes) for t in reader.tensors),
-        {t.name: TensorPlace(t.data_offset, int(t.n_bytes), tuple(map(int, t.shape[::-1]))) for t in reader.tensors}
-        if reader.byte_order == "I"
-        else {},
+        {t.name: TensorPlace(t.data_offset, int(t.n_bytes), tuple(map(int, t.shape[::-1]))) for t in reader.tensors},
     )
 
 
@@ -170,11 +168,15 @@ def open_file(path: Path, name: str) -> GGUFFile:
 
 
 def _check_counts(head: bytes) -> None:
-    """Refuse a header that claims far more keys or tensors than any model has: 24 bytes can claim any number."""
+    """Refuse a header that claims far more keys or tensors than any model has: 24 bytes can claim any number.
+
+    And files for machines that put the high byte first, whose numbers gguf's dequantisation takes for others.
+    """
     if len(head) < 24:
         raise ValueError("it is shorter than a header")
-    swapped = head[4:6] == b"\0\0"  # written on a machine that puts the high byte first
-    tensors, keys = struct.unpack_from(">QQ" if swapped else "<QQ", head, 8)
+    if head[4:6] == b"\0\0":  # of the version
+        raise ValueError("it was written for machines that put the high byte first")
+    tensors, keys = struct.unpack_from("<QQ", head, 8)
     if keys > _MOST_KEYS or tensors > _MOST_TENSORS:
         raise ValueError(
             f"it has {keys} keys and {tensors} tensors; more than {_MOST_KEYS} and {_MOST_TENSORS} are not read"
@@ -189,7 +191,7 @@ def reader_class() -> Any:
         entries = 0
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":
+            if raw_type != GGUFValueType.ARRAY:
                 return super()._get_field_parts(orig_offs, raw_type)
             kind, length = struct.unpack_from("<IQ", self.data, orig_offs)
             items = GGUFValueType(kind)
@@ -207,7 +209,7 @@ def reader_class() -> Any:
             elif items == GGUFValueType.STRING:
                 parts, end = _strings(self.data, at, length)
             else:
-                return super()._get_field_parts(orig_offs, raw_type)
+                raise ValueError("arrays within arrays are not read")
             if len(parts) != length:
                 raise ValueError("an array is longer than the file")
             return end - orig_offs, head + parts, list(range(2, 2 + length)), [GGUFValueType.ARRAY, items]
@@ -232,6 +234,8 @@ def _strings(data: Any, at: int, count: int) -> tuple[list[_Text], int]:
         (length,) = struct.unpack_from("<Q", view, at)
         parts.append(_Text(view[at + 8 : at + 8 + length]))
         at += 8 + length
+        if at > len(view):
+            raise ValueError("a string is longer than the file")
     return parts, at
 
 

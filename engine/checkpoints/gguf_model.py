@@ -47,6 +47,12 @@ def complete_model(file: GGUFFile, model: nn.Module, name: str) -> None:
     """
     config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
     prefix = f"{file.architecture}."
+    heads = f"{prefix}attention.head_count_kv"
+    if file.architecture == "llama" and heads not in file.metadata:
+        raise LoadError(
+            f"{name}: {file.path.name} lacks {heads}, without which transformers leaves the rows of queries and keys "
+            f"in another order: {_ADVICE}"
+        )
     for key, value in file.metadata.items():
         short = key.removeprefix(prefix)
         if key.startswith(prefix) and not _is_read(file.architecture, short) and not _agrees(short, value, config):

@@ -59,7 +59,9 @@ def read_header(file: Path, name: str) -> dict[str, TensorEntry]:
         end = max(ends, default=0)
         if 8 + length + end > size:
             raise LoadError(f"{name}: {file.name} is cut short: {size} bytes of {8 + length + end}. Copy it again.")
-        return {tensor: _tensor(entry, tensor, 8 + length) for tensor, entry in table.items()}
+        found = {tensor: _tensor(entry, tensor, 8 + length) for tensor, entry in table.items()}
+        _check_order(found, 8 + length)
+        return found
     except (OSError, ValueError) as error:
         raise LoadError(f"{name}: {file.name} is not a readable safetensors file ({error}).") from None
 
@@ -79,6 +81,14 @@ def _end(entry: Any, tensor: str) -> int:
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"{tensor[:100]!r} has no data_offsets of two whole numbers in order")
     return int(offsets[1])
+
+
+def _check_order(entries: dict[str, TensorEntry], at: int) -> None:
+    """Refuse tensors that overlap, or leave bytes out, as safetensors does: a small file could claim any memory."""
+    for tensor, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
+        if entry.start != at:
+            raise ValueError(f"{tensor[:100]!r} does not begin where the tensor before it ends")
+        at += entry.size
 
 
 def _are_counts(numbers: Any) -> bool:

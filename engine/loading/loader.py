@@ -122,10 +122,12 @@ def _load(config: ModelConfig, pull: bool, say: Progress, read: BytesRead | None
             files = TextFiles.read(config, folder, file)
             trials = files.start_trials(pool)
             parts = (config, found, file, placement, kernels, stream, files, adapters, digests.result, say, beside)
+            ready: ReadyModel | None = None
             try:
                 ready = _prepare(*parts)
             except WeightChanged as error:
                 log.info("%s: %s: the model is loaded whole", config.id, error)
+            if ready is None:  # not inside `except`: its traceback would keep the first model
                 ready = _prepare(*parts, packs=False)
             for trial in trials:
                 trial.result()

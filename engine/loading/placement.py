@@ -225,14 +225,22 @@ def _check_memory(config: ModelConfig, found: Checkpoint, placement: Placement) 
     if placement.packs:
         needed: int | None = found.stored_bytes
     elif placement.reads:
-        stays = placement.rounds == "stored"
-        needed = found.packed_bytes("stored") if stays else quantized.parameters(config, found) * 4
+        needed = _bytes_read(config, found, placement.rounds)
     else:
         needed = quantized.check(config, found, placement.device_map, dtype)
     if needed is None and placement.has_kernels:
         streamed = placement.rounds == "stored" or (found.folder.is_dir() and config.merged_adapter is None)
         needed = found.packed_bytes(placement.rounds) if streamed else found.float32_bytes()
     _check_free(config, found.parameters * dtype.itemsize if needed is None else needed, placement)
+
+
+def _bytes_read(config: ModelConfig, found: Checkpoint, rounds: str | None) -> int:
+    """Estimate the memory of a checkpoint that comes quantised: as it is stored, rounded anew while it is read, or
+    widened."""
+    if rounds == "stored":
+        return found.packed_bytes(rounds)
+    parameters = quantized.parameters(config, found)
+    return parameters * 4 if rounds is None else dataclasses.replace(found, parameters=parameters).packed_bytes(rounds)
 
 
 def _check_free(config: ModelConfig, needed: int, placement: Placement) -> None:

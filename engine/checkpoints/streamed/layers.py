@@ -130,7 +130,7 @@ class StreamedModel:
 
     def takes(self, name: str) -> bool:
         """Tell whether a parameter or buffer of the model is handed to `take`."""
-        return name in self._kinds or any(name.rpartition(".")[0] == place for place in self._how.layers)
+        return name in self._kinds or name.rpartition(".")[0] in self._how.layers
 
     # -- while they are read -------------------------------------------------------------------------------------------
 

@@ -31,16 +31,23 @@ _IN_PLACE = frozenset(("__set__", "__setitem__", *(f"__i{name}__" for name in ("
 
 
 class _Copy(Tensor):
-    """A widened copy of a weight. Nobody would see a change of it, so none is allowed."""
+    """A widened copy of a weight, or a view of one. Nobody would see a change of it, so none is allowed."""
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(function, "__name__", "")
-        if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_"):
+        name, changed = getattr(function, "__name__", ""), next(iter((*args, *(kwargs or {}).values())), None)
+        in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+        if in_place and isinstance(changed, cls):  # not what only reads a copy, to change another tensor
             raise WeightChanged(f"{name} of a weight that is packed")
+        if isinstance((kwargs or {}).get("out"), cls):
+            raise WeightChanged(f"{name} into a weight that is packed")
         with torch._C.DisableTorchFunctionSubclass():
             found = function(*args, **(kwargs or {}))
-        return found.as_subclass(cls) if name == "__get__" and isinstance(found, Tensor) else found
+            shares = isinstance(found, Tensor) and any(
+                isinstance(of, cls) and of.untyped_storage().data_ptr() == found.untyped_storage().data_ptr()
+                for of in args
+            )
+        return found.as_subclass(cls) if shares else found
 
 
 def copied(weight: Tensor) -> Tensor:
@@ -102,8 +109,9 @@ class StoredEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A fresh float32 copy `[rows, dim]`."""
-        return self.kernels.widen(self.packed)
+        """A fresh float32 copy `[rows, dim]`; changed in place, it raises `WeightChanged`."""
+        copy: Tensor = self.kernels.widen(self.packed).as_subclass(_Copy)
+        return copy
 
     def forward(self, input_ids: Tensor) -> Tensor:
         rows = self.kernels.widen(self.packed, input_ids.flatten())
@@ -117,7 +125,7 @@ def widen_layers(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, StoredLinear):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-            plain.weight = nn.Parameter(layer.weight.as_subclass(Tensor), requires_grad=False)
+            plain.weight = nn.Parameter(layer.kernels.widen(layer.packed), requires_grad=False)
             if layer.bias is not None:
                 plain.bias = nn.Parameter(layer.bias, requires_grad=False)
             model.set_submodule(name, plain)

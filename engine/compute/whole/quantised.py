@@ -156,23 +156,51 @@ def _compressed_tensors(tensors: Mapping[str, Tensor], settings: Mapping[str, An
             )
         numbers = _unsigned(stored, middle)
     else:
-        shape = _tensor(tensors, "weight_shape").tolist()
-        numbers = _unpacked(_tensor(tensors, "weight_packed"), bits, dim=1)[:, : shape[1]]
-        if list(numbers.shape) != shape:
-            raise LoadError(f"compressed-tensors: a weight_packed of {list(numbers.shape)} is no {shape}.")
+        shape, packed = _tensor(tensors, "weight_shape").tolist(), _tensor(tensors, "weight_packed")
+        if len(shape) != 2 or list(packed.shape) != [shape[0], -(-shape[1] * bits // 32)]:
+            raise LoadError(
+                f"compressed-tensors: a weight_packed of {list(packed.shape)} is no weight of {shape} with {bits} bits."
+            )
+        numbers = _unpacked(packed, bits, dim=1)[:, : shape[1]]
     rows, columns = numbers.shape
-    scale = _tensor(tensors, "weight_scale")
-    scale = scale.reshape(rows, -1) if scale.numel() > 1 else scale.reshape(1, 1).expand(rows, 1)
+    scale = _scale(_tensor(tensors, "weight_scale"), str(given["strategy"]), rows)
     size = -(-columns // scale.shape[1])
-    if given.get("strategy") == "group":
+    if given["strategy"] == "group":
         size = _group_size("compressed-tensors", given, columns, scale.shape[1])
+    if given.get("actorder") in (True, "group", "dynamic"):
+        _tensor(tensors, "weight_g_idx")  # the order of the columns
     order = _order("compressed-tensors", tensors.get("weight_g_idx"), columns, size)
-    zeros = tensors.get("weight_zero_point")
-    if zeros is not None and zeros.dtype == torch.int32:
-        zeros = _unpacked(zeros, bits, dim=0)[:rows]
-    elif zeros is not None:  # whole numbers around zero, one in a byte
-        zeros = _unsigned(zeros, middle).reshape(-1, zeros.shape[-1] if zeros.ndim else 1).expand(scale.shape)
+    zeros = None
+    if "weight_zero_point" in tensors or not given.get("symmetric", True):
+        zeros = _zeros(_tensor(tensors, "weight_zero_point"), bits, scale)
     return _layer("compressed-tensors", bits, size, numbers, scale, zeros, order, tensors.get("bias"))
+
+
+def _scale(scale: Tensor, strategy: str, rows: int) -> Tensor:
+    """Return the scales `[rows, groups]`: stored so, but for one scale of all numbers, or one of each row."""
+    if strategy == "tensor" and scale.numel() == 1:
+        return scale.reshape(1, 1).expand(rows, 1)
+    if strategy == "channel" and scale.shape == (rows,):
+        return scale[:, None]
+    if strategy == "tensor" or scale.ndim != 2 or len(scale) != rows or (strategy == "channel" and scale.shape[1] != 1):
+        raise LoadError(
+            f"compressed-tensors: a weight_scale of {list(scale.shape)} is none of a weight of {rows} rows with the "
+            f"strategy {strategy}."
+        )
+    return scale
+
+
+def _zeros(zeros: Tensor, bits: int, scale: Tensor) -> Tensor:
+    """Return the zeros `[rows, groups]` from 0 on: stored packed along the rows, or in a byte each, around 0."""
+    rows, groups = scale.shape
+    if zeros.dtype == torch.int32 and zeros.shape == (-(-rows * bits // 32), groups):
+        return _unpacked(zeros, bits, dim=0)[:rows]
+    if zeros.dtype == torch.int8 and (zeros.shape == scale.shape or (groups == 1 and zeros.numel() in (1, rows))):
+        return _unsigned(zeros, 1 << (bits - 1)).reshape(-1, groups).expand(rows, groups)
+    raise LoadError(
+        f"compressed-tensors: a weight_zero_point of {list(zeros.shape)} and {zeros.dtype} is none for scales of "
+        f"{[rows, groups]}."
+    )
 
 
 def _gptq_version(settings: Mapping[str, Any]) -> tuple[int, str]:
@@ -194,17 +222,31 @@ def _awq_version(settings: Mapping[str, Any]) -> None:
 
 def _scheme(settings: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Return the format, and how weights are quantised, where that is one for all layers and only of weights."""
-    schemes = list(settings.get("config_groups", {}).values())
+    groups = settings.get("config_groups")
+    schemes = list(groups.values()) if isinstance(groups, Mapping) else []
+    if not all(isinstance(scheme, Mapping) for scheme in schemes):
+        raise LoadError("compressed-tensors with config_groups that are only names cannot be read.")
     if not schemes or any(scheme.get("weights") != schemes[0].get("weights") for scheme in schemes):
         raise LoadError("compressed-tensors with other settings for some layers (config_groups) cannot be read.")
     form = str(schemes[0].get("format") or settings.get("format"))
-    given: Mapping[str, Any] = schemes[0].get("weights") or {}
+    given: dict[str, Any] = dict(schemes[0].get("weights") or {})
     if form not in ("pack-quantized", "int-quantized") or given.get("type", "int") != "int":
         raise LoadError(
             f"compressed-tensors in the format {form} cannot be read; pack-quantized and int-quantized can."
         )
-    if any(scheme.get("input_activations") for scheme in schemes):
-        raise LoadError("compressed-tensors with quantised activations (input_activations) cannot be read.")
+    for key in ("input_activations", "output_activations"):
+        if any(scheme.get(key) for scheme in schemes):
+            raise LoadError(f"compressed-tensors with quantised activations ({key}) cannot be read.")
+    if settings.get("transform_config"):
+        raise LoadError("compressed-tensors with weights that are rotated (transform_config) cannot be read.")
+    if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        raise LoadError("compressed-tensors with weights that are left out (sparsity_config) cannot be read.")
+    size = given.get("group_size")
+    given["strategy"] = given.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
+    if given["strategy"] not in ("tensor", "channel", "group"):
+        raise LoadError(
+            f"compressed-tensors with the strategy {given['strategy']} cannot be read; tensor, channel and group can."
+        )
     if form == "int-quantized" and given.get("num_bits") != 8:
         raise LoadError(f"compressed-tensors in the format {form} with {given.get('num_bits')} bits cannot be read.")
     return form, given
@@ -250,7 +292,9 @@ def _bits(method: str, settings: Mapping[str, Any]) -> int:
 
 def _group_size(method: str, settings: Mapping[str, Any], columns: int, groups: int) -> int:
     """Return the columns of a group: all, where the settings say -1."""
-    size = int(settings.get("group_size", 128))
+    size = settings.get("group_size", 128)
+    if type(size) is not int:
+        raise LoadError(f"{method}: a group_size of {size!r:.40} is no whole number.")
     size = columns if size == -1 else size
     if size <= 0 or -(-columns // size) != groups:
         raise LoadError(f"{method}: {columns} columns are not {groups} groups of {size} (group_size).")
@@ -265,6 +309,8 @@ def _order(method: str, g_idx: Tensor | None, columns: int, size: int) -> Tensor
     """
     if g_idx is None:
         return None
+    if g_idx.is_floating_point():
+        raise LoadError(f"{method}: a g_idx of {g_idx.dtype} holds no numbers of groups.")
     found, wanted = g_idx.cpu().to(torch.int64), torch.arange(columns, dtype=torch.int64) // size
     if torch.equal(found, wanted):
         return None

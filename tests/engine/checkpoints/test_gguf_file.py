@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,28 @@ def test_a_header_that_would_take_all_memory_is_refused(
         gguf_file.open_file(file, "m")
 
 
+def _key(order: str, kind: int, value: bytes) -> bytes:
+    return struct.pack(f"{order}4sIQQQ", b"GGUF", 3, 0, 1, 1) + b"x" + struct.pack(f"{order}I", kind) + value
+
+
+HEADERS = {
+    "for another kind of machine": (_key(">", 9, struct.pack(">IQ", 0, 1 << 40)), "high byte first"),
+    "an array of arrays": (_key("<", 9, struct.pack("<IQ", 9, 9) + bytes(200)), "arrays within arrays"),
+    "a long array of arrays": (_key("<", 9, struct.pack("<IQ", 9, 1 << 40)), "1099511627776 entries"),
+    "a long array of texts": (_key("<", 9, struct.pack("<IQ", 8, 1 << 20)), "array is longer than the file"),
+    "a long text in an array": (_key("<", 9, struct.pack("<IQQ", 8, 1, 1 << 63)), "string is longer than the file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_that_lies_is_refused_at_once(case: str, tmp_path: Path) -> None:
+    """For machines that put the high byte first, too: gguf would read such an array without end, numbers as others."""
+    data, words = HEADERS[case]
+    (tmp_path / "model.gguf").write_bytes(data)
+    with pytest.raises(LoadError, match=rf"model\.gguf is not a readable GGUF file .*{words}"):
+        gguf_file.open_file(tmp_path / "model.gguf", "m")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.1, 0.3, 0.6, 0.9, 0.999])
 def test_a_file_that_is_cut_short_is_named(share: float, folder: Path, tmp_path: Path) -> None:
     file = write(folder, tmp_path / "model.gguf")
@@ -194,6 +217,13 @@ def test_llamas_scaled_frequencies_are_applied(tmp_path: Path) -> None:
     assert logprobs != pytest.approx(others, abs=1e-3)
     assert _bits(scaled)[0] == ids
     assert _bits(scaled)[1] == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_a_llama_without_the_number_of_its_key_heads_is_refused(tiny: Callable[[str], Path]) -> None:
+    """llama.cpp takes that of all heads; transformers then leaves queries and keys as llama.cpp rotates them."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    with pytest.raises(LoadError, match=r"lacks llama\.attention\.head_count_kv"):
+        gguf_model.complete_model(header_only("llama", llama__attention__head_count=4), model, "m")
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

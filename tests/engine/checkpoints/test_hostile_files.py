@@ -54,6 +54,8 @@ HEADERS = {
     "another size": (_table(_entry(shape=[2])) + bytes(4), r"of shape \[2\] and type F32 has 4 bytes, not 8"),
     "beyond the end": (_table(_entry(shape=[1 << 40], offsets=[0, 1 << 42])), "is cut short"),
     "a tensor twice": (_table(_entry(), _entry()) + bytes(4), "the key 'a' stands twice"),
+    "tensors that overlap": (_table(_entry(), _entry("b")) + bytes(4), "'b' does not begin where"),
+    "a gap between tensors": (_table(_entry(), _entry("b", offsets=(5, 9))) + bytes(9), "'b' does not begin where"),
     "no text": (_table("\x00"), "not a readable safetensors file"),
 }  # fmt: skip
 

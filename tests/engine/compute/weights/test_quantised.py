@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -57,7 +60,10 @@ def test_act_order_is_undone_by_sorting_the_inputs(seed: int, size: int) -> None
     assert found.order is not None
     check(found, layer, meant)
     tensors, form = layer.compressed(symmetric=False)
+    _weights(form)["actorder"] = "group"
     check(quantised.read({**tensors, "weight_g_idx": g_idx}, form), layer, meant)
+    with pytest.raises(LoadError, match="weight_g_idx of a quantised layer is missing"):
+        quantised.read(tensors, form)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -84,6 +90,81 @@ def test_whole_numbers_of_a_byte_each() -> None:
         tensors |= {"weight": (layer.q - 128).to(torch.int8), "weight_zero_point": (layer.zero - 128).to(torch.int8)}
         del tensors["weight_packed"], tensors["weight_shape"]
         check(quantised.read(tensors, {**form, "format": "int-quantized"}), layer)
+
+
+def _weights(form: dict[str, Any]) -> dict[str, Any]:
+    """How the weights of all layers are quantised, in settings of compressed-tensors."""
+    found: dict[str, Any] = form["config_groups"]["group_0"]["weights"]
+    return found
+
+
+def test_one_scale_and_one_zero_for_all_numbers() -> None:
+    layer = Layer(0, 8, 96, 96, bits=8)
+    layer.scale[:], layer.zero[:] = layer.scale[0].clone(), layer.zero[0].clone()
+    tensors, form = layer.compressed(symmetric=False)
+    tensors |= {"weight": (layer.q - 128).to(torch.int8), "weight_scale": layer.scale[0].reshape(1)}
+    tensors["weight_zero_point"] = (layer.zero[0] - 128).to(torch.int8).reshape(1)
+    _weights(form).update(strategy="tensor", group_size=None)
+    check(quantised.read(tensors, {**form, "format": "int-quantized"}), layer)
+    del _weights(form)["strategy"]
+    check(quantised.read(tensors, {**form, "format": "int-quantized"}), layer)
+
+
+COMPRESSED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]] = {
+    "no zeros": (lambda form, tensors: tensors.pop("weight_zero_point"), "weight_zero_point of .* is missing"),
+    "zeros that are floats": (
+        lambda form, tensors: tensors.update(weight_zero_point=torch.ones(8, 4)),
+        "weight_zero_point of .* torch.float32",
+    ),
+    "scales of blocks": (
+        lambda form, tensors: (
+            _weights(form).update(strategy="block", block_structure=[2, 32]),
+            tensors.update(weight_scale=torch.ones(4, 8).half()),
+        ),
+        "strategy block",
+    ),
+    "scales that stand the other way": (
+        lambda form, tensors: tensors.update(weight_scale=tensors["weight_scale"].t()),
+        r"weight_scale of \[4, 8\]",
+    ),
+    "one scale of many": (
+        lambda form, tensors: tensors.update(weight_scale=torch.ones(1).half()),
+        r"weight_scale of \[1\]",
+    ),
+    "words of other bits": (
+        lambda form, tensors: tensors.update(weight_packed=tensors["weight_packed"].repeat(1, 2)),
+        r"weight_packed of \[8, 64\] is no weight of \[8, 256\] with 4 bits",
+    ),
+    "inputs that are rotated": (
+        lambda form, tensors: form.update(transform_config={"config_groups": {"r1": {"type": "hadamard"}}}),
+        "transform_config",
+    ),
+    "numbers that are left out": (
+        lambda form, tensors: form.update(sparsity_config={"format": "sparse-24-bitmask"}),
+        "sparsity_config",
+    ),
+    "results that are rounded": (
+        lambda form, tensors: form["config_groups"]["group_0"].update(output_activations={"num_bits": 8}),
+        "output_activations",
+    ),
+    "names of schemes": (lambda form, tensors: form.update(config_groups={"W4A16": ["Linear"]}), "only names"),
+    "a list of schemes": (lambda form, tensors: form.update(config_groups=[]), "config_groups"),
+    "a group_size in words": (lambda form, tensors: _weights(form).update(group_size="64"), "group_size of '64'"),
+    "groups that are no whole numbers": (
+        lambda form, tensors: tensors.update(weight_g_idx=(torch.arange(256) // 64).double()),
+        "g_idx of torch.float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMPRESSED)
+def test_what_compressed_tensors_says_and_nothing_here_does_is_refused(case: str) -> None:
+    """Each of these files would be read, and as other numbers, if its settings were passed over."""
+    tensors, form = Layer(0, 8, 256, 64).compressed(symmetric=False)
+    change, words = COMPRESSED[case]
+    change(form, tensors)
+    with pytest.raises(LoadError, match=words):
+        quantised.read(tensors, form)
 
 
 def test_what_is_not_understood_is_refused() -> None:
