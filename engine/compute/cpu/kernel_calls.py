@@ -82,6 +82,7 @@ class Calls:
         self.linear = _typed(library.verbatim_linear, [POINTER] * 4 + [LONG] * 3 + [INT])
         self.pack = _typed(library.verbatim_pack, [POINTER, POINTER, LONG, LONG, INT, INT], INT)
         self.pack_groups = _typed(library.verbatim_pack_groups, [POINTER] * 3 + [LONG] * 2 + [INT], INT)
+        self.round = _typed(library.verbatim_round, [POINTER] * 6 + [LONG] * 2 + [INT] * 2, INT)
         self.packed_bytes = _typed(library.verbatim_packed_bytes, [LONG, LONG, INT, POINTER], LONG)
         self.widen = _typed(library.verbatim_widen, [POINTER] * 3 + [LONG] * 2 + [INT])
         self.scratch = _typed(library.verbatim_scratch, [LONG, INT], LONG)

@@ -9,6 +9,7 @@ The top of the C file says what every kernel promises.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -25,7 +26,9 @@ from engine.compute.cpu.kernel_file import NoKernels
 from engine.compute.cpu.layers.experts_kernel import ExpertsKernel
 from engine.compute.cpu.layers.layer_kernel import LayerKernel, LayerParts
 from engine.compute.cpu.packed_weight import (
+    Columns,
     PackedWeight,
+    Pieces,
     Product,
     checked,
     pack_groups,
@@ -33,6 +36,7 @@ from engine.compute.cpu.packed_weight import (
     pack_weight,
     widen,
 )
+from engine.compute.cpu.rounded import round_pieces
 from engine.compute.processor import ARM
 from engine.compute.whole.groups import Groups
 from engine.scheduling.block_pool import BLOCK_SIZE
@@ -59,6 +63,13 @@ def _instructions() -> Sequence[str]:
     return () if capability == "AVX512" else ("-mno-avx512f",)
 
 
+def _digest(file: Path) -> str:
+    try:
+        return f"{file.stem} {hashlib.sha256(file.read_bytes()).hexdigest()}"
+    except OSError:  # compiled for this process alone, and gone
+        return file.stem
+
+
 class Kernels:
     """The compiled library: its functions, called with tensors. Holds no state but its handle."""
 
@@ -68,6 +79,8 @@ class Kernels:
         """float32 numbers in a vector: 16 with AVX-512, else 8."""
         self.target = str(calls.target().decode())
         """The instruction set that the kernels use, for people."""
+        self.digest = _digest(Path(getattr(library, "_name", "")))
+        """Of the compiled file, and its name: source, compiler, flags and processor are in that."""
 
     @classmethod
     def load(
@@ -92,20 +105,17 @@ class Kernels:
         """Bring `weight [columns, depth]` and `bias [columns]` into the kernels' layout: see `pack_weight`."""
         return pack_weight(self._calls, weight, bias, kind)
 
-    def pack_pieces(
-        self,
-        read: Callable[[int, int], Tensor],
-        pieces: Sequence[tuple[int, int]],
-        columns: int,
-        depth: int,
-        kind: str = "exact",
-    ) -> PackedWeight:
+    def pack_pieces(self, read: Columns, pieces: Pieces, columns: int, depth: int, kind: str = "exact") -> PackedWeight:
         """Pack a weight of which only some columns are read at a time: see `packed_weight.pack_pieces`."""
         return pack_pieces(self._calls, read, pieces, columns, depth, kind)
 
     def pack_groups(self, groups: Groups, bias: Tensor | None) -> PackedWeight:
         """Bring whole numbers in groups and `bias [columns]` into the kernels' layout; no number changes."""
         return pack_groups(self._calls, groups, bias)
+
+    def round(self, read: Columns, pieces: Pieces, columns: int, depth: int, bits: int) -> Groups:
+        """Round a weight of which only some columns are read at a time: see `rounded.round_pieces`."""
+        return round_pieces(self._calls, read, pieces, columns, depth, bits)
 
     def widen(self, packed: PackedWeight, columns: Tensor | None = None) -> Tensor:
         """Return the numbers that a packed weight stands for: `[columns, depth] float32`, or those of some columns.

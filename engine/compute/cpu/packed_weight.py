@@ -61,6 +61,20 @@ class PackedWeight:
         return Matrix(self.data.data_ptr(), bias, self.columns, layout, KINDS[self.kind])
 
 
+Columns = Callable[[int, int], Tensor]
+"""Reads the columns `start … end - 1` of a weight: `[end - start, depth]`, of any float dtype."""
+Pieces = Sequence[tuple[int, int]]
+"""All columns of a weight in order: the first of a piece, and the one after its last."""
+
+Keep = Callable[[str, Callable[[], PackedWeight]], PackedWeight]
+"""Returns the weight that is kept under a name, else the one that the function makes, which is then kept."""
+
+
+def make_each(name: str, make: Callable[[], PackedWeight]) -> PackedWeight:
+    """Keep nothing: a `Keep` that makes each weight."""
+    return make()
+
+
 def pack_weight(calls: Calls, weight: Tensor, bias: Tensor | None, kind: str) -> PackedWeight:
     """Bring `weight [columns, depth]` and `bias [columns]`, of any float dtype, into the kernels' layout.
 
@@ -72,18 +86,10 @@ def pack_weight(calls: Calls, weight: Tensor, bias: Tensor | None, kind: str) ->
     return dataclasses.replace(packed, bias=bias)
 
 
-def pack_pieces(
-    calls: Calls,
-    read: Callable[[int, int], Tensor],
-    pieces: Sequence[tuple[int, int]],
-    columns: int,
-    depth: int,
-    kind: str,
-) -> PackedWeight:
+def pack_pieces(calls: Calls, read: Columns, pieces: Pieces, columns: int, depth: int, kind: str) -> PackedWeight:
     """Pack a weight `[columns, depth]` of which only some columns are read at a time: see `pack_weight`.
 
     Args:
-        read: returns the columns from the first to before the second number: `[end - start, depth]`, any float dtype.
         pieces: all columns in order; each piece begins at a multiple of 64: whole panels lie before it.
     """
     for stored in ("bfloat16", "float32") if kind == "exact" else (kind,):

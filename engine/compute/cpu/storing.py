@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final
-
-import torch
-from torch import Tensor
+from typing import Final
 
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.packed_weight import PackedWeight
-from engine.compute.whole import rounding
-from engine.compute.whole.groups import Groups
+from engine.compute.cpu.packed_weight import Columns, PackedWeight
 
-__all__ = ["KINDS", "Columns", "packed_kind", "store"]
-
-Columns = Callable[[int, int], Tensor]
-"""Reads the columns `start … end - 1` of a weight: `[end - start, depth]`, of any float dtype."""
+__all__ = ["KINDS", "packed_kind", "store"]
 
 KINDS: Final = ("exact", "int8", "4 bits", "8 bits")
 """How a weight may be stored: as it is; rounded as `quantization: int8` is; in groups (`whole.rounding`)."""
@@ -43,14 +34,4 @@ def store(kernels: Kernels, kind: str, read: Columns, columns: int, depth: int) 
     pieces = [(start, min(start + step, columns)) for start in range(0, columns, step)]
     if kind in ("exact", "int8"):
         return kernels.pack_pieces(read, pieces, columns, depth, kind)
-    round_ = rounding.four_bits if kind == "4 bits" else rounding.eight_bits
-    whole: dict[str, Any] = {}
-    for start, end in pieces:
-        groups = round_(read(start, end))
-        for name in ("numbers", "scales", "supers", "minima", "minimum_supers"):
-            part = getattr(groups, name)
-            if part is not None:
-                if name not in whole:  # made whole at once: a list of parts would be joined into a second copy
-                    whole[name] = torch.empty(columns, part.shape[1], dtype=part.dtype)
-                whole[name][start:end] = part
-    return kernels.pack_groups(Groups(bits=groups.bits, group=groups.group, zeros=groups.zeros, **whole), None)
+    return kernels.pack_groups(kernels.round(read, pieces, columns, depth, int(kind[0])), None)

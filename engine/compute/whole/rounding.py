@@ -1,7 +1,8 @@
 """Round float weights to whole numbers in groups: 4 bits with a minimum, or 8 bits. Knows tensors; no kernel or file.
 
 The same weight gives the same bits on every machine: every step is one IEEE operation on each number, sums of a group
-are formed in pairs of halves (`_sum`), and largest and smallest numbers have no order.
+are formed in pairs of halves (`_sum`), and largest and smallest numbers have no order. A CPU's kernel does the same in
+a fraction of the time (`engine/compute/cpu/native/rounding.h`); a test compares the bits.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def _rounded(x: Tensor, scale: Tensor, low: Tensor) -> Tensor:
 
 def _in_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return `values [rows, groups]`, none below 0, as bytes, and the bfloat16 of eight groups that they multiply."""
-    rows = len(values)
+    rows, values = len(values), values + 0.0  # of two zeros the one without a sign: which is the largest has no order
     supers = _up(values.view(rows, -1, PER).amax(dim=2) / 255)
     bytes_ = (values * _inverse(_spread(supers))).round_().clamp_(0, 255)
     return bytes_.to(torch.uint8), supers

@@ -22,6 +22,7 @@
 #include "experts.h"
 #include "layers.h"
 #include "packing.h"
+#include "rounding.h"
 #include "widening.h"
 
 /* Bytes of `linear`'s scratch space for a row. */
@@ -52,6 +53,15 @@ int verbatim_pack_groups(const Format *format, const GroupParts *parts, void *ou
     GroupPacking p = {*format, *parts, out, columns, depth, 0};
     team_run(&(Phase){pack_group_panels, &p, panels_of(columns, GROUPED), 1}, 1, threads);
     return p.too_large;
+}
+
+/* weight [columns, depth] → whole numbers of 4 or 8 bits in groups of 32. Returns 1 if a number is not finite (nothing of
+ * the result is of use then). scales … minimum_supers: see `Rounding`. */
+int verbatim_round(const float *weight, void *numbers, void *scales, void *minima, void *supers, void *minimum_supers,
+                   long columns, long depth, int bits, int threads) {
+    Rounding r = {weight, numbers, scales, minima, supers, minimum_supers, columns, depth, bits, 0};
+    team_run(&(Phase){round_rows, &r, columns, 4096 / depth + 1}, 1, threads);
+    return r.infinite;
 }
 
 /* What `count` columns of a packed matrix stand for → out [count, depth]; columns NULL: the first ones. */

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.packed_weight import Pieces
 from engine.compute.linear import quasi_random
 from engine.compute.whole import rounding
 from engine.compute.whole.groups import Groups
@@ -81,3 +84,72 @@ def test_the_same_weight_is_rounded_to_the_same_bits_everywhere() -> None:
     weight = quasi_random(33, 300) * quasi_random(33, 1) * 3
     assert digest(rounding.four_bits(weight)) == "34523ff1ed953a7d"
     assert digest(rounding.eight_bits(weight)) == "faae354c0ae07cdd"
+
+
+# -- the kernel that does the same -------------------------------------------------------------------------------------
+
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "as they come": lambda w: w,
+    "of few values": lambda w: (w * 2).round(),
+    "all alike": lambda w: torch.full_like(w, -2.5),
+    "none below zero": lambda w: w.abs(),
+    "none above zero": lambda w: -w.abs(),
+    "zeros of both signs": lambda w: torch.where(w > 0, 0.0, -0.0),
+    "mostly zeros": lambda w: w * (w > 1.5),
+    "in bfloat16": lambda w: w.to(torch.bfloat16),
+    "of very different sizes": lambda w: torch.exp(8 * w) * w.sign(),
+    "very small": lambda w: w * 1e-29,
+    "denormal": lambda w: w * 1e-42,
+    "very large": lambda w: w * 5e37,
+    "as large as can be": lambda w: w.sign() * 3.4e38,
+}
+
+
+def by_kernel(kernels: Kernels, weight: Tensor, bits: int, pieces: Pieces | None = None) -> Groups:
+    rows, depth = weight.shape
+    return kernels.round(lambda start, end: weight[start:end], pieces or [(0, rows)], rows, depth, bits)
+
+
+def same(one: Groups, two: Groups) -> bool:
+    names = ("numbers", "scales", "supers", "minima", "minimum_supers")
+    parts = [(getattr(one, name), getattr(two, name)) for name in names]
+    return (one.bits, one.group, one.zeros, one.per) == (two.bits, two.group, two.zeros, two.per) and all(
+        (a is None and b is None) or torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        for a, b in parts
+    )
+
+
+@pytest.mark.parametrize("depth", [1, 16, 32, 40, 255, 256, 300, 1024])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_kernel_has_the_bits_of_torch(kernels: Kernels, kind: str, depth: int) -> None:
+    weight = WEIGHTS[kind](random(9, depth, seed=depth))
+    assert same(by_kernel(kernels, weight, 4), rounding.four_bits(weight))
+    assert same(by_kernel(kernels, weight, 8), rounding.eight_bits(weight))
+
+
+def test_pieces_and_threads_change_no_bit(kernels: Kernels) -> None:
+    weight, threads = random(200, 96), torch.get_num_threads()
+    try:
+        for bits in (4, 8):
+            whole = by_kernel(kernels, weight, bits)
+            for number in (1, 3):
+                torch.set_num_threads(number)
+                assert same(by_kernel(kernels, weight, bits, [(0, 64), (64, 128), (128, 200)]), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [(0, 0), (4, 299)])
+def test_the_kernel_refuses_what_is_no_number(kernels: Kernels, broken: float, place: tuple[int, int]) -> None:
+    weight = random(5, 300)
+    weight[place] = broken
+    for bits in (4, 8):
+        with pytest.raises(LoadError, match="finite"):
+            by_kernel(kernels, weight, bits)
+
+
+def test_every_instruction_set_rounds_to_the_same_bits(other_kernels: Kernels) -> None:
+    weight = quasi_random(33, 300) * quasi_random(33, 1) * 3
+    assert same(by_kernel(other_kernels, weight, 4), rounding.four_bits(weight))
+    assert same(by_kernel(other_kernels, weight, 8), rounding.eight_bits(weight))
