@@ -141,12 +141,7 @@ class ModelConfig(BaseModel):
     @field_validator("cache_size", mode="before")
     @classmethod
     def _parse_size(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        match = _SIZE.fullmatch(value)
-        if not match:
-            raise ValueError(f"{value!r} is not a size; write 4GiB, 500MB or a number of bytes")
-        return int(float(match[1]) * _UNITS[(match[2] or "B").lower()])
+        return parse_size(value) if isinstance(value, str) else value
 
     @field_validator("device")
     @classmethod
@@ -214,6 +209,14 @@ class ModelConfig(BaseModel):
     def merged_adapter(self) -> AdapterEntry | None:
         """The adapter that is added to the weights, if any."""
         return next((adapter for adapter in self.adapters if adapter.merge), None)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a text like `4GiB` names. Raises ValueError."""
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise ValueError(f"{text!r} is not a size; write 4GiB, 500MB or a number of bytes")
+    return int(float(match[1]) * _UNITS[(match[2] or "B").lower()])
 
 
 def adapter_id(model_id: str, name: str) -> str:

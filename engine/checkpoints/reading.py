@@ -20,9 +20,9 @@ from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.gguf.stream import GGUFStream
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.json_files import read_json
-from engine.checkpoints.streamed import layers, tensor_reader
+from engine.checkpoints.streamed import tensor_reader
 from engine.checkpoints.streamed.layers import StreamedModel, Streaming
-from engine.compute.cpu.kernels import Kernels
+from engine.checkpoints.streamed.quantizer import as_quantizer
 from engine.compute.cpu.stored_linear import StoredLinear
 from engine.compute.discovery import embedding_rows, input_device
 from engine.config import ModelConfig
@@ -46,7 +46,7 @@ def load_model(
     file: GGUFFile | None,
     *,
     packed: bool = False,
-    kernels: Kernels | None = None,
+    gguf: GGUFStream | None = None,
     streaming: Streaming | None = None,
 ) -> nn.Module:
     """Load the model with all its weights, ready to compute.
@@ -54,7 +54,7 @@ def load_model(
     Args:
         file: the header, if the checkpoint is a GGUF file.
         packed: leave quantised layers packed, as `PackedLayer`; see `packed_layers.can_stay_packed`.
-        kernels: those for which a GGUF file's quantised weights stay packed; None: they are widened.
+        gguf: keeps a GGUF file's quantised weights packed; None: they are widened.
         streaming: pack weights while they are read, from a folder.
 
     Raises:
@@ -65,12 +65,11 @@ def load_model(
     else:
         from transformers import AutoModelForCausalLM
 
-        stream = None if kernels is None else GGUFStream(file, kernels, config.id)
-        with gguf_file.fast_reading(), stream.reading() if stream else nullcontext():
+        with gguf_file.fast_reading(), gguf.reading() if gguf else nullcontext():
             model = _from_pretrained(AutoModelForCausalLM, config, found, dtype, device_map)
             gguf_model.complete_model(file, model, config.id)
-        if stream:
-            stream.install(model)
+        if gguf:
+            gguf.install(model)
     model.eval().requires_grad_(False)
     _drop_other_modalities(model)
     return model
@@ -211,7 +210,7 @@ def _streamed(
     for part in (settings, settings.get_text_config(decoder=True)):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    quantization, stays = layers.as_quantizer(streamed)
+    quantization, stays = as_quantizer(streamed)
     source |= {"config": settings, "quantization_config": quantization}
     with tensor_reader.reading(found, config.id, stays):
         yield

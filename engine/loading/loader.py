@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,7 @@ from engine.checkpoints.reading import check_vocabulary, load_model
 from engine.compute import rotary
 from engine.compute.backend import Backend, Progress, StepSize
 from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.packed_weight import make_each
 from engine.compute.cpu.stored_linear import WeightChanged
 from engine.compute.discovery import input_device
 from engine.compute.model_runner import FallbackRunner, Runner
@@ -37,13 +39,16 @@ from engine.loading import identity, manifest, versions
 from engine.loading.adapters import EntryAdapters
 from engine.loading.gpu.rungs import Rungs, choose_rung, kernels_of, served
 from engine.loading.identity import ReadyModel
+from engine.loading.kept.key import parts_of
+from engine.loading.kept.weights import KeptWeights
 from engine.loading.manifest import BytesRead
 from engine.loading.memory.cache_size import CacheSize, context_length, size_cache
 from engine.loading.memory.gpu_budget import GpuBudget
 from engine.loading.memory.largest_step import LargestStep
 from engine.loading.placement import Placement, choose_backend, choose_kernels, place
+from engine.loading.retrial import NotAsBefore, Retrial
 from engine.loading.selftest import Reference, SelfTest, self_test, tolerance_of
-from engine.loading.streams import streaming
+from engine.loading.streams import gguf_stream, streaming
 from engine.loading.text_side import TextFiles, TextSide
 from engine.model import LoadedModel
 from engine.scheduling.block_pool import BLOCK_SIZE, BlockPool
@@ -122,17 +127,27 @@ def _load(config: ModelConfig, pull: bool, say: Progress, read: BytesRead | None
             files = TextFiles.read(config, folder, file)
             trials = files.start_trials(pool)
             parts = (config, found, file, placement, kernels, stream, files, adapters, digests.result, say, beside)
-            ready: ReadyModel | None = None
-            try:
-                ready = _prepare(*parts)
-            except WeightChanged as error:
-                log.info("%s: %s: the model is loaded whole", config.id, error)
-            if ready is None:  # not inside `except`: its traceback would keep the first model
-                ready = _prepare(*parts, packs=False)
+            ready = _prepared(partial(_prepare, *parts), config.id, say)
             for trial in trials:
                 trial.result()
         ready.backend.release_memory()
         return _assemble(config, found, ready, files)
+
+
+def _prepared(prepare: Callable[..., ReadyModel], name: str, say: Progress) -> ReadyModel:
+    """Prepare a model, and again in another way where the first does not do; nothing of that stays in memory then."""
+    ways = {"packs": True, "fresh": False}
+    while True:
+        try:
+            return prepare(**ways)
+        except WeightChanged as error:
+            if not ways["packs"]:
+                raise
+            log.info("%s: %s: the model is loaded whole", name, error)
+            ways["packs"] = False
+        except NotAsBefore:
+            say("once more, with all trials")
+            ways["fresh"] = True
 
 
 def _prepare(
@@ -149,13 +164,21 @@ def _prepare(
     beside: StepBytes,
     *,
     packs: bool = True,
+    fresh: bool = False,
 ) -> ReadyModel:
-    """Read the weights, fuse the model for its backend, and test it. packs: weights while they are read.
+    """Read the weights, fuse the model for its backend, and test it.
+
+    Args:
+        packs: weights while they are read.
+        fresh: make all trials, whatever is known of an earlier start.
 
     Raises:
-        WeightChanged: that cannot be done.
+        WeightChanged: weights cannot be packed while they are read.
+        NotAsBefore: the model does not compute what it did in the start that is known.
     """
     budget = GpuBudget(placement.gpus, [{torch.device(n): size for n, size in steps.items()} for steps in beside])
+    kept = _kept(config, found, placement, digests, packs)
+    keep = make_each if kernels is None else kept.of(kernels)
     model = load_model(
         config,
         found,
@@ -163,8 +186,8 @@ def _prepare(
         placement.device_map,
         file,
         packed=placement.packs,
-        kernels=kernels if packs and placement.rounds == "stored" else None,
-        streaming=streaming(config, found, kernels) if packs and placement.has_kernels else None,
+        gguf=gguf_stream(config, file, kernels, keep) if packs and placement.rounds == "stored" else None,
+        streaming=streaming(config, found, kernels, keep) if packs and placement.has_kernels else None,
     )
     stream.wait_for_all()
     _check_device(config, model, placement)
@@ -174,12 +197,17 @@ def _prepare(
     longrope = rotary.pin(model, length)
     if placement.on_one_gpu and placement.rounds:
         packed_layers.round_layers(model, placement.rounds, config.id, say)
-    say("a pass of plain transformers, to compare with")
-    reference = Reference.of(model, vocab_size, length)
-    adapters.compare(model, vocab_size, length, say)
+    again = Retrial(config, kept, model, vocab_size, length, fresh=fresh)
+    reference = None
+    if not again.known:
+        say("a pass of plain transformers, to compare with")
+        reference = Reference.of(model, vocab_size, length)
+        adapters.compare(model, vocab_size, length, say)
     rounds = placement.rounds_inputs
 
     def tested(backend: Backend) -> SelfTest:
+        if reference is None:
+            return again.passed(backend)
         return self_test(model, backend, reference, vocab_size, placement.dtype, length, rounded=rounds)
 
     report = None
@@ -187,12 +215,15 @@ def _prepare(
         rungs = _rungs(config, placement, model, tested, say)
         backend, test, report = choose_rung(rungs, config.gpu)
     else:
-        backend = choose_backend(config, placement, model, kernels, say)
+        backend = choose_backend(config, placement, model, kernels, say, keep)
         backend.fuse(model, stored=placement.stored, length=length, progress=say)
         say("self-test")
         test = tested(backend)
-    tolerance = tolerance_of(placement.dtype, rounded=rounds)
-    test = adapters.attach(model, backend, test, reference, tolerance, vocab_size, length)
+        again.note(test, backend)
+        kept.finish()
+    if reference is not None:
+        tolerance = tolerance_of(placement.dtype, rounded=rounds)
+        test = adapters.attach(model, backend, test, reference, tolerance, vocab_size, length)
     return ReadyModel(
         model,
         backend,
@@ -207,6 +238,14 @@ def _prepare(
         report,
         adapters.ready(),
     )
+
+
+def _kept(
+    config: ModelConfig, found: Checkpoint, placement: Placement, digests: Callable[[], Mapping[Path, str]], packs: bool
+) -> KeptWeights:
+    """Find the packed weights of an earlier start. Code that comes with a checkpoint may make weights of anything."""
+    parts = partial(parts_of, config, found, placement, digests, packs)
+    return KeptWeights(config.id, None if config.trust_remote_code else parts)
 
 
 def _rungs(

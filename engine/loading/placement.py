@@ -15,6 +15,7 @@ from engine.checkpoints.checkpoint import Checkpoint
 from engine.compute.backend import Backend, Progress
 from engine.compute.cpu.backend import CpuBackend
 from engine.compute.cpu.kernels import Kernels, NoKernels
+from engine.compute.cpu.packed_weight import Keep, make_each
 from engine.compute.cpu.stored_linear import widen_layers
 from engine.compute.cuda.backend import CudaBackend
 from engine.compute.linear import choose_linear
@@ -175,10 +176,18 @@ def choose_kernels(config: ModelConfig, found: Checkpoint, placement: Placement,
 
 
 def choose_backend(
-    config: ModelConfig, placement: Placement, model: nn.Module, kernels: Kernels | None, progress: Progress
+    config: ModelConfig,
+    placement: Placement,
+    model: nn.Module,
+    kernels: Kernels | None,
+    progress: Progress,
+    keep: Keep = make_each,
 ) -> Backend:
     """Choose the backend of a model that is not on one GPU: compiled kernels where they exist and compute rightly, else
     torch.
+
+    Args:
+        keep: keeps weights that the backend packs for the next start.
 
     Raises:
         LoadError: the entry asks for a quantisation that only compiled kernels have, and they do not work.
@@ -186,7 +195,7 @@ def choose_backend(
     if not placement.has_kernels:
         return TorchBackend(placement.device)
     if kernels is not None:
-        backend = CpuBackend(kernels, placement.rounds)
+        backend = CpuBackend(kernels, placement.rounds, keep)
         if backend.is_sound(model):
             return backend
         if placement.rounds in ("int8", "int4"):

@@ -12,7 +12,7 @@ How long the prompts and how large the steps are depends on the device (`Extent`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -81,6 +81,7 @@ class SelfTest:
     `row_safe`: the model calls functions of torch that need `RowSafeFunctions` (packed runner).
     `skips_masks`: the model computes the same if it is kept from making masks (packed runner).
     `positions`: the model must be told positions (fallback runner).
+    `crowd`: the logits of all texts computed together, if every trial passed (packed runner).
     """
 
     layers: tuple[LayerShape, ...] | None
@@ -89,6 +90,7 @@ class SelfTest:
     row_safe: bool = False
     skips_masks: bool = False
     positions: bool = True
+    crowd: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +118,7 @@ class Reference:
             WeightChanged: it changes a weight that was packed while it was read.
         """
         extent = extent or Extent.on(input_device(model))
-        lengths = [n for n in (*extent.short, extent.long) if n + DECODED <= length] or [1]
-        ids = _usable_ids(model, vocab_size)
-        texts = tuple(Text(_pick(ids, n), _pick(ids, DECODED, 5 * n), adapter) for n in lengths)
+        texts = texts_of(model, vocab_size, length, extent, adapter)
         logits = []
         try:
             for text in texts:
@@ -159,6 +159,23 @@ class Reference:
             f"differs from plain transformers by {worst[0] * scale:.2g} in {off} of {len(rows)} places "
             f"(largest logit {scale:.2g})"
         )
+
+
+def texts_of(model: nn.Module, vocab_size: int, length: int, extent: Extent, adapter: str = "") -> tuple[Text, ...]:
+    """Return the texts that a model is tried with."""
+    lengths = [n for n in (*extent.short, extent.long) if n + DECODED <= length] or [1]
+    ids = _usable_ids(model, vocab_size)
+    return tuple(Text(_pick(ids, n), _pick(ids, DECODED, 5 * n), adapter) for n in lengths)
+
+
+def packed_of(model: nn.Module, backend: Backend, vocab_size: int, length: int) -> tuple[Discovery, Packed]:
+    """Give the model the packed runner's attention, and find out what it stores. Raises whatever the model does."""
+    register_attention()
+    model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+    with RowSafeFunctions() as functions:
+        found = discover(model, length)
+    shapes, skips = found.shapes(), found.skips_masks
+    return found, Packed(model, backend, shapes, vocab_size, length, row_safe=functions.used, skips_masks=skips)
 
 
 def tolerance_of(dtype: torch.dtype, *, rounded: bool = False) -> float:
@@ -205,18 +222,7 @@ def self_test(
     try:
         if rotary.dynamic(model):
             return fallback("its rotary scaling is dynamic")
-        model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
-        with RowSafeFunctions() as functions:
-            found = discover(model, length)
-        packed = Packed(
-            model,
-            backend,
-            found.shapes(),
-            vocab_size,
-            length,
-            row_safe=functions.used,
-            skips_masks=found.skips_masks,
-        )
+        found, packed = packed_of(model, backend, vocab_size, length)
         alone = [packed.run([text])[0] for text in reference.texts]
         crowd = packed.run(reference.texts, far=True)
     except LoadError:
@@ -274,7 +280,8 @@ def _law(
     holds, reason = verdict(checks, backend.breaks_law or _tf32(packed.layers[0].device), where)
     single = holds and equal(few_alone[:2], [packed.run([text], single_rows=True)[0] for text in few[:2]])
     report = ReproducibilityReport(holds, reason, tuple(checks.items()))
-    return SelfTest(packed.layers, report, single, packed.row_safe, packed.skips_masks)
+    logits = tuple(run.logits for run in crowd) if holds else ()
+    return SelfTest(packed.layers, report, single, packed.row_safe, packed.skips_masks, crowd=logits)
 
 
 def verdict(checks: Mapping[str, bool], breaks_law: str | None, where: str) -> tuple[bool, str]:

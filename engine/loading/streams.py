@@ -1,20 +1,32 @@
-"""Decide whether a checkpoint's weights are packed while they are read, and as what."""
+"""Decide whether a checkpoint's weights are packed while they are read, and as what, and by whom they are read."""
 
 from __future__ import annotations
 
 from engine.checkpoints import packed_layers
 from engine.checkpoints.checkpoint import Checkpoint
+from engine.checkpoints.gguf.stream import GGUFStream
+from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.streamed import tensor_reader
 from engine.checkpoints.streamed.layers import Streaming
 from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.packed_weight import Keep, make_each
 from engine.compute.whole import quantised
 from engine.config import ModelConfig
 from engine.errors import LoadError
 
-__all__ = ["reads_quantised", "streaming"]
+__all__ = ["gguf_stream", "reads_quantised", "streaming"]
 
 
-def streaming(config: ModelConfig, found: Checkpoint, kernels: Kernels | None) -> Streaming | None:
+def gguf_stream(
+    config: ModelConfig, file: GGUFFile | None, kernels: Kernels | None, keep: Keep = make_each
+) -> GGUFStream | None:
+    """Make what keeps a GGUF file's quantised weights packed; None without kernels."""
+    return None if file is None or kernels is None else GGUFStream(file, kernels, config.id, keep)
+
+
+def streaming(
+    config: ModelConfig, found: Checkpoint, kernels: Kernels | None, keep: Keep = make_each
+) -> Streaming | None:
     """Choose for float32 on a CPU how weights are stored while they are read; None: only once the model is whole.
 
     Raises:
@@ -24,10 +36,10 @@ def streaming(config: ModelConfig, found: Checkpoint, kernels: Kernels | None) -
         return None
     if reads_quantised(found):
         told = packed_layers.describe(found, config.id)
-        return Streaming(kernels, config.quantization, told["layers"], told["settings"])
+        return Streaming(kernels, config.quantization, told["layers"], told["settings"], keep)
     if kernels is None or found.config.get("quantization_config") is not None:
         return None
-    return Streaming(kernels, config.quantization)
+    return Streaming(kernels, config.quantization, keep=keep)
 
 
 def reads_quantised(found: Checkpoint) -> bool:

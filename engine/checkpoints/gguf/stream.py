@@ -24,7 +24,7 @@ from engine.checkpoints.gguf.groups import KINDS, NotFinite, read_groups
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.gguf_model import by_function
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.packed_weight import PackedWeight
+from engine.compute.cpu.packed_weight import Keep, PackedWeight, make_each
 from engine.compute.cpu.stored_linear import StoredEmbedding, StoredLinear
 from engine.compute.linear import quasi_random
 from engine.compute.whole.groups import Groups
@@ -63,9 +63,12 @@ def _is_packable(file: GGUFFile, name: str) -> bool:
 class GGUFStream:
     """Reads one file's tensors into one model. To be used once: `reading`, then `install`."""
 
-    def __init__(self, file: GGUFFile, kernels: Kernels, name: str) -> None:
-        """name: the model's id, for messages."""
-        self._file, self._kernels, self._name = file, kernels, name
+    def __init__(self, file: GGUFFile, kernels: Kernels, name: str, keep: Keep = make_each) -> None:
+        """Args:
+        name: the model's id, for messages.
+        keep: keeps packed weights for the next start: of one that is kept, nothing is read.
+        """
+        self._file, self._kernels, self._name, self._keep = file, kernels, name, keep
         self._kept: dict[int, PackedWeight] = {}
         self._stand_ins: list[Tensor] = []  # keep their addresses, by which packed weights are found
 
@@ -175,6 +178,15 @@ class GGUFStream:
 
     def _pack(self, handle: Any, name: str, order: Tensor) -> Tensor:
         """Pack a tensor's numbers, and return what stands for them meanwhile."""
+        columns, depth = self._file.places[name].shape
+        packed = self._keep(name, lambda: self._packed(handle, name, order))
+        # Different numbers: transformers compares weights that could be tied.
+        number = torch.full((1,), len(self._stand_ins) + 1, dtype=torch.float32)
+        self._stand_ins.append(number)
+        self._kept[number.data_ptr()] = packed
+        return number.expand(columns, depth)
+
+    def _packed(self, handle: Any, name: str, order: Tensor) -> PackedWeight:
         place, kind = self._file.places[name], KINDS[self._file.types[name]]
         (columns, depth), row = place.shape, kind.row_bytes(place.shape[1])
 
@@ -186,12 +198,7 @@ class GGUFStream:
             groups = read_groups(kind, columns, depth, rows)
         except NotFinite as error:
             raise LoadError(f"{self._name}: {self._file.path.name} is damaged: {name}: {error}.") from None
-        packed = self._kernels.pack_groups(_reordered(groups, order), None)
-        # Different numbers: transformers compares weights that could be tied.
-        number = torch.full((1,), len(self._stand_ins) + 1, dtype=torch.float32)
-        self._stand_ins.append(number)
-        self._kept[number.data_ptr()] = packed
-        return number.expand(columns, depth)
+        return self._kernels.pack_groups(_reordered(groups, order), None)
 
     def _widen(self, handle: Any, name: str) -> np.ndarray:
         """Read a tensor as float32, as transformers does."""

@@ -9,7 +9,6 @@ is not known to be safe stays with transformers, and the backend packs it later.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,19 +18,18 @@ from torch import Tensor, nn
 
 from engine.checkpoints.streamed.tensor_reader import DTYPES, StoredTensor
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.packed_weight import PackedWeight
+from engine.compute.cpu.packed_weight import Columns, Keep, PackedWeight, make_each
 from engine.compute.cpu.reordered import ReorderedLinear
 from engine.compute.cpu.stored_linear import StoredEmbedding, StoredLinear
-from engine.compute.cpu.storing import Columns, packed_kind, store
+from engine.compute.cpu.storing import packed_kind, store
 from engine.compute.linear import WideningEmbedding
 from engine.compute.whole import quantised
+from engine.compute.whole.groups import Groups
 from engine.errors import LoadError
 from engine.host_memory import give_back_memory
 
-__all__ = ["StreamedModel", "Streaming", "as_quantizer"]
+__all__ = ["StreamedModel", "Streaming"]
 
-_NAME: Final = "verbatim_streamed"
-"""What transformers knows our way to load by: a value of `quant_method`."""
 _FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _TRIED_ROWS: Final = 8
 _TRIM_EVERY: Final = 1 << 24
@@ -47,12 +45,14 @@ class Streaming:
         quantization: as in an entry; None: as they are, those that come quantised in their groups.
         layers: tensors of the layers that come quantised, by place: their types and shapes by name.
         settings: the checkpoint's `quantization_config`.
+        keep: keeps packed weights for the next start: of one that is kept, nothing is read.
     """
 
     kernels: Kernels | None
     quantization: str | None
     layers: Mapping[str, Mapping[str, tuple[str, list[int]]]] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    keep: Keep = make_each
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ class _Waiting(nn.Module):
     def __init__(self, layer: nn.Linear, stored: Mapping[str, tuple[str, list[int]]]) -> None:
         super().__init__()
         self.shape = (layer.out_features, layer.in_features)
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor | StoredTensor] = {}
         self.wanted = set(stored)
         for name, (dtype, shape) in stored.items():
             self.register_buffer(name, torch.empty(shape, dtype=DTYPES[dtype], device="meta"))
@@ -143,70 +143,78 @@ class StreamedModel:
         place, _, own = name.rpartition(".")
         module = model.get_submodule(place)
         if isinstance(module, _Waiting):
-            module.tensors[own] = value.read() if isinstance(value, StoredTensor) else value
+            module.tensors[own] = value
             if module.tensors.keys() == module.wanted:
                 self._layers[place] = self._quantised(place, module)
             return None
         weight = module.weight
         if value.dtype not in _FLOATS:
-            return (value.read() if isinstance(value, StoredTensor) else value).to(weight.dtype)
+            return _read(value).to(weight.dtype)
         weight._is_hf_initialized = True  # it stays without memory, and is not filled with random numbers
         if value.shape != weight.shape:
             self.mismatched.append((name, torch.Size(value.shape), weight.shape))
             return None
-        self._kept[name] = self._same_as_before(name, value) or self._keep(name, module, value)
+        self._kept[name] = self._keep(name, module, value)
         return None
 
     def _keep(self, name: str, module: nn.Module, value: Tensor | StoredTensor) -> _Kept:
-        kept, kernels = _Kept(), self._how.kernels
-        assert kernels is not None
         is_table = name == self._table or name in self._tied
         if name not in self._tied and is_table and not self._shares:
-            return _Kept(table=value.read() if isinstance(value, StoredTensor) else value)
-        read, columns, depth = _columns(module, value)
+            return _Kept(table=_read(value))
+        packed = self._how.keep(name, lambda: self._packed(name, module, value))
+        if not is_table or self._shares:
+            return _Kept(packed)
+        table = next((kept.table for kept in self._kept.values() if kept.packed is packed), None)
+        return _Kept(packed, _read(value) if table is None else table)
+
+    def _packed(self, name: str, module: nn.Module, value: Tensor | StoredTensor) -> PackedWeight:
+        """Pack a weight, or find what was packed of the tied one, if the file holds the same numbers twice."""
+        if name in self._tied and isinstance(value, StoredTensor):
+            for other, source in self._sources.items():
+                if _equal(value, source) and (packed := self._kept[other].packed) is not None:
+                    return packed
+            self._sources[name] = value
+        kernels = self._how.kernels
+        assert kernels is not None
         try:
-            kept.packed = store(kernels, self._kinds[name], read, columns, depth)
+            return store(kernels, self._kinds[name], *_columns(module, value))
         except LoadError as error:
             raise LoadError(f"{name.removesuffix('.weight')}: {error.message}") from error
-        if is_table and not self._shares:
-            kept.table = value.read() if isinstance(value, StoredTensor) else value
-        return kept
-
-    def _same_as_before(self, name: str, value: Tensor | StoredTensor) -> _Kept | None:
-        """Find what was kept of the tied weight, if the file holds the same numbers twice."""
-        if name not in self._tied or not isinstance(value, StoredTensor):
-            return None
-        for other, source in self._sources.items():
-            if _equal(value, source):
-                return self._kept[other]
-        self._sources[name] = value
-        return None
 
     def _quantised(self, place: str, waiting: _Waiting) -> nn.Module:
         """Bring a layer that came quantised into the kernels' layout, or widen it."""
         how = self._how
         try:
-            layer = quantised.read(waiting.tensors, how.settings)
-            if layer.numbers.shape != waiting.shape:
-                found, wanted = list(layer.numbers.shape), list(waiting.shape)
-                raise LoadError(f"the weight has the shape {found}, and the model wants {wanted}.")
-            groups = quantised.groups_of(layer)
+            if how.kernels is None:
+                return _plain(*_widened(self._groups(waiting)))
+            stored = StoredLinear(how.kernels, how.keep(place, lambda: self._packed_groups(waiting)))
+            if how.quantization is not None:
+                return stored
+            order = quantised.order_of({name: _read(t) for name, t in waiting.tensors.items() if "g_idx" in name})
+            return stored if order is None else ReorderedLinear(stored, order, *waiting.shape[::-1])
         except LoadError as error:
             raise LoadError(f"{place}: {error.message}") from error
         finally:
             waiting.tensors.clear()
-        bias = None if layer.bias is None else layer.bias.to(torch.float32).contiguous()
-        if how.kernels is not None and how.quantization is None:
-            stored = StoredLinear(how.kernels, how.kernels.pack_groups(groups, bias))
-            return stored if layer.order is None else ReorderedLinear(stored, layer.order, groups.depth, groups.columns)
-        wide = groups.widened()
-        if layer.order is not None:
-            wide[:, layer.order] = wide.clone()
-        if how.kernels is None:
-            return _plain(wide, bias)
+
+    def _packed_groups(self, waiting: _Waiting) -> PackedWeight:
+        """Pack a layer that came quantised: its own numbers, columns in order, or rounded as the entry asks."""
+        how = self._how
+        assert how.kernels is not None
+        layer, groups = self._groups(waiting)
+        if how.quantization is None:
+            return how.kernels.pack_groups(groups, layer.bias)
+        wide, bias = _widened((layer, groups))
         kind = packed_kind(how.quantization, table=False)
         packed = store(how.kernels, kind, lambda start, end: wide[start:end], *wide.shape)
-        return StoredLinear(how.kernels, dataclasses.replace(packed, bias=bias))
+        return dataclasses.replace(packed, bias=bias)
+
+    def _groups(self, waiting: _Waiting) -> tuple[quantised.Quantised, Groups]:
+        layer = quantised.read({name: _read(value) for name, value in waiting.tensors.items()}, self._how.settings)
+        if layer.numbers.shape != waiting.shape:
+            found, wanted = list(layer.numbers.shape), list(waiting.shape)
+            raise LoadError(f"the weight has the shape {found}, and the model wants {wanted}.")
+        return layer, quantised.groups_of(layer)
 
     # -- when all are there --------------------------------------------------------------------------------------------
 
@@ -278,7 +286,7 @@ def _columns(module: nn.Module, value: Tensor | StoredTensor) -> tuple[Columns, 
     """Return how the weight `[columns, depth]` is read piece by piece, its columns and its depth."""
     rows, others = value.shape
     if type(module).__name__ == "Conv1D":
-        whole = (value.read() if isinstance(value, StoredTensor) else value).t()
+        whole = _read(value).t()
         return lambda start, end: whole[start:end], others, rows
     if isinstance(value, StoredTensor):
         return value.rows, rows, others
@@ -293,104 +301,21 @@ def _equal(one: StoredTensor, other: StoredTensor, rows: int = 4096) -> bool:
     return all(torch.equal(one.rows(a, b), other.rows(a, b)) for a, b in zip(starts, ends, strict=True))
 
 
+def _read(value: Tensor | StoredTensor) -> Tensor:
+    return value.read() if isinstance(value, StoredTensor) else value
+
+
+def _widened(given: tuple[quantised.Quantised, Groups]) -> tuple[Tensor, Tensor | None]:
+    """Return weight `[out, in]` and bias `[out]` in float32, columns in the order of the inputs."""
+    layer, groups = given
+    wide = groups.widened()
+    if layer.order is not None:
+        wide[:, layer.order] = wide.clone()
+    return wide, None if layer.bias is None else layer.bias.to(torch.float32).contiguous()
+
+
 def _plain(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
     return layer
-
-
-# -- transformers' side ------------------------------------------------------------------------------------------------
-
-
-def as_quantizer(streamed: StreamedModel) -> tuple[Any, Any]:
-    """Return the `quantization_config` that hands a model's weights to `streamed`, and what tells which tensors of the
-    files it will hand on unread."""
-    config = _classes()(streamed)
-    return config, lambda name: config.stays(name)
-
-
-@functools.cache
-def _classes() -> Any:
-    """Teach transformers our way to load, once in a process."""
-    from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
-    from transformers.quantizers.auto import register_quantization_config, register_quantizer
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    @register_quantization_config(_NAME)
-    class StreamedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-        def __init__(self, streamed: StreamedModel) -> None:
-            self.quant_method, self.streamed = _NAME, streamed
-            self.stays: Any = lambda name: False
-
-        def __deepcopy__(self, memo: Any) -> StreamedConfig:
-            return self
-
-        def to_dict(self) -> dict[str, Any]:
-            return {"quant_method": _NAME}
-
-    class Take(ConversionOps):  # type: ignore[misc]
-        def __init__(self, streamed: StreamedModel) -> None:
-            self.streamed = streamed
-
-        def convert(
-            self, input_dict: dict[str, Any], *, model: Any, missing_keys: set[str] | None = None, **_: Any
-        ) -> dict[str, Any]:
-            rest: dict[str, Any] = {}
-            for name, values in input_dict.items():
-                value = values[0] if isinstance(values, list) else values
-                if not self.streamed.takes(name):
-                    rest[name] = value
-                    continue
-                try:
-                    value = self.streamed.take(model, name, value)
-                except Exception as error:
-                    self.streamed.error = self.streamed.error or error
-                    raise
-                if value is not None:
-                    rest[name] = value
-                elif missing_keys is not None:
-                    missing_keys.discard(name)
-            return rest
-
-    @register_quantizer(_NAME)
-    class StreamedQuantizer(HfQuantizer):  # type: ignore[misc]
-        is_trainable = False
-
-        def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-            super().__init__(quantization_config, **kwargs)
-            self.pre_quantized = False  # then transformers reads one tensor after the other, when it is wanted
-            self.streamed: StreamedModel = quantization_config.streamed
-
-        def is_serializable(self) -> bool:
-            return False
-
-        def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-            return self.streamed.takes(param_name)
-
-        def get_quantize_ops(self) -> Any:
-            return Take(self.streamed)
-
-        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-            self.streamed.plan(model)
-
-        def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-            renamings = [one for one in weight_conversions if isinstance(one, WeightRenaming)]
-            converters = [one for one in weight_conversions if isinstance(one, WeightConverter)]
-            known = model.state_dict()
-
-            def stays(name: str) -> bool:
-                prefix = model.base_model_prefix
-                renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
-                if renamed not in known and name in known:  # as transformers does
-                    renamed, pattern = rename_source_key(name, [], [], prefix, known)
-                return pattern is None and self.streamed.takes(renamed)
-
-            self.quantization_config.stays = stays
-            return weight_conversions
-
-        def postprocess_model(self, model: Any, **_: Any) -> None:
-            self.remove_quantization_config(model)
-
-    return StreamedConfig

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.compute.backend import PackedChunk, Progress, StepPlan, StepSize
 from engine.compute.cpu.attention import CpuCache, CpuPlan
@@ -17,6 +18,7 @@ from engine.compute.cpu.layers.decoder_layer import fuse_layers
 from engine.compute.cpu.layers.experts import replace_experts
 from engine.compute.cpu.layers.pointwise import replace_pointwise
 from engine.compute.cpu.linear import NativeLinear, merge_shared_projections, take_over
+from engine.compute.cpu.packed_weight import Keep, make_each
 from engine.compute.cpu.stored_linear import INPUTS, StoredLinear
 from engine.compute.cpu.storing import packed_kind, store
 from engine.compute.kv_cache import KVCache, LayerShape
@@ -37,12 +39,16 @@ class CpuBackend:
     QUANTIZATIONS: ClassVar[frozenset[str]] = frozenset({"int8", "int4"})
     """What an entry's `quantization` may say."""
 
-    def __init__(self, kernels: Kernels, quantization: str | None = None) -> None:
-        """quantization: `int8` or `int4`; `stored`: layers come in groups (`StoredLinear`), and none is rounded."""
+    def __init__(self, kernels: Kernels, quantization: str | None = None, keep: Keep = make_each) -> None:
+        """quantization: `int8` or `int4`; `stored`: layers come in groups (`StoredLinear`), and none is rounded.
+
+        keep: keeps weights that are packed here for the next start.
+        """
         self.linear = "native, as stored" if quantization == "stored" else f"native {quantization or ''}".strip()
         self._kernels, self._quantization = kernels, quantization
         self._make = partial(self._pack, packed_kind(quantization, table=False))
         self._stored: Mapping[str, str] = {}
+        self._keep = keep
 
     def _pack(self, kind: str, weight: torch.Tensor, bias: torch.Tensor | None) -> NativeLinear:
         """Pack `weight [out, in]` as one of `storing.KINDS`."""
@@ -107,15 +113,28 @@ class CpuBackend:
         self._stored = take_over(model)
         head = model.get_output_embeddings()  # type: ignore[operator]
         if self._quantization == "int4" and type(head) is nn.Linear:
-            model.set_output_embeddings(self._pack("8 bits", head.weight, head.bias))  # type: ignore[operator]
-        pack_model(model, stored, self._make, progress)
-        replace_experts(
-            model, self._kernels, self._make, rounds=self._quantization in ("int8", "int4"), progress=progress
-        )
+            eight = self._kept("head", partial(self._pack, "8 bits"), head.weight, head.bias)
+            model.set_output_embeddings(eight)  # type: ignore[operator]
+        pack_model(model, stored, self._kept_in_turn("layer"), progress)
+        experts, rounds = self._kept_in_turn("expert"), self._quantization in ("int8", "int4")
+        replace_experts(model, self._kernels, experts, rounds=rounds, progress=progress)
         replace_pointwise(model, self._kernels)
         merge_shared_projections(model)
         fused = fuse_layers(model, self._kernels, length)
         progress(f"{fused} layers run as one kernel each ({self._kernels.target})")
+
+    def _kept(
+        self, name: str, make: Callable[[Tensor, Tensor | None], NativeLinear], weight: Tensor, bias: Tensor | None
+    ) -> NativeLinear:
+        """Make a layer of the weight that is kept under its name, or of this one."""
+        packed = self._keep(name, lambda: make(weight, bias).packed)
+        assert (packed.columns, packed.depth) == weight.shape, "a kept weight's key has all that decides its shape"
+        return NativeLinear.of(self._kernels, packed)
+
+    def _kept_in_turn(self, name: str) -> Make:
+        """Make layers whose weights are kept by their number: a model is walked through in the same order each time."""
+        numbers = itertools.count()
+        return lambda weight, bias: self._kept(f"{name} {next(numbers)}", self._make, weight, bias)
 
     def release_memory(self) -> None:
         """Give freed memory back to the operating system."""

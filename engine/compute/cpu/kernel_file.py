@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from engine.cache_folder import cache_folder, make_private
+from engine.cache_folder import cache_folder, private_folder, written_by_others
 from engine.compute.processor import ARM, processor_target
 
 __all__ = ["FLAGS", "NoKernels", "load"]
@@ -192,7 +192,7 @@ def _check(path: Path) -> None:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST:
                 raise _Distrusted("is no file of ours")
-            if fault := _writable_by_others(status):
+            if fault := written_by_others(status):
                 raise _Distrusted(fault)
             with open(descriptor, "rb", closefd=False) as file:
                 content = file.read()
@@ -205,37 +205,19 @@ def _check(path: Path) -> None:
         raise _Distrusted("is not whole: its checksum is another, or missing")
 
 
-def _writable_by_others(status: os.stat_result) -> str | None:
-    """Say how anybody but this user and root may have written there; None if nobody may."""
-    if status.st_uid not in (os.geteuid(), 0):
-        return "belongs to another user"
-    if status.st_mode & 0o022:
-        return "can be written by other users"
-    return None
-
-
 def _folder(folder: Path | None) -> tuple[Path | None, str]:
     """Make the folder if it is missing, and return it; None, and why, if others could write there, nobody can, or it
     is of no use.
     """
     if folder is None:
         return None, "there is no home to keep them in"
+    real, why = private_folder(folder)
     try:
-        make_private(folder)
-        real = folder.resolve(strict=True)
-        link, status = folder.lstat(), real.stat()
-        fault = _writable_by_others(status) if stat.S_ISDIR(status.st_mode) else "is no folder"
-        if not fault and stat.S_ISLNK(link.st_mode) and link.st_uid not in (os.geteuid(), 0):
-            fault = "is another user's link"
-        if os.statvfs(real).f_flag & _NOEXEC:
-            fault = fault or "is mounted with noexec, so nothing in it can be loaded"
-        for above in (*folder.absolute().parents, *real.parents):
-            mode = above.stat().st_mode
-            if mode & 0o002 and not mode & stat.S_ISVTX:  # anybody could put another folder in this one's place
-                fault = fault or f"lies in {above}, which anybody can write"
+        if real is not None and os.statvfs(real).f_flag & _NOEXEC:
+            return None, f"{folder} is mounted with noexec, so nothing in it can be loaded"
     except OSError as error:
         return None, f"{folder}: {error.strerror}"
-    return (None, f"{folder} {fault}") if fault else (real, "")
+    return real, why
 
 
 def _find_compiler() -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.compute.whole.groups import Groups
 from engine.errors import LoadError
 
-__all__ = ["METHODS", "Quantised", "check", "groups_of", "read"]
+__all__ = ["METHODS", "Quantised", "check", "groups_of", "order_of", "read"]
 
 METHODS: Final = ("gptq", "awq", "compressed-tensors")
 _AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -70,6 +70,14 @@ def read(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Quantise
     readers = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}
     check(settings)
     return readers[str(settings["quant_method"])](tensors, settings)
+
+
+def order_of(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the `order` of a layer that `read` takes, without its numbers."""
+    index = tensors.get("g_idx", tensors.get("weight_g_idx"))
+    order = None if index is None else index.cpu().to(torch.int64).argsort(stable=True)
+    in_place = order is None or torch.equal(order, torch.arange(len(order), dtype=torch.int64))
+    return None if in_place else order
 
 
 def check(settings: Mapping[str, Any]) -> None:

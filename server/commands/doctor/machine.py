@@ -3,6 +3,7 @@ kernels that are compiled for the look are kept for the next start."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -93,7 +94,18 @@ def _cache() -> Finding:
     free = shutil.disk_usage(base).free
     if free < _LITTLE_DISK:
         return warn("cache", f"{folder}: {format_bytes(free)} free on its disk", "make room on that disk")
-    return ok("cache", f"{folder}, {format_bytes(free)} free on its disk")
+    kept = _size_of_kept(folder)
+    told = f", {format_bytes(kept)} of packed weights" if kept else ""
+    return ok("cache", f"{folder}{told}, {format_bytes(free)} free on its disk")
+
+
+def _size_of_kept(folder: Path) -> int:
+    """Count the bytes of packed weights that are kept for next starts."""
+    size = 0
+    for path in folder.glob("packed/*.weights"):
+        with contextlib.suppress(OSError):  # it has just left
+            size += path.lstat().st_size
+    return size
 
 
 def _compiler() -> Finding:

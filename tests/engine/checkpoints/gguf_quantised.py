@@ -18,7 +18,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from engine import ModelConfig
 from engine.checkpoints import gguf_file
 from engine.checkpoints.gguf.groups import KINDS
-from engine.checkpoints.gguf.stream import packed_bytes
+from engine.checkpoints.gguf.stream import GGUFStream, packed_bytes
 from engine.checkpoints.reading import load_model
 from engine.compute.cpu.kernels import Kernels
 from tests import tiny_models
@@ -112,4 +112,6 @@ def packed(file: Path) -> nn.Module:
     header = gguf_file.open_file(file, "m")
     found = gguf_file.inspect(header, packed_bytes(header))
     config = ModelConfig(id="m", path=file)
-    return load_model(config, found, torch.float32, {"": "cpu"}, header, kernels=Kernels.load())
+    return load_model(
+        config, found, torch.float32, {"": "cpu"}, header, gguf=GGUFStream(header, Kernels.load(), config.id)
+    )
