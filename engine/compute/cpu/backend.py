@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.layers.decoder_layer import fuse_layers
 from engine.compute.cpu.layers.experts import replace_experts
+from engine.compute.cpu.layers.own_weights import pack_own_weights
 from engine.compute.cpu.layers.pointwise import replace_pointwise
 from engine.compute.cpu.linear import NativeLinear, merge_shared_projections, take_over
 from engine.compute.cpu.stored_linear import INPUTS, StoredLinear
@@ -109,9 +111,10 @@ class CpuBackend:
         if self._quantization == "int4" and type(head) is nn.Linear:
             model.set_output_embeddings(self._pack("8 bits", head.weight, head.bias))  # type: ignore[operator]
         pack_model(model, stored, self._make, progress)
-        replace_experts(
-            model, self._kernels, self._make, rounds=self._quantization in ("int8", "int4"), progress=progress
-        )
+        replace_experts(model, self._kernels, self._make, self.exact_linear, progress)
+        with contextlib.suppress(Exception):  # the experts that are left: one by one, so that each weight is seen
+            model.set_experts_implementation("eager")  # type: ignore[operator]
+        pack_own_weights(model, self._make, self.exact_linear)
         replace_pointwise(model, self._kernels)
         merge_shared_projections(model)
         fused = fuse_layers(model, self._kernels, length)
