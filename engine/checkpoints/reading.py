@@ -20,8 +20,9 @@ from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.gguf.stream import GGUFStream
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.json_files import read_json
-from engine.checkpoints.streamed import layers, tensor_reader
+from engine.checkpoints.streamed import tensor_reader
 from engine.checkpoints.streamed.layers import StreamedModel, Streaming
+from engine.checkpoints.streamed.quantizer import as_quantizer
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.stored_linear import StoredLinear
 from engine.compute.discovery import embedding_rows, input_device
@@ -211,7 +212,7 @@ def _streamed(
     for part in (settings, settings.get_text_config(decoder=True)):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    quantization, stays = layers.as_quantizer(streamed)
+    quantization, stays = as_quantizer(streamed)
     source |= {"config": settings, "quantization_config": quantization}
     with tensor_reader.reading(found, config.id, stays):
         yield

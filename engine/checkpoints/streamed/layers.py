@@ -2,14 +2,14 @@
 
 transformers loads as always, and knows where each tensor belongs. We are its quantizer: tensors of plain linear layers,
 of the embedding, and of layers that come quantised are handed to us one by one, and are packed at once
-(`engine.compute.cpu.storing`). When all are there, `StoredLinear` and `StoredEmbedding` take the layers' places. What
-is not known to be safe stays with transformers, and the backend packs it later.
+(`engine.compute.cpu.storing`), and so are those of a layer's experts, one expert after the other. When all are there,
+`StoredLinear`, `StoredEmbedding` and `OwnWeight` take their places. What is not known to be safe stays with
+transformers, and the backend packs it later.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from engine.checkpoints.streamed.tensor_reader import DTYPES, StoredTensor
 from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.own_weight import OwnWeight
 from engine.compute.cpu.packed_weight import PackedWeight
 from engine.compute.cpu.reordered import ReorderedLinear
 from engine.compute.cpu.stored_linear import StoredEmbedding, StoredLinear
@@ -28,10 +29,8 @@ from engine.compute.whole import quantised
 from engine.errors import LoadError
 from engine.host_memory import give_back_memory
 
-__all__ = ["StreamedModel", "Streaming", "as_quantizer"]
+__all__ = ["StreamedModel", "Streaming"]
 
-_NAME: Final = "verbatim_streamed"
-"""What transformers knows our way to load by: a value of `quant_method`."""
 _FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _TRIED_ROWS: Final = 8
 _TRIM_EVERY: Final = 1 << 24
@@ -89,6 +88,7 @@ class StreamedModel:
         self._tied: tuple[str, ...] = ()
         self._table, self._shares = "", False
         self._kept: dict[str, _Kept] = {}
+        self._experts: dict[str, list[PackedWeight] | None] = {}
         self._sources: dict[str, StoredTensor] = {}
         self._layers: dict[str, nn.Module] = {}
         self._read = 0
@@ -110,6 +110,7 @@ class StreamedModel:
             return
         head, names = model.get_output_embeddings(), {}
         for place, module in model.named_modules():
+            self._experts |= {f"{place}.{own}": None for own in _expert_weights(module)}
             if _is_linear(module):
                 names[f"{place}.weight"] = packed_kind(self._how.quantization, table=module is head)
         tied = {name for pair in getattr(model, "all_tied_weights_keys", {}).items() for name in pair}
@@ -130,7 +131,11 @@ class StreamedModel:
 
     def takes(self, name: str) -> bool:
         """Tell whether a parameter or buffer of the model is handed to `take`."""
-        return name in self._kinds or any(name.rpartition(".")[0] == place for place in self._how.layers)
+        return (
+            name in self._kinds
+            or name in self._experts
+            or any(name.rpartition(".")[0] == place for place in self._how.layers)
+        )
 
     # -- while they are read -------------------------------------------------------------------------------------------
 
@@ -147,12 +152,15 @@ class StreamedModel:
             if module.tensors.keys() == module.wanted:
                 self._layers[place] = self._quantised(place, module)
             return None
-        weight = module.weight
+        weight = module.get_parameter(own)
         if value.dtype not in _FLOATS:
             return (value.read() if isinstance(value, StoredTensor) else value).to(weight.dtype)
         weight._is_hf_initialized = True  # it stays without memory, and is not filled with random numbers
         if value.shape != weight.shape:
             self.mismatched.append((name, torch.Size(value.shape), weight.shape))
+            return None
+        if name in self._experts:
+            self._experts[name] = self._keep_experts(name, value)
             return None
         self._kept[name] = self._same_as_before(name, value) or self._keep(name, module, value)
         return None
@@ -170,6 +178,19 @@ class StreamedModel:
             raise LoadError(f"{name.removesuffix('.weight')}: {error.message}") from error
         if is_table and not self._shares:
             kept.table = value.read() if isinstance(value, StoredTensor) else value
+        return kept
+
+    def _keep_experts(self, name: str, value: Tensor | StoredTensor) -> list[PackedWeight]:
+        """Pack weights `[experts, columns, depth]`."""
+        kernels, kind = self._how.kernels, packed_kind(self._how.quantization, table=False)
+        assert kernels is not None
+        kept = []
+        for expert in range(value.shape[0]):
+            weight = value.rows(expert, expert + 1)[0] if isinstance(value, StoredTensor) else value[expert]
+            try:
+                kept.append(store(kernels, kind, lambda start, end, of=weight: of[start:end], *weight.shape))  # type: ignore[misc]
+            except LoadError as error:
+                raise LoadError(f"{name}, expert {expert}: {error.message}") from error
         return kept
 
     def _same_as_before(self, name: str, value: Tensor | StoredTensor) -> _Kept | None:
@@ -228,9 +249,22 @@ class StreamedModel:
                 model.set_submodule(place, StoredLinear(kernels, dataclasses.replace(packed, bias=bias)))
         if table is not None:
             self._finish_embedding(model, embedding, table)
+        self._finish_experts(model)
         self._kept.clear()
         self._sources.clear()
         self._layers.clear()
+
+    def _finish_experts(self, model: Any) -> None:
+        assert self._how.kernels is not None
+        packed = {name: parts for name, parts in self._experts.items() if parts is not None}
+        for name, parts in packed.items():
+            place, _, own = name.rpartition(".")
+            module = model.get_submodule(place)
+            shape = module.get_parameter(own).shape
+            OwnWeight.of(self._how.kernels, parts, shape, plain=True).install(module, own)
+        if packed:  # experts one by one, so that only one is widened at a time
+            model.set_experts_implementation("eager")
+        self._experts.clear()
 
     def _finish_embedding(self, model: Any, embedding: nn.Embedding, kept: _Kept) -> None:
         kernels = self._how.kernels
@@ -273,6 +307,19 @@ def _is_linear(module: nn.Module) -> bool:
     return known and isinstance(weight, Tensor) and weight.dim() == 2
 
 
+def _expert_weights(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's weights of experts, if each is `[experts, columns, depth]` in float32.
+
+    transformers marks those that it can also compute one by one, and says which of them are transposed.
+    """
+    found = module._parameters
+    if set(found) != {"gate_up_proj", "down_proj"} or getattr(module, "is_transposed", True):
+        return ()
+    weights = [weight for weight in found.values() if weight is not None]
+    fits = all(weight.dim() == 3 and weight.dtype == torch.float32 for weight in weights)
+    return tuple(found) if fits and len(weights) == 2 else ()
+
+
 def _columns(module: nn.Module, value: Tensor | StoredTensor) -> tuple[Columns, int, int]:
     """Return how the weight `[columns, depth]` is read piece by piece, its columns and its depth."""
     rows, others = value.shape
@@ -297,99 +344,3 @@ def _plain(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
     return layer
-
-
-# -- transformers' side ------------------------------------------------------------------------------------------------
-
-
-def as_quantizer(streamed: StreamedModel) -> tuple[Any, Any]:
-    """Return the `quantization_config` that hands a model's weights to `streamed`, and what tells which tensors of the
-    files it will hand on unread."""
-    config = _classes()(streamed)
-    return config, lambda name: config.stays(name)
-
-
-@functools.cache
-def _classes() -> Any:
-    """Teach transformers our way to load, once in a process."""
-    from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
-    from transformers.quantizers.auto import register_quantization_config, register_quantizer
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    @register_quantization_config(_NAME)
-    class StreamedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-        def __init__(self, streamed: StreamedModel) -> None:
-            self.quant_method, self.streamed = _NAME, streamed
-            self.stays: Any = lambda name: False
-
-        def __deepcopy__(self, memo: Any) -> StreamedConfig:
-            return self
-
-        def to_dict(self) -> dict[str, Any]:
-            return {"quant_method": _NAME}
-
-    class Take(ConversionOps):  # type: ignore[misc]
-        def __init__(self, streamed: StreamedModel) -> None:
-            self.streamed = streamed
-
-        def convert(
-            self, input_dict: dict[str, Any], *, model: Any, missing_keys: set[str] | None = None, **_: Any
-        ) -> dict[str, Any]:
-            rest: dict[str, Any] = {}
-            for name, values in input_dict.items():
-                value = values[0] if isinstance(values, list) else values
-                if not self.streamed.takes(name):
-                    rest[name] = value
-                    continue
-                try:
-                    value = self.streamed.take(model, name, value)
-                except Exception as error:
-                    self.streamed.error = self.streamed.error or error
-                    raise
-                if value is not None:
-                    rest[name] = value
-                elif missing_keys is not None:
-                    missing_keys.discard(name)
-            return rest
-
-    @register_quantizer(_NAME)
-    class StreamedQuantizer(HfQuantizer):  # type: ignore[misc]
-        is_trainable = False
-
-        def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-            super().__init__(quantization_config, **kwargs)
-            self.pre_quantized = False  # then transformers reads one tensor after the other, when it is wanted
-            self.streamed: StreamedModel = quantization_config.streamed
-
-        def is_serializable(self) -> bool:
-            return False
-
-        def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-            return self.streamed.takes(param_name)
-
-        def get_quantize_ops(self) -> Any:
-            return Take(self.streamed)
-
-        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-            self.streamed.plan(model)
-
-        def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-            renamings = [one for one in weight_conversions if isinstance(one, WeightRenaming)]
-            converters = [one for one in weight_conversions if isinstance(one, WeightConverter)]
-            known = model.state_dict()
-
-            def stays(name: str) -> bool:
-                prefix = model.base_model_prefix
-                renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
-                if renamed not in known and name in known:  # as transformers does
-                    renamed, pattern = rename_source_key(name, [], [], prefix, known)
-                return pattern is None and self.streamed.takes(renamed)
-
-            self.quantization_config.stays = stays
-            return weight_conversions
-
-        def postprocess_model(self, model: Any, **_: Any) -> None:
-            self.remove_quantization_config(model)
-
-    return StreamedConfig

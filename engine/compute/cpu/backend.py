@@ -16,7 +16,7 @@ from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.layers.decoder_layer import fuse_layers
 from engine.compute.cpu.layers.experts import replace_experts
-from engine.compute.cpu.layers.own_weights import pack_own_weights
+from engine.compute.cpu.layers.own_weights import pack_own_weights, stored_weights
 from engine.compute.cpu.layers.pointwise import replace_pointwise
 from engine.compute.cpu.linear import NativeLinear, merge_shared_projections, take_over
 from engine.compute.cpu.stored_linear import INPUTS, StoredLinear
@@ -106,7 +106,7 @@ class CpuBackend:
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
         """Replace linear layers, experts, norms, activations, and decoder layers made of the usual parts."""
-        self._stored = take_over(model)
+        self._stored = take_over(model) | stored_weights(model)
         head = model.get_output_embeddings()  # type: ignore[operator]
         if self._quantization == "int4" and type(head) is nn.Linear:
             model.set_output_embeddings(self._pack("8 bits", head.weight, head.bias))  # type: ignore[operator]
@@ -114,7 +114,7 @@ class CpuBackend:
         replace_experts(model, self._kernels, self._make, self.exact_linear, progress)
         with contextlib.suppress(Exception):  # the experts that are left: one by one, so that each weight is seen
             model.set_experts_implementation("eager")  # type: ignore[operator]
-        pack_own_weights(model, self._make, self.exact_linear)
+        pack_own_weights(model, self._kernels, self._make, self.exact_linear)
         replace_pointwise(model, self._kernels)
         merge_shared_projections(model)
         fused = fuse_layers(model, self._kernels, length)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from engine.compute.cpu.kernel_calls import ACTIVATIONS
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.layers.experts_kernel import ExpertsKernel
+from engine.compute.cpu.own_weight import OwnWeight
 from engine.compute.cpu.packed_weight import PackedWeight
 from engine.compute.linear import Make, quasi_random
 from engine.host_memory import give_back_memory
@@ -42,7 +43,7 @@ class _Stored:
         turns: whether columns of gate and up take turns; else those of gate come first.
     """
 
-    gate_up: Tensor
+    gate_up: Tensor  # an `OwnWeight`, if it was packed when it was loaded
     down: Tensor
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
@@ -53,12 +54,19 @@ class _Stored:
         inner = self.down.shape[2]
         order = torch.arange(2 * inner, dtype=torch.int64).view(inner, 2).T.reshape(-1) if self.turns else None
         return (
-            [_pack(self.gate_up[i], self.gate_up_bias, i, order, make) for i in experts],
-            [_pack(self.down[i], self.down_bias, i, None, make) for i in experts],
+            [_pack(self.gate_up, self.gate_up_bias, i, order, make) for i in experts],
+            [_pack(self.down, self.down_bias, i, None, make) for i in experts],
         )
 
+    def whole(self, make: Make) -> tuple[Sequence[PackedWeight], Sequence[PackedWeight]]:
+        """Pack all experts, or return them as they were packed when they were loaded."""
+        if isinstance(self.gate_up, OwnWeight) and isinstance(self.down, OwnWeight) and not self.turns:
+            return self.gate_up.parts, self.down.parts
+        return self.packed(range(len(self.down)), make)
 
-def _pack(weight: Tensor, biases: Tensor | None, expert: int, order: Tensor | None, make: Make) -> PackedWeight:
+
+def _pack(weights: Tensor, biases: Tensor | None, expert: int, order: Tensor | None, make: Make) -> PackedWeight:
+    weight = weights[expert]
     bias = None if biases is None else biases[expert]
     if order is not None:
         weight, bias = weight[order], None if bias is None else bias[order]
@@ -71,7 +79,7 @@ class NativeExperts(nn.Module):
     """Stands in a model for the module that held its experts' weights."""
 
     def __init__(self, kernel: ExpertsKernel, *, blocks: int = 0) -> None:
-        """blocks: 0, or how many experts the rows are for that are given without choices, one expert after the other."""
+        """blocks: how many experts there are if rows are given for each, one expert after the other; 0: with choices."""
         super().__init__()
         self.kernel, self.blocks = kernel, blocks
 
@@ -113,15 +121,16 @@ def replace_experts(
 
 def _readings(module: nn.Module) -> Iterator[_Stored]:
     """Return all that the weights of a module can be, by their shapes."""
-    found = {name: parameter for name, parameter in module.named_parameters() if "." not in name}
+    found: dict[str, Any] = {name: value for name, value in vars(module).items() if isinstance(value, OwnWeight)}
+    found |= module.named_parameters(recurse=False)
     if set(found) not in (_WEIGHTS, _WEIGHTS | _BIASES):
         return
     if any(weight.dtype != torch.float32 or weight.device.type != "cpu" for weight in found.values()):
         return
     biases: tuple[Tensor | None, ...] = found.get("gate_up_proj_bias"), found.get("down_proj_bias")
-    for transposed, turns in itertools.product((False, True), (False, True)):
-        gate_up: Tensor = found["gate_up_proj"]
-        down: Tensor = found["down_proj"]
+    packed = any(isinstance(weight, OwnWeight) for weight in found.values())  # never those that are transposed
+    for transposed, turns in itertools.product((False,) if packed else (False, True), (False, True)):
+        gate_up, down = found["gate_up_proj"], found["down_proj"]
         if gate_up.dim() != 3 or down.dim() != 3:
             return
         if transposed:
@@ -155,7 +164,7 @@ def _native(module: nn.Module, kernels: Kernels, make: Make, exact: Make) -> Nat
         for activation in ACTIVATIONS:
             mine = kernels.experts(*few, activation)(x, chosen, shares)
             if ((mine - routed).abs().amax(-1) <= _TOLERANCE * routed.abs().amax(-1)).all():
-                return NativeExperts(kernels.experts(*stored.packed(range(count), make), activation), blocks=blocks)
+                return NativeExperts(kernels.experts(*stored.whole(make), activation), blocks=blocks)
     return None
 
 
@@ -169,7 +178,7 @@ def _in_blocks(
     if given is None:
         return None
     given = given.view(count, *x.shape)
-    if given[[i for i in range(count) if i not in tried]].any():  # zeros are not zeros there: they could not be left out
+    if given[[i for i in range(count) if i not in tried]].any():  # of zeros come no zeros: they cannot be left out
         return None
     of_each = given[torch.tensor(tried, dtype=torch.int64)][chosen.T, torch.arange(x.shape[0], dtype=torch.int64)]
     return (of_each * shares.T[..., None]).sum(0)

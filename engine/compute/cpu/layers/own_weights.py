@@ -1,113 +1,27 @@
-"""Weights that a model multiplies with by itself (`F.linear(x, self.weight)`), packed in place. Knows no model by name.
+"""Pack the weights that a model's modules multiply with by themselves, in place. Knows no model by name.
 
-Routers are made so, and experts that a model visits one by one. torch's product of a few rows can have other bits than
-the same rows among more, so which expert is chosen could depend on neighbours.
-
-A pass is watched. A weight that was only ever an `F.linear`'s, or of which single parts were (`self.weight[expert]`),
-is replaced by an `OwnWeight`.
+torch's product of a few rows can have other bits than the same rows among more, so which expert a router chooses could
+depend on neighbours. A pass is watched; a weight that was only ever an `F.linear`'s, or of which single parts were
+(`self.up_proj[expert]`), becomes an `OwnWeight`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from engine.compute.cpu.linear import NativeLinear
+from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.own_weight import OwnWeight, describes, is_number, is_same, operands
 from engine.compute.linear import Make
 from engine.errors import out_of_memory
 from engine.host_memory import give_back_memory
 
-__all__ = ["OwnWeight", "pack_own_weights"]
-
-_SAME: Final = frozenset({"type", "to", "float", "contiguous", "detach"})
-"""Functions that return a float32 weight as it is, if they are asked for nothing else."""
-_DESCRIBING: Final = frozenset({"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_meta", "is_cuda"})
-_ASKING: Final = frozenset({"size", "dim", "numel", "is_floating_point", "__len__"})
-_TOKENS: Final = 2
-
-
-class OwnWeight(Tensor):
-    """A weight `[out, in]`, or several, `[n, out, in]`, in the kernels' layout; it has no memory of its own.
-
-    `F.linear` multiplies with it, and `weight[i]` takes one of several. All that describes it is answered (its shape,
-    its dtype); anything else that is done with it gets a widened copy.
-    """
-
-    layers: tuple[NativeLinear, ...]
-
-    @staticmethod
-    def of(layers: tuple[NativeLinear, ...], shape: torch.Size) -> OwnWeight:
-        """Make one of layers without a bias."""
-        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
-        weight: OwnWeight = make(OwnWeight, shape, dtype=torch.float32, device="cpu")
-        weight.layers = layers
-        return weight
-
-    def widened(self) -> Tensor:
-        """Return a float32 copy of its shape."""
-        return torch.stack([layer.weight for layer in self.layers]).view(self.shape)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if func is F.linear:
-            x, weight, bias = _operands(args, kwargs)
-            if isinstance(weight, OwnWeight) and len(weight.layers) == 1 and _is_plain(x):
-                out = weight.layers[0](x)
-                return out if bias is None else out + bias
-        own = args[0] if args and isinstance(args[0], OwnWeight) else None
-        if own is not None:
-            if func is Tensor.__getitem__ and own.dim() == 3 and _is_number(args[1]):
-                return OwnWeight.of((own.layers[int(args[1])],), own.shape[1:])
-            if _is_same(name, args[1:], kwargs):
-                return own
-            if _describes(func):
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **kwargs)
-        if name.endswith("_") and not name.endswith("__"):
-            raise RuntimeError(f"{name} of a weight that is packed")
-        wide = [a.widened() if isinstance(a, OwnWeight) else a for a in args]
-        return func(*wide, **{k: a.widened() if isinstance(a, OwnWeight) else a for k, a in kwargs.items()})
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise RuntimeError(f"{func} of a weight that is packed")
-
-
-def _describes(func: Any) -> bool:
-    """Tell whether a function of a tensor, or the reading of an attribute, needs none of its numbers."""
-    name = getattr(func, "__name__", "")
-    return name in _ASKING or (name == "__get__" and getattr(func.__self__, "__name__", "") in _DESCRIBING)
-
-
-def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """Return what an `F.linear` was given: input, weight and bias."""
-    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-    return given.get("input"), given.get("weight"), given.get("bias")
-
-
-def _is_plain(x: Any) -> bool:
-    return isinstance(x, Tensor) and not isinstance(x, OwnWeight) and x.dtype == torch.float32
-
-
-def _is_number(index: Any) -> bool:
-    """Tell whether an index takes one of several weights."""
-    if isinstance(index, Tensor):
-        return index.dim() == 0 and index.dtype in (torch.int32, torch.int64)
-    return type(index) is int
-
-
-def _is_same(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    given = [*args, *kwargs.values()]
-    return name in _SAME and all(value in (torch.float32, torch.device("cpu"), "cpu") for value in given)
+__all__ = ["pack_own_weights", "stored_weights", "widen_own_weights"]
 
 
 class _Watch(TorchFunctionMode):
@@ -129,60 +43,82 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        given = [id(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        for key in given:
-            base = key if key in self._weights else self._parts.get(key, (0,))[0]
+        for given in (*args, *kwargs.values()):
+            base = id(given) if id(given) in self._weights else self._parts.get(id(given), (0,))[0]
             if base:
-                self._note(func, args, kwargs, key, base, out)
+                self._note(func, args, kwargs, given, base, out)
         return out
 
     def _note(
-        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], key: int, base: int, out: Any
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Any, base: int, out: Any
     ) -> None:
-        name = getattr(func, "__name__", "")
-        if func is F.linear and key == id(_operands(args, kwargs)[1]):
+        whole = given is self._weights[base]
+        if func is F.linear and given is operands(args, kwargs)[1] and (not whole or given.dim() == 2):
             self.linear.add(base)
-        elif func is Tensor.__getitem__ and self._weights[base].dim() == 3 and key == base and _is_number(args[1]):
+        elif func is Tensor.__getitem__ and whole and given.dim() == 3 and is_number(args[1]):
             self._parts[id(out)] = base, out
-        elif not _describes(func) and not (_is_same(name, args[1:], kwargs) and out is args[0]):
+        elif not describes(func) and not (is_same(getattr(func, "__name__", ""), args[1:], kwargs) and out is args[0]):
             self.others.add(base)
 
 
 @torch.inference_mode()
-def pack_own_weights(model: nn.Module, make: Make, exact: Make) -> int:
+def pack_own_weights(model: nn.Module, kernels: Kernels, make: Make, exact: Make) -> int:
     """Pack the weights that a model's modules multiply with by themselves, in place. Returns how many.
 
-    Found by watching a pass over two tokens. The originals are freed.
+    Found by watching a pass over two tokens. The originals are freed. Those that were packed when they were loaded are
+    multiplied by the kernels from now on.
 
     Args:
-        make: packs one of several weights (experts): its layer is taken; exact: packs a weight that stands alone.
+        make: packs one of several weights (experts): its `packed` is taken; exact: packs a weight that stands alone.
     """
+    for _, weight in _loaded(model):
+        weight.plain = False
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     weights: dict[int, Tensor] = {}
     for module in model.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None and weight.dim() in (2, 3) and weight.dtype == torch.float32 and not weight.is_meta:
-                owners.setdefault(id(weight), []).append((module, name))
-                weights[id(weight)] = weight
-    if not weights:
-        return 0
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() in (2, 3) and parameter.dtype == torch.float32:
+                owners.setdefault(id(parameter), []).append((module, name))
+                weights[id(parameter)] = parameter
     try:
         with _Watch(weights) as watch:
-            model(torch.zeros(1, _TOKENS, dtype=torch.int64), use_cache=False)
+            model(torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     except Exception as error:  # an architecture that is called in another way
         if out_of_memory(error):
             raise
         return 0
     found = [key for key in weights if key in watch.linear - watch.others]
+    del watch
     for key in found:
-        weight = weights.pop(key)
-        parts = [weight] if weight.dim() == 2 else list(weight)
-        kind = exact if weight.dim() == 2 else make
-        layers: Any = tuple(kind(part.contiguous(), None) for part in parts)
-        own = OwnWeight.of(layers, weight.shape)
-        for module, name in owners.pop(key):
-            del module._parameters[name]
-            setattr(module, name, own)
-        del weight, parts
+        _replace(weights.pop(key), owners.pop(key), kernels, make, exact)
         give_back_memory()
     return len(found)
+
+
+def _replace(weight: Tensor, owners: list[tuple[nn.Module, str]], kernels: Kernels, make: Make, exact: Make) -> None:
+    kind, parts = (exact, [weight]) if weight.dim() == 2 else (make, list(weight))
+    layers: list[Any] = [kind(part.contiguous(), None) for part in parts]
+    own = OwnWeight.of(kernels, [layer.packed for layer in layers], weight.shape)
+    for module, name in owners:
+        own.install(module, name)
+
+
+def stored_weights(model: nn.Module) -> dict[str, str]:
+    """Return the layouts of the weights that were packed when they were loaded, by name."""
+    return {name: weight.parts[0].layout for name, weight in _loaded(model)}
+
+
+def widen_own_weights(model: nn.Module) -> None:
+    """Make float32 parameters of them again: for a machine whose kernels compute wrongly."""
+    for place, weight in list(_loaded(model)):
+        module, _, name = place.rpartition(".")
+        owner = model.get_submodule(module)
+        delattr(owner, name)
+        setattr(owner, name, nn.Parameter(weight.widened(), requires_grad=False))
+
+
+def _loaded(model: nn.Module) -> Iterator[tuple[str, OwnWeight]]:
+    for place, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, OwnWeight) and value.plain:
+                yield f"{place}.{name}".lstrip("."), value
