@@ -98,11 +98,16 @@ class StreamedModel:
     # -- before a tensor is read ---------------------------------------------------------------------------------------
 
     def plan(self, model: Any) -> None:
-        """Choose the weights that are taken, by the model without memory."""
+        """Choose the weights that are taken, by the model without memory.
+
+        Raises:
+            LoadError: experts come quantised.
+        """
         for place, stored in self._how.layers.items():
             try:
                 layer = model.get_submodule(place)
             except AttributeError:  # a part that this class does not have; transformers reports its tensors
+                _refuse_experts(model, place)
                 continue
             if isinstance(layer, nn.Linear):
                 model.set_submodule(place, _Waiting(layer, stored))
@@ -305,6 +310,17 @@ def _is_linear(module: nn.Module) -> bool:
     known = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
     weight = getattr(module, "weight", None)
     return known and isinstance(weight, Tensor) and weight.dim() == 2
+
+
+def _refuse_experts(model: Any, place: str) -> None:
+    """Refuse a layer that comes quantised and is one of experts which the model keeps in one tensor."""
+    parent, found, _ = place.partition(".experts.")
+    names = {name for name, _ in model.named_parameters()}
+    if found and f"{parent}.experts.down_proj" in names:
+        raise LoadError(
+            f"{place} is quantised; experts are read from float checkpoints, with quantization: int8 or int4 in the "
+            "entry, and from GGUF files."
+        )
 
 
 def _expert_weights(module: nn.Module) -> tuple[str, ...]:
