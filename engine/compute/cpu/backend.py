@@ -16,7 +16,7 @@ from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.layers.decoder_layer import fuse_layers
 from engine.compute.cpu.layers.experts import replace_experts
-from engine.compute.cpu.layers.own_weights import pack_own_weights, stored_weights
+from engine.compute.cpu.layers.own_weights import loaded_weights, pack_own_weights
 from engine.compute.cpu.layers.pointwise import replace_pointwise
 from engine.compute.cpu.linear import NativeLinear, merge_shared_projections, take_over
 from engine.compute.cpu.stored_linear import INPUTS, StoredLinear
@@ -74,6 +74,7 @@ class CpuBackend:
             kinds = {"4 bits": 2 * _ROUNDED, "8 bits": _ROUNDED}
             return all(is_sound(partial(self._pack, kind), 192, 80, tolerance=t) for kind, t in kinds.items())
         stored = [module for module in model.modules() if isinstance(module, StoredLinear)]
+        stored += [StoredLinear(self._kernels, weight.parts[0]) for weight in loaded_weights(model).values()]
         exact = {(m.in_features, min(m.out_features, 2048)) for m in stored if m.packed.input_kind == "float32"}
         smallest: dict[str, StoredLinear] = {}
         for layer in sorted(stored, key=lambda m: m.in_features * m.out_features):
@@ -106,7 +107,8 @@ class CpuBackend:
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
         """Replace linear layers, experts, norms, activations, and decoder layers made of the usual parts."""
-        self._stored = take_over(model) | stored_weights(model)
+        own = {name: weight.parts[0].layout for name, weight in loaded_weights(model).items()}
+        self._stored = take_over(model) | own
         head = model.get_output_embeddings()  # type: ignore[operator]
         if self._quantization == "int4" and type(head) is nn.Linear:
             model.set_output_embeddings(self._pack("8 bits", head.weight, head.bias))  # type: ignore[operator]

@@ -7,7 +7,7 @@ depend on neighbours. A pass is watched; a weight that was only ever an `F.linea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from engine.compute.linear import Make
 from engine.errors import out_of_memory
 from engine.host_memory import give_back_memory
 
-__all__ = ["pack_own_weights", "stored_weights", "widen_own_weights"]
+__all__ = ["loaded_weights", "pack_own_weights", "widen_own_weights"]
 
 
 class _Watch(TorchFunctionMode):
@@ -71,7 +71,7 @@ def pack_own_weights(model: nn.Module, kernels: Kernels, make: Make, exact: Make
     Args:
         make: packs one of several weights (experts): its `packed` is taken; exact: packs a weight that stands alone.
     """
-    for _, weight in _loaded(model):
+    for weight in loaded_weights(model).values():
         weight.plain = False
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     weights: dict[int, Tensor] = {}
@@ -103,22 +103,20 @@ def _replace(weight: Tensor, owners: list[tuple[nn.Module, str]], kernels: Kerne
         own.install(module, name)
 
 
-def stored_weights(model: nn.Module) -> dict[str, str]:
-    """Return the layouts of the weights that were packed when they were loaded, by name."""
-    return {name: weight.parts[0].layout for name, weight in _loaded(model)}
-
-
 def widen_own_weights(model: nn.Module) -> None:
     """Make float32 parameters of them again: for a machine whose kernels compute wrongly."""
-    for place, weight in list(_loaded(model)):
+    for place, weight in loaded_weights(model).items():
         module, _, name = place.rpartition(".")
         owner = model.get_submodule(module)
         delattr(owner, name)
         setattr(owner, name, nn.Parameter(weight.widened(), requires_grad=False))
 
 
-def _loaded(model: nn.Module) -> Iterator[tuple[str, OwnWeight]]:
-    for place, module in model.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, OwnWeight) and value.plain:
-                yield f"{place}.{name}".lstrip("."), value
+def loaded_weights(model: nn.Module) -> dict[str, OwnWeight]:
+    """Return the weights that were packed when they were loaded and are `plain` still, by name."""
+    return {
+        f"{place}.{name}".lstrip("."): value
+        for place, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, OwnWeight) and value.plain
+    }

@@ -117,9 +117,11 @@ GGUF: dict[str, tuple[str, Kinds]] = {
 
 def _file(case: str, folder: Path) -> Path:
     family, kinds = GGUF[case]
-    sizes = {**MIXTURES[family], "head_dim": 64, "moe_intermediate_size": 256}
+    # What transformers does not read from a file is what it is in the published ones: the sizes of experts.
+    inner = {"moe_intermediate_size": 768}
     if family == "qwen2_moe":
-        sizes["shared_expert_intermediate_size"] = 256
+        inner = {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 64, **inner}
     return write_quantised(folder_of(folder / "folder", family, **sizes), folder / "model.gguf", kinds, tied=False)
 
 
