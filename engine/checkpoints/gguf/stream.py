@@ -26,7 +26,7 @@ from engine.checkpoints.gguf.groups import KINDS, NotFinite, read_groups
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.gguf_model import by_function
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.own_weight import OwnWeight
+from engine.compute.cpu.layers.own_weight import OwnWeight
 from engine.compute.cpu.packed_weight import PackedWeight
 from engine.compute.cpu.stored_linear import StoredEmbedding, StoredLinear
 from engine.compute.linear import quasi_random

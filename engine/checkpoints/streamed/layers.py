@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from engine.checkpoints.streamed.tensor_reader import DTYPES, StoredTensor
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.own_weight import OwnWeight
+from engine.compute.cpu.layers.own_weight import OwnWeight
 from engine.compute.cpu.packed_weight import PackedWeight
 from engine.compute.cpu.reordered import ReorderedLinear
 from engine.compute.cpu.stored_linear import StoredEmbedding, StoredLinear

@@ -75,7 +75,9 @@ def write_quantised(folder: Path, file: Path, kinds: Kinds, *, tied: bool = True
     writer.add_pad_token_id(0)
     writer.add_chat_template((folder / "chat_template.jinja").read_text())
     shapes = {name: tuple(model.state_dict()[own].shape) for name, own in names.items()}
-    shapes = dict(_of_experts(name, shape) if name.endswith("_exps") else (name, shape) for name, shape in shapes.items())
+    shapes = dict(
+        _of_experts(name, shape) if name.endswith("_exps") else (name, shape) for name, shape in shapes.items()
+    )
     for number, (name, shape) in enumerate(sorted(shapes.items())):
         if name == "output.weight" and tied:
             continue

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from engine.compute.cpu.kernel_calls import ACTIVATIONS
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.layers.experts_kernel import ExpertsKernel
-from engine.compute.cpu.own_weight import OwnWeight
+from engine.compute.cpu.layers.own_weight import OwnWeight
 from engine.compute.cpu.packed_weight import PackedWeight
 from engine.compute.linear import Make, quasi_random
 from engine.host_memory import give_back_memory
@@ -79,7 +79,7 @@ class NativeExperts(nn.Module):
     """Stands in a model for the module that held its experts' weights."""
 
     def __init__(self, kernel: ExpertsKernel, *, blocks: int = 0) -> None:
-        """blocks: how many experts there are if rows are given for each, one expert after the other; 0: with choices."""
+        """blocks: how many experts there are if rows are given for each, expert by expert; 0: with choices."""
         super().__init__()
         self.kernel, self.blocks = kernel, blocks
 

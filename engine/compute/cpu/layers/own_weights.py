@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.own_weight import OwnWeight, describes, is_number, is_same, operands
+from engine.compute.cpu.layers.own_weight import OwnWeight, describes, is_number, is_same, operands
 from engine.compute.linear import Make
 from engine.errors import out_of_memory
 from engine.host_memory import give_back_memory

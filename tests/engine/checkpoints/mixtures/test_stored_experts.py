@@ -17,8 +17,8 @@ from engine.checkpoints.reading import load_model
 from engine.checkpoints.streamed.layers import Streaming
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.layers.experts import NativeExperts
+from engine.compute.cpu.layers.own_weight import OwnWeight
 from engine.compute.cpu.layers.own_weights import widen_own_weights
-from engine.compute.cpu.own_weight import OwnWeight
 from engine.loading.loader import load
 from tests import tiny_models
 from tests.engine.checkpoints.gguf_quantised import Kinds, folder_of, packed, widened, write_quantised
@@ -101,7 +101,9 @@ def test_the_law_holds_over_rounded_experts(rounds: str | None, tmp_path: Path) 
 def test_experts_that_come_quantised_are_refused_by_name(form: str, tmp_path: Path) -> None:
     tiny_models.FAMILIES.setdefault("qwen3_moe", MIXTURES["qwen3_moe"])
     quantise(tmp_path, form, "qwen3_moe")
-    with pytest.raises(LoadError, match=r"experts\.\d+\.\w+_proj is quantised; experts are read from float checkpoints"):
+    with pytest.raises(
+        LoadError, match=r"experts\.\d+\.\w+_proj is quantised; experts are read from float checkpoints"
+    ):
         LLM(tmp_path)
 
 
@@ -131,7 +133,9 @@ def test_experts_of_a_file_stay_as_they_are(case: str, tmp_path: Path, kernels: 
     file = _file(case, tmp_path)
     model, plain = packed(file), widened(file)
     own = _own(model)
-    assert {name.rpartition(".")[2] for name in own} == ({"down_proj"} if "differ" in case else {"gate_up_proj", "down_proj"})
+    assert {name.rpartition(".")[2] for name in own} == (
+        {"down_proj"} if "differ" in case else {"gate_up_proj", "down_proj"}
+    )
     for name, weight in own.items():
         assert torch.equal(weight.widened(), plain.get_parameter(name)), name
         assert {part.kind for part in weight.parts} == {"grouped"}

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.layers.own_weight import OwnWeight
 from engine.compute.cpu.layers.own_weights import pack_own_weights
 from engine.compute.cpu.linear import NativeLinear
-from engine.compute.cpu.own_weight import OwnWeight
 from engine.compute.cpu.stored_linear import WeightChanged
 
 

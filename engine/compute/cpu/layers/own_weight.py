@@ -128,4 +128,8 @@ def is_number(index: Any) -> bool:
 def is_same(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Tell whether a function, by its name and what it was given, returns a float32 weight on a CPU as it is."""
     given = [*args, *kwargs.values()]
-    return name in _SAME and (bool(given) or name not in ("type", "to")) and all(value in (torch.float32, torch.device("cpu"), "cpu") for value in given)
+    return (
+        name in _SAME
+        and (bool(given) or name not in ("type", "to"))
+        and all(value in (torch.float32, torch.device("cpu"), "cpu") for value in given)
+    )
