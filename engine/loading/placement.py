@@ -15,6 +15,7 @@ from engine.checkpoints.checkpoint import Checkpoint
 from engine.compute.backend import Backend, Progress
 from engine.compute.cpu.backend import CpuBackend
 from engine.compute.cpu.kernels import Kernels, NoKernels
+from engine.compute.cpu.layers.own_weights import widen_own_weights
 from engine.compute.cpu.packed_weight import Keep, make_each
 from engine.compute.cpu.stored_linear import widen_layers
 from engine.compute.cuda.backend import CudaBackend
@@ -203,6 +204,7 @@ def choose_backend(
         log.warning("%s: the compiled kernels do not compute rightly here: linear layers run in torch", config.id)
         progress("widening weights")
         widen_layers(model)
+        widen_own_weights(model)
     return TorchBackend(placement.device, *choose_linear(model))
 
 

@@ -11,7 +11,11 @@ POPULAR: frozenset[str] = frozenset(
 )
 """Examined in every run of the suite; the others are a sweep of their own."""
 
-LAWFUL: tuple[str, ...] = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_oss", "olmo2")
+LAWFUL: tuple[str, ...] = (
+    *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2"),
+    *("gpt_oss", "qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "llama4_text"),
+    "minimax_m2",
+)
 """Popular ones that must be packed and lawful, with compiled kernels."""
 
 ANYWHERE: tuple[str, ...] = ("qwen3", "gemma3_text", "phi3", "gpt_oss")

@@ -6,14 +6,17 @@ number of its shape, which takes no memory, and at the end the layer is replaced
 such weight is ever held in float32, and the file is not mapped: what was read does not stay in memory.
 
 What transformers does to an architecture's tensors is done to all others. A weight stays packed only where that is
-known to leave it alone or to reorder its rows (Llama's queries and keys).
+known to leave it alone or to reorder its rows (Llama's queries and keys); one of experts, where it is known to put gate
+before up (Qwen's mixtures).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -24,6 +27,7 @@ from engine.checkpoints.gguf.groups import KINDS, NotFinite, read_groups
 from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.gguf_model import by_function
 from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.layers.own_weight import OwnWeight
 from engine.compute.cpu.packed_weight import Keep, PackedWeight, make_each
 from engine.compute.cpu.stored_linear import StoredEmbedding, StoredLinear
 from engine.compute.linear import quasi_random
@@ -36,10 +40,12 @@ _PROCESSORS: Final = frozenset(
     {
         *("TensorProcessor", "LlamaTensorProcessor"),
         *("Gemma2TensorProcessor", "NemotronTensorProcessor"),  # take one off the norms
-        "Qwen2MoeTensorProcessor",  # fuses experts, which are no linear layers
+        "Qwen2MoeTensorProcessor",
     }
 )
 """What transformers does to an architecture's tensors: the classes that leave linear weights alone, or reorder rows."""
+_EXPERTS: Final = re.compile(r"(?P<block>blk\.\d+\.ffn)_(?P<part>gate|up|down)_exps\.weight")
+"""Weights of a block's experts, `[experts, columns, depth]`."""
 
 
 def packed_bytes(file: GGUFFile) -> int:
@@ -57,7 +63,22 @@ def packed_bytes(file: GGUFFile) -> int:
 
 
 def _is_packable(file: GGUFFile, name: str) -> bool:
-    return name.endswith(".weight") and file.types[name] in KINDS and len(file.places[name].shape) == 2
+    if not name.endswith(".weight") or file.types[name] not in KINDS:
+        return False
+    return len(file.places[name].shape) == 2 or bool(_parts_of_experts(file, name))
+
+
+def _parts_of_experts(file: GGUFFile, name: str) -> list[str]:
+    """Return the tensors that make up one weight of experts, gate before up; none if they cannot stay packed in one."""
+    found = _EXPERTS.fullmatch(name)
+    if found is None or file.architecture not in ("qwen2moe", "qwen3moe"):
+        return []
+    parts = ["down"] if found["part"] == "down" else ["gate", "up"]
+    names = [f"{found['block']}_{part}_exps.weight" for part in parts]
+    if not all(part in file.places for part in names):
+        return []
+    alike = {(file.types[part], file.places[part].shape) for part in names}
+    return names if len(alike) == 1 and len(file.places[name].shape) == 3 else []
 
 
 class GGUFStream:
@@ -70,6 +91,7 @@ class GGUFStream:
         """
         self._file, self._kernels, self._name, self._keep = file, kernels, name, keep
         self._kept: dict[int, PackedWeight] = {}
+        self._experts: dict[int, list[PackedWeight]] = {}
         self._stand_ins: list[Tensor] = []  # keep their addresses, by which packed weights are found
 
     @contextmanager
@@ -109,12 +131,22 @@ class GGUFStream:
                 if weight is not None and packed is not None:
                     found.add(weight.data_ptr())
                     self._replace(parent, own, child, packed)
-        if len(found) < len(self._kept):
+        for module in list(model.modules()):
+            for own, parameter in list(module._parameters.items()):
+                parts = None if parameter is None else self._experts.get(parameter.data_ptr())
+                if parameter is not None and parts is not None:
+                    found.add(parameter.data_ptr())
+                    OwnWeight.of(self._kernels, parts, parameter.shape, plain=True).install(module, own)
+        missing = len(self._kept) + len(self._experts) - len(found)
+        if missing:
             raise LoadError(
-                f"{self._name}: {len(self._kept) - len(found)} quantised weights of {self._file.path.name} are not "
+                f"{self._name}: {missing} quantised weights of {self._file.path.name} are not "
                 f"those of layers of {type(model).__name__}: give the entry quantization: none."
             )
+        if self._experts:  # one by one, so that only one is widened at a time
+            model.set_experts_implementation("eager")  # type: ignore[operator]
         self._kept.clear()
+        self._experts.clear()
 
     def _replace(self, parent: nn.Module, own: str, child: Any, packed: PackedWeight) -> None:
         if type(child) is nn.Linear:
@@ -150,6 +182,11 @@ class GGUFStream:
         tensors: dict[str, Tensor] = loaded["tensors"]
         with file.path.open("rb", buffering=0) as handle:
             for name in sorted(file.places, key=lambda name: -file.places[name].size):
+                stacked = names.get(name.removesuffix(".weight"))  # experts are no layers with a `weight`
+                if parts := self._experts_of(model, stacked, name):
+                    if name == parts[0]:
+                        tensors[str(stacked)] = self._pack_experts(handle, parts)
+                    continue
                 order = self._order(model, names.get(name), name, processor)
                 if order is not None:
                     tensors[names[name]] = self._pack(handle, name, order)
@@ -176,29 +213,62 @@ class GGUFStream:
             return None
         return torch.from_numpy(np.ascontiguousarray(moved[:, 0]))
 
+    def _experts_of(self, model: nn.Module, own: str | None, name: str) -> list[str]:
+        """Return the tensors that make up one weight of experts, if they can stay packed in this model."""
+        parts = _parts_of_experts(self._file, name)
+        if own is None or not parts or not _is_packable(self._file, name):
+            return []
+        weight: Any = model.get_parameter(own)
+        experts, columns, depth = self._file.places[name].shape
+        return parts if tuple(weight.shape) == (experts, len(parts) * columns, depth) else []
+
     def _pack(self, handle: Any, name: str, order: Tensor) -> Tensor:
         """Pack a tensor's numbers, and return what stands for them meanwhile."""
         columns, depth = self._file.places[name].shape
         packed = self._keep(name, lambda: self._packed(handle, name, order))
+        stand_in, key = self._stand_in((columns, depth))
+        self._kept[key] = packed
+        return stand_in
+
+    def _packed(self, handle: Any, name: str, order: Tensor) -> PackedWeight:
+        groups = self._groups(handle, name, 0, self._file.places[name].shape[0])
+        return self._kernels.pack_groups(_reordered(groups, order), None)
+
+    def _pack_experts(self, handle: Any, parts: Sequence[str]) -> Tensor:
+        """Pack the numbers of one weight of experts, one expert after the other, and return what stands for them."""
+        experts, columns, depth = self._file.places[parts[0]].shape
+
+        def pack(expert: int) -> PackedWeight:
+            groups = [self._groups(handle, name, expert * columns, columns) for name in parts]
+            return self._kernels.pack_groups(_joined(groups), None)
+
+        packed = [self._keep(f"{parts[0]} {expert}", partial(pack, expert)) for expert in range(experts)]
+        stand_in, key = self._stand_in((experts, len(parts) * columns, depth))
+        self._experts[key] = packed
+        return stand_in
+
+    def _stand_in(self, shape: tuple[int, ...]) -> tuple[Tensor, int]:
+        """Return what stands for a packed weight, and by what it will be found."""
         # Different numbers: transformers compares weights that could be tied.
         number = torch.full((1,), len(self._stand_ins) + 1, dtype=torch.float32)
         self._stand_ins.append(number)
-        self._kept[number.data_ptr()] = packed
-        return number.expand(columns, depth)
+        return number.expand(shape), number.data_ptr()
 
-    def _packed(self, handle: Any, name: str, order: Tensor) -> PackedWeight:
+    def _groups(self, handle: Any, name: str, first: int, columns: int) -> Groups:
+        """Read some columns of a tensor, from the one with number `first` on, all experts' counted."""
         place, kind = self._file.places[name], KINDS[self._file.types[name]]
-        (columns, depth), row = place.shape, kind.row_bytes(place.shape[1])
+        depth = place.shape[-1]
+        row = kind.row_bytes(depth)
 
         def rows(part: slice) -> Tensor:
             count = min(part.stop, columns) - part.start
-            return torch.from_numpy(_bytes(handle, place.offset + part.start * row, count * row)).view(count, row)
+            at = place.offset + (first + part.start) * row
+            return torch.from_numpy(_bytes(handle, at, count * row)).view(count, row)
 
         try:
-            groups = read_groups(kind, columns, depth, rows)
+            return read_groups(kind, columns, depth, rows)
         except NotFinite as error:
             raise LoadError(f"{self._name}: {self._file.path.name} is damaged: {name}: {error}.") from None
-        return self._kernels.pack_groups(_reordered(groups, order), None)
 
     def _widen(self, handle: Any, name: str) -> np.ndarray:
         """Read a tensor as float32, as transformers does."""
@@ -219,6 +289,16 @@ def _bytes(handle: Any, offset: int, count: int) -> np.ndarray:
     if data.size != count:
         raise OSError(f"the file ends within a tensor, at byte {offset + data.size}")
     return data
+
+
+def _joined(parts: Sequence[Groups]) -> Groups:
+    """Put the columns of weights of one kind one after the other."""
+    tensors: dict[str, Any] = {
+        field.name: torch.cat([getattr(part, field.name) for part in parts])
+        for field in dataclasses.fields(Groups)
+        if isinstance(getattr(parts[0], field.name), Tensor)
+    }
+    return dataclasses.replace(parts[0], **tensors)
 
 
 def _reordered(groups: Groups, order: Tensor) -> Groups:

@@ -2,8 +2,9 @@
 
 transformers loads as always, and knows where each tensor belongs. We are its quantizer: tensors of plain linear layers,
 of the embedding, and of layers that come quantised are handed to us one by one, and are packed at once
-(`engine.compute.cpu.storing`). When all are there, `StoredLinear` and `StoredEmbedding` take the layers' places. What
-is not known to be safe stays with transformers, and the backend packs it later.
+(`engine.compute.cpu.storing`), and so are those of a layer's experts, one expert after the other. When all are there,
+`StoredLinear`, `StoredEmbedding` and `OwnWeight` take their places. What is not known to be safe stays with
+transformers, and the backend packs it later.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from engine.checkpoints.streamed.tensor_reader import DTYPES, StoredTensor
 from engine.compute.cpu.kernels import Kernels
+from engine.compute.cpu.layers.own_weight import OwnWeight
 from engine.compute.cpu.packed_weight import Columns, Keep, PackedWeight, make_each
 from engine.compute.cpu.reordered import ReorderedLinear
 from engine.compute.cpu.stored_linear import StoredEmbedding, StoredLinear
@@ -89,6 +92,7 @@ class StreamedModel:
         self._tied: tuple[str, ...] = ()
         self._table, self._shares = "", False
         self._kept: dict[str, _Kept] = {}
+        self._experts: dict[str, list[PackedWeight] | None] = {}
         self._sources: dict[str, StoredTensor] = {}
         self._layers: dict[str, nn.Module] = {}
         self._read = 0
@@ -98,11 +102,16 @@ class StreamedModel:
     # -- before a tensor is read ---------------------------------------------------------------------------------------
 
     def plan(self, model: Any) -> None:
-        """Choose the weights that are taken, by the model without memory."""
+        """Choose the weights that are taken, by the model without memory.
+
+        Raises:
+            LoadError: experts come quantised.
+        """
         for place, stored in self._how.layers.items():
             try:
                 layer = model.get_submodule(place)
             except AttributeError:  # a part that this class does not have; transformers reports its tensors
+                _refuse_experts(model, place)
                 continue
             if isinstance(layer, nn.Linear):
                 model.set_submodule(place, _Waiting(layer, stored))
@@ -110,6 +119,7 @@ class StreamedModel:
             return
         head, names = model.get_output_embeddings(), {}
         for place, module in model.named_modules():
+            self._experts |= {f"{place}.{own}": None for own in _expert_weights(module)}
             if _is_linear(module):
                 names[f"{place}.weight"] = packed_kind(self._how.quantization, table=module is head)
         tied = {name for pair in getattr(model, "all_tied_weights_keys", {}).items() for name in pair}
@@ -130,7 +140,7 @@ class StreamedModel:
 
     def takes(self, name: str) -> bool:
         """Tell whether a parameter or buffer of the model is handed to `take`."""
-        return name in self._kinds or name.rpartition(".")[0] in self._how.layers
+        return name in self._kinds or name in self._experts or name.rpartition(".")[0] in self._how.layers
 
     # -- while they are read -------------------------------------------------------------------------------------------
 
@@ -147,12 +157,15 @@ class StreamedModel:
             if module.tensors.keys() == module.wanted:
                 self._layers[place] = self._quantised(place, module)
             return None
-        weight = module.weight
+        weight = module.get_parameter(own)
         if value.dtype not in _FLOATS:
             return _read(value).to(weight.dtype)
         weight._is_hf_initialized = True  # it stays without memory, and is not filled with random numbers
         if value.shape != weight.shape:
             self.mismatched.append((name, torch.Size(value.shape), weight.shape))
+            return None
+        if name in self._experts:
+            self._experts[name] = self._keep_experts(name, value)
             return None
         self._kept[name] = self._keep(name, module, value)
         return None
@@ -180,6 +193,22 @@ class StreamedModel:
             return store(kernels, self._kinds[name], *_columns(module, value))
         except LoadError as error:
             raise LoadError(f"{name.removesuffix('.weight')}: {error.message}") from error
+
+    def _keep_experts(self, name: str, value: Tensor | StoredTensor) -> list[PackedWeight]:
+        """Pack weights `[experts, columns, depth]`."""
+        return [
+            self._how.keep(f"{name} {expert}", partial(self._expert, name, value, expert))
+            for expert in range(value.shape[0])
+        ]
+
+    def _expert(self, name: str, value: Tensor | StoredTensor, expert: int) -> PackedWeight:
+        kernels, kind = self._how.kernels, packed_kind(self._how.quantization, table=False)
+        assert kernels is not None
+        weight = value.rows(expert, expert + 1)[0] if isinstance(value, StoredTensor) else value[expert]
+        try:
+            return store(kernels, kind, lambda start, end: weight[start:end], *weight.shape)
+        except LoadError as error:
+            raise LoadError(f"{name}, expert {expert}: {error.message}") from error
 
     def _quantised(self, place: str, waiting: _Waiting) -> nn.Module:
         """Bring a layer that came quantised into the kernels' layout, or widen it."""
@@ -236,9 +265,22 @@ class StreamedModel:
                 model.set_submodule(place, StoredLinear(kernels, dataclasses.replace(packed, bias=bias)))
         if table is not None:
             self._finish_embedding(model, embedding, table)
+        self._finish_experts(model)
         self._kept.clear()
         self._sources.clear()
         self._layers.clear()
+
+    def _finish_experts(self, model: Any) -> None:
+        assert self._how.kernels is not None
+        packed = {name: parts for name, parts in self._experts.items() if parts is not None}
+        for name, parts in packed.items():
+            place, _, own = name.rpartition(".")
+            module = model.get_submodule(place)
+            shape = module.get_parameter(own).shape
+            OwnWeight.of(self._how.kernels, parts, shape, plain=True).install(module, own)
+        if packed:  # experts one by one, so that only one is widened at a time
+            model.set_experts_implementation("eager")
+        self._experts.clear()
 
     def _finish_embedding(self, model: Any, embedding: nn.Embedding, kept: _Kept) -> None:
         kernels = self._how.kernels
@@ -280,6 +322,30 @@ def _is_linear(module: nn.Module) -> bool:
         return False  # a packed weight would be widened to be looked at
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 2
+
+
+def _refuse_experts(model: Any, place: str) -> None:
+    """Refuse a layer that comes quantised and is one of experts which the model keeps in one tensor."""
+    parent, found, _ = place.partition(".experts.")
+    names = {name for name, _ in model.named_parameters()}
+    if found and f"{parent}.experts.down_proj" in names:
+        raise LoadError(
+            f"{place} is quantised; experts are read from float checkpoints, with quantization: int8 or int4 in the "
+            "entry, and from GGUF files."
+        )
+
+
+def _expert_weights(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's weights of experts, if each is `[experts, columns, depth]` in float32.
+
+    transformers marks those that it can also compute one by one, and says which of them are transposed.
+    """
+    found = module._parameters
+    if set(found) != {"gate_up_proj", "down_proj"} or getattr(module, "is_transposed", True):
+        return ()
+    weights = [weight for weight in found.values() if weight is not None]
+    fits = all(weight.dim() == 3 and weight.dtype == torch.float32 for weight in weights)
+    return tuple(found) if fits and len(weights) == 2 else ()
 
 
 def _columns(module: nn.Module, value: Tensor | StoredTensor) -> tuple[Columns, int, int]:

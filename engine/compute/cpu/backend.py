@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.layers.decoder_layer import fuse_layers
 from engine.compute.cpu.layers.experts import replace_experts
+from engine.compute.cpu.layers.own_weights import loaded_weights, pack_own_weights
 from engine.compute.cpu.layers.pointwise import replace_pointwise
 from engine.compute.cpu.linear import NativeLinear, merge_shared_projections, take_over
 from engine.compute.cpu.packed_weight import Keep, make_each
@@ -78,6 +80,7 @@ class CpuBackend:
             kinds = {"4 bits": 2 * _ROUNDED, "8 bits": _ROUNDED}
             return all(is_sound(partial(self._pack, kind), 192, 80, tolerance=t) for kind, t in kinds.items())
         stored = [module for module in model.modules() if isinstance(module, StoredLinear)]
+        stored += [StoredLinear(self._kernels, weight.parts[0]) for weight in loaded_weights(model).values()]
         exact = {(m.in_features, min(m.out_features, 2048)) for m in stored if m.packed.input_kind == "float32"}
         smallest: dict[str, StoredLinear] = {}
         for layer in sorted(stored, key=lambda m: m.in_features * m.out_features):
@@ -110,31 +113,35 @@ class CpuBackend:
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
         """Replace linear layers, experts, norms, activations, and decoder layers made of the usual parts."""
-        self._stored = take_over(model)
+        own = {name: weight.parts[0].layout for name, weight in loaded_weights(model).items()}
+        self._stored = take_over(model) | own
         head = model.get_output_embeddings()  # type: ignore[operator]
         if self._quantization == "int4" and type(head) is nn.Linear:
             eight = self._kept("head", partial(self._pack, "8 bits"), head.weight, head.bias)
             model.set_output_embeddings(eight)  # type: ignore[operator]
-        pack_model(model, stored, self._kept_in_turn("layer"), progress)
-        experts, rounds = self._kept_in_turn("expert"), self._quantization in ("int8", "int4")
-        replace_experts(model, self._kernels, experts, rounds=rounds, progress=progress)
+        pack_model(model, stored, self._kept_in_turn("layer", self._make), progress)
+        replace_experts(model, self._kernels, self._kept_in_turn("expert", self._make), self.exact_linear, progress)
+        with contextlib.suppress(Exception):  # the experts that are left: one by one, so that each weight is seen
+            model.set_experts_implementation("eager")  # type: ignore[operator]
+        own, alone = self._kept_in_turn("own", self._make), self._kept_in_turn("alone", self.exact_linear)
+        pack_own_weights(model, self._kernels, own, alone)
         replace_pointwise(model, self._kernels)
         merge_shared_projections(model)
         fused = fuse_layers(model, self._kernels, length)
         progress(f"{fused} layers run as one kernel each ({self._kernels.target})")
 
     def _kept(
-        self, name: str, make: Callable[[Tensor, Tensor | None], NativeLinear], weight: Tensor, bias: Tensor | None
+        self, name: str, make: Callable[[Tensor, Tensor | None], Any], weight: Tensor, bias: Tensor | None
     ) -> NativeLinear:
         """Make a layer of the weight that is kept under its name, or of this one."""
         packed = self._keep(name, lambda: make(weight, bias).packed)
         assert (packed.columns, packed.depth) == weight.shape, "a kept weight's key has all that decides its shape"
         return NativeLinear.of(self._kernels, packed)
 
-    def _kept_in_turn(self, name: str) -> Make:
+    def _kept_in_turn(self, name: str, make: Make) -> Make:
         """Make layers whose weights are kept by their number: a model is walked through in the same order each time."""
         numbers = itertools.count()
-        return lambda weight, bias: self._kept(f"{name} {next(numbers)}", self._make, weight, bias)
+        return lambda weight, bias: self._kept(f"{name} {next(numbers)}", make, weight, bias)
 
     def release_memory(self) -> None:
         """Give freed memory back to the operating system."""

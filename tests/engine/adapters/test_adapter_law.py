@@ -13,16 +13,14 @@ import adapters_for_tests as adapters
 import pytest
 import test_invariants as law
 import torch
-from few_rows import WHY, few_rows_keep_their_bits
+from few_rows import few_rows_keep_their_bits
 
 from engine import LLM, LoadError, check_receipt
 from engine.compute.attention import current_plan
+from engine.compute.cpu.kernels import Kernels, NoKernels
 
 FAMILIES = ["llama", "qwen3", "gemma3_text", "phi3", "gpt2", "gpt_oss"]
-EXPERTS = pytest.mark.skipif(not few_rows_keep_their_bits(), reason=WHY)
-"""Where that is so, the law of gpt_oss is not claimed, and its adapters are refused."""
-MARKS = {family: (EXPERTS,) if family == "gpt_oss" else () for family in FAMILIES}
-SOME = [FAMILIES[0], *(pytest.param(family, marks=(pytest.mark.slow, *MARKS[family])) for family in FAMILIES[1:])]
+SOME = [FAMILIES[0], *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:])]
 CIRCUMSTANCES = [name for name in law.CIRCUMSTANCES if name != "a new process"]
 Folders = Callable[[str], dict[str, Path]]
 
@@ -78,7 +76,7 @@ def _cases() -> Iterator[Any]:
             for prompt in law.PROMPTS:
                 unusual = (family != "llama") + (adapter != "one") + (prompt != "short")
                 marks = {0: (), 1: (pytest.mark.slow,)}.get(unusual, (pytest.mark.sweep,))
-                yield pytest.param(family, adapter, prompt, marks=(*marks, *MARKS[family]))
+                yield pytest.param(family, adapter, prompt, marks=marks)
 
 
 @pytest.mark.parametrize(("family", "adapter", "prompt"), list(_cases()))
@@ -108,7 +106,15 @@ def test_the_circumstance_does_not_matter(
 
 @pytest.mark.slow
 @pytest.mark.skipif(few_rows_keep_their_bits(), reason="torch's products keep a row's bits on this processor")
-def test_beside_experts_that_break_the_law_no_adapter_is_served(tiny: Callable[[str], Path], folders: Folders) -> None:
+def test_beside_experts_that_break_the_law_no_adapter_is_served(
+    tiny: Callable[[str], Path], folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without compiled kernels torch multiplies the experts."""
+
+    def none(*_: Any, **__: Any) -> Kernels:
+        raise NoKernels("no compiler")
+
+    monkeypatch.setattr(Kernels, "load", none)
     assert not law.open_model(tiny("gpt_oss")).info.law.holds
     with pytest.raises(LoadError, match="no adapter is reproducible"):
         opened(tiny("gpt_oss"), folders("gpt_oss"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from tests.engine.gguf_files import KNOWN_TOKENS, byte_level
 Kinds = Callable[[str], str]
 """From a tensor's name in the file to its kind."""
 
-_ARCHITECTURES = {"gemma3_text": "gemma3"}
+_ARCHITECTURES = {"gemma3_text": "gemma3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+_KEYS = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
+"""Where transformers lists an architecture's keys, if not under its own name."""
 _SMALL = {
     # Where a block has its scale and its factor of minima, and what makes random numbers spread by one around zero.
     "Q2_K": ((80, 1 / 9.6), (82, 1.5 / 9.6)),
@@ -72,16 +75,22 @@ def write_quantised(folder: Path, file: Path, kinds: Kinds, *, tied: bool = True
     writer.add_pad_token_id(0)
     writer.add_chat_template((folder / "chat_template.jinja").read_text())
     shapes = {name: tuple(model.state_dict()[own].shape) for name, own in names.items()}
+    shapes = dict(
+        _of_experts(name, shape) if name.endswith("_exps") else (name, shape) for name, shape in shapes.items()
+    )
     for number, (name, shape) in enumerate(sorted(shapes.items())):
         if name == "output.weight" and tied:
             continue
+        if "ffn_gate_inp_shexp" in name:  # one row is stored as a vector
+            shape = shape[1:]
         random = np.random.default_rng(1000 * seed + number)
-        kind = kinds(name) if len(shape) == 2 else "F32"
+        kind = kinds(name) if len(shape) in (2, 3) else "F32"
         if kind == "F32":
             weights = random.normal(1.0 if "norm" in name else 0.0, 0.1, shape).astype(np.float32)
             writer.add_tensor(name, weights)
         else:
-            data = blocks(shape, kind, 1000 * seed + number)
+            data = blocks((math.prod(shape[:-1]), shape[-1]), kind, 1000 * seed + number)
+            data = data.reshape(*shape[:-1], data.shape[-1])
             writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -90,9 +99,15 @@ def write_quantised(folder: Path, file: Path, kinds: Kinds, *, tied: bool = True
     return file
 
 
+def _of_experts(name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """Experts' gate and up are one weight in the model, and two in a file."""
+    experts, columns, depth = shape
+    return f"{name}.weight", (experts, columns if "down" in name else columns // 2, depth)
+
+
 def _add_keys(writer: GGUFWriter, architecture: str, config: Any) -> None:
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-    for key, own in GGUF_CONFIG_MAPPING[architecture].items():
+    for key, own in GGUF_CONFIG_MAPPING[_KEYS.get(architecture, architecture)].items():
         value = rope.get("rope_theta") if own == "rope_theta" else getattr(config, own, None) if own else None
         if isinstance(value, float):
             writer.add_float32(f"{architecture}.{key}", value)

@@ -22,6 +22,7 @@ from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.layers.decoder_layer import NativeLayer, fuse_layers
 from engine.compute.cpu.layers.experts import replace_experts
 from engine.compute.cpu.layers.layer_kernel import LayerParts, NormParts
+from engine.compute.cpu.layers.own_weights import pack_own_weights
 from engine.compute.cpu.layers.pointwise import replace_pointwise
 from engine.compute.cpu.linear import NativeLinear, merge_shared_projections
 from engine.compute.cpu.packed_weight import PackedWeight
@@ -258,13 +259,6 @@ def test_a_layer_has_the_same_bits_with_every_instruction_set(kernels: Kernels, 
 
 
 @pytest.mark.slow
-def test_a_mixture_has_the_same_bits_with_every_instruction_set(kernels: Kernels, other_kernels: Kernels) -> None:
-    x, chosen, weights = _random(23, 72), torch.arange(46).view(23, 2) % 7, _random(23, 2)
-    for kind in ("bfloat16", "float32", "int8"):
-        one, other = (k.experts(*_experts(k, kind, 7, 72, 40), "gelu_tanh") for k in (kernels, other_kernels))
-        assert torch.equal(one(x, chosen, weights), other(x, chosen, weights)), kind
-
-
 def test_a_row_that_is_not_finite_is_noted_and_hurts_nobody(kernels: Kernels) -> None:
     parts = _parts(kernels, "bfloat16")
     layer = kernels.layer(parts)
@@ -356,67 +350,6 @@ def test_a_norm_takes_the_mean_off_if_it_is_centred(kernels: Kernels) -> None:
         assert torch.equal(kernels.norm(x[2:3], weight, 1e-5, centred=True), out[2:3])
 
 
-def _experts(kernels: Kernels, kind: str, count: int, dim: int, inner: int) -> tuple[list[PackedWeight], ...]:
-    def weight(columns: int, depth: int, seed: int) -> PackedWeight:
-        numbers = _random(columns, depth, seed=seed) * depth**-0.5
-        numbers = numbers.bfloat16().float() if kind == "bfloat16" and seed % 3 else numbers  # of both kinds in one
-        return kernels.pack(
-            numbers, _random(columns, seed=seed) if seed % 2 else None, "int8" if kind == "int8" else "exact"
-        )
-
-    return [weight(2 * inner, dim, i) for i in range(count)], [weight(dim, inner, i + 5) for i in range(count)]
-
-
-@pytest.mark.parametrize("kind", ["bfloat16", "float32", "int8"])
-@pytest.mark.parametrize("rows", [1, 2, 19, 80])
-def test_a_mixture_is_the_sum_of_its_experts_in_the_order_of_the_choices(
-    kernels: Kernels, kind: str, rows: int
-) -> None:
-    gate_up, down = _experts(kernels, kind, 7, 72, 40)
-    mixture = kernels.experts(gate_up, down, "silu")
-    x = _random(rows, 72)
-    chosen = torch.stack([torch.randperm(7, generator=torch.Generator().manual_seed(i))[:3] for i in range(rows)])
-    weights = torch.rand(rows, 3, generator=torch.Generator().manual_seed(1))
-    expected = torch.zeros(rows, 72)
-    for row in range(rows):
-        for choice, weight in zip(chosen[row].tolist(), weights[row], strict=True):
-            both = kernels.group([gate_up[choice]])(x[row : row + 1])[0]
-            active = kernels.activate(both[:, :40], "silu") * both[:, 40:]
-            y = kernels.group([down[choice]])(active)[0][0]
-            expected[row] = (y.double() * weight.double() + expected[row].double()).float()  # as one fma, but for ties
-    before, found = torch.get_num_threads(), set()
-    try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            found.add(bytes(mixture(x, chosen, weights).numpy().data))
-    finally:
-        torch.set_num_threads(before)
-    assert len(found) == 1, "who computes which piece does not matter"
-    out = mixture(x, chosen, weights)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
-    assert (out == expected).float().mean() > 0.99
-    for start, stop in ((0, 1), (rows // 2, rows)):
-        part = slice(start, stop)
-        assert torch.equal(mixture(x[part], chosen[part], weights[part]), out[part]), "nor do other rows"
-
-
-def test_a_choice_that_is_no_expert_adds_nothing(kernels: Kernels) -> None:
-    mixture = kernels.experts(*_experts(kernels, "float32", 4, 32, 16), "gelu_tanh")
-    x, weights = _random(3, 32), torch.rand(3, 2)
-    out = mixture(x, torch.tensor([[1, 4], [-1, 2], [9, 99]]), weights)
-    assert torch.equal(out[0], mixture(x[:1], torch.tensor([[1]]), weights[:1, :1])[0])
-    assert torch.equal(out[1], mixture(x[1:2], torch.tensor([[2]]), weights[1:2, 1:])[0])
-    assert torch.equal(out[2], torch.zeros(32))
-
-
-def test_experts_that_do_not_fit_are_refused(kernels: Kernels) -> None:
-    gate_up, down = _experts(kernels, "float32", 4, 32, 16)
-    with pytest.raises(ValueError, match="no experts that there is a kernel for"):
-        kernels.experts(gate_up[1:], [*down[:-1], gate_up[0]], "silu")
-    with pytest.raises(ValueError, match="3 rows with choices for 2"):
-        kernels.experts(gate_up, down, "silu")(_random(3, 32), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
-
-
 # -- whole models ----------------------------------------------------------------------------------------------------
 
 
@@ -431,7 +364,9 @@ def _model(kernels: Kernels, family: str, kind: str = "exact", **config: Any) ->
         if parameter.dim() > 1:
             parameter.copy_((torch.randn(parameter.shape) * 0.2).bfloat16())
     pack_model(model, make=partial(NativeLinear, kernels, kind))
-    replace_experts(model, kernels, partial(NativeLinear, kernels, kind), rounds=kind == "int8")
+    make, exact = (partial(NativeLinear, kernels, k) for k in (kind, "exact"))
+    replace_experts(model, kernels, make, exact)
+    pack_own_weights(model, kernels, make, exact)
     replace_pointwise(model, kernels)
     merge_shared_projections(model)
     return model
