@@ -34,9 +34,9 @@ from engine.compute.cpu.packed_weight import (
     pack_groups,
     pack_pieces,
     pack_weight,
+    round_pieces,
     widen,
 )
-from engine.compute.cpu.rounded import round_pieces
 from engine.compute.processor import ARM
 from engine.compute.whole.groups import Groups
 from engine.scheduling.block_pool import BLOCK_SIZE
@@ -114,7 +114,7 @@ class Kernels:
         return pack_groups(self._calls, groups, bias)
 
     def round(self, read: Columns, pieces: Pieces, columns: int, depth: int, bits: int) -> Groups:
-        """Round a weight of which only some columns are read at a time: see `rounded.round_pieces`."""
+        """Round a weight of which only some columns are read at a time: see `packed_weight.round_pieces`."""
         return round_pieces(self._calls, read, pieces, columns, depth, bits)
 
     def widen(self, packed: PackedWeight, columns: Tensor | None = None) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from engine.compute.cpu.kernel_calls import Calls, Format, GroupParts, Matrix
 from engine.compute.whole.groups import Groups
+from engine.compute.whole.rounding import GROUP, PER
+from engine.errors import LoadError
 
 KINDS: Final = {"float32": 0, "bfloat16": 1, "int8": 2, "grouped": 3}
 """How a packed weight is stored; the numbers of tiles.h."""
@@ -164,6 +166,35 @@ def _format(groups: Groups) -> Format:
         raise ValueError(f"a zero of {zero}; the kernels take 0 to 255")
     kinds = (g.scales, g.supers, g.minima, g.minimum_supers, g.zeros if isinstance(g.zeros, Tensor) else None)
     return Format(g.bits, g.group, g.per, zero, *(0 if part is None else _PARTS[part.dtype] for part in kinds))
+
+
+def round_pieces(calls: Calls, read: Columns, pieces: Pieces, columns: int, depth: int, bits: int) -> Groups:
+    """Round a weight `[columns, depth]`, of which some columns are read at a time, to 4 or 8 bits, as `whole.rounding`.
+
+    Raises:
+        LoadError: a number is not finite.
+    """
+    groups = _unfilled(columns, depth, bits)
+    parts = (groups.numbers, groups.scales, groups.minima, groups.supers, groups.minimum_supers)
+    for start, end in pieces:
+        weight = read(start, end).detach().to(torch.float32).contiguous()
+        out = (None if part is None else part[start:end].data_ptr() for part in parts)
+        if calls.round(weight.data_ptr(), *out, end - start, depth, bits, torch.get_num_threads()):
+            raise LoadError("a weight is not a finite number, and cannot be rounded.")
+    return groups
+
+
+def _unfilled(columns: int, depth: int, bits: int) -> Groups:
+    of = -(-depth // GROUP)
+
+    def part(count: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(columns, count, dtype=dtype)
+
+    numbers = part(depth, torch.uint8)
+    if bits == 8:
+        return Groups(numbers, 8, GROUP, part(of, torch.bfloat16), zeros=128)
+    whole, supers = (of, torch.uint8), (-(-of // PER), torch.bfloat16)
+    return Groups(numbers, 4, GROUP, part(*whole), part(*supers), part(*whole), part(*supers), 0, PER)
 
 
 def widen(calls: Calls, packed: PackedWeight, columns: Tensor | None = None) -> Tensor:
