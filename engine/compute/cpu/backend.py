@@ -123,8 +123,8 @@ class CpuBackend:
         replace_experts(model, self._kernels, self._kept_in_turn("expert", self._make), self.exact_linear, progress)
         with contextlib.suppress(Exception):  # the experts that are left: one by one, so that each weight is seen
             model.set_experts_implementation("eager")  # type: ignore[operator]
-        own, alone = self._kept_in_turn("own", self._make), self._kept_in_turn("alone", self.exact_linear)
-        pack_own_weights(model, self._kernels, own, alone)
+        parts, alone = self._kept_in_turn("own", self._make), self._kept_in_turn("alone", self.exact_linear)
+        pack_own_weights(model, self._kernels, parts, alone)
         replace_pointwise(model, self._kernels)
         merge_shared_projections(model)
         fused = fuse_layers(model, self._kernels, length)

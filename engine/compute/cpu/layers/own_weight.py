@@ -44,8 +44,7 @@ class OwnWeight(Tensor):
     @staticmethod
     def of(kernels: Kernels, parts: Sequence[PackedWeight], shape: torch.Size, *, plain: bool = False) -> OwnWeight:
         """Make one of `shape`, all of whose parts have its last two dimensions."""
-        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
-        weight: OwnWeight = make(OwnWeight, shape, dtype=torch.float32, device="cpu")
+        weight = _without_memory(shape)
         weight.kernels, weight.parts, weight.plain = kernels, tuple(parts), plain
         weight._products = tuple(kernels.group([part]) for part in parts)
         return weight
@@ -63,9 +62,7 @@ class OwnWeight(Tensor):
         """Return one of several weights: a widened copy if this is `plain`."""
         if self.plain:
             return self.kernels.widen(self.parts[index])
-        weight: OwnWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            OwnWeight, self.shape[1:], dtype=torch.float32, device="cpu"
-        )
+        weight = _without_memory(self.shape[1:])
         weight.kernels, weight.parts, weight.plain = self.kernels, (self.parts[index],), False
         weight._products = (self._products[index],)
         return weight
@@ -102,8 +99,14 @@ class OwnWeight(Tensor):
         return func(*wide, **{k: a.widened() if isinstance(a, OwnWeight) else a for k, a in kwargs.items()})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(f"{func} of a weight that is packed")
+
+
+def _without_memory(shape: torch.Size) -> OwnWeight:
+    make: Any = Tensor._make_wrapper_subclass
+    weight: OwnWeight = make(OwnWeight, shape, dtype=torch.float32, device=torch.device("cpu"))
+    return weight
 
 
 def describes(func: Any) -> bool:
@@ -114,7 +117,7 @@ def describes(func: Any) -> bool:
 
 def operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """Return what an `F.linear` was given: input, weight and bias."""
-    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+    given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
     return given.get("input"), given.get("weight"), given.get("bias")
 
 
