@@ -115,7 +115,7 @@ class CpuBackend:
         replace_pointwise(model, self._kernels)
         merge_shared_projections(model)
         fused = fuse_layers(model, self._kernels, length)
-        progress(f"{fused} layers run as one kernel each ({self._kernels.target})")
+        progress(f"{fused} layers run as one kernel each ({self._kernels.matrix_unit.describe(self._kernels.target)})")
 
     def release_memory(self) -> None:
         """Give freed memory back to the operating system."""
