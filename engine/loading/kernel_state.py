@@ -13,8 +13,9 @@ __all__ = ["cpu_kernels", "kernel_folder"]
 
 
 def cpu_kernels(progress: Callable[[str], None] | None = None) -> str:
-    """Load the kernels, compiled first if need be (six seconds), and return the instruction set that they use; also why they do
-    not use a matrix unit that the processor announces.
+    """Load the kernels, compiled first if need be (six seconds), and return the instruction set that they use.
+
+    Where they do not use a matrix unit that the processor announces, it says why.
 
     Raises:
         LoadError: there are none here; the message says why and what would help.

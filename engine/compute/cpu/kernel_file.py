@@ -72,7 +72,7 @@ def load(
         source: a file of C; the headers beside it belong to it.
         cache: the folder for compiled files; default `$XDG_CACHE_HOME/verbatim` or `~/.cache/verbatim`.
         progress: told when it has to be compiled, and why again.
-        use: is given the library and its file, which may be gone afterwards; what it returns is returned. Raises nothing.
+        use: makes the result of the library and its file, which may be gone afterwards. Raises nothing.
 
     Raises:
         NoKernels: no compiler, one that fails, or one whose work fails when it is tried.
@@ -97,9 +97,7 @@ def load(
     return _compiled([compiler, *flags, str(source)], folder, name, say, use)
 
 
-def _compiled(
-    command: Sequence[str], folder: Path | None, name: str, say: Callable[[str], None], use: _Use[_T]
-) -> _T:
+def _compiled(command: Sequence[str], folder: Path | None, name: str, say: Callable[[str], None], use: _Use[_T]) -> _T:
     """Compile, try, keep and load; on failure once more elsewhere, for the disk may be full."""
     fault: NoKernels | None = None
     for base in (folder, None):
@@ -141,7 +139,7 @@ def _compile(command: Sequence[str], target: Path) -> Path:
 
 
 def run_trial(library: Path, name: str, seconds: float) -> Trial:
-    """Call a function of `engine.compute.cpu.kernel_trial` with a compiled file, in a child process that may crash or hang."""
+    """Call a function of `engine.compute.cpu.kernel_trial` with a compiled file, in a child process that may crash."""
     trial = f"from engine.compute.cpu.kernel_trial import {name}; {name}(*sys.argv[2:])"
     code = f"import sys; sys.path.insert(0, sys.argv[1]); {trial}"
     root = Path(__file__).resolve().parents[3]

@@ -1,4 +1,4 @@
-"""Call every function of a compiled kernel library once, or its products on the matrix unit, in a process that may crash.
+"""Call every function of a compiled kernel library once, or multiply on the matrix unit, in a process that may crash.
 
 Started by `engine.compute.cpu.kernel_file`. Imports no torch, so that it is quick: the numbers are arrays of ctypes.
 """
@@ -39,7 +39,8 @@ _HEAD = 16
 def main(library: str) -> None:
     """Load a compiled file and try it. Exits with 1 if a result is wrong."""
     calls = _load(library)
-    calls.target(), calls.matrix_unit(0)
+    calls.target()
+    calls.matrix_unit(0)
     for kind in (0, 1, 2):
         _expect(f"a product of kind {kind}", _product(calls, kind), _DEPTH * 0.5, tolerance=1.0)
     for bits, group in _FORMATS:

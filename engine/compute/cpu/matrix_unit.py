@@ -1,9 +1,10 @@
 """Decide whether products of many rows use the processor's matrix unit (AMX), by trying it in a child process.
 
-What a processor announces is not enough: some virtual machines announce the unit and trap on its first instruction, which
-ends a process. So nothing here uses it before a child has, with the bits of the other instructions; a crash, another bit, a
-hang and a refusal of the system all mean no. Where the kernels were compiled without it, no child is started.
-The answer is kept beside the compiled kernels, for this start of this machine. Knows processes and files; no tensors.
+What a processor announces is not enough: some virtual machines announce the unit and trap on its first instruction,
+which ends a process. So this process does not use it before a child has, with the bits of the other instructions; a crash,
+another bit, a hang and a refusal of the system all mean no. Where the kernels were compiled without it, no child is
+started. The answer is kept beside the compiled kernels, for this start of this machine. Knows processes and files; no
+tensors.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,9 +106,7 @@ def test_a_unit_that_fails_is_left_out_and_the_reason_is_kept(
     [("", 1, "the system refuses it: Operation not permitted"), ("raise(SIGKILL)", 0, "ended by SIGKILL")],
     ids=["a refusal", "ended from outside"],
 )
-def test_what_may_be_otherwise_the_next_time_is_asked_again(
-    tmp_path: Path, fault: str, refused: int, why: str
-) -> None:
+def test_what_may_be_otherwise_the_next_time_is_asked_again(tmp_path: Path, fault: str, refused: int, why: str) -> None:
     """A container may forbid what its host allows; memory may have run out."""
     library = _stub(tmp_path, fault, refused)
     assert _chosen(library) == MatrixUnit(used=False, fault=f"its trial failed: {why}")
@@ -208,7 +206,7 @@ def test_a_child_that_cannot_be_started_leaves_the_unit_out(tmp_path: Path, monk
 @pytest.fixture(scope="module", params=["works", "traps"])
 def emulated(
     request: pytest.FixtureRequest, kernels: Kernels, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[SimpleNamespace]:
+) -> SimpleNamespace:
     """Kernels with a unit that is written out, and that works, or traps."""
     if "AVX2" not in kernels.target and "AVX-512" not in kernels.target:
         pytest.skip("the unit is one of x86")
@@ -217,7 +215,7 @@ def emulated(
         patch.delenv(matrix_unit.SWITCH, raising=False)
         folder = tmp_path_factory.mktemp("emulated")
         found = Kernels.load(folder, ("-O0", f"-DVERBATIM_EMULATE_MATRIX{fault}"))
-    yield SimpleNamespace(kernels=found, works=not fault)
+    return SimpleNamespace(kernels=found, works=not fault)
 
 
 def test_products_are_the_same_with_a_unit_that_works_and_with_one_that_traps(
