@@ -1,10 +1,10 @@
 """Decide whether products of many rows use the processor's matrix unit (AMX), by trying it in a child process.
 
 What a processor announces is not enough: some virtual machines announce the unit and trap on its first instruction,
-which ends a process. So this process does not use it before a child has, with the bits of the other instructions; a crash,
+which ends a process. So no process uses it before a child has, with the bits of the other instructions; a crash,
 another bit, a hang and a refusal of the system all mean no. Where the kernels were compiled without it, no child is
-started. The answer is kept beside the compiled kernels, for this start of this machine. Knows processes and files; no
-tensors.
+started. The answer is kept beside the compiled kernels, for this start of this machine.
+Knows processes and files; no tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["NO_UNIT", "SWITCH", "MatrixUnit", "choose_matrix_unit"]
 SWITCH: Final = "VERBATIM_MATRIX_UNIT"
 """The environment variable that says `off`, or `on`, which is the default: use the unit where it works."""
 
-_SECONDS: Final = 20.0  # for a trial that takes a tenth of one
+_SECONDS: Final = 60.0  # for a trial that takes a tenth of one; a busy machine must not look like one that hangs
 _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -67,9 +67,11 @@ def choose_matrix_unit(calls: Calls, library: Path, progress: Callable[[str], No
     if wish != "on":
         return MatrixUnit(False, f"{SWITCH} is {wish!r}; it may be on or off")
     fault = _tried(library, progress or (lambda text: None))
-    if fault is None and (refused := calls.matrix_unit(1)):
-        fault = f"the system refuses it: {os.strerror(refused)}"
-    return MatrixUnit(True) if fault is None else MatrixUnit(False, fault)
+    if fault is not None:
+        return MatrixUnit(False, f"its trial failed: {fault}")
+    if refused := calls.matrix_unit(1):
+        return MatrixUnit(False, f"the system refuses it: {os.strerror(refused)}")
+    return MatrixUnit(True)
 
 
 def _tried(library: Path, say: Callable[[str], None]) -> str | None:
@@ -84,7 +86,7 @@ def _tried(library: Path, say: Callable[[str], None]) -> str | None:
     if trial.lasting:
         with contextlib.suppress(OSError):  # then the next start tries again
             keep_sealed(json.dumps({"machine": machine, "fault": trial.fault}).encode(), kept)
-    return None if trial.fault is None else f"its trial failed: {trial.fault}"
+    return trial.fault
 
 
 def _machine() -> str:

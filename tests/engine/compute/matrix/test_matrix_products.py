@@ -1,6 +1,6 @@
 """Products of many rows on a processor's matrix unit (AMX): the bits of every other instruction, within their buffers.
 
-No machine at hand had one: its instructions are written out (`VERBATIM_EMULATE_MATRIX`); they trap where a processor would.
+No machine at hand had one: its instructions are written out (`VERBATIM_EMULATE_MATRIX`) and trap where it would.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _ran(program: Path, products: int, seed: int) -> subprocess.CompletedProcess
 def test_the_bits_are_those_without_the_unit_and_no_byte_beyond_a_buffer_is_touched(
     tmp_path: Path, layout: tuple[str, ...]
 ) -> None:
-    """Random kinds of weights, one or two of a product, in shapes of which tiles are left over; on one to three threads."""
+    """Random kinds of weights, one or two of a product, in shapes that are no whole tiles; on one to three threads."""
     checked = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     program = _compiled(tmp_path / "trial", "-DVERBATIM_EMULATE_MATRIX", *layout, *checked)
     done = _ran(program, products=150, seed=1)
