@@ -79,8 +79,9 @@ def _tried(library: Path, say: Callable[[str], None]) -> str | None:
     kept, machine = library.with_suffix(".matrix"), _machine()
     with contextlib.suppress(Distrusted, ValueError, KeyError, TypeError):
         told = json.loads(read_sealed(kept))
+        fault: str | None = told["fault"]
         if told["machine"] == machine:
-            return told["fault"]
+            return fault
     say("trying the processor's matrix unit")
     trial: Trial = run_trial(library, "matrix", _SECONDS)
     if trial.lasting:

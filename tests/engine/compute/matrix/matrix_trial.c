@@ -26,8 +26,8 @@ static unsigned draw(unsigned below) {
 static float number(void) { return (float)((int)draw(20001) - 10000) / (float)(1 << draw(20)); }
 
 static void *filled(size_t count, int kind) {
-    char *out = malloc(count * part_size(kind) + !count);
-    for (size_t i = 0; i < count; i++) {
+    char *out = malloc(count * part_size(kind) + 1);
+    for (size_t i = 0; i < count && kind != NONE; i++) {
         float wide = number();
         uint16_t half = (uint16_t)((draw(2) << 15) | ((10 + draw(10)) << 10) | draw(1024));
         if (kind == F32) memcpy(out + 4 * i, &wide, 4);
