@@ -61,17 +61,22 @@ def matrix(library: str) -> None:
     `REFUSED` if the system does not let this process use it.
     """
     calls = _load(library)
-    products = {"int8": lambda: _product(calls, 2, _MANY, varied=True)}
-    for bits, group in _FORMATS:
-        name = f"groups of {group} numbers of {bits} bits"
-        products[name] = lambda bits=bits, group=group: _grouped(calls, bits, group, _MANY, varied=True)[0]
-    wanted = {name: bytes(product()) for name, product in products.items()}
+    wanted = _many_rows(calls)
     if refused := calls.matrix_unit(1):
         print(f"the system refuses it: {os.strerror(refused)}", file=sys.stderr)
         sys.exit(REFUSED)
-    for name, product in products.items():
-        if bytes(product()) != wanted[name]:
+    for name, product in _many_rows(calls).items():
+        if product != wanted[name]:
             sys.exit(f"a product of {name} has other bits on the matrix unit")
+
+
+def _many_rows(calls: Calls) -> dict[str, bytes]:
+    """Make a product of each kind that the matrix unit has, with more rows than it asks for."""
+    out = {"int8": bytes(_product(calls, 2, _MANY, varied=True))}
+    for bits, group in _FORMATS:
+        product, _ = _grouped(calls, bits, group, _MANY, varied=True)
+        out[f"groups of {group} numbers of {bits} bits"] = bytes(product)
+    return out
 
 
 def _load(library: str) -> Calls:
