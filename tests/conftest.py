@@ -87,9 +87,19 @@ _INSTRUCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "avx2",
         ("-march=x86-64-v3", "-DVERBATIM_EMULATE_WIDE", "-DVERBATIM_EMULATE_VNNI"),
     ),
+    # A matrix unit's tiles, for products of many rows.
+    "AVX2, matrix unit written out": ("avx2", ("-march=x86-64-v3", "-DVERBATIM_EMULATE_MATRIX")),
+    "AVX2, VNNI, panels of AVX-512, matrix unit written out": (
+        "avx2",
+        ("-march=x86-64-v3", "-DVERBATIM_EMULATE_WIDE", "-DVERBATIM_EMULATE_VNNI", "-DVERBATIM_EMULATE_MATRIX"),
+    ),
     "AVX2, VNNI": ("avx_vnni", ("-march=x86-64-v3", "-mavxvnni")),
     "AVX-512": ("avx512vl", ("-march=x86-64-v4",)),
     "AVX-512, VNNI": ("avx512_vnni", ("-march=x86-64-v4", "-mavx512vnni")),
+    "AVX-512, VNNI, matrix unit": (
+        "amx_int8",
+        ("-march=x86-64-v4", "-mavx512vnni", "-mamx-tile", "-mamx-int8", "-UVERBATIM_NO_MATRIX_UNIT"),
+    ),
 }
 
 
@@ -121,7 +131,10 @@ def other_kernels(
     if needed not in Path("/proc/cpuinfo").read_text().split():
         pytest.skip(f"this processor lacks {needed}")
     found = Kernels.load(folder, (*flags, "-O1"))  # quick to compile, and the same bits
-    assert found.target == request.param.removesuffix(" written out").removesuffix(", panels of AVX-512")
+    if found.matrix_unit.fault and "written out" not in request.param:
+        pytest.skip(f"the matrix unit is announced, and does not work here: {found.matrix_unit.fault}")
+    name = request.param.removesuffix(" written out").removesuffix(", matrix unit").removesuffix(", panels of AVX-512")
+    assert (found.target, found.matrix_unit.used) == (name, "matrix unit" in request.param)
     yield found
 
 

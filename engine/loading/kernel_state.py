@@ -15,11 +15,14 @@ __all__ = ["cpu_kernels", "kernel_folder"]
 def cpu_kernels(progress: Callable[[str], None] | None = None) -> str:
     """Load the kernels, compiled first if need be (six seconds), and return the instruction set that they use.
 
+    Where they do not use a matrix unit that the processor announces, it says why.
+
     Raises:
         LoadError: there are none here; the message says why and what would help.
     """
     try:
-        return Kernels.load(progress=progress).target
+        kernels = Kernels.load(progress=progress)
+        return kernels.matrix_unit.describe(kernels.target)
     except NoKernels as error:
         raise LoadError(f"{str(error).rstrip('.')}.") from None
 

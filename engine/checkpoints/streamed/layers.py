@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from engine.checkpoints.streamed.tensor_reader import DTYPES, StoredTensor
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.layers.own_weight import OwnWeight
+from engine.compute.cpu.layers.reordered import ReorderedLinear
 from engine.compute.cpu.packed_weight import Columns, Keep, PackedWeight, make_each
-from engine.compute.cpu.reordered import ReorderedLinear
 from engine.compute.cpu.stored_linear import StoredEmbedding, StoredLinear
 from engine.compute.cpu.storing import packed_kind, store
 from engine.compute.linear import WideningEmbedding

@@ -128,7 +128,7 @@ class CpuBackend:
         replace_pointwise(model, self._kernels)
         merge_shared_projections(model)
         fused = fuse_layers(model, self._kernels, length)
-        progress(f"{fused} layers run as one kernel each ({self._kernels.target})")
+        progress(f"{fused} layers run as one kernel each ({self._kernels.matrix_unit.describe(self._kernels.target)})")
 
     def _kept(
         self, name: str, make: Callable[[Tensor, Tensor | None], Any], weight: Tensor, bias: Tensor | None

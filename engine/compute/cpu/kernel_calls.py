@@ -96,6 +96,7 @@ class Calls:
         self.layer = _typed(library.verbatim_layer, [POINTER] * 11 + [LONG] * 4 + [INT])
         self.experts_scratch = _typed(library.verbatim_experts_scratch, [POINTER, LONG, LONG], LONG)
         self.experts = _typed(library.verbatim_experts, [POINTER] * 6 + [LONG] * 2 + [INT])
+        self.matrix_unit = _typed(library.verbatim_matrix_unit, [INT], INT)
         self.lanes = _typed(library.verbatim_lanes, [], INT)
         self.target = _typed(library.verbatim_target, [], ctypes.c_char_p)
 

@@ -20,12 +20,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple, TypeVar
 
 from engine.cache_folder import cache_folder, private_folder, written_by_others
+from engine.compute.cpu.kernel_trial import REFUSED
 from engine.compute.processor import ARM, processor_target
 
-__all__ = ["FLAGS", "NoKernels", "load"]
+__all__ = ["FLAGS", "Distrusted", "NoKernels", "Trial", "keep_sealed", "load", "read_sealed", "run_trial"]
+
+_T = TypeVar("_T")
+_Use = Callable[[ctypes.CDLL, Path], _T]
 
 FLAGS: Final = ("-ffp-contract=off", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC", "-pthread")
 """For every processor. Contraction off: where a product is fused with a sum is written down, not left to the compiler.
@@ -43,8 +47,16 @@ class NoKernels(Exception):
     """No compiled kernels can be had here; the message says why and what would help."""
 
 
-class _Distrusted(Exception):
+class Distrusted(Exception):
     """A file or folder is not whole, or somebody else may have written it."""
+
+
+class Trial(NamedTuple):
+    """How a trial in a child process ended: `fault` is what went wrong, None if nothing did."""
+
+    fault: str | None
+    lasting: bool = True
+    """Whether it would end so again: it says something about the machine, not about what else happens there now."""
 
 
 def load(
@@ -52,13 +64,15 @@ def load(
     cache: Path | None,
     flags: Sequence[str],
     progress: Callable[[str], None] | None,
-) -> ctypes.CDLL:
+    use: _Use[_T],
+) -> _T:
     """Load the library from the kept file, or compile it (six seconds).
 
     Args:
         source: a file of C; the headers beside it belong to it.
         cache: the folder for compiled files; default `$XDG_CACHE_HOME/verbatim` or `~/.cache/verbatim`.
         progress: told when it has to be compiled, and why again.
+        use: makes the result of the library and its file, which may be gone afterwards. Raises nothing.
 
     Raises:
         NoKernels: no compiler, one that fails, or one whose work fails when it is tried.
@@ -76,14 +90,14 @@ def load(
     folder, why = _folder(cache or cache_folder())
     if folder is not None and os.path.lexists(folder / name):
         try:
-            return _open(folder / name)
-        except _Distrusted as error:
+            return _open(folder / name, use)
+        except Distrusted as error:
             why = f"the kept file {error}"
     say(f"compiling kernels for this processor{f': {why}' if why else ''}")
-    return _compiled([compiler, *flags, str(source)], folder, name, say)
+    return _compiled([compiler, *flags, str(source)], folder, name, say, use)
 
 
-def _compiled(command: Sequence[str], folder: Path | None, name: str, say: Callable[[str], None]) -> ctypes.CDLL:
+def _compiled(command: Sequence[str], folder: Path | None, name: str, say: Callable[[str], None], use: _Use[_T]) -> _T:
     """Compile, try, keep and load; on failure once more elsewhere, for the disk may be full."""
     fault: NoKernels | None = None
     for base in (folder, None):
@@ -92,13 +106,15 @@ def _compiled(command: Sequence[str], folder: Path | None, name: str, say: Calla
                 made = _compile(command, Path(work) / name)
                 if folder is not None:
                     try:
-                        return _open(_keep(made, folder / name))
+                        kept = _keep(made.read_bytes(), folder / name)
                     except OSError as error:
                         say(f"the kernels are compiled for this process alone: {folder}: {error.strerror}")
-                return _open(made)
+                    else:
+                        return _open(kept, use)
+                return _open(made, use)
         except NoKernels as error:
             fault = error
-        except _Distrusted as error:
+        except Distrusted as error:
             fault = NoKernels(f"the compiled file {error}")
         except OSError as error:  # a full disk
             fault = NoKernels(f"they cannot be written: {error}")
@@ -116,15 +132,15 @@ def _compile(command: Sequence[str], target: Path) -> Path:
         first = (done.stderr.strip().splitlines() or ["?"])[0]
         raise NoKernels(f"{command[0]} cannot compile them: {first}")
     content = target.read_bytes()
-    if fault := _fault(target):
+    if fault := run_trial(target, "main", _TRIAL_SECONDS).fault:
         raise NoKernels(f"{command[0]} compiles them, but they fail when they are tried: {fault}")
-    _write(target, content + _MARK + hashlib.sha256(content).hexdigest().encode())
+    _write(target, _sealed(content))
     return target
 
 
-def _fault(library: Path) -> str | None:
-    """Call every function of a compiled file in a child process; return what goes wrong, None if nothing does."""
-    trial = "from engine.compute.cpu.kernel_trial import main; main(*sys.argv[2:])"
+def run_trial(library: Path, name: str, seconds: float) -> Trial:
+    """Call a function of `engine.compute.cpu.kernel_trial` with a compiled file, in a child process that may crash."""
+    trial = f"from engine.compute.cpu.kernel_trial import {name}; {name}(*sys.argv[2:])"
     code = f"import sys; sys.path.insert(0, sys.argv[1]); {trial}"
     root = Path(__file__).resolve().parents[3]
     try:
@@ -134,24 +150,41 @@ def _fault(library: Path) -> str | None:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=_TRIAL_SECONDS,
+            timeout=seconds,
         )
     except subprocess.TimeoutExpired:
-        return f"no end after {_TRIAL_SECONDS:g} seconds"
+        return Trial(f"no end after {seconds:g} seconds")
     except OSError as error:
-        return str(error)
+        return Trial(str(error), lasting=False)
     if done.returncode < 0:
-        return f"ended by {signal.Signals(-done.returncode).name}"
-    return (done.stderr.strip().splitlines() or ["?"])[-1] if done.returncode else None
+        ended = signal.Signals(-done.returncode)
+        return Trial(f"ended by {ended.name}", lasting=ended != signal.SIGKILL)  # which comes from outside
+    if not done.returncode:
+        return Trial(None)
+    return Trial((done.stderr.strip().splitlines() or ["?"])[-1], lasting=done.returncode != REFUSED)
 
 
-def _keep(made: Path, target: Path) -> Path:
-    """Copy the file beside its target, flush it to the disk, then rename it: no reader ever sees a part of it."""
+def keep_sealed(content: bytes, target: Path) -> None:
+    """Keep some text as a compiled file is kept: whole or not at all, for this user. Raises OSError."""
+    _keep(_sealed(content), target)
+
+
+def read_sealed(path: Path) -> bytes:
+    """Read what `keep_sealed` has kept. Raises Distrusted: it is not whole, or somebody else may have written it."""
+    return _check(path)
+
+
+def _sealed(content: bytes) -> bytes:
+    return content + _MARK + hashlib.sha256(content).hexdigest().encode()
+
+
+def _keep(content: bytes, target: Path) -> Path:
+    """Write a file beside its target, flush it to the disk, then rename it: no reader ever sees a part of it."""
     handle, name = tempfile.mkstemp(prefix=".kernels-", dir=target.parent)
     os.close(handle)
     partial = Path(name)
     try:
-        _write(partial, made.read_bytes())
+        _write(partial, content)
         partial.replace(target)
         descriptor = os.open(target.parent, os.O_RDONLY)
         try:
@@ -171,38 +204,41 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _open(path: Path) -> ctypes.CDLL:
+def _open(path: Path, use: _Use[_T]) -> _T:
     """Load a file that `_compile` has sealed.
 
     Raises:
-        _Distrusted: it has no valid seal, or does not load.
+        Distrusted: it has no valid seal, or does not load.
     """
     _check(path)
     try:
-        return ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise _Distrusted(f"does not load: {error}") from error
+        raise Distrusted(f"does not load: {error}") from error
+    return use(library, path)
 
 
-def _check(path: Path) -> None:
+def _check(path: Path) -> bytes:
+    """Return what a sealed file holds. Raises Distrusted: it is not whole, or somebody else may have written it."""
     try:
         # A link is not followed, and a pipe not waited for.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST:
-                raise _Distrusted("is no file of ours")
+                raise Distrusted("is no file of ours")
             if fault := written_by_others(status):
-                raise _Distrusted(fault)
+                raise Distrusted(fault)
             with open(descriptor, "rb", closefd=False) as file:
                 content = file.read()
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise _Distrusted("is a link" if path.is_symlink() else f"cannot be read: {error.strerror}") from error
+        raise Distrusted("is a link" if path.is_symlink() else f"cannot be read: {error.strerror}") from error
     body, seal = content[:-_SEAL], content[-_SEAL:]
-    if seal != _MARK + hashlib.sha256(body).hexdigest().encode():
-        raise _Distrusted("is not whole: its checksum is another, or missing")
+    if body + seal != _sealed(body):
+        raise Distrusted("is not whole: its checksum is another, or missing")
+    return body
 
 
 def _folder(folder: Path | None) -> tuple[Path | None, str]:

@@ -1,4 +1,4 @@
-"""Call every function of a compiled kernel library once, in a process that may crash.
+"""Call every function of a compiled kernel library once, or multiply on the matrix unit, in a process that may crash.
 
 Started by `engine.compute.cpu.kernel_file`. Imports no torch, so that it is quick: the numbers are arrays of ctypes.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import os
 import sys
-from typing import Any
+from typing import Any, Final
 
 from engine.compute.cpu.kernel_calls import (
     ACTIVATIONS,
@@ -24,26 +25,25 @@ from engine.compute.cpu.kernel_calls import (
 )
 from engine.scheduling.block_pool import BLOCK_SIZE
 
-__all__ = ["main"]
+__all__ = ["REFUSED", "main", "matrix"]
+
+REFUSED: Final = 75
+"""Exit status where the system refuses what is to be tried: another process may be granted it."""
 
 _DEPTH, _COLUMNS, _ROWS, _THREADS = 130, 40, 7, 2
+_MANY: Final = 41  # rows: more than the matrix unit asks for, and no whole number of its tiles
+_FORMATS: Final = ((4, 32), (5, 64), (6, 16), (8, 128))  # bits of numbers, and how many are a group
 _HEAD = 16
 
 
 def main(library: str) -> None:
     """Load a compiled file and try it. Exits with 1 if a result is wrong."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it may crash, and a core dump would be of no use
-    try:
-        calls = Calls(ctypes.CDLL(library))
-    except (OSError, AttributeError) as error:
-        sys.exit(str(error))
+    calls = _load(library)
     calls.target()
+    calls.matrix_unit(0)
     for kind in (0, 1, 2):
         _expect(f"a product of kind {kind}", _product(calls, kind), _DEPTH * 0.5, tolerance=1.0)
-    for bits, group in ((4, 32), (5, 64), (6, 16), (8, 128)):
+    for bits, group in _FORMATS:
         product, wide = _grouped(calls, bits, group)
         _expect(f"a product with groups of {group} numbers of {bits} bits", product, _DEPTH * 0.5, tolerance=1.0)
         _expect(f"a widened number of {bits} bits", wide, 0.5)
@@ -58,6 +58,40 @@ def main(library: str) -> None:
     _layer(calls)
 
 
+def matrix(library: str) -> None:
+    """Multiply on the processor's matrix unit: with the bits of other instructions. Exits with 1 if they differ, with
+    `REFUSED` if the system does not let this process use it.
+    """
+    calls = _load(library)
+    wanted = _many_rows(calls)
+    if refused := calls.matrix_unit(1):
+        print(f"the system refuses it: {os.strerror(refused)}", file=sys.stderr)
+        sys.exit(REFUSED)
+    for name, product in _many_rows(calls).items():
+        if product != wanted[name]:
+            sys.exit(f"a product of {name} has other bits on the matrix unit")
+
+
+def _many_rows(calls: Calls) -> dict[str, bytes]:
+    """Make a product of each kind that the matrix unit has, with more rows than it asks for."""
+    out = {"int8": bytes(_product(calls, 2, _MANY, varied=True))}
+    for bits, group in _FORMATS:
+        product, _ = _grouped(calls, bits, group, _MANY, varied=True)
+        out[f"groups of {group} numbers of {bits} bits"] = bytes(product)
+    return out
+
+
+def _load(library: str) -> Calls:
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it may crash, and a core dump would be of no use
+    try:
+        return Calls(ctypes.CDLL(library))
+    except (OSError, AttributeError) as error:
+        sys.exit(str(error))
+
+
 def _expect(what: str, found: Any, wanted: float, tolerance: float = 1e-3) -> None:
     wrong = next((number for number in found if not abs(number - wanted) <= tolerance), None)
     if wrong is not None:
@@ -68,9 +102,18 @@ def _ones(count: int, value: float = 1.0) -> Any:
     return (ctypes.c_float * count)(*[value] * count)
 
 
+def _varied(count: int) -> Any:
+    """Numbers of which neighbours differ, whole eighths: no row and no column is like another."""
+    return (ctypes.c_float * count)(*((i * i * 37 % 1009 - 504) / 8 for i in range(count)))
+
+
 def _packed(calls: Calls, columns: int, depth: int, kind: int, value: float = 0.5) -> Any:
+    return _pack(calls, _ones(columns * depth, value), columns, depth, kind)
+
+
+def _pack(calls: Calls, numbers: Any, columns: int, depth: int, kind: int) -> Any:
     out = ctypes.create_string_buffer(int(calls.packed_bytes(columns, depth, kind, None)))
-    calls.pack(_ones(columns * depth, value), out, columns, depth, kind, _THREADS)
+    calls.pack(numbers, out, columns, depth, kind, _THREADS)
     return out
 
 
@@ -80,19 +123,25 @@ def _matrices(*weights: tuple[Any, int], kind: int = 0) -> Any:
     )
 
 
-def _product(calls: Calls, kind: int) -> Any:
-    weight = _packed(calls, _COLUMNS, _DEPTH, kind)
-    scratch = ctypes.create_string_buffer(_ROWS * int(calls.scratch(_DEPTH, kind)))
-    out = _ones(_ROWS * _COLUMNS, 0.0)
+def _product(calls: Calls, kind: int, rows: int = _ROWS, *, varied: bool = False) -> Any:
+    numbers = _varied(_COLUMNS * _DEPTH) if varied else _ones(_COLUMNS * _DEPTH, 0.5)
+    weight = _pack(calls, numbers, _COLUMNS, _DEPTH, kind)
+    scratch = ctypes.create_string_buffer(rows * int(calls.scratch(_DEPTH, kind)))
+    out, x = _ones(rows * _COLUMNS, 0.0), (_varied if varied else _ones)(rows * _DEPTH)
     table = _matrices((weight, _COLUMNS), kind=kind)
-    calls.linear(_ones(_ROWS * _DEPTH), scratch, out, table, _ROWS, _DEPTH, 1, _THREADS)
+    calls.linear(x, scratch, out, table, rows, _DEPTH, 1, _THREADS)
     return out
 
 
-def _grouped(calls: Calls, bits: int, group: int) -> tuple[Any, Any]:
-    """Multiply with numbers of 2, of which 1 is taken off as the zero, and a half as the minimum; and widen some."""
-    groups = -(-_DEPTH // group)
-    numbers, halves = (ctypes.c_uint8 * (_COLUMNS * _DEPTH))(*[2] * (_COLUMNS * _DEPTH)), _ones(_COLUMNS * groups, 0.5)
+def _grouped(calls: Calls, bits: int, group: int, rows: int = _ROWS, *, varied: bool = False) -> tuple[Any, Any]:
+    """Multiply with numbers of 2, of which 1 is taken off as the zero, and a half as the minimum; and widen some.
+
+    Args:
+        varied: with numbers of which neighbours differ.
+    """
+    groups, count = -(-_DEPTH // group), _COLUMNS * _DEPTH
+    numbers = (ctypes.c_uint8 * count)(*(i * i * 29 % 251 % 2**bits if varied else 2 for i in range(count)))
+    halves = _ones(_COLUMNS * groups, 0.5)
     scales, zeros = (
         (ctypes.c_uint8 * (_COLUMNS * groups))(*[2] * (_COLUMNS * groups)),
         (ctypes.c_uint8 * (_COLUMNS * groups))(*[1] * (_COLUMNS * groups)),
@@ -104,9 +153,10 @@ def _grouped(calls: Calls, bits: int, group: int) -> tuple[Any, Any]:
     weight = ctypes.create_string_buffer(int(calls.packed_bytes(_COLUMNS, _DEPTH, 3, ctypes.byref(layout))))
     calls.pack_groups(ctypes.byref(layout), ctypes.byref(parts), weight, _COLUMNS, _DEPTH, _THREADS)
     table = (Matrix * 1)(Matrix(ctypes.addressof(weight), None, _COLUMNS, ctypes.addressof(layout), 3))
-    scratch = ctypes.create_string_buffer(_ROWS * int(calls.scratch(_DEPTH, 3)))
-    out, wide = _ones(_ROWS * _COLUMNS, 0.0), _ones(_ROWS * _DEPTH, 0.0)
-    calls.linear(_ones(_ROWS * _DEPTH), scratch, out, table, _ROWS, _DEPTH, 1, _THREADS)
+    scratch = ctypes.create_string_buffer(rows * int(calls.scratch(_DEPTH, 3)))
+    out, wide = _ones(rows * _COLUMNS, 0.0), _ones(_ROWS * _DEPTH, 0.0)
+    x = (_varied if varied else _ones)(rows * _DEPTH)
+    calls.linear(x, scratch, out, table, rows, _DEPTH, 1, _THREADS)
     calls.widen(table, (ctypes.c_int64 * _ROWS)(*range(_ROWS)), wide, _DEPTH, _ROWS, _THREADS)
     return out, wide
 

@@ -25,6 +25,7 @@ from engine.compute.cpu.kernel_calls import ACTIVATIONS, Calls
 from engine.compute.cpu.kernel_file import NoKernels
 from engine.compute.cpu.layers.experts_kernel import ExpertsKernel
 from engine.compute.cpu.layers.layer_kernel import LayerKernel, LayerParts
+from engine.compute.cpu.matrix_unit import NO_UNIT, MatrixUnit, choose_matrix_unit
 from engine.compute.cpu.packed_weight import (
     Columns,
     PackedWeight,
@@ -60,7 +61,7 @@ def _instructions() -> Sequence[str]:
     if not capability.startswith("AVX"):
         raise NoKernels("this processor lacks AVX2, or ATEN_CPU_CAPABILITY forbids it")
     # No wider vectors than torch's own, so that ATEN_CPU_CAPABILITY=avx2 holds for everything.
-    return () if capability == "AVX512" else ("-mno-avx512f",)
+    return () if capability == "AVX512" else ("-mno-avx512f", "-DVERBATIM_NO_MATRIX_UNIT")
 
 
 def _digest(file: Path) -> str:
@@ -73,7 +74,7 @@ def _digest(file: Path) -> str:
 class Kernels:
     """The compiled library: its functions, called with tensors. Holds no state but its handle."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, matrix_unit: MatrixUnit = NO_UNIT) -> None:
         self._calls = calls = Calls(library)
         self.lanes = int(calls.lanes())
         """float32 numbers in a vector: 16 with AVX-512, else 8."""
@@ -81,6 +82,8 @@ class Kernels:
         """The instruction set that the kernels use, for people."""
         self.digest = _digest(Path(getattr(library, "_name", "")))
         """Of the compiled file, and its name: source, compiler, flags and processor are in that."""
+        self.matrix_unit = matrix_unit
+        """Whether products of many rows use the processor's matrix unit, and why not."""
 
     @classmethod
     def load(
@@ -98,8 +101,12 @@ class Kernels:
         Raises:
             NoKernels: no compiler, one that fails, or a processor that is not supported.
         """
+
+        def made(library: ctypes.CDLL, file: Path) -> Kernels:
+            return cls(library, choose_matrix_unit(Calls(library), file, progress))
+
         flags = (f"-DBLOCK_SIZE={BLOCK_SIZE}", *_instructions(), *extra_flags)
-        return cls(kernel_file.load(_SOURCE, cache, flags, progress))
+        return kernel_file.load(_SOURCE, cache, flags, progress, made)
 
     def pack(self, weight: Tensor, bias: Tensor | None, kind: str = "exact") -> PackedWeight:
         """Bring `weight [columns, depth]` and `bias [columns]` into the kernels' layout: see `pack_weight`."""

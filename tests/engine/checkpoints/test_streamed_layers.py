@@ -15,7 +15,7 @@ from engine.checkpoints import checkpoint
 from engine.checkpoints.reading import load_model
 from engine.checkpoints.streamed.layers import Streaming
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.reordered import ReorderedLinear
+from engine.compute.cpu.layers.reordered import ReorderedLinear
 from engine.compute.cpu.stored_linear import StoredEmbedding, StoredLinear
 from engine.loading.streams import streaming
 from tests import tiny_models

@@ -251,7 +251,7 @@ def test_a_layer_has_the_same_bits_with_every_instruction_set(kernels: Kernels, 
         found = []
         for k in (kernels, other_kernels):
             parts = _parts(k, kind, **variant)
-            x, cos, sin = _random(23, 40), _random(23, parts.angles), _random(23, parts.angles, seed=1)
+            x, cos, sin = _random(37, 40), _random(37, parts.angles), _random(37, parts.angles, seed=1)
             cache = _cache(parts)
             plan = AttentionPlan([(0, 21, 6, [2, 4])], torch.tensor(_slots_of([2, 4], 27)[6:]))
             found.append((k.layer(parts)(plan, x, cos, sin, *cache), *cache))

@@ -428,6 +428,7 @@ _SYMBOLS = (
     "layer",
     "experts_scratch",
     "experts",
+    "matrix_unit",
     "lanes",
     "target",
 )

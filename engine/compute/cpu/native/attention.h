@@ -182,7 +182,7 @@ static void attend(const Attention *a, const Part *part, long kv_head, long item
     int count = 0;
     for (long row = from; row < to; count++) {
         Tile *t = tiles + count;
-        t->rows = height(to - row);
+        t->rows = height(TALLEST, to - row);
         t->query = query + (row - from) * a->key_dim;
         t->sum = sum + (row - from) * a->value_dim;
         memset(t->sum, 0, sizeof(float) * (size_t)(t->rows * a->value_dim));

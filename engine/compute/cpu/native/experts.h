@@ -64,7 +64,7 @@ static void prepare_expert(ExpertsCall *c, Busy *b, char *tiles, long before[3])
     b->down = call_of(c->active + b->first * e->inner, own, c->product + b->first * e->dim, e->down + expert, b->rows,
                       e->inner, 1);
     b->up_before = before[0], b->down_before = before[1], b->pieces_before = before[2];
-    before[0] += b->up.panels, before[1] += b->down.panels, before[2] += tiles_of(b->rows) * pieces_of(&b->down);
+    before[0] += b->up.panels, before[1] += b->down.panels, before[2] += tiles_of(&b->down) * pieces_of(&b->down);
 }
 
 /* An expert's rows, side by side and laid out. */
@@ -74,9 +74,10 @@ static void gather_rows(void *data, long begin, long end) {
     for (const Busy *b = c->of + begin; b < c->of + end; b++) {
         for (long i = b->first; i < b->first + b->rows; i++)
             memcpy(c->gathered + i * dim, c->x + c->row_of[i] * dim, sizeof(float) * (size_t)dim);
-        for (long tile = 0; tile < tiles_of(b->rows); tile++) {
-            long first = tile_start(b->rows, tile);
-            lay_out(&b->up, first, height(b->rows - first), 0, dim);
+        for (long tile = 0; tile < tiles_of(&b->up); tile++) {
+            int rows;
+            long first = tile_at(&b->up, tile, &rows);
+            lay_out(&b->up, first, rows, 0, dim);
         }
     }
 }
@@ -105,7 +106,7 @@ static void activate_experts(void *data, long begin, long end) {
     long inner = c->experts->inner;
     for (const Busy *b = c->of; b < c->of + c->busy; b++) {
         long from = larger(begin - b->pieces_before, 0), to = end - b->pieces_before;
-        if (to > tiles_of(b->rows) * pieces_of(&b->down)) to = tiles_of(b->rows) * pieces_of(&b->down);
+        if (to > tiles_of(&b->down) * pieces_of(&b->down)) to = tiles_of(&b->down) * pieces_of(&b->down);
         for (long unit = from; unit < to; unit++) {
             long first, low, high;
             int rows;

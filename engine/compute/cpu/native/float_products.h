@@ -129,7 +129,7 @@ INLINE void float_panels(int kind, const Call *call, const Matrix *m, float *out
         for (long from = 0; from < call->depth; from += BLOCK) {
             long to = from + BLOCK < call->depth ? from + BLOCK : call->depth;
             for (long row = 0; row < call->rows;) {
-                int rows = height(call->rows - row);
+                int rows = height(TALLEST, call->rows - row);
                 const float *x = (const float *)call->tiles + row * call->depth;
                 for (long p = g; p < stop;) {
                     int panels = rows == 1 && stop - p >= 4 ? 4 : rows <= 3 && stop - p >= 2 ? 2 : 1;

@@ -42,24 +42,30 @@ INLINE float quantise_step(const float *x, long live, int32_t quads[STEP_QUADS],
     return round_step(x, quads, sums);
 }
 
-/* Rows `row` … of one tile, k = from … to - 1, rounded: for each block [quad][row] 4 bytes; and behind all blocks, for each
- * [FACTS][row]: scale; sum, and scale · sum, of the block's bytes; the same of the first 16; the same of the last. */
+/* A block of row r of a tile, and its facts: [FACTS][rows]: scale; sum, and scale · sum, of the block's bytes; the same of the first
+ * 16; the same of the last. */
+INLINE void step_of_row(const float *x, long live, int32_t quads[STEP_QUADS], char *facts, int rows, int r) {
+    int32_t halves[2];
+    float scale = quantise_step(x, live, quads, halves);
+    int32_t sums[3] = {halves[0] + halves[1], halves[0], halves[1]};
+    memcpy(facts += r * 4, &scale, 4);
+    for (int i = 0; i < 3; i++) {
+        float product = scale * (float)sums[i];
+        memcpy(facts + (1 + 2 * i) * rows * 4, sums + i, 4);
+        memcpy(facts + (2 + 2 * i) * rows * 4, &product, 4);
+    }
+}
+
+/* Rows `row` … of one tile, k = from … to - 1, rounded: for each block [quad][row] 4 bytes; and their facts behind all blocks. */
 static void grouped_tile(const Call *call, long row, int rows, long from, long to) {
     long depth = call->depth;
     char *tile = call->tiles + row * grouped_row(depth);
     char *all_facts = tile + (size_t)steps_of(depth) * STEP_K * rows;
     for (int r = 0; r < rows; r++)
         for (long k = from; k < to; k += STEP_K) {
-            int32_t quads[STEP_QUADS], halves[2];
-            float scale = quantise_step(call->input + (row + r) * depth + k, to - k < STEP_K ? to - k : STEP_K, quads, halves);
-            int32_t sums[3] = {halves[0] + halves[1], halves[0], halves[1]};
-            char *step = tile + (size_t)k * rows + r * 4, *facts = all_facts + ((size_t)(k / STEP_K) * FACTS * rows + r) * 4;
+            int32_t quads[STEP_QUADS];
+            char *step = tile + (size_t)k * rows + r * 4, *facts = all_facts + (size_t)(k / STEP_K) * FACTS * rows * 4;
+            step_of_row(call->input + (row + r) * depth + k, to - k < STEP_K ? to - k : STEP_K, quads, facts, rows, r);
             for (int q = 0; q < STEP_QUADS; q++) memcpy(step + q * rows * 4, quads + q, 4);
-            memcpy(facts, &scale, 4);
-            for (int i = 0; i < 3; i++) {
-                float product = scale * (float)sums[i];
-                memcpy(facts + (1 + 2 * i) * rows * 4, sums + i, 4);
-                memcpy(facts + (2 + 2 * i) * rows * 4, &product, 4);
-            }
         }
 }

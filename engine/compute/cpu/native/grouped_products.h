@@ -185,22 +185,28 @@ INLINE Engine engine_of(int bits, int rows) {
 
 /* ---- products ---- */
 
+/* A piece of a panel but for its place; `decoded` gets the zeros that all groups share. */
+INLINE Piece piece_of_panel(const Format *f, Decoded *decoded, int ahead) {
+    const int offset = OFFSET_OF(f->bits); /* is taken off numbers and zeros */
+    if (!f->zeros && f->zero != offset)
+        for (int g = 0; g < MOST_GROUPS; g++)
+            for (int i = 0; i < PANEL_G; i++) decoded->zeros[g][i] = f->zero - offset;
+    return (Piece){.decoded = decoded, .shift = f->group >= 128 ? 2 : f->group >= 64, .halves = f->group == 16,
+                   .zeros = f->zeros || f->zero != offset, .minima = f->minima != NONE, .ahead = ahead};
+}
+
 /* One panel for one tile. A panel is one stream of bytes, followed by the next: several at once were slower, for what is
  * fetched ahead of one is the beginning of another. */
 static void grouped_panel(const Call *call, const Matrix *m, const char *x, int rows, long panel, int ahead, float *out) {
     const Format *f = m->format;
     const Engine engine = engine_of(f->bits, rows);
     const long depth = call->depth;
-    const int offset = OFFSET_OF(f->bits); /* is taken off numbers and zeros */
     float totals[TALLEST * PANEL_G];
     Decoded decoded;
-    Piece p = {x, x + (size_t)steps_of(depth) * STEP_K * rows, m->weight + (size_t)panel * grouped_stride(f, depth), &decoded,
-               totals, 0, f->group >= 128 ? 2 : f->group >= 64, f->group == 16,
-               f->zeros || f->zero != offset, f->minima != NONE, ahead};
+    Piece p = piece_of_panel(f, &decoded, ahead);
+    p.x = x, p.facts = x + (size_t)steps_of(depth) * STEP_K * rows, p.totals = totals;
+    p.w = m->weight + (size_t)panel * grouped_stride(f, depth);
     memset(totals, 0, sizeof(float) * (size_t)rows * PANEL_G);
-    if (!f->zeros && f->zero != offset)
-        for (int g = 0; g < MOST_GROUPS; g++)
-            for (int i = 0; i < PANEL_G; i++) decoded.zeros[g][i] = f->zero - offset;
     Chunk c = chunk_of(f, depth < CHUNK_K ? depth : CHUNK_K);
     for (long k = 0; k < depth; k += CHUNK_K) {
         if (k && depth - k < CHUNK_K) c = chunk_of(f, depth - k);
@@ -217,7 +223,7 @@ static void grouped_panels(const Call *call, const Matrix *m, float *all, long b
     for (long g = begin; g < end; g += group) {
         long stop = g + group < end ? g + group : end;
         for (long row = 0; row < call->rows;) {
-            int rows = height(call->rows - row);
+            int rows = height(TALLEST, call->rows - row);
             const char *x = call->tiles + row * grouped_row(call->depth);
             for (long p = g; p < stop; p++) grouped_panel(call, m, x, rows, p, row == 0, all + row * m->columns);
             row += rows;

@@ -119,7 +119,7 @@ static void int8_panels(const Call *call, const Matrix *m, float *all, long begi
     for (long g = begin; g < end; g += group) {
         long stop = g + group < end ? g + group : end;
         for (long row = 0; row < call->rows;) {
-            int rows = height(call->rows - row);
+            int rows = height(TALLEST, call->rows - row);
             const char *x = call->tiles + row * int8_row(depth);
             float *out = all + row * m->columns;
             for (long p = g; p < stop;) {

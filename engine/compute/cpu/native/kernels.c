@@ -70,6 +70,19 @@ void verbatim_widen(const Matrix *matrix, const int64_t *columns, float *out, lo
     team_run(&(Phase){widen_columns, &w, count, 4096 / depth + 1}, 1, threads);
 }
 
+/* Whether products of many rows use the processor's matrix unit: not until this is called with 1, by a process that knows the unit
+ * to work. Returns 0; ENOSYS if the kernels have nothing for it; or why the system refuses it. The bits are the same. */
+int verbatim_matrix_unit(int use) {
+#if MATRIX_UNIT
+    int refused = use ? ask_for_tiles() : 0;
+    atomic_store(&matrix_unit, use && !refused);
+    return refused;
+#else
+    (void)use;
+    return ENOSYS;
+#endif
+}
+
 /* What the kernels were compiled for. */
 const char *verbatim_target(void) {
 #if defined(__ARM_FEATURE_MATMUL_INT8)

@@ -55,21 +55,24 @@ static void before_attention(void *data, long begin, long end) {
     const LayerCall *c = data;
     const Layer *l = c->layer;
     for (long tile = begin; tile < end; tile++) {
-        long first = tile_start(c->rows, tile);
-        int rows = height(c->rows - first);
+        int rows;
+        long first = tile_at(&c->qkv, tile, &rows);
         for (long row = first; l->input_norm.weight && row < first + rows; row++)
             norm_row(c->x + row * l->dim, &l->input_norm, c->normed + row * l->dim, l->dim);
         lay_out(&c->qkv, first, rows, 0, l->dim);
     }
 }
 
+/* The product whose tiles `after_attention` takes: the next one, if there is one. */
+INLINE const Call *next_product(const LayerCall *c) { return c->layer->gate_up ? &c->gate_up : &c->o; }
+
 /* A tile's rows, added to x, normed and laid out for gate and up. */
 static void after_attention(void *data, long begin, long end) {
     const LayerCall *c = data;
     const Layer *l = c->layer;
     for (long tile = begin; tile < end; tile++) {
-        long first = tile_start(c->rows, tile);
-        int rows = height(c->rows - first);
+        int rows;
+        long first = tile_at(next_product(c), tile, &rows);
         for (long row = first; row < first + rows; row++) {
             if (waits(l, &l->attention_norm)) join_row(c, c->x, &l->attention_norm, row);
             if (l->mlp_norm.weight) norm_row(c->out + row * l->dim, &l->mlp_norm, c->normed + row * l->dim, l->dim);
@@ -128,16 +131,16 @@ static void activate_pieces(void *data, long begin, long end) {
 
 static void run_layer(LayerCall *c, int threads) {
     const Layer *l = c->layer;
-    long tiles = tiles_of(c->rows), pieces = tiles * pieces_of(&c->down);
+    long pieces = l->gate_up ? tiles_of(&c->down) * pieces_of(&c->down) : 0;
     long few = c->rows < TALLEST / 2 ? TALLEST / 2 : 1; /* pieces that are not worth sharing */
     const Phase phases[] = {
-        {before_attention, c, tiles, 1},
+        {before_attention, c, tiles_of(&c->qkv), 1},
         multiplying(&c->qkv),
         {rotate_rows, c, c->rows, 1},
         {attend_items, &c->attention, c->attention.items, 1},
         laying_out(&c->o),
         multiplying(&c->o), /* to `product`; with x, to `out` */
-        {after_attention, c, l->gate_up || waits(l, &l->attention_norm) ? tiles : 0, 1},
+        {after_attention, c, l->gate_up || waits(l, &l->attention_norm) ? tiles_of(next_product(c)) : 0, 1},
         multiplying(&c->gate_up),
         {activate_pieces, c, pieces, few},
         multiplying(&c->down), /* to `product`; added to `out` */

@@ -11,6 +11,10 @@ enum {
     BLOCK = 1024,      /* k's in a chain */
     GROUP = 128,       /* k's that share a scale (int8) */
     TALLEST = 6,       /* rows of a tile: 6 by 2 vectors of sums leave 4 of 16 registers */
+    MATRIX_ROWS = 16,  /* rows of a tile of a matrix unit (matrix_tiles.h) */
+    /* Rows from which that unit is used. A tile costs about the same however few rows it has, and tiles are what threads share while
+     * an input is laid out: of fewer rows than these there would be one. To be measured where there is such a unit. */
+    MATRIX_FROM = 2 * MATRIX_ROWS,
     CACHED = 256 << 10, /* bytes of weights that stay in a core's second-level cache while all rows pass by */
     WORTH = 32 << 10,  /* bytes of weights that are worth taking by themselves, for one row */
     DEEP = 8 * GROUP   /* k's of a tile that are laid out at once */
@@ -38,24 +42,29 @@ typedef struct {
     float *out;         /* one [rows, columns] after the other */
     const Matrix *matrices;
     long rows, depth, count, panels;
-    int kind; /* of the input: FLOAT32, INT8 or GROUPED */
+    int kind;    /* of the input: FLOAT32, INT8 or GROUPED */
+    int tallest; /* rows of a tile at most: MATRIX_ROWS if a matrix unit multiplies, else TALLEST */
     const float *residual; /* [rows, columns] or NULL: then sum = residual + out, for a single matrix */
     float *sum;
 } Call;
 
 INLINE long larger(long a, long b) { return a > b ? a : b; }
 
-/* 7 rows are 4 and 3, not 6 and 1. */
-INLINE int height(long rows) {
-    return rows <= TALLEST ? (int)rows : rows < 2 * TALLEST ? (int)((rows + 1) / 2) : TALLEST;
+/* Rows of the first of the tiles that `rows` rows are cut into: 7 rows are 4 and 3, not 6 and 1. */
+INLINE int height(int tallest, long rows) {
+    return rows <= tallest ? (int)rows : rows < 2 * tallest ? (int)((rows + 1) / 2) : tallest;
 }
 
-/* How many tiles that makes of all rows, and where the one with number `tile` begins. */
-INLINE long whole_tiles(long rows) { return rows < 2 * TALLEST ? 0 : rows / TALLEST - 1; }
-INLINE long tiles_of(long rows) { return whole_tiles(rows) + 1 + (rows - whole_tiles(rows) * TALLEST > TALLEST); }
-INLINE long tile_start(long rows, long tile) {
-    long whole = whole_tiles(rows), row = (tile < whole ? tile : whole) * TALLEST;
-    return tile > whole ? row + height(rows - row) : row;
+/* How many tiles that makes of all rows of a call; where the one with number `tile` begins, and how many rows it has. */
+INLINE long whole_tiles(const Call *c) { return c->rows < 2 * c->tallest ? 0 : c->rows / c->tallest - 1; }
+INLINE long tiles_of(const Call *c) {
+    return whole_tiles(c) + 1 + (c->rows - whole_tiles(c) * c->tallest > c->tallest);
+}
+INLINE long tile_at(const Call *c, long tile, int *rows) {
+    long whole = whole_tiles(c), row = (tile < whole ? tile : whole) * c->tallest;
+    if (tile > whole) row += height(c->tallest, c->rows - row);
+    *rows = height(c->tallest, c->rows - row);
+    return row;
 }
 
 /* A tile's sums are named variables, which every compiler keeps in registers: V1 … V8 name the vectors of a row,

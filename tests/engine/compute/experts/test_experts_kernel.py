@@ -101,7 +101,7 @@ def test_a_row_has_the_same_bits_whatever_is_computed_beside_it(kernels: Kernels
 
 @pytest.mark.parametrize("kind", STORED)
 def test_it_has_the_same_bits_with_every_instruction_set(kernels: Kernels, other_kernels: Kernels, kind: str) -> None:
-    x, chosen, weights = _random(23, 72) * 4, torch.arange(46, dtype=torch.int64).view(23, 2) % 7, _random(23, 2)
+    x, chosen, weights = _random(130, 72) * 4, torch.arange(260, dtype=torch.int64).view(130, 2) % 7, _random(130, 2)
     for activation in ACTIVATIONS:
         one, other = (k.experts(*_experts(k, kind, 7, 72, 40), activation) for k in (kernels, other_kernels))
         assert torch.equal(one(x, chosen, weights), other(x, chosen, weights)), activation

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.reordered import ReorderedLinear
+from engine.compute.cpu.layers.reordered import ReorderedLinear
 from engine.compute.cpu.stored_linear import StoredLinear, WeightChanged, widen_layers
 
 
