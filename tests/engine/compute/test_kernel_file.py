@@ -418,6 +418,7 @@ _SYMBOLS = (
     "linear",
     "pack",
     "pack_groups",
+    "round",
     "widen",
     "packed_bytes",
     "scratch",

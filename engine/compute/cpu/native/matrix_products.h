@@ -174,6 +174,12 @@ static void chains(const Piece *p, const char *facts, int rows, const int32_t *s
     else chains_as(0, 0, p, facts, rows, sums, step, half);
 }
 
+#if QUAD_SUMS
+#define TILE_ADD_NUMBERS(to, x, numbers) TILE_ADD_SU(to, x, numbers)
+#else /* 128 is taken off numbers of 8 bits (OFFSET_OF), and others are below 64 */
+#define TILE_ADD_NUMBERS(to, x, numbers) TILE_ADD_SS(to, x, numbers)
+#endif
+
 /* A chunk of a panel, as bytes, and of a tile of rows. */
 static void matrix_chunk(const Piece *p, int rows, const char *numbers) {
     const char *x = p->x, *facts = p->facts;
@@ -184,12 +190,12 @@ static void matrix_chunk(const Piece *p, int rows, const char *numbers) {
             TILE_ZERO(0);
             TILE_LOAD(2, x + k, STEP_K);
             TILE_LOAD(3, numbers, PANEL_G * 4);
-            TILE_ADD_SU(0, 2, 3);
+            TILE_ADD_NUMBERS(0, 2, 3);
             TILE_STORE(0, sums, PANEL_G * 4);
             if (TWO_G) {
                 TILE_ZERO(1);
                 TILE_LOAD(4, numbers + COLUMNS_G * 4, PANEL_G * 4);
-                TILE_ADD_SU(1, 2, 4);
+                TILE_ADD_NUMBERS(1, 2, 4);
                 TILE_STORE(1, sums + COLUMNS_G, PANEL_G * 4);
             }
             chains(p, facts, rows, sums, step, p->halves ? k ? 2 : 1 : 0);
