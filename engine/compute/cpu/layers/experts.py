@@ -127,7 +127,7 @@ def _readings(module: nn.Module) -> Iterator[_Stored]:
         return
     if any(weight.dtype != torch.float32 or weight.device.type != "cpu" for weight in found.values()):
         return
-    biases: tuple[Tensor | None, ...] = found.get("gate_up_proj_bias"), found.get("down_proj_bias")
+    biases: tuple[Tensor | None, Tensor | None] = found.get("gate_up_proj_bias"), found.get("down_proj_bias")
     packed = any(isinstance(weight, OwnWeight) for weight in found.values())  # never those that are transposed
     for transposed, turns in itertools.product((False,) if packed else (False, True), (False, True)):
         gate_up, down = found["gate_up_proj"], found["down_proj"]
