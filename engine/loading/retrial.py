@@ -3,7 +3,7 @@
 The trials compare bits under many circumstances, and numbers with plain transformers. Whoever has the bits of a start
 that passed them, with the same files, code, libraries, kernels, processor and settings, has their result. So a later
 start computes the same texts once, in pieces among each other, as that start did not, and compares. If a single bit
-differs, it makes all the trials. Decision 00XX says what has to be the same.
+differs, it makes all the trials. Decision 0046 says what has to be the same.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.packed_weight import PackedWeight
+from engine.compute.cpu.packed_weight import PackedWeight, Product
 from engine.compute.cpu.stored_linear import WeightChanged
 
 __all__ = ["OwnWeight", "describes", "is_number", "is_same", "operands"]
@@ -39,14 +39,20 @@ class OwnWeight(Tensor):
     kernels: Kernels
     parts: tuple[PackedWeight, ...]
     plain: bool
-    _products: tuple[Any, ...]
+    _products: tuple[Product, ...]
 
     @staticmethod
     def of(kernels: Kernels, parts: Sequence[PackedWeight], shape: torch.Size, *, plain: bool = False) -> OwnWeight:
         """Make one of `shape`, all of whose parts have its last two dimensions."""
-        weight = _without_memory(shape)
-        weight.kernels, weight.parts, weight.plain = kernels, tuple(parts), plain
-        weight._products = tuple(kernels.group([part]) for part in parts)
+        return OwnWeight._make(kernels, tuple(parts), tuple(kernels.group([part]) for part in parts), shape, plain)
+
+    @staticmethod
+    def _make(
+        kernels: Kernels, parts: tuple[PackedWeight, ...], products: tuple[Product, ...], shape: torch.Size, plain: bool
+    ) -> OwnWeight:
+        wrapper: Any = Tensor._make_wrapper_subclass
+        weight: OwnWeight = wrapper(OwnWeight, shape, dtype=torch.float32, device="cpu")
+        weight.kernels, weight.parts, weight.plain, weight._products = kernels, parts, plain, products
         return weight
 
     def install(self, module: nn.Module, name: str) -> None:
@@ -62,10 +68,7 @@ class OwnWeight(Tensor):
         """Return one of several weights: a widened copy if this is `plain`."""
         if self.plain:
             return self.kernels.widen(self.parts[index])
-        weight = _without_memory(self.shape[1:])
-        weight.kernels, weight.parts, weight.plain = self.kernels, (self.parts[index],), False
-        weight._products = (self._products[index],)
-        return weight
+        return OwnWeight._make(self.kernels, (self.parts[index],), (self._products[index],), self.shape[1:], False)
 
     def multiplied(self, x: Tensor) -> Tensor:
         """Return `x @ weight.T` for a single weight: `[…, out]`."""
@@ -103,12 +106,6 @@ class OwnWeight(Tensor):
         raise RuntimeError(f"{func} of a weight that is packed")
 
 
-def _without_memory(shape: torch.Size) -> OwnWeight:
-    make: Any = Tensor._make_wrapper_subclass
-    weight: OwnWeight = make(OwnWeight, shape, dtype=torch.float32, device=torch.device("cpu"))
-    return weight
-
-
 def describes(func: Any) -> bool:
     """Tell whether a function of a tensor, or the reading of an attribute, needs none of its numbers."""
     name = getattr(func, "__name__", "")
@@ -117,7 +114,7 @@ def describes(func: Any) -> bool:
 
 def operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """Return what an `F.linear` was given: input, weight and bias."""
-    given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
     return given.get("input"), given.get("weight"), given.get("bias")
 
 
