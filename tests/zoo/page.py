@@ -18,8 +18,8 @@ chunks and from a warm cache; "claimed" is what the server says after its self-t
 Architectures that are no decoders of text (encoders that can be one, models of images and sound) and variants of those
 above are counted apart. The table was made on a processor with AVX-512. With AVX2 alone, torch's products of one to
 three rows have other bits: there mixtures of experts keep the law by our compiled kernels, which multiply with routers
-and experts (in torch still: DBRX's experts and LongCat-Flash's router; their law is neither kept nor claimed). Without
-a C compiler none does.
+and experts (torch still computes DBRX's experts and LongCat-Flash's router; their law is neither kept nor claimed).
+Without a C compiler none does.
 
 """
 
