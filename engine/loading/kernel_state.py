@@ -13,7 +13,7 @@ __all__ = ["cpu_kernels", "kernel_folder"]
 
 
 def cpu_kernels(progress: Callable[[str], None] | None = None) -> str:
-    """Load the kernels, compiled first if need be (six seconds), and return the instruction set that they use.
+    """Load the kernels, compiled first if need be (some twenty seconds), and return the instruction set that they use.
 
     Where they do not use a matrix unit that the processor announces, it says why.
 

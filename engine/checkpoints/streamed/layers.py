@@ -69,9 +69,10 @@ class _Kept:
 class _Waiting(nn.Module):
     """Stands for a layer that comes quantised, until its tensors are there. Has room for none of them."""
 
-    def __init__(self, layer: nn.Linear, stored: Mapping[str, tuple[str, list[int]]]) -> None:
+    def __init__(self, layer: nn.Linear, stored: Mapping[str, tuple[str, list[int]]], *, is_head: bool) -> None:
+        """is_head: it is the output layer, which `int4` rounds to eight bits."""
         super().__init__()
-        self.shape = (layer.out_features, layer.in_features)
+        self.shape, self.is_head = (layer.out_features, layer.in_features), is_head
         self.tensors: dict[str, Tensor | StoredTensor] = {}
         self.wanted = set(stored)
         for name, (dtype, shape) in stored.items():
@@ -107,6 +108,7 @@ class StreamedModel:
         Raises:
             LoadError: experts come quantised.
         """
+        head = model.get_output_embeddings()
         for place, stored in self._how.layers.items():
             try:
                 layer = model.get_submodule(place)
@@ -114,10 +116,10 @@ class StreamedModel:
                 _refuse_experts(model, place)
                 continue
             if isinstance(layer, nn.Linear):
-                model.set_submodule(place, _Waiting(layer, stored))
+                model.set_submodule(place, _Waiting(layer, stored, is_head=layer is head))
         if self._how.kernels is None:
             return
-        head, names = model.get_output_embeddings(), {}
+        names = {}
         for place, module in model.named_modules():
             self._experts |= {f"{place}.{own}": None for own in _expert_weights(module)}
             if _is_linear(module):
@@ -234,7 +236,7 @@ class StreamedModel:
         if how.quantization is None:
             return how.kernels.pack_groups(groups, layer.bias)
         wide, bias = _widened((layer, groups))
-        kind = packed_kind(how.quantization, table=False)
+        kind = packed_kind(how.quantization, table=waiting.is_head)
         packed = store(how.kernels, kind, lambda start, end: wide[start:end], *wide.shape)
         return dataclasses.replace(packed, bias=bias)
 

@@ -66,7 +66,7 @@ def load(
     progress: Callable[[str], None] | None,
     use: _Use[_T],
 ) -> _T:
-    """Load the library from the kept file, or compile it (six seconds).
+    """Load the library from the kept file, or compile it (some twenty seconds).
 
     Args:
         source: a file of C; the headers beside it belong to it.

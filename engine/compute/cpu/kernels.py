@@ -92,7 +92,7 @@ class Kernels:
         extra_flags: Sequence[str] = (),
         progress: Callable[[str], None] | None = None,
     ) -> Kernels:
-        """Load the kernels, compiled first if need be (six seconds).
+        """Load the kernels, compiled first if need be (some twenty seconds).
 
         Args:
             cache: the folder for compiled files; default `$XDG_CACHE_HOME/verbatim` or `~/.cache/verbatim`.

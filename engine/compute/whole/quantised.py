@@ -245,6 +245,8 @@ def _scheme(settings: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     for key in ("input_activations", "output_activations"):
         if any(scheme.get(key) for scheme in schemes):
             raise LoadError(f"compressed-tensors with quantised activations ({key}) cannot be read.")
+    if settings.get("kv_cache_scheme"):
+        raise LoadError("compressed-tensors with a quantised cache (kv_cache_scheme) cannot be read.")
     if settings.get("transform_config"):
         raise LoadError("compressed-tensors with weights that are rotated (transform_config) cannot be read.")
     if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":

@@ -21,6 +21,7 @@ from engine.compute.cpu.layers.experts_kernel import ExpertsKernel
 from engine.compute.cpu.layers.own_weight import OwnWeight
 from engine.compute.cpu.packed_weight import PackedWeight
 from engine.compute.linear import Make, quasi_random
+from engine.errors import out_of_memory
 from engine.host_memory import give_back_memory
 
 __all__ = ["NativeExperts", "replace_experts"]
@@ -188,6 +189,8 @@ def _result(module: nn.Module, x: Tensor, *others: Tensor) -> Tensor | None:
     """Call a module; None if it is called in another way."""
     try:
         out = module(x, *others)
-    except Exception:
+    except Exception as error:
+        if out_of_memory(error):
+            raise
         return None
     return out if isinstance(out, Tensor) and out.shape == x.shape and bool(out.isfinite().all()) else None

@@ -11,10 +11,11 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.packed_weight import PackedWeight, Product
-from engine.compute.cpu.stored_linear import WeightChanged
+from engine.compute.cpu.stored_linear import copied
 
 __all__ = ["OwnWeight", "describes", "is_number", "is_same", "operands"]
 
@@ -22,14 +23,13 @@ _SAME: Final = frozenset({"type", "to", "float", "contiguous", "detach"})
 """Functions that return a float32 weight as it is, if they are asked for nothing else."""
 _DESCRIBING: Final = frozenset({"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_meta", "is_cuda"})
 _ASKING: Final = frozenset({"size", "dim", "numel", "is_floating_point", "__len__"})
-_IN_PLACE: Final = frozenset({"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"})
 
 
 class OwnWeight(Tensor):
     """A weight `[out, in]`, or several, `[n, out, in]`, in the kernels' layout; it has no memory of its own.
 
     What describes it is answered (its shape, its dtype), `weight[i]` takes one of several, and `F.linear` multiplies.
-    Anything else that is done with it gets a widened copy.
+    Anything else that is done with it gets a widened copy, of which a change in place raises `WeightChanged`.
 
     Attributes:
         parts: the weights, without biases.
@@ -67,7 +67,7 @@ class OwnWeight(Tensor):
     def part(self, index: int) -> Tensor:
         """Return one of several weights: a widened copy if this is `plain`."""
         if self.plain:
-            return self.kernels.widen(self.parts[index])
+            return copied(self.kernels.widen(self.parts[index]))
         return OwnWeight._make(self.kernels, (self.parts[index],), (self._products[index],), self.shape[1:], False)
 
     def multiplied(self, x: Tensor) -> Tensor:
@@ -96,10 +96,8 @@ class OwnWeight(Tensor):
                 return own.part(int(args[1]))
             if is_same(name, args[1:], kwargs):
                 return own
-        if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_"):
-            raise WeightChanged(f"{name} of a weight that is packed")
-        wide = [a.widened() if isinstance(a, OwnWeight) else a for a in args]
-        return func(*wide, **{k: a.widened() if isinstance(a, OwnWeight) else a for k, a in kwargs.items()})
+        wide, named = tree_map_only(OwnWeight, lambda weight: copied(weight.widened()), (args, dict(kwargs)))
+        return func(*wide, **named)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]

@@ -132,8 +132,45 @@ def _added(weight: Tensor) -> None:
     weight += 1
 
 
-@pytest.mark.parametrize("change", [lambda w: w.mul_(2), lambda w: w.zero_(), lambda w: w.__setitem__(0, 1.0), _added])
+_CHANGES: dict[str, Any] = {
+    "multiplied": lambda w: w.mul_(2),
+    "cleared": lambda w: w.zero_(),
+    "a row": lambda w: w.__setitem__(0, 1.0),
+    "added": _added,
+    "through a view": lambda w: w.view(-1).mul_(2),
+    "transposed": lambda w: w.T.clamp_(0),
+    "its data": lambda w: w.data.mul_(2),
+    "as the place of a result": lambda w: torch.mul(_random(7, 12), 2, out=w),
+}
+
+
+@pytest.mark.parametrize("change", _CHANGES.values(), ids=_CHANGES)
 def test_it_cannot_be_changed(kernels: Kernels, change: Any) -> None:
     """A copy would be, and nobody would see it."""
-    with pytest.raises(WeightChanged, match="of a weight that is packed"):
+    with pytest.raises(WeightChanged, match="a weight that is packed"):
         change(_own(kernels, _random(7, 12)))
+
+
+def test_a_part_cannot_be_changed_before_the_model_is_fused(kernels: Kernels) -> None:
+    parts = [kernels.pack(weight, None) for weight in _random(3, 7, 12)]
+    own = OwnWeight.of(kernels, parts, torch.Size((3, 7, 12)), plain=True)
+    with pytest.raises(WeightChanged):
+        own[1].mul_(2)
+
+
+_READINGS: dict[str, Any] = {
+    "joined": lambda w: torch.cat([w, w]),
+    "stacked": lambda w: torch.stack((_random(7, 12), w)),
+    "copied into another": lambda w: torch.zeros(7, 12, dtype=torch.float32).copy_(w),
+    "added to another": lambda w: _random(7, 12).add_(w),
+    "multiplied with": lambda w: _random(2, 12) @ w.T,
+}
+
+
+@pytest.mark.parametrize("read", _READINGS.values(), ids=_READINGS)
+def test_what_only_reads_it_gets_its_numbers(kernels: Kernels, read: Any) -> None:
+    """Also where it is one of several in a list, and where another tensor is changed."""
+    weight = _random(7, 12)
+    found = read(_own(kernels, weight))
+    assert type(found) is Tensor
+    assert torch.equal(found, read(weight))

@@ -135,6 +135,10 @@ COMPRESSED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], 
         lambda form, tensors: tensors.update(weight_packed=tensors["weight_packed"].repeat(1, 2)),
         r"weight_packed of \[8, 64\] is no weight of \[8, 256\] with 4 bits",
     ),
+    "a cache that is rounded": (
+        lambda form, tensors: form.update(kv_cache_scheme={"num_bits": 8, "type": "float"}),
+        "kv_cache_scheme",
+    ),
     "inputs that are rotated": (
         lambda form, tensors: form.update(transform_config={"config_groups": {"r1": {"type": "hadamard"}}}),
         "transform_config",
