@@ -20,6 +20,7 @@ from engine.compute.cpu.stored_linear import StoredEmbedding, StoredLinear
 from engine.loading.streams import streaming
 from tests import tiny_models
 from tests.engine.checkpoints.test_packed_layers import quantise
+from tests.engine.compute.cuda.foreign_layers import Layer
 
 CPU = {"": "cpu"}
 IDS = torch.arange(3, 20)[None]
@@ -159,3 +160,20 @@ def test_a_quantised_layer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     save_file({n: t for n, t in tensors.items() if n != f"{place}.scales"}, file, {"format": "pt"})
     with pytest.raises(LoadError, match="scales"):
         LLM(tmp_path)
+
+
+def test_int4_rounds_an_output_layer_that_comes_quantised_to_eight_bits(tmp_path: Path, kernels: Kernels) -> None:
+    """As it does one that comes in floats."""
+    quantise(tmp_path, "gptq", "phi3")
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    layer = Layer(9, *tensors.pop("lm_head.weight").shape, size=32)
+    layer.scale *= 0.02
+    layer.bias = None
+    tensors |= {f"lm_head.{own}": tensor for own, tensor in layer.gptq(version=1)[0].items() if tensor is not None}
+    save_file(tensors, file, {"format": "pt"})
+    config = ModelConfig(id="tiny", path=tmp_path, quantization="int4")
+    model = load(tmp_path, streaming(config, checkpoint.inspect(tmp_path, "tiny"), kernels))
+    stored = {name: m.packed.format.bits for name, m in model.named_modules() if isinstance(m, StoredLinear)}
+    assert stored.pop("lm_head") == 8
+    assert set(stored.values()) == {4}
