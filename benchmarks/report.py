@@ -21,6 +21,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script: this folder holds an engine.py that must not hide the package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks import real_model
 from benchmarks.common import RESULTS, ROOT, Summary
 
 
@@ -148,12 +149,17 @@ def newest(reports: list[Report]) -> list[Report]:
     return list(kept.values())
 
 
+def _weights(label: str) -> str:
+    """What was measured, in words: of the models measured here one is trained, all others are shapes."""
+    return f"{label}, a trained model" if label == real_model.LABEL else f"{label}'s shape, random weights"
+
+
 def readme_table(report: Report) -> str:
     """A comparison of servers as README shows it: medians, a column a contestant."""
     names = list(report.rows[0].values)
     m = report.machine
     where = (
-        f"{report.label}'s shape, random weights, over HTTP; {m['cpu']}, {m['threads']} threads, {m['isa']}; torch "
+        f"{_weights(report.label)}, over HTTP; {m['cpu']}, {m['threads']} threads, {m['isa']}; torch "
         f"{m['torch'].partition('+')[0]}, commit `{report.commit}`. "
         f"Medians of {report.settings['repeat']} rounds in turn."
     )

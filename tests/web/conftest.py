@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browsing import NEEDS_CHROMIUM, WHY, Tab, launch
+from live_server import Server, start
 from page_server import PageServer, Real, served
 
 from engine import ModelConfig, Registry
@@ -36,8 +38,11 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def open_tab(browser: Any) -> Iterator[Callable[..., Tab]]:
-    """`open_tab(url)`: a tab with nothing stored. What went wrong in it fails the test when it ends."""
+def open_tab(browser: Any, serve: Any, live: Any) -> Iterator[Callable[..., Tab]]:
+    """`open_tab(url)`: a tab with nothing stored. What went wrong in it fails the test when it ends.
+
+    Servers come first, so that they end last: a page that still asks for its models would meet a closed port.
+    """
     tabs: list[Tab] = []
 
     def made(url: str, **options: Any) -> Tab:
@@ -50,10 +55,15 @@ def open_tab(browser: Any) -> Iterator[Callable[..., Tab]]:
 
 
 @pytest.fixture
+def live() -> Iterator[Callable[[Path], Server]]:
+    """`live(folder)`: a server in a process of its own, with the folder's models.yaml, for the time of the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda folder: stack.enter_context(start([], folder))
+
+
+@pytest.fixture
 def serve() -> Iterator[Callable[[Any], PageServer]]:
     """`serve(app)`: a server for the time of the test."""
-    import contextlib
-
     with contextlib.ExitStack() as stack:
         yield lambda app: stack.enter_context(served(app))
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from browsing import expect
-from live_server import start
 
 if TYPE_CHECKING:
     from browsing import Tab
+    from live_server import Server
 
+    Live = Callable[[Path], Server]
     Open = Callable[..., Tab]
 
 pytestmark = pytest.mark.slow
@@ -37,29 +38,29 @@ def choose(page: Any, model: str, state: str) -> None:
     page.get_by_role("button", name=f"Model: {model}, {state}", exact=True).click()
 
 
-def test_models_load_and_leave_at_a_press(open_tab: Open, tmp_path: Path) -> None:
+def test_models_load_and_leave_at_a_press(live: Live, open_tab: Open, tmp_path: Path) -> None:
     write(tmp_path)
-    with start([], tmp_path) as server:
-        tab = open_tab(server.url)
-        page = tab.open()
-        choose(page, "noise", "ready")
-        page.get_by_role("button", name="Load demo", exact=True).click()
-        expect(page.get_by_role("button", name="Unload demo", exact=True)).to_be_visible(timeout=LOADING)
-        page.locator(".model-choice", has_text="demo").click()
-        tab.say("Tell me a story about a fox.")
-        expect(page.locator(".reply").last).to_contain_text("fox", timeout=LOADING)
-        tab.tab("Machine")
-        for name in ("demo", "noise"):
-            expect(page.get_by_role("heading", name=name, exact=True)).to_be_visible()
-        shown = page.locator(".tile", has=page.get_by_text("Memory", exact=True)).locator(".tile-value")
-        expect(shown.first).to_contain_text("iB")
-        choose(page, "demo", "ready")
-        page.get_by_role("button", name="Unload demo", exact=True).click()
-        expect(page.get_by_role("button", name="Load demo", exact=True)).to_be_visible(timeout=LOADING)
-        assert httpx.get(f"{server.url}/v1/models/demo").json()["state"] == "unloaded"
+    server = live(tmp_path)
+    tab = open_tab(server.url)
+    page = tab.open()
+    choose(page, "noise", "ready")
+    page.get_by_role("button", name="Load demo", exact=True).click()
+    expect(page.get_by_role("button", name="Unload demo", exact=True)).to_be_visible(timeout=LOADING)
+    page.locator(".model-choice", has_text="demo").click()
+    tab.say("Tell me a story about a fox.")
+    expect(page.locator(".reply").last).to_contain_text("fox", timeout=LOADING)
+    tab.tab("Machine")
+    for name in ("demo", "noise"):
+        expect(page.get_by_role("heading", name=name, exact=True)).to_be_visible()
+    shown = page.locator(".tile", has=page.get_by_text("Memory", exact=True)).locator(".tile-value")
+    expect(shown.first).to_contain_text("iB")
+    choose(page, "demo", "ready")
+    page.get_by_role("button", name="Unload demo", exact=True).click()
+    expect(page.get_by_role("button", name="Load demo", exact=True)).to_be_visible(timeout=LOADING)
+    assert httpx.get(f"{server.url}/v1/models/demo").json()["state"] == "unloaded"
 
 
-def test_an_admin_sees_all_keys_and_what_they_have_used(open_tab: Open, tmp_path: Path) -> None:
+def test_an_admin_sees_all_keys_and_what_they_have_used(live: Live, open_tab: Open, tmp_path: Path) -> None:
     write(tmp_path)
     secrets = []
     for name, *options in (("ada", "--admin"), ("bob",)):
@@ -71,14 +72,14 @@ def test_an_admin_sees_all_keys_and_what_they_have_used(open_tab: Open, tmp_path
             check=True,
         )
         secrets.append(json.loads(made.stdout)["key"])
-    with start([], tmp_path) as server:
-        tab = open_tab(server.url)
-        tab.expected = ("401",)
-        page = tab.open()
-        page.get_by_label("Key", exact=True).fill(secrets[0])
-        page.keyboard.press("Enter")
-        expect(page.get_by_role("button", name="Model: noise, ready", exact=True)).to_be_visible()
-        tab.tab("Machine")
-        for name in ("ada", "bob"):
-            expect(page.get_by_role("row", name=name)).to_be_visible()
-        assert not any(secret in page.content() for secret in secrets)
+    server = live(tmp_path)
+    tab = open_tab(server.url)
+    tab.expected = ("401",)
+    page = tab.open()
+    page.get_by_label("Key", exact=True).fill(secrets[0])
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Model: noise, ready", exact=True)).to_be_visible()
+    tab.tab("Machine")
+    for name in ("ada", "bob"):
+        expect(page.get_by_role("row", name=name)).to_be_visible()
+    assert not any(secret in page.content() for secret in secrets)
