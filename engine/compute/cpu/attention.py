@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,13 @@ class CpuCache(KVCache):
 
     Attributes:
         native: by layer, whether the kernel serves it; the others have the plain layout.
+        all_native: whether it serves all of them.
     """
 
     def __init__(self, layers: Sequence[LayerShape], num_blocks: int, kernels: Kernels) -> None:
         super().__init__(layers, num_blocks)
         self.native = tuple(_is_native(shape, kernels) for shape in layers)
+        self.all_native = all(self.native)
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values as `KVCache.write` does, in the layer's own layout."""
@@ -38,7 +41,13 @@ class CpuCache(KVCache):
 
 
 class CpuPlan:
-    """A step's attention by the kernel, and by torch for layers that it does not serve."""
+    """A step's attention by the kernel, and by torch for layers that it does not serve.
+
+    Attributes:
+        computed: what layers that are one call have computed (`engine.compute.cpu.layers.stack`).
+    """
+
+    computed: Any = None
 
     def __init__(self, kernels: Kernels, cache: CpuCache, chunks: Sequence[PackedChunk]) -> None:
         self.cache = cache

@@ -93,7 +93,7 @@ class Calls:
         self.norm = _typed(library.verbatim_norm, [POINTER] * 3 + [LONG] * 2 + [FLOAT, INT, INT])
         self.activate = _typed(library.verbatim_activate, [POINTER, POINTER, LONG, INT, INT])
         self.layer_scratch = _typed(library.verbatim_layer_scratch, [POINTER], LONG)
-        self.layer = _typed(library.verbatim_layer, [POINTER] * 11 + [LONG] * 4 + [INT])
+        self.layers = _typed(library.verbatim_layers, [POINTER, LONG] + [POINTER] * 11 + [LONG] * 4 + [INT])
         self.experts_scratch = _typed(library.verbatim_experts_scratch, [POINTER, LONG, LONG], LONG)
         self.experts = _typed(library.verbatim_experts, [POINTER] * 6 + [LONG] * 2 + [INT])
         self.matrix_unit = _typed(library.verbatim_matrix_unit, [INT], INT)

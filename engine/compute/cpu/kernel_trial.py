@@ -234,10 +234,13 @@ def _layer(calls: Calls) -> None:
     )
     slots, finite, _table, parts = _step(rows)
     scratch = ctypes.create_string_buffer(rows * int(calls.layer_scratch(ctypes.byref(record))))
-    out, keys, values = _ones(rows * dim, 0.0), _ones(BLOCK_SIZE * _HEAD, 0.0), _ones(BLOCK_SIZE * _HEAD, 0.0)
-    angles = _ones(rows * _HEAD)
-    calls.layer(
-        ctypes.byref(record), _ones(rows * dim), angles, angles, out, scratch, keys, values, slots, finite, parts,
+    out, other, angles = _ones(rows * dim, 0.0), _ones(rows * dim, 0.0), _ones(rows * _HEAD)
+    caches = [_ones(BLOCK_SIZE * _HEAD, 0.0) for _ in range(4)]
+    layers, keys, values = (
+        (ctypes.c_void_p * 2)(*map(ctypes.addressof, both)) for both in ((record, record), caches[:2], caches[2:])
+    )
+    calls.layers(
+        layers, 2, _ones(rows * dim), angles, angles, out, other, scratch, keys, values, slots, finite, parts,
         rows, rows, BLOCK_SIZE, 1, _THREADS,
     )  # fmt: skip
     if not all(math.isfinite(number) for number in out):

@@ -426,7 +426,7 @@ _SYMBOLS = (
     "norm",
     "activate",
     "layer_scratch",
-    "layer",
+    "layers",
     "experts_scratch",
     "experts",
     "matrix_unit",

@@ -7,7 +7,8 @@ the usual parts is computed by one kernel instead (`engine.compute.cpu.layers.la
 A watched pass shows which layers are (`engine.compute.cpu.layers.layer_reading`). The kernel gives the same bits as
 the parts one by one. So a layer is replaced only if it then returns the same numbers and stores the same keys and
 values, at positions near and far. All others stay as they are. Of a layer whose MLP is of another kind (a mixture of
-experts), the kernel computes what comes before, and its modules the rest.
+experts), the kernel computes what comes before, and its modules the rest. Layers that follow one another are one call
+(`engine.compute.cpu.layers.stack.Stack`), if that, too, gives the same bits.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.layers.layer_kernel import LayerKernel
 from engine.compute.cpu.layers.layer_reading import Rest, Watched, blocks_of, parts_of, readings
+from engine.compute.cpu.layers.stack import Stack, runs_of_layers
 from engine.compute.discovery import discover
 from engine.errors import out_of_memory
 
@@ -43,12 +45,15 @@ class NativeLayer(nn.Module):
         """inner: the layer as it came; index: its number in the cache; rest: what the kernel leaves to modules."""
         super().__init__()
         self.inner, self.kernel, self.index, self.rest = inner, kernel, index, rest
+        self.stack: Stack | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan = current_plan()
-        if not isinstance(plan, CpuPlan) or plan.adapter_rows or not plan.cache.native[self.index]:
+        if not isinstance(plan, CpuPlan) or plan.adapter_rows or not plan.cache.all_native:
             out: Tensor = self.inner(hidden_states, *args, **kwargs)
             return out
+        if self.stack is not None:
+            return self.stack(self.index, plan, hidden_states, kwargs["position_embeddings"])
         cos, sin = kwargs["position_embeddings"]
         keys, values = plan.cache.keys[self.index], plan.cache.values[self.index]
         y = self.kernel(plan.kernel_plan, hidden_states[0], cos[0], sin[0], keys, values).unsqueeze(0)
@@ -103,7 +108,24 @@ def _fuse(model: nn.Module, kernels: Kernels, length: int) -> int:
                     layers[index] = layer
                     fused += 1
                     break
+        _join(layers, watched, cache, kernels)
     return fused
+
+
+def _join(layers: nn.ModuleList, watched: list[Watched], cache: CpuCache, kernels: Kernels) -> None:
+    """Let layers that follow one another be one call each, if it gives the bits that were recorded."""
+    parts = [layer.kernel if isinstance(layer, NativeLayer) and layer.rest is None else None for layer in layers]
+    for run in runs_of_layers(parts, watched):
+        stack = Stack(run, [kernel for kernel in (parts[n] for n in run) if kernel is not None])
+        plan = _plan(kernels, CpuCache(cache.layers, 1, kernels))
+        first, last = watched[run[0]], watched[run[-1]]
+        assert first.input is not None
+        out = stack(run[0], plan, first.input, first.kwargs["position_embeddings"])
+        if torch.equal(out, last.output) and all(_stored_alike(plan.cache, cache, n) for n in run):
+            for number in run:
+                layer = layers[number]
+                assert isinstance(layer, NativeLayer)
+                layer.stack = stack
 
 
 def _plan(kernels: Kernels, cache: CpuCache) -> CpuPlan:
@@ -136,6 +158,8 @@ def _same(layer: NativeLayer, seen: Watched, plan: CpuPlan, cache: CpuCache) -> 
     arguments = {name: value for name, value in seen.kwargs.items() if name != "hidden_states"}
     with attention_through(plan):
         out = layer(seen.input, **arguments)
-    keys, values = plan.cache.keys[layer.index], plan.cache.values[layer.index]
-    stored = torch.equal(keys, cache.keys[layer.index]) and torch.equal(values, cache.values[layer.index])
-    return stored and torch.equal(out, seen.output)
+    return torch.equal(out, seen.output) and _stored_alike(plan.cache, cache, layer.index)
+
+
+def _stored_alike(one: CpuCache, other: CpuCache, layer: int) -> bool:
+    return torch.equal(one.keys[layer], other.keys[layer]) and torch.equal(one.values[layer], other.values[layer])

@@ -1,8 +1,9 @@
-"""A decoder layer as one call of a compiled kernel. Knows what a layer is made of; no module of a model."""
+"""Decoder layers as one call of a compiled kernel. Knows what a layer is made of; no module of a model."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -124,7 +125,7 @@ class LayerKernel:
     def __init__(self, calls: Calls, parts: LayerParts) -> None:
         """parts: must fit together (`LayerParts.fit`)."""
         p = parts
-        self._angles, self._dim = p.angles, p.o.columns
+        self.angles, self.dim = p.angles, p.o.columns
         products = {
             "qkv": Product(calls, p.qkv),
             "o": Product(calls, [p.o]),
@@ -136,7 +137,7 @@ class LayerKernel:
             **{name: product.address for name, product in products.items()},
             **{name: getattr(p, name) for name in _NUMBERS},
             sinks=None if p.sinks is None else p.sinks.data_ptr(),
-            dim=self._dim,
+            dim=self.dim,
             inner=p.down.depth if p.down else 0,
             window=p.window or 0,
             chunk=p.chunk or 0,
@@ -146,43 +147,80 @@ class LayerKernel:
             pairing=PAIRINGS[p.pairing],
             activation=ACTIVATIONS[p.activation],
         )
-        self._address = ctypes.addressof(self._record)
-        self._call = calls.layer
-        self._scratch = calls.layer_scratch(self._address)
+        self.calls, self.address = calls, ctypes.addressof(self._record)
+        self.scratch: int = calls.layer_scratch(self.address)
+        self._alone = LayerStack([self])
 
     def __call__(
         self, plan: AttentionPlan, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
-        """Store the step's keys and values and compute the layer.
+        """Store the step's keys and values and compute the layer: see `LayerStack`."""
+        return self._alone(plan, x, cos, sin, [keys], [values])
+
+
+class LayerStack:
+    """Decoder layers one after the other as one call, with the bits of each called by itself."""
+
+    def __init__(self, layers: Sequence[LayerKernel]) -> None:
+        """layers: of one width; those that are rotated, by as many angles (`LayerStack.fit`)."""
+        first = layers[0]
+        self._kept = layers
+        self._addresses = (ctypes.c_void_p * len(layers))(*(layer.address for layer in layers))
+        self._dim, self._angles = first.dim, max(layer.angles for layer in layers)
+        self._scratch = max(layer.scratch for layer in layers)
+        self._call = first.calls.layers
+
+    @staticmethod
+    def fit(layers: Sequence[LayerKernel]) -> bool:
+        """Tell whether layers can be one call."""
+        widths, angles = {layer.dim for layer in layers}, {layer.angles for layer in layers}
+        return len(widths) == 1 and len(angles - {0}) <= 1
+
+    def __call__(
+        self,
+        plan: AttentionPlan,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+    ) -> Tensor:
+        """Store the step's keys and values and compute the layers.
 
         Args:
             x: `[T, dim] float32`; rows beyond the plan's are padding.
             cos, sin: `[T, angles] float32`.
-            keys, values: the layer's cache, as in `Kernels.attend`.
+            keys, values: each layer's cache, as in `Kernels.attend`.
 
         Returns:
             `[T, dim]`.
         """
-        rows, attended, angles = x.shape[0], len(plan.slots), self._angles
+        rows, attended, angles, count = x.shape[0], len(plan.slots), self._angles, len(self._kept)
         x, cos, sin = checked(x, self._dim), checked(cos[:, :angles], angles), checked(sin[:, :angles], angles)
         if not cos.shape[0] == sin.shape[0] == rows >= attended:
             raise ValueError(f"{rows} rows with {cos.shape[0]} positions, {attended} of which have a place")
+        if not len(keys) == len(values) == count or len({part.shape[1] for part in (*keys, *values)}) != 1:
+            raise ValueError(f"{count} layers with {len(keys)} caches, all of which must have as many slots")
         out = torch.empty_like(x)
+        other = torch.empty_like(x) if count > 1 else out
+        pointers = ctypes.c_void_p * count
         self._call(
-            self._address,
+            self._addresses,
+            count,
             x.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
             out.data_ptr(),
+            other.data_ptr(),
             plan.scratch(rows * self._scratch).data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
+            pointers(*(part.data_ptr() for part in keys)),
+            pointers(*(part.data_ptr() for part in values)),
             plan.slots.data_ptr(),
             plan.finite.data_ptr(),
             ctypes.addressof(plan.parts),
             rows,
             attended,
-            keys.shape[1],
+            keys[0].shape[1],
             len(plan.parts),
             torch.get_num_threads(),
         )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from engine.compute.backend import AttentionSettings
@@ -57,10 +58,14 @@ class Watched:
     """What one layer did in the watched pass: its own call, and the calls of its parts in order.
 
     Attributes:
+        input, output: copies, because a layer may change its input in place, and a model what a layer gave.
+        got, gave: these tensors themselves.
         floats: the numbers that the layer holds by itself; one may be a factor.
     """
 
     input: Tensor | None = None
+    got: Tensor | None = None
+    gave: Any = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = None
     calls: list[_Call] = field(default_factory=list)
@@ -69,13 +74,24 @@ class Watched:
 
     def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note a layer's call (a forward pre-hook)."""
-        # A copy, because a layer may change its input in place.
-        self.input, self.kwargs = (args[0] if args else kwargs["hidden_states"]).clone(), dict(kwargs)
+        self.got = args[0] if args else kwargs["hidden_states"]
+        self.input, self.kwargs = self.got.clone(), dict(kwargs)
         self.floats = tuple({value for value in vars(layer).values() if isinstance(value, float)} - {1.0})
 
     def leave(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note a layer's result (a forward hook)."""
-        self.output = output.clone() if isinstance(output, Tensor) else output
+        self.gave, self.output = output, output.clone() if isinstance(output, Tensor) else output
+
+    def follows(self, other: Watched) -> bool:
+        """Tell whether this layer got what another gave, unchanged, and the same cos and sin."""
+        angles = [seen.kwargs.get("position_embeddings") or () for seen in (self, other)]
+        return (
+            self.got is other.gave
+            and isinstance(self.input, Tensor)
+            and torch.equal(self.input, other.output)
+            and len(angles[0]) == len(angles[1])
+            and all(a is b for a, b in zip(*angles, strict=True))
+        )
 
     def note(self, part: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Note a part's call (a forward hook)."""

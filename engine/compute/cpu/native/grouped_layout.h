@@ -18,6 +18,7 @@ enum {
     MOST_GROUPS = CHUNK_K / 16,      /* of a chunk */
     PANEL_G = 2 * WIDTH,             /* columns of a panel */
     QUAD_VECTOR = WIDTH * 4,         /* bytes of a quad of a vector of columns */
+    AHEAD_G = 4096,                  /* bytes from what is read to what is fetched */
     FACTS = 7                        /* numbers that go with a block of a row's input: see `grouped_tile` */
 };
 

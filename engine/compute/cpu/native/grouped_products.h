@@ -66,7 +66,7 @@ static void decode(int kind, int super_kind, const char *at, const char *supers,
 
 INLINE void decode_chunk(const Format *f, const Chunk *c, const char *w, int ahead, Decoded *d) {
     if (ahead)
-        for (size_t i = c->scales; i < c->bytes; i += 64) PREFETCH(w + i + 8192);
+        for (size_t i = c->scales; i < c->bytes; i += 64) PREFETCH(w + i + AHEAD_G);
     decode(f->scales, f->supers, w + c->scales, w + c->supers, c, f->per, d->scales[0]);
     if (f->minima) decode(f->minima, f->minimum_supers, w + c->minima, w + c->minimum_supers, c, f->per, d->minima[0]);
     if (f->group == 16 && c->groups & 1) /* the last block's second half: nothing of it is there */
@@ -92,36 +92,43 @@ INLINE wi quad_at(int bits, const char *w, int j) {
 /* ---- for each number of rows ---- */
 
 /* One step of the chain of row r's numbers in vector c, of which `sums` are the sums of number · byte. */
-#define CHAIN(r, c, sums, ZEROS, MINIMA)                                                                                 \
+#define CHAIN(r, c, ZEROS, MINIMA)                                                                                       \
     {                                                                                                                    \
-        wi whole = sums;                                                                                                 \
-        float *to = p->totals + (r) * PANEL_G + (c) * WIDTH;                                                             \
+        wi whole = SUMS(r, c);                                                                                           \
         if (ZEROS)                                                                                                       \
-            whole = I_SUB32(whole, I_TIMES(I_QUAD(of + (ROWS + (r)) * 4), I_LOAD(p->decoded->zeros[group] + (c) * WIDTH))); \
-        wf scale = F_MUL(F_SET(*(const float *)(facts + (r) * 4)), F_LOAD(p->decoded->scales[group] + (c) * WIDTH));     \
-        wf sum = F_FMA(F_FROM_INT(whole), scale, F_LOAD(to));                                                            \
+            whole = I_SUB32(whole, I_TIMES(I_QUAD(of + (ROWS + (r)) * 4), I_LOAD(decoded->zeros[group] + (c) * WIDTH))); \
+        wf scale = F_MUL(F_SET(*(const float *)(facts + (r) * 4)), F_LOAD(decoded->scales[group] + (c) * WIDTH));        \
+        wf sum = F_FMA(F_FROM_INT(whole), scale, TOTAL(r, c));                                                           \
         if (MINIMA)                                                                                                      \
-            sum = F_LESS(F_LOAD(p->decoded->minima[group] + (c) * WIDTH), F_SET(*(const float *)(of + (2 * ROWS + (r)) * 4)), \
+            sum = F_LESS(F_LOAD(decoded->minima[group] + (c) * WIDTH), F_SET(*(const float *)(of + (2 * ROWS + (r)) * 4)), \
                          sum);                                                                                           \
-        F_STORE(to, sum);                                                                                                \
+        SET_TOTAL(r, c, sum);                                                                                            \
     }
 #define CHAIN_ZERO(r, V) V(CHAIN_ZERO1, r)
-#define CHAIN_ZERO1(r, c) CHAIN(r, COLUMN(c), SUMS(r, c), 1, 0)
+#define CHAIN_ZERO1(r, c) CHAIN(r, c, 1, 0)
 #define CHAIN_MINIMUM(r, V) V(CHAIN_MINIMUM1, r)
-#define CHAIN_MINIMUM1(r, c) CHAIN(r, COLUMN(c), SUMS(r, c), 0, 1)
+#define CHAIN_MINIMUM1(r, c) CHAIN(r, c, 0, 1)
 #define CHAIN_EITHER(r, V) V(CHAIN_EITHER1, r)
-#define CHAIN_EITHER1(r, c) CHAIN(r, COLUMN(c), SUMS(r, c), p->zeros, p->minima)
+#define CHAIN_EITHER1(r, c) CHAIN(r, c, zeros, minima)
 /* half: 0 for a whole block, 1 and 2 for its halves. */
 #define END_STEP(R, V, half)                                                                                             \
     {                                                                                                                    \
         const char *of = facts + (half) * 2 * ROWS * 4;                                                                  \
-        long group = p->halves ? 2 * step + (half) / 2 : step >> p->shift;                                                 \
-        if (p->zeros && !p->minima) { R(CHAIN_ZERO, V) }                                                                 \
-        else if (p->minima && !p->zeros) { R(CHAIN_MINIMUM, V) }                                                         \
+        long group = halves ? 2 * step + (half) / 2 : step >> p->shift;                                                  \
+        if (zeros && !minima) { R(CHAIN_ZERO, V) }                                                                       \
+        else if (minima && !zeros) { R(CHAIN_MINIMUM, V) }                                                               \
         else { R(CHAIN_EITHER, V) }                                                                                      \
     }
 
-#define V1(Y, r) Y(r, 0)
+/* The totals of one or two rows stay in registers for a whole chunk; those of more are read and written at each step. */
+#define TOTAL_AT(r, c) (p->totals + (r) * PANEL_G + (c) * WIDTH)
+#define LOAD_TOTAL(r, V) V(LOAD_TOTAL1, r)
+#define LOAD_TOTAL1(r, c) wf t##r##c = F_LOAD(TOTAL_AT(r, c));
+#define STORE_TOTAL(r, V) V(STORE_TOTAL1, r)
+#define STORE_TOTAL1(r, c) F_STORE(TOTAL_AT(r, c), t##r##c);
+
+#define FIRST(Y, r) Y(r, 0)  /* one vector of a row, the first or the second */
+#define SECOND(Y, r) Y(r, 1)
 #define DECLARE_G(r, V) V(DECLARE_G1, r)
 #define DECLARE_G1(r, c) wi a##r##c = I_ZERO();
 #define CLEAR_G(r, V) V(CLEAR_G1, r)
@@ -145,19 +152,21 @@ INLINE wi quad_at(int bits, const char *w, int j) {
     a##r##0 = I_ADD16(a##r##0, I_MADD8(w0, s)); a##r##1 = I_ADD16(a##r##1, I_MADD8(w1, s)); }
 #endif
 /* Two quads of 6 bits for one vector, in 32 bits. */
-#define STEP_6(r, V)                                                                                                     \
-    a##r##0 = I_ADD32(a##r##0, I_MADD16(I_ADD16(I_MADD8(w0, I_QUAD(x + (r) * 4)),                                        \
+#define STEP_6(r, V) V(STEP_61, r)
+#define STEP_61(r, c)                                                                                                    \
+    a##r##c = I_ADD32(a##r##c, I_MADD16(I_ADD16(I_MADD8(w0, I_QUAD(x + (r) * 4)),                                        \
                                                 I_MADD8(w1, I_QUAD(x + (ROWS + (r)) * 4))), ones));
 
 /* A quad of 8 bits, in 32 bits: `size` without the sign of `number`, which the input takes. */
-#define STEP_8(r, V)                                                                                                     \
-    a##r##0 = I_ADD32(a##r##0, I_MADD16(I_MADD8(size, I_SIGNED(I_QUAD(x + (r) * 4), number)), ones));
+#define STEP_8(r, V) V(STEP_81, r)
+#define STEP_81(r, c)                                                                                                    \
+    a##r##c = I_ADD32(a##r##c, I_MADD16(I_MADD8(size, I_SIGNED(I_QUAD(x + (r) * 4), number)), ones));
 
 typedef void (*Engine)(const Piece *p);
 enum { ENGINES = 4 }; /* for 4, 5, 6 and 8 bits */
 #define GLUE_(a, b) a##b
 #define GLUE(a, b) GLUE_(a, b)
-#define FETCH_AHEAD(bytes) if (p->ahead) for (size_t i = 0; i < (bytes); i += 64) PREFETCH(w + i + 8192);
+#define FETCH_AHEAD(bytes) if (p->ahead) for (size_t i = 0; i < (bytes); i += 64) PREFETCH(w + i + AHEAD_G);
 
 #define ROWS 1
 #define R R1
@@ -195,37 +204,48 @@ INLINE Piece piece_of_panel(const Format *f, Decoded *decoded, int ahead) {
                    .zeros = f->zeros || f->zero != offset, .minima = f->minima != NONE, .ahead = ahead};
 }
 
+/* What all panels of a product have in common. */
+typedef struct {
+    Chunk whole, last; /* of CHUNK_K k's, and of what is left of the depth, if anything is */
+    size_t stride;
+    Decoded decoded;
+    Piece piece;
+} Panels;
+
 /* One panel for one tile. A panel is one stream of bytes, followed by the next: several at once were slower, for what is
  * fetched ahead of one is the beginning of another. */
-static void grouped_panel(const Call *call, const Matrix *m, const char *x, int rows, long panel, int ahead, float *out) {
-    const Format *f = m->format;
-    const Engine engine = engine_of(f->bits, rows);
+static void grouped_panel(const Call *call, const Matrix *m, const char *x, int rows, long panel, Panels *all, float *out) {
+    const Engine engine = engine_of(m->format->bits, rows);
     const long depth = call->depth;
     float totals[TALLEST * PANEL_G];
-    Decoded decoded;
-    Piece p = piece_of_panel(f, &decoded, ahead);
+    Piece p = all->piece;
     p.x = x, p.facts = x + (size_t)steps_of(depth) * STEP_K * rows, p.totals = totals;
-    p.w = m->weight + (size_t)panel * grouped_stride(f, depth);
+    p.w = m->weight + (size_t)panel * all->stride;
     memset(totals, 0, sizeof(float) * (size_t)rows * PANEL_G);
-    Chunk c = chunk_of(f, depth < CHUNK_K ? depth : CHUNK_K);
     for (long k = 0; k < depth; k += CHUNK_K) {
-        if (k && depth - k < CHUNK_K) c = chunk_of(f, depth - k);
+        const Chunk *c = depth - k < CHUNK_K ? &all->last : &all->whole;
         p.steps = steps_of(depth - k < CHUNK_K ? depth - k : CHUNK_K);
-        decode_chunk(f, &c, p.w, ahead, &decoded);
+        decode_chunk(m->format, c, p.w, p.ahead, &all->decoded);
         engine(&p);
-        p.x += p.steps * STEP_K * rows, p.facts += p.steps * FACTS * 4 * rows, p.w += c.bytes;
+        p.x += p.steps * STEP_K * rows, p.facts += p.steps * FACTS * 4 * rows, p.w += c->bytes;
     }
     finish8(rows, PANEL_G, totals, m, out, panel * PANEL_G);
 }
 
-static void grouped_panels(const Call *call, const Matrix *m, float *all, long begin, long end) {
-    long group = panels_at_once(call->rows, grouped_stride(m->format, call->depth));
+static void grouped_panels(const Call *call, const Matrix *m, float *out, long begin, long end) {
+    const Format *f = m->format;
+    const long depth = call->depth;
+    Panels all = {.whole = chunk_of(f, CHUNK_K), .stride = grouped_stride(f, depth)};
+    if (depth % CHUNK_K) all.last = chunk_of(f, depth % CHUNK_K);
+    all.piece = piece_of_panel(f, &all.decoded, 0);
+    long group = panels_at_once(call->rows, all.stride);
     for (long g = begin; g < end; g += group) {
         long stop = g + group < end ? g + group : end;
         for (long row = 0; row < call->rows;) {
             int rows = height(TALLEST, call->rows - row);
-            const char *x = call->tiles + row * grouped_row(call->depth);
-            for (long p = g; p < stop; p++) grouped_panel(call, m, x, rows, p, row == 0, all + row * m->columns);
+            const char *x = call->tiles + row * grouped_row(depth);
+            all.piece.ahead = row == 0;
+            for (long p = g; p < stop; p++) grouped_panel(call, m, x, rows, p, &all, out + row * m->columns);
             row += rows;
         }
     }

@@ -162,19 +162,26 @@ long verbatim_layer_scratch(const Layer *l) {
     return 4 * (beside(l) + between(l)) + larger(a, b);
 }
 
-/* A decoder layer over a step's rows: x, out [rows, dim]; cos, sin [rows, angles]; scratch: rows * verbatim_layer_scratch
- * bytes. The first `attended` rows have a place in the cache; the others are padding. The rest as in verbatim_attention. */
-void verbatim_layer(const Layer *l, const float *x, const float *cos, const float *sin, float *out, float *scratch,
-                    float *keys, float *values, const int64_t *slots, uint8_t *finite, Part *parts, long rows, long attended,
-                    long cache_slots, long count, int threads) {
-    LayerCall c = {.layer = l, .x = x, .cos = cos, .sin = sin, .out = out, .rows = rows};
-    start_layer(&c, scratch);
-    c.attention = (Attention){
-        c.query, c.key, c.value, l->key_dim, c.query_row, l->key_dim, c.key_row, l->value_dim, c.value_row, c.attended,
-        keys, values, slots, finite, l->sinks, parts, attended, l->heads, l->kv_heads, l->key_dim, l->value_dim,
-        cache_slots, count, 0, l->window, l->chunk, l->scale, l->softcap};
-    cut_attention(&c.attention);
-    run_layer(&c, threads);
+/* Decoder layers over a step's rows, one after the other: x, out, other [rows, dim]; cos, sin [rows, angles]; scratch: rows *
+ * the largest verbatim_layer_scratch bytes; keys, values: of each layer. `other` is needed from two layers on. The first
+ * `attended` rows have a place in the cache; the others are padding. The rest as in verbatim_attention. */
+void verbatim_layers(const Layer *const *layers, long layer_count, const float *x, const float *cos, const float *sin,
+                     float *out, float *other, float *scratch, float *const *keys, float *const *values,
+                     const int64_t *slots, uint8_t *finite, Part *parts, long rows, long attended, long cache_slots, long count,
+                     int threads) {
+    for (long i = 0; i < layer_count; i++) {
+        const Layer *l = layers[i];
+        LayerCall c = {.layer = l, .x = x, .cos = cos, .sin = sin, .rows = rows};
+        c.out = (layer_count - i) % 2 ? out : other;
+        start_layer(&c, scratch);
+        c.attention = (Attention){
+            c.query, c.key, c.value, l->key_dim, c.query_row, l->key_dim, c.key_row, l->value_dim, c.value_row, c.attended,
+            keys[i], values[i], slots, finite, l->sinks, parts, attended, l->heads, l->kv_heads, l->key_dim, l->value_dim,
+            cache_slots, count, 0, l->window, l->chunk, l->scale, l->softcap};
+        cut_attention(&c.attention);
+        run_layer(&c, threads);
+        x = c.out;
+    }
 }
 
 /* Bytes of a mixture's scratch space. */

@@ -159,13 +159,20 @@ static void to_bytes(int bits, const char *w, long steps, int ahead, char *out) 
 
 /* One step of the chains of a tile of rows: CHAIN of grouped_products.h. half: 0 for a whole block, 1 and 2 for its halves. */
 #define ROWS rows
+#define SUMS(r, c) I_LOAD(sums + (r) * PANEL_G + (c) * WIDTH)
+#define TOTAL(r, c) F_LOAD(TOTAL_AT(r, c))
+#define SET_TOTAL(r, c, v) F_STORE(TOTAL_AT(r, c), v)
 INLINE void chains_as(int zeros, int minima, const Piece *p, const char *facts, int rows, const int32_t *sums, long step, int half) {
     const char *of = facts + half * 2 * rows * 4;
     const long group = p->halves ? 2 * step + half / 2 : step >> p->shift;
+    const Decoded *const decoded = p->decoded;
     for (int r = 0; r < rows; r++)
-        for (int c = 0; c < 2; c++) CHAIN(r, c, I_LOAD(sums + r * PANEL_G + c * WIDTH), zeros, minima)
+        for (int c = 0; c < 2; c++) CHAIN(r, c, zeros, minima)
 }
 #undef ROWS
+#undef SUMS
+#undef TOTAL
+#undef SET_TOTAL
 
 static void chains(const Piece *p, const char *facts, int rows, const int32_t *sums, long step, int half) {
     if (p->zeros && p->minima) chains_as(1, 1, p, facts, rows, sums, step, half);

@@ -53,7 +53,7 @@ enum {
     SLOTS = 32,           /* calls that are helped at once; more compute alone */
     UNIT_BITS = 24,       /* of a slot's word; the others count phases, so that no old word comes back */
     SPIN_LEAST = 5000,    /* ns */
-    SPIN_MOST = 200000,   /* ns; between two layers some 50 µs of Python pass */
+    SPIN_MOST = 200000,   /* ns; between two calls some 50 µs of Python pass */
     WOKEN_AT_ONCE = 4,    /* each wakes more */
     STACK = 4 << 20       /* bytes; a unit of attention needs 0.4 MiB */
 };

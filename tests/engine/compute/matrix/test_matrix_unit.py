@@ -22,7 +22,7 @@ _STUB = """
 #include <unistd.h>
 static int used;
 #define STUB(name) long verbatim_##name(void) { return 64; }
-STUB(packed_bytes) STUB(scratch) STUB(attention) STUB(norm) STUB(activate) STUB(layer_scratch) STUB(layer)
+STUB(packed_bytes) STUB(scratch) STUB(attention) STUB(norm) STUB(activate) STUB(layer_scratch) STUB(layers)
 STUB(experts_scratch) STUB(experts) STUB(lanes) STUB(target) STUB(pack) STUB(pack_groups) STUB(widen) STUB(round)
 int verbatim_matrix_unit(int use) { used = use; return use ? REFUSED : 0; }
 void verbatim_linear(const float *x, void *scratch, float *out, void *m, long rows, long depth, long n, int threads) {

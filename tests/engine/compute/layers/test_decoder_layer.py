@@ -2,72 +2,22 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 import torch.nn.functional as F
-from grouped_weights import KINDS, groups_of
 from hypothesis import given, settings, strategies as st
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from layer_models import layer_cache, layer_parts, length_of, logits_of, packed_model, random_numbers
+from torch import Tensor
 
-from engine.compute.attention import IMPLEMENTATION, attention_through, register_attention
-from engine.compute.backend import PackedChunk
-from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.attention_plan import AttentionPlan
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.layers.decoder_layer import NativeLayer, fuse_layers
-from engine.compute.cpu.layers.experts import replace_experts
 from engine.compute.cpu.layers.layer_kernel import LayerParts, NormParts
-from engine.compute.cpu.layers.own_weights import pack_own_weights
-from engine.compute.cpu.layers.pointwise import replace_pointwise
-from engine.compute.cpu.linear import NativeLinear, merge_shared_projections
 from engine.compute.cpu.packed_weight import PackedWeight
-from engine.compute.discovery import discover
-from engine.compute.linear import pack_model
-
-
-def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
-
 
 # -- the kernel ------------------------------------------------------------------------------------------------------
-
-
-def _parts(kernels: Kernels, kind: str, **given: Any) -> LayerParts:
-    """A layer of 40 dimensions: 4 query heads of 20, 2 key heads, values of 16. `grouped`: all are stored otherwise."""
-
-    def weight(columns: int, depth: int, seed: int, biased: bool = False) -> PackedWeight:
-        if kind == "grouped":  # bits, groups, scales, zeros and minima of each weight are others
-            bits, group, of = (4, 5, 6, 8)[seed % 4], (32, 16, 64, 128)[seed % 4], KINDS[seed % len(KINDS)]
-            return kernels.pack_groups(groups_of(bits, group, of, columns, depth), None)
-        numbers = _random(columns, depth, seed=seed) * depth**-0.5
-        numbers = numbers.bfloat16().float() if kind == "bfloat16" else numbers
-        bias = _random(columns, seed=seed) if biased else None
-        return kernels.pack(numbers, bias, "int8" if kind == "int8" else "exact")
-
-    fields: dict[str, Any] = {
-        "input_norm": NormParts(_random(40), 1e-6),
-        "mlp_norm": NormParts(_random(40, seed=1), 1e-5),
-        "query_norm": NormParts(_random(20), 1e-6),
-        "key_norm": NormParts(_random(20, seed=1), 1e-5),
-        "qkv": (weight(80, 40, 1, biased=True), weight(40, 40, 2), weight(32, 40, 3)),
-        "o": weight(40, 64, 4),
-        "gate_up": (weight(72, 40, 5), weight(72, 40, 6)),
-        "down": weight(40, 72, 7),
-        "heads": 4,
-        "kv_heads": 2,
-        "key_dim": 20,
-        "value_dim": 16,
-        "rotary": 20,
-        "scale": 0.2,
-    }
-    if given.pop("merged", False):
-        fields |= {"qkv": (weight(152, 40, 8, biased=True),), "gate_up": (weight(144, 40, 9, biased=True),)}
-    return LayerParts(**{**fields, **given})
 
 
 def _one_by_one(
@@ -116,11 +66,7 @@ def _one_by_one(
     return y + normed(p.output_norm, product(kernels.activate(gate, p.activation) * up, p.down)) * p.factor
 
 
-def _cache(parts: LayerParts, slots: int = 96) -> tuple[Tensor, Tensor]:
-    return torch.zeros(parts.kv_heads, slots, parts.key_dim), torch.zeros(parts.kv_heads, slots, parts.value_dim)
-
-
-_NORM = NormParts(_random(40, seed=2), 1e-4)
+_NORM = NormParts(random_numbers(40, seed=2), 1e-4)
 _COHERE: dict[str, Any] = {"pairing": "neighbours", "query_norm": None, "key_norm": None}
 _VARIANTS: tuple[dict[str, Any], ...] = (
     {},
@@ -130,7 +76,11 @@ _VARIANTS: tuple[dict[str, Any], ...] = (
     {"window": 7},
     {"softcap": 3.0, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
     {"merged": True},  # Phi-3
-    {"activation": "gelu_tanh", "attention_norm": _NORM, "output_norm": NormParts(_random(40, seed=3), 1e-3)},  # Gemma
+    {
+        "activation": "gelu_tanh",
+        "attention_norm": _NORM,
+        "output_norm": NormParts(random_numbers(40, seed=3), 1e-3),
+    },  # Gemma
     {"factor": 0.22},  # Granite
     {"pairing": "halves_half", "gate_up": (), "down": None, "mlp_norm": None},  # gpt-oss, up to attention
     {"gate_up": (), "down": None, "mlp_norm": None, "attention_norm": _NORM, "factor": 0.5},
@@ -138,12 +88,12 @@ _VARIANTS: tuple[dict[str, Any], ...] = (
         "input_norm": None,
         "mlp_norm": None,
         "attention_norm": _NORM,
-        "output_norm": NormParts(_random(40, seed=3), 1e-3),
-        "query_norm": NormParts(_random(80), 1e-6),
-        "key_norm": NormParts(_random(40, seed=1), 1e-5),
+        "output_norm": NormParts(random_numbers(40, seed=3), 1e-3),
+        "query_norm": NormParts(random_numbers(80), 1e-6),
+        "key_norm": NormParts(random_numbers(40, seed=1), 1e-5),
     },
     {"merged": True, "pairing": "neighbours_half", "rotary": 12, "attention_norm": _NORM, "output_norm": _NORM},  # GLM
-    {"input_norm": NormParts(_random(40), 1e-5, centred=True), "mlp_norm": None, "parallel": True} | _COHERE,
+    {"input_norm": NormParts(random_numbers(40), 1e-5, centred=True), "mlp_norm": None, "parallel": True} | _COHERE,
     {"input_norm": _NORM, "mlp_norm": None, "parallel": True, "merged": True, "factor": 0.5, "output_norm": _NORM},
 )
 
@@ -151,10 +101,10 @@ _VARIANTS: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("kind", ["bfloat16", "float32", "int8", "grouped"])
 @pytest.mark.parametrize("variant", _VARIANTS, ids=lambda v: ", ".join(v) or "plain")
 def test_the_bits_are_those_of_its_parts(kernels: Kernels, kind: str, variant: dict[str, Any]) -> None:
-    parts = _parts(kernels, kind, **variant)
+    parts = layer_parts(kernels, kind, **variant)
     layer = kernels.layer(parts)
-    x, cos, sin = _random(23, 40), _random(23, parts.angles), _random(23, parts.angles, seed=1)
-    one, other = _cache(parts), _cache(parts)
+    x, cos, sin = random_numbers(23, 40), random_numbers(23, parts.angles), random_numbers(23, parts.angles, seed=1)
+    one, other = layer_cache(parts), layer_cache(parts)
 
     def plan() -> AttentionPlan:  # two sequences of 14 and 7 tokens, and two rows of padding
         slots = torch.tensor([*range(32, 46), *range(70, 77)])
@@ -170,7 +120,7 @@ def test_the_bits_are_those_of_its_parts(kernels: Kernels, kind: str, variant: d
     finally:
         torch.set_num_threads(before)
     first = AttentionPlan([(0, 1, 0, [2])], torch.tensor([32]))
-    assert torch.equal(layer(first, x[:1], cos[:1], sin[:1], *_cache(parts)), expected[:1]), "a row alone"
+    assert torch.equal(layer(first, x[:1], cos[:1], sin[:1], *layer_cache(parts)), expected[:1]), "a row alone"
 
 
 @settings(max_examples=40, deadline=None)
@@ -180,12 +130,12 @@ def test_the_bits_are_those_of_its_parts(kernels: Kernels, kind: str, variant: d
     threads=st.sampled_from([1, 2, 3, 5, 9]),
 )
 def test_how_a_sequence_is_cut_does_not_matter(kernels: Kernels, kind: str, cuts: list[int], threads: int) -> None:
-    parts = _parts(kernels, kind)
+    parts = layer_parts(kernels, kind)
     layer = kernels.layer(parts)
-    x, cos, sin = _random(40, 40), _random(40, 20), _random(40, 20, seed=1)
+    x, cos, sin = random_numbers(40, 40), random_numbers(40, 20), random_numbers(40, 20, seed=1)
 
     def run(borders: list[int]) -> Tensor:
-        cache, out = _cache(parts), []
+        cache, out = layer_cache(parts), []
         for start, stop in zip([0, *borders], [*borders, 40], strict=True):
             plan = AttentionPlan([(0, stop - start, start, [3, 0, 5])], torch.tensor(_slots(start, stop)))
             out.append(layer(plan, x[start:stop], cos[start:stop], sin[start:stop], *cache))
@@ -209,14 +159,14 @@ def test_who_computes_which_piece_does_not_matter(kernels: Kernels, kind: str, r
     dim, inner, heads = 320, 1100, 5
 
     def weight(columns: int, depth: int) -> PackedWeight:
-        numbers = _random(columns, depth) * depth**-0.5
+        numbers = random_numbers(columns, depth) * depth**-0.5
         return kernels.pack(
             numbers.bfloat16().float() if kind == "bfloat16" else numbers, None, "int8" if kind == "int8" else "exact"
         )
 
     parts = LayerParts(
-        input_norm=NormParts(_random(dim), 1e-6), mlp_norm=NormParts(_random(dim, seed=1), 1e-6),
-        output_norm=NormParts(_random(dim, seed=2), 1e-6) if merged else None,
+        input_norm=NormParts(random_numbers(dim), 1e-6), mlp_norm=NormParts(random_numbers(dim, seed=1), 1e-6),
+        output_norm=NormParts(random_numbers(dim, seed=2), 1e-6) if merged else None,
         qkv=(weight((heads + 2) * 64, dim),) if merged else (weight(heads * 64, dim), weight(64, dim), weight(64, dim)),
         o=weight(dim, heads * 64),
         gate_up=(weight(2 * inner, dim),) if merged else (weight(inner, dim), weight(inner, dim)),
@@ -224,12 +174,12 @@ def test_who_computes_which_piece_does_not_matter(kernels: Kernels, kind: str, r
         heads=heads, kv_heads=1, key_dim=64, value_dim=64, rotary=64, scale=0.125,
     )  # fmt: skip
     layer = kernels.layer(parts)
-    x, cos, sin = _random(rows, dim), _random(rows, 64), _random(rows, 64, seed=1)
+    x, cos, sin = random_numbers(rows, dim), random_numbers(rows, 64), random_numbers(rows, 64, seed=1)
     before, found = torch.get_num_threads(), set()
     try:
         for threads in (1, 2, 3, 4, 5, 6, 7, 8, 9) * 2:
             torch.set_num_threads(threads)
-            cache = _cache(parts)
+            cache = layer_cache(parts)
             plan = AttentionPlan([(0, rows, 0, [3, 0, 5, 1])], torch.tensor(_slots_of([3, 0, 5, 1], rows)))
             out = layer(plan, x, cos, sin, *cache)
             found.add(b"".join(bytes(t.numpy().data) for t in (out, *cache)))
@@ -250,9 +200,13 @@ def test_a_layer_has_the_same_bits_with_every_instruction_set(kernels: Kernels, 
     for kind, variant in cases:
         found = []
         for k in (kernels, other_kernels):
-            parts = _parts(k, kind, **variant)
-            x, cos, sin = _random(37, 40), _random(37, parts.angles), _random(37, parts.angles, seed=1)
-            cache = _cache(parts)
+            parts = layer_parts(k, kind, **variant)
+            x, cos, sin = (
+                random_numbers(37, 40),
+                random_numbers(37, parts.angles),
+                random_numbers(37, parts.angles, seed=1),
+            )
+            cache = layer_cache(parts)
             plan = AttentionPlan([(0, 21, 6, [2, 4])], torch.tensor(_slots_of([2, 4], 27)[6:]))
             found.append((k.layer(parts)(plan, x, cos, sin, *cache), *cache))
         assert all(map(torch.equal, *found)), (kind, variant)
@@ -260,16 +214,16 @@ def test_a_layer_has_the_same_bits_with_every_instruction_set(kernels: Kernels, 
 
 @pytest.mark.slow
 def test_a_row_that_is_not_finite_is_noted_and_hurts_nobody(kernels: Kernels) -> None:
-    parts = _parts(kernels, "bfloat16")
+    parts = layer_parts(kernels, "bfloat16")
     layer = kernels.layer(parts)
-    x, cos, sin = _random(10, 40), _random(10, 20), _random(10, 20, seed=1)
+    x, cos, sin = random_numbers(10, 40), random_numbers(10, 20), random_numbers(10, 20, seed=1)
     sick = x.clone()
     sick[2, 3] = float("nan")
 
     def run(x: Tensor) -> tuple[Tensor, AttentionPlan, tuple[Tensor, ...]]:
         plan, cache = (
             AttentionPlan([(0, 5, 0, [0]), (5, 5, 0, [1])], torch.tensor([*range(5), *range(16, 21)])),
-            _cache(parts),
+            layer_cache(parts),
         )
         return layer(plan, x, cos, sin, *cache), plan, cache
 
@@ -296,19 +250,23 @@ def test_a_row_that_is_not_finite_is_noted_and_hurts_nobody(kernels: Kernels) ->
     ids=lambda w: next(iter(w)),
 )
 def test_parts_that_do_not_fit_are_refused(kernels: Kernels, wrong: dict[str, Any]) -> None:
-    parts = _parts(kernels, "bfloat16", **wrong)
+    parts = layer_parts(kernels, "bfloat16", **wrong)
     assert not kernels.can_compute(parts)
     with pytest.raises(ValueError, match="no layer that there is a kernel for"):
         kernels.layer(parts)
 
 
 def test_rows_without_a_position_are_refused(kernels: Kernels) -> None:
-    parts = _parts(kernels, "bfloat16")
+    parts = layer_parts(kernels, "bfloat16")
     plan = AttentionPlan([(0, 3, 0, [0])], torch.arange(3))
     with pytest.raises(ValueError, match="3 rows with 2 positions"):
-        kernels.layer(parts)(plan, _random(3, 40), _random(2, 20), _random(2, 20), *_cache(parts))
+        kernels.layer(parts)(
+            plan, random_numbers(3, 40), random_numbers(2, 20), random_numbers(2, 20), *layer_cache(parts)
+        )
     with pytest.raises(ValueError, match="2 rows with 2 positions, 3 of which have a place"):
-        kernels.layer(parts)(plan, _random(2, 40), _random(2, 20), _random(2, 20), *_cache(parts))
+        kernels.layer(parts)(
+            plan, random_numbers(2, 40), random_numbers(2, 20), random_numbers(2, 20), *layer_cache(parts)
+        )
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -322,7 +280,7 @@ _RIGHT = {"silu": F.silu, "gelu_tanh": _gelu}
 @pytest.mark.parametrize("kind", _RIGHT)
 @pytest.mark.parametrize("size", [1, 7, 8, 100, 20_000])
 def test_an_activation_is_what_it_says_and_each_number_is_alone(kernels: Kernels, kind: str, size: int) -> None:
-    x = _random(size) * (8 if kind == "silu" else 2)
+    x = random_numbers(size) * (8 if kind == "silu" else 2)
     out = kernels.activate(x, kind)
     torch.testing.assert_close(out, _RIGHT[kind](x.double()).float(), rtol=1e-5, atol=1e-30)
     if kind == "gelu_tanh":
@@ -343,7 +301,7 @@ def test_an_activation_at_the_ends(kernels: Kernels, kind: str) -> None:
 
 def test_a_norm_takes_the_mean_off_if_it_is_centred(kernels: Kernels) -> None:
     for dim in (5, 16, 40, 1000):
-        x, weight = _random(7, dim) + 3, _random(dim)
+        x, weight = random_numbers(7, dim) + 3, random_numbers(dim)
         out = kernels.norm(x, weight, 1e-5, centred=True)
         right = F.layer_norm(x.double(), (dim,), weight.double(), None, 1e-5).float()
         torch.testing.assert_close(out, right, rtol=1e-5, atol=1e-5)
@@ -351,47 +309,6 @@ def test_a_norm_takes_the_mean_off_if_it_is_centred(kernels: Kernels) -> None:
 
 
 # -- whole models ----------------------------------------------------------------------------------------------------
-
-
-def _model(kernels: Kernels, family: str, kind: str = "exact", **config: Any) -> Any:
-    """Ready for `fuse_layers`, as the loader does it."""
-    known = tiny_models.FAMILIES.get(family, {})
-    torch.manual_seed(3)
-    settings = AutoConfig.for_model(family, **{**tiny_models.COMMON, **known, **config})
-    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.dim() > 1:
-            parameter.copy_((torch.randn(parameter.shape) * 0.2).bfloat16())
-    pack_model(model, make=partial(NativeLinear, kernels, kind))
-    make, exact = (partial(NativeLinear, kernels, k) for k in (kind, "exact"))
-    replace_experts(model, kernels, make, exact)
-    pack_own_weights(model, kernels, make, exact)
-    replace_pointwise(model, kernels)
-    merge_shared_projections(model)
-    return model
-
-
-def _length(model: nn.Module) -> int:
-    return int(getattr(model.config, "max_position_embeddings", 0) or 2048)
-
-
-def _logits(model: nn.Module, kernels: Kernels, positions: Tensor) -> list[Tensor]:
-    """Of a prompt of 19 tokens and of one more, through the block cache."""
-    register_attention()
-    own = model.config._attn_implementation
-    model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
-    cache = CpuCache(discover(model, 2048).shapes(), 3, kernels)
-    out = []
-    with torch.inference_mode():
-        for start, count in ((0, 19), (19, 1)):
-            plan = CpuPlan(kernels, cache, [PackedChunk(0, count, start, (2, 1))])
-            tokens = torch.arange(start, start + count)[None] * 7 % 400
-            part = positions[None, start : start + count]
-            with attention_through(plan):
-                out.append(model(tokens, position_ids=part, use_cache=False).logits)
-    model.set_attn_implementation(own)  # type: ignore[operator]
-    return out
 
 
 _MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 16}
@@ -438,14 +355,14 @@ _HALF: dict[str, dict[str, Any]] = {
 def test_layers_of_the_usual_kind_run_as_one_and_keep_their_bits(
     kernels: Kernels, family: str, config: dict[str, Any], kind: str
 ) -> None:
-    model = _model(kernels, family, kind, **config)
+    model = packed_model(kernels, family, kind, **config)
     positions = torch.tensor([*range(18), 1000, 2047])
-    before = _logits(model, kernels, positions)
+    before = logits_of(model, kernels, positions)
     plain = model(torch.arange(5)[None], use_cache=False).logits
-    assert fuse_layers(model, kernels, _length(model)) == 2
+    assert fuse_layers(model, kernels, length_of(model)) == 2
     layers = [module for module in model.modules() if isinstance(module, NativeLayer)]
     assert [layer.rest is not None for layer in layers] == [family in _HALF or config.get("hidden_act") == "gelu"] * 2
-    for one, other in zip(_logits(model, kernels, positions), before, strict=True):
+    for one, other in zip(logits_of(model, kernels, positions), before, strict=True):
         assert torch.equal(one, other)
     assert torch.equal(model(torch.arange(5)[None], use_cache=False).logits, plain), (
         "without a block cache, the modules"
@@ -455,11 +372,11 @@ def test_layers_of_the_usual_kind_run_as_one_and_keep_their_bits(
 @pytest.mark.parametrize(("head_dim", "lanes"), [(8, 8), (24, 8), (16, 16), (48, 16)])
 def test_a_head_of_whole_vectors_becomes_part_of_one(kernels: Kernels, head_dim: int, lanes: int) -> None:
     """lanes: the widest vectors that the head's dimensions fill. With wider ones (AVX-512) the modules do the work."""
-    model = _model(kernels, "llama", head_dim=head_dim)
+    model = packed_model(kernels, "llama", head_dim=head_dim)
     positions = torch.arange(20)
-    before = _logits(model, kernels, positions)
-    assert fuse_layers(model, kernels, _length(model)) == (2 if kernels.lanes <= lanes else 0)
-    for one, other in zip(_logits(model, kernels, positions), before, strict=True):
+    before = logits_of(model, kernels, positions)
+    assert fuse_layers(model, kernels, length_of(model)) == (2 if kernels.lanes <= lanes else 0)
+    for one, other in zip(logits_of(model, kernels, positions), before, strict=True):
         assert torch.equal(one, other)
 
 
@@ -473,29 +390,29 @@ def test_a_head_of_whole_vectors_becomes_part_of_one(kernels: Kernels, head_dim:
     ids=lambda v: v if isinstance(v, str) else ", ".join(v),
 )
 def test_other_layers_stay_as_they_are(kernels: Kernels, family: str, config: dict[str, Any]) -> None:
-    model = _model(kernels, family, **config)
+    model = packed_model(kernels, family, **config)
     positions = torch.arange(20)
-    before = _logits(model, kernels, positions)
+    before = logits_of(model, kernels, positions)
     own = model.config._attn_implementation
-    assert fuse_layers(model, kernels, _length(model)) == 0
+    assert fuse_layers(model, kernels, length_of(model)) == 0
     assert model.config._attn_implementation == own
-    for one, other in zip(_logits(model, kernels, positions), before, strict=True):
+    for one, other in zip(logits_of(model, kernels, positions), before, strict=True):
         assert torch.equal(one, other)
 
 
 def test_a_model_that_cannot_be_called_so_stays_as_it_is(kernels: Kernels) -> None:
     for family in ("bloom", "mamba"):
-        model = _model(kernels, family)
+        model = packed_model(kernels, family)
         plain = model(torch.arange(5)[None]).logits
-        assert fuse_layers(model, kernels, _length(model)) == 0
+        assert fuse_layers(model, kernels, length_of(model)) == 0
         assert torch.equal(model(torch.arange(5)[None]).logits, plain)
 
 
 def test_a_layer_answers_for_what_it_replaced(kernels: Kernels) -> None:
     """Models ask their layers which attention they use, to choose a mask."""
-    model = _model(kernels, "qwen2")
+    model = packed_model(kernels, "qwen2")
     kinds = [layer.hidden_size for layer in model.model.layers]
-    fuse_layers(model, kernels, _length(model))
+    fuse_layers(model, kernels, length_of(model))
     assert [layer.hidden_size for layer in model.model.layers] == kinds
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = model.model.layers[0].no_such_thing
