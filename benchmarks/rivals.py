@@ -69,10 +69,13 @@ class Contestant:
         parent = psutil.Process(self.pid)
         return [parent, *parent.children(recursive=True)]
 
-    @contextlib.contextmanager
-    def awake(self) -> Iterator[None]:
+    def wake(self) -> None:
         for process in self.processes():
             process.resume()
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        self.wake()
         try:
             yield
         finally:
@@ -162,7 +165,7 @@ def _ours(
             **entry,
         )
     )
-    return _asleep(Contestant(name, server.base_url, server.pid, served.MODEL, kind=kind, file=file))
+    return _asleep(stack, Contestant(name, server.base_url, server.pid, served.MODEL, kind=kind, file=file))
 
 
 def _other(
@@ -170,10 +173,11 @@ def _other(
 ) -> Contestant:
     limits = {} if threads is None else {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     server: Served = stack.enter_context(served.run(command, "/health", limits))
-    return _asleep(Contestant(name, server.base_url, server.pid, model, uses=_about(server), **more))
+    return _asleep(stack, Contestant(name, server.base_url, server.pid, model, uses=_about(server), **more))
 
 
-def _asleep(contestant: Contestant) -> Contestant:
+def _asleep(stack: contextlib.ExitStack, contestant: Contestant) -> Contestant:
+    stack.callback(contestant.wake)  # before it is told to end: what is stopped hears nothing, and would stay
     with contestant.awake():  # whatever is made at the first request is made now
         contestant.ask("first", 0, [served.words(16, 999_999)], 4)
     contestant.loaded = contestant.peak, contestant.resident

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import compare, goals, rivals, served
@@ -122,9 +123,18 @@ os.execv({python!r}, [{python!r}, "-c", start, "serve", "--config", config, "--p
 
 @pytest.mark.slow
 def test_the_same_file_in_both_servers(
-    tmp_path: Path, folder: Path, file: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, folder: Path, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A whole run; the peer is this server behind the options of llama.cpp's, so that nothing need be installed."""
+    seen: set[psutil.Process] = set()
+    processes = Contestant.processes
+
+    def noted(self: Contestant) -> list[psutil.Process]:
+        found = processes(self)
+        seen.update(found)
+        return found
+
+    monkeypatch.setattr(Contestant, "processes", noted)
     program = tmp_path / "llama-server"
     program.write_text(STAND_IN.format(python=sys.executable, folder=str(tmp_path)), encoding="utf-8")
     program.chmod(0o755)
@@ -132,6 +142,8 @@ def test_the_same_file_in_both_servers(
     compare.main([*command, "--llama-server", str(program), "--quick", "--out", str(tmp_path)])
     (path,) = tmp_path.glob("*-compare-*.json")
     assert path.name in capsys.readouterr().out
+    assert len(seen) > 2
+    assert not psutil.wait_procs(seen, timeout=20)[1], "they were stopped, and have ended all the same"
     text = path.read_text(encoding="utf-8")
     assert str(ROOT) not in text
     assert str(tmp_path) not in text
