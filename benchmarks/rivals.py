@@ -70,8 +70,10 @@ class Contestant:
         return [parent, *parent.children(recursive=True)]
 
     def wake(self) -> None:
-        for process in self.processes():
-            process.resume()
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that wakes may collect another
+            for process in self.processes():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:

@@ -77,6 +77,11 @@ class CpuPlan:
             sinks=None if sinks is None else sinks.to(torch.float32).contiguous(),
         )
 
+    def begin_again(self) -> None:
+        """Forget what the step has computed: all its keys and values are about to be stored again."""
+        self.computed = None
+        self.kernel_plan.finite.fill_(True)
+
     def finite(self) -> Tensor:
         """Return which rows' keys and values were finite in all layers: `[rows] bool`."""
         return self.kernel_plan.finite & self._torch.finite()

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from engine.compute.backend import PackedChunk, Progress, StepPlan, StepSize
 from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.layers.decoder_layer import fuse_layers
+from engine.compute.cpu.layers.decoder_layer import calls_of, fuse_layers
 from engine.compute.cpu.layers.experts import replace_experts
 from engine.compute.cpu.layers.own_weights import loaded_weights, pack_own_weights
 from engine.compute.cpu.layers.pointwise import replace_pointwise
+from engine.compute.cpu.layers.stack_runner import StackRunner
 from engine.compute.cpu.linear import NativeLinear, merge_shared_projections, take_over
 from engine.compute.cpu.packed_weight import Keep, make_each
 from engine.compute.cpu.stored_linear import INPUTS, StoredLinear
@@ -109,7 +110,7 @@ class CpuBackend:
         self, model: nn.Module, cache: KVCache, vocab_size: int, size: StepSize, *, serves: bool = False, **trial: Any
     ) -> PackedRunner:
         """Compute steps of any size."""
-        return PackedRunner(model, self, cache, vocab_size, **trial)
+        return StackRunner(model, self, cache, vocab_size, **trial)
 
     def fuse(self, model: nn.Module, *, stored: torch.dtype, length: int, progress: Progress) -> None:
         """Replace linear layers, experts, norms, activations, and decoder layers made of the usual parts."""
@@ -128,7 +129,8 @@ class CpuBackend:
         replace_pointwise(model, self._kernels)
         merge_shared_projections(model)
         fused = fuse_layers(model, self._kernels, length)
-        progress(f"{fused} layers run as one kernel each ({self._kernels.matrix_unit.describe(self._kernels.target)})")
+        unit = self._kernels.matrix_unit.describe(self._kernels.target)
+        progress(f"{fused} layers run as kernels, in {calls_of(model)} calls ({unit})")
 
     def _kept(
         self, name: str, make: Callable[[Tensor, Tensor | None], Any], weight: Tensor, bias: Tensor | None

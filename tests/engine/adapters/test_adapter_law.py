@@ -173,21 +173,21 @@ def test_a_decoder_layer_in_one_call_is_taken_whenever_no_row_is_adapted(
 ) -> None:
     """What no request asks for costs nothing: steps without adapters' rows run as if there were none."""
     from engine.compute.cpu.layers.decoder_layer import NativeLayer
-    from engine.compute.cpu.layers.layer_kernel import LayerKernel
+    from engine.compute.cpu.layers.layer_kernel import LayerStack
 
     llm = opened(tiny("llama"), folders("llama"))
     layers = [m for m in llm.engine.model.runner._model.model.modules() if isinstance(m, NativeLayer)]  # type: ignore[attr-defined]
     if not layers:
         pytest.skip("no compiled kernels here")
     calls: list[bool] = []
-    kernel = LayerKernel.__call__
+    kernel = LayerStack.__call__
 
     def counted(self: Any, *arguments: Any) -> Any:
         plan = current_plan()
         calls.append(bool(plan and plan.adapter_rows))
         return kernel(self, *arguments)
 
-    monkeypatch.setattr(LayerKernel, "__call__", counted)
+    monkeypatch.setattr(LayerStack, "__call__", counted)
     llm.generate(law.SHORT, max_tokens=2)
     assert calls
     before = len(calls)

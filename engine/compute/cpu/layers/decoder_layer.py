@@ -8,7 +8,7 @@ A watched pass shows which layers are (`engine.compute.cpu.layers.layer_reading`
 the parts one by one. So a layer is replaced only if it then returns the same numbers and stores the same keys and
 values, at positions near and far. All others stay as they are. Of a layer whose MLP is of another kind (a mixture of
 experts), the kernel computes what comes before, and its modules the rest. Layers that follow one another are one call
-(`engine.compute.cpu.layers.stack.Stack`), if that, too, gives the same bits.
+(`engine.compute.cpu.layers.stack.Stack`), if that, too, gives the same bits, and the model the same logits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.kernels import Kernels
 from engine.compute.cpu.layers.layer_kernel import LayerKernel
 from engine.compute.cpu.layers.layer_reading import Rest, Watched, blocks_of, parts_of, readings
-from engine.compute.cpu.layers.stack import Stack, runs_of_layers
+from engine.compute.cpu.layers.stack import Apart, Stack, ended, runs_of_layers
 from engine.compute.discovery import discover
 from engine.errors import out_of_memory
 
@@ -95,9 +95,10 @@ def _fuse(model: nn.Module, kernels: Kernels, length: int) -> int:
     cache, again = (CpuCache(shapes, 1, kernels) for _ in range(2))
     if not all(cache.native):
         return 0
-    fused = 0
+    fused, before = 0, None
     for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == len(shapes)]:
-        watched = _watch(model, layers, _plan(kernels, cache), length)
+        watched, logits = _watch(model, layers, _plan(kernels, cache), length)
+        before = logits if before is None else before
         plan = _plan(kernels, again)
         for index, seen in enumerate(watched):
             for parts, rest in readings(seen, found.settings[index], shapes[index]):
@@ -109,7 +110,32 @@ def _fuse(model: nn.Module, kernels: Kernels, length: int) -> int:
                     fused += 1
                     break
         _join(layers, watched, cache, kernels)
+    if before is not None and not _agrees(model, _plan(kernels, CpuCache(shapes, 1, kernels)), length, before):
+        part_layers(model)
     return fused
+
+
+def _agrees(model: nn.Module, plan: CpuPlan, length: int, before: Tensor) -> bool:
+    """Tell whether the model has the logits that it had: what a layer gave may be used not only by the next one."""
+    try:
+        logits = _pass(model, plan, length)
+        ended(plan)
+    except Apart:
+        return False
+    return torch.equal(logits, before)
+
+
+def part_layers(model: nn.Module) -> None:
+    """Let all decoder layers be calls of their own."""
+    for layer in model.modules():
+        if isinstance(layer, NativeLayer):
+            layer.stack = None
+
+
+def calls_of(model: nn.Module) -> int:
+    """Count the kernel calls that a step makes for decoder layers."""
+    layers = [layer for layer in model.modules() if isinstance(layer, NativeLayer)]
+    return len({id(layer.stack or layer) for layer in layers})
 
 
 def _join(layers: nn.ModuleList, watched: list[Watched], cache: CpuCache, kernels: Kernels) -> None:
@@ -132,8 +158,17 @@ def _plan(kernels: Kernels, cache: CpuCache) -> CpuPlan:
     return CpuPlan(kernels, cache, [PackedChunk(0, _ROWS, 0, (0,))])
 
 
-def _watch(model: nn.Module, layers: nn.ModuleList, plan: CpuPlan, length: int) -> list[Watched]:
-    """Run a few tokens, at positions from the first to the last there may be, and record what each layer does."""
+def _pass(model: nn.Module, plan: CpuPlan, length: int) -> Tensor:
+    """Run a few tokens, at positions from the first to the last there may be. Returns their logits."""
+    last = length - 1
+    positions = torch.tensor([[0, 1, last // 5, last // 2, last]], dtype=torch.int64)
+    with attention_through(plan):
+        logits: Tensor = model(torch.arange(_ROWS)[None], position_ids=positions, use_cache=False).logits
+    return logits
+
+
+def _watch(model: nn.Module, layers: nn.ModuleList, plan: CpuPlan, length: int) -> tuple[list[Watched], Tensor]:
+    """Run a few tokens and record what each layer does. Returns that, and the logits."""
     watched = [Watched() for _ in layers]
     hooks: list[Any] = []
     for layer, seen in zip(layers, watched, strict=True):
@@ -141,15 +176,12 @@ def _watch(model: nn.Module, layers: nn.ModuleList, plan: CpuPlan, length: int) 
         hooks.append(layer.register_forward_hook(seen.leave))
         hooks += [part.register_forward_hook(seen.note) for part in parts_of(layer)]
         hooks += [block.register_forward_hook(seen.note_block) for block in blocks_of(layer)]
-    last = length - 1
-    positions = torch.tensor([[0, 1, last // 5, last // 2, last]], dtype=torch.int64)
     try:
-        with attention_through(plan):
-            model(torch.arange(_ROWS)[None], position_ids=positions, use_cache=False)
+        logits = _pass(model, plan, length)
     finally:
         for hook in hooks:
             hook.remove()
-    return watched
+    return watched, logits
 
 
 def _same(layer: NativeLayer, seen: Watched, plan: CpuPlan, cache: CpuCache) -> bool:

@@ -131,7 +131,6 @@ class LayerKernel:
             "o": Product(calls, [p.o]),
             **({"gate_up": Product(calls, p.gate_up), "down": Product(calls, [p.down])} if p.down else {}),
         }
-        self._kept = (parts, products)  # the memory that the record points to
         self._record = Layer(
             **{name: _norm(getattr(p, name)) for name in _NORMS},
             **{name: product.address for name, product in products.items()},
@@ -148,6 +147,8 @@ class LayerKernel:
             activation=ACTIVATIONS[p.activation],
         )
         self.calls, self.address = calls, ctypes.addressof(self._record)
+        self.kept = (self._record, parts, products)
+        """The memory that the address, and what stands there, points to."""
         self.scratch: int = calls.layer_scratch(self.address)
         self._alone = LayerStack([self])
 
@@ -164,7 +165,7 @@ class LayerStack:
     def __init__(self, layers: Sequence[LayerKernel]) -> None:
         """layers: of one width; those that are rotated, by as many angles (`LayerStack.fit`)."""
         first = layers[0]
-        self._kept = layers
+        self._kept = tuple(layer.kept for layer in layers)  # not the layers: they keep stacks of themselves
         self._addresses = (ctypes.c_void_p * len(layers))(*(layer.address for layer in layers))
         self._dim, self._angles = first.dim, max(layer.angles for layer in layers)
         self._scratch = max(layer.scratch for layer in layers)

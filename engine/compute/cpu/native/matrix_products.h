@@ -139,7 +139,7 @@ INLINE void to_bytes_as(int bits, const char *w, long steps, int ahead, char *ou
     for (long i = 0; i < 2 * steps; i++, w += vector) {
         char *to = out + (i / 2 * STEP_QUADS * 2 + i % 2) * QUAD_VECTOR;
         if (ahead)
-            for (size_t b = 0; b < vector; b += 64) PREFETCH(w + b + 8192);
+            for (size_t b = 0; b < vector; b += 64) PREFETCH(w + b + AHEAD_G);
 #define QUAD_TO_BYTES(j) I_STORE(to + 2 * (j) * QUAD_VECTOR, quad_at(bits, w, j));
         QUAD_TO_BYTES(0) QUAD_TO_BYTES(1) QUAD_TO_BYTES(2) QUAD_TO_BYTES(3)
         QUAD_TO_BYTES(4) QUAD_TO_BYTES(5) QUAD_TO_BYTES(6) QUAD_TO_BYTES(7)

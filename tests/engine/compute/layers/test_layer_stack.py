@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import types
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,15 +15,16 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from engine.compute.attention import IMPLEMENTATION, register_attention
-from engine.compute.attention_mask import NotUnderstood
 from engine.compute.backend import PackedChunk
 from engine.compute.cpu.attention import CpuCache, CpuPlan
 from engine.compute.cpu.attention_plan import AttentionPlan
+from engine.compute.cpu.backend import CpuBackend
 from engine.compute.cpu.kernels import Kernels
-from engine.compute.cpu.layers.decoder_layer import NativeLayer, fuse_layers
+from engine.compute.cpu.layers.decoder_layer import NativeLayer, calls_of, fuse_layers
 from engine.compute.cpu.layers.layer_kernel import LayerKernel, LayerParts, LayerStack
 from engine.compute.cpu.layers.layer_reading import Watched
-from engine.compute.cpu.layers.stack import runs_of_layers
+from engine.compute.cpu.layers.stack import Apart, ended, runs_of_layers
+from engine.compute.cpu.layers.stack_runner import StackRunner
 from engine.compute.discovery import discover
 
 
@@ -126,58 +130,178 @@ def test_layers_with_other_angles_are_stacks_of_their_own(kernels: Kernels) -> N
     assert all(map(torch.equal, logits_of(model, kernels, positions), before))
 
 
-@pytest.mark.parametrize("change", ["in place", "another tensor"])
-def test_a_model_that_does_something_between_layers_keeps_its_bits(kernels: Kernels, change: str) -> None:
-    model = packed_model(kernels, "llama", num_hidden_layers=4)
+def _with_loop(model: Any, loop: Callable[[Any, Tensor, Callable[[int, Tensor], Tensor]], Tensor]) -> None:
+    """Give a Llama another loop over its layers: `loop(input_ids, x, layer)` returns what the last norm gets."""
     inner = model.model
 
     def forward(self: Any, input_ids: Tensor, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        """Llama's, with one addition after the second layer."""
         x = self.embed_tokens(input_ids)
         if position_ids is None:
             position_ids = torch.arange(x.shape[1])[None]
         angles = self.rotary_emb(x, position_ids=position_ids)
         kept = {key: value for key, value in kwargs.items() if key != "attention_mask"}
-        for number, layer in enumerate(self.layers):
-            x = layer(x, attention_mask=None, position_embeddings=angles, position_ids=position_ids, **kept)
-            if number == 1:
-                x = x.add_(0.5) if change == "in place" else x + 0.5
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x))
+
+        def layer(number: int, x: Tensor) -> Tensor:
+            part: Any = self.layers[number]
+            out: Tensor = part(x, attention_mask=None, position_embeddings=angles, position_ids=position_ids, **kept)
+            return out
+
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(loop(input_ids, x, layer)))
 
     inner.forward = types.MethodType(forward, inner)
+
+
+Layer = Callable[[int, Tensor], Tensor]
+
+
+def _adds(_: Tensor, x: Tensor, layer: Layer) -> Tensor:
+    x = layer(1, layer(0, x))
+    return layer(3, layer(2, x + 0.5))
+
+
+def _adds_in_place(_: Tensor, x: Tensor, layer: Layer) -> Tensor:
+    x = layer(1, layer(0, x))
+    return layer(3, layer(2, x.add_(0.5)))
+
+
+def _uses_twice(_: Tensor, x: Tensor, layer: Layer) -> Tensor:
+    middle = layer(1, layer(0, x))
+    return layer(3, layer(2, middle)) + middle * 0.5
+
+
+@pytest.mark.parametrize(("loop", "stacks"), [(_adds, 2), (_adds_in_place, 2), (_uses_twice, 0)])
+def test_a_model_that_does_something_between_layers_keeps_its_bits(
+    kernels: Kernels, loop: Callable[..., Tensor], stacks: int
+) -> None:
+    model = packed_model(kernels, "llama", num_hidden_layers=4)
+    _with_loop(model, loop)
     positions = torch.arange(20)
     before = logits_of(model, kernels, positions)
     assert fuse_layers(model, kernels, length_of(model)) == 4
     assert all(map(torch.equal, logits_of(model, kernels, positions), before))
-    stacks = [layer.stack for layer in _layers_of(model)]
-    assert stacks[0] is stacks[1] is not stacks[2] is stacks[3]
-    assert None not in stacks
+    found = [layer.stack for layer in _layers_of(model)]
+    assert len({id(stack) for stack in found if stack is not None}) == stacks
+    assert calls_of(model) == (stacks or 4)
 
 
-def test_a_step_in_which_something_stands_between_is_refused(kernels: Kernels) -> None:
+def _sometimes(what: str) -> Callable[..., Tensor]:
+    """A loop that does something only where there is a token that no trial has."""
+
+    def loop(tokens: Tensor, x: Tensor, layer: Layer) -> Tensor:
+        now = bool((tokens == 77).any())
+        x = layer(1, layer(0, x))
+        if now and what == "ends early":
+            return x
+        if now and what == "changes in place":
+            x[tokens == 77] += 1.0
+        if now and what == "gives a copy":
+            x = x.clone()
+        if not (now and what == "leaves one out"):
+            x = layer(2, x)
+        return layer(3, x)
+
+    return loop
+
+
+@pytest.mark.parametrize("what", ["ends early", "changes in place", "gives a copy", "leaves one out"])
+def test_a_step_in_which_something_stands_between_is_computed_layer_by_layer(
+    kernels: Kernels, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody's numbers are those of the stack, and the layers stay calls of their own."""
+    model = packed_model(kernels, "llama", num_hidden_layers=4)
+    _with_loop(model, _sometimes(what))
+    backend = CpuBackend(kernels)
+
+    def run(tokens: list[int]) -> tuple[Tensor, Tensor]:
+        register_attention()
+        model.set_attn_implementation(IMPLEMENTATION)
+        cache: Any = backend.allocate(discover(model, 2048).shapes(), 1)
+        plan = CpuPlan(kernels, cache, [PackedChunk(0, len(tokens), 0, (0,))])
+        runner = StackRunner(model, backend, cache, 400)
+        with torch.inference_mode():
+            logits = runner._run(tokens, list(range(len(tokens))), list(range(len(tokens))), plan)
+        return logits, torch.stack([*cache.keys, *cache.values])
+
+    usual, rare = [3, 5, 7, 9], [3, 5, 77, 9]
+    expected = [run(tokens) for tokens in (usual, rare)]
+    assert fuse_layers(model, kernels, length_of(model)) == 4
+    assert calls_of(model) == 1
+    for tokens, known, calls in ((usual, expected[0], 1), (rare, expected[1], 4), (usual, expected[0], 4)):
+        logits, stored = run(tokens)
+        assert torch.equal(logits, known[0])
+        if what not in ("ends early", "leaves one out") or tokens is usual:  # a layer that is not called stores nothing
+            assert torch.equal(stored, known[1])
+        assert calls_of(model) == calls
+    assert caplog.text.count("decoder layers are called one by one from now on: ") == 1
+
+
+def test_a_row_that_is_not_finite_parts_no_layers(kernels: Kernels) -> None:
     model = packed_model(kernels, "llama", num_hidden_layers=3)
     fuse_layers(model, kernels, length_of(model))
-    layers = _layers_of(model)
-    stack = layers[0].stack
-    assert stack is not None
+    register_attention()
+    model.set_attn_implementation(IMPLEMENTATION)
+    model.model.embed_tokens.weight[77] = float("nan")
+    backend = CpuBackend(kernels)
+    cache: Any = backend.allocate(discover(model, 2048).shapes(), 1)
+    plan = CpuPlan(kernels, cache, [PackedChunk(0, 2, 0, (0,))])
+    with torch.inference_mode():
+        logits = StackRunner(model, backend, cache, 400)._run([5, 77], [0, 1], [0, 1], plan)
+    assert logits[0].isfinite().all()
+    assert plan.finite().tolist() == [True, False]
+    assert calls_of(model) == 1
 
+
+def test_layers_are_called_in_turn(kernels: Kernels) -> None:
+    model = packed_model(kernels, "llama", num_hidden_layers=3)
+    fuse_layers(model, kernels, length_of(model))
+    stack = _layers_of(model)[0].stack
+    assert stack is not None
     register_attention()
     model.set_attn_implementation(IMPLEMENTATION)
     cache = CpuCache(discover(model, 2048).shapes(), 1, kernels)
     head = model.config.head_dim or model.config.hidden_size // model.config.num_attention_heads
-    x, angles = random_numbers(1, 5, model.config.hidden_size), (random_numbers(1, 5, head),) * 2
-    wrong: list[tuple[int, Any, Any]] = [
-        (1, lambda y: y.clone(), lambda a: a),
-        (2, lambda y: y, lambda a: (a[0].clone(), a[1])),
-    ]
-    for number, tensor, turned in wrong:
+    x = random_numbers(1, 5, model.config.hidden_size)
+    angles = (random_numbers(1, 5, head), random_numbers(1, 5, head, seed=1))
+
+    def begun(*numbers: int) -> tuple[CpuPlan, Tensor]:
         plan = CpuPlan(kernels, cache, [PackedChunk(0, 5, 0, (0,))])
-        with pytest.raises(NotUnderstood, match=f"layer {number} got something else than the layer before it gave"):
-            stack(number, plan, x, angles)  # the first layer has computed nothing
-        y = stack(0, plan, x, angles)
-        assert stack(1, plan, y, angles) is y
-        with pytest.raises(NotUnderstood, match=f"layer {number} got"):
-            stack(number, plan, tensor(y), turned(angles))
+        y = x
+        for number in numbers:
+            y = stack(number, plan, y, angles)
+        return plan, y
+
+    for numbers, wrong in (((), 1), ((0,), 2), ((0, 1), 1), ((0, 1, 2), 1), ((0, 1, 2), 2)):
+        plan, y = begun(*numbers)
+        with pytest.raises(Apart, match=f"layer {wrong} is called out of turn"):
+            stack(wrong, plan, y, angles)
+    plan, y = begun(0)
+    with pytest.raises(Apart, match="layer 1 is left out"):
+        stack(0, plan, y, angles)
+    with pytest.raises(Apart, match="layer 1 is left out"):
+        ended(plan)
+    for other, turned in ((y.clone(), angles), (y, (angles[0].clone(), angles[1]))):
+        with pytest.raises(Apart, match="layer 1 got something else than the layer before it gave"):
+            stack(1, plan, other, turned)
+    plan, y = begun(0, 1)
+    y[0, 3, 2] += 1
+    with pytest.raises(Apart, match="what a layer before layer 2 gave was changed in place"):
+        stack(2, plan, y, angles)
+    plan, y = begun(0, 1, 2)
+    ended(plan)
+
+
+def test_layers_leave_with_their_last_reference(kernels: Kernels) -> None:
+    """Weights are large: they must not wait for Python to look for cycles."""
+    parts = layer_parts(kernels, "int8")
+    layers = [kernels.layer(parts), kernels.layer(parts)]
+    stack = LayerStack(layers)
+    gone = [weakref.ref(layer) for layer in layers]
+    gc.disable()
+    try:
+        del layers, stack
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_parts_of_a_stack_are_kept(kernels: Kernels) -> None:
