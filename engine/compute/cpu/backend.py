@@ -130,7 +130,8 @@ class CpuBackend:
         merge_shared_projections(model)
         fused = fuse_layers(model, self._kernels, length)
         unit = self._kernels.matrix_unit.describe(self._kernels.target)
-        progress(f"{fused} layers run as kernels, in {calls_of(model)} calls ({unit})")
+        calls = calls_of(model)
+        progress(f"{fused} layers run as kernels, in {calls} call{'' if calls == 1 else 's'} ({unit})")
 
     def _kept(
         self, name: str, make: Callable[[Tensor, Tensor | None], Any], weight: Tensor, bias: Tensor | None
