@@ -1,6 +1,6 @@
 """Decoder layers that follow one another, as one kernel call. Knows no model by name.
 
-What Python does between two layers (modules, hooks, arguments) takes an eighth of a small model's decode step. So the
+What Python does between two layers (modules, hooks, arguments) takes a tenth of a small model's decode step. So the
 first of such layers computes them all and returns what the last would; each of the others returns what it is given.
 
 That is right only if a model gives each layer the very tensor that the one before returned, and all of them the same

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.compute.backend import StepPlan
 from engine.compute.cpu.attention import CpuPlan
@@ -19,10 +18,6 @@ log = logging.getLogger("verbatim.engine")
 class StackRunner(PackedRunner):
     """Computes steps; one in which a model does something between layers is computed again, layer by layer."""
 
-    def __init__(self, model: nn.Module, *arguments: Any, **trial: Any) -> None:
-        super().__init__(model, *arguments, **trial)
-        self._whole = model
-
     def _run(self, tokens: list[int], positions: list[int], rows: list[int], plan: StepPlan) -> Tensor:
         if not isinstance(plan, CpuPlan):
             return super()._run(tokens, positions, rows, plan)
@@ -31,7 +26,7 @@ class StackRunner(PackedRunner):
             ended(plan)
         except Apart as error:
             log.warning("decoder layers are called one by one from now on: %s", error)
-            part_layers(self._whole)
+            part_layers(self._model.model)
             plan.begin_again()
             logits = super()._run(tokens, positions, rows, plan)
         return logits
