@@ -1,8 +1,9 @@
 /* Where the parts of a weight in groups lie (engine.compute.whole.groups.Groups), and of an input that is multiplied with it.
  *
  * A weight stands in panels of PANEL_G columns, each one stream of bytes: chunks of 256 k's, the last one shorter. A chunk
- * is the numbers of its blocks (32 k's of two vectors of columns), then, for its groups, scales, their super-scales, minima,
- * their super-scales, zeros: [groups][PANEL_G] each, as they came.
+ * is, for its groups, scales, their super-scales, minima, their super-scales, zeros ([groups][PANEL_G] each, as they came),
+ * then the numbers of its blocks (32 k's of two vectors of columns). That is the order in which they are read: whatever
+ * fetches ahead, a processor by itself or `PREFETCH`, sees one stream without a step back.
  *
  * A vector of a block is 8 quads, four k's each: with 8 bits one after the other; else quads 2i and 2i + 1 share 4 vectors'
  * low and high nibbles. The fifth bits of quad j are bit j of one more vector; the fifth and sixth bits of quad j stand in
@@ -24,7 +25,7 @@ enum {
 
 /* Where the parts of a chunk begin, in bytes, and how many groups and super-groups it has. */
 typedef struct {
-    size_t scales, supers, minima, minimum_supers, zeros, bytes;
+    size_t scales, supers, minima, minimum_supers, zeros, numbers, bytes;
     long groups, super_groups;
 } Chunk;
 
@@ -38,13 +39,14 @@ static Chunk chunk_of(const Format *f, long depth) {
     long per = (long)f->group * f->per;
     c.groups = (depth + f->group - 1) / f->group;
     c.super_groups = (depth + per - 1) / per;
-    c.scales = (size_t)steps_of(depth) * 2 * vector_bytes(f->bits);
+    c.scales = 0;
     c.supers = c.scales + (size_t)c.groups * PANEL_G * part_size(f->scales);
     c.minima = c.supers + (size_t)c.super_groups * PANEL_G * part_size(f->supers);
     c.minimum_supers = c.minima + (size_t)c.groups * PANEL_G * part_size(f->minima);
     c.zeros = c.minimum_supers + (size_t)c.super_groups * PANEL_G * part_size(f->minimum_supers);
-    c.bytes = c.zeros + (size_t)c.groups * PANEL_G * part_size(f->zeros);
-    c.bytes = (c.bytes + QUAD_VECTOR - 1) / QUAD_VECTOR * QUAD_VECTOR; /* vectors stay aligned */
+    c.numbers = c.zeros + (size_t)c.groups * PANEL_G * part_size(f->zeros);
+    c.numbers = (c.numbers + QUAD_VECTOR - 1) / QUAD_VECTOR * QUAD_VECTOR; /* vectors stay aligned */
+    c.bytes = c.numbers + (size_t)steps_of(depth) * 2 * vector_bytes(f->bits);
     return c;
 }
 

@@ -65,7 +65,7 @@ static uint32_t pack_group_panel(const GroupPacking *p, long panel) {
         memset(out, 0, c.bytes);
         for (int place = 0; place < PANEL_G && panel * PANEL_G + place < p->columns; place++) {
             long column = panel * PANEL_G + place;
-            char *vector = out + place / WIDTH * vector_bytes(f->bits);
+            char *vector = out + c.numbers + place / WIDTH * vector_bytes(f->bits);
             for (long i = 0; i < live; i += STEP_K, vector += 2 * vector_bytes(f->bits))
                 wrong |= pack_block(f->bits, parts->numbers + column * p->depth + k + i, live - i, vector, place % WIDTH);
             pack_part(out + c.scales, place, part_size(f->scales), parts->scales, column, groups, group, c.groups);

@@ -66,7 +66,7 @@ static void decode(int kind, int super_kind, const char *at, const char *supers,
 
 INLINE void decode_chunk(const Format *f, const Chunk *c, const char *w, int ahead, Decoded *d) {
     if (ahead)
-        for (size_t i = c->scales; i < c->bytes; i += 64) PREFETCH(w + i + AHEAD_G);
+        for (size_t i = 0; i < c->numbers; i += 64) PREFETCH(w + i + AHEAD_G);
     decode(f->scales, f->supers, w + c->scales, w + c->supers, c, f->per, d->scales[0]);
     if (f->minima) decode(f->minima, f->minimum_supers, w + c->minima, w + c->minimum_supers, c, f->per, d->minima[0]);
     if (f->group == 16 && c->groups & 1) /* the last block's second half: nothing of it is there */
@@ -226,8 +226,9 @@ static void grouped_panel(const Call *call, const Matrix *m, const char *x, int 
         const Chunk *c = depth - k < CHUNK_K ? &all->last : &all->whole;
         p.steps = steps_of(depth - k < CHUNK_K ? depth - k : CHUNK_K);
         decode_chunk(m->format, c, p.w, p.ahead, &all->decoded);
+        p.w += c->numbers;
         engine(&p);
-        p.x += p.steps * STEP_K * rows, p.facts += p.steps * FACTS * 4 * rows, p.w += c->bytes;
+        p.x += p.steps * STEP_K * rows, p.facts += p.steps * FACTS * 4 * rows, p.w += c->bytes - c->numbers;
     }
     finish8(rows, PANEL_G, totals, m, out, panel * PANEL_G);
 }

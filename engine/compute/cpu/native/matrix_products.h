@@ -223,7 +223,7 @@ static void matrix_panel_g(const Call *call, const Matrix *m, long first, long l
         Chunk c = chunk_of(f, depth - k < CHUNK_K ? depth - k : CHUNK_K);
         p.steps = steps_of(depth - k < CHUNK_K ? depth - k : CHUNK_K);
         decode_chunk(f, &c, w, ahead, &decoded);
-        to_bytes(f->bits, w, p.steps, ahead, numbers);
+        to_bytes(f->bits, w + c.numbers, p.steps, ahead, numbers);
         for (long tile = first; tile < last; tile++) {
             int rows;
             const char *x = call->tiles + tile_at(call, tile, &rows) * grouped_row(depth);

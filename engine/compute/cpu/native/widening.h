@@ -61,7 +61,7 @@ static void widen_grouped(const Matrix *m, long depth, long column, float *out) 
     for (long k = 0; k < depth; k += CHUNK_K) {
         long live = depth - k < CHUNK_K ? depth - k : CHUNK_K;
         Chunk c = chunk_of(f, live);
-        const char *vector = w + place / WIDTH * vector_bytes(f->bits);
+        const char *vector = w + c.numbers + place / WIDTH * vector_bytes(f->bits);
         for (long i = 0; i < live; i += STEP_K, vector += 2 * vector_bytes(f->bits)) {
             uint8_t numbers[STEP_K];
             unpack_block(f->bits, vector, (int)(place % WIDTH), numbers);
