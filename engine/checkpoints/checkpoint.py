@@ -28,7 +28,7 @@ _HIGHEST_ID = 1 << 24  # the largest vocabularies have 1.3 million
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
-_INT8, _EIGHT_BITS, _FOUR_BITS = 1 + 4 / 128, 1 + 2 / 32, 0.5 + 2 / 32 + 4 / 256
+_INT8, _SIX_BITS, _FOUR_BITS = 1 + 4 / 128, 0.75 + 1 / 32 + 2 / 256, 0.5 + 2 / 32 + 4 / 256
 """Bytes of a rounded number on a CPU, its share of scales included: `quantization: int8`, and the two kinds of int4."""
 _SPREAD = 1.1
 """Bytes of packed groups over those of a quantised checkpoint: each of our groups has a scale of its own."""
@@ -80,7 +80,7 @@ class Checkpoint:
         if rounds == "stored":
             return round((self.stored_bytes - self.parameters * 2) * _SPREAD) + self.parameters * value
         if rounds == "int4":
-            return round(_FOUR_BITS * (self.parameters - table - head) + _EIGHT_BITS * (table + head))
+            return round(_FOUR_BITS * (self.parameters - table - head) + _SIX_BITS * (table + head))
         if rounds == "int8":
             rounded = self.parameters - (0 if self.tied else table)
             return round(_INT8 * rounded) + table * (4 if self.dtype == "float32" else 2)

@@ -22,7 +22,7 @@ REPLY_FORMAT_VERSION: Final = 2
 """Raised when the same tokens may give another reply: how text is decoded, cut at stop strings, split into thoughts,
 calls and answer, how a grammar is made of a schema, and how forced text is spelled."""
 
-CPU_KERNELS_VERSION: Final = 5
+CPU_KERNELS_VERSION: Final = 6
 """Raised when a forward pass on a CPU may have other bits: compiled kernels, attention and linear layers in torch."""
 
 ADAPTERS_VERSION: Final = 1

@@ -70,7 +70,7 @@ class _Waiting(nn.Module):
     """Stands for a layer that comes quantised, until its tensors are there. Has room for none of them."""
 
     def __init__(self, layer: nn.Linear, stored: Mapping[str, tuple[str, list[int]]], *, is_head: bool) -> None:
-        """is_head: it is the output layer, which `int4` rounds to eight bits."""
+        """is_head: it is the output layer, which `int4` rounds to six bits."""
         super().__init__()
         self.shape, self.is_head = (layer.out_features, layer.in_features), is_head
         self.tensors: dict[str, Tensor | StoredTensor] = {}
@@ -137,7 +137,7 @@ class StreamedModel:
             self._tied, self._table = tuple(sorted(pair)), own
             self._kinds |= dict.fromkeys(pair, kind)
         elif not tied:
-            self._table, self._shares = own, self._shares and kind == "8 bits"
+            self._table, self._shares = own, self._shares and kind == "6 bits"
             self._kinds[own] = kind
 
     def takes(self, name: str) -> bool:

@@ -78,7 +78,7 @@ class CpuBackend:
         if self._quantization == "int8":
             return is_sound(self._make, 192, 80, tolerance=_ROUNDED)
         if self._quantization == "int4":
-            kinds = {"4 bits": 2 * _ROUNDED, "8 bits": _ROUNDED}
+            kinds = {"4 bits": 2 * _ROUNDED, "6 bits": _ROUNDED}
             return all(is_sound(partial(self._pack, kind), 192, 80, tolerance=t) for kind, t in kinds.items())
         stored = [module for module in model.modules() if isinstance(module, StoredLinear)]
         stored += [StoredLinear(self._kernels, weight.parts[0]) for weight in loaded_weights(model).values()]
@@ -118,8 +118,8 @@ class CpuBackend:
         self._stored = take_over(model) | own
         head = model.get_output_embeddings()  # type: ignore[operator]
         if self._quantization == "int4" and type(head) is nn.Linear:
-            eight = self._kept("head", partial(self._pack, "8 bits"), head.weight, head.bias)
-            model.set_output_embeddings(eight)  # type: ignore[operator]
+            packed = self._kept("head", partial(self._pack, "6 bits"), head.weight, head.bias)
+            model.set_output_embeddings(packed)  # type: ignore[operator]
         pack_model(model, stored, self._kept_in_turn("layer", self._make), progress)
         replace_experts(model, self._kernels, self._kept_in_turn("expert", self._make), self.exact_linear, progress)
         with contextlib.suppress(Exception):  # the experts that are left: one by one, so that each weight is seen

@@ -47,8 +47,8 @@ def main(library: str) -> None:
         product, wide = _grouped(calls, bits, group)
         _expect(f"a product with groups of {group} numbers of {bits} bits", product, _DEPTH * 0.5, tolerance=1.0)
         _expect(f"a widened number of {bits} bits", wide, 0.5)
-    for bits in (4, 8):
-        _expect(f"a number rounded to {bits} bits", _rounded(calls, bits), 15 if bits == 4 else 254)
+    for bits, most in ((4, 15), (6, 63)):
+        _expect(f"a number rounded to {bits} bits", _rounded(calls, bits), most)
     _expect("attention", _attention(calls), 1.0)
     _expect("a norm", _norm(calls, centred=False), 1.0)
     _expect("a centred norm", _norm(calls, centred=True), 0.0)
@@ -162,7 +162,7 @@ def _grouped(calls: Calls, bits: int, group: int, rows: int = _ROWS, *, varied: 
 
 
 def _rounded(calls: Calls, bits: int) -> Any:
-    """Round ones to nearly the largest number of their bits: a scale is rounded up."""
+    """Round ones to the largest number of their bits."""
     size, of = _COLUMNS * _DEPTH, _COLUMNS * _DEPTH  # more than there are groups
     numbers, parts = (ctypes.c_uint8 * size)(), [(ctypes.c_uint16 * of)() for _ in range(4)]
     if calls.round(_ones(size), numbers, *parts, _COLUMNS, _DEPTH, bits, _THREADS):

@@ -169,7 +169,7 @@ def _format(groups: Groups) -> Format:
 
 
 def round_pieces(calls: Calls, read: Columns, pieces: Pieces, columns: int, depth: int, bits: int) -> Groups:
-    """Round a weight `[columns, depth]`, of which some columns are read at a time, to 4 or 8 bits, as `whole.rounding`.
+    """Round a weight `[columns, depth]`, of which some columns are read at a time, to 4 or 6 bits, as `whole.rounding`.
 
     Raises:
         LoadError: a number is not finite.
@@ -191,9 +191,9 @@ def _unfilled(columns: int, depth: int, bits: int) -> Groups:
         return torch.empty(columns, count, dtype=dtype)
 
     numbers = part(depth, torch.uint8)
-    if bits == 8:
-        return Groups(numbers, 8, GROUP, part(of, torch.bfloat16), zeros=128)
     whole, supers = (of, torch.uint8), (-(-of // PER), torch.bfloat16)
+    if bits == 6:
+        return Groups(numbers, 6, GROUP, part(*whole), part(*supers), zeros=32, per=PER)
     return Groups(numbers, 4, GROUP, part(*whole), part(*supers), part(*whole), part(*supers), 0, PER)
 
 

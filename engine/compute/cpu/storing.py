@@ -9,7 +9,7 @@ from engine.compute.cpu.packed_weight import Columns, PackedWeight
 
 __all__ = ["KINDS", "packed_kind", "store"]
 
-KINDS: Final = ("exact", "int8", "4 bits", "8 bits")
+KINDS: Final = ("exact", "int8", "4 bits", "6 bits")
 """How a weight may be stored: as it is; rounded as `quantization: int8` is; in groups (`whole.rounding`)."""
 _PIECE: Final = 1 << 21
 """Numbers that are read at once: 8 MiB in float32."""
@@ -20,7 +20,7 @@ _PANEL: Final = 64
 def packed_kind(quantization: str | None, *, table: bool) -> str:
     """Return the kind that an entry's `quantization` stores weights in. table: of the output layer or the embedding."""
     if quantization == "int4":
-        return "8 bits" if table else "4 bits"
+        return "6 bits" if table else "4 bits"
     return "int8" if quantization == "int8" else "exact"
 
 

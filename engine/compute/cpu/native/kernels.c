@@ -55,7 +55,7 @@ int verbatim_pack_groups(const Format *format, const GroupParts *parts, void *ou
     return p.too_large;
 }
 
-/* weight [columns, depth] → whole numbers of 4 or 8 bits in groups of 32. Returns 1 if a number is not finite (nothing of
+/* weight [columns, depth] → whole numbers of 4 or 6 bits in groups of 32. Returns 1 if a number is not finite (nothing of
  * the result is of use then). scales … minimum_supers: see `Rounding`. */
 int verbatim_round(const float *weight, void *numbers, void *scales, void *minima, void *supers, void *minimum_supers,
                    long columns, long depth, int bits, int threads) {

@@ -9,8 +9,7 @@ enum { ROUNDED = 32, ROUNDED_PER = 8, ROUNDED_FITS = 2 };
 typedef struct {
     const float *weight;  /* [columns, depth] */
     uint8_t *numbers;     /* [columns, depth] */
-    uint8_t *scales;      /* [columns, groups]; for 8 bits bfloat16 */
-    uint8_t *minima;      /* [columns, groups]; these and the next are for 4 bits */
+    uint8_t *scales, *minima;          /* [columns, groups]; minima are for 4 bits */
     uint16_t *supers, *minimum_supers; /* [columns, super-groups] bfloat16 */
     long columns, depth;
     int bits;
@@ -137,47 +136,70 @@ INLINE uint16_t in_bytes(const float *values, uint8_t *bytes) {
     return super;
 }
 
+INLINE long rounded_groups(long depth) { return (depth + ROUNDED - 1) / ROUNDED; }
+INLINE long rounded_supers(long depth) { return (rounded_groups(depth) + ROUNDED_PER - 1) / ROUNDED_PER; }
+
+/* The eight groups of a row that have a super-scale, or those of them that there are. Returns how many; -1 if a number is not
+ * finite. */
+INLINE long take_groups(const Rounding *r, long column, long super, RoundedGroup *all) {
+    long first = super * ROUNDED_PER, count = rounded_groups(r->depth) - first;
+    int infinite = 0;
+    if (count > ROUNDED_PER) count = ROUNDED_PER;
+    for (long i = 0; i < count; i++) {
+        long at = (first + i) * ROUNDED;
+        infinite |= take_group(r->weight + column * r->depth + at, r->depth - at, all[i].x);
+    }
+    return infinite ? -1 : count;
+}
+
+INLINE void keep_numbers(const Rounding *r, long column, long group, const float *q) {
+    long at = group * ROUNDED;
+    for (long k = 0; k < ROUNDED && at + k < r->depth; k++) r->numbers[column * r->depth + at + k] = (uint8_t)q[k];
+}
+
 static int round_row_four(const Rounding *r, long column) {
-    long depth = r->depth, groups = (depth + ROUNDED - 1) / ROUNDED, supers = (groups + ROUNDED_PER - 1) / ROUNDED_PER;
-    const float *row = r->weight + column * depth;
+    long groups = rounded_groups(r->depth), supers = rounded_supers(r->depth);
     RoundedGroup all[ROUNDED_PER];
     for (long super = 0; super < supers; super++) {
-        long first = super * ROUNDED_PER, count = groups - first < ROUNDED_PER ? groups - first : ROUNDED_PER;
-        int infinite = 0;
+        long first = super * ROUNDED_PER, count = take_groups(r, column, super, all);
         float scales[ROUNDED_PER] = {0}, minima[ROUNDED_PER] = {0};
         uint8_t scale_bytes[ROUNDED_PER], minimum_bytes[ROUNDED_PER];
+        if (count < 0) return 1;
         for (long i = 0; i < count; i++) {
-            long at = (first + i) * ROUNDED;
-            infinite |= take_group(row + at, depth - at, all[i].x);
             fit_group(&all[i], &scales[i], &minima[i]);
             minima[i] = -minima[i];
         }
-        if (infinite) return 1;
         uint16_t scale = in_bytes(scales, scale_bytes), minimum = in_bytes(minima, minimum_bytes);
         r->supers[column * supers + super] = scale, r->minimum_supers[column * supers + super] = minimum;
         for (long i = 0; i < count; i++) {
-            long at = (first + i) * ROUNDED;
             r->scales[column * groups + first + i] = scale_bytes[i], r->minima[column * groups + first + i] = minimum_bytes[i];
             round_four(all[i].x, all[i].q, scale_bytes[i] * of_bfloat16(scale), -(minimum_bytes[i] * of_bfloat16(minimum)));
-            for (long k = 0; k < ROUNDED && at + k < depth; k++) r->numbers[column * depth + at + k] = (uint8_t)all[i].q[k];
+            keep_numbers(r, column, first + i, all[i].q);
         }
     }
     return 0;
 }
 
-static int round_row_eight(const Rounding *r, long column) {
-    long depth = r->depth, groups = (depth + ROUNDED - 1) / ROUNDED;
-    RoundedGroup g;
-    for (long group = 0; group < groups; group++) {
-        long at = group * ROUNDED;
-        float magnitude[ROUNDED];
-        if (take_group(r->weight + column * depth + at, depth - at, g.x)) return 1;
-        EACH(i) STORE(magnitude + i, ABS(LOAD(g.x + i)));
-        uint16_t scale = up(top_of(magnitude, 0) / 127);
-        float inverse = inverse_of(of_bfloat16(scale));
-        memcpy(r->scales + 2 * (column * groups + group), &scale, 2);
-        EACH(i) STORE(g.q + i, ADD(whole_number(MUL(LOAD(g.x + i), SET(inverse)), -127, 127), SET(128)));
-        for (long k = 0; k < ROUNDED && at + k < depth; k++) r->numbers[column * depth + at + k] = (uint8_t)g.q[k];
+static int round_row_six(const Rounding *r, long column) {
+    long groups = rounded_groups(r->depth), supers = rounded_supers(r->depth);
+    RoundedGroup all[ROUNDED_PER];
+    for (long super = 0; super < supers; super++) {
+        long first = super * ROUNDED_PER, count = take_groups(r, column, super, all);
+        float scales[ROUNDED_PER] = {0};
+        uint8_t bytes[ROUNDED_PER];
+        if (count < 0) return 1;
+        for (long i = 0; i < count; i++) {
+            EACH(k) STORE(all[i].q + k, ABS(LOAD(all[i].x + k)));
+            scales[i] = top_of(all[i].q, 0) / 31;
+        }
+        uint16_t scale = in_bytes(scales, bytes);
+        r->supers[column * supers + super] = scale;
+        for (long i = 0; i < count; i++) {
+            float inverse = inverse_of(bytes[i] * of_bfloat16(scale));
+            r->scales[column * groups + first + i] = bytes[i];
+            EACH(k) STORE(all[i].q + k, ADD(whole_number(MUL(LOAD(all[i].x + k), SET(inverse)), -31, 31), SET(32)));
+            keep_numbers(r, column, first + i, all[i].q);
+        }
     }
     return 0;
 }
@@ -186,6 +208,6 @@ static void round_rows(void *data, long begin, long end) {
     Rounding *r = data;
     int infinite = 0;
     for (long column = begin; column < end && !infinite; column++)
-        infinite = r->bits == 4 ? round_row_four(r, column) : round_row_eight(r, column);
+        infinite = r->bits == 4 ? round_row_four(r, column) : round_row_six(r, column);
     if (infinite) atomic_store_explicit(&r->infinite, 1, memory_order_relaxed);
 }
