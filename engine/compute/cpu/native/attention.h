@@ -75,11 +75,15 @@ INLINE vf exponential(vf x) {
 #define KEEP_SUM_1(r, c) STORE(y + (r) * stride + (c) * LANES, a##r##c);
 #define KEEP_SUM(r, V) V(KEEP_SUM_1, r)
 
-/* scores_R: q [dim][R] · k [dim][16] → scores [R][16]. sum_RV: y [R][V vectors] · keep + p [16][R] · v [16][dim]. */
+/* scores_R: q [dim][R] · k [dim][16] → scores [R][16], while `ahead` and what follows the keys are fetched.
+ * sum_RV: y [R][V vectors] · keep + p [16][R] · v [16][dim]. */
 #define ATTENTION_TILE(ROWS, R)                                                                                          \
-    INLINE void scores_##ROWS(const float *x, const float *k, long dim, float *scores) {                                 \
+    INLINE void scores_##ROWS(const float *x, const float *k, long dim, float *scores, const float *ahead) {             \
         R(DECLARE, VKEYS)                                                                                                \
-        for (long d = 0; d < dim; d++, k += KEYS, x += ROWS) { VKEYS(WORD_KEY, 0) R(STEP, VKEYS) }                       \
+        for (long d = 0; d < dim; d++, k += KEYS, x += ROWS) {                                                           \
+            if (ahead) PREFETCH(ahead + d * KEYS), PREFETCH(k + KEYS * dim);                                             \
+            VKEYS(WORD_KEY, 0) R(STEP, VKEYS)                                                                            \
+        }                                                                                                                \
         R(KEEP_SCORE, VKEYS)                                                                                             \
     }                                                                                                                    \
     INLINE void sum2_##ROWS(const float *x, const float *v, long dim, const float *keep, float *y, long stride) {        \
@@ -132,16 +136,19 @@ INLINE long first_seen(const Attention *a, long position) {
     return chunk > first ? chunk : first;
 }
 
-/* One block of 16 keys, the first of which is token `first`, and one tile. */
-static void attend_block(const Attention *a, Tile *t, const float *k, const float *v, long first) {
+/* One block of 16 keys, the first of which is token `first`, and one tile. fetch: whether nobody has read the block yet. Its
+ * values are then fetched while its keys are read, and with them the keys behind, mostly the next block's: values are read
+ * in strips of columns, which no processor's own prefetching follows. */
+static void attend_block(const Attention *a, Tile *t, const float *k, const float *v, long first, int fetch) {
+    const float *ahead = fetch ? v : NULL;
     float scores[TALLEST * KEYS], p[KEYS * TALLEST], keep[TALLEST];
     switch (t->rows) {
-        case 1: scores_1(t->query, k, a->key_dim, scores); break;
-        case 2: scores_2(t->query, k, a->key_dim, scores); break;
-        case 3: scores_3(t->query, k, a->key_dim, scores); break;
-        case 4: scores_4(t->query, k, a->key_dim, scores); break;
-        case 5: scores_5(t->query, k, a->key_dim, scores); break;
-        default: scores_6(t->query, k, a->key_dim, scores);
+        case 1: scores_1(t->query, k, a->key_dim, scores, ahead); break;
+        case 2: scores_2(t->query, k, a->key_dim, scores, ahead); break;
+        case 3: scores_3(t->query, k, a->key_dim, scores, ahead); break;
+        case 4: scores_4(t->query, k, a->key_dim, scores, ahead); break;
+        case 5: scores_5(t->query, k, a->key_dim, scores, ahead); break;
+        default: scores_6(t->query, k, a->key_dim, scores, ahead);
     }
     for (int r = 0; r < t->rows; r++) {
         float *s = scores + r * KEYS, most = t->most[r];
@@ -201,11 +208,13 @@ static void attend(const Attention *a, const Part *part, long kv_head, long item
     long first = first_seen(a, tiles[0].position[0]) / KEYS;
     for (long block = first; block <= last; block++) {
         long slot = (long)part->table[block] * KEYS;
+        int fetched = 0;
         for (int i = 0; i < count; i++) {
             Tile *t = tiles + i;
             if (t->position[t->rows - 1] < block * KEYS) continue;
             if (first_seen(a, t->position[0]) >= (block + 1) * KEYS) continue;
-            attend_block(a, t, keys + slot * a->key_dim, values + slot * a->value_dim, block * KEYS);
+            attend_block(a, t, keys + slot * a->key_dim, values + slot * a->value_dim, block * KEYS, !fetched);
+            fetched = 1;
         }
     }
     for (int i = 0; i < count; i++)
