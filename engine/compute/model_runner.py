@@ -93,16 +93,16 @@ class Runner(Protocol):
 
 
 class _Model:
-    """A causal language model, called for the logits of some rows only."""
+    """A causal language model, called for the logits of some rows only. `keeps`: it takes them as `logits_to_keep`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.device = input_device(model)
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def __call__(self, tokens: Tensor, rows: Tensor, **kwargs: Any) -> Any:
         """Run `tokens [1, T] int64` and keep the logits of `rows [n] int64`: `[1, n, vocab]` in the model's output."""
-        if self._keeps:
+        if self.keeps:
             output = self.model(tokens, logits_to_keep=rows, **kwargs)
         else:
             output = self.model(tokens, **kwargs)
@@ -192,7 +192,8 @@ class PackedRunner:
         self._model = _Model(model)
         self._fewest = 1 if single_rows else 2
         self._functions: Callable[[], AbstractContextManager[Any]] = RowSafeFunctions if row_safe else nullcontext
-        self._masks = {"attention_mask": blank_mask(self._model.device)} if skips_masks else {}
+        masks = {"attention_mask": blank_mask(self._model.device)} if skips_masks else {}
+        self._keywords: dict[str, Any] = {"use_cache": False} | masks
         self._bystanders = list(bystanders)
         self._backend = backend
         self.cache = cache
@@ -213,15 +214,18 @@ class PackedRunner:
         device = self._model.device
         kept = rows + [0] * (self._fewest - len(rows))
         with attention_through(plan), self._functions():
-            output = self._model(
+            logits = self._logits(
+                plan,
                 torch.tensor([tokens + [0] * len(padding)], dtype=torch.int64, device=device),
+                torch.tensor([positions + padding], dtype=torch.int64, device=device),
                 torch.tensor(kept, dtype=torch.int64, device=device),
-                position_ids=torch.tensor([positions + padding], dtype=torch.int64, device=device),
-                use_cache=False,
-                **self._masks,
             )
-        logits: Tensor = output.logits[0, : len(rows)]
-        return logits.to(torch.float32)
+        return logits[0, : len(rows)].to(torch.float32)
+
+    def _logits(self, plan: StepPlan, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        """Call the model: `[1, n, vocab]` for `tokens` and `positions` `[1, T]`, of `rows [n]`, all int64."""
+        logits: Tensor = self._model(tokens, rows, position_ids=positions, **self._keywords).logits
+        return logits
 
     def forget(self, sequence: Any) -> None:
         """Do nothing: the pool owns the blocks."""

@@ -55,6 +55,13 @@ class Stack:
         self._numbers = tuple(numbers)
         self._kernel = LayerStack(kernels)
 
+    def compute(self, plan: CpuPlan, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """Compute all layers. x, angles: as in `__call__`. Returns `[1, T, dim]`."""
+        keys, values = ([part[n] for n in self._numbers] for part in (plan.cache.keys, plan.cache.values))
+        cos, sin = angles
+        y: Tensor = self._kernel(plan.kernel_plan, x[0], cos[0], sin[0], keys, values).unsqueeze(0)
+        return y
+
     def __call__(self, number: int, plan: CpuPlan, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """Compute all layers if `number` is the first one's; else return x.
 
@@ -66,9 +73,7 @@ class Stack:
         """
         if number == self._numbers[0]:
             ended(plan)
-            keys, values = ([part[n] for n in self._numbers] for part in (plan.cache.keys, plan.cache.values))
-            cos, sin = angles
-            y: Tensor = self._kernel(plan.kernel_plan, x[0], cos[0], sin[0], keys, values).unsqueeze(0)
+            y = self.compute(plan, x, angles)
             plan.computed = Computed(self, y, y.clone(), angles, list(self._numbers[1:]))
             return y
         done: Computed | None = plan.computed
