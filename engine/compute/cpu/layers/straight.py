@@ -13,6 +13,7 @@ it hands them on in the same way in every step. All others are called as always.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,20 +47,26 @@ class _Symbol(Tensor):
     @staticmethod
     def of(trial: _Trace, role: str) -> _Symbol:
         made: _Symbol = Tensor._make_subclass(_Symbol, torch.empty(0))
-        made.role, made.trial = role, trial
+        made.role, made.trial = role, weakref.proxy(trial)  # no ring: a model is freed as soon as it is let go
         return made
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [a for a in (*args, *(kwargs or {}).values()) if type(a) is cls]
-        known = given[0] if given else None
-        if known is None or (len(given) > 1 and func is not Tensor.__getitem__):
-            raise _Looked(f"it computes {func}")
-        if func is Tensor.__getitem__ and known.role == "normed":
+        known = next(_symbols([*args, *(kwargs or {}).values()]))
+        if func is Tensor.__getitem__:
             return known.trial.rows_of(*args)
         if func in (Tensor.ndim.__get__, Tensor.dim) and known.role == "rows":  # type: ignore[attr-defined]
             return 1
         return known.trial.fail(f"it computes {func}")
+
+
+def _symbols(given: Any) -> Iterator[_Symbol]:
+    """Find the symbols among arguments, also in lists of them."""
+    for one in given:
+        if type(one) is _Symbol:
+            yield one
+        elif isinstance(one, (list, tuple)):
+            yield from _symbols(one)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +161,7 @@ class _Trace:
         return called
 
     def _role(self, part: nn.Module, given: set[str]) -> tuple[str, Any]:
-        """Return what a part is, and what it gives; known is what a step has by then."""
+        """Return what a part is, and what it gives; "" where it is given what the step does not have for it."""
         s = self.symbols
         if part is self._head:
             return ("head", s["logits"]) if given == {"kept"} else ("", None)
@@ -282,7 +289,8 @@ def _restored(around: list[nn.Module]) -> Iterator[Callable[[], bool]]:
             now.clear()
             now.extend(before) if isinstance(now, list) else now.update(before)
         for buffer, value in buffers:
-            buffer.copy_(value)
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 def _alike(now: Any, before: Any) -> bool:
