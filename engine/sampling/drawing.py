@@ -20,7 +20,6 @@ from engine.sampling.batch import GREEDY, PLAIN, WHOLE, Batch, Picked, TokenColu
 from engine.sampling.contenders import contenders
 from engine.sampling.logits import (
     Kept,
-    first_largest,
     keep_all,
     keep_first,
     keep_mass,
@@ -182,7 +181,7 @@ class Round:
 
     def _choose_largest(self, start: int, end: int) -> None:
         batch, answers, work = self._batch, self._answers, self._work
-        best = first_largest(work[start:end], on_host=not self._columns.sorts_all)
+        best = work[start:end].argmax(-1, keepdim=True)  # the first of equals: the lowest id
         self.likely.append(best)
         self._ids.append(best.expand(-1, self._count))
         self._readback.add(partial(answers.add_largest, batch.names[start:end]), best)

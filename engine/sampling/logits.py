@@ -24,7 +24,6 @@ __all__ = [
     "Filter",
     "Filters",
     "Kept",
-    "first_largest",
     "keep_all",
     "keep_first",
     "keep_mass",
@@ -145,18 +144,6 @@ def order_keys(logits: Tensor) -> Tensor:
 def largest(keys: Tensor, count: int) -> Tensor:
     """Return the ids of the first `count` tokens in the order of `order_keys`: int64 `[rows, count]`."""
     return keys.topk(count, dim=-1).values.neg_().bitwise_and_(0xFFFFFFFF)
-
-
-def first_largest(logits: Tensor, *, on_host: bool) -> Tensor:
-    """Return the id of the largest logit of each row, of equals the lowest: int64 `[n, 1]`.
-
-    Args:
-        logits: float32 `[n, width]`.
-        on_host: it may be found by numpy, which takes a twentieth of torch's time on a CPU.
-    """
-    if not on_host:
-        return logits.argmax(-1, keepdim=True)
-    return torch.tensor([int(row.argmax()) for row in logits.numpy()], dtype=torch.int64).view(-1, 1)
 
 
 def scaled(logits: Tensor, peaks: Tensor, temperatures: Tensor | float = 1.0) -> Tensor:
