@@ -236,7 +236,7 @@ def read_forward(model: nn.Module, **keywords: Any) -> Straight | None:
         return None
     try:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    except NotImplementedError:
+    except Exception:  # whatever an unknown architecture raises: it is called as always
         return None
     parts = {id(p): p for p in (*home.children(), embedding, head) if isinstance(p, nn.Module) and p is not listed}
     around = [m for m in model.modules() if any(id(inside) == id(home) for inside in m.modules())]

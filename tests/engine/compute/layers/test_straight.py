@@ -249,6 +249,13 @@ def _norm_twice(model: Any) -> None:
     _becomes(model, forward)
 
 
+def _names_no_embedding(model: Any) -> None:
+    def raises() -> Any:
+        raise AttributeError("embeddings")
+
+    model.get_input_embeddings = raises
+
+
 def _backwards(model: Any) -> None:
     model.model.layers = nn.ModuleList(reversed(list(model.model.layers)))
 
@@ -275,6 +282,7 @@ OTHERS: dict[str, Callable[[Any], None]] = {
     "has a hook": _hooked,
     "has a layer with a hook": _hooked_layer,
     "has a part that somebody replaced": _in_its_place,
+    "does not name its embedding": _names_no_embedding,
     "uses a part twice": _norm_twice,
     "has its layers in another order": _backwards,
 }
