@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class _Symbol(Tensor):
 
     @staticmethod
     def of(trial: _Trace, role: str) -> _Symbol:
-        made: _Symbol = Tensor._make_subclass(_Symbol, torch.empty(0))
+        made: _Symbol = Tensor._make_subclass(_Symbol, torch.empty(0, dtype=torch.float32))
         made.role, made.trial = role, weakref.proxy(trial)  # no ring: a model is freed as soon as it is let go
         return made
 
@@ -196,13 +196,17 @@ def _noted(argument: Any) -> Any:
 class Straight:
     """The parts of a model, called in turn."""
 
-    def __init__(self, calls: Mapping[str, _Call], first: NativeLayer, stack: Stack) -> None:
-        self._calls, self._first, self._stack = [calls[role] for role in _ROLES], first, stack
+    def __init__(self, calls: Mapping[str, _Call], first: NativeLayer, around: list[nn.Module]) -> None:
+        """`around`: the modules whose `forward` is left out. They have the parts and the list of layers."""
+        self._calls, self._first, self._stack = [calls[role] for role in _ROLES], first, cast(Stack, first.stack)
+        self._around = around
+        self._places = [(m._modules, own, part) for m in around for own, part in m._modules.items()]
 
     @property
     def holds(self) -> bool:
-        """Whether the layers are still one call."""
-        return self._first.stack is self._stack
+        """Whether the model is the one that was read: the same parts, layers that are one call, no new hooks."""
+        alike = all(now.get(own) is part for now, own, part in self._places)
+        return alike and self._first.stack is self._stack and not any(map(_hooked, self._around))
 
     def __call__(self, plan: CpuPlan, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         """Compute the logits that the model has.
@@ -242,6 +246,8 @@ def read_forward(model: nn.Module, **keywords: Any) -> Straight | None:
     around = [m for m in model.modules() if any(id(inside) == id(home) for inside in m.modules())]
     if any(_hooked(m) for m in (*around, *layers)) or any("forward" in vars(p) for p in parts.values()):
         return None
+    if not {id(embedding), id(head)} <= {id(child) for m in around for child in m.children()}:
+        return None
     with torch.inference_mode(), _restored(around) as unchanged:
         trace = _Trace(layers, embedding, head)
         recorders: list[tuple[nn.Module, Callable[..., Any]]] = [(p, trace.part(p)) for p in parts.values()]
@@ -253,7 +259,7 @@ def read_forward(model: nn.Module, **keywords: Any) -> Straight | None:
             straight = trace.whole and output.logits is trace.symbols["logits"] and unchanged()
         except Exception:  # whatever a model raises whose inputs tell it nothing
             return None
-    return Straight(trace.calls, layers[0], layers[0].stack) if straight else None
+    return Straight(trace.calls, layers[0], around) if straight else None
 
 
 def _home(model: nn.Module, layers: list[NativeLayer]) -> tuple[nn.Module | None, nn.Module | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -322,6 +323,42 @@ def test_layers_that_are_parted_later_are_called_by_the_model(kernels: Kernels) 
     straight = _read(model)
     assert straight.holds
     part_layers(model)
+    assert not straight.holds
+
+
+def _another_embedding(model: Any) -> None:
+    model.set_input_embeddings(nn.Embedding.from_pretrained(model.get_input_embeddings().weight.detach() * 2))
+
+
+def _another_head(model: Any) -> None:
+    model.set_output_embeddings(nn.Linear(model.config.hidden_size, model.config.vocab_size))
+
+
+def _another_norm(model: Any) -> None:
+    model.model.norm = nn.Identity()
+
+
+def _a_hook(model: Any) -> None:
+    model.model.register_forward_hook(lambda *_: None)
+
+
+def _another_forward(model: Any) -> None:
+    model.forward = model.forward
+
+
+def _another_base(model: Any) -> None:
+    model.model = copy.copy(model.model)
+
+
+@pytest.mark.parametrize(
+    "change", [_another_embedding, _another_head, _another_norm, _a_hook, _another_forward, _another_base]
+)
+def test_a_model_that_is_changed_later_is_called(kernels: Kernels, change: Callable[[Any], None]) -> None:
+    """What was read is of a model that is no more."""
+    model = _plain(kernels)
+    straight = _read(model)
+    assert straight.holds
+    change(model)
     assert not straight.holds
 
 
