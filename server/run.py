@@ -1,4 +1,4 @@
-"""Runs the server on an open socket: loads the models, serves with uvicorn, shuts down in order."""
+"""Runs the server on an open socket: serves with uvicorn, shuts down in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +19,7 @@ import uvicorn
 from rich.console import Console
 from starlette.types import ASGIApp
 
-from engine import ModelConfig, Registry
-from server import logs
+from engine import Registry
 from server.accounts.charging import Meter
 from server.accounts.owners import name_of_this_process
 from server.accounts.settling import BEAT_SECONDS
@@ -72,20 +70,20 @@ class Server(uvicorn.Server):
 
 
 def run(
-    entries: Sequence[ModelConfig],
+    registry: Registry,
+    display: Display,
     settings: ServerSettings,
     *,
     listener: socket.socket,
     ledger: str | None,
     receipts: Receipts,
-    pull: bool,
     console: Console,
     reread: Reread | None = None,
 ) -> None:
     """Serve until a signal arrives.
 
     Args:
-        listener: the open socket; closed at the end, as `receipts` are.
+        registry: loads the models; closed at the end, as `display`, `listener` and `receipts` are.
         ledger: the ledger's URL; None where there are no keys.
         reread: reads the configuration again on SIGHUP; None where there is no file.
 
@@ -94,11 +92,6 @@ def run(
     """
     no_core_dumps()
     meter = open_meter(ledger, settings) if ledger else None
-    display = Display(console)
-    logs.configure(settings.log_format, access_log=settings.access_log, stream=display.stream)
-    registry = Registry(
-        entries, pull=pull, on_progress=lambda *_: display.look(registry.list()), max_loaded=settings.max_loaded
-    )
     connections = Connections(room_for_connections(settings.max_connections))
     if connections.limit < settings.max_connections:
         console.print(

@@ -41,7 +41,7 @@ from engine.loading.gpu.rungs import Rungs, choose_rung, kernels_of, served
 from engine.loading.identity import ReadyModel
 from engine.loading.kept.key import parts_of
 from engine.loading.kept.weights import KeptWeights
-from engine.loading.manifest import BytesRead
+from engine.loading.manifest import BytesRead, EarlyHashes
 from engine.loading.memory.cache_size import CacheSize, context_length, size_cache
 from engine.loading.memory.gpu_budget import GpuBudget
 from engine.loading.memory.largest_step import LargestStep
@@ -74,6 +74,7 @@ def load(
     progress: Progress | None = None,
     read: BytesRead | None = None,
     beside: StepBytes = (),
+    early: EarlyHashes | None = None,
 ) -> LoadedModel:
     """Load one entry. In one process, one load waits for another.
 
@@ -82,13 +83,14 @@ def load(
         progress: told what takes long, in words.
         read: told how many bytes of how many were read and hashed so far, at most once for each percent, on any thread.
         beside: `step_bytes` of the models that are served already, which need their share of a GPU's memory.
+        early: hashes this entry's files already.
 
     Raises:
         LoadError: whatever is wrong, in one sentence; NotEnoughMemory with `needed` and `free` bytes.
     """
     try:
         with _ONE_AT_A_TIME:
-            return _load(config, pull, progress or (lambda _: None), read, beside)
+            return _load(config, pull, progress or (lambda _: None), read, beside, early)
     except VerbatimError as error:
         told = one_line(error.message, _LONGEST_MESSAGE)  # it may quote a stranger's file
         if isinstance(error, LoadError) and told.startswith(f"{config.id}: "):
@@ -105,7 +107,14 @@ def load(
         raise LoadError(f"{config.id}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
 
 
-def _load(config: ModelConfig, pull: bool, say: Progress, read: BytesRead | None, beside: StepBytes) -> LoadedModel:
+def _load(
+    config: ModelConfig,
+    pull: bool,
+    say: Progress,
+    read: BytesRead | None,
+    beside: StepBytes,
+    early: EarlyHashes | None,
+) -> LoadedModel:
     versions.warn_of_untried()
     checkpoint.prepare_environment(pull=pull)
     folder = checkpoint.locate(config, pull=pull)
@@ -122,7 +131,8 @@ def _load(config: ModelConfig, pull: bool, say: Progress, read: BytesRead | None
     stream = DeviceStream(placement.device)
     with stream.current():
         with ThreadPoolExecutor(max_workers=2) as pool:  # hashes files and tries templates while weights are read
-            digests = pool.submit(manifest.hash_files, manifest.files_read(config, found), read)
+            hashed = early.of if early else manifest.hash_files
+            digests = pool.submit(hashed, manifest.files_read(config, found), read)
             say(f"reading {format_bytes(found.stored_bytes)} of weights")
             files = TextFiles.read(config, folder, file)
             trials = files.start_trials(pool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -9,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from engine.checkpoints.checkpoint import TOKENIZER_FILES, Checkpoint
+from engine.checkpoints.checkpoint import TOKENIZER_FILES, Checkpoint, inspect, locate
 from engine.config import ModelConfig
+from engine.errors import LoadError
 from engine.types.model_manifest import ModelManifest
 
-__all__ = ["BytesRead", "files_read", "hash_files", "manifest_of", "remote_code_files"]
+__all__ = ["BytesRead", "EarlyHashes", "files_read", "hash_files", "manifest_of", "remote_code_files"]
 
 BytesRead = Callable[[int, int], None]
 """Told how many bytes of how many were read and hashed so far."""
@@ -71,6 +73,39 @@ def manifest_of(config: ModelConfig, found: Checkpoint, digests: Mapping[Path, s
 def _tokenizer_files(folder: Path) -> tuple[str, ...]:
     """Name the files that a tokenizer is made of: tokenizer.json alone, or all that others consist of."""
     return ("tokenizer.json",) if (folder / "tokenizer.json").exists() else (*TOKENIZER_FILES, "merges.txt")
+
+
+class EarlyHashes:
+    """Hashes an entry's files while the libraries are imported that load it. Says nothing of what is wrong with them.
+
+    Args:
+        pull: as for the load.
+        read: as for `hash_files`.
+    """
+
+    def __init__(self, config: ModelConfig, *, pull: bool, read: BytesRead | None = None) -> None:
+        self._config, self._read = config, read
+        self._folder: Path | None = None
+        with contextlib.suppress(LoadError):  # the load says it
+            self._folder = locate(config, pull=pull)  # here: it imports the hub's library, which two threads must not
+        self._found: dict[Path, str] | None = None
+        self._thread = threading.Thread(target=self._hash, name="early hashes", daemon=True)
+        self._thread.start()
+
+    def of(self, files: Sequence[Path], read: BytesRead | None = None) -> dict[Path, str]:
+        """Return the digests of these files, as `hash_files`; they are hashed now unless they were."""
+        self._thread.join()
+        found = self._found
+        return found if found is not None and tuple(found) == tuple(files) else hash_files(files, read)
+
+    def _hash(self) -> None:
+        if self._folder is None:
+            return
+        with contextlib.suppress(LoadError, OSError):
+            files: tuple[Path, ...] = (self._folder,)
+            if self._folder.is_dir():
+                files = files_read(self._config, inspect(self._folder, self._config.id))
+            self._found = hash_files(files, self._read)
 
 
 class _Count:

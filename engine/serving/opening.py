@@ -5,17 +5,16 @@ Imports neither torch nor the engine before it has to: a server whose models hav
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from engine.config import ModelConfig
 from engine.errors import VerbatimError
+from engine.serving.client import EngineClient
+from engine.serving.process.transport import ProcessTransport
 from engine.serving.protocol import EngineProtocol
-from engine.types.model_info import LoadProgress
+from engine.serving.teller import Progress, Teller
 
-__all__ = ["Progress", "Teller", "open_engine"]
-
-Progress = Callable[[LoadProgress], None]
+__all__ = ["Progress", "open_engine"]
 
 
 def open_engine(
@@ -40,9 +39,6 @@ def open_engine(
             loaded it has ended by then.
     """
     if _has_its_own_process(config):
-        from engine.serving.client import EngineClient
-        from engine.serving.process.transport import ProcessTransport
-
         return EngineClient(ProcessTransport.open(config, pull, progress, beside), config, on_death)
     from engine.engine import Engine
     from engine.loading.loader import load
@@ -55,24 +51,3 @@ def open_engine(
 
 def _has_its_own_process(config: ModelConfig) -> bool:
     return config.isolation == "process"
-
-
-class Teller:
-    """Joins the words and the bytes of a load into one report. Used from any thread."""
-
-    def __init__(self, tell: Progress) -> None:
-        self._tell = tell
-        self._lock = threading.Lock()
-        self._last = LoadProgress(text="")
-
-    def say(self, text: str) -> None:
-        """Tell what is being done."""
-        with self._lock:
-            self._last = LoadProgress(text=text, bytes_read=self._last.bytes_read, total_bytes=self._last.total_bytes)
-            self._tell(self._last)
-
-    def read(self, count: int, total: int) -> None:
-        """Tell how many bytes were read of how many."""
-        with self._lock:
-            self._last = LoadProgress(text=self._last.text, bytes_read=count, total_bytes=total)
-            self._tell(self._last)

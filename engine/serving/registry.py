@@ -80,8 +80,9 @@ class Registry:
     # -- for everybody ------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start to load in the background."""
-        self._keeper.start()
+        """Start to load in the background. Safe to call twice."""
+        if self._keeper.ident is None and not self._closing:
+            self._keeper.start()
 
     def get(self, model_id: str) -> EngineProtocol:
         """Return the engine of a model that is ready, for a look at it: it may leave at any time.

@@ -95,30 +95,30 @@ def _serve(
     pull: bool,
     reread: Reread | None,
 ) -> None:
-    """Import what serves, open ledger and receipts, and serve until a signal arrives."""
+    """Load the models, import what serves them, open ledger and receipts, and serve until a signal arrives."""
     ledger = in_use(settings, config)
-    from server.receipts.location import open_receipts
-
-    receipts = open_receipts(settings, config)
     before_anything_heavy(pull)
     address = address_of(listener, settings.host)
     for line in further_lines(settings, address, entries, keys=ledger is not None):
         _say(line)
+    from server.lifecycle.early_load import loading
     from server.terminal import Terminal
 
     console = Terminal(stderr=True)
-    with console.status("importing libraries"):  # on a terminal only
+    with loading(entries, settings, pull=pull, console=console) as (registry, display):
+        from server.receipts.location import open_receipts
         from server.run import run
-    run(
-        entries,
-        settings,
-        listener=listener,
-        ledger=ledger,
-        receipts=receipts,
-        pull=pull,
-        console=console,
-        reread=reread,
-    )
+
+        run(
+            registry,
+            display,
+            settings,
+            listener=listener,
+            ledger=ledger,
+            receipts=open_receipts(settings, config),
+            console=console,
+            reread=reread,
+        )
 
 
 def _say(text: str) -> None:

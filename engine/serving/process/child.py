@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import io
 import logging
 import os
@@ -43,7 +44,9 @@ from engine.types.outputs import RequestOutput
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+    from engine.loading.manifest import EarlyHashes
     from engine.serving.engine_loop import EngineLoop
+    from engine.serving.teller import Teller
 
 __all__ = ["main"]
 
@@ -93,23 +96,48 @@ class _Child:
         self._end()
 
     def _load(self, wanted: Load) -> None:
-        from engine.checkpoints.checkpoint import prepare_environment
+        from engine.serving.teller import Teller
 
-        prepare_environment(pull=wanted.pull)  # before the hub's library is imported, which reads it once
+        teller = Teller(lambda progress: self._send(Progressed(progress)))
+        teller.say("importing libraries and reading files")
+        early = self._import(wanted, teller)
         from engine.engine import Engine
         from engine.loading.loader import load
         from engine.serving.engine_loop import EngineLoop
-        from engine.serving.opening import Teller
 
         log_through(self._send, wanted.log_level)
-        teller = Teller(lambda progress: self._send(Progressed(progress)))
-        model = load(wanted.config, pull=wanted.pull, progress=teller.say, read=teller.read, beside=wanted.beside)
+        model = load(
+            wanted.config,
+            pull=wanted.pull,
+            progress=teller.say,
+            read=teller.read,
+            beside=wanted.beside,
+            early=early,
+        )
         self._engine = engine = Engine(model)
         self._loop = EngineLoop(engine, self._emit, on_silent_step=lambda: self._step(None))
         self._workers.submit(engine.preparer.warm)
         gc.collect()
         gc.freeze()  # a full collection over the libraries' objects stops the process for 0.3 s
         self._send(Loaded(engine.info, model.step_bytes, counters_of(self._loop.stats)))
+
+    @staticmethod
+    def _import(wanted: Load, teller: Teller) -> EarlyHashes:
+        """Import what loads a model, and hash its files meanwhile."""
+        # Libraries make half a million objects that stay: to look for garbage among them takes a fifth of the time.
+        gc.disable()
+        try:
+            from engine.checkpoints.checkpoint import prepare_environment
+
+            prepare_environment(pull=wanted.pull)  # before the hub's library is imported, which reads it once
+            from engine.loading.manifest import EarlyHashes
+
+            early = EarlyHashes(wanted.config, pull=wanted.pull, read=teller.read)
+            importlib.import_module("engine.loading.loader")
+            gc.freeze()
+            return early
+        finally:
+            gc.enable()
 
     def _end(self, last: FromChild | None = None) -> NoReturn:
         """End this process at once: nothing of it is worth tearing down, and threads of libraries may still compute."""
