@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +51,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-d
         return folders[family]
 
     return folder
+
+
+@pytest.fixture(autouse=True)
+def log_as_before() -> Iterator[None]:
+    """A command that runs in this process sets up its log; what pytest set up is back after the test."""
+    root, hooks = logging.getLogger(), (threading.excepthook, sys.unraisablehook)
+    own = [handler for handler in root.handlers if type(handler) is logging.StreamHandler]
+    yield
+    threading.excepthook, sys.unraisablehook = hooks
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler and handler not in own:
+            root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

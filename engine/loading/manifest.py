@@ -88,24 +88,33 @@ class EarlyHashes:
         self._folder: Path | None = None
         with contextlib.suppress(LoadError):  # the load says it
             self._folder = locate(config, pull=pull)  # here: it imports the hub's library, which two threads must not
-        self._found: dict[Path, str] | None = None
+        self._states: list[tuple[int, ...]] = []
+        self._found: dict[Path, str] = {}
         self._thread = threading.Thread(target=self._hash, name="early hashes", daemon=True)
         self._thread.start()
 
     def of(self, files: Sequence[Path], read: BytesRead | None = None) -> dict[Path, str]:
-        """Return the digests of these files, as `hash_files`; they are hashed now unless they were."""
+        """Return the digests of these files, as `hash_files`. They are hashed now unless they were, and are as then."""
         self._thread.join()
-        found = self._found
-        return found if found is not None and tuple(found) == tuple(files) else hash_files(files, read)
+        if tuple(self._found) == tuple(files) and _states(files) == self._states:
+            return self._found
+        return hash_files(files, read)
 
     def _hash(self) -> None:
-        if self._folder is None:
-            return
         with contextlib.suppress(LoadError, OSError):
+            if self._folder is None:
+                return
             files: tuple[Path, ...] = (self._folder,)
             if self._folder.is_dir():
                 files = files_read(self._config, inspect(self._folder, self._config.id))
+            self._states = _states(files)
             self._found = hash_files(files, self._read)
+
+
+def _states(files: Sequence[Path]) -> list[tuple[int, ...]]:
+    """Return what changes when a file does."""
+    found = [file.stat() for file in files]
+    return [(state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for state in found]
 
 
 class _Count:

@@ -53,7 +53,7 @@ class Retrial:
     ) -> None:
         """fresh: use nothing of an earlier start. Entries with adapters use nothing either: those are tried, too."""
         self._kept, self._model, self._vocab_size, self._length = kept, model, vocab_size, length
-        self._name = f" self-test {digest_of(_circumstances(config, vocab_size, length))}"  # no layer has such a name
+        self._name = f"self-test {digest_of(_circumstances(config, vocab_size, length))}"
         self.known: dict[str, Any] | None = None if fresh or config.adapters else kept.known(self._name)
 
     def note(self, test: SelfTest, backend: Backend) -> None:

@@ -9,7 +9,8 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from server import cli
 from server.commands import early, opening
 from server.commands.greeting import example_request
 from server.hosts import PORT
+from server.lifecycle import early_load
 from server.settings import ServerSettings
 from server.wire.listener import bind
 
@@ -46,11 +48,16 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What `serve` would have run."""
     calls: list[dict[str, Any]] = []
 
-    def run(entries: Any, settings: ServerSettings, *, ledger: Any, receipts: Any, pull: bool, **rest: Any) -> None:
-        receipts.close()
-        offline = os.getenv("HF_HUB_OFFLINE")
-        calls.append({"entries": entries, "settings": settings, "ledger": ledger, "pull": pull, "offline": offline})
+    @contextmanager
+    def loading(entries: Any, settings: ServerSettings, *, pull: bool, **rest: Any) -> Iterator[tuple[None, None]]:
+        calls.append({"entries": entries, "settings": settings, "pull": pull, "offline": os.getenv("HF_HUB_OFFLINE")})
+        yield None, None
 
+    def run(registry: None, display: None, settings: ServerSettings, *, ledger: Any, receipts: Any, **_: Any) -> None:
+        receipts.close()
+        calls[-1]["ledger"] = ledger
+
+    monkeypatch.setattr(early_load, "loading", loading)
     monkeypatch.setattr(server.run, "run", run)
     return calls
 

@@ -16,7 +16,7 @@ import mmap
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, KeysView, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
@@ -88,9 +88,9 @@ class Bundle:
             raise
 
     @property
-    def names(self) -> frozenset[str]:
-        """The names of the records."""
-        return frozenset(self._index)
+    def names(self) -> KeysView[str]:
+        """The names of the records, in the order in which they were written."""
+        return self._index.keys()
 
     def take(self, name: str) -> dict[str, Any]:
         """Return a record once its tensors are checked. Raises KeyError, or Distrusted: a tensor is damaged."""

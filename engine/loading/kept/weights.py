@@ -35,6 +35,9 @@ LIMIT_NAME: Final = "VERBATIM_PACKED_CACHE"
 _LIMIT: Final = 32 << 30
 _LEAST: Final = 64 << 20  # bytes of weights below which packing is as quick as reading
 _SAME: Final = "same as"
+_NOTE: Final = " "  # before the name of what is no weight: no layer's name begins so
+_NOTES: Final = 8
+"""Notes that one file holds: starts with other settings of the same weights leave one each."""
 _SUFFIX: Final = ".weights"
 _DIGITS: Final = 40  # hexadecimal digits of a key
 
@@ -119,12 +122,21 @@ class KeptWeights:
 
     def known(self, name: str) -> dict[str, Any] | None:
         """Return the record that `note` has added in an earlier start."""
-        return self._take(name)
+        return self._take(_NOTE + name)
 
     def note(self, name: str, record: Record) -> None:
-        """Add a record to the weights, unless it is there."""
+        """Add a record to the weights, unless it is there. Those of other starts stay, up to `_NOTES` in all."""
+        name = _NOTE + name
         self._made = self._made or self._bundle is None or name not in self._bundle.names
         self._records[name] = record
+
+    def _other_notes(self) -> dict[str, Record]:
+        """Return the newest notes of earlier starts, which this one has not made again."""
+        if self._bundle is None:
+            return {}
+        others = [name for name in self._bundle.names if name.startswith(_NOTE) and name not in self._records]
+        found = {name: self._take(name) for name in others[1 - _NOTES :]}
+        return {name: record for name, record in found.items() if record is not None}
 
     def forget(self) -> None:
         """Remove what was kept: it is not what it was taken for."""
@@ -136,9 +148,10 @@ class KeptWeights:
 
         The interpreter waits for it before it ends: a command that answers once leaves a file for the next, too.
         """
+        records = {**(self._other_notes() if self._made else {}), **self._records}
+        self._records = {}
         if self._bundle is not None:
             self._bundle.close()
-        records, self._records = self._records, {}
         self._given.clear()
         if not self._open or not self._made or not all(map(_is_plain, records.values())):
             return None

@@ -71,6 +71,32 @@ def test_the_second_start_makes_nothing_and_has_the_same_bits(kernels: Kernels, 
         assert torch.equal(kernels.group([one])(x)[0], kernels.group([two])(x)[0])
 
 
+def _noting(kernels: Kernels, folder: Path, name: str) -> list[str]:
+    """Start, and leave a note unless it is there. Returns which notes were known."""
+    kept = _kept(folder)
+    keep = kept.of(kernels)
+    for own in "ab":
+        keep(own, lambda: _weight(kernels))
+    known = [other for other in map(str, range(12)) if kept.known(other) is not None]
+    if kept.known(name) is None:
+        kept.note(name, {"number": name})
+    else:
+        assert kept.known(name) == {"number": name}
+    if thread := kept.finish():
+        thread.join()
+    return known
+
+
+def test_starts_with_other_settings_keep_each_others_notes(kernels: Kernels, tmp_path: Path) -> None:
+    """One file of weights serves them all: else two entries of one checkpoint would rewrite it in turn."""
+    assert _noting(kernels, tmp_path, "0") == []
+    assert _noting(kernels, tmp_path, "1") == ["0"]
+    assert _noting(kernels, tmp_path, "0") == ["0", "1"]
+    for number in range(2, 12):
+        _noting(kernels, tmp_path, str(number))
+    assert _noting(kernels, tmp_path, "11") == [str(number) for number in range(4, 12)]
+
+
 OTHERS: dict[str, dict[str, Part]] = {
     "another checkpoint": {"files": "sha256:1"},
     "another quantisation": {"quantization": "int8"},

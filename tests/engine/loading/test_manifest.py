@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 import tiny_models
 from safetensors.torch import load_file, save_file
 
-from engine import ModelConfig, ModelManifest
+from engine import LoadError, ModelConfig, ModelManifest
 from engine.loading import manifest
 from engine.loading.loader import load
 
@@ -99,6 +100,58 @@ def test_every_file_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(manifest, "_digest", lambda path, count: hashed.append(path) or honest(path, count))
     found = _manifest(path=folder)
     assert sorted(path.relative_to(folder).as_posix() for path in hashed) == sorted(name for name, _ in found.files)
+
+
+def _early(folder: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> tuple[int, bool]:
+    """Load with files that are hashed before, and changed in between. Returns how many were hashed, and whether the
+    manifest is that of a load which hashes by itself."""
+    config = ModelConfig(id="m", path=folder, cache_size=1 << 20)
+    hashed: list[Path] = []
+    honest = manifest._digest
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "_digest", lambda path, count: hashed.append(path) or honest(path, count))
+        early = manifest.EarlyHashes(config, pull=False)
+        early._thread.join()
+        change()
+        found = load(config, early=early).info.manifest
+    return len(hashed), found == load(config).info.manifest
+
+
+def test_files_that_are_hashed_early_are_not_hashed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, right = _early(folder, monkeypatch, lambda: None)
+    assert right
+    assert count == len(load(ModelConfig(id="m", path=folder, cache_size=1 << 20)).info.manifest.files)
+
+
+def _as_old(file: Path, content: bytes) -> None:
+    """Write a file whose size and times tell nothing."""
+    before = file.stat()
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "generation_config.json").write_text('{"max_length": 20}'),
+        lambda folder: _as_old(folder / "config.json", (folder / "config.json").read_bytes() + b" "),
+        lambda folder: _as_old(folder / "config.json", (folder / "config.json").read_bytes()[:-1] + b"\n"),
+    ],
+    ids=["one more", "longer", "as long, and as old"],
+)
+def test_files_that_change_after_they_were_hashed_are_hashed_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object]
+) -> None:
+    (folder / "config.json").write_bytes((folder / "config.json").read_bytes().rstrip() + b" ")
+    assert _early(folder, monkeypatch, lambda: change(folder))[1]
+
+
+@pytest.mark.parametrize("path", ["nowhere", "config.json"])
+def test_what_is_wrong_with_files_is_said_by_the_load(folder: Path, path: str) -> None:
+    config = ModelConfig(id="m", path=folder / path)
+    early = manifest.EarlyHashes(config, pull=False)
+    with pytest.raises(LoadError, match="m: "):
+        load(config, early=early)
 
 
 def test_shards_and_their_index_are_files(folder: Path) -> None:
