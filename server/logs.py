@@ -42,10 +42,15 @@ def configure(form: Literal["text", "json"], *, access_log: bool, stream: TextIO
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     _ACCESS.setLevel(logging.INFO if access_log else logging.WARNING)
     logging.captureWarnings(True)
-    for name in list(logging.root.manager.loggerDict):
-        _take_over(logging.getLogger(name))
+    take_over_libraries()
     threading.excepthook = lambda given: _uncaught("a thread has ended", given.exc_value)
     sys.unraisablehook = lambda given: _uncaught("a fault that nobody could be told of", given.exc_value)
+
+
+def take_over_libraries() -> None:
+    """Let libraries that log to the terminal in their own form use this log; again after others were imported."""
+    for name in list(logging.root.manager.loggerDict):
+        _take_over(logging.getLogger(name))
 
 
 def access(**fields: Any) -> None:

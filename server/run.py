@@ -20,6 +20,7 @@ from rich.console import Console
 from starlette.types import ASGIApp
 
 from engine import Registry
+from server import logs
 from server.accounts.charging import Meter
 from server.accounts.owners import name_of_this_process
 from server.accounts.settling import BEAT_SECONDS
@@ -91,6 +92,7 @@ def run(
         LedgerFault: the ledger cannot be used.
     """
     no_core_dumps()
+    logs.take_over_libraries()
     meter = open_meter(ledger, settings) if ledger else None
     connections = Connections(room_for_connections(settings.max_connections))
     if connections.limit < settings.max_connections:

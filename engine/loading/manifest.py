@@ -12,7 +12,6 @@ from typing import Final
 
 from engine.checkpoints.checkpoint import TOKENIZER_FILES, Checkpoint, inspect, locate
 from engine.config import ModelConfig
-from engine.errors import LoadError
 from engine.types.model_manifest import ModelManifest
 
 __all__ = ["BytesRead", "EarlyHashes", "files_read", "hash_files", "manifest_of", "remote_code_files"]
@@ -79,15 +78,14 @@ class EarlyHashes:
     """Hashes an entry's files while the libraries are imported that load it. Says nothing of what is wrong with them.
 
     Args:
-        pull: as for the load.
         read: as for `hash_files`.
     """
 
-    def __init__(self, config: ModelConfig, *, pull: bool, read: BytesRead | None = None) -> None:
+    def __init__(self, config: ModelConfig, read: BytesRead | None = None) -> None:
         self._config, self._read = config, read
         self._folder: Path | None = None
-        with contextlib.suppress(LoadError):  # the load says it
-            self._folder = locate(config, pull=pull)  # here: it imports the hub's library, which two threads must not
+        with contextlib.suppress(Exception):  # whatever it is, the load says it
+            self._folder = locate(config, pull=False)  # here: it imports the hub's library, which two threads must not
         self._states: list[tuple[int, ...]] = []
         self._found: dict[Path, str] = {}
         self._thread = threading.Thread(target=self._hash, name="early hashes", daemon=True)
@@ -101,7 +99,7 @@ class EarlyHashes:
         return hash_files(files, read)
 
     def _hash(self) -> None:
-        with contextlib.suppress(LoadError, OSError):
+        with contextlib.suppress(Exception):
             if self._folder is None:
                 return
             files: tuple[Path, ...] = (self._folder,)

@@ -125,21 +125,24 @@ class Display:
             self.close()  # the last state of each line stays
 
     def _table(self) -> Table:
-        """Return a line for each model; it is as wide as the terminal at most."""
-        with self._lock:
-            table = Table.grid(padding=(0, 1))
-            for _ in range(2):
-                table.add_column(no_wrap=True)
-            table.add_column(no_wrap=self._open, overflow="ellipsis" if self._open else "fold")
-            table.add_column(no_wrap=True, justify="right", style="dim")
-            for line in self._lines.values():
-                mark = _MARKS.get(line.state, "[cyan]…[/]" if line.state == "loading" else " ")
-                table.add_row(mark, f"[bold]{one_line(line.model_id)}[/]", one_line(line.sentence), self._seconds(line))
-            return table
+        """Return a line for each model; it is as wide as the terminal at most.
+
+        Takes no lock: rich's thread calls it with its own, which whoever shows a line waits for with ours.
+        """
+        table = Table.grid(padding=(0, 1))
+        for _ in range(2):
+            table.add_column(no_wrap=True)
+        table.add_column(no_wrap=self._open, overflow="ellipsis" if self._open else "fold")
+        table.add_column(no_wrap=True, justify="right", style="dim")
+        for line in list(self._lines.values()):
+            mark = _MARKS.get(line.state, "[cyan]…[/]" if line.state == "loading" else " ")
+            table.add_row(mark, f"[bold]{one_line(line.model_id)}[/]", one_line(line.sentence), self._seconds(line))
+        return table
 
     def _seconds(self, line: ModelLine) -> str:
         if line.state == "loading":
-            return f"{self._clock() - self._began[line.model_id]:.0f} s"
+            now = self._clock()
+            return f"{now - self._began.get(line.model_id, now):.0f} s"
         took = self._took.get(line.model_id)
         return "" if took is None else f"{took:.1f} s"
 

@@ -303,3 +303,17 @@ def test_what_libraries_say_is_in_the_log_and_forges_nothing(
     assert "said" in lines[0]
     assert "warned" in lines[1]
     assert not capsys.readouterr().err
+
+
+def test_a_library_that_is_imported_later_uses_the_log_too(written: Callable[[Form], io.StringIO]) -> None:
+    """The server sets up its log before it imports most of what it uses."""
+    out, own = written("text"), io.StringIO()
+    library = logging.getLogger("a_late_library")
+    try:
+        library.addHandler(logging.StreamHandler(own))
+        logs.take_over_libraries()
+        library.warning("\x1b[31mred")
+    finally:
+        library.handlers.clear()
+    assert own.getvalue() == ""
+    assert "\\x1b[31mred" in out.getvalue() or "\\u001b[31mred" in out.getvalue()

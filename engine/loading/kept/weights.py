@@ -130,13 +130,16 @@ class KeptWeights:
         self._made = self._made or self._bundle is None or name not in self._bundle.names
         self._records[name] = record
 
-    def _other_notes(self) -> dict[str, Record]:
-        """Return the newest notes of earlier starts, which this one has not made again."""
-        if self._bundle is None:
-            return {}
-        others = [name for name in self._bundle.names if name.startswith(_NOTE) and name not in self._records]
-        found = {name: self._take(name) for name in others[1 - _NOTES :]}
-        return {name: record for name, record in found.items() if record is not None}
+    def _with_other_notes(self) -> dict[str, Record]:
+        """Return weights, the newest notes of earlier starts that this one has not made, and its own, as they fit."""
+        others = [name for name in (self._bundle.names if self._bundle else ()) if name.startswith(_NOTE)]
+        newest = [name for name in others if name not in self._records][1 - _NOTES :]
+        found = {name: record for name in newest if (record := self._take(name)) is not None}
+        own = {name: record for name, record in self._records.items() if name.startswith(_NOTE)}
+        weights = {name: record for name, record in self._records.items() if name not in own}
+        while found and bundle.size_of({**weights, **found, **own}) > (self._most or 0):
+            del found[next(iter(found))]
+        return {**weights, **found, **own}
 
     def forget(self) -> None:
         """Remove what was kept: it is not what it was taken for."""
@@ -148,8 +151,7 @@ class KeptWeights:
 
         The interpreter waits for it before it ends: a command that answers once leaves a file for the next, too.
         """
-        records = {**(self._other_notes() if self._made else {}), **self._records}
-        self._records = {}
+        records, self._records = (self._with_other_notes() if self._made else self._records), {}
         if self._bundle is not None:
             self._bundle.close()
         self._given.clear()

@@ -132,7 +132,7 @@ class _Child:
             prepare_environment(pull=wanted.pull)  # before the hub's library is imported, which reads it once
             from engine.loading.manifest import EarlyHashes
 
-            early = EarlyHashes(wanted.config, pull=wanted.pull, read=teller.read)
+            early = EarlyHashes(wanted.config, teller.read)
             importlib.import_module("engine.loading.loader")
             gc.freeze()
             return early

@@ -63,6 +63,7 @@ _START: Final = (
 _PIPE_BYTES: Final = 1 << 20
 """Room in a pipe: a step's outputs fit, so that the child need not wait until its parent has read them."""
 _LAST_WORDS: Final = 1.0
+_REPEAT: Final = 0.25  # seconds after which what a load told last is told again
 """Seconds for a process to be gone once its pipe is."""
 
 
@@ -113,8 +114,13 @@ class ProcessTransport(Transport):
     def _start(self, wanted: Load, progress: Callable[[LoadProgress], None] | None) -> None:
         self._outbox.put(wanted)
         self._keeper.start()
+        told = LoadProgress(text="starting its process")
         while True:
-            match self._loading.get():
+            try:
+                message: Loaded | NotLoaded | Progressed = self._loading.get(timeout=_REPEAT)
+            except queue.Empty:  # told again, so that a caller who wants the model no longer can raise
+                message = Progressed(told)
+            match message:
                 case Progressed(told):
                     if progress is not None:
                         progress(told)

@@ -71,17 +71,21 @@ def test_the_second_start_makes_nothing_and_has_the_same_bits(kernels: Kernels, 
         assert torch.equal(kernels.group([one])(x)[0], kernels.group([two])(x)[0])
 
 
-def _noting(kernels: Kernels, folder: Path, name: str) -> list[str]:
+_NOTE = 8192  # bytes of one note of these tests
+
+
+def _noting(kernels: Kernels, folder: Path, name: str, *, most: int = MOST) -> list[str]:
     """Start, and leave a note unless it is there. Returns which notes were known."""
-    kept = _kept(folder)
+    kept = _kept(folder, most=most)
     keep = kept.of(kernels)
     for own in "ab":
         keep(own, lambda: _weight(kernels))
     known = [other for other in map(str, range(12)) if kept.known(other) is not None]
-    if kept.known(name) is None:
-        kept.note(name, {"number": name})
+    found = kept.known(name)
+    if found is None:
+        kept.note(name, {"name": name, "bytes": torch.zeros(_NOTE, dtype=torch.uint8)})
     else:
-        assert kept.known(name) == {"number": name}
+        assert found["name"] == name
     if thread := kept.finish():
         thread.join()
     return known
@@ -95,6 +99,34 @@ def test_starts_with_other_settings_keep_each_others_notes(kernels: Kernels, tmp
     for number in range(2, 12):
         _noting(kernels, tmp_path, str(number))
     assert _noting(kernels, tmp_path, "11") == [str(number) for number in range(4, 12)]
+
+
+def test_notes_stand_behind_weights_and_the_oldest_leave_where_room_is_short(kernels: Kernels, tmp_path: Path) -> None:
+    """What stands first is checked first, and waited for. A start always keeps its own note."""
+    for number in range(3):
+        _noting(kernels, tmp_path, str(number))
+    [file] = tmp_path.glob("*.weights")
+    opened = bundle.Bundle.open(file, file.stem)
+    assert list(opened.names) == ["a", "b", " 0", " 1", " 2"]
+    weights_alone = bundle.size_of({name: opened.take(name) for name in "ab"})
+    _noting(kernels, tmp_path, "3", most=weights_alone + 2 * _NOTE)
+    assert list(bundle.Bundle.open(file, file.stem).names) == ["a", "b", " 2", " 3"]
+    _noting(kernels, tmp_path, "4", most=weights_alone + _NOTE)
+    assert list(bundle.Bundle.open(file, file.stem).names) == ["a", "b", " 4"]
+
+
+def test_a_damaged_note_is_forgotten_and_the_others_go_on(kernels: Kernels, tmp_path: Path) -> None:
+    for number in range(2):
+        _noting(kernels, tmp_path, str(number))
+    [file] = tmp_path.glob("*.weights")
+    content = bytearray(file.read_bytes())
+    opened = bundle.Bundle.open(file, file.stem)
+    content[opened._index[" 0"]["bytes"]["offset"]] ^= 1
+    opened.close()
+    file.write_bytes(content)
+    _noting(kernels, tmp_path, "2")
+    assert "0" not in _noting(kernels, tmp_path, "2")
+    assert _start(kernels, _kept(tmp_path))[1] == ""
 
 
 OTHERS: dict[str, dict[str, Part]] = {

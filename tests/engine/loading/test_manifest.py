@@ -110,7 +110,7 @@ def _early(folder: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[], o
     honest = manifest._digest
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "_digest", lambda path, count: hashed.append(path) or honest(path, count))
-        early = manifest.EarlyHashes(config, pull=False)
+        early = manifest.EarlyHashes(config)
         early._thread.join()
         change()
         found = load(config, early=early).info.manifest
@@ -124,10 +124,11 @@ def test_files_that_are_hashed_early_are_not_hashed_again(folder: Path, monkeypa
 
 
 def _as_old(file: Path, content: bytes) -> None:
-    """Write a file whose size and times tell nothing."""
+    """Write a file whose time of writing tells nothing; that of its last change is the system's, in its own ticks."""
     before = file.stat()
-    file.write_bytes(content)
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    while file.stat().st_ctime_ns == before.st_ctime_ns:
+        file.write_bytes(content)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 @pytest.mark.parametrize(
@@ -146,10 +147,10 @@ def test_files_that_change_after_they_were_hashed_are_hashed_again(
     assert _early(folder, monkeypatch, lambda: change(folder))[1]
 
 
-@pytest.mark.parametrize("path", ["nowhere", "config.json"])
+@pytest.mark.parametrize("path", ["nowhere", "config.json", 300 * "n"])
 def test_what_is_wrong_with_files_is_said_by_the_load(folder: Path, path: str) -> None:
     config = ModelConfig(id="m", path=folder / path)
-    early = manifest.EarlyHashes(config, pull=False)
+    early = manifest.EarlyHashes(config)
     with pytest.raises(LoadError, match="m: "):
         load(config, early=early)
 

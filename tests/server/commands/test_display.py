@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
+import threading
 from typing import Any
 
 import pytest
@@ -122,3 +123,19 @@ def test_why_a_model_is_not_reproducible_is_said() -> None:
 )
 def test_amounts(done: int | None, total: int | None, words: str) -> None:
     assert ModelLine("m", "loading", "x", done, total).amount == words
+
+
+def test_the_table_is_drawn_while_another_thread_shows_a_line() -> None:
+    """rich's thread draws with a lock of its own, which a thread that shows a line waits for: none for ever."""
+    display, _, _ = shown(on_terminal=True)
+    display.tell("m", "reading")
+    drawn = threading.Event()
+
+    def draw() -> None:
+        display._table()
+        drawn.set()
+
+    with display._lock:
+        threading.Thread(target=draw, daemon=True).start()
+        assert drawn.wait(20)
+    display.close()

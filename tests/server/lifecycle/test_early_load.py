@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -63,6 +64,36 @@ def test_a_fault_meanwhile_ends_the_loads(opened: threading.Event, monkeypatch: 
     assert closed == [registry]
 
 
+def test_a_library_of_the_server_does_not_log_for_itself(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """securesystemslib comes with the server's imports, after the log is set up, and writes to the terminal itself."""
+    code = (
+        "import logging, sys; sys.path.insert(0, sys.argv[1])\n"
+        "import server.run as run\n"
+        "def app(*_): raise SystemExit(str([n for n, l in logging.root.manager.loggerDict.items() "
+        "if any(type(h) is logging.StreamHandler for h in getattr(l, 'handlers', []))]))\n"
+        "run.create_app = app\n"
+        "logging.getLogger('odd').addHandler(logging.StreamHandler())\n"
+        "from server.cli import main; sys.argv[:2] = ['verbatim']; main()"
+    )
+    (tmp_path / "models.yaml").write_text(f"models: [{{id: m, path: {tiny('qwen3')}}}]\nserver: {{port: 0}}\n")
+    command = [sys.executable, "-c", code, str(ROOT), "serve"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines()[-1] == "[]", done.stderr
+
+
+def test_a_load_ends_soon_while_its_process_imports_libraries(tiny: Callable[[str], Path]) -> None:
+    """It has nothing new to tell for seconds. Nobody waits for that, and nothing of it is left."""
+    registry = Registry([ModelConfig(id="m", path=tiny("qwen3"), isolation="process")])
+    registry.start()
+    mine = psutil.Process()
+    deadline = time.monotonic() + 60
+    while not (children := [child for child in mine.children() if "engine.serving" in " ".join(child.cmdline())]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert registry.close()
+    assert not any(child.is_running() for child in children)
+
+
 def test_a_server_that_cannot_start_leaves_no_process(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     """The key that signs receipts is missing, which is found when the model's process runs already."""
     entries = f"models: [{{id: m, path: {tiny('qwen3')}}}]\n"
@@ -76,5 +107,6 @@ def test_a_server_that_cannot_start_leaves_no_process(tiny: Callable[[str], Path
     assert done.returncode == 1
     assert "nowhere.pem" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "m: starting its process" in done.stderr
     left = [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(tmp_path)]
     assert not left

@@ -196,17 +196,23 @@ def _noted(argument: Any) -> Any:
 class Straight:
     """The parts of a model, called in turn."""
 
-    def __init__(self, calls: Mapping[str, _Call], first: NativeLayer, around: list[nn.Module]) -> None:
-        """`around`: the modules whose `forward` is left out. They have the parts and the list of layers."""
-        self._calls, self._first, self._stack = [calls[role] for role in _ROLES], first, cast(Stack, first.stack)
-        self._around = around
-        self._places = [(m._modules, own, part) for m in around for own, part in m._modules.items()]
+    def __init__(
+        self, calls: Mapping[str, _Call], layers: list[NativeLayer], around: list[nn.Module], listed: nn.Module
+    ) -> None:
+        """`around`: the modules whose `forward` is left out. They have the parts, and `listed`, the layers."""
+        self._calls, self._layers, self._stack = [calls[role] for role in _ROLES], layers, cast(Stack, layers[0].stack)
+        self._places = [(m._modules, own, part) for m in (*around, listed) for own, part in m._modules.items()]
+        self._hooked = [hooks for m in (*around, *layers) for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooked += [modules._global_forward_hooks, modules._global_forward_pre_hooks]
+        self._own = [vars(m) for m in (*around, *layers)]
 
     @property
     def holds(self) -> bool:
         """Whether the model is the one that was read: the same parts, layers that are one call, no new hooks."""
+        if any(self._hooked) or self._layers[0].stack is not self._stack:
+            return False
         alike = all(now.get(own) is part for now, own, part in self._places)
-        return alike and self._first.stack is self._stack and not any(map(_hooked, self._around))
+        return alike and not any("forward" in own for own in self._own)
 
     def __call__(self, plan: CpuPlan, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         """Compute the logits that the model has.
@@ -234,7 +240,7 @@ def read_forward(model: nn.Module, **keywords: Any) -> Straight | None:
     """
     layers = [layer for layer in model.modules() if isinstance(layer, NativeLayer)]
     home, listed = _home(model, layers)
-    if home is None or len({id(layer.stack) for layer in layers}) != 1 or layers[0].stack is None:
+    if home is None or listed is None or len({id(layer.stack) for layer in layers}) != 1 or layers[0].stack is None:
         return None
     if [layer.index for layer in layers] != list(range(len(layers))):
         return None
@@ -259,7 +265,7 @@ def read_forward(model: nn.Module, **keywords: Any) -> Straight | None:
             straight = trace.whole and output.logits is trace.symbols["logits"] and unchanged()
         except Exception:  # whatever a model raises whose inputs tell it nothing
             return None
-    return Straight(trace.calls, layers[0], around) if straight else None
+    return Straight(trace.calls, layers, around, listed) if straight else None
 
 
 def _home(model: nn.Module, layers: list[NativeLayer]) -> tuple[nn.Module | None, nn.Module | None]:

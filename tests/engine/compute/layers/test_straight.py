@@ -346,12 +346,28 @@ def _another_forward(model: Any) -> None:
     model.forward = model.forward
 
 
+def _another_layer(model: Any) -> None:
+    model.model.layers[1] = copy.copy(model.model.layers[1])
+
+
+def _a_hook_of_a_layer(model: Any) -> None:
+    model.model.layers[2].register_forward_pre_hook(lambda *_: None)
+
+
+def _another_forward_of_a_layer(model: Any) -> None:
+    model.model.layers[2].forward = model.model.layers[1].forward
+
+
 def _another_base(model: Any) -> None:
     model.model = copy.copy(model.model)
 
 
 @pytest.mark.parametrize(
-    "change", [_another_embedding, _another_head, _another_norm, _a_hook, _another_forward, _another_base]
+    "change",
+    [
+        *(_another_embedding, _another_head, _another_norm, _a_hook, _another_forward, _another_base),
+        *(_another_layer, _a_hook_of_a_layer, _another_forward_of_a_layer),
+    ],
 )
 def test_a_model_that_is_changed_later_is_called(kernels: Kernels, change: Callable[[Any], None]) -> None:
     """What was read is of a model that is no more."""
