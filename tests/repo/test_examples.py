@@ -30,7 +30,7 @@ EXAMPLES = {
     "prove_a_reply": [
         "receipt of chatcmpl-",
         "as it is: identical: all 12 tokens",
-        "with another token: refuted: at position 5",
+        "with another token: refuted: at position 6",
     ],
     "experiment": ["seed 3, temperature 1.0", "smallest margin", "6 of 6 identical"],
     "score_texts": ["' Mary'", "' table'", "each alone has the same bits: yes"],
