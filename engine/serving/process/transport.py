@@ -63,8 +63,9 @@ _START: Final = (
 _PIPE_BYTES: Final = 1 << 20
 """Room in a pipe: a step's outputs fit, so that the child need not wait until its parent has read them."""
 _LAST_WORDS: Final = 1.0
-_REPEAT: Final = 0.25  # seconds after which what a load told last is told again
 """Seconds for a process to be gone once its pipe is."""
+_REPEAT: Final = 0.25
+"""Seconds after which what a load told last is told again."""
 
 
 class ProcessTransport(Transport):
