@@ -1,4 +1,4 @@
-"""List the files of a checkpoint that a load reads, and hash each of them once. Parses none of them."""
+"""List the files of a checkpoint that a load reads, and hash each of them once, also before what loads is imported."""
 
 from __future__ import annotations
 
